@@ -1,0 +1,60 @@
+# Everything a fresh machine needs is Python 3.11 or newer and make:
+#   make demo    installs into .venv, exports the demo network and proves it
+#   make test    installs into .venv, runs the tests
+#
+# PYTHON   interpreter that makes .venv.
+# TORCH    what pip installs as torch. It must be a CPU build: where pip's own sources offer only a CUDA build of this
+#          version (Linux, without further configuration), point pip at PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL or
+#          PIP_FIND_LINKS) or name a wheel: make demo TORCH=/path/to/torch-2.13.0+cpu-....whl
+# WORKERS  processes of the test run.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint clean
+
+help:
+	@echo "make demo   export the demo network and prove it: out/demo/report.html"
+	@echo "make test   run the tests"
+	@echo "make check  format, lint, types, import rules, then the tests"
+	@echo "make clean  remove .venv, out and caches"
+
+demo: $(STAMP)
+	$(BIN)/intact demo --out out/demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: lint test
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# A dry run tells what torch would bring before gigabytes are downloaded; the second look is at what is really there.
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11 (or newer)."; exit 1; }
+	@test -e $@ || rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3-venv."; exit 1; }
+	@echo "installing $(TORCH) and intact into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --dry-run --report $(VENV)/torch.json "$(TORCH)"
+	@! grep -Eq '"name": "(nvidia-|cuda-|triton)' $(VENV)/torch.json || \
+	  { echo "error: $(TORCH) would bring a CUDA stack from here; see TORCH at the top of the Makefile."; exit 1; }
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install -e ".[dev]"
+	@! $(PIP) list --format=freeze | grep -Ei '^(nvidia-|cuda-|triton)' || \
+	  { echo "error: the packages above are a CUDA stack; remove $(VENV) and see TORCH at the top of the Makefile."; exit 1; }
+	@touch $@

@@ -1,0 +1,1 @@
+"""What the integers mean, and how they are chosen."""

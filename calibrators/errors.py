@@ -1,0 +1,57 @@
+"""Every error this project raises on purpose, and the exit code of the command that meets it.
+
+    IntactError
+    ├── InputError            exit code 2: what the user gave cannot be used
+    │   ├── UnknownNameError  a name that is in no registry (with "did you mean")
+    │   ├── ModelError        the model, its factory or its checkpoint
+    │   └── DataError         the calibration or evaluation data
+    └── ExportError           exit code 3: this model cannot be exported to this target
+
+Callers may catch broadly or narrowly. A message says what was seen, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["DataError", "ExportError", "InputError", "IntactError", "ModelError", "UnknownNameError"]
+
+
+SHOWN = 40
+"""Names listed in a message."""
+
+
+class IntactError(Exception):
+    """Root of the tree; never raised itself."""
+
+    exit_code = 2
+
+
+class InputError(IntactError):
+    """Bad input or usage."""
+
+
+class ModelError(InputError):
+    """The model cannot be loaded or captured as given."""
+
+
+class DataError(InputError):
+    """The data cannot be used: empty, wrong shape or dtype, not finite, labels missing."""
+
+
+class UnknownNameError(InputError):
+    """A name that no registry holds; the message lists near misses first, then what there is."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=3)
+        guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        shown = f"{', '.join(known[:SHOWN])}{', ...' if len(known) > SHOWN else ''}"
+        super().__init__(f"unknown {kind} {name!r}.{guess} Known: {shown or 'none'}.")
+
+
+class ExportError(IntactError):
+    """The model holds something the target cannot represent."""
+
+    exit_code = 3

@@ -1,0 +1,169 @@
+"""Operator forms: rewrites into the equal form for which integer runtimes have kernels.
+
+- SiLU            -> x * sigmoid(x)
+- mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
+- ReLU6, hardtanh -> clamp
+- convolution or linear without bias -> with a bias of zeros: the form that every runtime fuses, and corrections need
+- linear on [..., features] -> linear on a matrix, between two reshapes
+- scaled dot product attention -> matmul, softmax, matmul
+- scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale behind a squeeze-excite
+
+Must not know: targets, scales, ONNX.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, replace_args, shape_of
+
+__all__ = ["clip_bounds", "to_integer_forms"]
+
+aten = torch.ops.aten
+
+
+def to_integer_forms(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with every operator of the list above in its integer form."""
+    graph = copy.deepcopy(graph)
+    infer_shapes(graph)
+    for node in list(graph.graph.nodes):
+        for rewrite in _REWRITES.get(node.target, ()) if node.op == "call_function" else ():
+            rewrite(graph.graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    infer_shapes(graph)
+    return graph
+
+
+def clip_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Bounds of a ReLU or a clamp by numbers; None for anything else."""
+    if node.target is aten.relu.default:
+        return 0.0, math.inf
+    if node.target is aten.clamp.default:
+        bound = bind(node)
+        lo, hi = bound["min"], bound["max"]
+        if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
+            return None
+        return -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
+    return None
+
+
+def _substitute(graph: fx.Graph, node: fx.Node, *calls: tuple[Any, tuple[Any, ...]]) -> None:
+    """Replace `node` by a chain of calls; Ellipsis in the arguments stands for the previous call's result."""
+    result: fx.Node | None = None
+    with graph.inserting_before(node):
+        for target, arguments in calls:
+            result = graph.call_function(target, tuple(result if a is ... else a for a in arguments))
+            result.meta = dict(node.meta)
+    assert result is not None
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _silu(graph: fx.Graph, node: fx.Node) -> None:
+    x = node.args[0]
+    _substitute(graph, node, (aten.sigmoid.default, (x,)), (aten.mul.Tensor, (x, ...)))
+
+
+def _spatial_mean(graph: fx.Graph, node: fx.Node) -> None:
+    bound = bind(node)
+    x, rank = bound["self"], len(shape_of(bound["self"]))
+    axes = bound["dim"]
+    if rank != 4 or not axes or sorted(axis % rank for axis in axes) != [2, 3] or bound["dtype"] is not None:
+        return
+    pool = (aten.adaptive_avg_pool2d.default, (x, [1, 1]))
+    _substitute(graph, node, pool, *([] if bound["keepdim"] else [(aten.flatten.using_ints, (..., 1))]))
+
+
+def _hardtanh(graph: fx.Graph, node: fx.Node) -> None:
+    bound = bind(node)
+    lo, hi = bound.get("min_val", 0), bound.get("max_val", 6)
+    _substitute(graph, node, (aten.clamp.default, (bound["self"], float(lo), float(hi))))
+
+
+def _bias(graph: fx.Graph, node: fx.Node) -> None:
+    bound = bind(node)
+    owner = graph.owning_module
+    if bound["bias"] is not None or not is_constant(bound["weight"]) or owner is None:
+        return
+    zeros = torch.zeros(len(constant(owner, bound["weight"])), dtype=constant(owner, bound["weight"]).dtype)
+    name = add_constant(owner, f"{bound['weight'].target}_bias", zeros)
+    with graph.inserting_before(node):
+        replace_args(node, bias=graph.get_attr(name))
+
+
+def _linear(graph: fx.Graph, node: fx.Node) -> None:
+    """Runtimes fuse a matrix product with its bias only for matrices; layers that share an input share the reshape."""
+    x, shape = bind(node)["input"], shape_of(bind(node)["input"])
+    if len(shape) < 3:
+        return
+    flat_shape = [-1, shape[-1]]
+    twins = (user for user in x.users if user.target is aten.reshape.default and list(user.args[1]) == flat_shape)
+    flat = next(twins, None)
+    if flat is None:
+        with graph.inserting_after(x):
+            flat = graph.call_function(aten.reshape.default, (x, flat_shape))
+        flat.meta = dict(x.meta)
+    product = (aten.linear.default, (flat, *node.args[1:]))
+    _substitute(graph, node, product, (aten.reshape.default, (..., [-1, *shape_of(node)[1:]])))
+
+
+def _attention(graph: fx.Graph, node: fx.Node) -> None:
+    bound = bind(node)
+    if bound["attn_mask"] is not None or bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"):
+        return
+    query, key, value = bound["query"], bound["key"], bound["value"]
+    scale = bound["scale"] if bound["scale"] is not None else shape_of(query)[-1] ** -0.5
+    with graph.inserting_before(node):
+        transposed = graph.call_function(aten.transpose.int, (key, -2, -1))
+        scaled = graph.call_function(aten.mul.Tensor, (query, scale))
+    transposed.meta, scaled.meta = dict(node.meta), dict(node.meta)
+    scores = (aten.matmul.default, (scaled, transposed))
+    _substitute(graph, node, scores, (aten.softmax.int, (..., -1)), (aten.matmul.default, (..., value)))
+
+
+def _scaled_gate(graph: fx.Graph, node: fx.Node) -> None:
+    """The constant moves onto the gate, which is small, as a depthwise 1x1 convolution, which is an integer kernel."""
+    scale = next((x for x in node.args if is_constant(x)), None)
+    product = next((x for x in node.args if isinstance(x, fx.Node) and x is not scale), None)
+    if scale is None or product is None or product.target is not aten.mul.Tensor or len(product.users) != 1:
+        return
+    gate = next((x for x in product.args if _is_gate(x)), None)
+    x = next((x for x in product.args if isinstance(x, fx.Node) and x is not gate), None)
+    if gate is None or x is None or is_constant(x):
+        return
+    channels = shape_of(gate)[1]
+    if shape_of(scale)[-3:] != (channels, 1, 1) or shape_of(scale)[:-3] not in ((), (1,)):
+        return
+    owner = graph.owning_module
+    assert owner is not None
+    name = add_constant(owner, f"{scale.target}_gate", constant(owner, scale).reshape(channels, 1, 1, 1))
+    with graph.inserting_before(node):
+        weight = graph.get_attr(name)
+    convolution = (aten.conv2d.default, (gate, weight, None, [1, 1], [0, 0], [1, 1], channels))
+    _substitute(graph, node, convolution, (aten.mul.Tensor, (x, ...)))
+    _bias(graph, next(user for user in weight.users))
+
+
+def _is_gate(value: object) -> bool:
+    """One value per sample and channel, [n, c, 1, 1]."""
+    return isinstance(value, fx.Node) and len(shape_of(value)) == 4 and shape_of(value)[2:] == (1, 1)
+
+
+_REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
+    aten.silu.default: (_silu,),
+    aten.mean.dim: (_spatial_mean,),
+    aten.hardtanh.default: (_hardtanh,),
+    aten.relu6.default: (_hardtanh,),
+    aten.conv1d.default: (_bias,),
+    aten.conv2d.default: (_bias,),
+    aten.linear.default: (_bias, _linear),
+    aten.mul.Tensor: (_scaled_gate,),
+    aten.scaled_dot_product_attention.default: (_attention,),
+}

@@ -1,0 +1,109 @@
+"""Reading and editing the one graph: the flat ATen `GraphModule` that capture produces and everything shares.
+
+The contract of that graph:
+- nodes are placeholder (one per model input), get_attr (parameters, buffers, constants), call_function (ATen overloads
+  and operator.getitem) and output; no call_module, no pytrees: it takes tensors and returns a tuple of tensors;
+- `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
+- `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
+- `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known.
+
+Must not know: quantization, folding, ONNX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp
+
+__all__ = [
+    "add_constant",
+    "bind",
+    "constant",
+    "infer_shapes",
+    "is_constant",
+    "module_path",
+    "replace_args",
+    "shape_of",
+    "where",
+]
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def replace_args(node: fx.Node, **changes: Any) -> None:
+    """Set arguments of an ATen call by schema name."""
+    bound = bind(node) | changes
+    positional = [a for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    keywords = [a for a in node.target._schema.arguments if a.kwarg_only]  # type: ignore[union-attr]
+    node.args = tuple(bound[a.name] for a in positional)
+    node.kwargs = {a.name: bound[a.name] for a in keywords if bound[a.name] != a.default_value}
+
+
+def is_constant(node: object) -> bool:
+    """Whether an argument is a get_attr node: a parameter, buffer or constant."""
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def constant(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a get_attr node."""
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> str:
+    """Register `value` as a buffer under a free name near `name` (dots become underscores); returns the name."""
+    base = name.replace(".", "_") or "constant"
+    free, count = base, 0
+    while hasattr(graph, free):
+        count += 1
+        free = f"{base}_{count}"
+    graph.register_buffer(free, value.detach().clone())
+    return free
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that made the node ('' for the root or unknown)."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def where(node: fx.Node) -> str:
+    """Node, module path and source line, for error messages: `conv2d_3 (stages.0.conv, zoo.py:31)`."""
+    parts = [module_path(node)]
+    lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in lines if "/torch/" not in line] or lines
+    if own:
+        file, line = own[-1].split(",")[:2]
+        parts.append(f"{file.split('/')[-1].strip().strip(chr(34))}:{line.split()[-1]}")
+    detail = ", ".join(part for part in parts if part)
+    return f"{node.name} ({detail})" if detail else node.name
+
+
+def infer_shapes(graph: fx.GraphModule) -> None:
+    """Run the example once and store every node's shape and dtype in node.meta["tensor_meta"]."""
+    with torch.no_grad():
+        ShapeProp(graph).propagate(*graph.meta["example"])
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value for the example; () where it is no single tensor."""
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()

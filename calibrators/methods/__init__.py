@@ -1,0 +1,62 @@
+"""The folder is the registry: every module here is one method, found by its file name.
+
+A method module defines one frozen dataclass, the only name in its `__all__`, whose fields are its options
+(`calibrators.options.option`) and whose docstring begins with the line that lists it.
+
+Must not know: which methods there are, graphs, ONNX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calibrators.errors import UnknownNameError
+from calibrators.options import Option, build, list_options
+from calibrators.ranges import RangeMethod
+
+__all__ = ["MethodInfo", "RangeMethod", "get_method", "list_methods"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What can be said about one method: its name, one line, and its options."""
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+
+
+def get_method(name: str, options: Mapping[str, object] | None = None) -> Any:
+    """The method called `name` with `options` (text such as "99.99" is parsed), a RangeMethod for the range methods.
+
+    raises: UnknownNameError for a method or option that does not exist, InputError for a value out of range.
+    """
+    known = _names()
+    if name not in known:
+        raise UnknownNameError("method", name, known)
+    return build(_class(name), name, options or {})
+
+
+def list_methods() -> tuple[MethodInfo, ...]:
+    """Every method, by name."""
+    return tuple(MethodInfo(name, _summary(_class(name)), list_options(_class(name))) for name in _names())
+
+
+def _names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def _class(name: str) -> type:
+    module = importlib.import_module(f"{__name__}.{name}")
+    (public,) = module.__all__
+    method: type = getattr(module, public)
+    return method
+
+
+def _summary(method: type) -> str:
+    return (inspect.getdoc(method) or "").splitlines()[0]

@@ -1,0 +1,24 @@
+"""The observed range.
+
+source: the rule of every quantizer; in onnxruntime `MinMaxCalibrater` with moving averages off.
+Departs: none. Nothing is averaged over batches, so the range does not depend on how the data were batched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from calibrators.ranges import RangeMethod, Samples
+from calibrators.spec import QuantSpec
+
+__all__ = ["MinMax"]
+
+
+@dataclass(frozen=True)
+class MinMax(RangeMethod):
+    """Range from the smallest to the largest value: nothing is clipped."""
+
+    def bounds(self, samples: Samples, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return samples.lo, samples.hi

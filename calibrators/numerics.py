@@ -1,0 +1,77 @@
+"""The quantize/dequantize formula: the only copy in the project.
+
+ONNX order: divide by scale in float32, round half to even, add zero_point, saturate. `torch.fake_quantize_*` multiplies
+by 1/scale and differs from ONNX in rare codes; adding the zero point before rounding breaks ties the other way.
+
+Must not know: graphs, methods, targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibrators.spec import QParams, QuantSpec
+
+__all__ = ["along_axis", "dequantize", "fake_quant", "qparams_from_range", "quantize", "round_codes"]
+
+SMALLEST_SCALE = 2.0**-100
+"""Floor of every scale: far below any real activation or weight, and products of two such scales with a third in the
+denominator stay normal float32 numbers."""
+
+
+def along_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """`values` ([] or [channels]) shaped to broadcast against a tensor of `ndim` dimensions along `axis`."""
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def round_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Codes of `x` as integer-valued floats of x's dtype; scale and zero_point broadcast against x."""
+    return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
+
+
+def quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Codes of `x` in the container dtype of the spec."""
+    spec = qparams.spec
+    scale = along_axis(qparams.scale, x.ndim, spec.axis)
+    zero_point = along_axis(qparams.zero_point, x.ndim, spec.axis)
+    return round_codes(x, scale, zero_point, spec.qmin, spec.qmax).to(spec.dtype)
+
+
+def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
+    """Float32 values of `codes`: f32(f32(code - zero_point) * scale)."""
+    scale = along_axis(qparams.scale, codes.ndim, qparams.spec.axis)
+    zero_point = along_axis(qparams.zero_point, codes.ndim, qparams.spec.axis)
+    return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
+
+
+def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
+    """Round trip of `x` through the codes, without leaving floats; equals dequantize(quantize(x))."""
+    spec = qparams.spec
+    scale = along_axis(qparams.scale, x.ndim, spec.axis)
+    zero_point = along_axis(qparams.zero_point, x.ndim, spec.axis)
+    return (round_codes(x, scale, zero_point, spec.qmin, spec.qmax) - zero_point) * scale
+
+
+def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
+    """Scale and zero point of the range [lo, hi], widened to contain 0 so that zero is a code exactly.
+
+    lo, hi:  [] or [channels], any float dtype; lo <= hi, finite. A range of width zero gets scale 1.
+    returns: symmetric: scale = max(|lo|, |hi|) / qmax, zero_point 0.
+             asymmetric: scale = (hi - lo) / (qmax - qmin), zero_point = clamp(round(qmin - lo / scale)).
+    source:  the convention of onnxruntime (a / 127 for signed symmetric 8 bit).
+    """
+    lo = lo.to(torch.float64).clamp(max=0.0)
+    hi = hi.to(torch.float64).clamp(min=0.0)
+    width = torch.maximum(-lo, hi) if spec.symmetric else hi - lo
+    steps = spec.qmax if spec.symmetric else spec.qmax - spec.qmin
+    scale = torch.where(width > 0, (width / steps).clamp(min=SMALLEST_SCALE), torch.ones_like(width)).to(torch.float32)
+    if spec.symmetric:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero_point = (spec.qmin - lo / scale.double()).round().clamp(spec.qmin, spec.qmax).to(torch.int32)
+    return QParams(scale, zero_point, spec)

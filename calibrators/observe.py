@@ -1,0 +1,173 @@
+"""The streaming statistic of one activation tensor: everything the range criteria may read.
+
+The result depends on the values alone, bit for bit: not on how they were split into batches, nor on the order of the
+batches. Three things make it so. The support [-R, R] has the smallest power-of-two R that holds the largest magnitude
+seen; growing R merges neighbouring bins pairwise, which is what binning with the larger R would have given; and the
+state holds only integers and extremes, while the moments are derived from the bins on demand.
+
+Must not know: criteria, quantization grids, graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["BINS", "Statistic"]
+
+BINS = 8192
+"""Bins on each side of zero. R is at most twice the largest magnitude, so at least 4096 of them are used: 16 bins per
+step of an 8-bit grid that spans the data, 4 bins per step of one that spans a quarter of it."""
+
+CHUNK = 1 << 17
+"""Values binned at a time: the float and int16 temporaries of one chunk stay in the second-level cache."""
+
+EXPONENT_FLOOR = -100
+"""Smallest log2 of R; the bin index is computed as x * (BINS / R), which must be a float32 number."""
+
+
+class Statistic:
+    """Histogram with exact counts, extremes and the number of non-finite values; grows by exact pair merging.
+
+    The index of a value is its distance from zero in bins, rounded away from zero: bin 0 holds exact zeros only, bin
+    k > 0 holds ((k - 1) * width, k * width], bin -k mirrors it. Memory is one int64 vector of 2 * BINS + 1 counts.
+
+    lo, hi:    exact extremes of the finite values; +inf and -inf before the first one.
+    counts:    int64 [2 * BINS + 1], bin k at index BINS + k.
+    nonfinite: NaN and infinities seen; they are in no other number here.
+    """
+
+    def __init__(self) -> None:
+        self.lo = math.inf
+        self.hi = -math.inf
+        self.nonfinite = 0
+        self.exponent = EXPONENT_FLOOR
+        self.counts = torch.zeros(2 * BINS + 1, dtype=torch.int64)
+
+    @property
+    def width(self) -> float:
+        """Width of a bin, a power of two."""
+        return math.ldexp(1.0, self.exponent) / BINS
+
+    @property
+    def count(self) -> int:
+        """Finite values seen."""
+        return int(self.counts.sum())
+
+    @property
+    def zeros(self) -> int:
+        """Exact zeros seen."""
+        return int(self.counts[BINS])
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether no negative value was seen: the support is [0, R]."""
+        return self.lo >= 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of the finite values, each taken at the centre of its bin."""
+        return _exact_dot(self.centers(), self.counts)
+
+    @property
+    def total_abs(self) -> float:
+        """Sum of the magnitudes, each taken at the centre of its bin."""
+        return _exact_dot(self.centers().abs(), self.counts)
+
+    @property
+    def total_squares(self) -> float:
+        """Sum of the squares, each value taken at the centre of its bin."""
+        return _exact_dot(self.centers().square(), self.counts)
+
+    def centers(self) -> Tensor:
+        """Centres of the bins, float64 [2 * BINS + 1]; those beyond an extreme are moved onto it."""
+        index = torch.arange(-BINS, BINS + 1, dtype=torch.float64)
+        centers = (index - 0.5 * index.sign()) * self.width
+        return centers.clamp(self.lo, self.hi) if self.lo <= self.hi else centers
+
+    def update(self, x: Tensor) -> None:
+        """Count the values of `x`: any shape, any floating dtype (taken as float32)."""
+        values = _in_memory_order(x.detach()).to(torch.float32)
+        if values.numel() == 0:
+            return
+        lo, hi = _extremes(values)
+        if not (math.isfinite(lo) and math.isfinite(hi)):
+            finite = values[values.isfinite()]
+            self.nonfinite += values.numel() - finite.numel()
+            self.update(finite)
+            return
+        self._include(lo, hi, _exponent(max(-lo, hi)))
+        if lo >= 0.0:
+            self._count_one_sided(values)
+        else:
+            self._count_two_sided(values)
+
+    def merge(self, other: Statistic) -> None:
+        """Add what `other` has seen; the result is that of one statistic that has seen both."""
+        self.nonfinite += other.nonfinite
+        if other.lo <= other.hi:
+            self._include(other.lo, other.hi, other.exponent)
+            self.counts += _coarsened(other.counts, self.exponent - other.exponent)
+
+    def _include(self, lo: float, hi: float, exponent: int) -> None:
+        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+        if exponent > self.exponent:
+            self.counts = _coarsened(self.counts, exponent - self.exponent)
+            self.exponent = exponent
+
+    def _count_one_sided(self, values: Tensor) -> None:
+        for chunk in _chunks(values):
+            index = self._in_bins(chunk).ceil_().to(torch.int16)
+            self.counts[BINS:] += torch.bincount(index, minlength=BINS + 1)
+
+    def _count_two_sided(self, values: Tensor) -> None:
+        for chunk in _chunks(values):
+            scaled = self._in_bins(chunk)
+            index = scaled.abs().ceil_().copysign_(scaled).to(torch.int16).add_(BINS)
+            self.counts += torch.bincount(index, minlength=2 * BINS + 1)
+
+    def _in_bins(self, values: Tensor) -> Tensor:
+        """`values` in units of the bin width, exactly: in float64 where dividing could underflow float32 to zero."""
+        exact = values if self.width <= 1.0 else values.to(torch.float64)
+        return exact * (1.0 / self.width)
+
+
+def _exponent(magnitude: float) -> int:
+    """Smallest k with 2**k >= magnitude, no less than EXPONENT_FLOOR."""
+    mantissa, exponent = math.frexp(magnitude)
+    return max(exponent - 1 if mantissa == 0.5 else exponent, EXPONENT_FLOOR) if magnitude > 0.0 else EXPONENT_FLOOR
+
+
+def _coarsened(counts: Tensor, doublings: int) -> Tensor:
+    """Counts on bins 2**doublings times as wide: bin k goes to bin sign(k) * ceil(|k| / 2**doublings)."""
+    shift = min(doublings, BINS.bit_length())  # beyond it every bin but 0 is already in bin 1 or -1
+    index = torch.arange(-BINS, BINS + 1)
+    index = ((index.abs() + (1 << shift) - 1) >> shift) * index.sign() + BINS
+    return torch.zeros_like(counts).index_add_(0, index, counts)
+
+
+def _chunks(values: Tensor) -> Iterator[Tensor]:
+    """Views of CHUNK values each, the last one shorter."""
+    for start in range(0, values.numel(), CHUNK):
+        yield values[start : start + CHUNK]
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """All values of `x` as one dimension, without a copy for any dense layout: their order does not matter here."""
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
+    return x.permute(order).reshape(-1)
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """Smallest and largest value, NaN if there is one; -0.0 counts as 0.0."""
+    lo, hi = values.aminmax()
+    return float(lo) + 0.0, float(hi) + 0.0
+
+
+def _exact_dot(values: Tensor, counts: Tensor) -> float:
+    """Sum of values * counts, rounded once, so that it does not depend on vector width or threads."""
+    return math.fsum((values * counts).tolist())

@@ -1,0 +1,196 @@
+"""The reference program: the graph with explicit quantize and dequantize operators, one step before ONNX.
+
+Emission translates it one operator to one; `runtime_tests.integer_reference` executes it as the runtime's integer
+kernels; called as a module it executes as QDQ: float arithmetic between dequantize and quantize.
+
+Form of a program (a flat `GraphModule`, see calibrators.graph):
+- an activation site is `dequantize(quantize(x, ...), ...)`; scale and zero_point are get_attr buffers, float32 [] and
+  uint8 []; [qmin, qmax] of quantize may be narrower than the container;
+- a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes;
+- a weight is `dequantize` of a get_attr int8 buffer, with scales along `axis`;
+- a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
+- `program.meta["names"]` maps buffer names to readable ones for the file.
+
+Must not know: ONNX, runtimes, how the parameters were chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph import add_constant, infer_shapes, replace_args
+from calibrators.numerics import along_axis, round_codes
+from calibrators.place import Placement
+from calibrators.spec import QParams, Site
+
+__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program"]
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("intact::quantize", mutates_args=())
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str
+) -> Tensor:
+    scale_b, zero_point_b = along_axis(scale, x.ndim, axis), along_axis(zero_point, x.ndim, axis)
+    return round_codes(x, scale_b, zero_point_b, qmin, qmax).to(zero_point.dtype)
+
+
+@_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("intact::dequantize", mutates_args=())
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str) -> Tensor:
+    scale_b, zero_point_b = along_axis(scale, codes.ndim, axis), along_axis(zero_point, codes.ndim, axis)
+    return (codes.to(torch.int32) - zero_point_b.to(torch.int32)).to(torch.float32) * scale_b
+
+
+@_dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+QUANTIZE = torch.ops.intact.quantize.default
+DEQUANTIZE = torch.ops.intact.dequantize.default
+
+
+class _Coded(Protocol):
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def qparams(self) -> QParams: ...
+
+
+def build_program(
+    placement: Placement,
+    qparams_of: Callable[[Site], QParams],
+    weights: Mapping[str, _Coded],
+    biases: Mapping[str, _Coded],
+) -> fx.GraphModule:
+    """The placed graph with explicit quantize and dequantize operators in the form this module's docstring gives.
+
+    Node names of the placed graph are kept, so that the two can be compared value by value.
+    """
+    builder = _Builder(placement, qparams_of)
+    for site in placement.sites:
+        if site.kind == "activation":
+            builder.activation(site)
+        else:
+            builder.constant(site, (weights if site.kind == "weight" else biases)[site.name])
+    return builder.finish()
+
+
+class _Builder:
+    """Edits a copy of the placed graph, one site at a time."""
+
+    def __init__(self, placement: Placement, qparams_of: Callable[[Site], QParams]) -> None:
+        self.placement, self.qparams_of = placement, qparams_of
+        self.program = copy.deepcopy(placement.graph)
+        self.graph = self.program.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.names: dict[str, str] = {}
+        self.codes: dict[str, fx.Node] = {}  # codes of each activation site
+        self.parameters: dict[str, tuple[str, str]] = {}  # buffers of each site that owns its scale
+
+    def _buffer(self, readable: str, value: Tensor) -> str:
+        name = add_constant(self.program, readable, value)
+        self.names[name] = readable
+        return name
+
+    def _scale_and_zero_point(self, site: Site, qparams: QParams) -> tuple[fx.Node, fx.Node]:
+        root = self.placement.root(site)
+        if root.name not in self.parameters:
+            zero_point = qparams.zero_point.to(root.spec.dtype)
+            scale_name = self._buffer(f"{root.name}_scale", qparams.scale)
+            self.parameters[root.name] = scale_name, self._buffer(f"{root.name}_zero_point", zero_point)
+        scale, zero_point_name = self.parameters[root.name]
+        return self.graph.get_attr(scale), self.graph.get_attr(zero_point_name)
+
+    def activation(self, site: Site) -> None:
+        """Quantize and dequantize behind the value, for the readers the site names."""
+        node, qparams = self.nodes[site.node], self.qparams_of(site)
+        readers = [user for user in node.users if user.name in set(site.users)]
+        lo, hi = _code_bounds(site, qparams)
+        before = node
+        if site.clip is not None and not site.of_codes:
+            before = self._source_of_clip(node, site, qparams, readers)
+        with self.graph.inserting_after(node):
+            anchor = self.graph.call_function(aten.alias.default, (node,))  # keeps the insertion order below simple
+        with self.graph.inserting_before(anchor):
+            scale, zero_point = self._scale_and_zero_point(site, qparams)
+            if site.of_codes:
+                source = self.codes[site.shares or ""]
+                codes = self.graph.call_function(aten.clamp.default, (source, lo, hi))
+            else:
+                codes = self.graph.call_function(QUANTIZE, (before, scale, zero_point, lo, hi, None, site.name))
+            value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
+        self.graph.erase_node(anchor)
+        for made in (codes, value):
+            made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        self.codes[site.name] = codes
+        for user in readers:
+            user.replace_input_with(node, value)
+
+    def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
+        """What the quantizer reads: the ReLU or clip while saturation at the container's ends equals it, for then the
+        runtime removes it; else its input, because the integer bounds do its work.
+        """
+        container = torch.iinfo(site.spec.dtype)
+        lo, hi = _code_bounds(site, qparams)
+        saturates = (lo, hi) == (container.min, container.max)
+        if saturates or len(readers) != len(node.users):
+            return node
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def constant(self, site: Site, coded: _Coded) -> None:
+        """A weight or bias as dequantize of its codes."""
+        qparams = coded.qparams
+        zero_point = qparams.zero_point.to(coded.codes.dtype)
+        buffers = [
+            self._buffer(f"{site.name}_{what}", value)
+            for what, value in (("quantized", coded.codes), ("scale", qparams.scale), ("zero_point", zero_point))
+        ]
+        for user in map(self.nodes.__getitem__, site.users):
+            with self.graph.inserting_before(user):
+                codes, scale, zero = (self.graph.get_attr(name) for name in buffers)
+                axis = None if qparams.scale.ndim == 0 else 0
+                value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero, axis, site.name))
+            value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
+
+    def finish(self) -> fx.GraphModule:
+        self.graph.eliminate_dead_code()
+        self.program.delete_all_unused_submodules()
+        used = {str(node.target).split(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        for name in [*self.program._parameters, *self.program._buffers]:
+            if name not in used:
+                delattr(self.program, name)
+        self.program.recompile()
+        self.program.meta = {**self.placement.graph.meta, "names": self.names}
+        infer_shapes(self.program)
+        return self.program
+
+
+def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
+    """First and last code of a site: its grid cut at the codes of the clip's bounds."""
+    spec = site.spec
+    if site.clip is None:
+        return spec.qmin, spec.qmax
+    zero_point = qparams.zero_point
+
+    def code(bound: float, otherwise: int) -> int:
+        if math.isinf(bound):
+            return otherwise
+        return int(round_codes(torch.tensor(bound), qparams.scale, zero_point, spec.qmin, spec.qmax))
+
+    return code(site.clip[0], spec.qmin), code(site.clip[1], spec.qmax)

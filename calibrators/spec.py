@@ -1,0 +1,116 @@
+"""Frozen data that everything else passes around: what a quantizer can represent, and what was chosen.
+
+Must not know: graphs, ONNX, runtimes, methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+__all__ = ["QParams", "QuantSpec", "Site", "Target"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid of one tensor.
+
+    bits:      width of the grid; below 8 the codes still live in an 8-bit container.
+    signed:    two's complement codes, else unsigned.
+    symmetric: zero_point is 0 (signed) and never searched.
+    axis:      dimension that carries one scale per index, None for one scale per tensor.
+    narrow:    the lowest signed code is not used, so that the grid is symmetric about 0.
+    """
+
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+    axis: int | None = None
+    narrow: bool = False
+
+    @property
+    def qmin(self) -> int:
+        return (-(1 << (self.bits - 1)) + int(self.narrow)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Container of the codes: uint8, int8 or int32."""
+        if self.bits > 8:
+            return torch.int32
+        return torch.int8 if self.signed else torch.uint8
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """Chosen parameters of one quantizer.
+
+    scale:      float32, [] or [channels] along spec.axis; strictly positive and finite.
+    zero_point: int32, same shape as scale.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one integer runtime can represent, and which operators it runs on integers. Data only.
+
+    weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).
+    weighted_to_float: operators with a constant weight whose integer kernel may write floats.
+    integer_ops:       operators with an integer kernel when every input and the output are quantized.
+    same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
+    fixed_outputs:     operators whose output range is known: (scale, zero_point).
+    opset:             ONNX opset of the emitted file.
+    """
+
+    name: str
+    summary: str
+    activation: QuantSpec
+    weight: QuantSpec
+    weighted_to_codes: frozenset[OpOverload]
+    weighted_to_float: frozenset[OpOverload]
+    integer_ops: frozenset[OpOverload]
+    same_scale_ops: frozenset[OpOverload]
+    fixed_outputs: Mapping[OpOverload, tuple[float, int]]
+    opset: int
+
+    @property
+    def weighted(self) -> frozenset[OpOverload]:
+        return self.weighted_to_codes | self.weighted_to_float
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer on one edge of the graph.
+
+    name:      readable and unique; the codes are called f"{name}_quantized" in the file.
+    kind:      "activation", "weight" or "bias".
+    node:      fx name of the value: the node that makes the activation, or the get_attr of the weight or bias.
+    users:     fx names of the nodes that read the dequantized value; other readers see the float value.
+    spec:      the grid.
+    shares:    name of the site whose scale and zero point this one has; None for its own.
+    fixed:     (scale, zero_point) where the operator decides the range.
+    clip:      bounds of a ReLU or clip that the codes realise by saturation; None where there is none.
+    of_codes:  the value is made from the codes of `shares` by that clip alone, without leaving integers.
+    """
+
+    name: str
+    kind: Literal["activation", "weight", "bias"]
+    node: str
+    users: tuple[str, ...]
+    spec: QuantSpec
+    shares: str | None = None
+    fixed: tuple[float, int] | None = None
+    clip: tuple[float, float] | None = None
+    of_codes: bool = False

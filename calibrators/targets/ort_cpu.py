@@ -1,0 +1,53 @@
+"""onnxruntime on x86-64 CPUs: what its QDQ fusion turns into integer kernels (measured on 1.31).
+
+Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
+biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from calibrators.spec import QuantSpec, Target
+
+aten = torch.ops.aten
+
+TARGET = Target(
+    name="ort-cpu",
+    summary="onnxruntime, CPU execution provider, x86-64 with AVX2 or newer",
+    activation=QuantSpec(bits=8, signed=False),
+    weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
+    weighted_to_codes=frozenset({aten.conv1d.default, aten.conv2d.default}),
+    weighted_to_float=frozenset({aten.linear.default}),
+    integer_ops=frozenset(
+        {
+            aten.add.Tensor,
+            aten.mul.Tensor,
+            aten.cat.default,
+            aten.adaptive_avg_pool2d.default,
+            aten.avg_pool2d.default,
+            aten.sigmoid.default,
+            aten.leaky_relu.default,
+        }
+    ),
+    same_scale_ops=frozenset(
+        {
+            aten.max_pool2d.default,
+            aten.reshape.default,
+            aten.view.default,
+            aten.flatten.using_ints,
+            aten.permute.default,
+            aten.transpose.int,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.unsqueeze.default,
+            aten.slice.Tensor,
+            aten.upsample_nearest2d.vec,
+            aten.pixel_shuffle.default,
+            aten.clone.default,
+            aten.contiguous.default,
+        }
+    ),
+    fixed_outputs={aten.sigmoid.default: (1.0 / 256.0, 0)},
+    opset=20,
+)

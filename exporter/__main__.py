@@ -1,0 +1,7 @@
+"""`python -m exporter` is the command `intact`."""
+
+from __future__ import annotations
+
+from exporter.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""What a .pt2 file may contain: checked, and copied clean, before `torch.export.load`, which may run code found in it.
+
+That loader unpickles members, evaluates shape expressions, generates Python from names, follows dotted operator names
+and opens compiled libraries. Here each of these is held to the form that `torch.export.save` writes for plain networks;
+any other file is refused before torch sees it. A refusal costs little: a factory and a checkpoint do the same.
+
+Must not know: how the program is used afterwards.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrators.errors import ModelError
+
+__all__ = ["clean_archive"]
+
+MEMBERS = re.compile(
+    r"data/(weights|constants)/((weight|tensor)_\d+|\w+_(weights|constants)_config\.json)|models/\w+\.json"
+    r"|data/sample_inputs/\w+\.pt|archive_format|archive_version|byteorder|version|\.data/\w+|\.format_version|extra/.*"
+)
+OPERATORS = re.compile(
+    r"torch\.ops\.(?!_)\w+\.\w+(\.\w+)?|torch\.sym_\w+|torch\._sym_\w+|math\.(ceil|floor|trunc)|round"
+    r"|_operator\.(getitem|add|mul|sub|truediv|floordiv|mod|pow|neg|abs|ge|le|gt|lt|eq|ne|and_|or_|not_|lshift|rshift)"
+)
+FILE_OPERATORS = re.compile(r"torch\.ops\.aten\.(from_file|_?save)\b.*")
+NAME = re.compile(r"[\w.]*")
+SAFE_NODES = (
+    ast.Expression,
+    ast.Call,
+    ast.keyword,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.UnaryOp,
+    ast.BinOp,
+    ast.Compare,
+    ast.operator,
+    ast.unaryop,
+    ast.cmpop,
+)
+
+
+def clean_archive(path: Path) -> io.BytesIO:
+    """A new archive of exactly the members of `path` that were checked: loading it can only build a graph and tensors.
+
+    The copy matters: torch's own zip reader may see other members in a crafted file than the check did.
+    raises: ModelError if the file is no .pt2 archive, is damaged, or holds anything that could run code.
+    """
+    copy = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+            for name, full in _members(path, archive).items():
+                content = archive.read(full)
+                if name.endswith(".json"):
+                    _check_json(path, name, json.loads(content))
+                elif name.endswith(".pt"):
+                    _check_pickle(path, name, content)
+                clean.writestr(f"model/{name}", content)
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RecursionError, NotImplementedError) as error:
+        reason = f"{path} is no readable .pt2 archive ({error}); write it again with torch.export.save."
+        raise ModelError(reason) from error
+    copy.seek(0)
+    return copy
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
+    """Member names without the archive's root folder -> full names."""
+    names = archive.namelist()
+    if len(set(names)) != len(names):
+        raise _refusal(path, "a member stored twice")
+    if "serialized_exported_program.json" in names:
+        raise ModelError(
+            f"{path} is in the archive form of torch < 2.8; load it there and save it again with torch 2.8 or newer."
+        )
+    members = {name.partition("/")[2]: name for name in names}
+    if not any(name.startswith("models/") for name in members):
+        raise ModelError(
+            f"{path} holds no exported program; write it with torch.export.save(torch.export.export(...), path)."
+        )
+    for name in members:
+        if not MEMBERS.fullmatch(name) or ".." in name:
+            raise _refusal(path, f"the member {name!r} (compiled code or a pickled object)")
+    return members
+
+
+def _check_pickle(path: Path, name: str, content: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises many types for hostile bytes: each of them is a refusal
+        raise _refusal(path, f"Python objects in {name!r}") from error
+
+
+def _check_json(path: Path, name: str, document: Any) -> None:
+    for key, value in _entries(document):
+        if key == "use_pickle" and value:
+            raise _refusal(path, f"a pickled object listed in {name!r}")
+        if key == "guards_code" and value:
+            raise _refusal(path, "guards written as Python source")
+        if not isinstance(value, str):
+            continue
+        if "default_factory_module" in value:
+            raise _refusal(path, "an import of a Python module by name")
+        if key == "expr_str" and not _is_safe_expression(value):
+            raise _refusal(path, f"the shape expression {value[:80]!r}")
+        if key == "target" and (not OPERATORS.fullmatch(value) or FILE_OPERATORS.fullmatch(value)):
+            raise _refusal(path, f"a call of {value[:80]!r}")
+        if key.endswith("name") and not NAME.fullmatch(value):
+            raise _refusal(path, f"the name {value[:80]!r}")
+
+
+def _entries(document: Any) -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of nested dicts; items of a list come under the list's key."""
+    stack: list[tuple[str, Any]] = [("", document)]
+    while stack:
+        key, value = stack.pop()
+        yield key, value
+        if isinstance(value, dict):
+            stack.extend((str(inner), item) for inner, item in value.items())
+        elif isinstance(value, list):
+            stack.extend((key, item) for item in value)
+
+
+def _is_safe_expression(text: str) -> bool:
+    """Whether sympy, which evaluates `text` as Python, can only build a number from it.
+
+    Calls of capitalised names (sympy's constructors), numbers, and strings that are identifiers: `Symbol('s0')`.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError:
+        return False
+    for node in ast.walk(tree):
+        if not isinstance(node, SAFE_NODES):
+            return False
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id[:1].isupper()):
+            return False
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isidentifier():
+            return False
+    return True
+
+
+def _refusal(path: Path, what: str) -> ModelError:
+    return ModelError(
+        f"{path} holds {what}, which could run code when loaded: refused. "
+        "Give the network as file.py:factory with its weights in --checkpoint FILE.safetensors instead."
+    )

@@ -1,0 +1,293 @@
+"""A trained PyTorch model becomes the one ATen graph (contract in calibrators.graph).
+
+Must not know: quantization, targets, ONNX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from calibrators.errors import ModelError
+from calibrators.graph import infer_shapes
+
+__all__ = ["capture", "quiet"]
+
+Example = Tensor | Sequence[Tensor]
+
+
+def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
+    """Flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
+
+    model:   a module, or a program made by torch.export (a .pt2 file).
+    example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do.
+    returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
+             meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured).
+    raises:  ModelError naming the module and the line that cannot be captured.
+    """
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if isinstance(model, torch.export.ExportedProgram):
+        notes: list[str] = []
+        program, dynamic = model, _has_free_batch(model)
+        inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model)
+    else:
+        program, dynamic, notes = _export(model, inputs)
+        inputs = _with_batch(inputs, 2 if dynamic else 1)
+    with quiet():
+        graph = _flatten(program)
+    graph.meta |= {"example": inputs, "dynamic_batch": dynamic, "notes": notes}
+    if not dynamic and not notes:
+        notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
+    _check(graph)
+    return graph
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
+    """The exported program, whether its batch is free, and notes; a fixed batch of 1 where the model insists."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), quiet():
+            try:
+                return _export_free(model, inputs), True, []
+            except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
+                reason = _first_line(free)
+            try:
+                program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
+            except Exception as fixed:
+                raise ModelError(_refusal(model, inputs, fixed)) from fixed
+            return program, False, [f"the batch is fixed at 1: no free batch can be exported ({reason})"]
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The program with a free batch, checked against the model at batches of 1, 2 and 3.
+
+    Tracing sees one batch size; a model that treats another one differently (`if len(x) == 1`) would be lost.
+    """
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    dynamic_shapes = tuple({0: batch} if x.ndim else None for x in inputs)
+    program = torch.export.export(model, _with_batch(inputs, 2), dynamic_shapes=dynamic_shapes, strict=False)
+    traced = program.module()
+    for size in (1, 2, 3):
+        sample = _with_batch(inputs, size)
+        expected = pytree.tree_leaves(model(*(x.clone() for x in sample)))
+        found = pytree.tree_leaves(traced(*(x.clone() for x in sample)))
+        for left, right in zip(expected, found, strict=True):
+            if not torch.allclose(torch.as_tensor(left), torch.as_tensor(right), rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
+    return program
+
+
+def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """The inputs cut or repeated to `size` samples."""
+    return tuple(torch.cat([x] * size)[:size].clone() if x.ndim and len(x) else x for x in inputs)
+
+
+def _has_free_batch(program: torch.export.ExportedProgram) -> bool:
+    shapes = [node.meta["val"].shape for node in _user_inputs(program)]
+    return bool(shapes) and all(len(shape) and isinstance(shape[0], torch.SymInt) for shape in shapes)
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
+    names = set(program.graph_signature.user_inputs)
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _declared_example(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
+    """Zero tensors of the shapes a static program was exported with."""
+    values = [node.meta["val"] for node in _user_inputs(program)]
+    return tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in values)
+
+
+def _flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """ep.module() without guards, asserts, in-place operators and pytrees."""
+    if any(_is_in_place(node) and not _is_plain_in_place(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # functionalises; splits some composite operators
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    graph = module.graph
+    for node in reversed(list(graph.nodes)):
+        is_assert = node.op == "call_function" and "_assert" in str(node.target)
+        if node.op == "call_module" or is_assert:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        _restore_composite(node)
+        if _is_in_place(node):
+            _make_functional(node)
+    out_spec = program.call_spec.out_spec
+    graph.set_codegen(CodeGen())
+    _drop_empty_inputs(graph)
+    graph.eliminate_dead_code()
+    flat = fx.GraphModule(module, graph)
+    output = next(iter(reversed(flat.graph.nodes)))
+    outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    output.args = (tuple(outputs),)
+    flat.recompile()
+    flat.meta = {
+        "input_names": [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"],
+        "output_names": _output_names(out_spec, len(outputs)),
+    }
+    return flat
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(argument.alias_info is not None for argument in target._schema.arguments)
+
+
+def _is_plain_in_place(node: fx.Node) -> bool:
+    """Whether replacing the operator by its functional twin and later readers by its result is all there is to it."""
+    source = node.args[0]
+    twin = _functional_twin(node)
+    if twin is None or not isinstance(source, fx.Node) or source.op != "call_function" or _is_view(source):
+        return False
+    return all(user is node or not _is_view(user) for user in source.users)
+
+
+def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
+    """aten.relu_.default -> aten.relu.default; None where there is none of the same name."""
+    target: Any = node.target
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None) if name.endswith("_") and packet is not None else None
+
+
+def _make_functional(node: fx.Node) -> None:
+    """Rewrite an in-place operator; a final copy into a model input is the caller's buffer and dropped."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if node.target is torch.ops.aten.copy_.default:
+        node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+        return
+    later = set()
+    following: fx.Node = node.next
+    while following.op != "root":
+        later.add(following)
+        following = following.next
+    twin = _functional_twin(node)
+    assert twin is not None
+    node.target = twin
+    source.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+
+
+def _restore_composite(node: fx.Node) -> None:
+    """Core-ATen batch norm back to the operator that modules call: one normal form for folding."""
+    if node.target is not torch.ops.aten._native_batch_norm_legit_no_training.default:
+        return
+    x, weight, bias, mean, variance, momentum, epsilon = node.args
+    with node.graph.inserting_before(node):
+        arguments = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
+        whole = node.graph.call_function(torch.ops.aten.batch_norm.default, arguments)
+    whole.meta = node.meta | {"val": node.meta["val"][0]} if "val" in node.meta else dict(node.meta)
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(whole)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _drop_empty_inputs(graph: fx.Graph) -> None:
+    """Arguments captured as None have no tensor to feed; nobody reads them."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and node.meta.get("val") is None:
+            graph.erase_node(node)
+
+
+def _output_names(spec: Any, count: int) -> list[str]:
+    """Keys of a dictionary of tensors, else 'output' or 'output_0', 'output_1', ..."""
+    default = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    if spec is None:
+        return default
+    structure = pytree.tree_unflatten(list(range(count)), spec)
+    if not isinstance(structure, dict) or any(not isinstance(index, int) for index in structure.values()):
+        return default
+    return [name for name, _ in sorted(structure.items(), key=lambda item: int(item[1]))]
+
+
+def _check(graph: fx.GraphModule) -> None:
+    """Run the captured graph once: it must return tensors and mark every shape."""
+    try:
+        infer_shapes(graph)
+    except Exception as error:
+        raise ModelError(f"the captured graph does not run on its own example: {_first_line(error)}") from error
+    output = next(iter(reversed(graph.graph.nodes)))
+    for value in output.args[0]:
+        if not isinstance(value, fx.Node):
+            raise ModelError(f"the model returns {value!r}, which is no tensor; return tensors only")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
+    """What failed, in which module, at which line, and what to do."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in _frames(error):
+        file = frame.f_code.co_filename
+        arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        owner = id(frame.f_locals.get(arguments[0])) if arguments else 0
+        if owner in names and "/torch/" not in file:
+            module = names[owner] or type(model).__name__
+            line = f"{file}:{number}"
+    shapes = ", ".join(str(list(x.shape)) for x in inputs)
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as eager:
+        return (
+            f"the model does not run on inputs of shape {shapes}: {type(eager).__name__}: {_first_line(eager)}"
+            f"{f' (in {module!r}, {line})' if line else ''}; check that the data fits the model's forward()"
+        )
+    return (
+        f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "
+        f"{type(error).__name__}: {_first_line(error)}; make the control flow there independent of tensor values, or "
+        "export the model yourself with torch.export.save and pass the .pt2 file"
+    )
+
+
+def _frames(error: BaseException | None) -> Iterator[tuple[Any, int]]:
+    """Frames of the error and then of what it came from."""
+    while error is not None:
+        yield from traceback.walk_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's own chatter (deprecations inside torch, graph dumps) off the user's terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

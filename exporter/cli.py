@@ -1,0 +1,417 @@
+"""The command `intact`: flags to values, errors to one message and an exit code, a report to a verdict.
+
+Exit codes: 0 all gates passed, 1 a gate failed, 2 bad input or usage, 3 not exportable to this target, 70 a fault of
+this program, 130 interrupted. Torch is imported only by commands that need it, so help answers at once.
+
+Must not know: how anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from calibrators.errors import InputError, IntactError
+
+if TYPE_CHECKING:
+    from exporter.config import ExportConfig
+    from exporter.data import Data
+
+__all__ = ["app", "main"]
+
+INTERNAL_FAULT = 70
+"""EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+app = typer.Typer(
+    name="intact",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Integer-exact export: a trained PyTorch model goes in, an ONNX file that an integer runtime executes comes "
+        "out, with the proof that the runtime computes the same integers.\n\n"
+        "Start with [bold]intact demo --out build/demo[/bold], then export your own model:\n\n"
+        "[bold]intact export net.py:build --data data.py:calibration --eval data.py:test --out build/net[/bold]"
+    ),
+    epilog="Exit codes: 0 all gates passed; 1 a gate failed; 2 bad input or usage; 3 not exportable to this target.",
+)
+
+QUANTIZATION, DATA, PROOF, RUNNING = "Quantization", "Data", "Proof and verdict", "Running"
+
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; must not exist yet or be empty.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")]
+Method = Annotated[str | None, typer.Option(help="Calibration method; `intact methods` lists them. [default: mse]")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUNNING)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUNNING)]
+
+
+def _option(help: str, panel: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"intact {_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(no_args_is_help=True)
+def export(  # noqa: PLR0913 (a command's arguments are its flags)
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="`file.py:factory`, `package.module:factory` or a `.pt2` file.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="CALIB", help="Calibration data: `.npz`, image folder or `file.py:callable`."),
+    ],
+    out: Out,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", metavar="EVAL", help="Held-out data, same forms; labels give the accuracy.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights for the factory's module: `.pt`, `.pth` or `.safetensors`."),
+    ] = None,
+    overwrite: Overwrite = False,
+    target: Annotated[str | None, _option("Runtime; `intact targets` lists them. [ort-cpu]", QUANTIZATION)] = None,
+    method: Annotated[str | None, _option("Method; `intact methods` lists them. [mse]", QUANTIZATION)] = None,
+    weight_bits: Annotated[int | None, _option("Bits of weights, 2 to 8. [8]", QUANTIZATION)] = None,
+    activation_bits: Annotated[int | None, _option("Bits of activations, 2 to 8. [8]", QUANTIZATION)] = None,
+    first_last_bits: Annotated[int | None, _option("Bits of the first and last layer. [8]", QUANTIZATION)] = None,
+    per_tensor_weights: Annotated[
+        bool | None, _option("One weight scale per tensor, not per channel.", QUANTIZATION, "--per-tensor-weights")
+    ] = None,
+    reduce_range: Annotated[
+        bool | None, _option("7-bit weights, for CPUs without VNNI.", QUANTIZATION, "--reduce-range")
+    ] = None,
+    bias_correction: Annotated[
+        bool | None, _option("Shift biases by each layer's mean error.", QUANTIZATION, "--bias-correction")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        _option("Quantize only what this name, module or op glob matches.", QUANTIZATION, metavar="GLOB"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, _option("Keep in float what this glob matches.", QUANTIZATION, metavar="GLOB")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        _option(
+            "Any setting or option of the method: `--set bins=4096`.",
+            QUANTIZATION,
+            "--set",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, _option("Samples per batch for .npz and folders. [64]", DATA)] = None,
+    calibration_batches: Annotated[
+        int | None, _option("Use only the first N batches. [all]", DATA, metavar="N")
+    ] = None,
+    image_size: Annotated[
+        str | None, _option("Scale and centre-crop images of a folder, `224` or `224x160`.", DATA, metavar="SIZE")
+    ] = None,
+    mean: Annotated[
+        str | None, _option("Mean per channel of images in 0..1, `0.485,0.456,0.406`.", DATA, metavar="M,M,M")
+    ] = None,
+    std: Annotated[str | None, _option("Standard deviation per channel.", DATA, metavar="S,S,S")] = None,
+    gate: Annotated[
+        list[str] | None,
+        _option("Condition for exit code 0, repeatable: `accuracy_drop<=0.01`.", PROOF, metavar="EXPR"),
+    ] = None,
+    parity_samples: Annotated[
+        int | None, _option("Samples compared integer by integer. [256]", PROOF, metavar="N")
+    ] = None,
+    config: Annotated[Path | None, _option("Settings from a file; flags win.", RUNNING, metavar="FILE.toml")] = None,
+    seed: Annotated[int | None, _option("Seed of everything random. [0]", RUNNING)] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.
+
+    Example: [bold]intact export net.py:build --checkpoint net.pt --data images/ --image-size 224
+    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --eval test.npz --out build/net --gate 'accuracy_drop<=0.01'[/bold]
+    """
+    flags: dict[str, Any] = {
+        "target": target,
+        "method": method,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "first_last_bits": first_last_bits,
+        "per_tensor_weights": per_tensor_weights,
+        "reduce_range": reduce_range,
+        "bias_correction": bias_correction,
+        "include": include or None,
+        "exclude": exclude or None,
+        "gates": gate or None,
+        "batch_size": batch_size,
+        "calibration_batches": calibration_batches,
+        "parity_samples": parity_samples,
+        "seed": seed,
+    }
+    with _reported_errors(debug=debug):
+        from exporter.config import load_config
+
+        flags |= {"image_size": _size(image_size), "mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
+        settings = load_config(config, flags, sets or ())
+        report = _export(model, checkpoint, (data, evaluation), (out, overwrite), settings, quiet=quiet)
+    _finish(report, out)
+
+
+@app.command(no_args_is_help=True)
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Re-run the proof of a bundle on this machine: its files, its integers, its outputs.
+
+    Example: [bold]intact verify build/net[/bold]
+    """
+    with _reported_errors(debug=debug):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder; give the DIR that `intact export --out DIR` wrote.")
+        from exporter.pipeline import verify as prove
+        from exporter.progress import console_progress
+
+        report = prove(folder, console_progress(quiet=quiet))
+    _finish(report, folder)
+
+
+@app.command()
+def demo(
+    out: Out, method: Method = None, overwrite: Overwrite = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Go the whole way on a small RepVGG-style network and handwritten digits that ship with the package.
+
+    Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
+    """
+    with _reported_errors(debug=debug):
+        from exporter.config import load_config
+
+        settings = load_config(flags={"method": method})
+        source = "exporter.demo.model:"
+        data = (f"{source}calibration", f"{source}evaluation")
+        report = _export(f"{source}network", None, data, (out, overwrite), settings, quiet=quiet)
+    _finish(report, out)
+
+
+@app.command()
+def methods(debug: Debug = False) -> None:
+    """List the calibration methods, each with its options and their defaults.
+
+    Example: [bold]intact export ... --method percentile --set percentile=99.99[/bold]
+    """
+    with _reported_errors(debug=debug):
+        from calibrators.methods import list_methods
+
+        table = Table("method", "option", "default", "what it is", title="Calibration methods", title_justify="left")
+        for method in list_methods():
+            table.add_section()
+            table.add_row(f"[bold]{method.name}[/bold]", "", "", method.summary)
+            for option in method.options:
+                table.add_row("", option.name, str(option.default), option.doc)
+        Console().print(table)
+
+
+@app.command()
+def targets(debug: Debug = False) -> None:
+    """List the runtimes to export to.
+
+    Example: [bold]intact export ... --target ort-cpu[/bold]
+    """
+    with _reported_errors(debug=debug):
+        from calibrators.targets import list_targets
+
+        table = Table("target", "activations", "weights", "opset", "what it is", title="Targets", title_justify="left")
+        for target in list_targets():
+            grids = (_grid(target.activation), _grid(target.weight))
+            table.add_row(f"[bold]{target.name}[/bold]", *grids, str(target.opset), target.summary)
+        Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _export(
+    model: str,
+    checkpoint: Path | None,
+    sources: tuple[str, str | None],
+    destination: tuple[Path, bool],
+    settings: ExportConfig,
+    *,
+    quiet: bool,
+) -> Mapping[str, Any]:
+    """The report of an export; everything that can be wrong with the input is checked before the work starts."""
+    from calibrators.methods import get_method
+    from calibrators.targets import get_target
+    from exporter import gates
+    from exporter.bundle import check_out
+
+    out, overwrite = destination
+    check_out(out, overwrite=overwrite)
+    get_target(settings.target)
+    get_method(settings.method, settings.options)
+    for expression in settings.gates:
+        gates.parse(expression)
+    from exporter.load import input_names, load_model
+    from exporter.pipeline import export as run
+    from exporter.progress import console_progress
+
+    data, evaluation = _open(sources, settings)
+    network = load_model(model, checkpoint)
+    names = input_names(network)
+    report: Mapping[str, Any] = run(
+        network,
+        data.named(names),
+        eval_data=evaluation.named(names) if evaluation is not None else None,
+        out=out,
+        config=settings,
+        progress=console_progress(quiet=quiet),
+        source=model,
+        overwrite=overwrite,
+    )
+    return report
+
+
+def _open(sources: tuple[str, str | None], settings: ExportConfig) -> tuple[Data, Data | None]:
+    """Both data sources; image settings go to those that are folders, and are an error if none is."""
+    from exporter.data import open_data
+
+    images: dict[str, Any] = {"image_size": settings.image_size, "mean": settings.mean, "std": settings.std}
+    some_folder = any(source is not None and Path(source).is_dir() for source in sources)
+    opened = [
+        open_data(source, batch=settings.batch_size, **(images if Path(source).is_dir() or not some_folder else {}))
+        for source in sources
+        if source is not None
+    ]
+    return opened[0], opened[1] if len(opened) > 1 else None
+
+
+@contextmanager
+def _reported_errors(*, debug: bool) -> Iterator[None]:
+    """Exceptions inside become one message on stderr and the exit code they stand for."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written.", "")
+        raise typer.Exit(INTERRUPTED) from None
+    except IntactError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        raise typer.Exit(error.exit_code) from error
+    except Exception as error:
+        if debug:
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        _complain(f"internal error: {type(error).__name__}: {first}; run again with --debug and report it.", "")
+        raise typer.Exit(INTERNAL_FAULT) from error
+
+
+def _complain(message: str, prefix: str = "error: ") -> None:
+    Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
+
+
+def _finish(report: Mapping[str, Any], folder: Path) -> None:
+    """Print the verdict; exit 1 unless it is pass."""
+    passed = report["verdict"] == "pass"
+    table = Table.grid(padding=(0, 2))
+    for name, value in _summary(report):
+        table.add_row(f"[bold]{name}[/bold]", value)
+    table.add_row("[bold]report[/bold]", str(folder / "report.html"))
+    title, colour = ("PASS", "green") if passed else ("FAIL", "red")
+    Console().print(Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False))
+    raise typer.Exit(0 if passed else 1)
+
+
+def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    accuracy, parity, coverage = report["accuracy"], report["parity"]["optimized"], report["coverage"]
+    size, latency = report["size"], report["latency_ms"]
+    yield (
+        accuracy["metric"],
+        f"{_percent(accuracy['float'])} float, {_percent(accuracy['runtime'])} in the runtime, "
+        f"{accuracy['samples']} samples",
+    )
+    yield (
+        "parity",
+        f"{parity['mismatched']:,} of {parity['values']:,} integers differ (largest step {parity['max_lsb']})",
+    )
+    yield "integer MACs", _percent(coverage["integer_macs"])
+    yield "size", f"{size['bytes'] / 1024:,.0f} kB, {_ratio(size['float_bytes'], size['bytes'])} smaller than float"
+    if latency["quantized"]:
+        yield (
+            "latency",
+            f"{latency['quantized']:.2f} ms, {_ratio(latency['float'], latency['quantized'])} faster than float",
+        )
+    for gate in report["gates"]:
+        if not gate["passed"]:
+            yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
+
+
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.2f} %"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    return f"{before / after:.2f}x" if before and after else "?"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6g}"
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{flag} {text!r} is not a number or a comma-separated list of three.") from error
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"--image-size {text!r} is not a size; write 224, or 224x160 for height x width.")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _grid(spec: Any) -> str:
+    return f"{'int' if spec.signed else 'uint'}{spec.bits} {'per tensor' if spec.axis is None else 'per channel'}"
+
+
+def _version() -> str:
+    try:
+        return version("intact")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,146 @@
+"""Everything that decides what an export does, as one frozen value: from a TOML file, flags and `--set`, checked once.
+
+Must not know: models, data, methods (which check their own options), torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from calibrators.errors import InputError, UnknownNameError
+
+__all__ = ["ExportConfig", "load_config", "make_config"]
+
+Width = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[int, Field(ge=1)]
+Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
+
+
+class ExportConfig(BaseModel):
+    """One export. A field's description is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+
+    target: str = Field("ort-cpu", description="integer runtime to export to")
+    method: str = Field("mse", description="calibration method")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    weight_bits: Width = Field(8, description="bits of weights, 2 to 8")
+    activation_bits: Width = Field(8, description="bits of activations, 2 to 8")
+    first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
+    per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
+    reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
+    include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
+    exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
+    bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")
+    simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    gates: tuple[str, ...] = Field((), description="conditions that decide the verdict")
+    batch_size: Positive = Field(64, description="samples per batch where the data comes without batches")
+    image_size: Positive | tuple[Positive, Positive] | None = Field(None, description="height and width of images")
+    mean: Channels | None = Field(None, description="mean per channel of images in 0..1")
+    std: Channels | None = Field(None, description="standard deviation per channel of images in 0..1")
+    calibration_batches: Positive | None = Field(None, description="use only the first batches; none: all")
+    parity_samples: Positive = Field(256, description="samples whose integers are compared with the runtime")
+    latency_runs: int = Field(50, ge=0, description="timed runs per model; 0: no timing")
+    threads: Positive = Field(1, description="threads of the runtime while timing")
+
+    @model_validator(mode="after")
+    def _patterns_are_unambiguous(self) -> ExportConfig:
+        if self.include and set(self.include) & set(self.exclude):
+            both = sorted(set(self.include) & set(self.exclude))[0]
+            raise ValueError(f"pattern {both!r} stands in include and in exclude")
+        return self
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of all fields."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_config(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+) -> ExportConfig:
+    """The configuration of a TOML file, overridden by flags, overridden by `key=value` texts.
+
+    file:  keys are fields (dashes or underscores), the method's options stand in a table `[options]`.
+    flags: None values are flags that were not given.
+    sets:  `key=value`; a key that is a field sets the field, any other key is an option of the method.
+    raises: InputError naming the key.
+    """
+    values = _read_toml(file) if file is not None else {}
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    options = dict(values.get("options") or {}) if isinstance(values.get("options"), Mapping) else values.get("options")
+    for text in sets:
+        key, value = _assignment(text)
+        if key in ExportConfig.model_fields and key != "options":
+            values[key] = value
+        else:
+            options = {**(options or {}), key: value}
+    if options is not None:
+        values["options"] = options
+    return make_config(values, str(file) if file is not None else "")
+
+
+def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
+    """The configuration with these fields.
+
+    raises: InputError naming the key and its source; UnknownNameError with near misses for a key that is no field.
+    """
+    for key in values:
+        if key not in ExportConfig.model_fields:
+            hint = " Options of the method belong in the table [options]." if source else ""
+            raise InputError(f"{_in(source)}{UnknownNameError('setting', key, ExportConfig.model_fields)}{hint}")
+    try:
+        return ExportConfig(**values)
+    except ValidationError as error:
+        raise InputError(_in(source) + _message(error)) from error
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        near = get_close_matches(file.name, [p.name for p in file.parent.glob("*.toml")], n=1)
+        raise InputError(f"configuration file {file} does not exist{f'; did you mean {near[0]!r}?' if near else '.'}")
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{file} is no readable TOML file: {error}.") from error
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, the value as TOML where it is TOML, else as text."""
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key.isidentifier():
+        raise InputError(f"--set {text!r} is not key=value; write for example --set weight_bits=4.")
+    value = value.strip()
+    if value.lower() in ("true", "false", "none"):
+        return key, {"true": True, "false": False, "none": None}[value.lower()]
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _message(error: ValidationError) -> str:
+    """One sentence per wrong key."""
+    sentences: list[str] = []
+    for fault in error.errors(include_url=False):
+        key = str(fault["loc"][0]) if fault["loc"] else ""
+        what = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        sentence = f"{key} = {fault['input']!r} should be {what}" if key else what
+        if not any(key and other.startswith(f"{key} =") for other in sentences):
+            sentences.append(sentence)
+    return "; ".join(sentences) + "."
+
+
+def _in(source: str) -> str:
+    return f"{source}: " if source else ""

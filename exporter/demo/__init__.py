@@ -1,0 +1,1 @@
+"""A model and data that ship with the package: `intact demo`."""

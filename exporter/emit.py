@@ -1,0 +1,303 @@
+"""The reference program becomes QDQ ONNX, one operator to one operator.
+
+torch.onnx translates the ATen operators; quantize and dequantize have their own translation here, because no stock
+exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes want them. Afterwards names and
+metadata are made readable and free of anything that belongs to the machine that exported.
+
+Must not know: methods, runtimes, files other than the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import opset20 as op
+from torch import fx
+
+from calibrators.errors import ExportError
+from calibrators.freeze import CalibrationResult
+from calibrators.graph import where
+from calibrators.place import operator_name
+from calibrators.program import DEQUANTIZE, QUANTIZE
+from exporter.capture import quiet
+from exporter.reference import export_program
+
+__all__ = ["emit", "emit_float", "save", "to_onnx"]
+
+IR_VERSION = 10
+"""ONNX IR version that goes with opset 20 and 21."""
+
+NAME = "intact.name"
+"""Metadata key under which a node carries the name its output shall have."""
+
+EXTERNAL_DATA_ABOVE = 2**31 - 2**20
+"""Bytes of initialisers above which they leave the protobuf, whose limit is 2 GiB."""
+
+
+def emit(result: CalibrationResult, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> ir.Model:
+    """Write the reference program of `result` as ONNX; returns the model.
+
+    raises: ExportError naming the operator that has no ONNX form.
+    """
+    model = to_onnx(result.program, opset=result.placement.target.opset, metadata=metadata)
+    save(model, path)
+    return model
+
+
+def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:
+    """Write a float graph as ONNX: the baseline of latency, size and accuracy."""
+    model = to_onnx(graph, opset=20)
+    save(model, path)
+    return model
+
+
+def save(model: ir.Model, path: str | Path) -> None:
+    """Write the model; initialisers go to `<name>.data` beside it when they exceed the protobuf limit."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    path = Path(path)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
+
+
+def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] | None = None) -> ir.Model:
+    """The ONNX model of a flat graph, named and annotated."""
+    outputs = program.meta["output_names"]
+    inputs = program.meta["input_names"]
+    try:
+        with quiet(), torch.no_grad():
+            onnx_program = torch.onnx.export(
+                export_program(program),
+                opset_version=opset,
+                custom_translation_table=_TRANSLATIONS,
+                optimize=False,
+                verbose=False,
+                input_names=inputs,
+                output_names=outputs,
+            )
+    except Exception as error:
+        raise ExportError(_refusal(program, error)) from error
+    assert onnx_program is not None
+    model = onnx_program.model
+    _normalise(model)
+    _annotate(model, program, metadata or {})
+    return model
+
+
+def _refusal(program: fx.GraphModule, error: Exception) -> str:
+    """Which operator ONNX cannot express, where it stands, and what to do."""
+    text, cause = "", error.__cause__
+    while cause is not None:
+        text, cause = text + str(cause), cause.__cause__
+    missing = re.search(r"OpOverload\(op='\w+\.(\w+)'", text)
+    for node in program.graph.nodes:
+        named = str(node.target) in text or (missing is not None and missing[1] in operator_name(node.target))
+        if node.op == "call_function" and named:
+            return (
+                f"operator {operator_name(node.target)!r} at {where(node)} has no ONNX form; "
+                "rewrite that line of the model with other operators"
+            )
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"the program cannot be written as ONNX: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
+# --- translations of single operators; SymbolicTensor is an ir.Value -----------------------------------------------
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, axis: int | None, site: str) -> Any:
+    codes = op.QuantizeLinear(x, scale, zero_point)
+    container = np.iinfo(zero_point.dtype.numpy())
+    if (qmin, qmax) != (container.min, container.max):
+        _keep_name(codes, f"{site}_saturated")
+        codes = op.Clip(codes, _scalar(qmin, zero_point.dtype), _scalar(qmax, zero_point.dtype))
+    return _keep_name(codes, f"{site}_quantized")
+
+
+def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int | None, site: str) -> Any:
+    attributes = {} if axis is None else {"axis": axis}
+    return _keep_name(op.DequantizeLinear(codes, scale, zero_point, **attributes), f"{site}_dequantized")
+
+
+def _keep_name(value: Any, name: str) -> Any:
+    """torch.onnx names values itself; the name travels on the node until `_annotate`."""
+    value.producer().metadata_props[NAME] = name
+    return value
+
+
+def _scalar(value: int, dtype: ir.DataType) -> Any:
+    tensor: Any = ir.tensor(np.array(value, dtype=dtype.numpy()))
+    return op.Constant(value=tensor)
+
+
+def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
+    if list(output_size) == [1, 1]:
+        return op.GlobalAveragePool(x)
+    raise ValueError(f"aten.adaptive_avg_pool2d.default to {list(output_size)}: only 1x1 has an ONNX form")
+
+
+def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+    def bound(value: Any) -> Any:
+        return None if value is None else _scalar(value, x.dtype)
+
+    return op.Clip(x, bound(min), bound(max))
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse."""
+    if len(x.shape) == 2:
+        return op.Gemm(x, weight, bias, transB=1)
+    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.linear.default: _linear,
+}
+
+
+# --- after translation ---------------------------------------------------------------------------------------------
+
+
+def _normalise(model: ir.Model) -> None:
+    """Constants as initialisers, transposed weights stored transposed, static reshapes, nothing unused or double."""
+    passes.RemoveUnusedNodesPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _store_transposed(model.graph)
+    _fold_reshape_targets(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    model.ir_version = IR_VERSION
+    model.doc_string = None
+    model.graph.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _store_transposed(graph: ir.Graph) -> None:
+    """Transpose(DequantizeLinear(codes)) of a weight becomes DequantizeLinear of the transposed codes."""
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.inputs[0] is None:
+            continue
+        dequantize = node.inputs[0].producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(node.inputs[0].uses()) != 1:
+            continue
+        codes = dequantize.inputs[0]
+        if codes is None or codes.const_value is None or len(codes.uses()) != 1:
+            continue
+        array = np.ascontiguousarray(codes.const_value.numpy().T)
+        codes.const_value = ir.tensor(array, name=codes.name)
+        codes.shape = ir.Shape(array.shape)
+        if "axis" in dequantize.attributes:
+            dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        node.inputs[0].shape = ir.Shape(array.shape)
+        graph.remove(node, safe=True)
+
+
+def _fold_reshape_targets(graph: ir.Graph) -> None:
+    """A Reshape whose computed target has one unknown dimension gets a constant target with -1 there."""
+    for node in graph:
+        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
+            continue
+        shape = node.outputs[0].shape
+        if shape is None:
+            continue
+        dims = [dim if isinstance(dim, int) else -1 for dim in shape]
+        if dims.count(-1) > 1 or 0 in dims:
+            continue
+        name = f"{node.outputs[0].name}_shape"
+        target = ir.Value(name=name, shape=ir.Shape([len(dims)]), type=ir.TensorType(ir.DataType.INT64))
+        target.const_value = ir.tensor(np.array(dims, dtype=np.int64), name=name)
+        graph.register_initializer(target)
+        node.replace_input_with(1, target)
+
+
+def _annotate(model: ir.Model, program: fx.GraphModule, metadata: Mapping[str, str]) -> None:
+    """Readable names from module paths, and metadata that says where each node comes from."""
+    names = _Names(model.graph)
+    for buffer, readable in program.meta.get("names", {}).items():
+        if buffer in model.graph.initializers:
+            names.rename(model.graph.initializers[buffer], readable)
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        scopes = _scopes(node)
+        path = scopes[-2] if len(scopes) > 1 else ""
+        readable = node.metadata_props.get(NAME) or (f"{path}.{node.op_type}" if path else node.op_type)
+        if node.outputs[0] not in outputs:
+            names.rename(node.outputs[0], readable)
+        node.name = names.unique_node(readable)
+        node.doc_string = None
+        node.metadata_props.clear()
+        node.metadata_props["intact.module"] = path
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.update({"intact." + key: value for key, value in metadata.items()})
+    model.producer_name, model.producer_version = "intact", metadata.get("version", "")
+    _name_batch(model, program)
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+    return re.findall(r"'([^']*)'", text)
+
+
+class _Names:
+    """Gives out names that no other value or node of the graph has."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.values: set[str | None] = {v.name for n in graph for v in n.outputs} | set(graph.initializers)
+        self.values |= {v.name for v in graph.inputs}
+        self.nodes: set[str | None] = set()
+
+    def rename(self, value: ir.Value, readable: str) -> None:
+        if value.name == readable:
+            return
+        name = self._free(readable, self.values)
+        if value.is_initializer():
+            initializers = self.graph.initializers
+            del initializers[str(value.name)]
+            value.name = name
+            if value.const_value is not None:
+                value.const_value.name = name
+            initializers[name] = value
+        else:
+            value.name = name
+        self.values.add(name)
+
+    def unique_node(self, readable: str) -> str:
+        name = self._free(readable, self.nodes)
+        self.nodes.add(name)
+        return name
+
+    @staticmethod
+    def _free(name: str, taken: set[str | None]) -> str:
+        free, count = name, 0
+        while free in taken:
+            count += 1
+            free = f"{name}_{count}"
+        return free
+
+
+def _name_batch(model: ir.Model, program: fx.GraphModule) -> None:
+    """The free dimension is called 'batch'; static shapes stay numbers."""
+    if not program.meta["dynamic_batch"]:
+        return
+    symbols = {str(value.shape[0]) for value in model.graph.inputs if value.shape and len(value.shape)}
+    values = [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        for index, dim in enumerate(value.shape):
+            if not isinstance(dim, int) and str(dim) in symbols:
+                value.shape[index] = ir.SymbolicDim("batch")

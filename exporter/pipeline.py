@@ -1,0 +1,487 @@
+"""The whole way: a model and data become a bundle with its proof, and a bundle can be proved again.
+
+Must not know: the command line, how pages look.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from runtime_tests.integer_reference import KernelPlan, plan, run
+from runtime_tests.parity import ParityReport, parity
+from runtime_tests.simplify import simplify
+from torch import Tensor, fx, nn
+
+from calibrators.calibrate import calibrate
+from calibrators.errors import DataError
+from calibrators.freeze import CalibrationResult
+from calibrators.methods import get_method
+from calibrators.place import PlacementOptions
+from calibrators.simulate import Batch
+from calibrators.targets import get_target
+from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
+from exporter.capture import capture
+from exporter.config import ExportConfig, make_config
+from exporter.data import Data, open_data
+from exporter.emit import emit, emit_float, save
+from exporter.fold import FoldReport, fold
+from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
+from exporter.layers import layer_entries
+from exporter.progress import Progress
+from exporter.reference import load_reference, save_reference
+from exporter.schema import Report, read_report
+from runtime_tests.accuracy import Accuracy
+from runtime_tests.coverage import coverage
+from runtime_tests.latency import latency
+from runtime_tests.lint import lint
+from runtime_tests.saturation import Saturation, saturation
+from runtime_tests.sessions import session
+from runtime_tests.size import size_by_type
+
+__all__ = ["export", "verify"]
+
+GOLDEN_SAMPLES = 4
+SQNR_SAMPLES = 128
+REFERENCE = "golden/reference.pt2"
+"""The reference program inside a bundle: what `verify` compares the runtime with."""
+
+
+@dataclass
+class _Work:
+    """What the steps hand on to each other."""
+
+    config: ExportConfig
+    progress: Progress
+    source: str
+    calibration: Data
+    evaluation: Data | None
+    times: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str, title: str, total: int | None = None) -> Iterator[Any]:
+        start = time.perf_counter()
+        with self.progress.stage(title, total) as bar:
+            yield bar
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+
+def export(
+    model: nn.Module | torch.export.ExportedProgram,
+    data: Iterable[Any],
+    *,
+    out: str | Path,
+    eval_data: Iterable[Any] | None = None,
+    config: ExportConfig | None = None,
+    progress: Progress | None = None,
+    source: str = "",
+    overwrite: bool = False,
+    **settings: Any,
+) -> Report:
+    """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; returns its report.
+
+    data, eval_data: batches of x, (x, labels) or ({name: x}, labels), or an exporter.data.Data. Calibration reads no
+                     labels; evaluation uses them where they are.
+    config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
+    raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
+                     not raise: report["verdict"] says "fail".
+    """
+    config = config or make_config(settings)
+    out = Path(out)
+    check_out(out, overwrite=overwrite)
+    get_target(config.target)
+    get_method(config.method, config.options)
+    gates = [*DEFAULT_GATES, *map(parse, config.gates)]
+    evaluation = open_data(eval_data) if eval_data is not None else None
+    has_labels = evaluation is not None and evaluation.example().labels is not None
+    check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
+    calibration = open_data(data).take(config.calibration_batches)
+    work = _Work(config, progress or Progress(), source, calibration, evaluation)
+    torch.manual_seed(config.seed)
+    with tempfile.TemporaryDirectory(prefix="intact-") as folder:
+        bundle = _Export(work, Path(folder)).run(model)
+        report = bundle.report
+        report["gates"] = evaluate(gates, report)
+        report["verdict"] = verdict(report["gates"])
+        write_bundle(
+            out,
+            files=bundle.copy_to,
+            report=report,
+            golden=bundle.golden,
+            config=config.model_dump(mode="json"),
+            overwrite=overwrite,
+        )
+    return report
+
+
+@dataclass
+class _Bundle:
+    """Everything write_bundle needs."""
+
+    folder: Path
+    report: Report
+    golden: tuple[dict[str, Any], dict[str, Any]]
+
+    def copy_to(self, target: Path) -> None:
+        """Put the model, its external data and the reference program into the bundle."""
+        for path in self.folder.glob("model.onnx*"):
+            shutil.move(path, target / path.name)
+        (target / REFERENCE).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(self.folder / "reference.pt2", target / REFERENCE)
+
+
+class _Export:
+    """One export: the steps in order, each a method."""
+
+    def __init__(self, work: _Work, folder: Path) -> None:
+        self.work, self.config, self.folder = work, work.config, folder
+        self.model_path, self.float_path = folder / "model.onnx", folder / "float.onnx"
+
+    def run(self, model: nn.Module | torch.export.ExportedProgram) -> _Bundle:
+        graph, folded = self._graph(model)
+        result = self._calibrated(folded)
+        simplifier = self._emitted(folded, result)
+        report = self._proved(graph, result)
+        report["simplifier"] = simplifier
+        golden = self._golden(result)
+        report["warnings"] = [*dict.fromkeys([*self.work.warnings, *self._data_notes()])]
+        return _Bundle(self.folder, report, golden)
+
+    def _graph(self, model: nn.Module | torch.export.ExportedProgram) -> tuple[fx.GraphModule, fx.GraphModule]:
+        with self.work.step("capture", "capture"):
+            graph = capture(model, self.work.calibration.example().inputs)
+        self.work.warnings += graph.meta["notes"]
+        names = graph.meta["input_names"]
+        self.work.calibration = self.work.calibration.named(names)
+        self.work.evaluation = self.work.evaluation.named(names) if self.work.evaluation else None
+        with self.work.step("fold", "fold"):
+            return graph, fold(graph)
+
+    def _calibrated(self, graph: fx.GraphModule) -> CalibrationResult:
+        config = self.config
+        placement = PlacementOptions(
+            weight_bits=config.weight_bits,
+            activation_bits=config.activation_bits,
+            first_last_bits=config.first_last_bits,
+            per_tensor_weights=config.per_tensor_weights,
+            reduce_range=config.reduce_range,
+            include=config.include,
+            exclude=config.exclude,
+        )
+        self.samples = 0
+        with self.work.step("calibrate", "calibrate") as bar:
+
+            def advance() -> None:
+                bar.advance()
+
+            result = calibrate(
+                graph,
+                _Counted(self, graph),
+                method=config.method,
+                options=config.options,
+                target=config.target,
+                placement=placement,
+                bias_correction=config.bias_correction,
+                seed=config.seed,
+                advance=advance,
+            )
+        self.work.warnings += result.record.get("notes", ())
+        return result
+
+    def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
+        with self.work.step("emit", "emit"):
+            metadata = {
+                "version": _version(),
+                "config_sha256": self.config.digest(),
+                "target": self.config.target,
+                "method": self.config.method,
+            }
+            emit(result, self.model_path, metadata=metadata)
+            emit_float(folded, self.float_path)
+            save_reference(result.program, self.folder / "reference.pt2")
+            if not self.config.simplify:
+                return {"applied": False, "why": "switched off"}
+            return self._simplified(result)
+
+    def _simplified(self, result: CalibrationResult) -> dict[str, Any]:
+        """Run the guarded simplifier; the file changes only when it proved that nothing else does."""
+        sample = _feed(result.program, _example(result.program))
+        model, report = simplify(onnx.load(self.model_path), sample)
+        if report.applied:
+            save(ir.from_proto(model), self.model_path)
+        return report.to_dict()
+
+    def _proved(self, graph: fx.GraphModule, result: CalibrationResult) -> Report:
+        program = result.program
+        with self.work.step("validate", "compare"):
+            levels = self._parity(program)
+        accuracy = self._accuracy(graph, program)
+        with self.work.step("validate", "measure"):
+            layers = layer_entries(result, itertools.islice(self._held_out(program), _batches_for(self, program)))
+            findings = lint(self.model_path, target=self.config.target)
+            covered = coverage(self.model_path, sample=_feed(program, tuple(x[:1] for x in _example(program))))
+            timing = self._latency(program)
+            saturating = saturation(self.model_path)
+            size = size_by_type(self.model_path)
+        if saturating.affects_this_cpu:
+            self.work.warnings.append("this CPU has no VNNI and can saturate 16-bit sums: use reduce_range")
+        model = ir.load(self.model_path)
+        return {
+            "schema": 1,
+            "verdict": "fail",
+            "target": self.config.target,
+            "method": self.config.method,
+            "bits": {"weight": self.config.weight_bits, "activation": self.config.activation_bits},
+            "fold": _fold_entry(result.placement.graph.meta["fold"]),
+            "accuracy": accuracy,
+            "parity": {"unoptimized": levels[False].to_dict(), "optimized": levels[True].to_dict()},
+            "coverage": covered.to_dict(),
+            "size": {"float_bytes": size_by_type(self.float_path).file_bytes, **size.to_dict()},
+            "latency_ms": timing,
+            "time_s": {name: self.work.times.get(name, 0.0) for name in _STEPS},
+            "gates": [],
+            "tool": {"name": "intact", "version": _version()},
+            "model": _model_entry(self.work.source, graph, model),
+            "environment": _environment(saturating, self.config.threads),
+            "layers": layers,
+            "saturation": _saturation_entry(saturating),
+            "emission": _emission_entry(model),
+            "lint": [finding.to_dict() for finding in findings],
+            "config": self.config.model_dump(mode="json"),
+            "data": self._data_entry(),
+        }  # type: ignore[typeddict-item]
+
+    def _held_out(self, program: fx.GraphModule) -> Iterator[Batch]:
+        return _inputs(program, self.work.evaluation or self.work.calibration)
+
+    def _parity(self, program: fx.GraphModule) -> dict[bool, ParityReport]:
+        def batches() -> Iterator[Batch]:
+            return _first(self._held_out(program), self.config.parity_samples)
+
+        return {
+            optimized: parity(self.model_path, program, batches(), optimized=optimized) for optimized in (False, True)
+        }
+
+    def _accuracy(self, graph: fx.GraphModule, program: fx.GraphModule) -> Any:
+        """Float graph, reference program and runtime on the held-out data; the first output counts."""
+        if self.work.evaluation is None:
+            return None
+        accuracy = Accuracy()
+        kernels = plan(program)
+        runtime = session(self.model_path, optimized=True, threads=torch.get_num_threads())
+        with self.work.step("validate", "evaluate") as bar, torch.no_grad():
+            for batch, labels in _labelled(program, self.work.evaluation):
+                outputs = runtime.run(None, _feed(program, batch))
+                reference = _outputs(kernels, batch)
+                accuracy.update(graph(*batch)[0].numpy(), reference[0].numpy(), outputs[0], labels)
+                bar.advance()
+        if accuracy.samples == 0:
+            raise DataError("no evaluation batches: the --eval data is empty; give at least one batch or leave it out")
+        return accuracy.to_dict()
+
+    def _latency(self, program: fx.GraphModule) -> Any:
+        if not self.config.latency_runs:
+            return None
+        feed = _feed(program, tuple(x[:1] for x in next(self._held_out(program))))
+        models = {"float": self.float_path, "quantized": self.model_path}
+        return latency(models, feed, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
+
+    def _golden(self, result: CalibrationResult) -> tuple[dict[str, Any], dict[str, Any]]:
+        program = result.program
+        batch = tuple(x[:GOLDEN_SAMPLES] for x in next(self._held_out(program)))
+        with torch.no_grad():
+            outputs = _outputs(plan(program), batch)
+        names = program.meta["output_names"]
+        return _feed(program, batch), {name: y.numpy() for name, y in zip(names, outputs, strict=True)}
+
+    def _data_notes(self) -> list[str]:
+        return [*self.work.calibration.notes, *(self.work.evaluation.notes if self.work.evaluation else ())]
+
+    def _data_entry(self) -> Any:
+        def entry(data: Data, samples: int) -> dict[str, Any]:
+            return {"source": data.label, "samples": samples, "sha256": data.digest()}
+
+        evaluated = self.work.evaluation
+        samples = sum(len(batch) for batch in evaluated) if evaluated else 0
+        return {
+            "calibration": entry(self.work.calibration, self.samples),
+            "evaluation": entry(evaluated, samples) if evaluated else None,
+        }
+
+
+_STEPS = ("capture", "fold", "calibrate", "emit", "validate")
+
+
+class _Counted:
+    """Calibration batches as the graph takes them; counts the samples of the last pass."""
+
+    def __init__(self, export: _Export, graph: fx.GraphModule) -> None:
+        self.export, self.graph = export, graph
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.export.samples = 0
+        for batch in _inputs(self.graph, self.export.work.calibration):
+            self.export.samples += len(batch[0])
+            yield batch
+
+
+def _inputs(graph: fx.GraphModule, data: Data) -> Iterator[Batch]:
+    return (batch for batch, _ in _labelled(graph, data))
+
+
+def _labelled(graph: fx.GraphModule, data: Data) -> Iterator[tuple[Batch, Any]]:
+    """Batches of a pass; cut to the batch size the graph insists on, where it does (an incomplete rest is dropped)."""
+    fixed = None if graph.meta["dynamic_batch"] else _example(graph)[0].shape[0]
+    for batch in data:
+        labels = None if batch.labels is None else batch.labels.numpy()
+        if fixed is None:
+            yield batch.inputs, labels
+            continue
+        for start in range(0, len(batch) - fixed + 1, fixed):
+            part = slice(start, start + fixed)
+            yield tuple(x[part] for x in batch.inputs), None if labels is None else labels[part]
+
+
+def _first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
+    """Whole batches until `samples` samples are reached, the last one cut."""
+    for batch in batches:
+        yield tuple(x[:samples] for x in batch)
+        samples -= len(batch[0])
+        if samples <= 0:
+            return
+
+
+def _batches_for(export: _Export, program: fx.GraphModule) -> int:
+    size = len(next(export._held_out(program))[0])
+    return max(1, SQNR_SAMPLES // size)
+
+
+def _example(graph: fx.GraphModule) -> Batch:
+    example: Batch = graph.meta["example"]
+    return example
+
+
+def _feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
+    return {name: x.numpy() for name, x in zip(graph.meta["input_names"], batch, strict=True)}
+
+
+def _outputs(kernels: KernelPlan, batch: Batch) -> tuple[Tensor, ...]:
+    return run(kernels, batch)[1]
+
+
+# --- the parts of the report -----------------------------------------------------------------------------------------
+
+
+def _version() -> str:
+    return importlib.metadata.version("intact")
+
+
+def _fold_entry(report: FoldReport) -> dict[str, Any]:
+    return {
+        "regions": len(report.regions),
+        "max_rel_error": report.max_rel_error,
+        "refused": [{"where": refusal.where, "why": refusal.why} for refusal in report.refused],
+        "folded": [vars(region) if hasattr(region, "__dict__") else dict(region) for region in report.regions],
+    }
+
+
+def _model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:
+    def ports(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "shape": [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()],
+                "dtype": value.dtype.name if value.dtype else "?",
+            }
+            for value in values
+        ]
+
+    return {
+        "source": source,
+        "inputs": ports(model.graph.inputs),
+        "outputs": ports(model.graph.outputs),
+        "parameters": sum(parameter.numel() for parameter in graph.parameters()),
+        "dynamic_batch": graph.meta["dynamic_batch"],
+        "notes": list(graph.meta["notes"]),
+    }
+
+
+def _emission_entry(model: ir.Model) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {"opset": model.opset_imports.get("", 0), "ir_version": model.ir_version, "nodes": counts}
+
+
+def _environment(saturating: Saturation, threads: int) -> dict[str, Any]:
+    return {
+        "cpu": saturating.cpu.brand,
+        "flags": list(saturating.cpu.flags),
+        "torch": str(torch.__version__),
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+        "threads": threads,
+    }
+
+
+def _saturation_entry(saturating: Saturation) -> dict[str, Any]:
+    return {
+        "safe_without_vnni": not saturating.risks,
+        "affected_here": saturating.affects_this_cpu,
+        "layers": [{"name": r.name, "worst": float(r.worst), "limit": 32767.0} for r in saturating.risks],
+    }
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: str | Path, progress: Progress | None = None) -> Report:
+    """Prove a bundle again on this machine; returns its report with this machine's parity, coverage and gates.
+
+    Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
+    quantized value. Accuracy and latency keep the numbers of the export; nothing is written.
+
+    raises: InputError for a missing, damaged or changed file.
+    """
+    folder, progress = Path(folder), progress or Progress()
+    with progress.stage("manifest"):
+        verify_manifest(folder)
+    report = read_report(folder / "report.json")
+    program = load_reference(folder / REFERENCE)
+    inputs, expected = read_golden(folder)
+    batch = tuple(torch.from_numpy(np.array(inputs[name])) for name in program.meta["input_names"])
+    model_path = folder / "model.onnx"
+    with progress.stage("compare"):
+        levels = {on: parity(model_path, program, [batch], optimized=on) for on in (False, True)}
+        found = session(model_path).run(list(expected), inputs)
+    with progress.stage("measure"):
+        saturating = saturation(model_path)
+        findings = lint(model_path, target=report["target"])
+        covered = coverage(model_path)
+    report["parity"] = {"unoptimized": levels[False].to_dict(), "optimized": levels[True].to_dict()}  # type: ignore[typeddict-item]
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected.values(), found, strict=True))
+    report["parity"]["optimized"]["outputs_identical"] = same
+    report["coverage"] = covered.to_dict()  # type: ignore[typeddict-item]
+    report["lint"] = [finding.to_dict() for finding in findings]  # type: ignore[misc]
+    report["environment"] = _environment(saturating, report["config"]["threads"])  # type: ignore[typeddict-item]
+    report["saturation"] = _saturation_entry(saturating)  # type: ignore[typeddict-item]
+    gates = [*DEFAULT_GATES, *map(parse, report["config"]["gates"])]
+    report["gates"] = evaluate(gates, report)
+    report["verdict"] = verdict(report["gates"])
+    return report

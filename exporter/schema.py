@@ -1,0 +1,446 @@
+"""The shape of report.json as types: what every reader (HTML, JUnit, gates, another program) may rely on.
+
+The keys that are not `NotRequired` are fixed; more keys are welcome anywhere and are kept. Two conventions hold:
+shares and accuracies are fractions in 0..1, and `None` means "not measured" (a JSON number cannot be NaN).
+
+Must not know: graphs, torch, ONNX, runtimes; how any number was obtained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypeAlias, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from calibrators.errors import InputError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Accuracy",
+    "GateResult",
+    "LayerEntry",
+    "Level",
+    "NodeParity",
+    "Report",
+    "dump_json",
+    "is_integer_kernel",
+    "json_schema",
+    "metric_paths",
+    "read_report",
+    "validate_report",
+]
+
+SCHEMA_VERSION = 1
+
+# Several keys are called "float"; inside such a class the builtin would be shadowed.
+Real: TypeAlias = float
+_MORE_WELCOME = with_config(ConfigDict(extra="allow"))
+
+
+@_MORE_WELCOME
+class Tool(TypedDict):
+    """Who wrote the bundle."""
+
+    name: str
+    version: str
+
+
+@_MORE_WELCOME
+class Port(TypedDict):
+    """One input or output of the model; a free dimension is its name or None."""
+
+    name: str
+    shape: list[int | str | None]
+    dtype: str
+
+
+@_MORE_WELCOME
+class Model(TypedDict):
+    """What went in."""
+
+    source: str
+    inputs: list[Port]
+    outputs: list[Port]
+    parameters: NotRequired[int]
+    dynamic_batch: NotRequired[bool]
+    notes: NotRequired[list[str]]
+
+
+@_MORE_WELCOME
+class Environment(TypedDict, total=False):
+    """The machine and the libraries of the measurement."""
+
+    cpu: str
+    flags: list[str]
+    torch: str
+    onnxruntime: str
+    onnx: str
+    python: str
+    threads: int
+
+
+@_MORE_WELCOME
+class Bits(TypedDict):
+    """Default widths of the grids."""
+
+    weight: int
+    activation: int
+
+
+@_MORE_WELCOME
+class Refused(TypedDict):
+    """One region that was not folded."""
+
+    where: str
+    why: str
+
+
+@_MORE_WELCOME
+class Folded(TypedDict):
+    """One region that became one operator, with its proof; MACs per sample."""
+
+    where: str
+    nodes: int | list[str]
+    kernel: str | list[int]
+    rel_error: float
+    macs_before: NotRequired[float]
+    macs_after: NotRequired[float]
+
+
+@_MORE_WELCOME
+class Fold(TypedDict):
+    """What folding did and what it refused."""
+
+    regions: int
+    max_rel_error: float
+    refused: list[Refused]
+    folded: NotRequired[list[Folded]]
+
+
+@_MORE_WELCOME
+class Triple(TypedDict):
+    """The same score of the float model, of the reference program and in the runtime."""
+
+    float: Real | None
+    reference: Real | None
+    runtime: Real | None
+
+
+@_MORE_WELCOME
+class Accuracy(Triple):
+    """Scores on the held-out data; drop_ci is the 95 % interval of float - runtime, paired."""
+
+    metric: str
+    samples: int
+    top5: NotRequired[Triple | None]
+    agreement: NotRequired[Real | None]
+    sqnr_db: NotRequired[Real | None]
+    drop_ci: NotRequired[tuple[Real, Real] | None]
+
+
+@_MORE_WELCOME
+class Forced(TypedDict):
+    """Comparison of every node from the runtime's own input codes: no error travels."""
+
+    values: int
+    mismatched: int
+    max_lsb: int
+
+
+@_MORE_WELCOME
+class NodeParity(Forced):
+    """One compared site: `kernel` is the operator that computed it, or starts with "float" for float arithmetic."""
+
+    site: str
+    kernel: str
+
+
+@_MORE_WELCOME
+class Level(TypedDict):
+    """Runtime against reference at one optimisation level, end to end; `forced` and `*_mismatched` node by node."""
+
+    values: int
+    mismatched: int
+    max_lsb: int
+    forced: NotRequired[Forced]
+    outputs_identical: NotRequired[bool | None]
+    kernel_mismatched: NotRequired[int | None]
+    float_mismatched: NotRequired[int | None]
+    float_values: NotRequired[int | None]
+    worst: NotRequired[list[NodeParity]]
+    nodes: NotRequired[list[NodeParity]]
+
+
+@_MORE_WELCOME
+class Parity(TypedDict):
+    """The two levels of optimisation of the runtime."""
+
+    unoptimized: Level
+    optimized: Level
+
+
+@_MORE_WELCOME
+class FloatNode(TypedDict):
+    """One compute node that the runtime executes in float."""
+
+    name: str
+    op: NotRequired[str]
+    why: NotRequired[str]
+    macs: NotRequired[float | None]
+
+
+@_MORE_WELCOME
+class Coverage(TypedDict):
+    """Integer share of the optimised graph; integer_macs is a fraction."""
+
+    integer_nodes: int
+    compute_nodes: int
+    integer_macs: float
+    float_nodes: list[FloatNode]
+    by_op: NotRequired[dict[str, int]]
+
+
+@_MORE_WELCOME
+class LayerEntry(TypedDict):
+    """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values."""
+
+    site: str
+    kind: Literal["activation", "weight"]
+    bits: int
+    lo: float
+    hi: float
+    module: NotRequired[str]
+    op: NotRequired[str]
+    scale_min: NotRequired[float]
+    scale_max: NotRequired[float]
+    zero_point: NotRequired[int | None]
+    observed_lo: NotRequired[float | None]
+    observed_hi: NotRequired[float | None]
+    sqnr_db: NotRequired[float | None]
+    histogram: NotRequired[list[int]]
+
+
+@_MORE_WELCOME
+class Size(TypedDict):
+    """Bytes of the float and of the quantized model; by_type counts initialisers."""
+
+    float_bytes: int
+    bytes: int
+    by_type: NotRequired[dict[str, int]]
+
+
+@_MORE_WELCOME
+class Latency(TypedDict):
+    """Medians in milliseconds; iqr is the interquartile range of each."""
+
+    float: Real | None
+    quantized: Real | None
+    ratio: NotRequired[Real | None]
+    runs: NotRequired[int]
+    threads: NotRequired[int]
+    batch: NotRequired[int]
+    iqr: NotRequired[dict[str, Any]]
+
+
+@_MORE_WELCOME
+class Times(TypedDict):
+    """Seconds per step."""
+
+    capture: float
+    fold: float
+    calibrate: float
+    emit: float
+    validate: float
+
+
+@_MORE_WELCOME
+class SaturatingLayer(TypedDict):
+    """Largest magnitude a pair of products can reach against what 16 bits hold."""
+
+    name: str
+    worst: float
+    limit: float
+
+
+@_MORE_WELCOME
+class Saturation(TypedDict):
+    """Whether the file gives the same integers on a CPU without VNNI."""
+
+    safe_without_vnni: bool
+    affected_here: bool
+    layers: NotRequired[list[SaturatingLayer]]
+
+
+@_MORE_WELCOME
+class Simplifier(TypedDict):
+    """Whether the simplified graph was kept."""
+
+    applied: bool
+    why: str
+
+
+@_MORE_WELCOME
+class Emission(TypedDict):
+    """The file as written."""
+
+    opset: int
+    ir_version: NotRequired[int]
+    nodes: NotRequired[dict[str, int]]
+
+
+@_MORE_WELCOME
+class LintEntry(TypedDict):
+    """One finding against the rules of the target."""
+
+    rule: str
+    severity: str
+    where: str
+    message: str
+
+
+@_MORE_WELCOME
+class GateResult(TypedDict):
+    """One condition of the verdict, evaluated."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+    expression: NotRequired[str]
+
+
+@_MORE_WELCOME
+class DataSource(TypedDict):
+    """Where samples came from; sha256 is of their values."""
+
+    source: str
+    samples: int
+    sha256: NotRequired[str]
+
+
+@_MORE_WELCOME
+class Data(TypedDict):
+    """Calibration and held-out data."""
+
+    calibration: NotRequired[DataSource | None]
+    evaluation: NotRequired[DataSource | None]
+
+
+@_MORE_WELCOME
+class Report(TypedDict):
+    """The whole of report.json."""
+
+    schema: Literal[1]
+    verdict: Literal["pass", "fail"]
+    target: str
+    method: str
+    bits: Bits
+    fold: Fold
+    accuracy: Accuracy | None
+    parity: Parity
+    coverage: Coverage
+    size: Size
+    latency_ms: Latency | None
+    time_s: Times
+    gates: list[GateResult]
+    tool: NotRequired[Tool]
+    model: NotRequired[Model]
+    environment: NotRequired[Environment]
+    layers: NotRequired[list[LayerEntry]]
+    saturation: NotRequired[Saturation | None]
+    simplifier: NotRequired[Simplifier | None]
+    emission: NotRequired[Emission]
+    lint: NotRequired[list[LintEntry]]
+    warnings: NotRequired[list[str]]
+    config: NotRequired[dict[str, Any]]
+    data: NotRequired[Data]
+
+
+@cache
+def _adapter() -> TypeAdapter[Report]:
+    """Checker of the types above, built once and on first use: it costs tens of milliseconds."""
+    return TypeAdapter(Report)
+
+
+def validate_report(report: object) -> Report:
+    """The report itself, once every fixed key is there with its type.
+
+    raises: InputError naming the first wrong key.
+    """
+    try:
+        _adapter().validate_python(report, strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(map(str, first["loc"])) or "the report"
+        raise InputError(
+            f"not a report of schema {SCHEMA_VERSION}: {path}: {first['msg']} (and {error.error_count() - 1} more)."
+        ) from error
+    return cast(Report, report)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of report.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _adapter().json_schema()
+
+
+def read_report(path: Path) -> Report:
+    """The validated report of a file.
+
+    raises: InputError if the file cannot be read, is not JSON or is not a report.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the report {path}: {error}; export the model again.") from error
+    return validate_report(report)
+
+
+def dump_json(value: object) -> str:
+    """Text of a JSON document: keys in the order given, numbers that are not finite as null, newline at the end."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+def is_integer_kernel(node: NodeParity) -> bool:
+    """Whether a compared site was computed in integers, so that no difference at all is allowed."""
+    return not node["kernel"].lower().startswith("float")
+
+
+@cache
+def metric_paths() -> frozenset[str]:
+    """Dotted paths of every number in the report; `*` stands for a key that the model decides (an operator, a type)."""
+    schema = _adapter().json_schema()
+    return frozenset(_number_paths(schema, schema["$defs"], ""))
+
+
+def _number_paths(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[str]:
+    """Paths below one part of a JSON schema; lists of objects are left out (which entry would be meant?)."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    prefix = f"{path}." if path else ""
+    for option in schema.get("anyOf", ()):
+        yield from _number_paths(option, definitions, path)
+    for name, part in schema.get("properties", {}).items():
+        yield from _number_paths(part, definitions, prefix + name)
+    for index, part in enumerate(schema.get("prefixItems", ())):
+        yield from _number_paths(part, definitions, f"{prefix}{index}")
+    more = schema.get("additionalProperties")
+    if isinstance(more, dict):
+        yield from _number_paths(more, definitions, f"{prefix}*")
+    if schema.get("type") in ("integer", "number", "boolean"):
+        yield path

@@ -1,0 +1,218 @@
+"""Where batches come from: arrays, .npz files, folders of images; each function is one pass.
+
+Items have the forms that data.py reads: x, {name: x}, (x, labels) or ({name: x}, labels). Nothing here checks values.
+
+Must not know: torch, models, what the batches are for.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from calibrators.errors import DataError
+
+__all__ = ["ImageForm", "from_arrays", "from_images", "from_npz"]
+
+LABEL_NAMES = ("labels", "y")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+CHUNK_BYTES = 1 << 20
+"""Read from an archive at once."""
+
+Raw = Iterator[object]
+
+
+def from_arrays(value: object, label: str, batch: int) -> Raw:
+    """Batches of x, {name: x}, (x, labels) or ({name: x}, labels), as views."""
+    inputs, labels = value if isinstance(value, tuple) else (value, None)
+    arrays = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
+    if isinstance(inputs, Mapping) and labels is None:
+        labels = _pop_labels(arrays, label)
+    lengths = {name: len(array) for name, array in [*arrays.items(), ("labels", labels)] if array is not None}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{label}: arrays have different numbers of samples: {_counts(lengths)}.")
+    for start in range(0, max(lengths.values(), default=0), batch):
+        cut = {name: array[start : start + batch] for name, array in arrays.items()}
+        part = cut if isinstance(inputs, Mapping) else cut["x"]
+        yield part if labels is None else (part, labels[start : start + batch])
+
+
+def _pop_labels(arrays: dict[str, Any], label: str) -> Any:
+    found = [name for name in LABEL_NAMES if name in arrays]
+    if len(found) > 1:
+        raise DataError(f"{label} holds both 'labels' and 'y'; keep one of them.")
+    return arrays.pop(found[0]) if found else None
+
+
+def _counts(lengths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in lengths.items())
+
+
+def from_npz(path: Path, batch: int) -> Raw:
+    """Batches read row by row from the archive: memory does not grow with the file."""
+    try:
+        with zipfile.ZipFile(path) as archive, ExitStack() as stack:
+            arrays: dict[str, _Rows] = {}
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}")
+            labels = _pop_labels(arrays, str(path))
+            if not arrays:
+                raise DataError(f"{path} holds no input array; save one array per model input, labels in 'labels'.")
+            rows = {**arrays, **({} if labels is None else {"labels": labels})}
+            lengths = {name: array.length for name, array in rows.items()}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"{path}: arrays have different numbers of samples: {_counts(lengths)}.")
+            for start in range(0, next(iter(lengths.values())), batch):
+                count = min(batch, next(iter(lengths.values())) - start)
+                inputs = {name: array.read(count) for name, array in arrays.items()}
+                yield inputs if labels is None else (inputs, labels.read(count))
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is no readable .npz file ({error}); save it again with numpy.savez.") from error
+
+
+class _Rows:
+    """One .npy member, read forward along its first dimension. Objects are never unpickled."""
+
+    def __init__(self, stream: Any, where: str) -> None:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self._shape, fortran, self._dtype = read_header(stream)
+        if self._dtype.hasobject:
+            raise DataError(f"{where} holds Python objects, whose loading could run code: refused; save plain numbers.")
+        if not self._shape:
+            raise DataError(f"{where} is a single number; the first dimension counts the samples.")
+        self.length = self._shape[0]
+        self._stream = stream
+        self._transposed = self._whole() if fortran and len(self._shape) > 1 else None
+        self._position = 0
+
+    def _whole(self) -> np.ndarray[Any, Any]:
+        """Column-major arrays cannot be read by rows."""
+        return self._fill(self._shape[::-1]).transpose()
+
+    def read(self, count: int) -> np.ndarray[Any, Any]:
+        """The next `count` rows."""
+        start, self._position = self._position, self._position + count
+        if self._transposed is not None:
+            return np.ascontiguousarray(self._transposed[start : start + count])
+        return self._fill((count, *self._shape[1:]))
+
+    def _fill(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        array = np.empty(shape, self._dtype)
+        buffer = array.reshape(-1).view(np.uint8)
+        filled = 0
+        while filled < len(buffer):
+            chunk = self._stream.read(min(len(buffer) - filled, 1 << 20))
+            if not chunk:
+                raise EOFError("an array is shorter than its header says")
+            buffer[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            filled += len(chunk)
+        return array
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """How an image becomes an input: (height, width) or None, then mean and std per channel of values in 0..1."""
+
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls, size: int | tuple[int, int] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> ImageForm:
+        size = (size, size) if isinstance(size, int) else size
+        if size is not None and min(size) < 1:
+            raise DataError(f"an image size of {size[0]}x{size[1]} is empty; give 1 or more.")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) not in (1, 3) or not all(np.isfinite(values))):
+                raise DataError(f"{name} needs one finite number, or three for red, green, blue; got {list(values)}.")
+        if std is not None and min(std) <= 0:
+            raise DataError(f"std must be positive; got {list(std)}.")
+        return cls(size, tuple(mean or ()), tuple(std or ()))
+
+
+def from_images(root: Path, form: ImageForm, batch: int) -> Raw:
+    """Batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
+    files, labels = _image_files(root)
+    for start in range(0, len(files), batch):
+        pixels = [_image(file, form) for file in files[start : start + batch]]
+        shapes = {image.shape for image in pixels}
+        if len(shapes) > 1:
+            odd = next(i for i, image in enumerate(pixels) if image.shape != pixels[0].shape)
+            raise DataError(
+                f"{files[start + odd]} is {_extent(pixels[odd])}, {files[start]} is {_extent(pixels[0])} pixels; "
+                "give --image-size to bring all images to one size."
+            )
+        stacked = np.stack(pixels)  # [n, 3, height, width]
+        yield stacked if labels is None else (stacked, np.array(labels[start : start + batch]))
+
+
+def _image_files(root: Path) -> tuple[list[Path], list[int] | None]:
+    direct = _found(root.iterdir())
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = [(folder, _found(folder.rglob("*"))) for folder in folders]
+    inside = sum(len(files) for _, files in classes)
+    if direct and inside:
+        raise DataError(
+            f"{root} holds images and folders of images; use either one folder, or one sub-folder per class."
+        )
+    if not direct and not inside:
+        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    if direct:
+        return direct, None
+    empty = [folder.name for folder, files in classes if not files]
+    if empty:
+        raise DataError(f"{root / empty[0]} holds no images; it would shift the class numbers: fill or remove it.")
+    return [f for _, files in classes for f in files], [i for i, (_, files) in enumerate(classes) for _ in files]
+
+
+def _found(entries: Iterable[Path]) -> list[Path]:
+    return sorted(
+        e for e in entries if e.suffix.lower() in IMAGE_SUFFIXES and not e.name.startswith(".") and e.is_file()
+    )
+
+
+def _image(path: Path, form: ImageForm) -> np.ndarray[Any, Any]:
+    """One image as float32 [3, height, width].
+
+    Converted to RGB; with a size: the image is scaled (bilinear, antialiased) until it just covers the size, then the
+    centre is cut out, as torchvision's Resize(n) and CenterCrop(n) do. Values in 0..1, then (x - mean) / std.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise DataError(f"{path} has more than 8 bits per channel ({opened.mode}); give such data as .npz.")
+            image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no readable image ({error}); replace or remove it.") from error
+    if form.size is not None:
+        image = _cover(image, form.size)
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)  # [3, height, width]
+    if form.mean:
+        pixels = pixels - np.array(form.mean, np.float32).reshape(-1, 1, 1)
+    if form.std:
+        pixels = pixels / np.array(form.std, np.float32).reshape(-1, 1, 1)
+    return pixels
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    factor = max(height / image.height, width / image.width)
+    covering = (max(width, int(image.width * factor)), max(height, int(image.height * factor)))
+    image = image.resize(covering, Image.Resampling.BILINEAR) if covering != image.size else image
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _extent(pixels: np.ndarray[Any, Any]) -> str:
+    return f"{pixels.shape[2]}x{pixels.shape[1]}"

@@ -1,0 +1,1 @@
+"""The proof: the runtime against the reference."""

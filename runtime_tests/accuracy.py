@@ -1,0 +1,189 @@
+"""How much accuracy quantization costs, from outputs that arrive batch by batch.
+
+Three networks answer the same questions: the float model, the reference program and the runtime. Nothing but counts
+and float64 sums is kept: memory does not grow, and how the samples are split into batches does not matter.
+
+Must not know: where the outputs come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_softmax
+from scipy.stats import norm
+
+from calibrators.errors import DataError
+
+__all__ = ["Accuracy", "paired_interval"]
+
+Array = NDArray[Any]
+
+NETWORKS = ("float", "reference", "runtime")
+CONFIDENCE = 0.95
+TOP = 5
+
+
+@dataclass
+class Accuracy:
+    """Running comparison of the float, reference and runtime outputs.
+
+    classifier: outputs are [N, classes] with at least two classes; else only the signal-to-noise ratio is measured
+                and labels are not read. Decided by the first batch, like `labelled`.
+    """
+
+    samples: int = 0
+    classifier: bool = True
+    labelled: bool = False
+    _batches: int = 0
+    _top1: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
+    _top5: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
+    _agree: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
+    _noise: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0.0))
+    _signal: float = 0.0
+    _divergence: float = 0.0
+    _lost: int = 0
+    _gained: int = 0
+
+    def update(
+        self, float_outputs: ArrayLike, reference: ArrayLike, runtime: ArrayLike, labels: ArrayLike | None = None
+    ) -> None:
+        """Add one batch of outputs, all of one shape [N, ...], and its labels [N].
+
+        raises: DataError naming the batch: shapes differ, values are not finite, labels are no integers, out of range,
+                or there in some batches only.
+        """
+        outputs = dict(zip(NETWORKS, (np.asarray(each) for each in (float_outputs, reference, runtime)), strict=True))
+        truth = outputs["float"]
+        self._check_outputs(outputs)
+        checked = self._check_labels(labels, truth)
+        self.samples += len(truth)
+        self._batches += 1
+        exact = {name: each.astype(np.float64) for name, each in outputs.items()}
+        self._signal += float(np.sum(exact["float"] ** 2))
+        for name, each in exact.items():
+            self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
+        if self.classifier:
+            self._add_classes(exact)
+        if checked is not None:
+            self._add_ranks({name: _rank(each, checked) for name, each in outputs.items()})
+
+    @property
+    def metric(self) -> str:
+        """What `value` measures: "top1" with labels, "agreement" with the float model, or "sqnr_db"."""
+        if not self.classifier:
+            return "sqnr_db"
+        return "top1" if self.labelled else "agreement"
+
+    def value(self, network: str) -> float | None:
+        """The metric of "float", "reference" or "runtime"; an infinite signal-to-noise ratio is None."""
+        if self.metric == "sqnr_db":
+            return self.sqnr_db(network)
+        counts = self._top1 if self.labelled else self._agree
+        return self._share(counts[network])
+
+    def sqnr_db(self, network: str) -> float | None:
+        """10 log10(sum float^2 / sum (float - network)^2) over all outputs; None where they are identical."""
+        noise = self._noise[network]
+        if noise == 0.0:
+            return None
+        return float(10 * np.log10(max(self._signal, np.finfo(np.float64).tiny) / noise))
+
+    def drop_interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""
+        return paired_interval(self._lost, self._gained, self.samples) if self.labelled and self.samples else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The "accuracy" part of report.json; what was not measured is None."""
+        values = {name: self.value(name) for name in NETWORKS}
+        top5 = {name: self._share(count) for name, count in self._top5.items()} if self.labelled else None
+        interval = self.drop_interval()
+        return {
+            "metric": self.metric,
+            "samples": self.samples,
+            **values,
+            "top5": top5,
+            "agreement": self._share(self._agree["runtime"]) if self.classifier else None,
+            "sqnr_db": self.sqnr_db("runtime"),
+            "mean_kl": self._divergence / max(self.samples, 1) if self.classifier else None,
+            "drop_ci": list(interval) if interval is not None else None,
+        }
+
+    def _share(self, count: int) -> float:
+        return count / max(self.samples, 1)
+
+    def _check_outputs(self, outputs: dict[str, Array]) -> None:
+        shapes = {name: each.shape for name, each in outputs.items()}
+        shape = shapes["float"]
+        if not shape or len(set(shapes.values())) > 1:
+            raise DataError(f"outputs of batch {self._batches} have shapes {shapes}: all three must be one [N, ...].")
+        if broken := [name for name, each in outputs.items() if not np.isfinite(each).all()]:
+            raise DataError(
+                f"outputs of batch {self._batches} are not finite in: {', '.join(broken)}; check weights and inputs."
+            )
+        classifier = len(shape) == 2 and shape[1] > 1
+        if self._batches == 0:
+            self.classifier = classifier
+        elif classifier != self.classifier:
+            raise DataError(f"outputs of batch {self._batches} have shape {shape}, unlike those of the first batch.")
+
+    def _check_labels(self, labels: ArrayLike | None, truth: Array) -> Array | None:
+        labelled = labels is not None and self.classifier
+        if self._batches == 0:
+            self.labelled = labelled
+        elif labelled != self.labelled:
+            raise DataError(f"batch {self._batches} has {'' if labelled else 'no '}labels, unlike the first batch.")
+        if labels is None or not labelled:
+            return None
+        given = np.asarray(labels)
+        count, classes = truth.shape
+        if given.shape not in ((count,), (count, 1)) or not np.issubdtype(given.dtype, np.integer):
+            raise DataError(
+                f"labels of batch {self._batches} are {given.dtype} {list(given.shape)}: "
+                f"expected {count} integers, one class index per sample."
+            )
+        given = given.reshape(count)
+        if wrong := given[(given < 0) | (given >= classes)].tolist():
+            raise DataError(
+                f"labels of batch {self._batches} hold {wrong[0]}, but the model has classes 0..{classes - 1}."
+            )
+        return given
+
+    def _add_classes(self, outputs: dict[str, Array]) -> None:
+        best = outputs["float"].argmax(1)
+        for name, each in outputs.items():
+            self._agree[name] += int(np.sum(each.argmax(1) == best))
+        p, q = log_softmax(outputs["float"], axis=1), log_softmax(outputs["runtime"], axis=1)
+        self._divergence += float(np.sum(np.exp(p) * (p - q)))
+
+    def _add_ranks(self, ranks: dict[str, Array]) -> None:
+        for name, rank in ranks.items():
+            self._top1[name] += int(np.sum(rank == 0))
+            self._top5[name] += int(np.sum(rank < TOP))
+        before, after = ranks["float"] == 0, ranks["runtime"] == 0
+        self._lost += int(np.sum(before & ~after))
+        self._gained += int(np.sum(after & ~before))
+
+
+def paired_interval(lost: int, gained: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Confidence interval of a difference of two proportions measured on the same samples.
+
+    lost, gained: samples that only the first, only the second network gets right.
+    returns:      bounds of p(first) - p(second), within [-1, 1]; never empty, even for lost = gained = 0.
+    source:       Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions
+                  based on paired data: one sample is added to each discordant cell.
+    """
+    first, second = (lost + 1) / (samples + 2), (gained + 1) / (samples + 2)
+    difference = first - second
+    error = float(norm.ppf((1 + confidence) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
+    return max(-1.0, difference - error), min(1.0, difference + error)
+
+
+def _rank(outputs: Array, labels: Array) -> Array:
+    """How many classes stand before the label, [N]; of equal scores the lower index is first, as argmax has it."""
+    score = outputs[np.arange(len(labels)), labels][:, None]  # [N, 1]
+    earlier = np.arange(outputs.shape[1])[None] < labels[:, None]  # [N, classes]
+    return np.asarray(np.sum((outputs > score) | ((outputs == score) & earlier), axis=1))

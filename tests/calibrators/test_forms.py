@@ -1,0 +1,115 @@
+"""Integer forms compute what the operators they replace compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calibrators.forms import clip_bounds, to_integer_forms
+from exporter.capture import capture
+
+aten = torch.ops.aten
+
+ATTENTION_TOLERANCE = 1e-6
+"""torch's fused attention sums in another order; everything else must be equal bit for bit."""
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def forms(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[set[object], Tensor, Tensor]:
+    """Operators in the integer form, its result, and the original's."""
+    graph = to_integer_forms(capture(Function(function), x))
+    return {node.target for node in graph.graph.nodes if node.op == "call_function"}, graph(x)[0], function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "operators"),
+    [
+        pytest.param(F.silu, {aten.sigmoid.default, aten.mul.Tensor}, id="silu"),
+        pytest.param(F.relu6, {aten.clamp.default}, id="relu6"),
+        pytest.param(lambda x: F.hardtanh(x, -2, 1), {aten.clamp.default}, id="hardtanh"),
+        pytest.param(lambda x: x.mean((2, 3), keepdim=True), {aten.adaptive_avg_pool2d.default}, id="mean-keepdim"),
+        pytest.param(
+            lambda x: x.mean((-1, -2)), {aten.adaptive_avg_pool2d.default, aten.flatten.using_ints}, id="mean"
+        ),
+        pytest.param(lambda x: x.mean(1), {aten.mean.dim}, id="mean-over-channels-stays"),
+    ],
+)
+def test_form_is_equal(function: Callable[[Tensor], Tensor], operators: set[object]) -> None:
+    found, result, expected = forms(function, torch.randn(3, 4, 5, 6) * 4)
+    assert found == operators
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_on_tokens_becomes_a_matrix_product() -> None:
+    """Layers that share their input share the reshape."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    x = torch.randn(2, 6, 4)
+    graph = to_integer_forms(capture(Three(), x))
+    linears = [node for node in graph.graph.nodes if node.target is aten.linear.default]
+    assert len({node.args[0] for node in linears}) == 1
+    assert all(len(node.meta["tensor_meta"].shape) == 2 for node in linears)
+    assert graph(torch.randn(5, 6, 4))[0].shape == (5, 6, 5)
+
+
+def test_attention_is_spelled_out() -> None:
+    x = torch.randn(2, 3, 7, 4)
+    found, result, expected = forms(lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1), x)
+    assert aten.softmax.int in found and aten.scaled_dot_product_attention.default not in found
+    torch.testing.assert_close(result, expected, rtol=ATTENTION_TOLERANCE, atol=ATTENTION_TOLERANCE)
+
+
+def test_causal_attention_is_left_alone() -> None:
+    x = torch.randn(2, 3, 7, 4)
+    found, _, _ = forms(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), x)
+    assert aten.scaled_dot_product_attention.default in found
+
+
+@pytest.mark.parametrize(
+    ("function", "bounds"),
+    [
+        pytest.param(F.relu, (0.0, float("inf")), id="relu"),
+        pytest.param(lambda x: x.clamp(-1, 2), (-1.0, 2.0), id="clamp"),
+        pytest.param(lambda x: x.clamp(max=3), (-float("inf"), 3.0), id="clamp-max"),
+        pytest.param(torch.sigmoid, None, id="sigmoid"),
+    ],
+)
+def test_clip_bounds(function: Callable[[Tensor], Tensor], bounds: tuple[float, float] | None) -> None:
+    graph = capture(Function(function), torch.randn(2, 3))
+    [node] = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert clip_bounds(node) == bounds
+
+
+def test_layer_scale_behind_a_gate_moves_onto_the_gate() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * (x * torch.sigmoid(F.adaptive_avg_pool2d(x, 1)))
+
+    model, x = Scaled(), torch.randn(2, 4, 5, 5)
+    graph = to_integer_forms(capture(model, x))
+    [convolution] = [node for node in graph.graph.nodes if node.target is aten.conv2d.default]
+    assert convolution.meta["tensor_meta"].shape[2:] == (1, 1)
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)

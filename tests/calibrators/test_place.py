@@ -1,0 +1,156 @@
+"""Placement: which values are quantized, who reads the codes, what is shared; include and exclude."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calibrators.errors import InputError
+from calibrators.forms import to_integer_forms
+from calibrators.place import Placement, PlacementOptions, place
+from calibrators.targets import get_target
+from exporter.capture import capture
+from tests.networks import build, randomize
+
+
+def placed(model: nn.Module, x: Tensor, **options: object) -> Placement:
+    return place(to_integer_forms(capture(model, x)), get_target("ort-cpu"), PlacementOptions(**options))  # type: ignore[arg-type]
+
+
+def activations(placement: Placement) -> dict[str, str | None]:
+    """Name of each activation site -> the site it shares its scale with."""
+    return {site.name: site.shares for site in placement.sites if site.kind == "activation"}
+
+
+def test_residual_network_is_integer_throughout() -> None:
+    placement = placed(*build("residual"))
+    assert activations(placement) == {
+        "x": None,
+        "clamp": None,
+        "clamp_1": None,
+        "point.conv2d": None,
+        "add": None,
+        "adaptive_avg_pool2d": None,
+        "flatten": "adaptive_avg_pool2d",
+    }
+    sites = placement.by_name
+    assert sites["clamp"].clip == (0.0, 6.0)
+    assert sites["clamp"].users == ("conv2d_1", "add")
+    assert {name for name, site in sites.items() if site.kind == "weight"} == {
+        "stem.weight", "depthwise.weight", "point.weight", "head.weight",
+    }  # fmt: skip
+    assert {site.spec.bits for site in placement.sites if site.kind == "bias"} == {32}
+
+
+def test_relu_on_codes_that_are_read_twice_shares_their_scale() -> None:
+    """`relu(x)` beside `x` cannot be part of the kernel that makes x: it saturates x's codes."""
+    placement = placed(*build("pooled"))
+    of_codes = [site for site in placement.sites if site.of_codes]
+    assert [(site.shares, site.clip) for site in of_codes] == [("mul_1", (0.0, float("inf")))]
+
+
+def test_max_pool_shares_and_sigmoid_is_fixed() -> None:
+    placement = placed(*build("pooled"))
+    sites = placement.by_name
+    assert sites["max_pool2d"].shares == "mul"
+    assert sites["sigmoid"].fixed == (1 / 256, 0)
+    assert placement.root(sites["max_pool2d"]).name == "mul"
+
+
+def test_transformer_quantizes_linear_inputs_only() -> None:
+    placement = placed(*build("transformer"))
+    nodes = {node.name: node for node in placement.graph.graph.nodes}
+    linear = torch.ops.aten.linear.default
+    inputs = {node.args[0].name for node in nodes.values() if node.target is linear}
+    behind_convolution = {"x", "embed.conv2d"}
+    rest = [s for s in placement.sites if s.kind == "activation" and s.name not in behind_convolution]
+    assert {site.node for site in rest} == inputs
+    for site in rest:
+        assert all(nodes[user].target is linear for user in site.users)
+
+
+def test_float_reader_of_a_float_value_sees_the_float() -> None:
+    """GELU's result feeds a linear layer and a sum: only the layer reads codes."""
+
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.first(x))
+            return x + self.second(x)
+
+    placement = placed(randomize(Forked()), torch.randn(4, 6))
+    assert placement.by_name["gelu"].users == ("linear_1",)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({}, {8}, id="all-eight"),
+        pytest.param({"weight_bits": 4}, {8, 4}, id="edges-stay-at-eight"),
+        pytest.param({"weight_bits": 4, "first_last_bits": None}, {4}, id="no-exception"),
+        pytest.param({"reduce_range": True}, {7}, id="reduce-range"),
+    ],
+)
+def test_weight_bits(options: dict[str, object], expected: set[int]) -> None:
+    placement = placed(*build("residual"), **options)
+    assert {site.spec.bits for site in placement.sites if site.kind == "weight"} == expected
+
+
+def test_activation_bits_raise_everything_that_shares_with_the_edges() -> None:
+    placement = placed(*build("residual"), activation_bits=4)
+    bits = {site.name: site.spec.bits for site in placement.sites if site.kind == "activation"}
+    assert bits["x"] == bits["flatten"] == bits["adaptive_avg_pool2d"] == 8
+    assert bits["clamp"] == bits["point.conv2d"] == bits["add"] == 4
+
+
+def test_per_tensor_weights() -> None:
+    placement = placed(*build("residual"), per_tensor_weights=True)
+    assert {site.spec.axis for site in placement.sites if site.kind == "weight"} == {None}
+
+
+@pytest.mark.parametrize("pattern", ["depthwise", "conv2d_1", "depth*"], ids=["module", "node", "glob"])
+def test_excluded_operator_stays_in_float(pattern: str) -> None:
+    placement = placed(*build("residual"), exclude=(pattern,))
+    assert "depthwise.weight" not in placement.by_name
+    assert "stem.weight" in placement.by_name
+
+
+def test_included_operator_is_the_only_one() -> None:
+    placement = placed(*build("residual"), include=("head",))
+    assert {site.name for site in placement.sites if site.kind == "weight"} == {"head.weight"}
+
+
+def test_pattern_without_match_says_what_there_is() -> None:
+    with pytest.raises(InputError, match=r"unknown --exclude pattern 'stm'. Did you mean 'stem'"):
+        placed(*build("residual"), exclude=("stm",))
+
+
+def test_nothing_to_quantize() -> None:
+    with pytest.raises(InputError, match="nothing to quantize"):
+        placed(nn.ReLU(), torch.randn(2, 3))
+
+
+def test_tied_weights_share_one_site() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(F.relu(self.layer(x)))
+
+    placement = placed(randomize(Tied()), torch.randn(4, 6))
+    weights = [site for site in placement.sites if site.kind == "weight"]
+    assert [len(site.users) for site in weights] == [2]
+    assert len([site for site in placement.sites if site.kind == "bias"]) == 2
+
+
+def test_site_names_are_unique() -> None:
+    for name in ("residual", "pooled", "transformer", "mlp"):
+        names = [site.name for site in placed(*build(name)).sites]
+        assert len(names) == len(set(names))

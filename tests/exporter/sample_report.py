@@ -1,0 +1,184 @@
+"""A complete report of a made-up network, every optional block present: the tests change copies of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def _histogram(index: int) -> list[int]:
+    """64 bins of a bell whose centre and width depend on the layer."""
+    centre, width = 14 + (index * 7) % 30, 4 + index % 9
+    return [round(4000 * math.exp(-(((bin_ - centre) / width) ** 2) / 2)) for bin_ in range(64)]
+
+
+def layer(index: int, kind: str = "activation") -> dict[str, Any]:
+    """One entry of report["layers"]."""
+    hi = 1.5 + (index * 13 % 17) / 4
+    lo = -hi if kind == "weight" else (0.0 if index % 3 else -0.4)
+    return {
+        "site": f"stages.{index // 4}.{index % 4}.conv.{kind}",
+        "module": f"stages.{index // 4}.{index % 4}.conv",
+        "op": "conv2d",
+        "kind": kind,
+        "bits": 8,
+        "scale_min": hi / 255 / (2 if kind == "weight" else 1),
+        "scale_max": hi / 255,
+        "zero_point": 0 if kind == "weight" else index % 3 * 5,
+        "lo": lo,
+        "hi": hi,
+        "observed_lo": lo * 1.1 - 0.05,
+        "observed_hi": hi * (1.0 + (index % 5) / 6),
+        "sqnr_db": 44.0 - (index * 29 % 23) - index * 0.05,
+        "histogram": _histogram(index),
+    }
+
+
+def _node(index: int) -> dict[str, Any]:
+    kernel = "float:LayerNormalization" if index % 7 == 6 else "QLinearConv"
+    mismatched = 3 if kernel.startswith("float") else 0
+    return {
+        "site": f"stages.{index // 4}.{index % 4}.conv.activation",
+        "kernel": kernel,
+        "values": 401_408,
+        "mismatched": mismatched,
+        "max_lsb": min(mismatched, 1),
+    }
+
+
+def sample_report(layers: int = 9) -> dict[str, Any]:
+    """A passing report with that many activation sites and as many weight sites."""
+    nodes = [_node(index) for index in range(layers)]
+    values, off = sum(node["values"] for node in nodes), sum(node["mismatched"] for node in nodes)
+    float_values = sum(node["values"] for node in nodes if node["kernel"].startswith("float"))
+    forced = {"values": values, "mismatched": off, "max_lsb": min(off, 1)}
+    level = {
+        **forced,
+        "forced": forced,
+        "outputs_identical": off == 0,
+        "kernel_mismatched": 0,
+        "float_mismatched": off,
+        "float_values": float_values,
+        "worst": [node for node in nodes if node["mismatched"]][:5],
+        "nodes": nodes,
+    }
+    plain = {**level, "mismatched": 41, "max_lsb": 1, "outputs_identical": False, "worst": nodes[:2]}
+    return {
+        "schema": 1,
+        "verdict": "pass",
+        "target": "ort-cpu",
+        "method": "mse",
+        "bits": {"weight": 8, "activation": 8},
+        "tool": {"name": "intact", "version": "0.1.0"},
+        "model": {
+            "source": "zoo.py:repvgg",
+            "inputs": [{"name": "image", "shape": ["batch", 3, 64, 64], "dtype": "float32"}],
+            "outputs": [{"name": "logits", "shape": ["batch", 10], "dtype": "float32"}],
+            "parameters": 7_839_146,
+            "dynamic_batch": True,
+            "notes": ["dropout removed: the model is in eval mode"],
+        },
+        "environment": {
+            "cpu": "A CPU @ 2.20GHz",
+            "flags": ["avx2", "avx512f", "avx512_vnni"],
+            "torch": "2.13.0",
+            "onnxruntime": "1.31.0",
+            "onnx": "1.20.0",
+            "python": "3.11.7",
+            "threads": 1,
+        },
+        "fold": {
+            "regions": 14,
+            "max_rel_error": 3.1e-15,
+            "refused": [{"where": "stages.1.0.add", "why": "a ReLU stands between the branches"}],
+            "folded": [
+                {
+                    "where": f"stages.0.{index}",
+                    "nodes": 7,
+                    "kernel": "3x3",
+                    "rel_error": 3.1e-15 / (index + 1),
+                    "macs_before": 4.19e7,
+                    "macs_after": 3.77e7,
+                }
+                for index in range(3)
+            ],
+        },
+        "accuracy": {
+            "metric": "top1",
+            "samples": 2000,
+            "float": 0.9035,
+            "reference": 0.9025,
+            "runtime": 0.9025,
+            "top5": {"float": 0.994, "reference": 0.9935, "runtime": 0.9935},
+            "agreement": 0.991,
+            "sqnr_db": 31.4,
+            "drop_ci": [-0.0012, 0.0032],
+        },
+        "parity": {"unoptimized": plain, "optimized": level},
+        "coverage": {
+            "integer_nodes": 14,
+            "compute_nodes": 16,
+            "integer_macs": 0.9987,
+            "float_nodes": [
+                {
+                    "name": "head.norm",
+                    "op": "LayerNormalization",
+                    "why": "the runtime has no integer kernel",
+                    "macs": 5120.0,
+                },
+                {"name": "head.softmax", "op": "Softmax", "why": "kept in float by --exclude", "macs": None},
+            ],
+            "by_op": {"QLinearConv": 13, "QGemm": 1, "LayerNormalization": 1, "Softmax": 1},
+        },
+        "layers": [layer(i, kind) for kind in ("activation", "weight") for i in range(layers)],
+        "size": {
+            "float_bytes": 31_412_224,
+            "bytes": 7_991_296,
+            "by_type": {"INT8": 7_839_000, "INT32": 52_000, "FLOAT": 9_800},
+        },
+        "latency_ms": {
+            "float": 12.41,
+            "quantized": 3.92,
+            "ratio": 0.3159,
+            "runs": 200,
+            "threads": 1,
+            "batch": 1,
+            "iqr": {"float": 0.31, "quantized": 0.12},
+        },
+        "time_s": {"capture": 2.1, "fold": 0.8, "calibrate": 11.2, "emit": 1.4, "validate": 21.9},
+        "saturation": {
+            "safe_without_vnni": False,
+            "affected_here": False,
+            "layers": [{"name": "stages.0.0.conv", "worst": 61_200.0, "limit": 32_767.0}],
+        },
+        "simplifier": {"applied": False, "why": "the number of DequantizeLinear nodes fell from 58 to 57"},
+        "emission": {
+            "opset": 20,
+            "ir_version": 10,
+            "nodes": {"QuantizeLinear": 30, "DequantizeLinear": 58, "Conv": 13, "Gemm": 1},
+        },
+        "lint": [{"rule": "bias-scale", "severity": "warning", "where": "fc", "message": "bias scale was widened"}],
+        "warnings": ["2 channels of stages.0.0.conv are dead"],
+        "gates": [
+            {
+                "name": "kernel_mismatched",
+                "limit": 0.0,
+                "value": 0.0,
+                "passed": True,
+                "expression": "kernel_mismatched==0",
+            },
+            {"name": "lint_errors", "limit": 0.0, "value": 0.0, "passed": True, "expression": "lint_errors==0"},
+            {
+                "name": "accuracy_drop",
+                "limit": 0.01,
+                "value": 0.001,
+                "passed": True,
+                "expression": "accuracy_drop<=0.01",
+            },
+        ],
+        "config": {"seed": 0, "method": "mse", "options": {"grid": 80}, "exclude": []},
+        "data": {
+            "calibration": {"source": "zoo.py:calibration", "samples": 1024, "sha256": "ab" * 32},
+            "evaluation": {"source": "zoo.py:evaluation", "samples": 2000, "sha256": "cd" * 32},
+        },
+    }

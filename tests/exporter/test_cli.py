@@ -1,0 +1,309 @@
+"""The command: arguments, messages, exit codes. The work itself is replaced; whole exports are tested elsewhere."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from calibrators.errors import ExportError, InputError
+from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
+from exporter.data import Data
+from exporter.progress import Progress, console_progress
+
+ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
+
+Call = dict[str, Any]
+
+
+def report(verdict: str = "pass") -> dict[str, Any]:
+    return {
+        "verdict": verdict,
+        "accuracy": {"metric": "top1", "samples": 500, "float": 0.975, "reference": 0.97, "runtime": 0.97},
+        "parity": {"optimized": {"values": 123456, "mismatched": 7, "max_lsb": 1}},
+        "coverage": {"integer_macs": 0.998},
+        "size": {"float_bytes": 40960, "bytes": 10240},
+        "latency_ms": {"float": 3.0, "quantized": 1.0},
+        "gates": [{"name": "accuracy_drop", "limit": 0.001, "value": 0.005, "passed": verdict == "pass"}],
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Any]:
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+    return invoke
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Stands for exporter.pipeline; records what the command asks of it."""
+    calls: list[Call] = []
+    module = types.ModuleType("exporter.pipeline")
+
+    def export(model: nn.Module, data: Data, **rest: Any) -> dict[str, Any]:
+        calls.append({"model": model, "data": data, **rest})
+        return report()
+
+    def verify(folder: Path, progress: Progress) -> dict[str, Any]:
+        calls.append({"folder": folder})
+        return report()
+
+    module.export, module.verify = export, verify  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "exporter.pipeline", module)
+    return calls
+
+
+@pytest.fixture
+def failing(pipeline: list[Call], monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes the export raise."""
+
+    def arrange(error: BaseException) -> None:
+        def export(*_: Any, **__: Any) -> dict[str, Any]:
+            raise error
+
+        monkeypatch.setattr(sys.modules["exporter.pipeline"], "export", export)
+
+    return arrange
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from exporter.cli import app\n"
+        "result = CliRunner().invoke(app, ['export', '--help'])\n"
+        "assert result.exit_code == 0 and 'torch' not in sys.modules, sorted(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "methods", "targets", "demo"])
+def test_every_command_teaches_by_example(run: Callable[..., Any], command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: intact {'export' if command in ('methods', 'targets') else command}" in result.output
+
+
+def test_version_alone_is_enough(run: Callable[..., Any]) -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("intact ")
+
+
+def test_targets_are_listed(run: Callable[..., Any]) -> None:
+    result = run("targets")
+    assert result.exit_code == 0
+    assert "ort-cpu" in result.output
+    assert "uint8 per tensor" in result.output
+
+
+def test_methods_are_listed_with_options_and_defaults(run: Callable[..., Any]) -> None:
+    from calibrators.methods import list_methods
+
+    result = run("methods")
+    assert result.exit_code == 0, result.output
+    for method in list_methods():
+        assert method.name in result.output
+        assert all(option.name in result.output and str(option.default) in result.output for option in method.options)
+
+
+def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("seed = 5\nweight_bits = 4\n")
+    result = run(
+        "export", *ARGUMENTS, "--eval", "exporter.demo.model:evaluation", "--out", str(tmp_path / "out"), "--config",
+        str(tmp_path / "a.toml"), "--weight-bits", "6", "--set", "activation_bits=7", "--per-tensor-weights",
+        "--exclude", "a.*", "--exclude", "b", "--gate", "accuracy_drop<=0.01", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (call,) = pipeline
+    config = call["config"]
+    assert (config.seed, config.weight_bits, config.activation_bits, config.per_tensor_weights) == (5, 6, 7, True)
+    assert (config.exclude, config.gates) == (("a.*", "b"), ("accuracy_drop<=0.01",))
+    assert isinstance(call["model"], nn.Identity)
+    assert call["data"].names == ("input",)
+    assert len(call["data"].example()) == 64
+    assert sum(len(batch) for batch in call["eval_data"]) == 500
+    assert call["out"] == tmp_path / "out"
+
+
+def test_image_flags_reach_the_folder_only(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "images" / "a.png")
+    out, data = str(tmp_path / "out"), str(tmp_path / "images")
+    flags = ["--image-size", "4x8", "--mean", "0.5,0.5,0.5", "--std", "0.5"]
+    result = run("export", "torch.nn:Identity", "--data", data, "--eval", ARGUMENTS[2], "--out", out, *flags)
+    assert result.exit_code == 0, result.output
+    x = pipeline[0]["data"].example().inputs[0]
+    assert tuple(x.shape) == (1, 3, 4, 8)
+    assert x[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
+    refused = run("export", *ARGUMENTS, "--out", out, *flags)
+    assert refused.exit_code == 2
+    assert "belong to a folder of images" in refused.stderr
+
+
+def test_the_demo_uses_what_ships_with_the_package(
+    run: Callable[..., Any], pipeline: list[Call], tmp_path: Path
+) -> None:
+    result = run("demo", "--out", str(tmp_path / "out"), "--method", "minmax")
+    assert result.exit_code == 0, result.output
+    assert pipeline[0]["config"].method == "minmax"
+    assert pipeline[0]["data"].example().inputs[0].shape[1:] == (1, 16, 16)
+
+
+def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"))
+    for part in ("PASS", "97.50 % float, 97.00 %", "7 of 123,456", "99.80 %", "4.00x", "3.00x", "report.html"):
+        assert part in result.stdout, result.stdout
+
+
+def test_a_failed_gate_exits_1_and_is_named(
+    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys.modules["exporter.pipeline"], "export", lambda *_, **__: report("fail"))
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+    assert "accuracy_drop: 0.005 against a limit of 0.001" in result.stdout
+
+
+def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
+    assert run("verify", str(tmp_path)).exit_code == 0
+    assert pipeline == [{"folder": tmp_path}]
+    missing = run("verify", str(tmp_path / "nowhere"))
+    assert missing.exit_code == 2
+    assert "is no folder" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        pytest.param(["--method", "msee"], "Did you mean 'mse'", id="method"),
+        pytest.param(["--target", "ort-gpu"], "Did you mean 'ort-cpu'", id="target"),
+        pytest.param(["--set", "no_such_option=1"], "no_such_option", id="method option"),
+        pytest.param(["--weight-bits", "9"], "weight_bits = 9", id="bits"),
+        pytest.param(["--gate", "acuracy_drop<=1"], "Did you mean 'accuracy_drop'", id="gate metric"),
+        pytest.param(["--gate", "accuracy_drop"], "is not METRIC OP NUMBER", id="gate form"),
+        pytest.param(["--eval", "nowhere.npz"], "nowhere.npz does not exist", id="eval"),
+        pytest.param(["--config", "nowhere.toml"], "nowhere.toml does not exist", id="config"),
+        pytest.param(["--mean", "a,b"], "--mean 'a,b'", id="mean"),
+        pytest.param(["--image-size", "big"], "--image-size 'big'", id="image size"),
+        pytest.param(["--checkpoint", "nowhere.pt"], "nowhere.pt does not exist", id="checkpoint"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
+    run: Callable[..., Any], pipeline: list[Call], tmp_path: Path, arguments: list[str], part: str
+) -> None:
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert part in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not pipeline
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export"], ["export", "net.py:f"], ["nonsense"], ["export", *ARGUMENTS, "--out", "o", "--wrong", "1"]],
+)
+def test_usage_errors_exit_2(run: Callable[..., Any], arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_taken_folder_is_refused_before_any_work(
+    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    monkeypatch.setattr("exporter.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    for extra in ([], ["--overwrite"]):  # a folder that is no bundle is not overwritten either
+        result = run("export", *ARGUMENTS, "--out", str(tmp_path), *extra)
+        assert result.exit_code == 2, result.output
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        pytest.param(InputError("what, where, next."), 2, "error: what, where, next.\n", id="input"),
+        pytest.param(ExportError("topk at head."), 3, "error: topk at head.\n", id="export"),
+        pytest.param(KeyboardInterrupt(), INTERRUPTED, "interrupted; nothing was written.\n", id="ctrl-c"),
+        pytest.param(
+            KeyError("x"),
+            INTERNAL_FAULT,
+            "internal error: KeyError: 'x'; run again with --debug and report it.\n",
+            id="bug",
+        ),
+    ],
+)
+def test_errors_become_one_line_and_their_exit_code(
+    run: Callable[..., Any],
+    failing: Callable[[BaseException], None],
+    tmp_path: Path,
+    error: BaseException,
+    code: int,
+    text: str,
+) -> None:
+    failing(error)
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--quiet")
+    assert result.exit_code == code
+    assert result.stderr == text
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_error_itself(
+    run: Callable[..., Any], failing: Callable[[BaseException], None], tmp_path: Path
+) -> None:
+    failing(InputError("seen"))
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--debug")
+    assert isinstance(result.exception, InputError)
+
+
+# ---- progress
+
+
+def test_progress_on_a_file_is_plain_lines_at_a_modest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = console_progress(stream)
+    with progress.stage("calibrate", total=40) as bar:
+        for _ in range(40):
+            now += 0.25
+            bar.advance()
+    with progress.stage("emit"):
+        pass
+    progress.note("the batch is fixed")
+    assert stream.getvalue().splitlines() == [
+        "calibrate: 20/40 (5.0 s)",
+        "calibrate: 40/40 (10.0 s)",
+        "calibrate: 40/40 done (10.0 s)",
+        "emit: done (0.0 s)",
+        "the batch is fixed",
+    ]
+
+
+def test_progress_on_a_terminal_is_bars_and_quiet_is_silence() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    for quiet in (False, True):
+        with console_progress(stream, quiet=quiet).stage("fold", total=2) as bar:
+            bar.advance(2)
+        if not quiet:
+            assert "2/2" in stream.getvalue()
+            length = len(stream.getvalue())
+    assert len(stream.getvalue()) == length

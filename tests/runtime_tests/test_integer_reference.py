@@ -1,0 +1,306 @@
+"""Which kernels the plan expects, that the runtime agrees, and how a plan is executed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import pytest
+import torch
+from torch import Tensor, fx
+
+from calibrators.freeze import CalibrationResult
+from calibrators.place import PlacementOptions
+from exporter.emit import to_onnx
+from runtime_tests.integer_reference import FLOAT, plan, run, run_qdq
+from runtime_tests.sessions import optimized_model, session
+from tests.runtime_tests.programs import NETWORKS, X_SCALE, Program, calibrated, network
+
+aten = torch.ops.aten
+SIX = 6 / 255
+
+CONV = ([1, 1], [1, 1], [1, 1], 1)
+INTEGER_KERNELS = (
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "QLinearAdd",
+    "QLinearMul",
+    "QLinearConcat",
+    "QLinearSigmoid",
+    "QLinearLeakyRelu",
+    "QLinearSoftmax",
+    "QLinearGlobalAveragePool",
+    "QLinearAveragePool",
+)
+
+
+def conv(p: Program, x: fx.Node, **bias: Any) -> fx.Node:
+    weight = p.weight(4, 4, 3, 3)
+    return p.call(aten.conv2d.default, x, weight, p.bias(weight, **bias), *CONV)
+
+
+def image(p: Program, **quantizer: Any) -> fx.Node:
+    return p.quantized(p.input(2, 4, 6, 6), **quantizer)
+
+
+def tokens(p: Program) -> fx.Node:
+    return p.quantized(p.input(2, 3, 8))
+
+
+def conv_then(operator: Any, *args: Any, **quantizer: Any) -> Callable[[Program], fx.Node]:
+    return lambda p: p.quantized(p.call(operator, conv(p, image(p)), *args), **quantizer)
+
+
+def linear(p: Program, x: fx.Node, bias: str = "int32") -> fx.Node:
+    weight = p.weight(5, 8)
+    biases = {"int32": lambda: p.bias(weight), "float": lambda: p.constant("b", torch.randn(5)), "none": lambda: None}
+    return p.call(aten.linear.default, x, weight, biases[bias]())
+
+
+def matrix(p: Program) -> fx.Node:
+    return p.quantized(p.input(6, 8))
+
+
+def float_reader(p: Program) -> fx.Node:
+    value = conv(p, image(p))
+    return p.call(aten.add.Tensor, p.quantized(value), p.call(aten.tanh.default, value))
+
+
+def bad_bias(p: Program) -> fx.Node:
+    return p.quantized(conv(p, image(p), factor=1.5))
+
+
+def float_bias(p: Program) -> fx.Node:
+    value = p.call(aten.conv2d.default, image(p), p.weight(4, 4, 3, 3), p.constant("b", torch.randn(4)), *CONV)
+    return p.quantized(value)
+
+
+def moved(p: Program) -> fx.Node:
+    value = p.call(aten.relu.default, linear(p, tokens(p)))
+    return p.quantized(p.call(aten.permute.default, p.call(aten.reshape.default, value, [6, 5]), [1, 0]), zero_point=0)
+
+
+def read_through_a_move(p: Program) -> fx.Node:
+    return p.quantized(conv(p, p.call(aten.slice.Tensor, image(p), 2, 0, 4)))
+
+
+def unmoved_scale(p: Program, scale: float = X_SCALE) -> fx.Node:
+    return p.quantized(p.call(aten.max_pool2d.default, image(p), [2, 2]), scale=scale)
+
+
+def pair(operator: Any, *args: Any) -> Callable[[Program], fx.Node]:
+    return lambda p: p.quantized(p.call(operator, image(p), image(p, zero_point=7), *args))
+
+
+def unary(operator: Any, *args: Any, scale: float = X_SCALE) -> Callable[[Program], fx.Node]:
+    return lambda p: p.quantized(p.call(operator, image(p), *args), scale=scale)
+
+
+def product(quantized: bool) -> Callable[[Program], fx.Node]:
+    def build(p: Program) -> fx.Node:
+        value = p.call(aten.matmul.default, p.quantized(p.input(2, 3, 8)), p.quantized(p.input(2, 8, 5)))
+        return p.quantized(value) if quantized else value
+
+    return build
+
+
+CASES: dict[str, tuple[Callable[[Program], fx.Node], str, str]] = {
+    "conv": (lambda p: p.quantized(conv(p, image(p))), "QLinearConv", ""),
+    "conv-float-result": (lambda p: conv(p, image(p)), FLOAT, "its result is not quantized"),
+    "conv-relu": (conv_then(aten.relu.default, zero_point=0), "QLinearConv", ""),
+    "conv-relu-zero-inside": (conv_then(aten.relu.default, zero_point=5), FLOAT, "a clip that is not"),
+    "conv-clip-at-the-end": (conv_then(aten.clamp.default, 0, 6, scale=SIX, zero_point=0), "QLinearConv", ""),
+    "conv-clip-beyond-the-end": (conv_then(aten.clamp.default, 0, 6, scale=0.02, zero_point=0), "QLinearConv", ""),
+    "conv-clip-inside": (conv_then(aten.clamp.default, 0, 6, scale=0.024, zero_point=0), FLOAT, "a clip that is not"),
+    "conv-gelu": (conv_then(aten.gelu.default), FLOAT, "gelu has no integer kernel"),
+    "conv-two-readers": (float_reader, FLOAT, "read both by a quantizer and as floats"),
+    "conv-other-bias-scale": (bad_bias, FLOAT, "the scale of its bias"),
+    "conv-float-bias": (float_bias, "QLinearConv", ""),
+    "conv-behind-slice": (read_through_a_move, "QLinearConv", ""),
+    "conv-int8": (lambda p: p.quantized(conv(p, image(p, dtype=torch.int8, zero_point=0))), FLOAT, "int8"),
+    "linear-moved": (moved, "QGemm", ""),
+    "linear-to-float": (lambda p: linear(p, matrix(p)), "QGemm", ""),
+    "linear-to-float-no-bias": (lambda p: linear(p, matrix(p), "none"), "QGemm", ""),
+    "linear-to-float-float-bias": (lambda p: linear(p, matrix(p), "float"), FLOAT, "its bias is float"),
+    "linear-float-bias": (lambda p: p.quantized(linear(p, matrix(p), "float")), "QGemm", ""),
+    "matmul": (product(quantized=True), "QLinearMatMul", ""),
+    "matmul-to-float": (product(quantized=False), "MatMulIntegerToFloat", ""),
+    "add": (pair(aten.add.Tensor), "QLinearAdd", ""),
+    "add-number": (unary(aten.add.Tensor, 1.5), FLOAT, "an operand is a number"),
+    "sub": (pair(aten.sub.Tensor), FLOAT, "sub has no integer kernel"),
+    "mul": (pair(aten.mul.Tensor), "QLinearMul", ""),
+    "cat": (lambda p: p.quantized(p.call(aten.cat.default, [image(p), image(p)], 1)), "QLinearConcat", ""),
+    "global-pool": (unary(aten.adaptive_avg_pool2d.default, [1, 1]), "QLinearGlobalAveragePool", ""),
+    "average-pool": (unary(aten.avg_pool2d.default, [2, 2]), "QLinearAveragePool", ""),
+    "max-pool": (unmoved_scale, "MaxPool", ""),
+    "max-pool-other-scale": (lambda p: unmoved_scale(p, scale=0.03), FLOAT, "between different scales"),
+    "sigmoid": (unary(aten.sigmoid.default, scale=1 / 256), "QLinearSigmoid", ""),
+    "leaky-relu": (unary(aten.leaky_relu.default, 0.1), "QLinearLeakyRelu", ""),
+    "softmax": (unary(aten.softmax.int, 3, scale=1 / 256), "QLinearSoftmax", ""),
+    "requantized": (lambda p: p.quantized(image(p), scale=0.05), FLOAT, "behind another"),
+}
+
+
+def case(name: str) -> fx.GraphModule:
+    p = Program()
+    return p.build(CASES[name][0](p))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_names_the_kernel_or_the_reason(name: str) -> None:
+    _, kernel, reason = CASES[name]
+    steps = [step for step in plan(case(name)).steps if step.kernel != "QuantizeLinear"]
+    assert [step.kernel for step in steps][-1] == kernel
+    assert reason in steps[-1].reason
+    assert bool(steps[-1].reason) == (kernel == FLOAT)
+
+
+def integer_kernels_in_runtime(model: onnx.ModelProto) -> Counter[str]:
+    found = Counter(node.op_type for node in optimized_model(model).graph.node)
+    return Counter({name: found[name] for name in INTEGER_KERNELS if found[name]})
+
+
+IN_RUNTIME = [
+    "conv-relu-zero-inside",
+    "conv-clip-at-the-end",
+    "conv-clip-beyond-the-end",
+    "conv-clip-inside",
+    "conv-two-readers",
+    "conv-other-bias-scale",
+    "conv-behind-slice",
+    "linear-moved",
+    "linear-to-float-no-bias",
+    "linear-to-float-float-bias",
+    "matmul-to-float",
+    "requantized",
+]
+"""Cases whose rule is the optimiser's own and not to be read off the ONNX file."""
+
+
+@pytest.mark.parametrize("name", IN_RUNTIME)
+def test_runtime_agrees_with_the_plan(name: str) -> None:
+    """The kernels that ran are the planned ones, and so are all codes and the outputs of planned kernels."""
+    program = case(name)
+    model = onnx_ir.to_proto(to_onnx(program, opset=20))
+    kernels = plan(program)
+    planned = Counter(step.kernel for step in kernels.steps if step.kernel in INTEGER_KERNELS)
+    assert integer_kernels_in_runtime(model) == planned
+    codes, outputs = run(kernels, program.meta["example"])
+    taps = [f"{site}_quantized" for site in kernels.sites]
+    feeds = {key: x.numpy() for key, x in zip(program.meta["input_names"], program.meta["example"], strict=True)}
+    runtime = session(model, taps=taps)
+    theirs = dict(zip(taps, map(torch.from_numpy, runtime.run(taps, feeds)), strict=True))
+    assert all(torch.equal(codes[site], theirs[f"{site}_quantized"]) for site in kernels.sites)
+    if kernels.exact_outputs[0]:
+        assert torch.equal(outputs[0], torch.from_numpy(runtime.run(["y0"], feeds)[0]))
+
+
+# --- execution -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def calibrated_network(request: pytest.FixtureRequest) -> Iterator[tuple[CalibrationResult, Tensor]]:
+    model, x = network(request.param)
+    yield calibrated(model, x), x
+
+
+def test_qdq_execution_is_the_program(calibrated_network: tuple[CalibrationResult, Tensor]) -> None:
+    """Codes kept as codes until somebody needs floats: the same bits as the module called as a function."""
+    result, x = calibrated_network
+    with torch.no_grad():
+        expected = result.program(x)
+    _, outputs = run_qdq(result.program, (x,))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_both_ways_agree_but_for_ties(calibrated_network: tuple[CalibrationResult, Tensor]) -> None:
+    result, x = calibrated_network
+    integers, _ = run(plan(result.program), (x,))
+    floats, _ = run_qdq(result.program, (x,))
+    assert list(integers) == list(floats) == list(plan(result.program).sites)
+    for site in integers:
+        steps = (integers[site].int() - floats[site].int()).abs()
+        assert int(steps.max()) <= 2  # one from the node, one from its inputs
+        assert float((steps > 0).float().mean()) < 0.01
+
+
+def test_batches_do_not_interact(calibrated_network: tuple[CalibrationResult, Tensor]) -> None:
+    result, x = calibrated_network
+    kernels = plan(result.program)
+    whole, _ = run(kernels, (x,))
+    parts = [run(kernels, (part,))[0] for part in x.split(1)]
+    if all(step.is_integer for step in kernels.steps):
+        assert all(torch.equal(whole[site], torch.cat([part[site] for part in parts])) for site in whole)
+
+
+def test_forced_codes_replace_the_computed_ones_downstream_only() -> None:
+    model, x = network("residual")
+    kernels = plan(calibrated(model, x).program)
+    free, free_outputs = run(kernels, (x,))
+    own, own_outputs = run(kernels, (x,), free)
+    assert all(torch.equal(own[site], free[site]) for site in free)
+    assert torch.equal(own_outputs[0], free_outputs[0])
+    first, second = kernels.sites[1:3]
+    zeros = torch.zeros_like(free[first])
+    forced, outputs = run(kernels, (x,), {first: zeros})
+    assert torch.equal(forced[first], free[first]), "a forced site must record what it computed"
+    assert not torch.equal(forced[second], free[second])
+    assert not torch.equal(outputs[0], free_outputs[0])
+
+
+def test_values_are_freed_when_their_last_reader_is_done() -> None:
+    """At no time are more than three floats of the chain alive, however long it is."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    counts: list[int] = []
+
+    def tracked(x: Tensor) -> Tensor:
+        result = torch.tanh(x)
+        alive.add(result.untyped_storage())
+        gc.collect()
+        counts.append(len(alive))
+        return result
+
+    p = Program()
+    value = p.input(2, 4)
+    for _ in range(8):
+        value = p.call(tracked, value)
+    run_qdq(p.build(value), p.example)
+    assert len(counts) == 8
+    assert max(counts) <= 3
+
+
+def test_reduced_precision_of_the_caller_changes_nothing() -> None:
+    model, x = network("perceptron")
+    kernels = plan(calibrated(model, x).program)
+    expected, _ = run(kernels, (x,))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found, _ = run(kernels, (x,))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(expected[site], found[site]) for site in expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["8-bit", "4-bit"])
+def test_narrow_codes_stay_in_their_range(bits: int) -> None:
+    model, x = network("residual")
+    options = PlacementOptions(weight_bits=bits, activation_bits=bits, first_last_bits=None)
+    codes, _ = run(plan(calibrated(model, x, options=options).program), (x * 2,))
+    assert all(int(value.max()) == 2**bits - 1 for value in codes.values() if value.ndim == 4 and value.shape[-1] > 1)
+    assert all(int(value.max()) < 2**bits for value in codes.values())
+
+
+def test_plan_without_optimisations_has_no_integer_kernel(tmp_path: Path) -> None:
+    model, x = network("mobile")
+    steps = plan(calibrated(model, x).program, integer=False).steps
+    assert {step.kernel for step in steps} == {"QuantizeLinear", FLOAT}
