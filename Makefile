@@ -14,7 +14,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint clean
@@ -50,11 +51,11 @@ $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3-venv."; exit 1; }
 	@echo "installing $(TORCH) and intact into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --dry-run --report $(VENV)/torch.json "$(TORCH)"
+	@$(INSTALL) --dry-run --report $(VENV)/torch.json "$(TORCH)"
 	@! grep -Eq '"name": "(nvidia-|cuda-|triton)' $(VENV)/torch.json || \
 	  { echo "error: $(TORCH) would bring a CUDA stack from here; see TORCH at the top of the Makefile."; exit 1; }
-	@$(PIP) install "$(TORCH)"
-	@$(PIP) install -e ".[dev]"
+	@$(INSTALL) "$(TORCH)"
+	@$(INSTALL) -e ".[dev]"
 	@! $(PIP) list --format=freeze | grep -Ei '^(nvidia-|cuda-|triton)' || \
 	  { echo "error: the packages above are a CUDA stack; remove $(VENV) and see TORCH at the top of the Makefile."; exit 1; }
 	@touch $@

@@ -109,7 +109,7 @@ def _line_search(error: Callable[[Tensor], Tensor], start: Tensor, refinements: 
 def _golden_section(
     error: Callable[[Tensor], Tensor], left: Tensor, right: Tensor, best: tuple[Tensor, Tensor], steps: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of `best` (fraction, error) and of all points met between left and right; everything [rows]."""
+    """The best of `best` (fraction, error) and of what the bracket (left, right) narrows down to; everything [rows]."""
     found, found_error = best
     low, high = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
     low_error, high_error = error(torch.stack([low, high]))

@@ -223,7 +223,7 @@ def demo(
 def methods(debug: Debug = False) -> None:
     """List the calibration methods, each with its options and their defaults.
 
-    Example: [bold]intact export ... --method percentile --set percentile=99.99[/bold]
+    Example: [bold]intact export ... --method percentile --set q=99.99[/bold]
     """
     with _reported_errors(debug=debug):
         from calibrators.methods import list_methods

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from runtime_tests.integer_reference import KernelPlan, plan, run
-from runtime_tests.parity import ParityReport, parity
-from runtime_tests.simplify import simplify
 from torch import Tensor, fx, nn
 
 from calibrators.calibrate import calibrate
@@ -47,10 +44,13 @@ from exporter.reference import load_reference, save_reference
 from exporter.schema import Report, read_report
 from runtime_tests.accuracy import Accuracy
 from runtime_tests.coverage import coverage
+from runtime_tests.integer_reference import KernelPlan, plan, run
 from runtime_tests.latency import latency
 from runtime_tests.lint import lint
+from runtime_tests.parity import ParityReport, parity
 from runtime_tests.saturation import Saturation, saturation
 from runtime_tests.sessions import session
+from runtime_tests.simplify import simplify
 from runtime_tests.size import size_by_type
 
 __all__ = ["export", "verify"]
@@ -233,7 +233,7 @@ class _Export:
         accuracy = self._accuracy(graph, program)
         with self.work.step("validate", "measure"):
             layers = layer_entries(result, itertools.islice(self._held_out(program), _batches_for(self, program)))
-            findings = lint(self.model_path, target=self.config.target)
+            findings = lint(self.model_path)
             covered = coverage(self.model_path, sample=_feed(program, tuple(x[:1] for x in _example(program))))
             timing = self._latency(program)
             saturating = saturation(self.model_path)
@@ -261,7 +261,7 @@ class _Export:
             "layers": layers,
             "saturation": _saturation_entry(saturating),
             "emission": _emission_entry(model),
-            "lint": [finding.to_dict() for finding in findings],
+            "lint": [asdict(finding) for finding in findings],
             "config": self.config.model_dump(mode="json"),
             "data": self._data_entry(),
         }  # type: ignore[typeddict-item]
@@ -299,7 +299,8 @@ class _Export:
             return None
         feed = _feed(program, tuple(x[:1] for x in next(self._held_out(program))))
         models = {"float": self.float_path, "quantized": self.model_path}
-        return latency(models, feed, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
+        measured = latency(models, feed, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
+        return measured | {"ratio": measured["quantized"] / measured["float"], "batch": 1}
 
     def _golden(self, result: CalibrationResult) -> tuple[dict[str, Any], dict[str, Any]]:
         program = result.program
@@ -395,8 +396,8 @@ def _fold_entry(report: FoldReport) -> dict[str, Any]:
     return {
         "regions": len(report.regions),
         "max_rel_error": report.max_rel_error,
-        "refused": [{"where": refusal.where, "why": refusal.why} for refusal in report.refused],
-        "folded": [vars(region) if hasattr(region, "__dict__") else dict(region) for region in report.regions],
+        "refused": [asdict(refusal) for refusal in report.refused],
+        "folded": [asdict(region) for region in report.regions],
     }
 
 
@@ -437,6 +438,7 @@ def _environment(saturating: Saturation, threads: int) -> dict[str, Any]:
         "onnx": onnx.__version__,
         "python": platform.python_version(),
         "threads": threads,
+        **{name: importlib.metadata.version(name) for name in ("onnxscript", "onnxsim", "numpy")},
     }
 
 
@@ -472,13 +474,13 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
         found = session(model_path).run(list(expected), inputs)
     with progress.stage("measure"):
         saturating = saturation(model_path)
-        findings = lint(model_path, target=report["target"])
+        findings = lint(model_path)
         covered = coverage(model_path)
     report["parity"] = {"unoptimized": levels[False].to_dict(), "optimized": levels[True].to_dict()}  # type: ignore[typeddict-item]
     same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected.values(), found, strict=True))
     report["parity"]["optimized"]["outputs_identical"] = same
     report["coverage"] = covered.to_dict()  # type: ignore[typeddict-item]
-    report["lint"] = [finding.to_dict() for finding in findings]  # type: ignore[misc]
+    report["lint"] = [asdict(finding) for finding in findings]  # type: ignore[misc]
     report["environment"] = _environment(saturating, report["config"]["threads"])  # type: ignore[typeddict-item]
     report["saturation"] = _saturation_entry(saturating)  # type: ignore[typeddict-item]
     gates = [*DEFAULT_GATES, *map(parse, report["config"]["gates"])]

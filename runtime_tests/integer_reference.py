@@ -124,7 +124,7 @@ class KernelPlan:
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """Names of all quantized activations, in the order in which they are computed."""
-        return tuple(str(node.args[-1]) for node in self.program.graph.nodes if node.target is QUANTIZE)
+        return tuple(_site(node) for node in self.program.graph.nodes if node.target is QUANTIZE)
 
     @cached_property
     def exact_outputs(self) -> tuple[bool, ...]:
@@ -147,6 +147,10 @@ class KernelPlan:
         for node, user in last.items():
             freed.setdefault(user, []).append(node)
         return freed
+
+
+def _site(quantizer: fx.Node) -> str:
+    return str(bind(quantizer)["site"])
 
 
 def _writer(node: fx.Node) -> fx.Node:
@@ -184,7 +188,7 @@ class _Planner:
 
     def quantizer(self, node: fx.Node) -> None:
         """The step of one quantize node."""
-        y, site = _output_grid(self.program, node), str(node.args[-1])
+        y, site = _output_grid(self.program, node), _site(node)
         op, absorbed, moves = _chain(node, y)
         if op.op != "call_function":
             kernel = "QuantizeLinear" if op.op == "placeholder" else FLOAT
@@ -295,7 +299,7 @@ def _is_coded(node: object) -> bool:
     """Whether a value is the dequantized form of codes with one scale, moved or not."""
     while isinstance(node, fx.Node) and node.target in _PROPAGATED:
         node = node.args[0]
-    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and node.args[3] is None
+    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and bind(node)["axis"] is None
 
 
 def _input_grid(program: fx.GraphModule, node: fx.Node) -> Grid:
@@ -304,7 +308,7 @@ def _input_grid(program: fx.GraphModule, node: fx.Node) -> Grid:
         node = _source(node)
     bound = bind(node)
     codes, limits = bound["codes"], torch.iinfo(constant(program, bound["zero_point"]).dtype)
-    known = (codes.args[3], codes.args[4]) if codes.target is QUANTIZE else (limits.min, limits.max)
+    known = (bind(codes)["qmin"], bind(codes)["qmax"]) if codes.target is QUANTIZE else (limits.min, limits.max)
     return _grid(program, bound["scale"], bound["zero_point"], known)
 
 
@@ -552,7 +556,7 @@ def run(
             else:
                 values[node] = _evaluate(plan, node, values)
             if node.target is QUANTIZE:
-                site = str(node.args[-1])
+                site = _site(node)
                 codes[site] = values[node]
                 values[node] = forced.get(site, values[node])
             for dead in plan.freed.get(node, ()):

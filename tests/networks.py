@@ -19,7 +19,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 class Residual(nn.Module):

@@ -133,7 +133,8 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
-def test_large_models_leave_the_protobuf(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_leave_the_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
     monkeypatch.setattr(emit_module, "EXTERNAL_DATA_ABOVE", 100)
     model, x = randomize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))), torch.randn(4, 64)
     result = calibrate(capture(model, x), [x], method="minmax")
@@ -143,7 +144,9 @@ def test_large_models_leave_the_protobuf(path: Path, monkeypatch: pytest.MonkeyP
     assert found.shape == tuple(result.program(x)[0].shape)
 
 
-def test_operator_without_onnx_form_is_named(path: Path) -> None:
+def test_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

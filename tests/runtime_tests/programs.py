@@ -1,11 +1,12 @@
-"""Small networks turned into reference programs and ONNX files: min-max ranges of one batch, nothing clever."""
+"""Small reference programs: networks with the min-max ranges of one batch, and programs written node by node."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -19,7 +20,7 @@ from calibrators.program import DEQUANTIZE, QUANTIZE
 from calibrators.spec import QParams, QuantSpec
 from calibrators.targets import get_target
 from exporter.capture import capture
-from exporter.emit import emit
+from exporter.emit import to_onnx
 
 
 def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | None = None) -> CalibrationResult:
@@ -32,7 +33,9 @@ def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | No
     for site in placement.sites:
         if site.kind == "activation" and site.fixed is not None:
             scale, zero_point = site.fixed
-            activations[site.name] = QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), site.spec)
+            activations[site.name] = QParams(
+                torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), site.spec
+            )
         elif site.kind == "activation" and site.shares is None:
             activations[site.name] = _range(seen.values[site.node].flatten(), site.spec)
         elif site.kind == "weight":
@@ -40,10 +43,9 @@ def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | No
     return freeze(placement, activations, weights)
 
 
-def file_of(result: CalibrationResult, folder: Path) -> onnx.ModelProto:
-    """The ONNX model that the exporter writes for `result`."""
-    emit(result, folder / "model.onnx")
-    return onnx.load(folder / "model.onnx")
+def file_of(program: fx.GraphModule) -> onnx.ModelProto:
+    """The ONNX model that the exporter makes of `program`."""
+    return onnx_ir.to_proto(to_onnx(program, opset=20))
 
 
 def _range(x: Tensor, spec: QuantSpec) -> QParams:
@@ -201,9 +203,12 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 }
 
 
-def network(name: str) -> tuple[nn.Module, Tensor]:
-    """A network with fixed random weights, and a batch for it."""
+@functools.cache
+def network(name: str, bits: int = 8) -> tuple[CalibrationResult, Tensor]:
+    """A calibrated network with fixed random weights, and the batch it was calibrated on."""
     make, shape = NETWORKS[name]
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
-        return make(), torch.randn(shape)
+        model, x = make(), torch.randn(shape)
+    options = PlacementOptions(weight_bits=bits, activation_bits=bits, first_last_bits=None)
+    return calibrated(model, x, options=options), x
