@@ -4,6 +4,7 @@
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
 - ReLU6, hardtanh -> clamp
 - convolution or linear without bias -> with a bias of zeros: the form that every runtime fuses, and corrections need
+- matmul with a constant matrix -> linear
 - linear on [..., features] -> linear on a matrix, between two reshapes
 - scaled dot product attention -> matmul, softmax, matmul
 - scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale behind a squeeze-excite
@@ -98,6 +99,19 @@ def _bias(graph: fx.Graph, node: fx.Node) -> None:
         replace_args(node, bias=graph.get_attr(name))
 
 
+def _matmul(graph: fx.Graph, node: fx.Node) -> None:
+    x, matrix = node.args[:2]
+    owner = graph.owning_module
+    if not is_constant(matrix) or is_constant(x) or len(shape_of(matrix)) != 2 or owner is None:
+        return
+    name = add_constant(owner, f"{matrix.target}_transposed", constant(owner, matrix).T)
+    with graph.inserting_before(node):
+        node.args = (x, graph.get_attr(name))
+    node.target = aten.linear.default
+    _bias(graph, node)
+    _linear(graph, node)
+
+
 def _linear(graph: fx.Graph, node: fx.Node) -> None:
     """Runtimes fuse a matrix product with its bias only for matrices; layers that share an input share the reshape."""
     x, shape = bind(node)["input"], shape_of(bind(node)["input"])
@@ -130,16 +144,17 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
 
 def _scaled_gate(graph: fx.Graph, node: fx.Node) -> None:
     """The constant moves onto the gate, which is small, as a depthwise 1x1 convolution, which is an integer kernel."""
-    scale = next((x for x in node.args if is_constant(x)), None)
-    product = next((x for x in node.args if isinstance(x, fx.Node) and x is not scale), None)
+    nodes = node.all_input_nodes
+    scale = next(filter(is_constant, nodes), None)
+    product = next((x for x in nodes if x is not scale), None)
     if scale is None or product is None or product.target is not aten.mul.Tensor or len(product.users) != 1:
         return
-    gate = next((x for x in product.args if _is_gate(x)), None)
-    x = next((x for x in product.args if isinstance(x, fx.Node) and x is not gate), None)
+    gate = next(filter(_is_gate, product.all_input_nodes), None)
+    x = next((x for x in product.all_input_nodes if x is not gate), None)
     if gate is None or x is None or is_constant(x):
         return
     channels = shape_of(gate)[1]
-    if shape_of(scale)[-3:] != (channels, 1, 1) or shape_of(scale)[:-3] not in ((), (1,)):
+    if shape_of(scale) not in ((channels, 1, 1), (1, channels, 1, 1)):
         return
     owner = graph.owning_module
     assert owner is not None
@@ -151,9 +166,9 @@ def _scaled_gate(graph: fx.Graph, node: fx.Node) -> None:
     _bias(graph, next(user for user in weight.users))
 
 
-def _is_gate(value: object) -> bool:
+def _is_gate(value: fx.Node) -> bool:
     """One value per sample and channel, [n, c, 1, 1]."""
-    return isinstance(value, fx.Node) and len(shape_of(value)) == 4 and shape_of(value)[2:] == (1, 1)
+    return len(shape_of(value)) == 4 and shape_of(value)[2:] == (1, 1)
 
 
 _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
@@ -164,6 +179,7 @@ _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
     aten.conv1d.default: (_bias,),
     aten.conv2d.default: (_bias,),
     aten.linear.default: (_bias, _linear),
+    aten.matmul.default: (_matmul,),
     aten.mul.Tensor: (_scaled_gate,),
     aten.scaled_dot_product_attention.default: (_attention,),
 }

@@ -12,7 +12,7 @@ Must not know: quantization, folding, ONNX.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +54,7 @@ def replace_args(node: fx.Node, **changes: Any) -> None:
     node.kwargs = {a.name: bound[a.name] for a in keywords if bound[a.name] != a.default_value}
 
 
-def is_constant(node: object) -> bool:
+def is_constant(node: object) -> TypeGuard[fx.Node]:
     """Whether an argument is a get_attr node: a parameter, buffer or constant."""
     return isinstance(node, fx.Node) and node.op == "get_attr"
 

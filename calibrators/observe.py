@@ -22,8 +22,9 @@ BINS = 8192
 """Bins on each side of zero. R is at most twice the largest magnitude, so at least 4096 of them are used: 16 bins per
 step of an 8-bit grid that spans the data, 4 bins per step of one that spans a quarter of it."""
 
-CHUNK = 1 << 17
-"""Values binned at a time: the float and int16 temporaries of one chunk stay in the second-level cache."""
+CHUNK = 1 << 15
+"""Values binned at a time: the temporaries stay in cache, and torch runs operations of this size on the calling thread.
+Counting is serial anyway, and many short parallel regions would wait for each other's threads on a busy machine."""
 
 EXPONENT_FLOOR = -100
 """Smallest log2 of R; the bin index is computed as x * (BINS / R), which must be a float32 number."""
@@ -100,10 +101,7 @@ class Statistic:
             self.update(finite)
             return
         self._include(lo, hi, _exponent(max(-lo, hi)))
-        if lo >= 0.0:
-            self._count_one_sided(values)
-        else:
-            self._count_two_sided(values)
+        self._count(values, signed=lo < 0.0)
 
     def merge(self, other: Statistic) -> None:
         """Add what `other` has seen; the result is that of one statistic that has seen both."""
@@ -118,16 +116,14 @@ class Statistic:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
 
-    def _count_one_sided(self, values: Tensor) -> None:
-        for chunk in _chunks(values):
-            index = self._in_bins(chunk).ceil_().to(torch.int16)
-            self.counts[BINS:] += torch.bincount(index, minlength=BINS + 1)
-
-    def _count_two_sided(self, values: Tensor) -> None:
+    def _count(self, values: Tensor, *, signed: bool) -> None:
+        first = -BINS if signed else 0
+        counts = self.counts[first + BINS :]
         for chunk in _chunks(values):
             scaled = self._in_bins(chunk)
-            index = scaled.abs().ceil_().copysign_(scaled).to(torch.int16).add_(BINS)
-            self.counts += torch.bincount(index, minlength=2 * BINS + 1)
+            inner = scaled.to(torch.int16).to(scaled.dtype)  # rounded towards zero ...
+            index = scaled.sub_(inner).sign_().add_(inner).to(torch.int16)  # ... and where that changed it, away
+            counts += torch.bincount(index.sub_(first), minlength=len(counts))
 
     def _in_bins(self, values: Tensor) -> Tensor:
         """`values` in units of the bin width, exactly: in float64 where dividing could underflow float32 to zero."""
@@ -164,7 +160,8 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 def _extremes(values: Tensor) -> tuple[float, float]:
     """Smallest and largest value, NaN if there is one; -0.0 counts as 0.0."""
-    lo, hi = values.aminmax()
+    lo, hi = torch.stack([torch.stack(chunk.aminmax()) for chunk in _chunks(values)]).unbind(1)  # [chunks] each
+    lo, hi = lo.amin(), hi.amax()
     return float(lo) + 0.0, float(hi) + 0.0
 
 

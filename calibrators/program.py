@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph import add_constant, infer_shapes, replace_args
+from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, replace_args
 from calibrators.numerics import along_axis, round_codes
 from calibrators.place import Placement
 from calibrators.spec import QParams, Site
@@ -60,6 +60,18 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: 
 
 QUANTIZE = torch.ops.intact.quantize.default
 DEQUANTIZE = torch.ops.intact.dequantize.default
+
+
+QUANTIZED_BY_RUNTIMES = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.linear.default,
+)
+"""Operators whose float weights onnxruntime quantizes on its own between dequantize and quantize."""
 
 
 class _Coded(Protocol):
@@ -168,7 +180,27 @@ class _Builder:
             value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
 
+    def _shield(self, node: fx.Node) -> None:
+        """Keep a weighted operator in float that was left there.
+
+        onnxruntime quantizes float weights by itself when codes stand directly before and behind the operator; a clip
+        at the bounds of the grid changes no value and hides the codes from it.
+        """
+        weight, source = bind(node)["weight"], node.args[0]
+        if weight.target is DEQUANTIZE or not isinstance(source, fx.Node) or source.target is not DEQUANTIZE:
+            return
+        step, zero = (constant(self.program, node) for node in source.args[1:3] if is_constant(node))
+        grid = torch.iinfo(zero.dtype)
+        lo, hi = ((torch.tensor(code) - zero.to(torch.int32)).float() * step for code in (grid.min, grid.max))
+        with self.graph.inserting_before(node):
+            clipped = self.graph.call_function(aten.clamp.default, (source, float(lo), float(hi)))
+        clipped.meta = dict(source.meta)
+        node.replace_input_with(source, clipped)
+
     def finish(self) -> fx.GraphModule:
+        for node in list(self.graph.nodes):
+            if node.target in QUANTIZED_BY_RUNTIMES:
+                self._shield(node)
         self.graph.eliminate_dead_code()
         self.program.delete_all_unused_submodules()
         used = {str(node.target).split(".")[0] for node in self.graph.nodes if node.op == "get_attr"}

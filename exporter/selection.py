@@ -147,7 +147,7 @@ def _judge(analysis: Analysis, root: Root, nodes: tuple[fx.Node, ...]) -> Candid
     if not transposed and not _is_worth_it(nodes, before, after):
         return None
     reader = outside_reader(nodes, [*nodes[:-1], *([root.node] if transposed else [])])
-    if False:
+    if reader is not None:
         raise Rejected(f"the value of {where(reader)} is also used elsewhere, so it has to be computed anyway")
     limit = before if transposed else min(before, linear.apart)
     if after > limit:

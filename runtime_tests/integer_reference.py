@@ -39,7 +39,8 @@ FLOAT = "float"
 """Kernel name of what no integer kernel computes."""
 
 CHANNELS_LAST_RANK = 4
-"""The runtime holds tensors of this rank with channels last around its integer convolutions."""
+"""The runtime holds tensors of this rank with channels last between its integer convolutions and pools. Where a graph
+input is broadcast against one of them it may choose otherwise; that shows at ties of the sum alone."""
 
 _PROPAGATED: dict[Any, str] = {
     aten.view.default: "Reshape",
@@ -73,6 +74,7 @@ class Step:
     reason:   why it is float; '' otherwise.
     op:       the operator that computes the value.
     absorbed: nodes behind it that are part of the kernel, in order, the quantizer aside.
+    quantized: whether the value is a site's codes.
     """
 
     site: str
@@ -80,6 +82,7 @@ class Step:
     reason: str
     op: fx.Node
     absorbed: tuple[fx.Node, ...] = ()
+    quantized: bool = True
 
     @property
     def is_integer(self) -> bool:
@@ -119,7 +122,8 @@ class KernelPlan:
 
     @cached_property
     def by_site(self) -> dict[str, Step]:
-        return {step.site: step for step in self.steps}
+        """The step of every quantized value."""
+        return {step.site: step for step in self.steps if step.quantized}
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -227,10 +231,10 @@ class _Planner:
                 raise _StaysFloat(_BOTH)
             made = _WEIGHTED[node.target](self.program, node, None)
         except _StaysFloat as why:
-            self.steps.append(Step(node.name, FLOAT, str(why), node))
+            self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))
             return
         self.kernels[node] = made
-        self.steps.append(Step(node.name, made.name, "", node))
+        self.steps.append(Step(node.name, made.name, "", node, quantized=False))
 
 
 _OPTIMISATIONS_OFF = "optimisations are off"

@@ -52,6 +52,9 @@ FLOAT_CHANCE = 4
 FLOAT_OUTPUT_ERROR = 1e-4
 """Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
 
+LARGEST_BATCH = 64
+"""Samples compared at once where the batch is free: both sides hold the codes of every site of one batch."""
+
 WORST = 5
 """Sites that a summary names."""
 
@@ -283,8 +286,10 @@ class _OutputTally:
         self.identical &= _same_bits(ours, theirs)
         self.per_node_identical &= _same_bits(per_node, theirs)
         self.max_abs = max(self.max_abs, _distance(ours, theirs))
-        largest = float(theirs.abs().max()) if theirs.numel() else 0.0
-        self.relative = max(self.relative, _distance(per_node, theirs) / largest if largest else 0.0)
+        distance = _distance(per_node, theirs)
+        if distance:
+            largest = float(theirs.abs().max())
+            self.relative = max(self.relative, distance / largest if largest > 0 else math.inf)
 
 
 class _Comparison:
@@ -310,7 +315,14 @@ class _Comparison:
             raise DataError(
                 f"a batch holds {len(inputs)} tensors, the model has {len(self.input_names)} inputs: {names}"
             )
-        self.samples += len(inputs[0])
+        samples = len(inputs[0])
+        size = min(samples, LARGEST_BATCH) if self.plan.program.meta["dynamic_batch"] else samples
+        if samples:
+            self.samples += samples
+            for part in zip(*(torch.split(x, size) for x in inputs), strict=True):
+                self._compare(part)
+
+    def _compare(self, inputs: tuple[Tensor, ...]) -> None:
         outputs, theirs = self._runtime(inputs)
         codes, ours = run(self.plan, inputs)
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
@@ -367,9 +379,9 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if _same_bits(ours, theirs):
+        return 0.0
     if ours.shape != theirs.shape:
         return math.inf
-    if not ours.numel():
-        return 0.0
     distance = float((ours.double() - theirs.double()).abs().max())
     return math.inf if math.isnan(distance) else distance

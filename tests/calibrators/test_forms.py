@@ -71,6 +71,21 @@ def test_linear_on_tokens_becomes_a_matrix_product() -> None:
     assert graph(torch.randn(5, 6, 4))[0].shape == (5, 6, 5)
 
 
+def test_matmul_with_a_parameter_is_a_linear_layer() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix
+
+    model, x = Product(), torch.randn(2, 3, 4)
+    graph = to_integer_forms(capture(model, x))
+    assert aten.linear.default in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)
+
+
 def test_attention_is_spelled_out() -> None:
     x = torch.randn(2, 3, 7, 4)
     found, result, expected = forms(lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1), x)

@@ -164,3 +164,11 @@ def test_update_leaves_its_input_alone() -> None:
     x = torch.tensor([0.3, -1.7])
     observed(x)
     assert x.tolist() == torch.tensor([0.3, -1.7]).tolist()
+
+
+def test_a_tiny_value_beside_a_huge_one_is_no_zero() -> None:
+    tiny, huge = torch.tensor([2.0**-140, -(2.0**-60)]), torch.tensor([2.0**127])
+    statistic = observed(tiny, huge)
+    assert_same(statistic, observed(huge, tiny))
+    assert statistic.zeros == 0
+    assert (int(statistic.counts[BINS - 1]), int(statistic.counts[BINS + 1])) == (1, 1)

@@ -22,7 +22,7 @@ from calibrators.methods.percentile import Percentile
 from calibrators.numerics import fake_quant, quantize
 from calibrators.observe import BINS, Statistic
 from calibrators.ranges import BLOCK, Samples
-from calibrators.search import FRACTIONS, RangeError, lp_error
+from calibrators.search import FRACTIONS, RangeError, lp_error, search_bounds
 from calibrators.spec import QParams, QuantSpec
 from tests import oracle
 
@@ -292,6 +292,17 @@ def test_search_finds_the_brute_force_minimum(spec: QuantSpec, generator: torch.
     product = torch.cartesian_prod(lo, hi)[:, :, None]  # [99 * 99, 2, 1]
     brute = float(error(product[:, 0], product[:, 1]).min())
     assert float(error(*(end[None] for end in found))) <= brute * 1.01  # in turn, not jointly: within one percent
+
+
+def test_golden_section_improves_on_the_grid(generator: torch.Generator) -> None:
+    samples = Samples.of_rows(torch.randn(50, 27, generator=generator))
+    error = lp_error(samples, replace(WEIGHT, bits=4), 2.0)
+    coarse, fine = (
+        torch.stack(search_bounds(error, samples, symmetric=True, refinements=steps))[:, None] for steps in (0, 12)
+    )
+    gain = (error(*coarse) - error(*fine))[0] / error(*coarse)[0]
+    assert float(gain.min()) >= -FLOAT32_ERROR
+    assert float(gain.max()) > 0.001
 
 
 def test_higher_powers_clip_less() -> None:

@@ -175,6 +175,8 @@ def test_border_rule_refuses_what_differs_on_the_ring():
     assert "wider than one cell" in _refuses(three)
     valid = _padded(identity(4, 2), _random(4, 4, 3, 3))
     assert "wider than one cell" in _refuses(valid)
+    assert "wider than one cell" in _refuses(valid, high=(0, 0))
+    assert "wider than one cell" in _refuses(valid, low=(0, 0))
     biased = shift(identity(4, 2), torch.ones(4, dtype=torch.float64))
     assert "its bias" in _refuses(biased)
     assert "its bias" in _refuses(identity(4, 2), value=0.5)

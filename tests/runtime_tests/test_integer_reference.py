@@ -213,6 +213,18 @@ def test_clip_is_absorbed_when_the_runtime_drops_it(scale: float, zero_point: in
     assert (steps[-1].kernel == "QLinearConv") == ("QLinearConv" in kinds)
 
 
+def test_site_called_like_a_node_keeps_its_own_step() -> None:
+    """The name of a float result cannot hide the step of a site."""
+    p = Program()
+    inner = p.quantized(conv(p, image(p)))
+    site = str(inner.args[-1])
+    value = conv(p, inner)
+    value.name = site
+    kernels = plan(p.build(value))
+    assert [step.kernel for step in kernels.steps if step.site == site] == ["QLinearConv", FLOAT]
+    assert kernels.by_site[site].kernel == "QLinearConv"
+
+
 # --- execution -------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import cpuinfo
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -85,7 +86,8 @@ class Kernel:
 
     def codes(self, codes: Tensor, side: Grid) -> str:
         """A graph input of codes, dequantized."""
-        name = self.net.input(f"x{len(self.feeds)}", tuple(codes.shape), TensorProto.UINT8)
+        container = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}[codes.dtype]
+        name = self.net.input(f"x{len(self.feeds)}", tuple(codes.shape), container)
         self.feeds[name] = codes.numpy()
         return self.net.op("DequantizeLinear", name, *self.parameters(side))
 
@@ -96,11 +98,11 @@ class Kernel:
 
     def parameters(self, side: Grid) -> tuple[str, str]:
         scale = self.net.constant("scale", side.scale.numpy())
-        return scale, self.net.constant("zero_point", np.array(side.zero_point, np.uint8))
+        return scale, self.net.constant("zero_point", torch.tensor(side.zero_point, dtype=side.dtype).numpy())
 
     def quantized(self, value: str, side: Grid) -> str:
         value = self.net.op("QuantizeLinear", value, *self.parameters(side))
-        if (side.qmin, side.qmax) == FULL:
+        if (side.qmin, side.qmax) == side.container:
             return value
         bounds = [self.net.constant("clip", np.array(bound, np.uint8)) for bound in (side.qmin, side.qmax)]
         return self.net.op("Clip", value, *bounds)
@@ -420,26 +422,48 @@ def test_broadcast_sum(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]
 @needs_vnni
 @needs_fma
 @pytest.mark.parametrize("narrow_first", [True, False], ids=["narrow-first", "narrow-last"])
-@pytest.mark.parametrize("seed", [6, 11, 12])
-def test_broadcast_sum_behind_a_convolution_is_channels_last(seed: int, narrow_first: bool) -> None:
+@pytest.mark.parametrize("seed", [6, 11, 15])
+def test_broadcast_sum_of_convolutions_is_channels_last(seed: int, narrow_first: bool) -> None:
+    """Between integer convolutions the innermost axis is the channel, which both operands have in full."""
     rng = np.random.default_rng(seed)
-    narrow, y, out = pair_grids(rng, "Add", ties=True)
-    layer = random_layer(rng, (8, 4, 1, 1))
-    layer.y = y
-    geometry = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
-    codes, narrow_codes = random_codes(rng, (2, 4, 9, 9), layer.x), random_codes(rng, (2, 8, 1, 1), narrow)
+    narrow, wide, y = pair_grids(rng, "Add", ties=True)
     kernel = Kernel.empty()
-    inputs = [kernel.codes(codes, layer.x), kernel.weight(layer.codes, layer.scale, 0), *bias_name(kernel, layer)]
-    wide = kernel.quantized(kernel.net.op("Conv", *inputs, kernel_shape=[1, 1]), y)
-    wide = kernel.net.op("DequantizeLinear", wide, *kernel.parameters(y))
-    pair = [(kernel.codes(narrow_codes, narrow), narrow, narrow_codes)]
-    pair.insert(narrow_first, (wide, y, conv(codes, layer.x, layer.weights, y, geometry)))
-    (a_name, a, a_codes), (b_name, b, b_codes) = pair
-    value = kernel.quantized(kernel.net.op("Add", a_name, b_name), out)
-    theirs = kernel.run(value, "QLinearAdd")
-    swapped = adds_swapped(a_codes.shape, b_codes.shape, channels_last=True)
-    table = add_table(b, a, out).T if swapped else add_table(a, b, out)
-    assert_same_bits(lookup_pair(table, a_codes, b_codes), theirs)
+
+    def branch(out: Grid, size: int) -> tuple[str, Grid, Tensor]:
+        layer = random_layer(rng, (8, 4, 1, 1))
+        layer.y = out
+        codes = random_codes(rng, (2, 4, size, size), layer.x)
+        inputs = [kernel.codes(codes, layer.x), kernel.weight(layer.codes, layer.scale, 0), *bias_name(kernel, layer)]
+        value = kernel.quantized(kernel.net.op("Conv", *inputs, kernel_shape=[1, 1]), out)
+        geometry = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+        found = conv(codes, layer.x, layer.weights, out, geometry)
+        return kernel.net.op("DequantizeLinear", value, *kernel.parameters(out)), out, found
+
+    pair = [branch(wide, 9), branch(narrow, 1)]
+    (a_name, a, a_codes), (b_name, b, b_codes) = reversed(pair) if narrow_first else pair
+    theirs = kernel.run(kernel.quantized(kernel.net.op("Add", a_name, b_name), y), "QLinearAdd")
+    assert not adds_swapped(a_codes.shape, b_codes.shape, channels_last=True)
+    assert_same_bits(lookup_pair(add_table(a, b, y), a_codes, b_codes), theirs)
+
+
+def signed(side: Grid) -> Grid:
+    return Grid(side.scale, side.zero_point - 128, -128, 127, torch.int8)
+
+
+@needs_fma
+@pytest.mark.parametrize(("kind", "table"), [("Add", add_table), ("Mul", mul_table)], ids=["add", "mul"])
+def test_every_pair_of_signed_codes(kind: str, table: Table) -> None:
+    """The kernels for int8, which the runtime takes on request only, compute on the signed codes as they are."""
+    a, b, y = map(signed, pair_grids(np.random.default_rng(1), kind, ties=True))
+    a_codes, b_codes = ((codes.to(torch.int16) - 128).to(torch.int8) for codes in (A_CODES, B_CODES))
+    kernel = Kernel.empty()
+    value = kernel.quantized(kernel.net.op(kind, kernel.codes(a_codes, a), kernel.codes(b_codes, b)), y)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    model = kernel.net.model(value).SerializeToString()
+    runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    theirs = torch.from_numpy(runtime.run(None, kernel.feeds)[0])
+    assert_same_bits(lookup_pair(table(a, b, y), a_codes, b_codes), theirs)
 
 
 UNARY: dict[str, tuple[str, Callable[[Tensor], Tensor], dict[str, float]]] = {

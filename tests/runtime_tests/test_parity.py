@@ -8,6 +8,7 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from calibrators.freeze import CalibrationResult
 from runtime_tests.integer_reference import FLOAT
 from runtime_tests.parity import (
     FLOAT_CHANCE,
+    LARGEST_BATCH,
     Agreement,
     OutputParity,
     ParityError,
     ParityReport,
     SiteParity,
+    _OutputTally,
     parity,
     validate,
 )
@@ -87,6 +90,15 @@ def test_batches_add_up() -> None:
     parts = parity(model, result.program, ((part,) for part in x.split(1)), optimized=False)
     assert parts.end_to_end.values == whole.end_to_end.values
     assert parts.samples == whole.samples
+
+
+def test_a_large_batch_is_compared_to_its_last_sample() -> None:
+    result, x, model = honest("residual")
+    many = x.repeat(LARGEST_BATCH // len(x), 1, 1, 1)
+    more = torch.cat([many, x[:1]])
+    one, two = (parity(model, result.program, [(batch,)], optimized=True) for batch in (many, more))
+    assert (one.samples, two.samples) == (LARGEST_BATCH, LARGEST_BATCH + 1)
+    assert two.end_to_end.values * LARGEST_BATCH == one.end_to_end.values * (LARGEST_BATCH + 1)
 
 
 # --- files that lie --------------------------------------------------------------------------------------------------
@@ -202,6 +214,8 @@ def test_nothing_compared_is_no_proof() -> None:
     with pytest.raises(DataError, match="no batch"):
         parity(model, result.program, [], optimized=True)
     with pytest.raises(DataError, match="no batch"):
+        parity(model, result.program, [(torch.zeros(0, 3, 16, 16),)], optimized=True)
+    with pytest.raises(DataError, match="no batch"):
         validate(model, reference=result, batches=[])
 
 
@@ -254,3 +268,12 @@ def test_legal_outputs(exact: bool, identical: bool, relative: float, legal: boo
 
 def test_sums_of_agreements() -> None:
     assert Agreement(10, 1, 3) + Agreement(5, 2, 1) == Agreement(15, 3, 3)
+
+
+def test_outputs_of_zeros_or_nan_do_not_hide_a_difference() -> None:
+    zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), float("nan"))
+    for ours, theirs, relative in ((ones, zeros, np.inf), (nan, nan, 0.0), (ones, nan, np.inf), (nan, ones, np.inf)):
+        tally = _OutputTally()
+        tally.add(ours, ours, theirs)
+        assert tally.relative == relative
+        assert tally.identical == (relative == 0)
