@@ -24,7 +24,7 @@ import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
-from calibrators.calibrate import calibrate
+from calibrators.calibration import calibrate
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult
 from calibrators.methods import get_method
@@ -32,11 +32,11 @@ from calibrators.place import PlacementOptions
 from calibrators.simulate import Batch
 from calibrators.targets import get_target
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
-from exporter.capture import capture
+from exporter.capturing import capture
 from exporter.config import ExportConfig, make_config
 from exporter.data import Data, open_data
-from exporter.emit import emit, emit_float, save
-from exporter.fold import FoldReport, fold
+from exporter.emission import emit, emit_float, save
+from exporter.folding import FoldReport, fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
 from exporter.progress import Progress

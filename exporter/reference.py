@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from calibrators.errors import ModelError
-from exporter.capture import capture, quiet
+from exporter.capturing import capture, quiet
 from exporter.load import load_model
 
 __all__ = ["export_program", "load_reference", "save_reference"]

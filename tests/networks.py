@@ -86,7 +86,9 @@ class Mlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU6(), nn.Linear(16, 4))
+        self.layers = nn.Sequential(
+            nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU6(), nn.Linear(16, 4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrators.forms import clip_bounds, to_integer_forms
-from exporter.capture import capture
+from exporter.capturing import capture
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibrators.calibrate import calibrate
+from calibrators.calibration import calibrate
 from calibrators.corrections import correct_biases
 from calibrators.errors import DataError, ModelError
 from calibrators.freeze import BIAS_CODE_LIMIT, CalibrationResult
@@ -15,7 +15,7 @@ from calibrators.numerics import dequantize
 from calibrators.place import PlacementOptions
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from calibrators.simulate import sqnr
-from exporter.capture import capture
+from exporter.capturing import capture
 from tests.networks import NETWORKS, build, randomize
 
 SQNR_8_BIT_DB = 20.0
@@ -172,5 +172,5 @@ def test_weights_that_are_not_finite() -> None:
     model, x = build("residual")
     with torch.no_grad():
         model.get_parameter("point.weight")[0] = float("nan")
-    with pytest.raises(ModelError, match="point.weight.*NaN"):
+    with pytest.raises(ModelError, match=r"point\.weight.*NaN"):
         calibrate(capture(model, x), [x], method="minmax")

@@ -11,7 +11,7 @@ from calibrators.errors import InputError
 from calibrators.forms import to_integer_forms
 from calibrators.place import Placement, PlacementOptions, place
 from calibrators.targets import get_target
-from exporter.capture import capture
+from exporter.capturing import capture
 from tests.networks import build, randomize
 
 

@@ -19,8 +19,8 @@ from calibrators.place import PlacementOptions, place
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from calibrators.spec import QParams, QuantSpec
 from calibrators.targets import get_target
-from exporter.capture import capture
-from exporter.emit import to_onnx
+from exporter.capturing import capture
+from exporter.emission import to_onnx
 
 
 def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | None = None) -> CalibrationResult:

@@ -39,7 +39,7 @@ def calibrate(
 ) -> CalibrationResult:
     """Scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
-    graph:   captured and folded (exporter.capture, exporter.fold).
+    graph:   captured and folded (exporter.capturing, exporter.folding).
     batches: tensors, or tuples with one tensor per model input, [samples, ...]; read once, twice with bias_correction.
     method:  a name (see `intact methods`) with its options, or a method object.
     raises:  InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.

@@ -26,7 +26,7 @@ from calibrators.freeze import CalibrationResult
 from calibrators.graph import where
 from calibrators.place import operator_name
 from calibrators.program import DEQUANTIZE, QUANTIZE
-from exporter.capture import quiet
+from exporter.capturing import quiet
 from exporter.reference import export_program
 
 __all__ = ["emit", "emit_float", "save", "to_onnx"]

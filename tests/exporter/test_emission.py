@@ -13,14 +13,14 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from calibrators.calibrate import calibrate
+from calibrators.calibration import calibrate
 from calibrators.errors import ExportError
 from calibrators.freeze import CalibrationResult
 from calibrators.graph import constant
 from calibrators.place import PlacementOptions
-from exporter import emit as emit_module
-from exporter.capture import capture
-from exporter.emit import emit
+from exporter import emission as emit_module
+from exporter.capturing import capture
+from exporter.emission import emit
 from exporter.reference import load_reference, save_reference
 from runtime_tests.sessions import optimized_model, session
 from tests.networks import NETWORKS, build, randomize
@@ -78,12 +78,13 @@ def test_stored_integers_are_the_calibrated_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        pytest.param("residual", {"QLinearConv": 3, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}, id="residual"),
-        pytest.param("mlp", {"QGemm": 3}, id="mlp"),
-        pytest.param("transformer", {"QLinearConv": 1, "QGemm": 5}, id="transformer"),
-        pytest.param("pooled", {"QLinearConv": 6, "QLinearConcat": 1, "QLinearSigmoid": 2, "QLinearMul": 2, "QLinearAdd": 1, "QGemm": 1}, id="pooled"),
+        ("residual", {"QLinearConv": 3, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}),
+        ("mlp", {"QGemm": 3}),
+        ("transformer", {"QLinearConv": 1, "QGemm": 5}),
+        ("pooled", {"QLinearConv": 6, "QLinearConcat": 1, "QLinearSigmoid": 2, "QLinearMul": 2, "QLinearAdd": 1}),
     ],
-)  # fmt: skip
+    ids=["residual", "mlp", "transformer", "pooled"],
+)
 def test_integer_kernels_that_run(name: str, kernels: dict[str, int]) -> None:
     _, _, model = emitted(name)
     operators = [node.op_type for node in optimized_model(model).graph.node]

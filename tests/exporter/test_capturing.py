@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import ModelError
-from exporter.capture import capture
+from exporter.capturing import capture
 from tests.networks import NETWORKS, build, randomize
 
 aten = torch.ops.aten

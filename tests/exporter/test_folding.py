@@ -15,8 +15,8 @@ from torch import nn
 
 from calibrators.errors import ModelError
 from calibrators.graph import constant, module_path
-from exporter.capture import capture
-from exporter.fold import FoldReport, fold
+from exporter.capturing import capture
+from exporter.folding import FoldReport, fold
 from tests.probe import dense, is_affine, probe, spread
 
 PROOF = 1e-9
