@@ -7,6 +7,11 @@
 - matmul with a constant matrix -> linear
 - linear on [..., features] -> linear on a matrix, between two reshapes
 - scaled dot product attention -> matmul, softmax, matmul
+- split, chunk, unbind, select -> slices (and a squeeze where the dimension is dropped)
+- batch norm that could not be folded -> depthwise 1x1 convolution
+- transposed convolution whose kernel is its stride -> 1x1 convolution and pixel shuffle
+- resizing to a size that is a multiple -> resizing by that factor
+- operand expanded to the shape that the operator broadcasts it to anyway -> the operand
 - scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale behind a squeeze-excite
 
 Must not know: targets, scales, ONNX.
@@ -16,13 +21,15 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, replace_args, shape_of
+from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, module_path, replace_args, shape_of
 
 __all__ = ["clip_bounds", "to_integer_forms"]
 
@@ -142,6 +149,104 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
     _substitute(graph, node, scores, (aten.softmax.int, (..., -1)), (aten.matmul.default, (..., value)))
 
 
+def _is_free(x: fx.Node, dim: int) -> bool:
+    """Whether the size of a dimension depends on the batch."""
+    value = x.meta.get("val")
+    return isinstance(value, torch.Tensor) and not isinstance(value.shape[dim], int)
+
+
+def _slice(x: fx.Node, dim: int, span: tuple[int, int], squeezed: bool) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    part = (aten.slice.Tensor, (x, dim, *span))
+    return (part, (aten.squeeze.dim, (..., dim))) if squeezed else (part,)
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    bound, parts = bind(node), node.meta.get("tensor_meta")
+    x = bound["self"]
+    dim = bound["dim"] % len(shape_of(x))
+    if _is_free(x, dim) or not isinstance(parts, (list, tuple)):
+        return
+    squeezed = node.target is aten.unbind.int
+    start, spans = 0, []
+    for part in parts:
+        end = start + (1 if squeezed else part.shape[dim])
+        spans.append((start, end))
+        start = end
+    for user in list(node.users):
+        if user.target is operator.getitem and isinstance(user.args[1], int):
+            _substitute(graph, user, *_slice(x, dim, spans[user.args[1]], squeezed))
+
+
+def _select(graph: fx.Graph, node: fx.Node) -> None:
+    bound = bind(node)
+    x, index = bound["self"], bound["index"]
+    if isinstance(index, int) and x.meta["tensor_meta"].dtype == torch.float32:
+        span = (index, index + 1 if index != -1 else sys.maxsize)
+        _substitute(graph, node, *_slice(x, bound["dim"] % len(shape_of(x)), span, True))
+
+
+def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    bound, owner = bind(node), graph.owning_module
+    x = bound["input"]
+    target = {3: aten.conv1d.default, 4: aten.conv2d.default}.get(len(shape_of(x)))
+    parameters = [bound[key] for key in ("weight", "bias", "running_mean", "running_var")]
+    if target is None or owner is None or bound["training"] or not all(p is None or is_constant(p) for p in parameters):
+        return
+    if is_constant(x) or parameters[2] is None or parameters[3] is None:
+        return
+    gain, shift, mean, variance = (None if p is None else constant(owner, p).double() for p in parameters)
+    assert mean is not None and variance is not None
+    slope = (variance + bound["eps"]).rsqrt() * (1.0 if gain is None else gain)
+    offset = (0.0 if shift is None else shift) - mean * slope
+    space = len(shape_of(x)) - 2
+    path = module_path(node) or node.name
+    weight = add_constant(owner, f"{path}.weight", slope.float().reshape(-1, *[1] * (space + 1)))
+    bias = add_constant(owner, f"{path}.bias", offset.float())
+    with graph.inserting_before(node):
+        made = graph.get_attr(weight), graph.get_attr(bias)
+    ones, zeros = [1] * space, [0] * space
+    _substitute(graph, node, (target, (x, *made, ones, zeros, ones, len(mean))))
+
+
+def _transposed_convolution(graph: fx.Graph, node: fx.Node) -> None:
+    bound, owner = bind(node), graph.owning_module
+    if owner is None or not is_constant(bound["weight"]) or (bound["bias"] is not None and not is_constant(bound["bias"])):
+        return
+    weight = constant(owner, bound["weight"])  # [in, out, r, r]
+    factor = weight.shape[2]
+    unit = set(bound["stride"]) == {factor} == set(weight.shape[2:]) and set(bound["dilation"]) == {1}
+    if not unit or any((*bound["padding"], *bound["output_padding"])) or bound["groups"] != 1:
+        return
+    outputs = weight.shape[1] * factor**2
+    spread = weight.permute(1, 2, 3, 0).reshape(outputs, -1, 1, 1)
+    bias = torch.zeros(weight.shape[1]) if bound["bias"] is None else constant(owner, bound["bias"])
+    names = add_constant(owner, f"{bound['weight'].target}_spread", spread)
+    biases = add_constant(owner, f"{bound['weight'].target}_spread_bias", bias.repeat_interleave(factor**2))
+    with graph.inserting_before(node):
+        made = graph.get_attr(names), graph.get_attr(biases)
+    convolution = (aten.conv2d.default, (bound["input"], *made, [1, 1], [0, 0], [1, 1], 1))
+    _substitute(graph, node, convolution, (aten.pixel_shuffle.default, (..., factor)))
+
+
+def _resize(graph: fx.Graph, node: fx.Node) -> None:
+    before, after = shape_of(node.all_input_nodes[0])[2:], shape_of(node)[2:]
+    if bind(node)["output_size"] is None or any(new % old for old, new in zip(before, after, strict=True)):
+        return
+    factors = [float(new // old) for old, new in zip(before, after, strict=True)]
+    replace_args(node, output_size=None, scale_factors=factors)
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
+    source = node.args[0]
+    for user in list(node.users):
+        others = [x for x in user.args[:2] if isinstance(x, fx.Node) and x is not node]
+        if user.target in _BROADCASTING and len(others) == 1 and shape_of(others[0]) == shape_of(user):
+            user.replace_input_with(node, source)  # type: ignore[arg-type]
+
+
+_BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
 def _scaled_gate(graph: fx.Graph, node: fx.Node) -> None:
     """The constant moves onto the gate, which is small, as a depthwise 1x1 convolution, which is an integer kernel."""
     nodes = node.all_input_nodes
@@ -180,6 +285,18 @@ _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
     aten.conv2d.default: (_bias,),
     aten.linear.default: (_bias, _linear),
     aten.matmul.default: (_matmul,),
+    aten.split.Tensor: (_split,),
+    aten.split_with_sizes.default: (_split,),
+    aten.split.sizes: (_split,),
+    aten.chunk.default: (_split,),
+    aten.unbind.int: (_split,),
+    aten.select.int: (_select,),
+    aten.batch_norm.default: (_batch_norm,),
+    aten.conv_transpose2d.input: (_transposed_convolution,),
+    aten.upsample_nearest2d.vec: (_resize,),
+    aten.upsample_bilinear2d.vec: (_resize,),
+    aten.expand.default: (_expand,),
+    aten.expand_as.default: (_expand,),
     aten.mul.Tensor: (_scaled_gate,),
     aten.scaled_dot_product_attention.default: (_attention,),
 }

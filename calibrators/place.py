@@ -166,7 +166,9 @@ class _Placer:
         """Reshapes, max pools and stand-alone clips: output codes are input codes, moved or saturated."""
         if node.name not in self.selected or not _is_float(node) or node in self.absorbed:
             return False
-        return node.target in self.target.same_scale_ops or clip_bounds(node) is not None
+        is_move = node.target in self.target.same_scale_ops | self.target.on_codes_ops
+        check = _FORM_OF_MOVE.get(node.target)
+        return (is_move and (check is None or check(node))) or clip_bounds(node) is not None
 
     def _is_available(self, node: fx.Node) -> bool:
         """Whether the value can be had as integers without forcing a float operator's result into codes."""
@@ -250,6 +252,14 @@ _FORM_OF_INTEGER_OP = {
 }
 
 
+def _pads_with_zeros(node: fx.Node) -> bool:
+    bound = bind(node)
+    return bound.get("mode", "constant") != "constant" or not bound["value"]
+
+
+_FORM_OF_MOVE = {aten.constant_pad_nd.default: _pads_with_zeros, aten.pad.default: _pads_with_zeros}
+
+
 @dataclass
 class _Sites:
     """Turns the placer's decisions into named sites."""
@@ -322,9 +332,11 @@ class _Sites:
         return list(self._with_edge_bits(sites).values())
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
-        """A reshape or stand-alone clip takes the scale of its input's site."""
-        if node.target in self.placer.target.same_scale_ops:
-            return replace(site, shares=sites[node.args[0]].name)  # type: ignore[index]
+        """A reshape, pad or stand-alone clip takes the scale of its input's site."""
+        target = self.placer.target
+        if node.target in target.same_scale_ops | target.on_codes_ops:
+            of_codes = node.target in target.on_codes_ops
+            return replace(site, shares=sites[node.args[0]].name, of_codes=of_codes)  # type: ignore[index]
         bounds = clip_bounds(node)
         if bounds is not None:
             return replace(site, shares=sites[node.args[0]].name, clip=bounds, of_codes=True)  # type: ignore[index]

@@ -6,7 +6,8 @@ kernels; called as a module it executes as QDQ: float arithmetic between dequant
 Form of a program (a flat `GraphModule`, see calibrators.graph):
 - an activation site is `dequantize(quantize(x, ...), ...)`; scale and zero_point are get_attr buffers, float32 [] and
   uint8 []; [qmin, qmax] of quantize may be narrower than the container;
-- a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes;
+- a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
+  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer, with scales along `axis`;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -140,7 +141,8 @@ class _Builder:
             scale, zero_point = self._scale_and_zero_point(site, qparams)
             if site.of_codes:
                 source = self.codes[site.shares or ""]
-                codes = self.graph.call_function(aten.clamp.default, (source, lo, hi))
+                target, arguments = _on_codes(node, qparams, (lo, hi))
+                codes = self.graph.call_function(target, (source, *arguments))
             else:
                 codes = self.graph.call_function(QUANTIZE, (before, scale, zero_point, lo, hi, None, site.name))
             value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
@@ -211,6 +213,13 @@ class _Builder:
         self.program.meta = {**self.placement.graph.meta, "names": self.names}
         infer_shapes(self.program)
         return self.program
+
+
+def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that does to codes what `node` does to values, and its arguments behind the codes."""
+    if node.target is aten.constant_pad_nd.default:
+        return node.target, (node.args[1], int(qparams.zero_point))
+    return aten.clamp.default, bounds
 
 
 def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:

@@ -70,6 +70,7 @@ class Target:
     weighted_to_float: operators with a constant weight whose integer kernel may write floats.
     integer_ops:       operators with an integer kernel when every input and the output are quantized.
     same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
+    on_codes_ops:      operators that move codes likewise, but only where the file applies them to the codes themselves.
     fixed_outputs:     operators whose output range is known: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
     """
@@ -82,6 +83,7 @@ class Target:
     weighted_to_float: frozenset[OpOverload]
     integer_ops: frozenset[OpOverload]
     same_scale_ops: frozenset[OpOverload]
+    on_codes_ops: frozenset[OpOverload]
     fixed_outputs: Mapping[OpOverload, tuple[float, int]]
     opset: int
 
@@ -102,7 +104,7 @@ class Site:
     shares:    name of the site whose scale and zero point this one has; None for its own.
     fixed:     (scale, zero_point) where the operator decides the range.
     clip:      bounds of a ReLU or clip that the codes realise by saturation; None where there is none.
-    of_codes:  the value is made from the codes of `shares` by that clip alone, without leaving integers.
+    of_codes:  the value is made from the codes of `shares` without leaving integers: by that clip, or by the operator.
     """
 
     name: str

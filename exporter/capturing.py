@@ -19,11 +19,19 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError
-from calibrators.graph import infer_shapes
+from calibrators.graph import bind, infer_shapes
 
 __all__ = ["capture", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
+
+_PADDED_BY_NAME = {
+    torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.padding: torch.ops.aten.conv3d.default,
+}
+_HALVES = {torch.float16, torch.bfloat16}
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
 
 
 def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
@@ -45,8 +53,9 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
         inputs = _with_batch(inputs, 2 if dynamic else 1)
     with quiet():
         graph = _flatten(program)
+    notes += graph.meta["notes"]
     graph.meta |= {"example": inputs, "dynamic_batch": dynamic, "notes": notes}
-    if not dynamic and not notes:
+    if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
     _check(graph)
     return graph
@@ -127,6 +136,8 @@ def _flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
         _restore_composite(node)
         if _is_in_place(node):
             _make_functional(node)
+        _settle_reshape(node)
+        _settle_padding(node)
     out_spec = program.call_spec.out_spec
     graph.set_codegen(CodeGen())
     _drop_empty_inputs(graph)
@@ -135,12 +146,62 @@ def _flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     output = next(iter(reversed(flat.graph.nodes)))
     outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     output.args = (tuple(outputs),)
+    notes = _widen(flat)
     flat.recompile()
     flat.meta = {
         "input_names": [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"],
         "output_names": _output_names(out_spec, len(outputs)),
+        "notes": notes,
     }
     return flat
+
+
+def _widen(graph: fx.GraphModule) -> list[str]:
+    """Half precision becomes float32 between inputs and outputs, which keep their types; returns what to tell the user.
+
+    The same weights, computed at least as exactly: scales, codes and folds are defined on float32.
+    """
+    found = {_dtype(node) for node in graph.graph.nodes} & _HALVES
+    if not found:
+        return []
+    output = next(iter(reversed(graph.graph.nodes)))
+    declared = [_dtype(value) for value in output.args[0]]
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            _widen_attribute(graph, str(node.target))
+        elif node.op == "placeholder" and _dtype(node) in _HALVES:
+            with graph.graph.inserting_after(node):
+                cast = graph.graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+        elif node.op == "call_function":
+            node.args = pytree.tree_map(_widened, node.args)
+            node.kwargs = pytree.tree_map(_widened, node.kwargs)
+    results = list(output.args[0])
+    with graph.graph.inserting_before(output):
+        for index, dtype in enumerate(declared):
+            if dtype in _HALVES:
+                results[index] = graph.graph.call_function(torch.ops.aten.to.dtype, (results[index], dtype))
+    output.args = (tuple(results),)
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    return [f"the model computes in {names}; it is exported with the same weights in float32"]
+
+
+def _dtype(node: object) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None) if isinstance(node, fx.Node) else None
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in _HALVES else argument
+
+
+def _widen_attribute(graph: fx.GraphModule, target: str) -> None:
+    """Replace a half precision parameter or buffer of the graph's own hierarchy by its float32 copy."""
+    path, _, name = target.rpartition(".")
+    owner = graph.get_submodule(path)
+    value = getattr(owner, name)
+    if value.dtype in _HALVES:
+        wide = value.detach().float()
+        setattr(owner, name, nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide)
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -205,6 +266,43 @@ def _restore_composite(node: fx.Node) -> None:
             user.replace_all_uses_with(whole)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _settle_reshape(node: fx.Node) -> None:
+    """Views as reshapes, which ask nothing of memory layout, to constant sizes: at most one is free and left as -1."""
+    if node.target not in _RESHAPES:
+        return
+    node.target = torch.ops.aten.reshape.default
+    value = node.meta.get("val")
+    sizes = [size if isinstance(size, int) else -1 for size in value.shape] if isinstance(value, Tensor) else []
+    if sizes and sizes.count(-1) <= 1 and 0 not in sizes:
+        node.args = (node.args[0], sizes)
+        node.kwargs = {}
+
+
+def _settle_padding(node: fx.Node) -> None:
+    """Convolutions padded by 'same' or 'valid' get numbers; where the sides differ, an explicit pad adds the rest."""
+    plain = _PADDED_BY_NAME.get(node.target)
+    if plain is None:
+        return
+    bound = bind(node)
+    kernel = bound["weight"].meta["val"].shape[2:] if "val" in bound["weight"].meta else ()
+    if bound["padding"] == "same" and not kernel:
+        return
+    sizes = list(kernel) or [1] * len(bound["stride"])
+    per_axis = [list(bound[key]) * len(sizes) for key in ("stride", "dilation")]
+    stride, dilation = (values[: len(sizes)] for values in per_axis)
+    total = [d * (k - 1) if bound["padding"] == "same" else 0 for k, d in zip(sizes, dilation, strict=True)]
+    x = bound["input"]
+    if any(amount % 2 for amount in total):
+        sides = [side for amount in reversed(total) for side in (0, amount % 2)]
+        with node.graph.inserting_before(node):
+            x = node.graph.call_function(torch.ops.aten.constant_pad_nd.default, (x, sides))
+        x.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    node.target = plain
+    padding = [amount // 2 for amount in total]
+    node.args = (x, bound["weight"], bound["bias"], stride, padding, dilation, bound["groups"])
+    node.kwargs = {}
 
 
 def _drop_empty_inputs(graph: fx.Graph) -> None:

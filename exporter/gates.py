@@ -185,6 +185,11 @@ def _float_mismatch_rate(report: Report) -> float | None:
     return mismatched / values if values else 0.0
 
 
+def _kernel_surprises(report: Report) -> float | None:
+    unplanned = report["parity"]["optimized"].get("unplanned")
+    return None if unplanned is None else float(sum(map(abs, unplanned.values())))
+
+
 def _lint_errors(report: Report) -> float:
     return float(sum(entry["severity"] == "error" for entry in report.get("lint", ())))
 
@@ -221,6 +226,14 @@ METRICS: dict[str, Metric] = {
         "differing values of integer kernels on the runtime's own inputs, optimisations on",
         _path("parity.optimized.kernel_mismatched"),
     ),
+    "parity_violations": Metric(
+        "sites and outputs that are not what the reference computes from the runtime's own inputs, optimisations on",
+        _path("parity.optimized.violations"),
+    ),
+    "kernel_surprises": Metric(
+        "integer kernels that the runtime executes and the plan does not hold, or the other way round",
+        _kernel_surprises,
+    ),
     "float_mismatch_rate": Metric(
         "differing share of the values that float operators compute, on the runtime's own inputs", _float_mismatch_rate
     ),
@@ -239,4 +252,7 @@ METRICS: dict[str, Metric] = {
     "lint_errors": Metric("findings of severity error against the rules of the target", _lint_errors),
 }
 
-DEFAULT_GATES = (parse("kernel_mismatched==0"), parse("lint_errors==0"))
+DEFAULT_GATES = tuple(
+    parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "kernel_surprises", "lint_errors")
+)
+"""Conditions of every export. With optimisations off all arithmetic is float, so that level is reported but not gated."""

@@ -34,7 +34,7 @@ from calibrators.targets import get_target
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
 from exporter.capturing import capture
 from exporter.config import ExportConfig, make_config
-from exporter.data import Data, open_data
+from exporter.data import Data, check_takes_integers, open_data
 from exporter.emission import emit, emit_float, save
 from exporter.folding import FoldReport, fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
@@ -151,6 +151,7 @@ class _Export:
     def __init__(self, work: _Work, folder: Path) -> None:
         self.work, self.config, self.folder = work, work.config, folder
         self.model_path, self.float_path = folder / "model.onnx", folder / "float.onnx"
+        self.samples = self.evaluated = 0
 
     def run(self, model: nn.Module | torch.export.ExportedProgram) -> _Bundle:
         graph, folded = self._graph(model)
@@ -163,8 +164,11 @@ class _Export:
         return _Bundle(self.folder, report, golden)
 
     def _graph(self, model: nn.Module | torch.export.ExportedProgram) -> tuple[fx.GraphModule, fx.GraphModule]:
+        example = self.work.calibration.example()
+        if isinstance(model, nn.Module):
+            check_takes_integers(model, example, self.work.calibration.label)
         with self.work.step("capture", "capture"):
-            graph = capture(model, self.work.calibration.example().inputs)
+            graph = capture(model, example.inputs)
         self.work.warnings += graph.meta["notes"]
         names = graph.meta["input_names"]
         self.work.calibration = self.work.calibration.named(names)
@@ -183,12 +187,7 @@ class _Export:
             include=config.include,
             exclude=config.exclude,
         )
-        self.samples = 0
         with self.work.step("calibrate", "calibrate") as bar:
-
-            def advance() -> None:
-                bar.advance()
-
             result = calibrate(
                 graph,
                 _Counted(self, graph),
@@ -198,7 +197,7 @@ class _Export:
                 placement=placement,
                 bias_correction=config.bias_correction,
                 seed=config.seed,
-                advance=advance,
+                advance=bar.advance,
             )
         self.work.warnings += result.record.get("notes", ())
         return result
@@ -275,7 +274,8 @@ class _Export:
             return _first(self._held_out(program), self.config.parity_samples)
 
         return {
-            optimized: parity(self.model_path, program, batches(), optimized=optimized) for optimized in (False, True)
+            optimized: parity(self.model_path, program, batches(), optimized=optimized, threads=torch.get_num_threads())
+            for optimized in (False, True)
         }
 
     def _accuracy(self, graph: fx.GraphModule, program: fx.GraphModule) -> Any:
@@ -293,6 +293,7 @@ class _Export:
                 bar.advance()
         if accuracy.samples == 0:
             raise DataError("no evaluation batches: the --eval data is empty; give at least one batch or leave it out")
+        self.evaluated = accuracy.samples
         return accuracy.to_dict()
 
     def _latency(self, program: fx.GraphModule) -> Any:
@@ -319,10 +320,9 @@ class _Export:
             return {"source": data.label, "samples": samples, "sha256": data.digest()}
 
         evaluated = self.work.evaluation
-        samples = sum(len(batch) for batch in evaluated) if evaluated else 0
         return {
             "calibration": entry(self.work.calibration, self.samples),
-            "evaluation": entry(evaluated, samples) if evaluated else None,
+            "evaluation": entry(evaluated, self.evaluated) if evaluated else None,
         }
 
 

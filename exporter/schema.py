@@ -27,9 +27,11 @@ __all__ = [
     "LayerEntry",
     "Level",
     "NodeParity",
+    "OutputParity",
     "Report",
     "dump_json",
     "is_integer_kernel",
+    "is_legal",
     "json_schema",
     "metric_paths",
     "read_report",
@@ -155,21 +157,42 @@ class Forced(TypedDict):
 
 @_MORE_WELCOME
 class NodeParity(Forced):
-    """One compared site: `kernel` is the operator that computed it, or starts with "float" for float arithmetic."""
+    """One compared site: `kernel` is the operator that computed it, or starts with "float" for float arithmetic.
+
+    legal: no difference in an integer kernel, at most rare single steps behind float arithmetic.
+    """
 
     site: str
     kernel: str
+    legal: NotRequired[bool]
+
+
+@_MORE_WELCOME
+class OutputParity(TypedDict):
+    """One float output: exact where an integer kernel writes it, so that its bits must agree."""
+
+    name: str
+    exact: bool
+    legal: bool
+    relative: NotRequired[float | None]
 
 
 @_MORE_WELCOME
 class Level(TypedDict):
-    """Runtime against reference at one optimisation level, end to end; `forced` and `*_mismatched` node by node."""
+    """Runtime against reference at one optimisation level, end to end; `forced` and `*_mismatched` node by node.
+
+    violations: sites and outputs whose differences are not legal.
+    unplanned:  integer kernels executed minus planned, by operator, where they differ.
+    """
 
     values: int
     mismatched: int
     max_lsb: int
     forced: NotRequired[Forced]
     outputs_identical: NotRequired[bool | None]
+    outputs: NotRequired[list[OutputParity]]
+    violations: NotRequired[int]
+    unplanned: NotRequired[dict[str, int]]
     kernel_mismatched: NotRequired[int | None]
     float_mismatched: NotRequired[int | None]
     float_values: NotRequired[int | None]
@@ -414,6 +437,11 @@ def _finite(value: object) -> object:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_finite(item) for item in value]
     return value
+
+
+def is_legal(node: NodeParity) -> bool:
+    """Whether the differences of a compared site are allowed."""
+    return node.get("legal", not (is_integer_kernel(node) and node["mismatched"]))
 
 
 def is_integer_kernel(node: NodeParity) -> bool:

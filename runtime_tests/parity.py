@@ -4,6 +4,9 @@ Two comparisons at once. *End to end* both sides start from the same input and r
 is fed with the runtime's own codes, so that a difference belongs to the kernel at which it shows. Where all nodes
 agree, both sides agree end to end: the second comparison therefore decides, and runs only if the first finds something.
 
+The graph that the runtime executes is held against the plan too: an operator that should run on integers and does not,
+or the other way round, is a surprise even where its numbers agree.
+
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
 the two sides; they may differ by one code at the rare values next to a tie.
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +28,8 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError, IntactError
-from runtime_tests.integer_reference import FLOAT, plan, run
-from runtime_tests.sessions import session
+from runtime_tests.integer_reference import FLOAT, KernelPlan, plan, run
+from runtime_tests.sessions import optimized_file, session
 
 __all__ = [
     "Agreement",
@@ -36,6 +39,7 @@ __all__ = [
     "SiteParity",
     "Validation",
     "parity",
+    "unplanned",
     "validate",
 ]
 
@@ -108,6 +112,7 @@ class SiteParity:
             "site": self.site,
             "kernel": self.kernel,
             "reason": self.reason,
+            "legal": self.is_legal,
             **self.per_node.to_dict(),
             "end_to_end": self.end_to_end.to_dict(),
         }
@@ -137,6 +142,7 @@ class OutputParity:
         return {
             "name": self.name,
             "exact": self.exact,
+            "legal": self.is_legal,
             "identical": self.identical,
             "per_node_identical": self.per_node_identical,
             "max_abs": self.max_abs,
@@ -146,12 +152,16 @@ class OutputParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Everything that was compared at one optimisation level, sites in the order of computation."""
+    """Everything that was compared at one optimisation level, sites in the order of computation.
+
+    unplanned: kernels executed minus kernels planned, by operator, where they differ; nothing with optimisations off.
+    """
 
     optimized: bool
     samples: int
     sites: tuple[SiteParity, ...]
     outputs: tuple[OutputParity, ...]
+    unplanned: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def end_to_end(self) -> Agreement:
@@ -167,6 +177,11 @@ class ParityReport:
         return all(output.identical for output in self.outputs)
 
     @property
+    def violations(self) -> int:
+        """Number of sites and outputs that are not what the reference computes from the same inputs."""
+        return sum(not site.is_legal for site in self.sites) + sum(not output.is_legal for output in self.outputs)
+
+    @property
     def worst(self) -> tuple[SiteParity, ...]:
         """Sites with per-node differences: illegal ones first, then by the share of their values."""
         found = [site for site in self.sites if site.per_node.mismatched]
@@ -180,6 +195,8 @@ class ParityReport:
             **self.end_to_end.to_dict(),
             "forced": self.per_node.to_dict(),
             "outputs_identical": self.outputs_identical,
+            "violations": self.violations,
+            "unplanned": dict(self.unplanned),
             "kernel_mismatched": integer.mismatched,
             "kernel_values": integer.values,
             "float_mismatched": floating.mismatched,
@@ -192,7 +209,7 @@ class ParityReport:
         }
 
     def raise_for_mismatch(self) -> None:
-        """Nothing if every node computes what the reference computes.
+        """Nothing if every node computes what the reference computes, in the kernel that was planned.
 
         raises: ParityError naming the first node that does not, and how far off it is.
         """
@@ -213,6 +230,12 @@ class ParityReport:
                     f"with optimisations {level}, though all codes before it agree: look at the operators behind "
                     f"{self.sites[-1].site!r}."
                 )
+        if self.unplanned:
+            kernels = ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in self.unplanned.items())
+            raise ParityError(
+                f"the runtime executes other kernels than planned: {kernels}. The coverage names what is left in float "
+                "and why; what the runtime quantizes by itself was never calibrated."
+            )
 
 
 @dataclass(frozen=True)
@@ -303,6 +326,7 @@ class _Comparison:
         self.session = session(model, optimized=optimized, threads=threads, taps=self.taps)
         self.input_names = [info.name for info in self.session.get_inputs()]
         self.output_names = [info.name for info in self.session.get_outputs() if info.name not in set(self.taps)]
+        self.unplanned = unplanned(model, self.plan) if optimized else {}
         self.optimized, self.samples = optimized, 0
         self.per_node = dict.fromkeys(self.plan.sites, Agreement())
         self.end_to_end = dict.fromkeys(self.plan.sites, Agreement())
@@ -351,11 +375,18 @@ class _Comparison:
             OutputParity(name, exact, t.identical, t.per_node_identical, t.max_abs, t.relative)
             for name, exact, t in zip(self.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         )
-        return ParityReport(self.optimized, self.samples, sites, outputs)
+        return ParityReport(self.optimized, self.samples, sites, outputs, self.unplanned)
 
     def _site(self, site: str) -> SiteParity:
         step = self.plan.by_site[site]
         return SiteParity(site, step.kernel, step.reason, self.per_node[site], self.end_to_end[site])
+
+
+def unplanned(model: onnx.ModelProto | str | Path, plan: KernelPlan) -> dict[str, int]:
+    """Integer kernels that the runtime executes, all optimisations on, minus those of the plan, where they differ."""
+    with optimized_file(model, layouts=False) as path:
+        executed = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
 
 
 def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:

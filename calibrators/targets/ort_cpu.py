@@ -32,7 +32,9 @@ TARGET = Target(
     ),
     same_scale_ops=frozenset(
         {
+            aten.max_pool1d.default,
             aten.max_pool2d.default,
+            aten.pad.default,
             aten.reshape.default,
             aten.view.default,
             aten.flatten.using_ints,
@@ -48,6 +50,7 @@ TARGET = Target(
             aten.contiguous.default,
         }
     ),
+    on_codes_ops=frozenset({aten.constant_pad_nd.default}),
     fixed_outputs={aten.sigmoid.default: (1.0 / 256.0, 0)},
     opset=20,
 )

@@ -1,0 +1,184 @@
+"""Latency of the shipped file against float and against onnxruntime's own static quantization of the same folded net.
+
+    python benchmarks/latency.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration
+    python benchmarks/latency.py
+
+Without models: RepVGG-like and MobileNet-like stacks at 224x224, random weights.
+Batch 1, one thread, all models interleaved in one process, order rotated every round; medians, and ratios to float.
+`static` is onnxruntime's quantize_static (QDQ, uint8 activations, int8 weights per channel) on the file that plain
+torch.onnx.export writes for the folded net; `prepared` the same after its optional pre-processing of the float file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrators import calibrate
+from exporter import capture, emit, fold
+from exporter.capturing import quiet
+from exporter.data import open_data
+from exporter.emission import emit_float
+from exporter.load import load_model
+from exporter.reference import export_program
+from runtime_tests.sessions import session
+
+BATCHES = 4
+
+
+class RepVGGLike(nn.Sequential):
+    """Thirteen plain 3x3 convolutions, 224x224 input."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, depth in ((32, 1), (48, 2), (96, 4), (192, 5), (384, 1)):
+            for index in range(depth):
+                layers += [nn.Conv2d(channels, width, 3, 2 if index == 0 else 1, 1), nn.ReLU()]
+                channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise 3x3, 1x1 projection, and the sum where shapes allow."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.keeps = stride == 1 and channels == width
+        middle = channels * 4
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, middle, 1), nn.ReLU6(), nn.Conv2d(middle, middle, 3, stride, 1, groups=middle),
+            nn.ReLU6(), nn.Conv2d(middle, width, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.keeps else self.layers(x)  # type: ignore[no-any-return]
+
+
+class MobileNetLike(nn.Sequential):
+    """Inverted residuals with ReLU6, 224x224 input."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6()]
+        channels = 16
+        for width, depth, stride in ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 2)):
+            for index in range(depth):
+                layers.append(InvertedResidual(channels, width, stride if index == 0 else 1))
+                channels = width
+        head = [nn.Conv2d(channels, 640, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(640, 1000)]
+        super().__init__(*layers, *head)
+
+
+def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Path]:
+    """The three files of one network."""
+    graph = fold(capture(model, batches[0]))
+    paths = {name: folder / f"{name}.onnx" for name in ("float", "intact", "static", "prepared")}
+    emit_float(graph, paths["float"])
+    emit(calibrate(graph, batches), paths["intact"])
+    plain = folder / "plain.onnx"
+    with quiet():
+        program = torch.onnx.export(export_program(graph), verbose=False)
+    assert program is not None
+    program.save(plain)
+    quantize_statically(plain, batches, paths["static"])
+    prepare(plain, folder / "ready.onnx")
+    quantize_statically(folder / "ready.onnx", batches, paths["prepared"])
+    return paths
+
+
+def prepare(plain: Path, path: Path) -> None:
+    """Onnxruntime's recommended pre-processing: shape inference and graph optimisation."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with silence():
+        quant_pre_process(str(plain), str(path))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep the warnings of other people's tools out of the table."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def quantize_statically(plain: Path, batches: Iterable[Tensor], path: Path) -> None:
+    """What onnxruntime.quantization makes of the float file."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    name = session(plain).get_inputs()[0].name
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter([{name: batch.numpy()} for batch in batches])
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    with silence():
+        quantize_static(
+            str(plain), str(path), Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8, per_channel=True,
+        )  # fmt: skip
+
+
+def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]:
+    """Median milliseconds per file; the order rotates, so that nobody always runs behind the same neighbour."""
+    sessions = {name: session(path, threads=1) for name, path in paths.items()}
+    feeds = {name: {s.get_inputs()[0].name: x.numpy()} for name, s in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    names = list(paths)
+    for run in range(runs + 5):
+        for name in names[run % len(names) :] + names[: run % len(names)]:
+            start = time.perf_counter()
+            sessions[name].run(None, feeds[name])
+            if run >= 5:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def report(label: str, model: nn.Module, batches: list[Tensor], runs: int) -> None:
+    """One line: medians and ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        median = medians_ms(files(model, batches, Path(folder)), batches[0][:1], runs)
+    cells = [f"{name} {median[name]:6.2f} ms ({median[name] / median['float']:.2f})" for name in median]
+    faster = ", ".join(f"{median[name] / median['intact']:.2f}x {name}" for name in median if name != "intact")
+    print(f"{label:<14} {'  '.join(cells)}  intact is {faster}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="file.py:factory")
+    parser.add_argument("--data", help="file.py:callable of calibration batches")
+    parser.add_argument("--runs", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if not arguments.models:
+        batches = [torch.randn(4, 3, 224, 224)]
+        for kind in (RepVGGLike, MobileNetLike):
+            report(kind.__name__, kind().eval(), batches, arguments.runs)
+        return
+    batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)]
+    for spec in arguments.models:
+        model = load_model(spec)
+        assert isinstance(model, nn.Module)
+        report(spec.split(":")[-1], model, batches, arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
