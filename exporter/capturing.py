@@ -32,6 +32,7 @@ _PADDED_BY_NAME = {
 }
 _HALVES = {torch.float16, torch.bfloat16}
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+_RESHAPES += (torch.ops.aten.unflatten.int,)
 
 
 def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:

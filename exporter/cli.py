@@ -121,7 +121,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     sets: Annotated[
         list[str] | None,
         _option(
-            "Any setting or option of the method: `--set bins=4096`.",
+            "Any setting or option of the method: `--set q=99.99`.",
             QUANTIZATION,
             "--set",
             metavar="KEY=VALUE",

@@ -255,4 +255,4 @@ METRICS: dict[str, Metric] = {
 DEFAULT_GATES = tuple(
     parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "kernel_surprises", "lint_errors")
 )
-"""Conditions of every export. With optimisations off all arithmetic is float, so that level is reported but not gated."""
+"""Conditions of every export. With optimisations off all arithmetic is float: that level is reported, not gated."""
