@@ -2,11 +2,15 @@
 
 - SiLU            -> x * sigmoid(x)
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
+- adaptive average pooling to a divisor of the size -> average pooling
+- average pooling of a whole sequence -> the same of an image of height 1
+- max pooling with indices that nobody reads -> max pooling
 - ReLU6, hardtanh -> clamp
 - convolution or linear without bias -> with a bias of zeros: the form that every runtime fuses, and corrections need
 - matmul with a constant matrix -> linear
 - linear on [..., features] -> linear on a matrix, between two reshapes
-- scaled dot product attention -> matmul, softmax, matmul
+- scaled dot product attention -> matmul, mask, softmax, matmul
+- roll -> concatenation of two slices
 - split, chunk, unbind, select -> slices (and a squeeze where the dimension is dropped)
 - batch norm that could not be folded -> depthwise 1x1 convolution
 - transposed convolution whose kernel is its stride -> 1x1 convolution and pixel shuffle
@@ -29,7 +33,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, module_path, replace_args, shape_of
+from calibrators.graph import (
+    add_constant,
+    bind,
+    constant,
+    infer_shapes,
+    is_constant,
+    module_path,
+    replace_args,
+    shape_of,
+)
 
 __all__ = ["clip_bounds", "to_integer_forms"]
 
@@ -89,6 +102,40 @@ def _spatial_mean(graph: fx.Graph, node: fx.Node) -> None:
     _substitute(graph, node, pool, *([] if bound["keepdim"] else [(aten.flatten.using_ints, (..., 1))]))
 
 
+def _adaptive_pool(graph: fx.Graph, node: fx.Node) -> None:
+    x, sizes = bind(node).values()
+    before = shape_of(x)[-2:]
+    if list(sizes) == [1, 1] or len(shape_of(x)) != 4 or any(old % new for old, new in zip(before, sizes, strict=True)):
+        return
+    kernel = [old // new for old, new in zip(before, sizes, strict=True)]
+    if kernel == [1, 1]:
+        node.replace_all_uses_with(x)
+        graph.erase_node(node)
+    else:
+        _substitute(graph, node, (aten.avg_pool2d.default, (x, kernel, kernel)))
+
+
+def _pool_of_sequence(graph: fx.Graph, node: fx.Node) -> None:
+    x, sizes = bind(node).values()
+    if list(sizes) == [1] and len(shape_of(x)) == 3:
+        pool = (aten.adaptive_avg_pool2d.default, (..., [1, 1]))
+        _substitute(graph, node, (aten.unsqueeze.default, (x, 2)), pool, (aten.squeeze.dim, (..., 2)))
+
+
+def _plain_max(graph: fx.Graph, node: fx.Node) -> None:
+    """Pooling that also returns where the maxima stood, when nobody asks where."""
+    bound, rank = bind(node), len(shape_of(bind(node)["self"]))
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return
+    call: tuple[Any, tuple[Any, ...]] = (aten.max_pool2d.default, node.args)
+    if node.target is aten.adaptive_max_pool2d.default:
+        if list(bound["output_size"]) != [1, 1]:
+            return
+        call = (aten.amax.default, (bound["self"], [rank - 2, rank - 1], True))
+    for user in list(node.users):
+        _substitute(graph, user, call)
+
+
 def _hardtanh(graph: fx.Graph, node: fx.Node) -> None:
     bound = bind(node)
     lo, hi = bound.get("min_val", 0), bound.get("max_val", 6)
@@ -132,21 +179,65 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
             flat = graph.call_function(aten.reshape.default, (x, flat_shape))
         flat.meta = dict(x.meta)
     product = (aten.linear.default, (flat, *node.args[1:]))
-    _substitute(graph, node, product, (aten.reshape.default, (..., [-1, *shape_of(node)[1:]])))
+    _substitute(graph, node, product, (aten.reshape.default, (..., _sizes(node))))
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """Shape of a value, -1 at the dimension that the batch decides."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and any(not isinstance(size, int) for size in value.shape):
+        return [size if isinstance(size, int) else -1 for size in value.shape]
+    return [-1, *shape_of(node)[1:]]
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> None:
     bound = bind(node)
-    if bound["attn_mask"] is not None or bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"):
-        return
     query, key, value = bound["query"], bound["key"], bound["value"]
+    masked = bound["attn_mask"] is not None or bound["is_causal"]
+    mask = _additive_mask(graph, bound) if masked else None
+    if (masked and mask is None) or bound["dropout_p"] or bound.get("enable_gqa"):
+        return
     scale = bound["scale"] if bound["scale"] is not None else shape_of(query)[-1] ** -0.5
     with graph.inserting_before(node):
         transposed = graph.call_function(aten.transpose.int, (key, -2, -1))
         scaled = graph.call_function(aten.mul.Tensor, (query, scale))
     transposed.meta, scaled.meta = dict(node.meta), dict(node.meta)
-    scores = (aten.matmul.default, (scaled, transposed))
-    _substitute(graph, node, scores, (aten.softmax.int, (..., -1)), (aten.matmul.default, (..., value)))
+    scores: list[tuple[Any, tuple[Any, ...]]] = [(aten.matmul.default, (scaled, transposed))]
+    if mask is not None:
+        with graph.inserting_before(node):
+            scores.append((aten.add.Tensor, (..., graph.get_attr(mask))))
+    _substitute(graph, node, *scores, (aten.softmax.int, (..., -1)), (aten.matmul.default, (..., value)))
+
+
+def _additive_mask(graph: fx.Graph, bound: dict[str, Any]) -> str | None:
+    """Name of a constant of zeros and minus infinities; None for a computed mask, or a row that may see nothing."""
+    given, owner = bound["attn_mask"], graph.owning_module
+    if owner is None or (given is not None and not is_constant(given)) or _is_free(bound["query"], -2):
+        return None
+    if given is None:
+        allowed = torch.ones(shape_of(bound["query"])[-2], shape_of(bound["key"])[-2], dtype=torch.bool).tril()
+    else:
+        allowed = constant(owner, given)
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf) if allowed.dtype == torch.bool else allowed
+    return add_constant(owner, "attention_mask", mask) if bool(mask.isfinite().any(-1).all()) else None
+
+
+def _roll(graph: fx.Graph, node: fx.Node) -> None:
+    """The two parts of each dimension change places."""
+    x, shifts, dims = bind(node).values()
+    if not dims or any(_is_free(x, dim) for dim in dims) or not all(isinstance(shift, int) for shift in shifts):
+        return
+    result = x
+    with graph.inserting_before(node):
+        for shift, dim in zip(shifts, dims, strict=True):
+            cut = -shift % shape_of(x)[dim]
+            tail = graph.call_function(aten.slice.Tensor, (result, dim, cut, sys.maxsize))
+            head = graph.call_function(aten.slice.Tensor, (result, dim, 0, cut))
+            result = graph.call_function(aten.cat.default, ([tail, head] if cut else [tail], dim))
+            for made in (tail, head, result):
+                made.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _is_free(x: fx.Node, dim: int) -> bool:
@@ -200,8 +291,9 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     offset = (0.0 if shift is None else shift) - mean * slope
     space = len(shape_of(x)) - 2
     path = module_path(node) or node.name
-    weight = add_constant(owner, f"{path}.weight", slope.float().reshape(-1, *[1] * (space + 1)))
-    bias = add_constant(owner, f"{path}.bias", offset.float())
+    dtype = x.meta["tensor_meta"].dtype
+    weight = add_constant(owner, f"{path}.weight", slope.to(dtype).reshape(-1, *[1] * (space + 1)))
+    bias = add_constant(owner, f"{path}.bias", offset.to(dtype))
     with graph.inserting_before(node):
         made = graph.get_attr(weight), graph.get_attr(bias)
     ones, zeros = [1] * space, [0] * space
@@ -210,7 +302,11 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
 
 def _transposed_convolution(graph: fx.Graph, node: fx.Node) -> None:
     bound, owner = bind(node), graph.owning_module
-    if owner is None or not is_constant(bound["weight"]) or (bound["bias"] is not None and not is_constant(bound["bias"])):
+    if (
+        owner is None
+        or not is_constant(bound["weight"])
+        or (bound["bias"] is not None and not is_constant(bound["bias"]))
+    ):
         return
     weight = constant(owner, bound["weight"])  # [in, out, r, r]
     factor = weight.shape[2]
@@ -219,7 +315,7 @@ def _transposed_convolution(graph: fx.Graph, node: fx.Node) -> None:
         return
     outputs = weight.shape[1] * factor**2
     spread = weight.permute(1, 2, 3, 0).reshape(outputs, -1, 1, 1)
-    bias = torch.zeros(weight.shape[1]) if bound["bias"] is None else constant(owner, bound["bias"])
+    bias = weight.new_zeros(weight.shape[1]) if bound["bias"] is None else constant(owner, bound["bias"])
     names = add_constant(owner, f"{bound['weight'].target}_spread", spread)
     biases = add_constant(owner, f"{bound['weight'].target}_spread_bias", bias.repeat_interleave(factor**2))
     with graph.inserting_before(node):
@@ -279,6 +375,10 @@ def _is_gate(value: fx.Node) -> bool:
 _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
     aten.silu.default: (_silu,),
     aten.mean.dim: (_spatial_mean,),
+    aten.adaptive_avg_pool2d.default: (_adaptive_pool,),
+    aten.adaptive_avg_pool1d.default: (_pool_of_sequence,),
+    aten.adaptive_max_pool2d.default: (_plain_max,),
+    aten.max_pool2d_with_indices.default: (_plain_max,),
     aten.hardtanh.default: (_hardtanh,),
     aten.relu6.default: (_hardtanh,),
     aten.conv1d.default: (_bias,),
@@ -295,6 +395,7 @@ _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
     aten.conv_transpose2d.input: (_transposed_convolution,),
     aten.upsample_nearest2d.vec: (_resize,),
     aten.upsample_bilinear2d.vec: (_resize,),
+    aten.roll.default: (_roll,),
     aten.expand.default: (_expand,),
     aten.expand_as.default: (_expand,),
     aten.mul.Tensor: (_scaled_gate,),

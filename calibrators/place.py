@@ -12,7 +12,7 @@ Must not know: data, methods, ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -240,8 +240,7 @@ def _is_global_pool(node: fx.Node) -> bool:
 
 def _is_plain_average(node: fx.Node) -> bool:
     bound = bind(node)
-    unpadded = all(p == 0 for p in bound["padding"])
-    return unpadded and not bound["ceil_mode"] and bound["divisor_override"] is None and len(shape_of(node)) == 4
+    return not bound["ceil_mode"] and bound["divisor_override"] is None and len(shape_of(node)) == 4
 
 
 _FORM_OF_INTEGER_OP = {
@@ -257,7 +256,10 @@ def _pads_with_zeros(node: fx.Node) -> bool:
     return bound.get("mode", "constant") != "constant" or not bound["value"]
 
 
-_FORM_OF_MOVE = {aten.constant_pad_nd.default: _pads_with_zeros, aten.pad.default: _pads_with_zeros}
+_FORM_OF_MOVE: dict[object, Callable[[fx.Node], bool]] = {
+    aten.constant_pad_nd.default: _pads_with_zeros,
+    aten.pad.default: _pads_with_zeros,
+}
 
 
 @dataclass

@@ -189,9 +189,13 @@ class _Builder:
         at the bounds of the grid changes no value and hides the codes from it.
         """
         weight, source = bind(node)["weight"], node.args[0]
-        if weight.target is DEQUANTIZE or not isinstance(source, fx.Node) or source.target is not DEQUANTIZE:
+        coded = source
+        while isinstance(coded, fx.Node) and coded.target in self.placement.target.same_scale_ops:
+            coded = coded.args[0]  # codes are moved through these, too
+        if weight.target is DEQUANTIZE or not isinstance(coded, fx.Node) or coded.target is not DEQUANTIZE:
             return
-        step, zero = (constant(self.program, node) for node in source.args[1:3] if is_constant(node))
+        assert isinstance(source, fx.Node)
+        step, zero = (constant(self.program, node) for node in coded.args[1:3] if is_constant(node))
         grid = torch.iinfo(zero.dtype)
         lo, hi = ((torch.tensor(code) - zero.to(torch.int32)).float() * step for code in (grid.min, grid.max))
         with self.graph.inserting_before(node):

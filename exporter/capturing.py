@@ -25,14 +25,18 @@ __all__ = ["capture", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
 
-_PADDED_BY_NAME = {
+_PADDED_BY_NAME: dict[object, Any] = {
     torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
     torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
     torch.ops.aten.conv3d.padding: torch.ops.aten.conv3d.default,
 }
 _HALVES = {torch.float16, torch.bfloat16}
-_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
-_RESHAPES += (torch.ops.aten.unflatten.int,)
+_RESHAPES = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.unflatten.int,
+}
 
 
 def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
@@ -282,7 +286,13 @@ def _settle_reshape(node: fx.Node) -> None:
 
 
 def _settle_padding(node: fx.Node) -> None:
-    """Convolutions padded by 'same' or 'valid' get numbers; where the sides differ, an explicit pad adds the rest."""
+    """Convolutions padded by 'same' or 'valid' get numbers; where the sides differ, an explicit pad adds the rest.
+
+    Padding with a constant gets the one operator that does just that.
+    """
+    if node.target is torch.ops.aten.pad.default and bind(node)["mode"] == "constant":
+        x, widths, _, value = bind(node).values()
+        node.target, node.args, node.kwargs = torch.ops.aten.constant_pad_nd.default, (x, widths, value or 0), {}
     plain = _PADDED_BY_NAME.get(node.target)
     if plain is None:
         return

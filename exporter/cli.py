@@ -353,27 +353,35 @@ def _finish(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    accuracy, parity, coverage = report["accuracy"], report["parity"]["optimized"], report["coverage"]
-    size, latency = report["size"], report["latency_ms"]
-    yield (
-        accuracy["metric"],
-        f"{_percent(accuracy['float'])} float, {_percent(accuracy['runtime'])} in the runtime, "
-        f"{accuracy['samples']} samples",
-    )
-    yield (
-        "parity",
-        f"{parity['mismatched']:,} of {parity['values']:,} integers differ (largest step {parity['max_lsb']})",
-    )
-    yield "integer MACs", _percent(coverage["integer_macs"])
-    yield "size", f"{size['bytes'] / 1024:,.0f} kB, {_ratio(size['float_bytes'], size['bytes'])} smaller than float"
-    if latency["quantized"]:
-        yield (
-            "latency",
-            f"{latency['quantized']:.2f} ms, {_ratio(latency['float'], latency['quantized'])} faster than float",
-        )
+    accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
+    if accuracy is not None:
+        yield accuracy["metric"], _accuracy(accuracy)
+    yield "parity", _parity(report["parity"]["optimized"])
+    yield "integer MACs", _percent(report["coverage"]["integer_macs"])
+    yield "size", f"{size['bytes'] / 1000:,.0f} kB, {_ratio(size['float_bytes'], size['bytes'])} smaller than float"
+    if latency is not None:
+        faster = _ratio(latency["float"], latency["quantized"])
+        yield "latency", f"{latency['quantized']:.2f} ms, {faster} faster than float"
     for gate in report["gates"]:
         if not gate["passed"]:
             yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> str:
+    if accuracy["metric"] == "sqnr_db":
+        return f"{_number(accuracy['runtime'])} dB over {accuracy['samples']} samples"
+    values = f"{_percent(accuracy['float'])} float, {_percent(accuracy['runtime'])} in the runtime"
+    return f"{values}, {accuracy['samples']} samples"
+
+
+def _parity(level: Mapping[str, Any]) -> str:
+    """End to end where all is equal, else node by node: what differs there is what a node itself does differently."""
+    if not level["mismatched"]:
+        return f"0 of {level['values']:,} integers differ"
+    text = f"{level['kernel_mismatched']:,} integers differ in integer kernels"
+    if level["float_values"]:
+        text += f", {level['float_mismatched']:,} of {level['float_values']:,} behind float operators"
+    return f"{text} (node by node; largest step {level['forced']['max_lsb']})"
 
 
 def _percent(share: float | None) -> str:

@@ -9,16 +9,20 @@ Must not know: methods, runtimes, files other than the model's.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
+from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import opset20 as op
+from onnxscript.optimizer import fold_constants
 from torch import fx
 
 from calibrators.errors import ExportError
@@ -72,7 +76,7 @@ def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] 
     try:
         with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
-                export_program(program),
+                export_program(_with_own_outputs(program)),
                 opset_version=opset,
                 custom_translation_table=_TRANSLATIONS,
                 optimize=False,
@@ -86,23 +90,65 @@ def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] 
     model = onnx_program.model
     _normalise(model)
     _annotate(model, program, metadata or {})
+    _check_outputs(model, program)
     return model
+
+
+def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
+    """Names, types and static sizes of the outputs are those of the program, in its order.
+
+    raises: ExportError naming the first output that is not.
+    """
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    for value, name, node in zip(model.graph.outputs, program.meta["output_names"], output.args[0], strict=True):
+        meta = node.meta["tensor_meta"]
+        sizes = list(value.shape) if value.shape is not None else []
+        same = len(sizes) == len(meta.shape) and value.dtype == from_torch_dtype(meta.dtype) and value.name == name
+        fixed = zip(sizes, meta.shape, strict=False)
+        if not same or any(isinstance(size, int) and size != expected for size, expected in fixed):
+            raise ExportError(
+                f"output {name!r} is {meta.dtype} {list(meta.shape)} in the model and {value.name!r}, {value.dtype} "
+                f"{value.shape} in the file: {where(node)} has another meaning in ONNX; rewrite it with other operators"
+            )
+
+
+def _with_own_outputs(program: fx.GraphModule) -> fx.GraphModule:
+    """A graph whose outputs are different values, none of them an input or constant: a value has one name in ONNX."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    results = output.args[0]
+    shared = [x.op != "call_function" or x in results[:index] for index, x in enumerate(results)]
+    if not any(shared):
+        return program
+    program = copy.deepcopy(program)
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    with program.graph.inserting_before(output):
+        output.args = (
+            tuple(
+                program.graph.call_function(torch.ops.aten.clone.default, (x,)) if doubled else x
+                for x, doubled in zip(output.args[0], shared, strict=True)
+            ),
+        )
+    program.recompile()
+    return program
 
 
 def _refusal(program: fx.GraphModule, error: Exception) -> str:
     """Which operator ONNX cannot express, where it stands, and what to do."""
-    text, cause = "", error.__cause__
+    messages, cause = [str(error)], error.__cause__
     while cause is not None:
-        text, cause = text + str(cause), cause.__cause__
-    missing = re.search(r"OpOverload\(op='\w+\.(\w+)'", text)
+        messages.append(str(cause))
+        cause = cause.__cause__
+    text = " ".join(messages)
+    missing = re.search(r"OpOverload\(op='\w+\.(\w+)'", text) or re.search(r"target=torch\.ops\.\w+\.(\w+)", text)
+    advice = "has no ONNX form; rewrite that line of the model with other operators"
     for node in program.graph.nodes:
-        named = str(node.target) in text or (missing is not None and missing[1] in operator_name(node.target))
-        if node.op == "call_function" and named:
-            return (
-                f"operator {operator_name(node.target)!r} at {where(node)} has no ONNX form; "
-                "rewrite that line of the model with other operators"
-            )
-    lines = [line for line in str(error).splitlines() if line.strip()]
+        name = operator_name(node.target)
+        alike = missing is not None and (missing[1] in name or missing[1].startswith(f"{name}_"))
+        if node.op == "call_function" and (alike or str(node.target) in text):
+            return f"operator {name!r} at {where(node)} {advice}"
+    if missing is not None:
+        return f"operator {missing[1]!r} {advice}"
+    lines = [line for line in messages[-1].splitlines() if line.strip()]
     return f"the program cannot be written as ONNX: {type(error).__name__}: {lines[0] if lines else ''}"
 
 
@@ -129,15 +175,34 @@ def _keep_name(value: Any, name: str) -> Any:
     return value
 
 
-def _scalar(value: int, dtype: ir.DataType) -> Any:
-    tensor: Any = ir.tensor(np.array(value, dtype=dtype.numpy()))
+def _scalar(value: float, dtype: ir.DataType) -> Any:
+    return _tensor(np.array(value, dtype=dtype.numpy()))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Any:
+    tensor: Any = ir.tensor(array)
     return op.Constant(value=tensor)
 
 
 def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
-    if list(output_size) == [1, 1]:
+    """Global pooling, pooling by a divisor, or a product with the matrix of the averages on either side."""
+    before, after = list(x.shape)[-2:], list(output_size)
+    if after == [1, 1]:
         return op.GlobalAveragePool(x)
-    raise ValueError(f"aten.adaptive_avg_pool2d.default to {list(output_size)}: only 1x1 has an ONNX form")
+    if all(old % new == 0 for old, new in zip(before, after, strict=True)):
+        kernel = [old // new for old, new in zip(before, after, strict=True)]
+        return op.AveragePool(x, kernel_shape=kernel, strides=kernel)
+    rows, columns = (_averages(old, new) for old, new in zip(before, after, strict=True))
+    return op.MatMul(_tensor(rows), op.MatMul(x, _tensor(columns.T.copy())))
+
+
+def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[after, before]: row i averages from floor(i * before / after) to ceil((i + 1) * before / after)."""
+    matrix = np.zeros((after, before), np.float32)
+    for row in range(after):
+        start, end = row * before // after, -(-(row + 1) * before // after)
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
 
 
 def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
@@ -145,6 +210,42 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
         return None if value is None else _scalar(value, x.dtype)
 
     return op.Clip(x, bound(min), bound(max))
+
+
+def _clamp_tensor(x: Any, min: Any = None, max: Any = None) -> Any:
+    """What torch.onnx makes of a clamp of codes; its bounds are scalars."""
+
+    def bound(value: Any) -> Any:
+        return None if value is None else op.CastLike(value, x)
+
+    return op.Clip(x, bound(min), bound(max))
+
+
+def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+    result = op.Elu(x if input_scale == 1 else op.Mul(x, _scalar(input_scale, x.dtype)), alpha=alpha)
+    return result if scale == 1 else op.Mul(result, _scalar(scale, x.dtype))
+
+
+def _group_norm(
+    x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+) -> Any:
+    """Instance normalisation of the groups, then scale and shift per channel."""
+    channels = (x.shape[1], *[1] * (len(x.shape) - 2))
+    ones, zeros = (_tensor(np.full(num_groups, value, x.dtype.numpy())) for value in (1, 0))
+    groups = op.Reshape(x, _tensor(np.array([0, num_groups, -1], np.int64)))
+    groups = op.InstanceNormalization(groups, ones, zeros, epsilon=eps)
+    result = op.Reshape(groups, _tensor(np.array([-1, *x.shape[1:]], np.int64)))
+    for combine, factor in ((op.Mul, weight), (op.Add, bias)):
+        if factor is not None:
+            result = combine(result, op.Reshape(factor, _tensor(np.array(channels, np.int64))))
+    return result
+
+
+def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
+    """Torch lists (before, after) from the last dimension on, ONNX all befores and then all afters."""
+    unpadded = [0] * (len(x.shape) - len(pad) // 2)
+    before, after = [*unpadded, *pad[::2][::-1]], [*unpadded, *pad[1::2][::-1]]
+    return op.Pad(x, _tensor(np.array(before + after, dtype=np.int64)), _scalar(value, x.dtype))
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -160,6 +261,10 @@ _TRANSLATIONS: dict[Any, Any] = {
     DEQUANTIZE: _dequantize,
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.clamp.Tensor: _clamp_tensor,
+    torch.ops.aten.constant_pad_nd.default: _pad,
+    torch.ops.aten.elu.default: _elu,
+    torch.ops.aten.group_norm.default: _group_norm,
     torch.ops.aten.linear.default: _linear,
 }
 
@@ -170,6 +275,8 @@ _TRANSLATIONS: dict[Any, Any] = {
 def _normalise(model: ir.Model) -> None:
     """Constants as initialisers, transposed weights stored transposed, static reshapes, nothing unused or double."""
     passes.RemoveUnusedNodesPass()(model)
+    fold_constants(model, should_fold=_may_fold)
+    _drop_identities(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _store_transposed(model.graph)
     _fold_reshape_targets(model.graph)
@@ -179,6 +286,20 @@ def _normalise(model: ir.Model) -> None:
     model.graph.doc_string = None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def _drop_identities(graph: ir.Graph) -> None:
+    """Readers of a copy read the original; a copy that is an output keeps its name and stays."""
+    outputs = set(graph.outputs)
+    for node in list(graph):
+        if node.op_type == "Identity" and node.inputs[0] is not None and node.outputs[0] not in outputs:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Codes stay codes: no dequantized weight is ever stored."""
+    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
 def _store_transposed(graph: ir.Graph) -> None:
@@ -239,11 +360,26 @@ def _annotate(model: ir.Model, program: fx.GraphModule, metadata: Mapping[str, s
         node.metadata_props["intact.module"] = path
         for value in node.outputs:
             value.metadata_props.clear()
+    _name_constants(model, program, names)
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.metadata_props.update({"intact." + key: value for key, value in metadata.items()})
     model.producer_name, model.producer_version = "intact", metadata.get("version", "")
     _name_batch(model, program)
+
+
+def _name_constants(model: ir.Model, program: fx.GraphModule, names: _Names) -> None:
+    """Constants that are no parameter of the program are called after the first node and input that read them."""
+    own = {name for name, _ in [*program.named_parameters(), *program.named_buffers()]}
+    own |= set(program.meta.get("names", {}).values())
+    opset = model.opset_imports[""]
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or not value.is_initializer() or value.name in own:
+                continue
+            ports = onnx.defs.get_schema(node.op_type, opset, node.domain).inputs
+            names.rename(value, f"{node.name}_{ports[min(index, len(ports) - 1)].name}")
+            own.add(str(value.name))
 
 
 def _scopes(node: ir.Node) -> list[str]:

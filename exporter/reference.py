@@ -33,6 +33,7 @@ def save_reference(program: fx.GraphModule, path: Path) -> None:
         for node in exported.graph.nodes:
             for key in ("stack_trace", "from_node", "nn_module_stack", "custom"):
                 node.meta.pop(key, None)
+        exported._guards_code = []  # shape checks as Python source, which loading refuses to run
         torch.export.save(exported, path)
 
 

@@ -1,8 +1,8 @@
 """The report for people (one HTML file) and for dashboards (JUnit XML): two views of the same report.json.
 
 The HTML needs nothing from outside: styles, plots (SVG) and one small script are inline, and its content policy forbids
-the rest. Blocks that the report lacks are not drawn. Both texts depend on the report
-only: no time of day, no random ids.
+the rest. Blocks that the report lacks are not drawn. Both texts depend on the report only: no time of day, no ids
+made at random.
 
 Must not know: files, graphs, ONNX, how a number was measured.
 """
@@ -11,35 +11,34 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Final
 
 import jinja2
 import junitparser
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from exporter.schema import GateResult, LayerEntry, Level, Report, dump_json, is_integer_kernel, is_legal
+from exporter.number_text import (
+    compact,
+    count,
+    decibel,
+    differ,
+    duration,
+    measured,
+    percent,
+    points,
+    significant,
+    size,
+)
+from exporter.plots import interval_plot, range_plot, sqnr_plot
+from exporter.schema import GateResult, Level, Report, dump_json, is_integer_kernel, is_legal
 
 __all__ = ["headline", "render_html", "render_junit"]
 
 Z_95: Final = 1.959963984540054  # two-sided 95 % point of the normal distribution
-DASH: Final = "–"
-# Matplotlib only knows colours: these are exchanged for CSS variables afterwards, so that plots follow the theme.
-_THEME: Final = {
-    "#010203": "var(--muted)",
-    "#010204": "var(--line)",
-    "#010205": "var(--accent)",
-    "#010206": "var(--warn)",
-}
-_MUTED, _LINE, _ACCENT, _WARN = _THEME
 _TYPES: Final = {
     "FLOAT": "float32",
     "INT8": "int8",
@@ -48,93 +47,6 @@ _TYPES: Final = {
     "INT64": "int64",
     "FLOAT16": "float16",
 }
-
-
-# --- numbers as text -------------------------------------------------------------------------------------------------
-
-
-def _number(value: object) -> float | None:
-    """The value as a float, None for what was not measured."""
-    return float(value) if isinstance(value, (int, float)) and not math.isnan(value) else None
-
-
-def count(value: object) -> str:
-    """12345678 -> 12,345,678."""
-    number = _number(value)
-    return DASH if number is None else f"{number:,.0f}"
-
-
-def compact(value: object) -> str:
-    """12345678 -> 12.3 M."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 10 * factor or (factor > 1e3 and abs(number) >= factor):
-            return f"{number / factor:.1f} {unit}"
-    return f"{number:,.0f}"
-
-
-def percent(value: object, digits: int = 2) -> str:
-    """0.9035 -> 90.35 %; a share below 1 never reads 100 %, one above 0 never 0 %."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    step = 10.0**-digits
-    shown = number * 100
-    if 0 < number < 1:
-        shown = min(max(shown, step), 100 - step)
-    return f"{shown:.{digits}f} %"
-
-
-def points(value: object) -> str:
-    """0.001 -> 0.10 points, with a proper minus."""
-    number = _number(value)
-    return DASH if number is None else f"{number * 100:+.2f}".replace("-", "−").removeprefix("+") + " points"
-
-
-def decibel(value: object) -> str:
-    """31.42 -> 31.4 dB; infinite means exact."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    return "exact" if math.isinf(number) else f"{number:.1f} dB"
-
-
-def size(value: object) -> str:
-    """8000000 -> 7.63 MiB."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number:.0f} B"
-
-
-def duration(value: object) -> str:
-    """83.0 -> 1 min 23 s; 2.14 -> 2.1 s."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    minutes, seconds = divmod(round(number), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{number:.1f} s"
-
-
-def significant(value: object, digits: int = 4) -> str:
-    """Few digits, whatever the magnitude."""
-    number = _number(value)
-    return DASH if number is None else f"{number:.{digits}g}".replace("-", "−", 1 if number < 0 else 0)
-
-
-def differ(entry: Mapping[str, Any]) -> str:
-    """How many of how many values differ."""
-    return f"{count(entry.get('mismatched'))} of {count(entry.get('values'))}"
-
-
-def surprises(unplanned: Mapping[str, int]) -> str:
-    """{"QLinearConv": -1} -> 1 QLinearConv fewer than planned."""
-    return ", ".join(f"{abs(n)} {name} {'more' if n > 0 else 'fewer'} than planned" for name, n in unplanned.items())
 
 
 # --- what was proved -------------------------------------------------------------------------------------------------
@@ -167,6 +79,11 @@ def _failure(gate: GateResult) -> str:
     return f"Gate {gate.get('expression', gate['name'])} failed: {found}"
 
 
+def surprises(unplanned: Mapping[str, int]) -> str:
+    """{"QLinearConv": -1} -> 1 QLinearConv fewer than planned."""
+    return ", ".join(f"{abs(n)} {name} {'more' if n > 0 else 'fewer'} than planned" for name, n in unplanned.items())
+
+
 def _wilson(share: float, samples: int) -> tuple[float, float]:
     """95 % interval of a share of independent samples.
 
@@ -185,7 +102,7 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     top5: Mapping[str, Any] = accuracy.get("top5") or {}
     for label, key in (("float model", "float"), ("reference program", "reference"), ("in the runtime", "runtime")):
-        value = _number(accuracy.get(key))
+        value = measured(accuracy.get(key))
         if value is not None and 0 <= value <= 1:
             rows.append(
                 {"label": label, "value": value, "top5": top5.get(key), "ci": _wilson(value, accuracy["samples"])}
@@ -193,121 +110,11 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     if rows:
         low, high = min(row["ci"][0] for row in rows), max(row["ci"][1] for row in rows)
         for row in rows:
-            row["plot"] = _interval_svg(row["value"], row["ci"], (low, high))
+            row["plot"] = interval_plot(row["value"], row["ci"], (low, high))
     return rows
 
 
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-_WIDTH, _HEIGHT = 256, 26  # viewBox of the plots inside table rows
-
-
-def _interval_svg(value: float, interval: tuple[float, float], domain: tuple[float, float]) -> Markup:
-    """Dot and whisker on a shared axis, for a table cell."""
-    span = (domain[1] - domain[0]) or 1.0
-    x, low, high = (8 + (v - domain[0]) / span * (_WIDTH - 16) for v in (value, *interval))
-    return Markup(
-        f'<svg class="strip" viewBox="0 0 {_WIDTH} 18" aria-hidden="true">'
-        f'<path class="whisker" d="M{low:.1f} 9H{high:.1f}M{low:.1f} 5v8M{high:.1f} 5v8"/>'
-        f'<circle class="dot" cx="{x:.1f}" cy="9" r="4.5"/></svg>'
-    )
-
-
-def _range_svg(layer: LayerEntry) -> Markup:
-    """Histogram of the observed values (log height) over the chosen range; what lies outside is drawn as clipped."""
-    lo, hi = layer["lo"], layer["hi"]
-    seen_lo, seen_hi = (_number(layer.get(key)) for key in ("observed_lo", "observed_hi"))
-    left = lo if seen_lo is None else min(lo, seen_lo)
-    right = hi if seen_hi is None else max(hi, seen_hi)
-    unit = (_WIDTH - 4) / ((right - left) or 1.0)
-    start, end = 2 + (lo - left) * unit, 2 + (hi - left) * unit
-    outlines = ""
-    bins = layer.get("histogram") or []
-    if bins and seen_lo is not None and seen_hi is not None:
-        width = (seen_hi - seen_lo) / len(bins)
-        inside = [lo - width / 2 <= seen_lo + (i + 0.5) * width <= hi + width / 2 for i in range(len(bins))]
-        for css, keep in (("seen", True), ("cut", False)):
-            kept = [n if here is keep else 0 for n, here in zip(bins, inside, strict=True)]
-            outlines += (
-                f'<path class="{css}" d="{_outline(kept, max(bins), 2 + (seen_lo - left) * unit, width * unit)}"/>'
-            )
-    bracket = f'<path class="chosen" d="M{start:.1f} 20v6M{start:.1f} 23H{end:.1f}M{end:.1f} 20v6"/>'
-    return Markup(
-        f'<svg class="strip" viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f"{outlines}{bracket}</svg>"
-    )
-
-
-def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
-    """SVG path of a histogram on the line y = 19; empty bins leave no ink, others at least one unit."""
-    path, height_before = "", 0.0
-    for index, number in enumerate([*bins, 0]):
-        height = 1 + 17 * math.log1p(number) / math.log1p(top) if number else 0.0
-        if height == height_before == 0:
-            continue
-        if height_before == 0:
-            path += f"M{x + index * width:.1f} 19"
-        path += f"V{19 - height:.1f}" + (f"h{width:.1f}" if height else "z")
-        height_before = height
-    return path
-
-
-def _sqnr_svg(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str) -> Markup:
-    """Bars of SQNR in graph order; the worst ones carry the number under which the caption names them."""
-    values = [_number(layer.get("sqnr_db")) for layer in layers]
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) < 2:
-        return Markup()
-    heights = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    marks = {index: worst[layer["site"]] for index, layer in enumerate(layers) if layer["site"] in worst}
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever style the user's own matplotlib has
-        mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
-        return _inline(_bars(heights, marks))
-
-
-def _bars(heights: Sequence[float], marks: Mapping[int, int]) -> Figure:
-    """One bar per height; those in `marks` (index -> number) stand out."""
-    figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
-    colors = [_WARN if index in marks else _ACCENT for index in range(len(heights))]
-    width = min(0.16 + 0.03 * len(heights), 0.8)  # few bars stay slim, many leave a gap
-    axes.bar(range(1, len(heights) + 1), heights, width=width, color=colors, linewidth=0)
-    top = max(*heights, 1.0)
-    for index, number in marks.items():
-        axes.vlines(index + 1, heights[index], top * 1.06, color=_WARN, linewidth=0.8, linestyle=":")
-        axes.annotate(str(number), (index + 1, top * 1.06), (0, 1), textcoords="offset points",
-                      ha="center", color=_WARN, fontsize=9, weight="bold")  # fmt: skip
-    axes.set(xlim=(0.3, len(heights) + 0.7), ylim=(min(0.0, *heights), top * 1.18))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.set_xlabel("site, in graph order", color=_MUTED, fontsize=9)
-    axes.set_ylabel("SQNR, dB", color=_MUTED, fontsize=9)
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
-    return figure
-
-
-def _inline(figure: Figure) -> Markup:
-    """The figure as SVG for a page: theme colours, the page's font, no metadata, ids from the salt alone."""
-    stream = io.StringIO()
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)  # type: ignore[no-untyped-call]
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
-    text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
-    text = text.replace("font-weight: ;", "").replace("<svg ", '<svg class="figure" role="img" ', 1)
-    text = re.sub(
-        r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
-    for color, variable in _THEME.items():
-        text = text.replace(color, variable)
-    return Markup(re.sub(r"\n\s*", "\n", text))
+# --- HTML ------------------------------------------------------------------------------------------------------------
 
 
 def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
@@ -317,16 +124,16 @@ def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
         layers = [layer for layer in report.get("layers", []) if layer["kind"] == kind]
         if not layers:
             continue
-        noise = [_number(layer.get("sqnr_db")) for layer in layers]
-        measured = sorted((n, index) for index, n in enumerate(noise) if n is not None and math.isfinite(n))
-        lowest = [layers[index] for _, index in measured[:worst]] if len(measured) > worst else []
+        noise = [measured(layer.get("sqnr_db")) for layer in layers]
+        finite = sorted((n, index) for index, n in enumerate(noise) if n is not None and math.isfinite(n))
+        lowest = [layers[index] for _, index in finite[:worst]] if len(finite) > worst else []
         numbers = {layer["site"]: index for index, layer in enumerate(lowest, start=1)}
-        top = measured[-1][0] if measured else 0.0
+        top = finite[-1][0] if finite else 0.0
         rows = [
-            {"layer": layer, "plot": _range_svg(layer), "share": _share(n, top), "key": _sort_key(n)}
+            {"layer": layer, "plot": range_plot(layer), "share": _share(n, top), "key": _sort_key(n)}
             for layer, n in zip(layers, noise, strict=True)
         ]
-        figure = _sqnr_svg(layers, numbers, f"intact-{kind}")
+        figure = sqnr_plot(layers, numbers, f"intact-{kind}")
         groups.append({"kind": kind, "title": title, "rows": rows, "worst": lowest, "figure": figure})
     return groups
 
@@ -338,13 +145,11 @@ def _sort_key(noise: float | None) -> float:
 
 def _share(part: object, whole: object) -> float:
     """The quotient in 0..1, 0 where either is missing."""
-    top, bottom = _number(part), _number(whole)
+    top, bottom = measured(part), measured(whole)
     if top is None or not bottom or math.isinf(bottom):
         return 0.0
     return min(max(top / bottom, 0.0), 1.0)
 
-
-# --- HTML ------------------------------------------------------------------------------------------------------------
 
 _SCRIPT: Final = """
 for (const head of document.querySelectorAll('th[data-sort]')) {
@@ -402,7 +207,7 @@ def render_html(report: Report) -> str:
 
 def _ratio(block: Mapping[str, Any], before: str, after: str) -> float | None:
     """How many times smaller the second number is."""
-    first, second = _number(block.get(before)), _number(block.get(after))
+    first, second = measured(block.get(before)), measured(block.get(after))
     return first / second if first and second else None
 
 
@@ -419,7 +224,7 @@ def _levels(report: Report) -> list[dict[str, Any]]:
 
 def _parts(items: Iterable[tuple[str, Any]], names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Parts of a whole with their shares, for a stacked bar."""
-    numbers = [(name, _number(value) or 0.0) for name, value in items]
+    numbers = [(name, measured(value) or 0.0) for name, value in items]
     total = sum(value for _, value in numbers)
     return [
         {"name": (names or {}).get(name, name), "value": value, "share": _share(value, total)}

@@ -23,6 +23,8 @@ from runtime_tests.kernel_rules import LISTS, MOVES, Kernel, source
 
 __all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
 
+_ON_FLOATS = (torch.ops.aten.max_pool1d.default,)
+
 
 @dataclass(frozen=True, eq=False)
 class _Coded:
@@ -97,7 +99,7 @@ def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     coded: _Coded = values[source(node)]
     if coded.axis is not None:
         return _call(node, values, {})
-    moved = _call(node, values, {source(node): coded.codes})
+    moved = _moved(node, values, coded.codes)
     if node.target in LISTS:
         return [replace(coded, codes=part) for part in moved]
     return replace(coded, codes=moved)
@@ -106,8 +108,15 @@ def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 def _run_kernel(kernel: Kernel, values: Mapping[fx.Node, Any]) -> Tensor:
     result = kernel.compute(*(values[node].codes for node in kernel.inputs))
     for move in kernel.moves:
-        result = _call(move, values, {source(move): result})
+        result = _moved(move, values, result)
     return result
+
+
+def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
+    """What a move makes of codes; integer-valued floats stand for them where torch has no such operator on integers."""
+    if node.target in _ON_FLOATS:
+        return _call(node, values, {source(node): codes.to(torch.float32)}).to(codes.dtype)
+    return _call(node, values, {source(node): codes})
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:

@@ -56,6 +56,7 @@ PROPAGATED: dict[Any, str] = {
     aten.squeeze.dims: "Squeeze",
     aten.unsqueeze.default: "Unsqueeze",
     aten.slice.Tensor: "Slice",
+    aten.max_pool1d.default: "MaxPool",
     aten.max_pool2d.default: "MaxPool",
 }
 """Operators that select and move values and through which the runtime moves quantizers and dequantizers."""
@@ -72,6 +73,7 @@ MOVES: dict[Any, str] = {
     **PROPAGATED,
     **LISTS,
     operator.getitem: "Split",
+    aten.amax.default: "ReduceMax",
     aten.flatten.using_ints: "Flatten",
     aten.upsample_nearest2d.vec: "Resize",
     aten.pixel_shuffle.default: "DepthToSpace",

@@ -34,6 +34,7 @@ TARGET = Target(
         {
             aten.max_pool1d.default,
             aten.max_pool2d.default,
+            aten.amax.default,
             aten.pad.default,
             aten.reshape.default,
             aten.view.default,

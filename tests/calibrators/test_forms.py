@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from calibrators.forms import clip_bounds, to_integer_forms
 from exporter.capturing import capture
+from tests.networks import randomize
 
 aten = torch.ops.aten
 
 ATTENTION_TOLERANCE = 1e-6
 """torch's fused attention sums in another order; everything else must be equal bit for bit."""
+
+FLOAT64_TOLERANCE = 1e-13
+"""Sums of fewer than a hundred products in another order, in float64."""
 
 
 class Function(nn.Module):
@@ -93,10 +98,80 @@ def test_attention_is_spelled_out() -> None:
     torch.testing.assert_close(result, expected, rtol=ATTENTION_TOLERANCE, atol=ATTENTION_TOLERANCE)
 
 
-def test_causal_attention_is_left_alone() -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(None, id="causal"),
+        pytest.param(torch.tensor([[True, False, True, True, False, True, True]]), id="boolean"),
+        pytest.param(torch.randn(7, 7), id="additive"),
+    ],
+)
+def test_constant_mask_of_attention_is_added(mask: Tensor | None) -> None:
     x = torch.randn(2, 3, 7, 4)
-    found, _, _ = forms(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), x)
+    attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None)
+    found, result, expected = forms(lambda q: attend(q, q * 2, q + 1), x)
+    assert aten.softmax.int in found and aten.scaled_dot_product_attention.default not in found
+    torch.testing.assert_close(result, expected, rtol=ATTENTION_TOLERANCE, atol=ATTENTION_TOLERANCE)
+
+
+def test_attention_that_may_see_nothing_is_left_alone() -> None:
+    """torch defines such a row as zeros, the spelled-out softmax as NaN."""
+    mask = torch.zeros(7, 7, dtype=torch.bool)
+    found, _, _ = forms(lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=mask), torch.randn(2, 3, 7, 4))
     assert aten.scaled_dot_product_attention.default in found
+
+
+MOVES = {aten.slice.Tensor, aten.squeeze.dim, aten.cat.default}
+
+
+@pytest.mark.parametrize(
+    ("function", "operators"),
+    [
+        pytest.param(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), MOVES - {aten.squeeze.dim}, id="chunk"),
+        pytest.param(lambda x: torch.cat(x.split((1, 3), 1)[::-1], 1), MOVES - {aten.squeeze.dim}, id="split"),
+        pytest.param(lambda x: torch.cat(x.unbind(2)[::-1], 1), MOVES, id="unbind"),
+        pytest.param(lambda x: x.select(2, -1), MOVES - {aten.cat.default}, id="select"),
+        pytest.param(lambda x: x.roll((1, -2), (2, 3)), MOVES - {aten.squeeze.dim}, id="roll"),
+        pytest.param(lambda x: x * x[:, :, :1].expand_as(x), {aten.slice.Tensor, aten.mul.Tensor}, id="expand"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, (3, 2)), {aten.avg_pool2d.default}, id="adaptive-divisor"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, (6, 6)), set(), id="adaptive-same"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, 4), {aten.adaptive_avg_pool2d.default}, id="adaptive-other"),
+        pytest.param(lambda x: F.adaptive_max_pool2d(x, 1), {aten.amax.default}, id="adaptive-max"),
+        pytest.param(lambda x: F.max_pool2d(x, 2, return_indices=True)[0], {aten.max_pool2d.default}, id="max-indices"),
+    ],
+)
+def test_move_is_equal(function: Callable[[Tensor], Tensor], operators: set[object]) -> None:
+    found, result, expected = forms(function, torch.randn(3, 4, 6, 6))
+    assert found == operators
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "operators"),
+    [
+        pytest.param(nn.BatchNorm2d(4), {aten.conv2d.default}, id="batch-norm"),
+        pytest.param(
+            nn.ConvTranspose2d(4, 3, 2, 2), {aten.conv2d.default, aten.pixel_shuffle.default}, id="transposed"
+        ),
+        pytest.param(
+            nn.ConvTranspose2d(4, 3, 3, 3, bias=False), {aten.conv2d.default, aten.pixel_shuffle.default}, id="thirds"
+        ),
+        pytest.param(nn.ConvTranspose2d(4, 3, 3, 2), {aten.conv_transpose2d.input}, id="overlapping-stays"),
+        pytest.param(nn.ConvTranspose2d(4, 4, 2, 2, groups=2), {aten.conv_transpose2d.input}, id="grouped-stays"),
+    ],
+)
+def test_module_becomes_a_convolution(module: nn.Module, operators: set[object]) -> None:
+    module = randomize(module).double()
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    graph = to_integer_forms(capture(module, x))
+    assert {node.target for node in graph.graph.nodes if node.op == "call_function"} == operators
+    torch.testing.assert_close(graph(x)[0], module(x), rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+
+
+def test_resizing_to_a_multiple_names_the_factor() -> None:
+    graph = to_integer_forms(capture(Function(lambda x: F.interpolate(x, size=(10, 18))), torch.randn(2, 4, 5, 6)))
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
+    assert node.args[1:] == (None, [2.0, 3.0])
 
 
 @pytest.mark.parametrize(

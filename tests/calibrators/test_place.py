@@ -59,6 +59,31 @@ def test_max_pool_shares_and_sigmoid_is_fixed() -> None:
     assert placement.root(sites["max_pool2d"]).name == "mul"
 
 
+def test_padding_with_zeros_is_done_on_the_codes() -> None:
+    """With another value, which the codes may not hold, it is not; other modes copy codes between equal scales."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 2), nn.ReflectionPad2d(1))
+    model += nn.Sequential(nn.Conv2d(4, 4, 3), nn.ConstantPad2d(1, 3.0), nn.Conv2d(4, 2, 1))
+    placement = placed(randomize(model), torch.randn(2, 3, 6, 6))
+    pads = {site.node: site for site in placement.sites if "pad" in site.node}
+    shares = [(site.shares is not None, site.of_codes) for site in pads.values()]
+    assert shares == [(True, True), (True, False), (False, False)]
+
+
+def test_parts_of_a_split_share_the_scale() -> None:
+    class Shuffle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.first(x).chunk(2, 1)
+            return self.first(torch.cat([left, self.second(right)], 1)[:, :3])
+
+    placement = placed(randomize(Shuffle()), torch.randn(2, 3, 4, 4))
+    slices = [site for site in placement.sites if site.node.startswith("slice")]
+    assert [site.shares for site in slices] == ["first.conv2d", "first.conv2d", "cat"]
+
+
 def test_transformer_quantizes_linear_inputs_only() -> None:
     placement = placed(*build("transformer"))
     nodes = {node.name: node for node in placement.graph.graph.nodes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -40,6 +41,7 @@ def _node(index: int) -> dict[str, Any]:
     return {
         "site": f"stages.{index // 4}.{index % 4}.conv.activation",
         "kernel": kernel,
+        "legal": True,
         "values": 401_408,
         "mismatched": mismatched,
         "max_lsb": min(mismatched, 1),
@@ -56,13 +58,17 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
         **forced,
         "forced": forced,
         "outputs_identical": off == 0,
+        "violations": 0,
+        "unplanned": {},
+        "outputs": [{"name": "logits", "exact": True, "legal": True, "relative": 0.0}],
         "kernel_mismatched": 0,
         "float_mismatched": off,
         "float_values": float_values,
         "worst": [node for node in nodes if node["mismatched"]][:5],
         "nodes": nodes,
     }
-    plain = {**level, "mismatched": 41, "max_lsb": 1, "outputs_identical": False, "worst": nodes[:2]}
+    plain = copy.deepcopy(level)
+    plain.update(mismatched=41, max_lsb=1, outputs_identical=False, worst=plain["nodes"][:2])
     return {
         "schema": 1,
         "verdict": "pass",
@@ -166,6 +172,20 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                 "value": 0.0,
                 "passed": True,
                 "expression": "kernel_mismatched==0",
+            },
+            {
+                "name": "parity_violations",
+                "limit": 0.0,
+                "value": 0.0,
+                "passed": True,
+                "expression": "parity_violations==0",
+            },
+            {
+                "name": "kernel_surprises",
+                "limit": 0.0,
+                "value": 0.0,
+                "passed": True,
+                "expression": "kernel_surprises==0",
             },
             {"name": "lint_errors", "limit": 0.0, "value": 0.0, "passed": True, "expression": "lint_errors==0"},
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,51 @@ def test_core_aten_batch_norm_is_restored() -> None:
     assert torch.equal(graph(x)[0], model(x))
 
 
+def test_views_become_reshapes_to_constant_sizes() -> None:
+    class Shuffle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+    x = torch.randn(3, 6, 4, 5)
+    graph = capture(Shuffle(), x)
+    sizes = [node.args[1] for node in graph.graph.nodes if node.target is aten.reshape.default]
+    assert sizes == [[-1, 2, 3, 4, 5], [-1, 6, 4, 5]]
+    assert torch.equal(graph(x)[0], Shuffle()(x))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (4, 1), ((3, 2), (2, 3))], ids=["odd", "even", "mixed"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_by_name_becomes_numbers(size: Any, dilation: Any, padding: str) -> None:
+    model = nn.Conv2d(3, 4, size, padding=padding, dilation=dilation)
+    x = torch.randn(2, 3, 9, 8)
+    graph = capture(model, x)
+    (node,) = (node for node in graph.graph.nodes if node.target is aten.conv2d.default)
+    assert all(isinstance(amount, int) for amount in node.args[4])
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3).half()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x)
+            return y, y.float().softmax(1)
+
+    model, x = Half(), torch.randn(2, 4).half()
+    graph = capture(model, x)
+    first, second = graph(x)
+    assert (first.dtype, second.dtype) == (torch.float16, torch.float32)
+    expected = x.float() @ model.layer.weight.float().T + model.layer.bias.float()
+    assert torch.equal(first, expected.half())
+    assert model.layer.weight.dtype == torch.float16
+    assert graph.meta["notes"] == ["the model computes in float16; it is exported with the same weights in float32"]
+
+
 def test_control_flow_on_values_names_module_and_line() -> None:
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +175,7 @@ def test_control_flow_on_values_names_module_and_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) + 1
 
-    with pytest.raises(ModelError, match=r"(?s)'inner' at .*test_capture\.py:\d+.*pass the \.pt2 file"):
+    with pytest.raises(ModelError, match=r"(?s)'inner' at .*test_capturing\.py:\d+.*pass the \.pt2 file"):
         capture(Outer(), torch.ones(2, 3))
 
 

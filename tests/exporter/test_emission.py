@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from calibrators.graph import constant
 from calibrators.place import PlacementOptions
 from exporter import emission as emit_module
 from exporter.capturing import capture
-from exporter.emission import emit
+from exporter.emission import emit, emit_float
 from exporter.reference import load_reference, save_reference
 from runtime_tests.sessions import optimized_model, session
+from tests.architectures import construct
 from tests.networks import NETWORKS, build, randomize
 
 QDQ_TOLERANCE = 1e-5
@@ -158,7 +160,7 @@ def test_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
 
     x = torch.randn(2, 3, 4, 4)
     result = calibrate(capture(randomize(Odd()), x), [x], method="minmax")
-    with pytest.raises(ExportError, match=r"'special_bessel_j0' at .*test_emit\.py:\d+.* has no ONNX form"):
+    with pytest.raises(ExportError, match=r"'special_bessel_j0' at .*test_emission\.py:\d+.* has no ONNX form"):
         emit(result, path)
     assert not path.exists()
 
@@ -175,3 +177,39 @@ def test_reference_program_survives_its_file(tmp_path: Path) -> None:
     assert b"networks.py" not in first
     codes = [node for node in loaded.graph.nodes if node.op == "get_attr" and "quantized" in str(node.target)]
     assert codes and all(constant(loaded, node).dtype in (torch.int8, torch.int32) for node in codes)
+
+
+def test_reference_program_with_two_inputs_survives_its_file(tmp_path: Path) -> None:
+    """Equal batches are a guard of the exported program, and guards are source code, which loading refuses."""
+    model, inputs = construct("two-inputs")
+    result = calibrate(capture(model, inputs), [inputs], method="minmax")
+    save_reference(result.program, tmp_path / "reference.pt2")
+    loaded = load_reference(tmp_path / "reference.pt2")
+    assert torch.equal(loaded(*inputs)[0], result.program(*inputs)[0])
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 2), (1, 1)], ids=["uneven", "divisor", "global"])
+def test_adaptive_pooling_of_the_float_model(size: tuple[int, int], tmp_path: Path) -> None:
+    class Pool(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.adaptive_avg_pool2d(x, size)
+
+    x = torch.randn(2, 3, 8, 8)
+    emit_float(capture(Pool(), x), tmp_path / "model.onnx")
+    (found,) = session(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, Pool()(x).numpy(), rtol=0, atol=1e-6)
+
+
+def test_operator_that_torch_splits_before_it_fails_is_named(tmp_path: Path) -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rrelu(self.conv(x))
+
+    x = torch.randn(2, 3, 4, 4)
+    result = calibrate(capture(randomize(Random()), x), [x], method="minmax")
+    with pytest.raises(ExportError, match=r"'rrelu' at .*test_emission\.py:\d+.* has no ONNX form"):
+        emit(result, tmp_path / "model.onnx")

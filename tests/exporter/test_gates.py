@@ -74,6 +74,8 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "sqnr_db": 31.4,
         "mismatched": 3,
         "kernel_mismatched": 0,
+        "parity_violations": 0,
+        "kernel_surprises": 0,
         "float_mismatch_rate": 3 / 401_408,
         "max_lsb": 1,
         "outputs_identical": 0,
@@ -100,6 +102,7 @@ def test_float_mismatch_rate_is_counted_from_the_nodes_if_need_be() -> None:
         ("mismatched<=3", True), ("mismatched<3", False), ("mismatched>=3", True), ("mismatched>3", False),
         ("mismatched==3", True), ("mismatched==2", False), ("outputs_identical==false", True),
         ("coverage.by_op.QLinearConv==13", True), ("coverage.by_op.Conv==0", True), ("coverage.by_op.Conv>=1", False),
+        ("parity.optimized.unplanned.QGemm==0", True), ("parity.unoptimized.violations==0", True),
         ("accuracy.drop_ci.1<=0.0032", True), ("simplifier.applied==0", True),
     ],
 )  # fmt: skip
@@ -142,13 +145,34 @@ def test_a_missing_block_does_not_pass(missing: str, name: str) -> None:
     assert not _result(f"{name}<=1", report)["passed"]
 
 
-def test_default_gates_fail_on_a_wrong_integer_and_on_a_lint_error() -> None:
+def test_default_gates_pass_the_sample_and_fail_without_a_proof() -> None:
+    assert verdict(evaluate(DEFAULT_GATES, sample_report())) == "pass"
     report = sample_report()
-    assert verdict(evaluate(DEFAULT_GATES, report)) == "pass"
-    report["parity"]["optimized"]["kernel_mismatched"] = 1
-    assert [result["passed"] for result in evaluate(DEFAULT_GATES, report)] == [False, True]
+    report["parity"]["optimized"] = {"values": 0, "mismatched": 0, "max_lsb": 0}
+    failed = [result["name"] for result in evaluate(DEFAULT_GATES, report) if not result["passed"]]
+    assert failed == ["kernel_mismatched", "parity_violations", "kernel_surprises"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "change"),
+    [
+        pytest.param("kernel_mismatched", 1, {"kernel_mismatched": 1}, id="wrong-integer"),
+        pytest.param("parity_violations", 2, {"violations": 2}, id="too-many-float-differences"),
+        pytest.param("kernel_surprises", 1, {"unplanned": {"QLinearConv": -1}}, id="left-in-float"),
+        pytest.param("kernel_surprises", 3, {"unplanned": {"QGemm": -1, "QLinearConv": 2}}, id="no-cancelling"),
+    ],
+)
+def test_each_default_gate_fails_alone(gate: str, value: int, change: dict[str, Any]) -> None:
+    report = sample_report()
+    report["parity"]["optimized"].update(change)
+    failed = {result["name"]: result["value"] for result in evaluate(DEFAULT_GATES, report) if not result["passed"]}
+    assert failed == {gate: value}
+
+
+def test_a_lint_error_fails_the_default_gates() -> None:
+    report = sample_report()
     report["lint"][0]["severity"] = "error"
-    assert verdict(evaluate(DEFAULT_GATES[1:], report)) == "fail"
+    assert [r["name"] for r in evaluate(DEFAULT_GATES, report) if not r["passed"]] == ["lint_errors"]
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,17 @@ from typing import Any
 
 import pytest
 
-from exporter.report import (
+from exporter.number_text import (
     compact,
     count,
     decibel,
     duration,
-    headline,
     percent,
     points,
-    render_html,
-    render_junit,
     significant,
     size,
 )
+from exporter.report import headline, render_html, render_junit
 from tests.exporter.sample_report import layer, sample_report
 
 # What a page of 60 layers may weigh: it is attached to mails and kept by CI for every build.
@@ -109,6 +107,16 @@ def test_verdict_comes_first_and_says_what_was_proved() -> None:
         "and its outputs are identical bit for bit."
     )
     assert headline(report) in page.text
+
+
+def test_surprises_of_the_runtime_are_shown() -> None:
+    report = sample_report(3)
+    assert "as planned" in _Page(render_html(report)).text
+    report["parity"]["optimized"].update(violations=2, unplanned={"QLinearConv": -3})
+    page = _Page(render_html(report))
+    assert "3 QLinearConv fewer than planned" in page.text
+    assert "sites and outputs beyond what is legal" in page.text
+    assert sum(attributes.get("class") == "bad" for tag, attributes in page.tags if tag == "dd") == 2
 
 
 def test_headline_never_claims_more_than_was_measured() -> None:
@@ -251,7 +259,7 @@ def test_junit_opens_with_one_suite_per_group() -> None:
         "intact.gates", "intact.parity.optimized", "intact.parity.unoptimized", "intact.fold", "intact.coverage",
         "intact.lint",
     ]  # fmt: skip
-    assert [suite.get("tests") for suite in suites.values()] == ["3", "9", "9", "4", "3", "1"]
+    assert [suite.get("tests") for suite in suites.values()] == ["5", "11", "10", "4", "3", "1"]
     assert [suite.get("skipped") for suite in suites.values()] == ["0", "0", "0", "1", "2", "0"]
     assert root.findall(".//failure") == []
 
@@ -260,12 +268,17 @@ def test_junit_failures_carry_the_message() -> None:
     report = _failing()
     report["lint"] = [{"rule": "axis", "severity": "error", "where": "fc", "message": "axis is 1"}]
     report["parity"]["optimized"]["kernel_mismatched"] = 2
-    report["parity"]["optimized"]["nodes"][0].update(mismatched=2, max_lsb=1)
+    report["parity"]["optimized"]["nodes"][0].update(mismatched=2, max_lsb=1, legal=False)
+    report["parity"]["optimized"]["outputs"][0].update(legal=False, relative=0.00123)
+    report["parity"]["optimized"]["unplanned"] = {"QLinearConv": -1, "QGemm": 2}
+    report["parity"]["unoptimized"]["nodes"][1].update(mismatched=9, legal=False)
     messages = [failure.get("message") for failure in ET.fromstring(render_junit(report)).iter("failure")]
     assert messages == [
         "Gate accuracy_drop<=0.01 failed: it is 0.0341",
         "Gate agreement>=0.9 failed: it was not measured",
         "2 of 401,408 values differ, by at most 1 (QLinearConv)",
+        "differs by 0.00123 of its largest value",
+        "1 QLinearConv fewer than planned, 2 QGemm more than planned",
         "axis is 1",
     ]
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult, freeze
-from calibrators.graph import add_constant, constant
+from calibrators.graph import add_constant, constant, infer_shapes
 from calibrators.numerics import qparams_from_range
 from calibrators.place import PlacementOptions, place
 from calibrators.program import DEQUANTIZE, QUANTIZE
@@ -45,6 +45,7 @@ def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | No
 
 def file_of(program: fx.GraphModule) -> onnx.ModelProto:
     """The ONNX model that the exporter makes of `program`."""
+    infer_shapes(program)
     return onnx_ir.to_proto(to_onnx(program, opset=20))
 
 
@@ -203,12 +204,26 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 }
 
 
-@functools.cache
 def network(name: str, bits: int = 8) -> tuple[CalibrationResult, Tensor]:
-    """A calibrated network with fixed random weights, and the batch it was calibrated on."""
+    """A calibrated network with fixed random weights, and the batch it was calibrated on; made once."""
+    return _network(name, bits)
+
+
+def emitted(name: str, bits: int = 8) -> onnx.ModelProto:
+    """The file of a calibrated network; made once, so change copies only."""
+    return _emitted(name, bits)
+
+
+@functools.cache
+def _network(name: str, bits: int) -> tuple[CalibrationResult, Tensor]:
     make, shape = NETWORKS[name]
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
         model, x = make(), torch.randn(shape)
     options = PlacementOptions(weight_bits=bits, activation_bits=bits, first_last_bits=None)
     return calibrated(model, x, options=options), x
+
+
+@functools.cache
+def _emitted(name: str, bits: int) -> onnx.ModelProto:
+    return file_of(_network(name, bits)[0].program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from calibrators.errors import DataError, UnknownNameError
 from calibrators.freeze import CalibrationResult
-from runtime_tests.integer_reference import FLOAT
+from runtime_tests.integer_reference import FLOAT, plan
+from runtime_tests.kernel_plan import COUNTED
+from runtime_tests.kernel_rules import MOVES
 from runtime_tests.parity import (
     FLOAT_CHANCE,
     LARGEST_BATCH,
@@ -28,15 +30,13 @@ from runtime_tests.parity import (
     validate,
 )
 from runtime_tests.sessions import optimized_model
-from tests.runtime_tests.programs import NETWORKS, file_of, network
+from tests.runtime_tests.programs import NETWORKS, Program, emitted, file_of, network
 
 FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "MatMul"}
 
 
-@functools.cache
 def honest(name: str, bits: int = 8) -> tuple[CalibrationResult, Tensor, onnx.ModelProto]:
-    result, x = network(name, bits)
-    return result, x, file_of(result.program)
+    return *network(name, bits), emitted(name, bits)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_integer_networks_agree_in_every_code_and_bit(name: str, bits: int) -> N
     assert all(output.exact for output in report.outputs)
     assert report.samples == 2 * len(x)
     assert report.worst == ()
+    assert (report.violations, report.unplanned) == (0, {})
     report.raise_for_mismatch()
 
 
@@ -187,11 +188,43 @@ def test_teacher_forcing_names_the_node_and_not_its_victims() -> None:
     assert all(output.per_node_identical and not output.identical for output in report.outputs)
 
 
+def test_a_kernel_that_did_not_run_is_named() -> None:
+    result, x, model = honest("residual")
+    report = parity(float_bias(model), result.program, [(x,)], optimized=True)
+    assert report.unplanned == {"QGemm": -1}
+    assert report.to_dict()["unplanned"] == {"QGemm": -1}
+    agreeing = dataclasses.replace(report, outputs=())
+    assert agreeing.violations == 0
+    with pytest.raises(ParityError, match="1 fewer QGemm"):
+        agreeing.raise_for_mismatch()
+
+
+def test_a_kernel_that_the_runtime_adds_by_itself_is_named() -> None:
+    """Float weights between codes, without the clip that hides the codes: onnxruntime quantizes them on its own."""
+    p = Program()
+    x = p.quantized(p.input(1, 4, 6, 6))
+    weight, bias = p.constant("w", torch.ones(4, 4, 1, 1)), p.constant("b", torch.ones(4))
+    program = p.build(p.quantized(p.call(torch.ops.aten.conv2d.default, x, weight, bias)))
+    report = parity(file_of(program), program, [tuple(p.example)], optimized=True)
+    assert report.unplanned == {"QLinearConv": 1}
+    with pytest.raises(ParityError, match=r"1 more QLinearConv|codes of"):
+        report.raise_for_mismatch()
+
+
+def test_every_planned_kernel_is_counted() -> None:
+    """A kernel that the plan knows and the count does not would hide."""
+    planned = {step.kernel for name in NETWORKS for step in plan(network(name)[0].program).steps if step.is_integer}
+    moves = {"QuantizeLinear", *MOVES.values()}
+    assert planned - moves <= set(COUNTED)
+    assert {site for name in NETWORKS for site in plan(network(name)[0].program).counts} == set(COUNTED)
+
+
 @pytest.mark.parametrize("lie", [bias_off_by_one, float_bias], ids=["bias-code", "float-bias"])
 def test_wrong_outputs_are_found_although_all_codes_agree(lie: object) -> None:
     result, x, model = honest("residual")
     report = parity(lie(model), result.program, [(x,)], optimized=True)  # type: ignore[operator]
     assert report.per_node.mismatched == 0
+    assert report.violations == 1
     with pytest.raises(ParityError, match="output 'output' differs"):
         report.raise_for_mismatch()
 
@@ -249,7 +282,8 @@ def test_a_file_of_another_program_is_refused() -> None:
 def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
     site = SiteParity("s", kernel, "", found, Agreement(found.values))
     report = ParityReport(optimized=True, samples=1, sites=(site,), outputs=())
-    assert site.is_legal == legal
+    assert site.is_legal == site.to_dict()["legal"] == legal
+    assert report.violations == report.to_dict()["violations"] == (not legal)
     if legal:
         report.raise_for_mismatch()
     else:

@@ -1,0 +1,104 @@
+"""Numbers as people read them: a value of the report in, a short text out; a dash for what was not measured.
+
+Must not know: reports, pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+__all__ = [
+    "compact",
+    "count",
+    "decibel",
+    "differ",
+    "duration",
+    "measured",
+    "percent",
+    "points",
+    "significant",
+    "size",
+]
+
+DASH: Final = "–"
+
+
+def measured(value: object) -> float | None:
+    """The value as a float, None for what was not measured."""
+    return float(value) if isinstance(value, (int, float)) and not math.isnan(value) else None
+
+
+def count(value: object) -> str:
+    """12345678 -> 12,345,678."""
+    number = measured(value)
+    return DASH if number is None else f"{number:,.0f}"
+
+
+def compact(value: object) -> str:
+    """12345678 -> 12.3 M."""
+    number = measured(value)
+    if number is None:
+        return DASH
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= 10 * factor or (factor > 1e3 and abs(number) >= factor):
+            return f"{number / factor:.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def percent(value: object, digits: int = 2) -> str:
+    """0.9035 -> 90.35 %; a share below 1 never reads 100 %, one above 0 never 0 %."""
+    number = measured(value)
+    if number is None:
+        return DASH
+    step = 10.0**-digits
+    shown = number * 100
+    if 0 < number < 1:
+        shown = min(max(shown, step), 100 - step)
+    return f"{shown:.{digits}f} %"
+
+
+def points(value: object) -> str:
+    """0.001 -> 0.10 points, with a proper minus."""
+    number = measured(value)
+    return DASH if number is None else f"{number * 100:+.2f}".replace("-", "−").removeprefix("+") + " points"
+
+
+def decibel(value: object) -> str:
+    """31.42 -> 31.4 dB; infinite means exact."""
+    number = measured(value)
+    if number is None:
+        return DASH
+    return "exact" if math.isinf(number) else f"{number:.1f} dB"
+
+
+def size(value: object) -> str:
+    """8000000 -> 7.63 MiB."""
+    number = measured(value)
+    if number is None:
+        return DASH
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(value: object) -> str:
+    """83.0 -> 1 min 23 s; 2.14 -> 2.1 s."""
+    number = measured(value)
+    if number is None:
+        return DASH
+    minutes, seconds = divmod(round(number), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{number:.1f} s"
+
+
+def significant(value: object, digits: int = 4) -> str:
+    """Few digits, whatever the magnitude."""
+    number = measured(value)
+    return DASH if number is None else f"{number:.{digits}g}".replace("-", "−", 1 if number < 0 else 0)
+
+
+def differ(entry: Mapping[str, Any]) -> str:
+    """How many of how many values differ."""
+    return f"{count(entry.get('mismatched'))} of {count(entry.get('values'))}"
