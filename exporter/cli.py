@@ -328,6 +328,12 @@ def _reported_errors(*, debug: bool) -> Iterator[None]:
             raise
         _complain(str(error))
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if debug:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _complain(f"{error.strerror or error}{place}; nothing was written: free space, or check rights and paths.")
+        raise typer.Exit(InputError.exit_code) from error
     except Exception as error:
         if debug:
             raise

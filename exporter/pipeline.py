@@ -233,7 +233,7 @@ class _Export:
         with self.work.step("validate", "measure"):
             layers = layer_entries(result, itertools.islice(self._held_out(program), _batches_for(self, program)))
             findings = lint(self.model_path)
-            covered = coverage(self.model_path, sample=_feed(program, tuple(x[:1] for x in _example(program))))
+            covered = coverage(self.model_path, sample=_feed(program, _smallest(program, _example(program))))
             timing = self._latency(program)
             saturating = saturation(self.model_path)
             size = size_by_type(self.model_path)
@@ -299,10 +299,11 @@ class _Export:
     def _latency(self, program: fx.GraphModule) -> Any:
         if not self.config.latency_runs:
             return None
-        feed = _feed(program, tuple(x[:1] for x in next(self._held_out(program))))
+        feed = _feed(program, _smallest(program, next(self._held_out(program))))
         models = {"float": self.float_path, "quantized": self.model_path}
         measured = latency(models, feed, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
-        return measured | {"ratio": measured["quantized"] / measured["float"], "batch": 1}
+        batch = len(next(iter(feed.values())))
+        return measured | {"ratio": measured["quantized"] / measured["float"], "batch": batch}
 
     def _golden(self, result: CalibrationResult) -> tuple[dict[str, Any], dict[str, Any]]:
         program = result.program
@@ -376,6 +377,11 @@ def _batches_for(export: _Export, program: fx.GraphModule) -> int:
 def _example(graph: fx.GraphModule) -> Batch:
     example: Batch = graph.meta["example"]
     return example
+
+
+def _smallest(graph: fx.GraphModule, batch: Batch) -> Batch:
+    """One sample, or the batch itself where its size is fixed."""
+    return tuple(x[:1] for x in batch) if graph.meta["dynamic_batch"] else batch
 
 
 def _feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
@@ -476,7 +482,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     with progress.stage("measure"):
         saturating = saturation(model_path)
         findings = lint(model_path)
-        covered = coverage(model_path)
+        covered = coverage(model_path, sample=_feed(program, _smallest(program, batch)))
     same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected.values(), found, strict=True))
     proved = {on: level.to_dict() for on, level in levels.items()}
     proved[True]["outputs_identical"] &= same

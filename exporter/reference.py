@@ -5,6 +5,7 @@ Must not know: ONNX, runtimes.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def save_reference(program: fx.GraphModule, path: Path) -> None:
             for key in ("stack_trace", "from_node", "nn_module_stack", "custom"):
                 node.meta.pop(key, None)
         exported._guards_code = []  # shape checks as Python source, which loading refuses to run
-        torch.export.save(exported, path)
+        content = io.BytesIO()  # torch's own writer takes the process down when the disk fills
+        torch.export.save(exported, content)
+    path.write_bytes(content.getvalue())
 
 
 def load_reference(path: Path) -> fx.GraphModule:

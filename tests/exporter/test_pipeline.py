@@ -139,6 +139,16 @@ def test_model_with_a_fixed_batch(tmp_path: Path) -> None:
     assert report["data"]["calibration"]["samples"] == 8
 
 
+def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
+    model, x = build("residual", batch=3)
+    program = torch.export.export(model, (x,))
+    report = export(program, [torch.randn(7, 3, 9, 9)], out=tmp_path / "out", latency_runs=2)
+    assert report["verdict"] == "pass"
+    assert report["latency_ms"]["batch"] == 3
+    assert report["data"]["calibration"]["samples"] == 6  # the incomplete rest is dropped
+    assert verify(tmp_path / "out")["verdict"] == "pass"
+
+
 def test_excluded_layer_stays_in_float(tmp_path: Path) -> None:
     report = run("residual", tmp_path / "out", exclude=("depthwise",))
     assert [node["op"] for node in report["coverage"]["float_nodes"] if node["macs"]] == ["Conv"]
