@@ -4,7 +4,7 @@
     python benchmarks/latency.py
 
 Without models: RepVGG-like and MobileNet-like stacks at 224x224, random weights.
-Batch 1, one thread, all models interleaved in one process, order rotated every round; medians, and ratios to float.
+Batch 1, one thread, all models interleaved in one process, order shuffled every round; medians, and ratios to float.
 `static` is onnxruntime's quantize_static (QDQ, uint8 activations, int8 weights per channel) on the file that plain
 torch.onnx.export writes for the folded net; `prepared` the same after its optional pre-processing of the float file.
 """
@@ -53,10 +53,10 @@ class RepVGGLike(nn.Sequential):
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise 3x3, 1x1 projection, and the sum where shapes allow."""
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, expand: int) -> None:
         super().__init__()
         self.keeps = stride == 1 and channels == width
-        middle = channels * 4
+        middle = channels * expand
         self.layers = nn.Sequential(
             nn.Conv2d(channels, middle, 1), nn.ReLU6(), nn.Conv2d(middle, middle, 3, stride, 1, groups=middle),
             nn.ReLU6(), nn.Conv2d(middle, width, 1),
@@ -67,16 +67,25 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetLike(nn.Sequential):
-    """Inverted residuals with ReLU6, 224x224 input."""
+    """The layers of MobileNetV2 1.0 (Sandler et al. 2018, table 2), 224x224 input."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6()]
-        channels = 16
-        for width, depth, stride in ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 2)):
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU6()]
+        channels = 32
+        stages = (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        )
+        for expand, width, depth, stride in stages:
             for index in range(depth):
-                layers.append(InvertedResidual(channels, width, stride if index == 0 else 1))
+                layers.append(InvertedResidual(channels, width, stride if index == 0 else 1, expand))
                 channels = width
-        head = [nn.Conv2d(channels, 640, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(640, 1000)]
+        head = [nn.Conv2d(channels, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000)]
         super().__init__(*layers, *head)
 
 
@@ -138,13 +147,15 @@ def quantize_statically(plain: Path, batches: Iterable[Tensor], path: Path) -> N
 
 
 def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]:
-    """Median milliseconds per file; the order rotates, so that nobody always runs behind the same neighbour."""
+    """Median milliseconds per file; the order is drawn anew every round, so that nobody always runs behind the large
+    float model, which leaves cold caches.
+    """
     sessions = {name: session(path, threads=1) for name, path in paths.items()}
     feeds = {name: {s.get_inputs()[0].name: x.numpy()} for name, s in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in paths}
-    names = list(paths)
+    order = np.random.default_rng(0)
     for run in range(runs + 5):
-        for name in names[run % len(names) :] + names[: run % len(names)]:
+        for name in order.permutation(list(paths)):
             start = time.perf_counter()
             sessions[name].run(None, feeds[name])
             if run >= 5:

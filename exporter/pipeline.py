@@ -5,9 +5,7 @@ Must not know: the command line, how pages look.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import platform
 import shutil
 import tempfile
 import time
@@ -20,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
@@ -36,7 +33,8 @@ from exporter.capturing import capture
 from exporter.config import ExportConfig, make_config
 from exporter.data import Data, check_takes_integers, open_data
 from exporter.emission import emit, emit_float, save
-from exporter.folding import FoldReport, fold
+from exporter.entries import emission_entry, environment, fold_entry, model_entry, saturation_entry, version
+from exporter.folding import fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
 from exporter.progress import Progress
@@ -48,7 +46,7 @@ from runtime_tests.integer_reference import KernelPlan, plan, run
 from runtime_tests.latency import latency
 from runtime_tests.lint import lint
 from runtime_tests.parity import ParityReport, parity
-from runtime_tests.saturation import Saturation, saturation
+from runtime_tests.saturation import saturation
 from runtime_tests.sessions import session
 from runtime_tests.simplify import simplify
 from runtime_tests.size import size_by_type
@@ -205,7 +203,7 @@ class _Export:
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
         with self.work.step("emit", "emit"):
             metadata = {
-                "version": _version(),
+                "version": version(),
                 "config_sha256": self.config.digest(),
                 "target": self.config.target,
                 "method": self.config.method,
@@ -246,7 +244,7 @@ class _Export:
             "target": self.config.target,
             "method": self.config.method,
             "bits": {"weight": self.config.weight_bits, "activation": self.config.activation_bits},
-            "fold": _fold_entry(result.placement.graph.meta["fold"]),
+            "fold": fold_entry(result.placement.graph.meta["fold"]),
             "accuracy": accuracy,
             "parity": {"unoptimized": levels[False].to_dict(), "optimized": levels[True].to_dict()},
             "coverage": covered.to_dict(),
@@ -254,12 +252,12 @@ class _Export:
             "latency_ms": timing,
             "time_s": {name: self.work.times.get(name, 0.0) for name in _STEPS},
             "gates": [],
-            "tool": {"name": "intact", "version": _version()},
-            "model": _model_entry(self.work.source, graph, model),
-            "environment": _environment(saturating, self.config.threads),
+            "tool": {"name": "intact", "version": version()},
+            "model": model_entry(self.work.source, graph, model),
+            "environment": environment(saturating, self.config.threads),
             "layers": layers,
-            "saturation": _saturation_entry(saturating),
-            "emission": _emission_entry(model),
+            "saturation": saturation_entry(saturating),
+            "emission": emission_entry(model),
             "lint": [asdict(finding) for finding in findings],
             "config": self.config.model_dump(mode="json"),
             "data": self._data_entry(),
@@ -392,71 +390,6 @@ def _outputs(kernels: KernelPlan, batch: Batch) -> tuple[Tensor, ...]:
     return run(kernels, batch)[1]
 
 
-# --- the parts of the report -----------------------------------------------------------------------------------------
-
-
-def _version() -> str:
-    return importlib.metadata.version("intact")
-
-
-def _fold_entry(report: FoldReport) -> dict[str, Any]:
-    return {
-        "regions": len(report.regions),
-        "max_rel_error": report.max_rel_error,
-        "refused": [asdict(refusal) for refusal in report.refused],
-        "folded": [asdict(region) for region in report.regions],
-    }
-
-
-def _model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:
-    def ports(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": value.name,
-                "shape": [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()],
-                "dtype": value.dtype.name if value.dtype else "?",
-            }
-            for value in values
-        ]
-
-    return {
-        "source": source,
-        "inputs": ports(model.graph.inputs),
-        "outputs": ports(model.graph.outputs),
-        "parameters": sum(parameter.numel() for parameter in graph.parameters()),
-        "dynamic_batch": graph.meta["dynamic_batch"],
-        "notes": list(graph.meta["notes"]),
-    }
-
-
-def _emission_entry(model: ir.Model) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for node in model.graph:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return {"opset": model.opset_imports.get("", 0), "ir_version": model.ir_version, "nodes": counts}
-
-
-def _environment(saturating: Saturation, threads: int) -> dict[str, Any]:
-    return {
-        "cpu": saturating.cpu.brand,
-        "flags": list(saturating.cpu.flags),
-        "torch": str(torch.__version__),
-        "onnxruntime": onnxruntime.__version__,
-        "onnx": onnx.__version__,
-        "python": platform.python_version(),
-        "threads": threads,
-        **{name: importlib.metadata.version(name) for name in ("onnxscript", "onnxsim", "numpy")},
-    }
-
-
-def _saturation_entry(saturating: Saturation) -> dict[str, Any]:
-    return {
-        "safe_without_vnni": not saturating.risks,
-        "affected_here": saturating.affects_this_cpu,
-        "layers": [{"name": r.name, "worst": float(r.worst), "limit": 32767.0} for r in saturating.risks],
-    }
-
-
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -490,8 +423,8 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
         "parity": {"unoptimized": proved[False], "optimized": proved[True]},
         "coverage": covered.to_dict(),
         "lint": [asdict(finding) for finding in findings],
-        "environment": _environment(saturating, report["config"]["threads"]),
-        "saturation": _saturation_entry(saturating),
+        "environment": environment(saturating, report["config"]["threads"]),
+        "saturation": saturation_entry(saturating),
     }
     report = cast(Report, {**report, **changes})
     gates = [*DEFAULT_GATES, *map(parse, report["config"]["gates"])]

@@ -1,0 +1,92 @@
+"""The parts of report.json that describe: tool, model, folds, file, machine.
+
+Must not know: how anything is computed, how pages look.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import fx
+
+from exporter.folding import FoldReport
+from runtime_tests.saturation import Saturation
+
+__all__ = ["emission_entry", "environment", "fold_entry", "model_entry", "saturation_entry", "version"]
+
+
+def version() -> str:
+    """Version of this package."""
+    return importlib.metadata.version("intact")
+
+
+def fold_entry(report: FoldReport) -> dict[str, Any]:
+    """What folding did and what it refused."""
+    return {
+        "regions": len(report.regions),
+        "max_rel_error": report.max_rel_error,
+        "refused": [asdict(refusal) for refusal in report.refused],
+        "folded": [asdict(region) for region in report.regions],
+    }
+
+
+def model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:
+    """Interface of the model: inputs, outputs, parameters."""
+
+    def ports(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "shape": [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()],
+                "dtype": value.dtype.name if value.dtype else "?",
+            }
+            for value in values
+        ]
+
+    return {
+        "source": source,
+        "inputs": ports(model.graph.inputs),
+        "outputs": ports(model.graph.outputs),
+        "parameters": sum(parameter.numel() for parameter in graph.parameters()),
+        "dynamic_batch": graph.meta["dynamic_batch"],
+        "notes": list(graph.meta["notes"]),
+    }
+
+
+def emission_entry(model: ir.Model) -> dict[str, Any]:
+    """Opset, IR version and operators of the file."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {"opset": model.opset_imports.get("", 0), "ir_version": model.ir_version, "nodes": counts}
+
+
+def environment(saturating: Saturation, threads: int) -> dict[str, Any]:
+    """Machine and libraries."""
+    return {
+        "cpu": saturating.cpu.brand,
+        "flags": list(saturating.cpu.flags),
+        "torch": str(torch.__version__),
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "python": platform.pythonversion(),
+        "threads": threads,
+        **{name: importlib.metadata.version(name) for name in ("onnxscript", "onnxsim", "numpy")},
+    }
+
+
+def saturation_entry(saturating: Saturation) -> dict[str, Any]:
+    """Layers that could saturate 16-bit sums on a CPU without VNNI."""
+    return {
+        "safe_without_vnni": not saturating.risks,
+        "affected_here": saturating.affects_this_cpu,
+        "layers": [{"name": r.name, "worst": float(r.worst), "limit": 32767.0} for r in saturating.risks],
+    }
