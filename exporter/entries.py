@@ -77,7 +77,7 @@ def environment(saturating: Saturation, threads: int) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "onnxruntime": onnxruntime.__version__,
         "onnx": onnx.__version__,
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "threads": threads,
         **{name: importlib.metadata.version(name) for name in ("onnxscript", "onnxsim", "numpy")},
     }
