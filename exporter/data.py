@@ -22,7 +22,7 @@ from calibrators.errors import DataError, UnknownNameError
 from exporter.load import UserCallable, load_callable, users_code
 from exporter.sources import ImageForm, from_arrays, from_images, from_npz
 
-__all__ = ["Batch", "Data", "check_label_range", "check_takes_integers", "open_data"]
+__all__ = ["Batch", "Data", "check_takes_integers", "open_data"]
 
 KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
 """Dtypes that reach the model as they are; other real floats become float32, everything else is refused."""
@@ -274,18 +274,6 @@ def open_data(
     if isinstance(source, Iterable):
         return Data(label, lambda: iter(source))
     raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
-
-
-def check_label_range(labels: Tensor, classes: int, where: str) -> None:
-    """Nothing, if every label is a class of the model.
-
-    raises: DataError naming the first label that is not.
-    """
-    wrong = labels[labels >= classes]
-    if len(wrong):
-        raise DataError(
-            f"{where}: label {int(wrong[0])} with a model of {classes} classes (0 to {classes - 1}); check the labels."
-        )
 
 
 def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:

@@ -5,7 +5,6 @@ Must not know: the command line, how pages look.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import time
@@ -155,9 +154,10 @@ class _Export:
         graph, folded = self._graph(model)
         result = self._calibrated(folded)
         simplifier = self._emitted(folded, result)
-        report = self._proved(graph, result)
+        kernels = plan(result.program)
+        report = self._proved(graph, result, kernels)
         report["simplifier"] = simplifier
-        golden = self._golden(result)
+        golden = self._golden(result.program, kernels)
         report["warnings"] = [*dict.fromkeys([*self.work.warnings, *self._data_notes()])]
         return _Bundle(self.folder, report, golden)
 
@@ -223,13 +223,13 @@ class _Export:
             save(ir.from_proto(model), self.model_path)
         return report.to_dict()
 
-    def _proved(self, graph: fx.GraphModule, result: CalibrationResult) -> Report:
+    def _proved(self, graph: fx.GraphModule, result: CalibrationResult, kernels: KernelPlan) -> Report:
         program = result.program
         with self.work.step("validate", "compare"):
             levels = self._parity(program)
-        accuracy = self._accuracy(graph, program)
+        accuracy = self._accuracy(graph, program, kernels)
         with self.work.step("validate", "measure"):
-            layers = layer_entries(result, itertools.islice(self._held_out(program), _batches_for(self, program)))
+            layers = layer_entries(result, _first(program, self._held_out(program), SQNR_SAMPLES))
             findings = lint(self.model_path)
             covered = coverage(self.model_path, sample=_feed(program, _smallest(program, _example(program))))
             timing = self._latency(program)
@@ -269,19 +269,18 @@ class _Export:
 
     def _parity(self, program: fx.GraphModule) -> dict[bool, ParityReport]:
         def batches() -> Iterator[Batch]:
-            return _first(self._held_out(program), self.config.parity_samples)
+            return _first(program, self._held_out(program), self.config.parity_samples)
 
         return {
             optimized: parity(self.model_path, program, batches(), optimized=optimized, threads=torch.get_num_threads())
             for optimized in (False, True)
         }
 
-    def _accuracy(self, graph: fx.GraphModule, program: fx.GraphModule) -> Any:
+    def _accuracy(self, graph: fx.GraphModule, program: fx.GraphModule, kernels: KernelPlan) -> Any:
         """Float graph, reference program and runtime on the held-out data; the first output counts."""
         if self.work.evaluation is None:
             return None
         accuracy = Accuracy()
-        kernels = plan(program)
         runtime = session(self.model_path, optimized=True, threads=torch.get_num_threads())
         with self.work.step("validate", "evaluate") as bar, torch.no_grad():
             for batch, labels in _labelled(program, self.work.evaluation):
@@ -303,11 +302,10 @@ class _Export:
         batch = len(next(iter(feed.values())))
         return measured | {"ratio": measured["quantized"] / measured["float"], "batch": batch}
 
-    def _golden(self, result: CalibrationResult) -> tuple[dict[str, Any], dict[str, Any]]:
-        program = result.program
-        batch = tuple(x[:GOLDEN_SAMPLES] for x in next(self._held_out(program)))
+    def _golden(self, program: fx.GraphModule, kernels: KernelPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch = next(_first(program, self._held_out(program), GOLDEN_SAMPLES))
         with torch.no_grad():
-            outputs = _outputs(plan(program), batch)
+            outputs = _outputs(kernels, batch)
         names = program.meta["output_names"]
         return _feed(program, batch), {name: y.numpy() for name, y in zip(names, outputs, strict=True)}
 
@@ -358,28 +356,23 @@ def _labelled(graph: fx.GraphModule, data: Data) -> Iterator[tuple[Batch, Any]]:
             yield tuple(x[part] for x in batch.inputs), None if labels is None else labels[part]
 
 
-def _first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
-    """Whole batches until `samples` samples are reached, the last one cut."""
+def _first(graph: fx.GraphModule, batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until `samples` samples are reached; the last one is cut, except where the graph fixes its size."""
     for batch in batches:
-        yield tuple(x[:samples] for x in batch)
+        yield tuple(x[:samples] for x in batch) if graph.meta["dynamic_batch"] else batch
         samples -= len(batch[0])
         if samples <= 0:
             return
 
 
-def _batches_for(export: _Export, program: fx.GraphModule) -> int:
-    size = len(next(export._held_out(program))[0])
-    return max(1, SQNR_SAMPLES // size)
+def _smallest(graph: fx.GraphModule, batch: Batch) -> Batch:
+    """One sample, or the batch itself where its size is fixed."""
+    return next(_first(graph, [batch], 1))
 
 
 def _example(graph: fx.GraphModule) -> Batch:
     example: Batch = graph.meta["example"]
     return example
-
-
-def _smallest(graph: fx.GraphModule, batch: Batch) -> Batch:
-    """One sample, or the batch itself where its size is fixed."""
-    return tuple(x[:1] for x in batch) if graph.meta["dynamic_batch"] else batch
 
 
 def _feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:

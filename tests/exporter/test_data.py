@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from calibrators.errors import DataError
-from exporter.data import Data, check_label_range, check_takes_integers, open_data
+from exporter.data import Data, check_takes_integers, open_data
 
 COUNT = 10
 RNG = np.random.default_rng(0)
@@ -473,11 +473,6 @@ def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
 
 
 # ---- checks that need the model
-
-
-def test_labels_beyond_the_model_are_an_error() -> None:
-    check_label_range(torch.tensor([0, 3]), 4, "batch 0")
-    assert "label 4 with a model of 4 classes" in message(lambda: check_label_range(torch.tensor([0, 4]), 4, "batch 0"))
 
 
 def test_raw_images_need_a_model_that_takes_them() -> None:

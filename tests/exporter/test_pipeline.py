@@ -149,6 +149,16 @@ def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
     assert verify(tmp_path / "out")["verdict"] == "pass"
 
 
+def test_fixed_batches_are_never_cut(tmp_path: Path) -> None:
+    """Neither the samples to compare nor the golden ones divide a batch of five."""
+    model, x = build("residual", batch=5)
+    program = torch.export.export(model, (x,))
+    report = export(program, [torch.randn(10, 3, 9, 9)], out=tmp_path / "out", latency_runs=0, parity_samples=6)
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["samples"] == 10
+    assert len(read_golden(tmp_path / "out")[0]["x"]) == 5
+
+
 def test_excluded_layer_stays_in_float(tmp_path: Path) -> None:
     report = run("residual", tmp_path / "out", exclude=("depthwise",))
     assert [node["op"] for node in report["coverage"]["float_nodes"] if node["macs"]] == ["Conv"]
