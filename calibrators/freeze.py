@@ -7,7 +7,7 @@ Must not know: how the parameters were chosen, ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.errors import InputError, UnknownNameError
 from calibrators.graph import bind, constant
-from calibrators.numerics import quantize
+from calibrators.numerics import dequantize, quantize
 from calibrators.place import Placement
 from calibrators.program import build_program
 from calibrators.spec import QParams, Site
 
-__all__ = ["CalibrationResult", "Coded", "code_bias", "freeze"]
+__all__ = ["CalibrationResult", "Coded", "code_bias", "freeze", "widen"]
 
 BIAS_CODE_LIMIT = 2**30
 """Largest bias code: half of int32, so that accumulator plus bias stays inside int32."""
+
+ROUNDED = 1 + 2.0**-22
+"""More than what rounding a weight scale and its product with an activation scale to float32 can take away."""
 
 DEAD_CHANNEL_FLOOR = 2.0**-20
 """Smallest scale of a channel without weights, relative to the largest scale of its tensor."""
@@ -69,52 +73,145 @@ class CalibrationResult:
 def freeze(
     placement: Placement,
     activations: Mapping[str, QParams],
-    weights: Mapping[str, QParams],
+    weights: Mapping[str, QParams | Coded],
+    biases: Mapping[str, Tensor] | None = None,
 ) -> CalibrationResult:
     """Integer codes for every weight and bias under the chosen parameters.
 
-    weights: parameters by site name; a scale is widened where the bias would leave half of int32, or where the channel
-             holds no weights at all.
+    weights: by site name: parameters, to which the graph's weight is rounded, or codes, which are kept. Parameters are
+             widened as `widen` does; codes only where the bias would leave half of int32, and only the channels
+             concerned are rounded anew.
+    biases:  float values by site name, instead of the graph's.
+    raises:  InputError for codes off the grid of their site, UnknownNameError for a bias the placement does not have.
     """
-    nodes = {node.name: node for node in placement.graph.graph.nodes}
-    bias_of = {site.users[0]: site for site in placement.sites if site.kind == "bias"}
+    added = _added_biases(placement, activations, biases or {})
     weight_codes: dict[str, Coded] = {}
     bias_codes: dict[str, Coded] = {}
     notes: list[str] = []
-    for site in placement.sites:
-        if site.kind != "weight":
-            continue
-        weight = constant(placement.graph, nodes[site.node])
-        consumers = []
-        for user in site.users:
-            source = placement.activation_of[bind(nodes[user])["input"].name]
-            bias_site = bias_of.get(user)
-            bias = constant(placement.graph, nodes[bias_site.node]).double() if bias_site else None
-            consumers.append((activations[placement.root(source).name].scale, bias_site, bias))
-        qparams = weights[site.name]
-        scale = _wide_enough(weight, qparams, [(x_scale, bias) for x_scale, _, bias in consumers if bias is not None])
-        if not torch.equal(scale, qparams.scale):
-            notes.append(f"{site.name}: scale widened in {int((scale != qparams.scale).sum())} channels for the bias")
-            qparams = replace(qparams, scale=scale)
-        weight_codes[site.name] = Coded(quantize(weight, qparams), qparams)
-        for x_scale, bias_site, bias in consumers:
-            if bias_site is not None and bias is not None:
-                bias_codes[bias_site.name] = code_bias(bias, x_scale, scale, bias_site)
+    for site, weight in _weights(placement):
+        coded = _code(weights[site.name], weight, _least_scale(added[site.name], site), site)
+        weight_codes[site.name] = coded
+        notes += _notes(weights[site.name], coded, site)
+        for bias in added[site.name]:
+            bias_codes[bias.site.name] = code_bias(bias.values, bias.x_scale, coded.qparams.scale, bias.site)
     return CalibrationResult(placement, dict(activations), weight_codes, bias_codes, record={"notes": tuple(notes)})
 
 
-def _wide_enough(weight: Tensor, qparams: QParams, biases: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The weight scale, raised where a channel is empty or its bias code would exceed BIAS_CODE_LIMIT."""
-    scale, axis = qparams.scale.double(), qparams.spec.axis
-    channels = weight.detach().abs().flatten(1).amax(1) if axis == 0 else weight.detach().abs().amax()
-    dead = channels == 0
-    if bool(dead.any()):
-        alive = scale[~dead] if scale.ndim and bool((~dead).any()) else torch.ones(1, dtype=torch.float64)
-        scale = torch.where(dead, alive.max() * DEAD_CHANNEL_FLOOR, scale)
-    for x_scale, bias in biases:
-        least = bias.abs() / (x_scale.double() * BIAS_CODE_LIMIT)
-        scale = torch.maximum(scale, least if scale.ndim else least.max())
-    return scale.to(torch.float32)
+def widen(
+    placement: Placement,
+    activations: Mapping[str, QParams],
+    weights: Mapping[str, QParams],
+    biases: Mapping[str, Tensor] | None = None,
+    *,
+    margin: float = 1.0,
+) -> dict[str, QParams]:
+    """Weight parameters whose scale is raised where a bias code would leave half of int32.
+
+    A channel without weights gets the smallest scale at which its bias fits, so that rounding does not show there.
+
+    margin: how much biases may grow or activation scales shrink afterwards before anything has to be raised again.
+    raises: UnknownNameError for a bias the placement does not have.
+    """
+    added = _added_biases(placement, activations, biases or {})
+    return {
+        site.name: _fit(weights[site.name], weight, margin * _least_scale(added[site.name], site))
+        for site, weight in _weights(placement)
+        if site.name in weights
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Bias:
+    """A bias as it meets its weight: float64 [channels], and the scale of the activation, []."""
+
+    site: Site
+    values: Tensor
+    x_scale: Tensor
+
+
+def _weights(placement: Placement) -> Iterator[tuple[Site, Tensor]]:
+    """Weight sites and their float values."""
+    nodes = {node.name: node for node in placement.graph.graph.nodes}
+    return ((site, constant(placement.graph, nodes[site.node])) for site in placement.sites if site.kind == "weight")
+
+
+def _added_biases(
+    placement: Placement, activations: Mapping[str, QParams], biases: Mapping[str, Tensor]
+) -> dict[str, list[_Bias]]:
+    """The biases behind each weight, by its site name; `biases` go before the graph's."""
+    nodes = {node.name: node for node in placement.graph.graph.nodes}
+    sites = {site.name: site for site in placement.sites if site.kind == "bias"}
+    weight_of = {user: site.name for site in placement.sites if site.kind == "weight" for user in site.users}
+    for name in biases:
+        if name not in sites:
+            raise UnknownNameError("bias", name, sites)
+    added: dict[str, list[_Bias]] = {name: [] for name in weight_of.values()}
+    for name, site in sites.items():
+        (user,) = site.users
+        source = placement.root(placement.activation_of[bind(nodes[user])["input"].name])
+        values = biases[name] if name in biases else constant(placement.graph, nodes[site.node])
+        added[weight_of[user]].append(_Bias(site, values.detach().double(), activations[source.name].scale))
+    return added
+
+
+def _least_scale(biases: list[_Bias], site: Site) -> Tensor:
+    """Smallest weight scale at which the codes of the biases keep to BIAS_CODE_LIMIT, float64 [] or [channels]."""
+    least = torch.zeros((), dtype=torch.float64)
+    for bias in biases:
+        needed = bias.values.abs() * ROUNDED / (bias.x_scale.double() * BIAS_CODE_LIMIT)
+        least = torch.maximum(least, needed.max() if site.spec.axis is None else needed)
+    return least
+
+
+def _fit(qparams: QParams, weight: Tensor, least: Tensor) -> QParams:
+    """Parameters with no scale below `least`; that of a channel of zeros follows from it alone."""
+    scale = torch.maximum(qparams.scale.double(), least)
+    dead = ~(weight.any() if qparams.spec.axis is None else weight.flatten(1).any(1))
+    alive = torch.where(dead, 0.0, scale).max()
+    floor = torch.where(alive > 0, alive, 1.0) * DEAD_CHANNEL_FLOOR
+    return replace(qparams, scale=torch.where(dead, torch.maximum(floor, least), scale).to(torch.float32))
+
+
+def _code(chosen: QParams | Coded, weight: Tensor, least: Tensor, site: Site) -> Coded:
+    """Codes of a weight with no scale below `least`."""
+    if isinstance(chosen, QParams):
+        qparams = _fit(chosen, weight, least)
+        return Coded(quantize(weight, qparams), qparams)
+    _check_codes(chosen, weight, site)
+    scale = torch.maximum(chosen.qparams.scale.double(), least).to(torch.float32)
+    if torch.equal(scale, chosen.qparams.scale):
+        return chosen
+    qparams = replace(chosen.qparams, scale=scale)  # the round trip changes no code where the scale stays
+    return Coded(quantize(dequantize(chosen.codes, chosen.qparams), qparams), qparams)
+
+
+def _notes(chosen: QParams | Coded, coded: Coded, site: Site) -> list[str]:
+    """What the user should know about a weight whose scale is not the chosen one."""
+    scale = (chosen.qparams if isinstance(chosen, Coded) else chosen).scale
+    changed = int((coded.qparams.scale != scale).sum())
+    if not changed:
+        return []
+    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights or a large bias"
+    if isinstance(chosen, Coded):
+        note += f"; {int((coded.codes != chosen.codes).sum())} codes of the method changed with them"
+    return [note]
+
+
+def _check_codes(coded: Coded, weight: Tensor, site: Site) -> None:
+    """Raises InputError for codes or zero points off the grid of their site."""
+    spec, codes, zero_point = site.spec, coded.codes, coded.qparams.zero_point
+    ends = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
+    on_grid = _within(codes, spec.qmin, spec.qmax) and _within(zero_point, *ends)
+    if not on_grid or codes.shape != weight.shape or codes.dtype != spec.dtype:
+        raise InputError(
+            f"the codes of weight {site.name!r} are {codes.dtype} {list(codes.shape)}, {codes.min()} to {codes.max()}, "
+            f"with zero points {zero_point.min()} to {zero_point.max()}; its grid holds {spec.dtype} "
+            f"{list(weight.shape)}, {spec.qmin} to {spec.qmax}, with zero points {ends[0]} to {ends[1]}"
+        )
+
+
+def _within(integers: Tensor, lowest: int, highest: int) -> bool:
+    return lowest <= int(integers.min()) and int(integers.max()) <= highest
 
 
 def code_bias(bias: Tensor, x_scale: Tensor, weight_scale: Tensor, site: Site) -> Coded:

@@ -29,12 +29,22 @@ __all__ = ["Placement", "PlacementOptions", "operator_name", "place"]
 
 aten = torch.ops.aten
 
+REDUCED_BITS = 7
+"""Widest symmetric weights whose pairs of products with uint8 codes fit 16 bits: 2 * 255 * 63 < 2**15."""
+
 
 @dataclass(frozen=True)
 class PlacementOptions:
     """What the user may decide about placement.
 
+    weight_bits:     bits of weights. Below the widest grid (8, or 7 with reduce_range) a weight is asymmetric, for a
+                     symmetric grid would lose one of its few levels.
+    activation_bits: bits of the values that operators with weights read, and of all that share a scale with them. What
+                     only sums, products, pools and outputs read keeps the bits of the target: the result of a residual
+                     branch does, the sum that the next convolution reads does not.
     first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception.
+    reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
+                     of products in 16 bits do not saturate.
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
     """
@@ -271,6 +281,11 @@ class _Sites:
     weighted: list[fx.Node]
     names: set[str] = field(default_factory=set)
 
+    @property
+    def edges(self) -> tuple[fx.Node, fx.Node]:
+        """The first and the last weighted operator."""
+        return self.weighted[0], self.weighted[-1]
+
     def build(self) -> tuple[Site, ...]:
         activations = self._activations()
         weights: dict[str, Site] = {}
@@ -300,13 +315,12 @@ class _Sites:
         return name
 
     def _weight_spec(self, node: fx.Node) -> QuantSpec:
-        bits = self.options.weight_bits
-        if self.options.first_last_bits is not None and node in (self.weighted[0], self.weighted[-1]):
-            bits = self.options.first_last_bits
-        if self.options.reduce_range:
-            bits = min(bits, 7)
-        axis = None if self.options.per_tensor_weights else self.placer.target.weight.axis
-        return replace(self.placer.target.weight, bits=bits, axis=axis)
+        options, grid = self.options, self.placer.target.weight
+        widest = min(grid.bits, REDUCED_BITS) if options.reduce_range else grid.bits
+        is_edge = bind(node)["weight"] in [bind(edge)["weight"] for edge in self.edges]
+        bits = options.first_last_bits if is_edge and options.first_last_bits is not None else options.weight_bits
+        grid = replace(grid, bits=min(bits, widest), axis=None if options.per_tensor_weights else grid.axis)
+        return grid if bits >= widest else replace(grid, symmetric=False, narrow=False)
 
     def _activations(self) -> list[Site]:
         placer = self.placer
@@ -324,14 +338,14 @@ class _Sites:
                 kind="activation",
                 node=node.name,
                 users=tuple(user.name for user in users),
-                spec=replace(placer.target.activation, bits=self.options.activation_bits),
+                spec=placer.target.activation,
                 fixed=placer.target.fixed_outputs.get(node.target),
                 clip=clip_bounds(node) if node in placer.absorbed else None,
             )
             if origin is node and node.op == "call_function" and placer.runs_on_integers(node):
                 site = self._share(site, node, sites)
             sites[node] = site
-        return list(self._with_edge_bits(sites).values())
+        return self._with_bits(sites)
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
         """A reshape, pad or stand-alone clip takes the scale of its input's site."""
@@ -344,11 +358,8 @@ class _Sites:
             return replace(site, shares=sites[node.args[0]].name, clip=bounds, of_codes=True)  # type: ignore[index]
         return site
 
-    def _with_edge_bits(self, sites: dict[fx.Node, Site]) -> dict[fx.Node, Site]:
-        """Raise the input activations of the first and last weighted operator, and all that share their scale."""
-        bits = self.options.first_last_bits
-        if bits is None:
-            return sites
+    def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
+        """Sites with the bits of who reads them; sites that share a scale have the same."""
         by_name = {site.name: site for site in sites.values()}
 
         def root(site: Site) -> str:
@@ -356,8 +367,10 @@ class _Sites:
                 site = by_name[site.shares]
             return site.name
 
-        raised = {root(sites[bind(node)["input"]]) for node in (self.weighted[0], self.weighted[-1])}
-        return {
-            node: replace(site, spec=replace(site.spec, bits=bits)) if root(site) in raised else site
-            for node, site in sites.items()
-        }
+        bits = {root(sites[bind(node)["input"]]): self.options.activation_bits for node in self.weighted}
+        if self.options.first_last_bits is not None:
+            bits |= {root(sites[bind(node)["input"]]): self.options.first_last_bits for node in self.edges}
+        return [
+            replace(site, spec=replace(site.spec, bits=bits.get(root(site), site.spec.bits)))
+            for site in by_name.values()
+        ]

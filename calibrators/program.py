@@ -8,7 +8,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph):
   uint8 []; [qmin, qmax] of quantize may be narrower than the container;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
-- a weight is `dequantize` of a get_attr int8 buffer, with scales along `axis`;
+- a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
+  asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -167,12 +168,17 @@ class _Builder:
         return source
 
     def constant(self, site: Site, coded: _Coded) -> None:
-        """A weight or bias as dequantize of its codes."""
+        """A weight or bias as dequantize of its codes, moved so that their zero point is 0.
+
+        Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
+        """
         qparams = coded.qparams
-        zero_point = qparams.zero_point.to(coded.codes.dtype)
+        zero_points = along_axis(qparams.zero_point, coded.codes.ndim, qparams.spec.axis)
+        centred = (coded.codes.to(torch.int32) - zero_points).to(site.spec.dtype)
+        zero_point = torch.zeros_like(qparams.zero_point, dtype=site.spec.dtype)
         buffers = [
             self._buffer(f"{site.name}_{what}", value)
-            for what, value in (("quantized", coded.codes), ("scale", qparams.scale), ("zero_point", zero_point))
+            for what, value in (("quantized", centred), ("scale", qparams.scale), ("zero_point", zero_point))
         ]
         for user in map(self.nodes.__getitem__, site.users):
             with self.graph.inserting_before(user):

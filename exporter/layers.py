@@ -48,7 +48,7 @@ def _entry(site: Site, node: fx.Node, qparams: QParams, noise: dict[str, float])
         "bits": site.spec.bits,
         "scale_min": float(scale.min()),
         "scale_max": float(scale.max()),
-        "zero_point": int(zero_point) if zero_point.ndim == 0 else 0,
+        "zero_point": int(zero_point.min()) if zero_point.min() == zero_point.max() else None,
         "lo": float((scale * (site.spec.qmin - zero_point)).min()),
         "hi": float((scale * (site.spec.qmax - zero_point)).max()),
         "sqnr_db": noise.get(site.name),

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from calibrators.errors import InputError
 from calibrators.forms import to_integer_forms
 from calibrators.place import Placement, PlacementOptions, place
+from calibrators.spec import QuantSpec
 from calibrators.targets import get_target
 from exporter.capturing import capture
-from tests.networks import build, randomize
+from tests.networks import NETWORKS, build, randomize
 
 
 def placed(model: nn.Module, x: Tensor, **options: object) -> Placement:
@@ -126,11 +127,75 @@ def test_weight_bits(options: dict[str, object], expected: set[int]) -> None:
     assert {site.spec.bits for site in placement.sites if site.kind == "weight"} == expected
 
 
-def test_activation_bits_raise_everything_that_shares_with_the_edges() -> None:
-    placement = placed(*build("residual"), activation_bits=4)
-    bits = {site.name: site.spec.bits for site in placement.sites if site.kind == "activation"}
-    assert bits["x"] == bits["flatten"] == bits["adaptive_avg_pool2d"] == 8
-    assert bits["clamp"] == bits["point.conv2d"] == bits["add"] == 4
+class Branches(nn.Module):
+    """A residual branch, a concatenation behind which a max pool stands, a global mean; input [n, 3, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(i, 4, 1) for i in (3, 4, 4))
+        self.left, self.right, self.mix = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.second(F.relu(self.first(x))))
+        x = F.max_pool2d(torch.cat([self.left(x), self.right(x)], 1), 2)
+        return self.head(self.mix(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("first_last", "edge"), [(6, 6), (8, 8), (None, 4)], ids=["edges-at-six", "edges-at-eight", "no-exception"]
+)
+def test_activation_bits_are_those_of_what_weighted_operators_read(first_last: int | None, edge: int) -> None:
+    """Operands that only sums, concatenations and pools read stay at 8 bits; all that share a scale agree."""
+    x = torch.randn(2, 3, 8, 8)
+    placement = placed(randomize(Branches()), x, activation_bits=4, first_last_bits=first_last)
+    assert {site.name: site.spec.bits for site in placement.sites if site.kind == "activation"} == {
+        "x": edge,
+        "relu": 4,  # of the stem: read by the branch and by the sum
+        "relu_1": 4,  # inside the branch
+        "second.conv2d": 8,  # the branch's result: only the sum reads it
+        "relu_2": 4,  # the sum
+        "left.conv2d": 8,
+        "right.conv2d": 8,
+        "cat": 4,  # shares with the max pool, which a convolution reads
+        "max_pool2d": 4,
+        "mix.conv2d": 8,  # only the mean reads it
+        "adaptive_avg_pool2d": edge,
+        "flatten": edge,
+    }
+
+
+def test_bits_of_gates_and_of_codes_that_are_saturated() -> None:
+    """`relu(x)` for a convolution is made from the codes of x, which a sum reads, too: one width for both."""
+    sites = placed(*build("pooled"), activation_bits=3).by_name
+    assert sites["sigmoid"].spec.bits == sites["sigmoid_1"].spec.bits == 8
+    [saturated] = [site for site in sites.values() if site.of_codes]
+    assert (saturated.spec.bits, sites["mul_1"].spec.bits) == (3, 3)
+
+
+def test_everything_of_one_scale_has_one_width() -> None:
+    for name in NETWORKS:
+        placement = placed(*build(name), activation_bits=4, first_last_bits=6)
+        for site in placement.sites:
+            assert site.spec.bits == placement.root(site).spec.bits
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["per-channel", "per-tensor"])
+@pytest.mark.parametrize("reduce_range", [False, True], ids=["full-range", "reduce-range"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weight_grid(bits: int, reduce_range: bool, per_tensor: bool) -> None:
+    options = {"weight_bits": bits, "reduce_range": reduce_range, "per_tensor_weights": per_tensor}
+    placement = placed(*build("mlp"), first_last_bits=None, **options)
+    axis, widest = None if per_tensor else 0, 7 if reduce_range else 8
+    symmetric = QuantSpec(widest, signed=True, symmetric=True, axis=axis, narrow=True)
+    asymmetric = QuantSpec(bits, signed=True, symmetric=False, axis=axis, narrow=False)
+    [spec] = {site.spec for site in placement.sites if site.kind == "weight"}
+    assert spec == (symmetric if bits >= widest else asymmetric)
+    farthest = spec.qmax if spec.symmetric else spec.qmax - spec.qmin  # largest |code - zero_point|
+    assert farthest <= 127
+    if reduce_range:
+        assert 2 * 255 * farthest <= torch.iinfo(torch.int16).max
 
 
 def test_per_tensor_weights() -> None:
@@ -173,6 +238,19 @@ def test_tied_weights_share_one_site() -> None:
     weights = [site for site in placement.sites if site.kind == "weight"]
     assert [len(site.users) for site in weights] == [2]
     assert len([site for site in placement.sites if site.kind == "bias"]) == 2
+
+
+def test_tied_weights_of_the_last_layer_have_its_bits() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(F.relu(self.layer(F.relu(self.first(x)))))
+
+    sites = placed(randomize(Tied()), torch.randn(4, 6), weight_bits=3, first_last_bits=5).by_name
+    assert (sites["first.weight"].spec.bits, sites["layer.weight"].spec.bits) == (5, 5)
 
 
 def test_site_names_are_unique() -> None:
