@@ -12,6 +12,7 @@ Must not know: data, methods, ONNX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -45,6 +46,8 @@ class PlacementOptions:
     first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception.
     reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
                      of products in 16 bits do not saturate.
+    split_skips:     take identity branches that folding hid in a kernel out again, where the bits cannot hold both
+                     (calibrators.skips).
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
     """
@@ -54,6 +57,7 @@ class PlacementOptions:
     first_last_bits: int | None = 8
     per_tensor_weights: bool = False
     reduce_range: bool = False
+    split_skips: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -317,8 +321,12 @@ class _Sites:
     def _weight_spec(self, node: fx.Node) -> QuantSpec:
         options, grid = self.options, self.placer.target.weight
         widest = min(grid.bits, REDUCED_BITS) if options.reduce_range else grid.bits
-        is_edge = bind(node)["weight"] in [bind(edge)["weight"] for edge in self.edges]
-        bits = options.first_last_bits if is_edge and options.first_last_bits is not None else options.weight_bits
+        weight = bind(node)["weight"]
+        bits = options.weight_bits
+        if options.first_last_bits is not None and weight in [bind(edge)["weight"] for edge in self.edges]:
+            bits = options.first_last_bits
+        if math.prod(shape_of(weight)[1:]) == 1:  # a rescaling of channels: nothing to save
+            bits = widest
         grid = replace(grid, bits=min(bits, widest), axis=None if options.per_tensor_weights else grid.axis)
         return grid if bits >= widest else replace(grid, symmetric=False, narrow=False)
 

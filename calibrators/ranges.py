@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from calibrators.numerics import qparams_from_range
 from calibrators.observe import Statistic
 from calibrators.options import check
 from calibrators.spec import QParams, QuantSpec
+
+if TYPE_CHECKING:
+    from calibrators.freeze import CalibrationResult
+    from calibrators.problem import Problem
 
 __all__ = ["BLOCK", "RangeMethod", "Samples"]
 
@@ -96,6 +101,10 @@ class RangeMethod(abc.ABC):
     @abc.abstractmethod
     def bounds(self, samples: Samples, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Ends of the range of each row, float64 [rows] each; what lies beyond them will be clipped."""
+
+    def fit(self, problem: Problem) -> CalibrationResult:
+        """Every tensor on its own, weights rounded to nearest."""
+        return problem.solve(self)
 
     def activation(self, statistic: Statistic, spec: QuantSpec) -> QParams:
         """Parameters of an activation, scale and zero point [].

@@ -13,13 +13,24 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from calibrators.errors import UnknownNameError
 from calibrators.options import Option, build, list_options
 from calibrators.ranges import RangeMethod
 
-__all__ = ["MethodInfo", "RangeMethod", "get_method", "list_methods"]
+if TYPE_CHECKING:
+    from calibrators.freeze import CalibrationResult
+    from calibrators.problem import Problem
+
+__all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods"]
+
+
+class Method(Protocol):
+    """What every method can do."""
+
+    def fit(self, problem: Problem) -> CalibrationResult:
+        """Scales, zero points, integer weights and biases."""
 
 
 @dataclass(frozen=True)

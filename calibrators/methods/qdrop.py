@@ -1,0 +1,20 @@
+"""Block reconstruction under random drop of activation quantization.
+
+source: Wei et al. 2022, "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibrators.options import option
+from calibrators.reconstruct import Reconstruction
+
+__all__ = ["QDrop"]
+
+
+@dataclass(frozen=True)
+class QDrop(Reconstruction):
+    """Learned rounding per block, while half of the activations are randomly left unquantized."""
+
+    keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)

@@ -1,0 +1,129 @@
+"""What a method is given to solve: a placed network, calibration data, and the means to work with.
+
+Must not know: which methods there are, ONNX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from calibrators.errors import DataError
+from calibrators.freeze import CalibrationResult, freeze
+from calibrators.graph import constant
+from calibrators.observe import Statistic
+from calibrators.place import Placement
+from calibrators.ranges import RangeMethod
+from calibrators.simulate import Batch, observe
+from calibrators.spec import QParams, Site
+
+__all__ = ["Bar", "Problem", "Stage", "silent"]
+
+
+class Bar(Protocol):
+    """Progress of one stage of work."""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+
+
+Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
+"""Opens a stage of work under a name with a number of steps, None where it is not known."""
+
+
+class _Silent:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def silent(name: str, total: int | None = None) -> Iterator[Bar]:
+    """A stage that nobody watches."""
+    yield _Silent()
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One calibration to be done.
+
+    batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it anew.
+    labels:  int64 [samples] in the order of the batches, None where there are none.
+    device:  where heavy steps run.
+    memory:  bytes of RAM that cached activations may take.
+    explain: whether to compute what explains the choice, for the record.
+    """
+
+    placement: Placement
+    batches: Iterable[Batch]
+    labels: Tensor | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory: int = 4 << 30
+    explain: bool = False
+    stage: Stage = silent
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistic]:
+        """Statistics of every activation site that owns its scale, from one float pass."""
+        with self.stage("calibrate", None) as bar:
+            return observe(self.placement, self.batches, bar.advance)
+
+    def activations(self, method: RangeMethod) -> dict[str, QParams]:
+        """Parameters of every activation site that owns its scale, by the site's name."""
+        return {
+            site.name: _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
+            for site in self.placement.sites
+            if site.kind == "activation" and site.shares is None
+        }
+
+    def weights(self, method: RangeMethod) -> dict[str, QParams]:
+        """Parameters of every weight site, by the site's name."""
+        return {
+            site.name: method.weight(self.values(site), site.spec)
+            for site in self.placement.sites
+            if site.kind == "weight"
+        }
+
+    def values(self, site: Site) -> Tensor:
+        """The float weight or bias of a site."""
+        return constant(self.placement.graph, self._nodes[site.node])
+
+    def solve(self, method: RangeMethod) -> CalibrationResult:
+        """The result of a range method: every tensor on its own, weights rounded to nearest."""
+        result = freeze(self.placement, self.activations(method), self.weights(method))
+        return replace(result, observed=self.statistics)
+
+    def inputs(self) -> list[Tensor]:
+        """All samples of every model input, [samples, ...].
+
+        raises: DataError when the data cannot be read a second time.
+        """
+        batches = list(self.batches)
+        if not batches:
+            raise DataError("the calibration data was empty when read again: give a list or another re-iterable")
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator that depends on the seed and the purpose alone."""
+        digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    @cached_property
+    def _nodes(self) -> dict[str, torch.fx.Node]:
+        return {node.name: node for node in self.placement.graph.graph.nodes}
+
+
+def _fixed(site: Site) -> QParams:
+    assert site.fixed is not None
+    scale, zero_point = site.fixed
+    levels = 1 << (8 - site.spec.bits)  # a narrower grid over the same known range
+    return QParams(
+        torch.tensor(scale * levels, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32), site.spec
+    )

@@ -1,0 +1,117 @@
+"""One block of the network as it will be deployed: weights and biases to be filled in, a quantizer on every site.
+
+Must not know: methods, training, how values are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.blocks import Block, extract
+from calibrators.graph import replace_args
+from calibrators.place import Placement
+from calibrators.quantizers import ActivationQuantizer
+from calibrators.spec import Site
+
+__all__ = ["Frontier", "Simulation"]
+
+
+class Frontier:
+    """What crosses between blocks: for every value whether it crosses as codes, and which site gives them meaning."""
+
+    def __init__(self, placement: Placement, blocks: tuple[Block, ...]) -> None:
+        self.placement = placement
+        self.nodes = {node.name: node for node in placement.graph.graph.nodes}
+        self.home = {name: block.name for block in blocks for name in block.nodes}
+
+    def site(self, name: str) -> Site | None:
+        """The site of a value that crosses quantized: all its readers in other blocks read its codes."""
+        site = self.placement.activation_of.get(name)
+        if site is None or name not in self.home:  # model inputs cross as they are
+            return None
+        outside = [user for user in self.nodes[name].users if self.home.get(user.name) != self.home[name]]
+        return site if all(user.name in site.users for user in outside) else None
+
+
+class Simulation(torch.nn.Module):
+    """A block with an ActivationQuantizer at every site and weights and biases that can be set by site name.
+
+    forward takes block.inputs and returns block.outputs, each quantized where it crosses quantized.
+    quantizers: by name of the site that owns the scale; shared by all blocks that need it.
+    """
+
+    def __init__(
+        self, placement: Placement, frontier: Frontier, block: Block, quantizers: Mapping[str, ActivationQuantizer]
+    ) -> None:
+        super().__init__()
+        self.block, self.placement = block, placement
+        self.graph = extract(placement.graph, block)
+        self._nodes = {node.name: node for node in self.graph.graph.nodes}
+        self.weights: dict[str, str] = {}
+        self.biases: dict[str, str] = {}
+        self.sites: list[str] = []
+        self._attributes: dict[str, str] = {}
+        for site in placement.sites:
+            if site.kind == "activation":
+                self._quantize(site, frontier, quantizers)
+            else:
+                self._free(site)
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    @cached_property
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """The quantizers in this block, by name of the site that owns the scale, in order of first use."""
+        found: dict[str, ActivationQuantizer] = {}
+        for name in self.sites:
+            root = self.placement.root(self.placement.by_name[name]).name
+            found[root] = getattr(self.graph, self._attributes[root])
+        return found
+
+    def _quantize(self, site: Site, frontier: Frontier, quantizers: Mapping[str, ActivationQuantizer]) -> None:
+        """Put the site's quantizer behind its value, or at the entry of the block where it crosses unquantized."""
+        node = self._nodes.get(site.node)
+        moved = site.shares is not None and site.clip is None  # codes moved around: on the grid already
+        if node is None or moved or (node.op == "placeholder" and frontier.site(site.node) is not None):
+            return
+        readers = [user for user in node.users if user.name in site.users]
+        output = self.graph.graph.output_node()
+        if node.op != "placeholder" and output in node.users and frontier.site(site.node) is not None:
+            readers.append(output)
+        if not readers:
+            return
+        root = self.placement.root(site).name
+        attribute = self._attributes.setdefault(root, f"quantizer_{len(self._attributes)}")
+        self.graph.add_submodule(attribute, quantizers[root])
+        with self.graph.graph.inserting_after(node):
+            quantized = self.graph.graph.call_module(attribute, (node,))
+        for reader in readers:
+            reader.replace_input_with(node, quantized)
+        self.sites.append(site.name)
+
+    def _free(self, site: Site) -> None:
+        """Let a weight or bias be set from outside."""
+        users = [self._nodes[user] for user in site.users if user in self.block.weighted]
+        if not users:
+            return
+        names = self.weights if site.kind == "weight" else self.biases
+        names[site.name] = f"{site.kind}_{len(names)}"
+        setattr(self.graph, names[site.name], torch.empty(0))
+        for user in users:
+            with self.graph.graph.inserting_before(user):
+                value = self.graph.graph.get_attr(names[site.name])
+            replace_args(user, **{site.kind: value})
+
+    def set(self, site: str, value: Tensor) -> None:
+        """The float values that a weight or bias site computes with."""
+        names = self.weights if site in self.weights else self.biases
+        setattr(self.graph, names[site], value)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.graph(*inputs)
+        return outputs
+

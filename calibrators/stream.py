@@ -1,0 +1,113 @@
+"""Activations of all calibration samples at the frontier of a network that is worked through block by block.
+
+A value is written once, read by random samples many times, and dropped when no later block reads it. Values beyond the
+memory budget go to memory-mapped files; quantized values are kept as integer codes, which loses nothing.
+
+Must not know: methods, blocks, how values are computed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrators.numerics import dequantize, quantize
+from calibrators.spec import QParams
+
+__all__ = ["Cache", "Memory"]
+
+
+class Memory:
+    """Where caches live: RAM up to a budget, then files in a temporary folder that vanish with it.
+
+    budget: bytes of RAM that all live caches together may take.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.used, self.spilled = budget, 0, 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor [rows, columns].
+
+        raises: OSError when the disk cannot hold a spilled one.
+        """
+        size = rows * columns * dtype.itemsize
+        if self.used + size <= self.budget:
+            self.used += size
+            return torch.empty(rows, columns, dtype=dtype)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="intact-cache-", ignore_cleanup_errors=True)
+        path = Path(self._folder.name) / f"{self._files}.bin"
+        self._files += 1
+        self.spilled += size
+        with path.open("wb") as file:
+            _reserve(file.fileno(), size)
+        mapped = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
+        path.unlink()  # the mapping keeps the data until it is dropped
+        return mapped.view(rows, columns)
+
+    def release(self, data: Tensor) -> None:
+        """Count a cache in RAM as free again."""
+        size = data.numel() * data.element_size()
+        if data.untyped_storage().filename is None:
+            self.used -= size
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size on disk now, so that a full disk is an error here and not a signal later."""
+    import os
+
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+class Cache:
+    """One tensor of every sample, [samples, ...], four dimensions kept channels last.
+
+    qparams: where given, values lie on that grid and are kept as its codes.
+    """
+
+    def __init__(self, memory: Memory, samples: int, like: Tensor, qparams: QParams | None = None) -> None:
+        self.shape, self.dtype, self.qparams = tuple(like.shape[1:]), like.dtype, qparams
+        columns = like[0].numel()
+        self.data = memory.allocate(samples, columns, qparams.spec.dtype if qparams else like.dtype)
+        self.memory = memory
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Put the samples [n, ...] at `start`."""
+        values = quantize(values, self.qparams) if self.qparams else values
+        ordered = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
+        self.data[start : start + len(values)] = ordered.reshape(len(values), -1)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The samples at `index`, [n, ...]."""
+        return self._values(self.data.index_select(0, index))
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All samples in order, `size` at a time."""
+        for rows in torch.split(self.data, size):
+            yield self._values(rows)
+
+    def _values(self, rows: Tensor) -> Tensor:
+        if len(self.shape) == 3:
+            channels, height, width = self.shape
+            rows = rows.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
+        else:
+            rows = rows.view(len(rows), *self.shape)
+        return dequantize(rows, self.qparams) if self.qparams else rows
+
+    def free(self) -> None:
+        """Give the memory back; the cache is empty afterwards."""
+        self.memory.release(self.data)
+        self.data = self.data[:0].clone()
