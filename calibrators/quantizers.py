@@ -56,8 +56,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, lo: int, hi: int, mask: Tensor | None, nonnegative: bool
+        ctx: Any, x: Tensor, log_scale: Tensor, bounds: tuple[int, int], mask: Tensor | None, nonnegative: bool
     ) -> Tensor:
+        lo, hi = bounds
         scale = log_scale.exp()
         steps = x / scale
         error = torch.clamp(steps, lo, hi).round_().sub_(steps)
@@ -79,7 +80,7 @@ class _FakeQuantize(torch.autograd.Function):
             clipped = grad - inner
             above = clipped.mul(error < 0).sum()
             total = total + ctx.hi * above + ctx.lo * (clipped.sum() - above)
-        return inner, total * scale, None, None, None, None
+        return inner, total * scale, None, None, None
 
 
 class ActivationQuantizer(nn.Module):
@@ -95,11 +96,12 @@ class ActivationQuantizer(nn.Module):
         self.qparams, self.nonnegative = qparams, nonnegative and int(qparams.zero_point) == qparams.spec.qmin
         self.log_scale = nn.Parameter(qparams.scale.log(), requires_grad=False)
         self.masks: Masks | None = None
+        self.bypass = False
 
-    def learn(self, masks: Masks | None, *, scale: bool) -> None:
-        """Run differentiably from here on, dropping as `masks` says (None: never)."""
+    def learn(self, masks: Masks | None, *, scale: bool, bypass: bool = False) -> None:
+        """Run differentiably from here on, dropping as `masks` says (None: never), or not quantizing at all."""
         self.train()
-        self.masks = masks
+        self.masks, self.bypass = masks, bypass
         self.log_scale.requires_grad_(scale)
 
     def harden(self) -> None:
@@ -120,10 +122,12 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return fake_quant(x, self.qparams)
+        if self.bypass:
+            return x
         spec, zero_point = self.qparams.spec, int(self.qparams.zero_point)
         mask = self.masks.like(x) if self.masks is not None else None
-        lo, hi = spec.qmin - zero_point, spec.qmax - zero_point
-        y: Tensor = _FakeQuantize.apply(x, self.log_scale, lo, hi, mask, self.nonnegative)  # type: ignore[no-untyped-call]
+        bounds = spec.qmin - zero_point, spec.qmax - zero_point
+        y: Tensor = _FakeQuantize.apply(x, self.log_scale, bounds, mask, self.nonnegative)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -144,8 +148,17 @@ class Rounding:
         self.shapes = [w.shape for w in weights]
         steps = [_flat(w / _of(w, p.scale, p)) for w, p in zip(weights, qparams, strict=True)]
         scale = torch.cat([_flat(_of(w, p.scale, p).expand_as(w)) for w, p in zip(weights, qparams, strict=True)])
-        lo = torch.cat([_flat(p.spec.qmin - _of(w, p.zero_point, p).float().expand_as(w)) for w, p in _pairs(weights, qparams)])
-        hi = torch.cat([_flat(p.spec.qmax - _of(w, p.zero_point, p).float().expand_as(w)) for w, p in _pairs(weights, qparams)])
+        zero = torch.cat(
+            [_flat(_of(w, p.zero_point, p).float().expand_as(w)) for w, p in zip(weights, qparams, strict=True)]
+        )
+        lo = (
+            torch.cat([torch.full((w.numel(),), p.spec.qmin) for w, p in zip(weights, qparams, strict=True)]).to(zero)
+            - zero
+        )
+        hi = (
+            torch.cat([torch.full((w.numel(),), p.spec.qmax) for w, p in zip(weights, qparams, strict=True)]).to(zero)
+            - zero
+        )
         position = torch.cat(steps)
         floor = position.floor()
         free = (floor >= lo) & (floor < hi)
@@ -196,7 +209,7 @@ class Rounding:
             slope.addcmul_(self.sigmoid, self.sigmoid, value=-STRETCH).mul_(inside)
             grad.mul_(slope)
 
-    def codes(self, *, nearest: bool = False) -> list[Coded]:
+    def codes(self) -> list[Coded]:
         """Integer codes of every weight: floor or floor + 1 as v says."""
         with torch.no_grad():
             up = self.free & (self.variable >= 0)
@@ -213,10 +226,6 @@ class Rounding:
         up = self.sigmoid.mul(STRETCH).sub_((STRETCH - 1) / 2).clamp_(0, 1)
         open_ = self.free & (up > 1e-3) & (up < 1 - 1e-3)
         return float(open_.sum() / self.free.sum().clamp(min=1))
-
-
-def _pairs(weights: Sequence[Tensor], qparams: Sequence[QParams]) -> list[tuple[Tensor, QParams]]:
-    return list(zip(weights, qparams, strict=True))
 
 
 def _of(w: Tensor, values: Tensor, qparams: QParams) -> Tensor:

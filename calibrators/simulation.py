@@ -100,7 +100,7 @@ class Simulation(torch.nn.Module):
             return
         names = self.weights if site.kind == "weight" else self.biases
         names[site.name] = f"{site.kind}_{len(names)}"
-        setattr(self.graph, names[site.name], torch.empty(0))
+        self.graph.register_buffer(names[site.name], torch.empty(0))
         for user in users:
             with self.graph.graph.inserting_before(user):
                 value = self.graph.graph.get_attr(names[site.name])
@@ -114,4 +114,3 @@ class Simulation(torch.nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.graph(*inputs)
         return outputs
-

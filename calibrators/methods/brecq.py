@@ -1,13 +1,22 @@
 """Block reconstruction.
 
 source: Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction".
+Departs: rounding and activation scales are trained together, as later work compares with it; the Fisher weights are
+computed as calibrators.fisher says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calibrators.reconstruct import Reconstruction
+import torch
+from torch import Tensor
+
+from calibrators.fisher import Importance, importances
+from calibrators.options import option
+from calibrators.reconstruct import Reconstruction, Run
+from calibrators.training import Loss, RelativeError, Unit
 
 __all__ = ["BRECQ"]
 
@@ -15,3 +24,37 @@ __all__ = ["BRECQ"]
 @dataclass(frozen=True)
 class BRECQ(Reconstruction):
     """Learned rounding per block, weights and activations quantized together."""
+
+    fisher: bool = option(False, "weigh errors by the squared gradient of the prediction")
+
+    def loss(self, unit: Unit, run: Run) -> Loss:
+        if not self.fisher:
+            return RelativeError(unit.energy)
+        crossing = [name for block in run.blocks for name in block.outputs]
+        weights = run.once("fisher", lambda: _importances(run, crossing))
+        return _Weighted(unit.energy, [weights.get(unit.block.outputs[i]) for i in unit.supervised])
+
+
+def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
+    graph = run.placement.graph
+    returned = {node.name for node in graph.graph.output_node().all_input_nodes}
+    generator = run.problem.generator("fisher")
+    return importances(graph, [n for n in names if n not in returned], run.problem.batches, generator)
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Relative squared error, every element weighed by its importance; outputs of the network itself are not."""
+
+    energy: tuple[float, ...]
+    importance: Sequence[Importance | None]
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        errors = []
+        for y, target, energy, importance in zip(outputs, targets, self.energy, self.importance, strict=True):
+            square = (y - target).square()
+            if importance is not None:
+                square = square * importance.elements.to(y.device)
+                square = square.flatten(1).mean(1) * importance.samples[index].to(y.device)
+            errors.append(square.mean() / energy)
+        return torch.stack(errors).mean()

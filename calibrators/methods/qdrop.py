@@ -5,10 +5,11 @@ source: Wei et al. 2022, "QDrop: Randomly Dropping Quantization for Extremely Lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calibrators.options import option
 from calibrators.reconstruct import Reconstruction
+from calibrators.training import Settings
 
 __all__ = ["QDrop"]
 
@@ -18,3 +19,6 @@ class QDrop(Reconstruction):
     """Learned rounding per block, while half of the activations are randomly left unquantized."""
 
     keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)
+
+    def settings(self) -> Settings:
+        return replace(super().settings(), keep=self.keep, input_keep=self.keep)

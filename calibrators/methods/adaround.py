@@ -1,0 +1,28 @@
+"""Learned rounding layer by layer.
+
+source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3.
+Departs: layers see inputs that are quantized already (activations inside a layer, and its target, are float as in the
+paper); loss and regularizer are relative (calibrators.reconstruct).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from calibrators.blocks import Block, partition
+from calibrators.problem import Problem
+from calibrators.reconstruct import Reconstruction, weighted_nodes
+from calibrators.training import Settings
+
+__all__ = ["AdaRound"]
+
+
+@dataclass(frozen=True)
+class AdaRound(Reconstruction):
+    """Learned rounding per layer; activation scales stay as the range method chose them."""
+
+    def blocks(self, problem: Problem) -> tuple[Block, ...]:
+        return partition(problem.placement.graph, weighted_nodes(problem), chain=1, largest=1)
+
+    def settings(self) -> Settings:
+        return replace(super().settings(), keep=0.0)

@@ -1,0 +1,241 @@
+"""One unit in training: rounding, activation scales and biases follow the gradient of a loss.
+
+Must not know: which methods there are, how units follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.blocks import Block
+from calibrators.errors import DataError
+from calibrators.numerics import along_axis
+from calibrators.quantizers import Masks, Rounding
+from calibrators.simulation import Simulation
+from calibrators.spec import QParams
+from calibrators.stream import Cache
+
+__all__ = ["Learned", "Loss", "RelativeError", "Settings", "Unit", "train"]
+
+CHECK_EVERY = 100
+"""Steps between two looks at whether the loss is still finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A block to be trained, with everything it needs.
+
+    simulation:   the block with quantizers; floating: the block as it was.
+    inputs:       block.inputs in the network that is quantized so far, all samples.
+    float_inputs: the same in the float network.
+    targets:      outputs of the float network, one per entry of `supervised`, the indices of outputs that have samples.
+    energy:       mean square of each target.
+    scales:       sites whose activation scale may be trained here.
+    weights:      float weights and their grids by site; biases: float biases by site.
+    reference:    relative error of the outputs with nearest rounding.
+    """
+
+    block: Block
+    simulation: Simulation
+    floating: fx.GraphModule
+    inputs: tuple[Cache, ...]
+    float_inputs: tuple[Cache, ...]
+    targets: tuple[Cache, ...]
+    supervised: tuple[int, ...]
+    energy: tuple[float, ...]
+    scales: tuple[str, ...]
+    weights: Mapping[str, tuple[Tensor, QParams]]
+    biases: Mapping[str, Tensor]
+    reference: float
+
+
+class Loss(Protocol):
+    """What a unit is trained to make small."""
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Loss [] of a minibatch: outputs and targets [n, ...] of the unit, `index` [n] of its samples."""
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """Mean squared error in units of the mean square of the targets, averaged over the outputs.
+
+    Departs: published losses sum over channels; dividing by the energy makes one learning rate and one strength of the
+    regularizer serve every network.
+    """
+
+    energy: tuple[float, ...]
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        errors = [torch.nn.functional.mse_loss(y, t) / e for y, t, e in zip(outputs, targets, self.energy, strict=True)]
+        return torch.stack(errors).mean()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a unit is trained.
+
+    lr, scale_lr, bias_lr, gain_lr: learning rates of rounding variables, logarithms of activation scales, biases (in
+        units of the mean bias) and logarithms of weight scales; 0 leaves them as they are.
+    strength: of the rounding regularizer, in units of the reference loss per weight.
+    warmup:   share of the steps before it acts.
+    keep, input_keep: probability that an activation inside, or an input, is the quantized one.
+    """
+
+    iters: int
+    batch: int
+    lr: float
+    scale_lr: float
+    bias_lr: float
+    gain_lr: float
+    strength: float
+    warmup: float
+    keep: float
+    input_keep: float
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What came out: rounding and gains (factors of the weight scales, [channels] or []) of the weights, biases."""
+
+    rounding: Rounding | None
+    gains: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+
+
+def train(
+    unit: Unit, loss: Loss, settings: Settings, generator: torch.Generator, advance: Callable[[int], None]
+) -> Learned:
+    """Train the unit; its quantizers are left learning.
+
+    raises: DataError when the loss stops being finite.
+    """
+    device = next(iter(unit.simulation.parameters()), torch.empty(0)).device
+    trainer = _Trainer(unit, settings, generator, device)
+    for step in range(settings.iters):
+        value = trainer.step(loss, step)
+        if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
+            raise DataError(
+                f"the loss of unit {unit.block.name} became {float(value)} in step {step}: training diverged; "
+                "lower the learning rates (lr, scale_lr, bias_lr) or look at the calibration data"
+            )
+        advance(1)
+    return Learned(
+        trainer.rounding,
+        {name: gain.detach().exp() for name, gain in trainer.gains.items()},
+        {name: bias.detach().cpu().double() for name, bias in trainer.biases.items()} if settings.bias_lr else {},
+    )
+
+
+class _Trainer:
+    """Variables, optimizer and one step."""
+
+    def __init__(self, unit: Unit, settings: Settings, generator: torch.Generator, device: torch.device) -> None:
+        self.unit, self.settings, self.device = unit, settings, device
+        self.masks = Masks(settings.keep, generator, device) if 0 < settings.keep < 1 else None
+        self.input_masks = Masks(settings.input_keep, generator, device) if settings.input_keep < 1 else None
+        self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
+        self.groups: list[dict[str, Any]] = []
+        self.rounding = self._rounding()
+        self.gains = self._gains()
+        self.biases = self._biases()
+        self.scales = self._scales()
+        self.optimizer = torch.optim.Adam(self.groups, fused=True) if self.groups else None
+        free = float(self.rounding.free.sum()) if self.rounding else 0.0
+        self.strength = settings.strength * unit.reference / max(free, 1.0)
+        self.warm = int(settings.warmup * settings.iters)
+
+    def _add(self, parameters: list[Tensor], lr: float, *, fades: bool = True) -> None:
+        if parameters and lr:
+            self.groups.append({"params": parameters, "lr": lr, "first_lr": lr, "fades": fades})
+
+    def _rounding(self) -> Rounding | None:
+        if not self.unit.weights or not self.settings.lr:
+            return None
+        values, grids = zip(*self.unit.weights.values(), strict=True)
+        rounding = Rounding(values, grids)
+        for name, leaf in zip(self.unit.weights, rounding.weights, strict=True):
+            self.unit.simulation.set(name, leaf)
+        self._add([rounding.variable], self.settings.lr, fades=False)
+        return rounding
+
+    def _gains(self) -> dict[str, Tensor]:
+        if not self.settings.gain_lr:
+            return {}
+        gains = {name: torch.zeros_like(grid.scale).requires_grad_() for name, (_, grid) in self.unit.weights.items()}
+        self._add([*gains.values()], self.settings.gain_lr)
+        return gains
+
+    def _biases(self) -> dict[str, Tensor]:
+        biases = {
+            name: bias.clone().requires_grad_(bool(self.settings.bias_lr)) for name, bias in self.unit.biases.items()
+        }
+        for name, bias in biases.items():
+            self.unit.simulation.set(name, bias)
+        if biases:
+            size = float(torch.cat([bias.detach().abs().flatten() for bias in biases.values()]).mean())
+            self._add([*biases.values()], self.settings.bias_lr * size)
+        return biases
+
+    def _scales(self) -> list[Tensor]:
+        quantizers = self.unit.simulation.quantizers
+        for name, quantizer in quantizers.items():
+            trained = name in self.unit.scales and bool(self.settings.scale_lr) and self.settings.keep > 0
+            quantizer.learn(self.masks, scale=trained, bypass=self.settings.keep == 0)
+        scales: list[Tensor] = [q.log_scale for q in quantizers.values() if q.log_scale.requires_grad]
+        self._add(scales, self.settings.scale_lr)
+        return scales
+
+    def step(self, loss: Loss, step: int) -> Tensor:
+        """One descent; the loss before it, []."""
+        unit, settings = self.unit, self.settings
+        index = next(self.minibatches)
+        pairs = zip(unit.inputs, unit.float_inputs, strict=True)
+        inputs = [self._mixed(quantized, floating, index) for quantized, floating in pairs]
+        targets = [cache.gather(index).to(self.device) for cache in unit.targets]
+        if self.rounding is not None:
+            self.rounding.soften()
+            self._apply_gains()
+        outputs = unit.simulation(*inputs)
+        value = loss([outputs[i] for i in unit.supervised], targets, index)
+        if self.optimizer is None:
+            return value.detach()
+        value.backward()  # type: ignore[no-untyped-call]
+        if self.rounding is not None:
+            progress = (step - self.warm) / max(1, settings.iters - self.warm)
+            self.rounding.backward(self.strength if progress >= 0 else 0.0, 20 - 18 * max(progress, 0.0))
+        fade = 0.5 * (1 + math.cos(math.pi * step / settings.iters))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["first_lr"] * (fade if group["fades"] else 1.0)
+        self.optimizer.step()
+        for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
+            parameter.grad = None
+        return value.detach()
+
+    def _apply_gains(self) -> None:
+        assert self.rounding is not None
+        if self.gains:
+            for (name, (_, grid)), leaf in zip(self.unit.weights.items(), self.rounding.weights, strict=True):
+                factor = along_axis(self.gains[name].exp(), leaf.ndim, grid.spec.axis)
+                self.unit.simulation.set(name, leaf * factor)
+
+    def _mixed(self, quantized: Cache, floating: Cache, index: Tensor) -> Tensor:
+        x = quantized.gather(index).to(self.device)
+        if self.input_masks is None or quantized is floating or not x.is_floating_point():
+            return x
+        return torch.lerp(floating.gather(index).to(self.device), x, self.input_masks.like(x))
+
+
+def _minibatches(samples: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random samples without replacement, epoch after epoch; an incomplete rest is dropped."""
+    size = min(size, samples)
+    while True:
+        order = torch.randperm(samples, generator=generator)
+        for start in range(0, samples - size + 1, size):
+            yield order[start : start + size]

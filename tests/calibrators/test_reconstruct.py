@@ -1,0 +1,269 @@
+"""The reconstruction engine and its plain policies: AdaRound, BRECQ, QDrop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir
+import pytest
+import torch
+from torch import Tensor, fx
+
+from calibrators.calibration import calibrate
+from calibrators.errors import DataError, InputError
+from calibrators.fisher import importances
+from calibrators.freeze import CalibrationResult
+from calibrators.methods import get_method, list_methods
+from calibrators.methods.qdrop import QDrop
+from calibrators.place import PlacementOptions
+from calibrators.program import DEQUANTIZE
+from calibrators.quantizers import Rounding
+from calibrators.reconstruct import Reconstruction, Run
+from calibrators.simulate import Watcher
+from calibrators.training import Unit
+from exporter.capturing import capture
+from exporter.emission import to_onnx
+from exporter.folding import fold
+from runtime_tests.parity import parity
+from tests.architectures import construct
+from tests.networks import build
+
+METHODS = {"adaround": {}, "brecq": {}, "brecq fisher": {"fisher": True}, "qdrop": {}}
+
+
+@functools.cache
+def network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The folded graph, and inputs for 64 samples."""
+    if name in ("residual", "pooled", "mlp", "transformer"):
+        model, x = build(name, batch=64)
+        inputs: tuple[Tensor, ...] = (x,)
+    else:
+        model, inputs = construct(name, batch=64)
+    return fold(capture(model, inputs)), inputs
+
+
+def calibrated(name: str, method: Any, bits: tuple[int, int] = (4, 4), **settings: Any) -> CalibrationResult:
+    graph, inputs = network(name)
+    options = settings.pop("options", {})
+    if isinstance(method, str):
+        options = {"iters": 20, "batch": 16, **METHODS.get(method, {}), **options} if method in METHODS else options
+        method = method.split()[0]
+    batches = [tuple(x[i : i + 16] for x in inputs) for i in range(0, 64, 16)]
+    placement = PlacementOptions(weight_bits=bits[0], activation_bits=bits[1])
+    return calibrate(graph, batches, method=method, options=options, placement=placement, **settings)
+
+
+def error(name: str, result: CalibrationResult) -> float:
+    """Relative squared error of the network's outputs."""
+    graph, inputs = network(name)
+    with torch.no_grad():
+        pairs = list(zip(graph(*inputs), result.program(*inputs), strict=True))
+    return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)
+
+
+def integers(result: CalibrationResult) -> list[Tensor]:
+    coded = [*result.weights.values(), *result.biases.values()]
+    scales = [q for p in result.activations.values() for q in (p.scale, p.zero_point)]
+    return [*scales, *(c.codes for c in coded), *(c.qparams.scale for c in coded)]
+
+
+def same(one: CalibrationResult, other: CalibrationResult) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(integers(one), integers(other), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_proved_in_the_runtime(method: str) -> None:
+    result = calibrated("residual", method)
+    report = parity(
+        onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [network("residual")[1]], optimized=True
+    )
+    assert (report.to_dict()["mismatched"], report.to_dict()["outputs_identical"]) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["pooled", "mlp", "transformer"])
+def test_every_kind_of_network_is_proved_in_the_runtime(name: str) -> None:
+    result = calibrated(name, "qdrop")
+    report = parity(
+        onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [network(name)[1]], optimized=True
+    )
+    assert report.to_dict()["kernel_mismatched"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["residual", "pooled", "mlp"])
+def test_training_improves_on_nearest_rounding(name: str, method: str) -> None:
+    nearest = error(name, calibrated(name, "mse", (3, 4)))
+    assert error(name, calibrated(name, method, (3, 4), options={"iters": 150})) < 0.9 * nearest
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_units_never_get_worse_and_say_so(method: str) -> None:
+    units = calibrated("pooled", method).record["units"]
+    assert all(unit["after"] <= unit["before"] for unit in units)
+    assert any(unit["after"] < unit["before"] for unit in units)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_bits_lose_nothing_against_nearest_rounding(method: str) -> None:
+    options = {"iters": 100}
+    assert error("residual", calibrated("residual", method, (8, 8), options=options)) <= 1.02 * error(
+        "residual", calibrated("residual", "mse", (8, 8))
+    )
+
+
+def test_same_seed_same_integers_other_seed_others() -> None:
+    first = calibrated("residual", "qdrop", seed=3)
+    assert same(first, calibrated("residual", "qdrop", seed=3))
+    assert not same(first, calibrated("residual", "qdrop", seed=4))
+
+
+def test_keeping_everything_is_brecq() -> None:
+    options = {"keep": 1.0, "iters": 20, "batch": 16}
+    assert same(calibrated("residual", "qdrop", options=options), calibrated("residual", "brecq"))
+
+
+@pytest.mark.parametrize("memory", [4.0, 1e-6])
+def test_where_activations_are_cached_changes_nothing(memory: float) -> None:
+    result = calibrated("pooled", "qdrop", cache_gib=memory)
+    assert (result.record["spilled_bytes"] > 0) == (memory < 1)
+    assert same(result, calibrated("pooled", "qdrop"))
+
+
+@dataclass(frozen=True)
+class _Spy(QDrop):
+    """Keeps what every unit reads."""
+
+    def prepare(self, unit: Unit, run: Run) -> Unit:
+        everything = torch.arange(64)
+        for name, cache in zip(unit.block.inputs, unit.inputs, strict=True):
+            SEEN[name] = cache.gather(everything)
+        return unit
+
+
+SEEN: dict[str, Tensor] = {}
+
+
+@pytest.mark.parametrize("name", ["residual", "pooled", "transformer"])
+def test_streamed_activations_equal_a_full_run_from_the_input(name: str) -> None:
+    SEEN.clear()
+    result = calibrated(name, _Spy(iters=5, batch=16))
+    inputs = network(name)[1]
+    values: dict[str, Tensor] = {}
+    sites = result.placement.by_name
+
+    def see(node: fx.Node, value: Any) -> None:
+        if node.target is DEQUANTIZE and sites.get(str(node.args[-1])) is not None:
+            site = sites[str(node.args[-1])]
+            if site.kind == "activation":
+                values[site.node] = value
+        values.setdefault(node.name, value)
+
+    with torch.no_grad():
+        Watcher(result.program, see).run(*inputs)
+    quantized_inputs = {node.name for node in result.placement.graph.graph.nodes if node.op == "placeholder"}
+    crossing = [n for n in SEEN if n not in quantized_inputs]
+    assert crossing
+    for node in crossing:
+        assert torch.equal(SEEN[node], values[node]), node
+
+
+def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    backward = Rounding.backward
+
+    def spy(self: Rounding, strength: float, beta: float) -> None:
+        seen.append((strength, beta))
+        backward(self, strength, beta)
+
+    monkeypatch.setattr(Rounding, "backward", spy)
+    calibrated("mlp", "brecq", options={"iters": 50, "warmup": 0.2, "chain": 100})
+    strengths, betas = zip(*seen[:50], strict=True)
+    assert all(s == 0 for s in strengths[:10]) and all(s > 0 for s in strengths[10:])
+    assert set(betas[:11]) == {20.0} and betas[-1] < 3.0
+    assert all(b > a for a, b in zip(betas[11:], betas[10:], strict=False))
+
+
+def test_rounding_is_decided_at_the_end() -> None:
+    units = calibrated("residual", "brecq", options={"iters": 600}).record["units"]
+    assert max(unit["undecided"] for unit in units) < 0.2
+
+
+def test_adaround_has_one_layer_per_unit() -> None:
+    units = calibrated("residual", "adaround").record["units"]
+    assert [unit["weights"] for unit in units] == [1] * len(units)
+    assert len(units) == 4
+
+
+def test_adaround_leaves_activation_scales_alone() -> None:
+    one, other = calibrated("residual", "adaround"), calibrated("residual", "mse")
+    assert all(torch.equal(one.activations[n].scale, other.activations[n].scale) for n in other.activations)
+    trained = calibrated("residual", "brecq", options={"iters": 150})
+    assert any(not torch.equal(trained.activations[n].scale, other.activations[n].scale) for n in other.activations)
+
+
+def test_known_activation_ranges_stay() -> None:
+    result = calibrated("pooled", "brecq")
+    fixed = [site for site in result.placement.sites if site.fixed is not None]
+    assert fixed
+    assert all(float(result.activations[site.name].scale) == site.fixed[0] for site in fixed if site.fixed)
+
+
+def test_divergence_is_one_message() -> None:
+    with pytest.raises(DataError, match=r"loss of unit .* training diverged"):
+        calibrated("mlp", "brecq", options={"scale_lr": 1e5})
+
+
+def test_data_that_can_be_read_once_only() -> None:
+    graph, inputs = network("mlp")
+
+    def once() -> Iterator[tuple[Tensor, ...]]:
+        yield inputs
+
+    with pytest.raises(DataError, match="read again"):
+        calibrate(graph, once(), method="qdrop", options={"iters": 1})
+
+
+@pytest.mark.parametrize("options", [{"iters": -1}, {"batch": 0}, {"keep": 1.5}, {"preset": "slow"}, {"warmup": 1.0}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        get_method("qdrop", options)
+
+
+def test_options_are_listed_with_defaults() -> None:
+    listed = {method.name: {option.name for option in method.options} for method in list_methods()}
+    shared = {"preset", "iters", "batch", "lr", "scale_lr", "strength", "chain", "ranges"}
+    assert shared | {"keep"} <= listed["qdrop"]
+    assert shared | {"fisher"} <= listed["brecq"]
+
+
+def test_more_samples_per_step_than_there_are() -> None:
+    assert calibrated("mlp", "qdrop", options={"batch": 1000, "iters": 3}).record["units"]
+
+
+def test_importance_is_the_mean_square_of_gradients() -> None:
+    """A linear map to one projected output: the gradient of element i is the signed sum of its weights."""
+    weight = torch.tensor([[1.0], [2.0], [4.0]])
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ((x + 1.0) @ weight).unsqueeze(-1)
+
+    graph = fx.symbolic_trace(Net())
+    value = next(n for n in graph.graph.nodes if n.op == "call_function").name
+    with torch.no_grad():
+        plain = fx.GraphModule(graph, graph.graph)
+    plain.graph.output_node().args = ((plain.graph.output_node().args[0],),)
+    plain.recompile()
+    batches = [(torch.randn(5, 3),), (torch.randn(3, 3),)]
+    found = importances(plain, [value], batches, torch.Generator().manual_seed(0))[value]
+    assert torch.allclose(found.elements, torch.tensor([1.0, 4.0, 16.0]) / 7.0)
+    assert torch.allclose(found.samples, torch.ones(8))
+
+
+def test_base_is_a_policy_of_its_own() -> None:
+    settings = Reconstruction(iters=40).settings()
+    assert (settings.lr, settings.scale_lr, settings.keep) == (0.25, 1 / 40, 1.0)
+    assert Reconstruction(preset="best").settings().iters > Reconstruction().settings().iters
