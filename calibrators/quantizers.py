@@ -73,7 +73,7 @@ class _FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         error, scale = ctx.saved_tensors
         inner = torch.ops.aten.hardtanh_backward(grad, error, -INSIDE, INSIDE)
-        total = (inner * error).sum()
+        total = _dot(inner, error)
         if ctx.nonnegative:  # only the upper end clips
             total = total + ctx.hi * (grad.sum() - inner.sum())
         else:
@@ -81,6 +81,13 @@ class _FakeQuantize(torch.autograd.Function):
             above = clipped.mul(error < 0).sum()
             total = total + ctx.hi * above + ctx.lo * (clipped.sum() - above)
         return inner, total * scale, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b; without a temporary where both are dense in the same layout."""
+    if a.stride() != b.stride():
+        return (a * b).sum()
+    return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,)))
 
 
 class ActivationQuantizer(nn.Module):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibrators import granularity
 from calibrators.blocks import Block, extract, partition
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze, widen
@@ -47,6 +48,14 @@ SHRINKING = 4.0
 PRESETS = {"fast": 500, "best": 5000}
 """Training steps per unit."""
 
+GRANULARITIES = ("block", "loss", "modcap", "boundary")
+"""Every unit alone; or joined where the loss falls, where capacities differ, where shapes change."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+NARROW = 4
+"""Bits of weights up to which the rounding errors of bfloat16 vanish beside those of quantization."""
+
 CPU = torch.device("cpu")
 
 
@@ -64,13 +73,45 @@ class Reconstruction:
     warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
     chain: int = option(3, "layers of a plain chain that form one unit", minimum=1)
     ranges: str = option("mse", "range method for the first scales")
+    precision: str = option(
+        "auto", "while training; auto: bfloat16 where fast and weights are narrow", choices=PRECISIONS
+    )
+    granularity: str = option("block", "which neighbours are trained jointly", choices=GRANULARITIES)
+    joined: int = option(0, "pairs of neighbours to join; 0: all that stand out", minimum=0)
+    group: int = option(3, "most units that are trained jointly", minimum=1)
+    probe: float = option(0.25, "share of iters for the run that measures losses", minimum=0.01, maximum=1)
+    groups: str = option("", "units to train jointly, such as 2-3,5-7 (counted from 0), instead")
 
     def __post_init__(self) -> None:
         check(self)
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """The calibrated network."""
-        return Run(problem, self, self.blocks(problem)).result()
+        blocks = self.blocks(problem)
+        graph = problem.placement.graph
+        record: dict[str, Any] = {"granularity": self.granularity, "units_before": [block.name for block in blocks]}
+        if self.groups:
+            pairs = granularity.parse_groups(self.groups, len(blocks))
+            blocks = granularity.join(graph, blocks, pairs, len(blocks))
+        elif self.granularity != "block":
+            blocks = granularity.join(graph, blocks, self._pairs(problem, blocks, record), self.group)
+        result = Run(problem, self, blocks).result()
+        return replace(result, record={**result.record, "grouping": record})
+
+    def _pairs(self, problem: Problem, blocks: tuple[Block, ...], record: dict[str, Any]) -> list[int]:
+        """The pairs of neighbours to join; what they were chosen by goes into the record."""
+        graph = problem.placement.graph
+        if self.granularity == "boundary":
+            return granularity.by_boundary(graph, blocks)
+        if self.granularity == "modcap":
+            sites = [site for site in problem.placement.sites if site.kind == "weight"]
+            bits = {user: site.spec.bits for site in sites for user in site.users}
+            record["capacities"] = granularity.capacities(graph, blocks, bits)
+            return granularity.by_capacity(record["capacities"], self.joined)
+        steps = max(1, round(self.probe * self.settings().iters))
+        probe = Run(problem, replace(self, iters=steps), blocks).result()
+        record["losses"] = [unit["after"] for unit in probe.record["units"]]
+        return granularity.by_loss(record["losses"], self.joined)
 
     # What a method may change.
 
@@ -92,6 +133,7 @@ class Reconstruction:
             warmup=self.warmup,
             keep=1.0,
             input_keep=1.0,
+            precision=torch.bfloat16 if self.precision == "bfloat16" else torch.float32,
         )
 
     def prepare(self, unit: Unit, run: Run) -> Unit:
@@ -205,6 +247,11 @@ class Run:
         return {"name": block.name, "weights": layers, "before": before, "after": min(before, after),
                 "undecided": undecided}  # fmt: skip
 
+    def _settings(self, unit: Unit) -> Settings:
+        bits = [grid.spec.bits for _, grid in unit.weights.values()]
+        fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and _computes_bfloat16(self.device)
+        return replace(self.settings, precision=torch.bfloat16) if fast else self.settings
+
     def _new(self, names: list[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name not in self._settled)
 
@@ -222,6 +269,7 @@ class Run:
         scales = {name: self.quantizers[name].qparams for name in unit.scales}
         for quantizer in unit.simulation.quantizers.values():
             quantizer.harden()
+        unit.simulation.eval()
         if learned.rounding is not None:
             for name, coded in zip(unit.weights, learned.rounding.codes(), strict=True):
                 gain = learned.gains.get(name, torch.ones(())).cpu()
@@ -307,6 +355,14 @@ class Run:
         """The grid on which a value crosses, None where it crosses in float."""
         site = self.frontier.site(name)
         return _to(self.quantizers[self.placement.root(site).name].qparams, CPU) if site else None
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _free(*caches: Cache) -> None:

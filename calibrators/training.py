@@ -86,6 +86,7 @@ class Settings:
     strength: of the rounding regularizer, in units of the reference loss per weight.
     warmup:   share of the steps before it acts.
     keep, input_keep: probability that an activation inside, or an input, is the quantized one.
+    precision: of operators with weights in training; what is deployed is always evaluated in float32.
     """
 
     iters: int
@@ -98,6 +99,7 @@ class Settings:
     warmup: float
     keep: float
     input_keep: float
+    precision: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,7 @@ class _Trainer:
         self.unit, self.settings, self.device = unit, settings, device
         self.masks = Masks(settings.keep, generator, device) if 0 < settings.keep < 1 else None
         self.input_masks = Masks(settings.input_keep, generator, device) if settings.input_keep < 1 else None
+        unit.simulation.train_in(settings.precision)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []
         self.rounding = self._rounding()
