@@ -104,7 +104,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]} Use --device cpu.") from error
+        raise InputError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]} Use --device cpu."
+        ) from error
     return device
 
 

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 from calibrators.errors import InputError
+from exporter.config import NO_EFFECT
 from exporter.report import render_html, render_junit
 from exporter.schema import Report, dump_json, validate_report
 
@@ -215,7 +216,7 @@ def _manifest(folder: Path, report: Report, config: Mapping[str, Any]) -> dict[s
         "method": report["method"],
         "seed": config.get("seed"),
         "config": dict(config),
-        "config_sha256": _digest(config),
+        "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
         "data": report.get("data", {}),
         "artifact_sha256": _digest(artifact),
         "files": files,

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from calibrators.errors import InputError, IntactError
+from calibrators.errors import InputError, IntactError, UnknownNameError
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig
@@ -55,7 +56,7 @@ Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; must not exist yet or be empty.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")]
-Method = Annotated[str | None, typer.Option(help="Calibration method; `intact methods` lists them. [default: mse]")]
+Method = Annotated[str | None, typer.Option(help=r"Calibration method; `intact methods` lists them. \[mse]")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUNNING)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUNNING)]
 
@@ -97,8 +98,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         typer.Option(metavar="FILE", help="Weights for the factory's module: `.pt`, `.pth` or `.safetensors`."),
     ] = None,
     overwrite: Overwrite = False,
-    target: Annotated[str | None, _option("Runtime; `intact targets` lists them. [ort-cpu]", QUANTIZATION)] = None,
-    method: Annotated[str | None, _option("Method; `intact methods` lists them. [mse]", QUANTIZATION)] = None,
+    target: Annotated[str | None, _option(r"Runtime; `intact targets` lists them. \[ort-cpu]", QUANTIZATION)] = None,
+    method: Annotated[str | None, _option(r"Method; `intact methods` lists them. \[mse]", QUANTIZATION)] = None,
     weight_bits: Annotated[int | None, _option("Bits of weights, 2 to 8. [8]", QUANTIZATION)] = None,
     activation_bits: Annotated[int | None, _option("Bits of activations, 2 to 8. [8]", QUANTIZATION)] = None,
     first_last_bits: Annotated[int | None, _option("Bits of the first and last layer. [8]", QUANTIZATION)] = None,
@@ -118,6 +119,10 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     exclude: Annotated[
         list[str] | None, _option("Keep in float what this glob matches.", QUANTIZATION, metavar="GLOB")
     ] = None,
+    explain: Annotated[
+        bool | None,
+        _option("Compute and draw what explains the method's choice; takes longer.", QUANTIZATION, "--explain"),
+    ] = None,
     sets: Annotated[
         list[str] | None,
         _option(
@@ -129,7 +134,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     ] = None,
     batch_size: Annotated[int | None, _option("Samples per batch for .npz and folders. [64]", DATA)] = None,
     calibration_batches: Annotated[
-        int | None, _option("Use only the first N batches. [all]", DATA, metavar="N")
+        int | None, _option(r"Use only the first N batches. \[all]", DATA, metavar="N")
     ] = None,
     image_size: Annotated[
         str | None, _option("Scale and centre-crop images of a folder, `224` or `224x160`.", DATA, metavar="SIZE")
@@ -147,6 +152,15 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     ] = None,
     config: Annotated[Path | None, _option("Settings from a file; flags win.", RUNNING, metavar="FILE.toml")] = None,
     seed: Annotated[int | None, _option("Seed of everything random. [0]", RUNNING)] = None,
+    device: Annotated[
+        str | None, _option(r"Where methods train or search: `cpu`, `cuda`, `cuda:1`. \[cpu]", RUNNING)
+    ] = None,
+    cache_gib: Annotated[
+        float | None,
+        _option(
+            "Memory for activations that training keeps; the rest goes to temporary files. [4]", RUNNING, metavar="GIB"
+        ),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -164,6 +178,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "per_tensor_weights": per_tensor_weights,
         "reduce_range": reduce_range,
         "bias_correction": bias_correction,
+        "explain": explain,
         "include": include or None,
         "exclude": exclude or None,
         "gates": gate or None,
@@ -171,6 +186,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "calibration_batches": calibration_batches,
         "parity_samples": parity_samples,
         "seed": seed,
+        "device": device,
+        "cache_gib": cache_gib,
     }
     with _reported_errors(debug=debug):
         from exporter.config import load_config
@@ -220,21 +237,32 @@ def demo(
 
 
 @app.command()
-def methods(debug: Debug = False) -> None:
-    """List the calibration methods, each with its options and their defaults.
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, to list its options.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the calibration methods, or the options of one with their defaults.
 
-    Example: [bold]intact export ... --method percentile --set q=99.99[/bold]
+    Example: [bold]intact methods qdrop[/bold], then [bold]intact export ... --method qdrop --set iters=2000[/bold]
     """
     with _reported_errors(debug=debug):
         from calibrators.methods import list_methods
 
-        table = Table("method", "option", "default", "what it is", title="Calibration methods", title_justify="left")
-        for method in list_methods():
-            table.add_section()
-            table.add_row(f"[bold]{method.name}[/bold]", "", "", method.summary)
-            for option in method.options:
-                table.add_row("", option.name, str(option.default), option.doc)
-        Console().print(table)
+        known = {method.name: method for method in list_methods()}
+        if name is not None and name not in known:
+            raise UnknownNameError("method", name, known)
+        if name is None:
+            table = Table("method", "what it is", title="Calibration methods", title_justify="left")
+            for method in known.values():
+                table.add_row(f"[bold]{method.name}[/bold]", escape(method.summary))
+            closing = "`intact methods NAME` lists the options of one."
+        else:
+            Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
+            table = Table("option", "default", "what it is")
+            for option in known[name].options:
+                table.add_row(f"[bold]{option.name}[/bold]", str(option.default), escape(option.doc))
+            closing = f"Set them with `intact export ... --method {name} --set OPTION=VALUE`."
+        Console().print(*([table, closing] if table.rows else ["It has no options."]), sep="\n")
 
 
 @app.command()
@@ -268,17 +296,12 @@ def _export(
     quiet: bool,
 ) -> Mapping[str, Any]:
     """The report of an export; everything that can be wrong with the input is checked before the work starts."""
-    from calibrators.methods import get_method
-    from calibrators.targets import get_target
-    from exporter import gates
     from exporter.bundle import check_out
+    from exporter.checks import check_settings
 
     out, overwrite = destination
     check_out(out, overwrite=overwrite)
-    get_target(settings.target)
-    get_method(settings.method, settings.options)
-    for expression in settings.gates:
-        gates.parse(expression)
+    check_settings(settings)
     from exporter.load import input_names, load_model
     from exporter.pipeline import export as run
     from exporter.progress import console_progress

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from calibrators.errors import InputError, UnknownNameError
 
@@ -22,6 +23,11 @@ __all__ = ["ExportConfig", "load_config", "make_config"]
 Width = Annotated[int, Field(ge=2, le=8)]
 Positive = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
+
+NO_EFFECT = frozenset({"cache_gib", "explain"})
+"""Settings that change how an export is computed and told, and nothing in the model."""
+
+DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 
 class ExportConfig(BaseModel):
@@ -33,7 +39,7 @@ class ExportConfig(BaseModel):
     method: str = Field("mse", description="calibration method")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weight_bits: Width = Field(8, description="bits of weights, 2 to 8")
-    activation_bits: Width = Field(8, description="bits of activations, 2 to 8")
+    activation_bits: Width = Field(8, description="bits of what layers with weights read, 2 to 8; others have 8")
     first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
     per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
     reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
@@ -42,6 +48,9 @@ class ExportConfig(BaseModel):
     bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")
     simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
     seed: int = Field(0, ge=0, description="seed of everything random")
+    device: str = Field("cpu", description="where methods that train or search compute: cpu, cuda or cuda:N")
+    cache_gib: float = Field(4.0, gt=0, description="memory for cached activations; what does not fit goes to disk")
+    explain: bool = Field(False, description="compute and draw what explains the method's choice")
     gates: tuple[str, ...] = Field((), description="conditions that decide the verdict")
     batch_size: Positive = Field(64, description="samples per batch where the data comes without batches")
     image_size: Positive | tuple[Positive, Positive] | None = Field(None, description="height and width of images")
@@ -52,6 +61,13 @@ class ExportConfig(BaseModel):
     latency_runs: int = Field(50, ge=0, description="timed runs per model; 0: no timing")
     threads: Positive = Field(1, description="threads of the runtime while timing")
 
+    @field_validator("device")
+    @classmethod
+    def _device_is_a_name(cls, name: str) -> str:
+        if not DEVICE.fullmatch(name):
+            raise ValueError("cpu, cuda or cuda:N")
+        return name
+
     @model_validator(mode="after")
     def _patterns_are_unambiguous(self) -> ExportConfig:
         if self.include and set(self.include) & set(self.exclude):
@@ -60,8 +76,9 @@ class ExportConfig(BaseModel):
         return self
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON of all fields."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 of the canonical JSON of all fields but those without effect on the model."""
+        values = self.model_dump(mode="json", exclude=set(NO_EFFECT))
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

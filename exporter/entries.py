@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,15 @@ from torch import fx
 from exporter.folding import FoldReport
 from runtime_tests.saturation import Saturation
 
-__all__ = ["emission_entry", "environment", "fold_entry", "model_entry", "saturation_entry", "version"]
+__all__ = [
+    "emission_entry",
+    "environment",
+    "fold_entry",
+    "method_entries",
+    "model_entry",
+    "saturation_entry",
+    "version",
+]
 
 
 def version() -> str:
@@ -36,6 +44,19 @@ def fold_entry(report: FoldReport) -> dict[str, Any]:
         "refused": [asdict(refusal) for refusal in report.refused],
         "folded": [asdict(region) for region in report.regions],
     }
+
+
+def method_entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method that trains or searches recorded; empty for the others."""
+    entries: dict[str, Any] = {}
+    if "units" in record:
+        entries["reconstruction"] = {
+            "units": [dict(unit) for unit in record["units"]],
+            **{key: record[key] for key in ("spilled_bytes", "grouping") if key in record},
+        }
+    if "lapq" in record:
+        entries["lapq"] = record["lapq"]
+    return entries
 
 
 def model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:

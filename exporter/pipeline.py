@@ -5,6 +5,7 @@ Must not know: the command line, how pages look.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 import time
@@ -21,18 +22,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibrators.calibration import calibrate
-from calibrators.errors import DataError
+from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult
 from calibrators.methods import get_method
 from calibrators.place import PlacementOptions
 from calibrators.simulate import Batch
-from calibrators.targets import get_target
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
 from exporter.capturing import capture
+from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.data import Data, check_takes_integers, open_data
 from exporter.emission import emit, emit_float, save
-from exporter.entries import emission_entry, environment, fold_entry, model_entry, saturation_entry, version
+from exporter.entries import (
+    emission_entry,
+    environment,
+    fold_entry,
+    method_entries,
+    model_entry,
+    saturation_entry,
+    version,
+)
 from exporter.folding import fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
@@ -71,11 +80,17 @@ class _Work:
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager
-    def step(self, name: str, title: str, total: int | None = None) -> Iterator[Any]:
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of the step `name`."""
         start = time.perf_counter()
-        with self.progress.stage(title, total) as bar:
-            yield bar
+        yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def step(self, name: str, title: str, total: int | None = None) -> Iterator[Any]:
+        """The same with a bar."""
+        with self.timed(name), self.progress.stage(title, total) as bar:
+            yield bar
 
 
 def export(
@@ -101,13 +116,15 @@ def export(
     config = config or make_config(settings)
     out = Path(out)
     check_out(out, overwrite=overwrite)
-    get_target(config.target)
-    get_method(config.method, config.options)
+    check_settings(config)
     gates = [*DEFAULT_GATES, *map(parse, config.gates)]
     evaluation = open_data(eval_data) if eval_data is not None else None
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
-    calibration = open_data(data).take(config.calibration_batches)
+    calibration = _calibration_data(data, config)
+    for opened in (calibration, evaluation):
+        if opened is not None:
+            opened.example()  # once more: what can be read only once is refused before the work
     work = _Work(config, progress or Progress(), source, calibration, evaluation)
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
@@ -124,6 +141,24 @@ def export(
             overwrite=overwrite,
         )
     return report
+
+
+def _calibration_data(data: object, config: ExportConfig) -> Data:
+    """The calibration data, with labels where the method needs them."""
+    opened = open_data(data).take(config.calibration_batches)
+    has_labels = opened.example().labels is not None
+    if not _needs_labels(config):
+        return opened
+    if not has_labels:
+        raise DataError(
+            f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
+            "or name them 'labels' in the .npz."
+        )
+    return opened.with_labels()
+
+
+def _needs_labels(config: ExportConfig) -> bool:
+    return bool(getattr(get_method(config.method, config.options), "needs_labels", False))
 
 
 @dataclass
@@ -185,20 +220,34 @@ class _Export:
             include=config.include,
             exclude=config.exclude,
         )
-        with self.work.step("calibrate", "calibrate") as bar:
+        with self.work.timed("calibrate"), _out_of_space(config):
+            batches, labels = self._calibration(graph)
             result = calibrate(
                 graph,
-                _Counted(self, graph),
+                batches,
                 method=config.method,
                 options=config.options,
                 target=config.target,
                 placement=placement,
                 bias_correction=config.bias_correction,
+                labels=labels,
                 seed=config.seed,
-                advance=bar.advance,
+                device=config.device,
+                cache_gib=config.cache_gib,
+                explain=config.explain,
+                stage=self.work.progress.stage,
             )
         self.work.warnings += result.record.get("notes", ())
         return result
+
+    def _calibration(self, graph: fx.GraphModule) -> tuple[Iterable[Batch], Tensor | None]:
+        """Calibration batches, and the labels where the method needs them: from one pass, as data may be shuffled."""
+        if not _needs_labels(self.config):
+            return _Counted(self, graph), None
+        pairs = list(_labelled(graph, self.work.calibration))
+        labels = torch.cat([torch.from_numpy(labels) for _, labels in pairs])
+        self.samples = len(labels)
+        return [batch for batch, _ in pairs], labels
 
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
         with self.work.step("emit", "emit"):
@@ -256,6 +305,7 @@ class _Export:
             "model": model_entry(self.work.source, graph, model),
             "environment": environment(saturating, self.config.threads),
             "layers": layers,
+            **method_entries(result.record),
             "saturation": saturation_entry(saturating),
             "emission": emission_entry(model),
             "lint": [asdict(finding) for finding in findings],
@@ -327,16 +377,37 @@ _STEPS = ("capture", "fold", "calibrate", "emit", "validate")
 
 
 class _Counted:
-    """Calibration batches as the graph takes them; counts the samples of the last pass."""
+    """Calibration batches as the graph takes them; counts the samples of the longest pass."""
 
     def __init__(self, export: _Export, graph: fx.GraphModule) -> None:
         self.export, self.graph = export, graph
 
     def __iter__(self) -> Iterator[Batch]:
-        self.export.samples = 0
+        samples = 0
         for batch in _inputs(self.graph, self.export.work.calibration):
-            self.export.samples += len(batch[0])
+            samples += len(batch[0])
+            self.export.samples = max(self.export.samples, samples)
             yield batch
+
+
+@contextmanager
+def _out_of_space(config: ExportConfig) -> Iterator[None]:
+    """A full disk or a full accelerator inside is an InputError that says what to change."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{error.strerror}: {tempfile.gettempdir()} cannot hold the activations that do not fit into "
+            f"{config.cache_gib:g} GiB of memory; free space there, set TMPDIR to another disk, raise --cache-gib, or "
+            "use fewer calibration samples."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"device {config.device!r} has too little memory ({str(error).splitlines()[0]}); use smaller "
+            "batches (--set batch=N) or --device cpu."
+        ) from error
 
 
 def _inputs(graph: fx.GraphModule, data: Data) -> Iterator[Batch]:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Final
 
 import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from exporter.number_text import measured
 from exporter.schema import LayerEntry
 
-__all__ = ["interval_plot", "range_plot", "sqnr_plot"]
+__all__ = ["error_plot", "interval_plot", "loss_plot", "matrix_plot", "range_plot", "sqnr_plot"]
 
 # Matplotlib only knows colours: these are exchanged for CSS variables afterwards, so that plots follow the theme.
 _THEME: Final = {
@@ -33,6 +36,7 @@ _THEME: Final = {
 }
 _MUTED, _LINE, _ACCENT, _WARN = _THEME
 _WIDTH, _HEIGHT = 256, 26  # viewBox of the plots inside table rows
+_SHADES = 12  # of a cell in a matrix
 
 
 def interval_plot(value: float, interval: tuple[float, float], domain: tuple[float, float]) -> Markup:
@@ -93,16 +97,11 @@ def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str)
         return Markup()
     heights = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
     marks = {index: worst[layer["site"]] for index, layer in enumerate(layers) if layer["site"] in worst}
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever style the user's own matplotlib has
-        mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
-        return _inline(_bars(heights, marks))
+    return _figure(salt, lambda axes: _bars(axes, heights, marks))
 
 
-def _bars(heights: Sequence[float], marks: Mapping[int, int]) -> Figure:
+def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> None:
     """One bar per height; those in `marks` (index -> number) stand out."""
-    figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
     colors = [_WARN if index in marks else _ACCENT for index in range(len(heights))]
     width = min(0.16 + 0.03 * len(heights), 0.8)  # few bars stay slim, many leave a gap
     axes.bar(range(1, len(heights) + 1), heights, width=width, color=colors, linewidth=0)
@@ -114,13 +113,98 @@ def _bars(heights: Sequence[float], marks: Mapping[int, int]) -> Figure:
     axes.set(xlim=(0.3, len(heights) + 0.7), ylim=(min(0.0, *heights), top * 1.18))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.set_xlabel("site, in graph order", color=_MUTED, fontsize=9)
-    axes.set_ylabel("SQNR, dB", color=_MUTED, fontsize=9)
+    _label(axes, "site, in graph order", "SQNR, dB")
+
+
+def error_plot(*curves: Sequence[float | None], salt: str) -> Markup:
+    """Relative errors of units in order, of one state or before and after, on a logarithmic axis; zeros are gaps."""
+    shown = [[_positive(error) for error in curve] for curve in curves]
+    count = max(map(len, shown))
+    if count < 2 or not any(math.isfinite(error) for curve in shown for error in curve):
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        for color, curve in zip((_MUTED, _ACCENT), shown, strict=False):
+            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker="o", markersize=3.5)
+        axes.set(yscale="log", xlim=(0.7, count + 0.3))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        _label(axes, "unit, in graph order", "relative error")
+
+    return _figure(salt, paint)
+
+
+def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vertex: float | None, salt: str) -> Markup:
+    """Loss over p, the parabola fitted to it (drawn where it is not above all losses), and its vertex."""
+    finite = {p: loss for p, loss in sorted(powers.items()) if math.isfinite(loss)}
+    if len(finite) < 2:
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        if len(coefficients) == 3:
+            grid = np.linspace(min(finite), max(finite), 401)
+            curve = np.polyval(coefficients, grid)
+            axes.plot(grid, np.where(curve <= max(finite.values()), curve, np.nan), color=_WARN, linewidth=1.4)
+        if vertex is not None:
+            axes.axvline(vertex, color=_WARN, linewidth=0.8, linestyle=":")
+        axes.plot([*finite], [*finite.values()], color=_ACCENT, linewidth=0, marker="o", markersize=5)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        _label(axes, "p", "loss")
+
+    return _figure(salt, paint)
+
+
+def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
+    """A square matrix as cells, shaded by the square root of the magnitude; negative ones have a colour of their own.
+
+    Cells of one shade are one path, neighbours in a row one rectangle, so that large matrices stay small.
+    """
+    values = np.array([[measured(value) for value in row] for row in matrix], dtype=np.float64)  # None: NaN
+    values[~np.isfinite(values)] = 0.0
+    top = float(np.abs(values).max(initial=0.0)) or 1.0
+    shades = np.sign(values) * np.round(_SHADES * np.sqrt(np.abs(values) / top))
+    paths: dict[int, str] = {}
+    for y, row in enumerate(shades.astype(int).tolist()):
+        x = 0
+        for shade, run in groupby(row):
+            width = len(list(run))
+            if shade:
+                paths[shade] = paths.get(shade, "") + f"M{x} {y}h{width}v1h-{width}z"
+            x += width
+    cells = "".join(
+        f'<path class="{"plus" if shade > 0 else "minus"}" opacity="{abs(shade) / _SHADES:.2f}" d="{path}"/>'
+        for shade, path in sorted(paths.items())
+    )
+    return Markup(f'<svg class="matrix" viewBox="0 0 {len(values)} {len(values)}" aria-hidden="true">{cells}</svg>')
+
+
+def _positive(value: object) -> float:
+    """The number, NaN for one that a logarithmic axis cannot show."""
+    number = measured(value)
+    return number if number is not None and 0 < number < math.inf else math.nan
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Names of the axes, and the look that all figures share."""
+    axes.set_xlabel(x, color=_MUTED, fontsize=9)
+    axes.set_ylabel(y, color=_MUTED, fontsize=9)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
-    return figure
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_MUTED)
+
+
+def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
+    """The SVG of what `paint` draws; ids come from the salt."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever style the user's own matplotlib has
+        mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
+        figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
+        paint(figure.add_subplot(facecolor="none"))
+        return _inline(figure)
 
 
 def _inline(figure: Figure) -> Markup:
@@ -134,6 +218,7 @@ def _inline(figure: Figure) -> Markup:
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
     text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
+    text = re.sub(r" font-family: [^;\"]*;", "", text)
     text = text.replace("font-weight: ;", "").replace("<svg ", '<svg class="figure" role="img" ', 1)
     text = re.sub(
         r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1

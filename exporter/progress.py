@@ -12,13 +12,25 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from exporter.number_text import duration
 
 __all__ = ["Bar", "Progress", "console_progress"]
 
-LINE_EVERY_S = 5.0
-"""Seconds between two plain lines of one stage: a log stays readable, a watcher sees life."""
+LINE_EVERY_S, LINE_EVERY_SHARE, LINE_AT_LEAST_EVERY_S = 5.0, 0.1, 60.0
+"""Between two plain lines of one stage: seconds, or a share of the time so far, but never more than so many seconds; a
+log of hours stays readable, a watcher sees life."""
 
 
 class Bar(Protocol):
@@ -50,18 +62,39 @@ class _Bars(Progress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._live: RichProgress | None = None
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
-        columns = (TextColumn("{task.description:<12}"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn())
-        with RichProgress(*columns, console=self._console) as bars:
+        with self._display() as bars:
             task = bars.add_task(name, total=total)
             bar = _RichBar(bars, task)
             yield bar
             bars.update(task, total=max(bar.done, 1), completed=max(bar.done, 1))
 
+    @contextmanager
+    def _display(self) -> Iterator[RichProgress]:
+        """The live display: one for a stage and the stages inside it, as a terminal has room for one."""
+        if self._live is not None:
+            yield self._live
+            return
+        columns = (TextColumn("{task.description:<12}"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn(),
+                   _Remaining())  # fmt: skip
+        with RichProgress(*columns, console=self._console) as self._live:
+            try:
+                yield self._live
+            finally:
+                self._live = None
+
     def note(self, text: str) -> None:
         self._console.print(f"[dim]{text}[/dim]", highlight=False)
+
+
+class _Remaining(TimeRemainingColumn):
+    """`0:01:23 left`; nothing where the end is not known, or reached."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None or task.finished else super().render(task).append(" left")
 
 
 class _RichBar:
@@ -74,7 +107,7 @@ class _RichBar:
 
 
 class _Lines(Progress):
-    """`calibrate: 8/16 (3.1 s)`, at most every few seconds and once at the end of a stage."""
+    """`reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then, and once at the end of a stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -97,14 +130,20 @@ class _LineBar:
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps
-        if time.monotonic() - self._last >= LINE_EVERY_S:
+        now = time.monotonic()
+        pause = min(max(LINE_EVERY_S, LINE_EVERY_SHARE * (now - self._start)), LINE_AT_LEAST_EVERY_S)
+        if now - self._last >= pause:
             self.write()
 
     def write(self, end: str = "") -> None:
         self._last = time.monotonic()
+        elapsed = self._last - self._start
         count = f"{self._done}/{self._total}" if self._total else str(self._done or "")
         words = " ".join(word for word in (count, end) if word)
-        print(f"{self._name}: {words} ({self._last - self._start:.1f} s)", file=self._stream, flush=True)
+        times = duration(elapsed)
+        if self._total and 0 < self._done < self._total and not end:
+            times += f", {duration(elapsed * (self._total / self._done - 1))} left"
+        print(f"{self._name}: {words} ({times})", file=self._stream, flush=True)
 
 
 def console_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:

@@ -33,7 +33,7 @@ from exporter.number_text import (
     significant,
     size,
 )
-from exporter.plots import interval_plot, range_plot, sqnr_plot
+from exporter.plots import error_plot, interval_plot, loss_plot, matrix_plot, range_plot, sqnr_plot
 from exporter.schema import GateResult, Level, Report, dump_json, is_integer_kernel, is_legal
 
 __all__ = ["headline", "render_html", "render_junit"]
@@ -138,6 +138,69 @@ def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
     return groups
 
 
+def _reconstruction(report: Report) -> dict[str, Any] | None:
+    """Units with what training left of their error, and the figure of all."""
+    entry = report.get("reconstruction")
+    if not entry or not entry["units"]:
+        return None
+    units, grouping = entry["units"], entry.get("grouping")
+    before, after = ([unit[key] for unit in units] for key in ("before", "after"))
+    probed = grouping.get("losses") if grouping else None
+    left = [_quotient(*errors) for errors in zip(after, before, strict=True)]
+    return {
+        "rows": [{"unit": unit, "left": share} for unit, share in zip(units, left, strict=True)],
+        "better": sum(share is not None and share < 1 for share in left),
+        "figure": error_plot(before, after, salt="intact-reconstruction"),
+        "joined": len(grouping["units_before"]) - len(units) if grouping else 0,
+        "probe": error_plot(probed, salt="intact-oscillation") if probed else "",
+    }
+
+
+_RANGES: Final = {
+    "minmax": "min-max",
+    "percentile": "percentile",
+    "mse": "least squared error",
+    "init": "start of the joint search",
+    "final": "after the joint search",
+}
+
+
+def _lapq(report: Report) -> dict[str, Any] | None:
+    """The search of scales by the network's loss; what the record lacks is left out."""
+    record = report.get("lapq")
+    if not record:
+        return None
+    losses, parabola = record.get("losses", {}), record.get("parabola", {})
+    worst = max(filter(None, map(measured, losses.values())), default=0.0)
+    powers = {entry["p"]: measured(entry["loss"]) for entry in record.get("powers", [])}
+    landscape = record.get("landscape", {})
+    return {
+        "losses": [
+            {"name": _RANGES.get(name, name), "loss": loss, "share": _share(loss, worst)}
+            for name, loss in losses.items()
+        ],
+        "start": losses.get("init"),
+        "end": losses.get("final"),
+        "parabola": parabola,
+        "figure": loss_plot(
+            {p: math.nan if loss is None else loss for p, loss in powers.items()},
+            parabola.get("coefficients", []),
+            parabola.get("vertex"),
+            "intact-powers",
+        ),
+        "bends": [
+            {"bits": bits, "bend": bend, "plot": matrix_plot(bend["hessian"])}
+            for bits, bend in sorted(landscape.get("bits", {}).items(), key=lambda item: (len(item[0]), item[0]))
+        ],
+        "sites": landscape.get("sites", []),
+    }
+
+
+def _quotient(part: object, whole: object) -> float | None:
+    top, bottom = measured(part), measured(whole)
+    return top / bottom if top is not None and bottom else None
+
+
 def _sort_key(noise: float | None) -> float:
     """What the table sorts by: unmeasured sites first, exact ones last; no script reads "inf" as a number."""
     return -1e9 if noise is None else min(noise, 1e9)
@@ -194,6 +257,8 @@ def render_html(report: Report) -> str:
         scores=_scores(report),
         groups=_layer_groups(report),
         levels=_levels(report),
+        reconstruction=_reconstruction(report),
+        lapq=_lapq(report),
         sizes=_parts((report["size"].get("by_type") or {}).items(), names=_TYPES),
         times=_parts(report["time_s"].items()),
         speed=_ratio(report["latency_ms"] or {}, "float", "quantized"),

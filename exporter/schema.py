@@ -24,10 +24,14 @@ __all__ = [
     "SCHEMA_VERSION",
     "Accuracy",
     "GateResult",
+    "Grouping",
+    "Lapq",
     "LayerEntry",
     "Level",
     "NodeParity",
     "OutputParity",
+    "ReconstructedUnit",
+    "Reconstruction",
     "Report",
     "dump_json",
     "is_integer_kernel",
@@ -250,6 +254,96 @@ class LayerEntry(TypedDict):
 
 
 @_MORE_WELCOME
+class ReconstructedUnit(TypedDict):
+    """A part of the network that was trained as one: error of its output relative to the output's energy.
+
+    before, after: with weights rounded to nearest, and trained; all units before it already quantized.
+    weights:       layers with weights; undecided: share of roundings that training left between 0 and 1.
+    """
+
+    name: str
+    weights: int
+    before: float | None
+    after: float | None
+    undecided: NotRequired[float | None]
+    seconds: NotRequired[float]
+
+
+@_MORE_WELCOME
+class Grouping(TypedDict):
+    """Which units were joined, and by what: losses or capacities, one for each of units_before."""
+
+    granularity: str
+    units_before: list[str]
+    losses: NotRequired[list[float | None]]
+    capacities: NotRequired[list[float]]
+
+
+@_MORE_WELCOME
+class Reconstruction(TypedDict):
+    """What training unit by unit did; spilled_bytes of cached activations went to temporary files."""
+
+    units: list[ReconstructedUnit]
+    spilled_bytes: int
+    grouping: NotRequired[Grouping]
+
+
+@_MORE_WELCOME
+class PowerLoss(TypedDict):
+    """Loss of the network whose ranges minimise the mean |error| ** p of every tensor."""
+
+    p: float
+    loss: float | None
+
+
+@_MORE_WELCOME
+class Parabola(TypedDict):
+    """Fit of the loss over p: of p**2, p and 1; verdict says why there is no vertex; p and loss are what was tried."""
+
+    coefficients: list[float]
+    vertex: float | None
+    verdict: NotRequired[str]
+    p: NotRequired[float]
+    loss: NotRequired[float | None]
+
+
+@_MORE_WELCOME
+class Bend(TypedDict):
+    """How the loss bends at one width: Hessian of the log scales of `sites`, mean |off-diagonal| / mean |diagonal|."""
+
+    hessian: list[list[float | None]]
+    share: float | None
+    eigenvalues: list[float | None]
+    p: NotRequired[float]
+
+
+@_MORE_WELCOME
+class LossLandscape(TypedDict):
+    """The loss around the best p, by bits of the activations."""
+
+    sites: list[str]
+    bits: dict[str, Bend]
+
+
+@_MORE_WELCOME
+class Lapq(TypedDict, total=False):
+    """A search of scales by the loss of the whole network: of the ranges compared, and where it began and ended.
+
+    evaluations: full passes over the samples; multipliers: final scale over initial scale, by site.
+    """
+
+    optimizer: str
+    samples: int
+    evaluations: float
+    seconds: float
+    losses: dict[str, float | None]
+    powers: list[PowerLoss]
+    parabola: Parabola
+    multipliers: dict[str, float]
+    landscape: LossLandscape
+
+
+@_MORE_WELCOME
 class Size(TypedDict):
     """Bytes of the float and of the quantized model; by_type counts initialisers."""
 
@@ -376,6 +470,8 @@ class Report(TypedDict):
     model: NotRequired[Model]
     environment: NotRequired[Environment]
     layers: NotRequired[list[LayerEntry]]
+    reconstruction: NotRequired[Reconstruction]
+    lapq: NotRequired[Lapq]
     saturation: NotRequired[Saturation | None]
     simplifier: NotRequired[Simplifier | None]
     emission: NotRequired[Emission]

@@ -38,8 +38,10 @@ class BRECQ(Reconstruction):
 def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
     graph = run.placement.graph
     returned = {node.name for node in graph.graph.output_node().all_input_nodes}
+    inputs = tuple(run.floats[node.name] for node in graph.graph.nodes if node.op == "placeholder")
+    batches = (tuple(x.cpu() for x in chunk) for chunk in run.chunks(inputs))
     generator = run.problem.generator("fisher")
-    return importances(graph, [n for n in names if n not in returned], run.problem.batches, generator)
+    return importances(graph, [n for n in names if n not in returned], batches, generator)
 
 
 @dataclass(frozen=True)

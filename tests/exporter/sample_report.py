@@ -35,6 +35,48 @@ def layer(index: int, kind: str = "activation") -> dict[str, Any]:
     }
 
 
+def _unit(index: int) -> dict[str, Any]:
+    before = 0.2 / (index + 1)
+    return {
+        "name": f"stages.{index // 4}.{index % 4}",
+        "weights": 1 + index % 3,
+        "before": before,
+        "after": before * (0.25 + index % 4 / 4),  # training left every fourth as it was
+        "undecided": 0.001 * index,
+        "seconds": 12.5 * (index + 1),
+    }
+
+
+def _lapq(size: int) -> dict[str, Any]:
+    """A search on `size` activations; its parabola has the vertex 2.5."""
+    powers = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+
+    def bend(bits: int) -> dict[str, Any]:
+        hessian = [[(-1.0) ** (i + j) * 4.0 ** -abs(i - j) / bits for j in range(size)] for i in range(size)]
+        return {"p": 3.0, "hessian": hessian, "share": 0.4 / bits, "eigenvalues": [0.01 / bits, 1.75 / bits]}
+
+    return {
+        "optimizer": "cobyqa",
+        "samples": 512,
+        "evaluations": 287.4,
+        "seconds": 71.3,
+        "powers": [{"p": p, "loss": 0.02 + 0.004 * (p - 2.5) ** 2} for p in powers],
+        "parabola": {
+            "coefficients": [0.004, -0.02, 0.045],
+            "vertex": 2.5,
+            "verdict": "accepted",
+            "p": 2.5,
+            "loss": 0.02,
+        },
+        "losses": {"minmax": 0.0812, "percentile": 0.0345, "mse": 0.0231, "init": 0.0198, "final": 0.0121},
+        "multipliers": {layer(i)["site"]: 0.7 + i / 7 for i in range(size)},
+        "landscape": {
+            "sites": [layer(i)["site"] for i in range(size)],
+            "bits": {str(bits): bend(bits) for bits in (2, 4, 8)},
+        },
+    }
+
+
 def _node(index: int) -> dict[str, Any]:
     kernel = "float:LayerNormalization" if index % 7 == 6 else "QLinearConv"
     mismatched = 3 if kernel.startswith("float") else 0
@@ -137,6 +179,8 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "by_op": {"QLinearConv": 13, "QGemm": 1, "LayerNormalization": 1, "Softmax": 1},
         },
         "layers": [layer(i, kind) for kind in ("activation", "weight") for i in range(layers)],
+        "reconstruction": {"units": [_unit(i) for i in range(layers)], "spilled_bytes": 3 * 2**30},
+        "lapq": _lapq(layers),
         "size": {
             "float_bytes": 31_412_224,
             "bytes": 7_991_296,

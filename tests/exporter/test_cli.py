@@ -16,7 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from calibrators.errors import ExportError, InputError
+from exporter.checks import check_settings
 from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
+from exporter.config import ExportConfig
 from exporter.data import Data
 from exporter.progress import Progress, console_progress
 
@@ -99,7 +101,19 @@ def test_help_answers_without_torch() -> None:
 def test_every_command_teaches_by_example(run: Callable[..., Any], command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert f"Example: intact {'export' if command in ('methods', 'targets') else command}" in result.output
+    assert f"Example: intact {'export' if command == 'targets' else command}" in result.output
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["target", "method", "weight_bits", "activation_bits", "first_last_bits", "batch_size", "calibration_batches",
+     "parity_samples", "seed", "device", "cache_gib"],
+)  # fmt: skip
+def test_help_tells_the_default_of_the_setting(run: Callable[..., Any], field: str) -> None:
+    value = getattr(ExportConfig(), field)
+    shown = "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    (line,) = [line for line in run("export", "--help").output.splitlines() if f"--{field.replace('_', '-')} " in line]
+    assert f"[{shown}]" in line
 
 
 def test_version_alone_is_enough(run: Callable[..., Any]) -> None:
@@ -115,14 +129,29 @@ def test_targets_are_listed(run: Callable[..., Any]) -> None:
     assert "uint8 per tensor" in result.output
 
 
-def test_methods_are_listed_with_options_and_defaults(run: Callable[..., Any]) -> None:
+def test_methods_are_listed_by_a_line_each(run: Callable[..., Any]) -> None:
     from calibrators.methods import list_methods
 
     result = run("methods")
     assert result.exit_code == 0, result.output
     for method in list_methods():
-        assert method.name in result.output
-        assert all(option.name in result.output and str(option.default) in result.output for option in method.options)
+        assert sum(method.name in line and method.summary in line for line in result.output.splitlines()) == 1, method
+    assert "`intact methods NAME`" in result.output
+
+
+def test_a_method_is_listed_with_its_options_and_defaults(run: Callable[..., Any]) -> None:
+    from calibrators.methods import list_methods
+
+    for method in list_methods():
+        result = run("methods", method.name)
+        assert result.exit_code == 0, result.output
+        assert method.summary in result.output
+        for option in method.options:
+            (line,) = [line for line in result.output.splitlines() if f" {option.name} " in line[:24]]
+            assert str(option.default) in line and option.doc in line
+    result = run("methods", "qdropp")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: unknown method 'qdropp'. Did you mean 'qdrop'")
 
 
 def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
@@ -130,13 +159,15 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
     result = run(
         "export", *ARGUMENTS, "--eval", "exporter.demo.model:evaluation", "--out", str(tmp_path / "out"), "--config",
         str(tmp_path / "a.toml"), "--weight-bits", "6", "--set", "activation_bits=7", "--per-tensor-weights",
-        "--exclude", "a.*", "--exclude", "b", "--gate", "accuracy_drop<=0.01", "--quiet",
+        "--exclude", "a.*", "--exclude", "b", "--gate", "accuracy_drop<=0.01", "--quiet", "--explain",
+        "--cache-gib", "0.5", "--device", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (call,) = pipeline
     config = call["config"]
     assert (config.seed, config.weight_bits, config.activation_bits, config.per_tensor_weights) == (5, 6, 7, True)
     assert (config.exclude, config.gates) == (("a.*", "b"), ("accuracy_drop<=0.01",))
+    assert (config.device, config.cache_gib, config.explain) == ("cpu", 0.5, True)
     assert isinstance(call["model"], nn.Identity)
     assert call["data"].names == ("input",)
     assert len(call["data"].example()) == 64
@@ -201,6 +232,10 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
         pytest.param(["--target", "ort-gpu"], "Did you mean 'ort-cpu'", id="target"),
         pytest.param(["--set", "no_such_option=1"], "no_such_option", id="method option"),
         pytest.param(["--weight-bits", "9"], "weight_bits = 9", id="bits"),
+        pytest.param(["--device", "gpu"], "device = 'gpu' should be cpu, cuda or cuda:N", id="device"),
+        pytest.param(["--device", "cuda:²"], "should be cpu, cuda or cuda:N", id="device index"),
+        pytest.param(["--cache-gib", "0"], "cache_gib = 0.0 should be greater than 0", id="cache"),
+        pytest.param(["--cache-gib", "nan"], "cache_gib", id="no number"),
         pytest.param(["--gate", "acuracy_drop<=1"], "Did you mean 'accuracy_drop'", id="gate metric"),
         pytest.param(["--gate", "accuracy_drop"], "is not METRIC OP NUMBER", id="gate form"),
         pytest.param(["--eval", "nowhere.npz"], "nowhere.npz does not exist", id="eval"),
@@ -221,6 +256,32 @@ def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
     assert result.stderr.count("\n") == 1
     assert not pipeline
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("devices", "device", "part"),
+    [(0, "cuda", "finds no CUDA device"), (1, "cuda:1", "finds 1 CUDA device;"), (2, "cuda:2", "2 CUDA devices;")],
+    ids=["none", "one", "two"],
+)
+def test_a_device_that_is_not_there_is_known_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, devices: int, device: str, part: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    with pytest.raises(InputError, match=f"device '{device}' is not there: .*{part}"):
+        check_settings(ExportConfig(device=device))
+    check_settings(ExportConfig(device="cpu" if not devices else f"cuda:{devices - 1}"))
+
+
+def test_a_missing_device_exits_2_and_leaves_nothing(
+    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("exporter.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--device", "cuda")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: device 'cuda' is not there: torch ")
+    assert result.stderr.endswith("; use --device cpu.\n") and result.stderr.count("\n") == 1
+    assert not pipeline and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -295,7 +356,7 @@ def test_progress_on_a_file_is_plain_lines_at_a_modest_rate(monkeypatch: pytest.
         pass
     progress.note("the batch is fixed")
     assert stream.getvalue().splitlines() == [
-        "calibrate: 20/40 (5.0 s)",
+        "calibrate: 20/40 (5.0 s, 5.0 s left)",
         "calibrate: 40/40 (10.0 s)",
         "calibrate: 40/40 done (10.0 s)",
         "emit: done (0.0 s)",
@@ -303,11 +364,61 @@ def test_progress_on_a_file_is_plain_lines_at_a_modest_rate(monkeypatch: pytest.
     ]
 
 
-def test_progress_on_a_terminal_is_bars_and_quiet_is_silence() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def test_lines_of_long_work_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with console_progress(stream).stage("reconstruct", total=28_800) as bar:
+        for _ in range(28_800):
+            now += 0.125
+            bar.advance()
+    lines = stream.getvalue().splitlines()
+    assert 60 < len(lines) < 120, "an hour"
+    assert lines[0] == "reconstruct: 40/28800 (5.0 s, 59 min 55 s left)"
+    assert lines[-1] == "reconstruct: 28800/28800 done (60 min 00 s)"
 
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_stages_inside_a_stage_share_its_display() -> None:
+    stream = Terminal()
+    progress = console_progress(stream)
+    for _ in range(2):
+        with progress.stage("search", total=4) as outer:
+            outer.advance(1)
+            with progress.stage("statistics") as inner:
+                inner.advance(3)
+            outer.advance(3)
+    assert "3/3" in stream.getvalue() and "4/4" in stream.getvalue()
+
+
+def test_an_interrupted_stage_gives_the_display_back() -> None:
+    progress = console_progress(Terminal())
+    with pytest.raises(KeyboardInterrupt), progress.stage("search", total=4), progress.stage("inner"):
+        raise KeyboardInterrupt
+    with progress.stage("again", total=1) as bar:
+        bar.advance()
+
+
+def test_bars_say_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    with console_progress(stream).stage("reconstruct", total=1000) as bar:
+        for _ in range(3):
+            time.sleep(0.02)
+            bar.advance()
+    assert " left" in stream.getvalue()
+    open_end = Terminal()
+    with console_progress(open_end).stage("calibrate") as bar:
+        for _ in range(3):
+            time.sleep(0.02)
+            bar.advance()
+    assert " left" not in open_end.getvalue()
+
+
+def test_progress_on_a_terminal_is_bars_and_quiet_is_silence() -> None:
     stream = Terminal()
     for quiet in (False, True):
         with console_progress(stream, quiet=quiet).stage("fold", total=2) as bar:

@@ -38,6 +38,9 @@ def test_flags_override_the_file_and_sets_override_flags(tmp_path: Path) -> None
         pytest.param("method=aciq", "method", "aciq", id="bare text"),
         pytest.param("image_size=[224, 160]", "image_size", (224, 160), id="pair"),
         pytest.param("gates=['a<=0.1']", "gates", ("a<=0.1",), id="gate"),
+        pytest.param("device=cuda:1", "device", "cuda:1", id="device"),
+        pytest.param("cache-gib=0.25", "cache_gib", 0.25, id="float"),
+        pytest.param("explain=true", "explain", True, id="explain"),
     ],
 )
 def test_set_reaches_fields(text: str, field: str, value: Any) -> None:
@@ -63,6 +66,8 @@ def test_set_keeps_numbers_of_options_as_numbers() -> None:
         pytest.param("weight_bits = 1\nthreads = 0", ["weight_bits = 1", "threads = 0"], id="two faults"),
         pytest.param('include = ["a"]\nexclude = ["a"]', ["'a' stands in include and in exclude"], id="contradiction"),
         pytest.param("weight_bits = ", ["no readable TOML"], id="syntax"),
+        pytest.param('device = "cuda:"', ["device = 'cuda:'", "cpu, cuda or cuda:N"], id="device"),
+        pytest.param("cache-gib = -1", ["cache_gib = -1", "greater than 0"], id="no memory"),
         pytest.param("mean = [0.1, nan, 0.1]", ["mean", "finite"], id="nan"),
     ],
 )
@@ -90,9 +95,11 @@ def test_it_is_frozen() -> None:
         ExportConfig().seed = 3  # type: ignore[misc]
 
 
-def test_the_digest_depends_on_every_value_and_not_on_their_order() -> None:
+def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() -> None:
     plain = ExportConfig()
     assert plain.digest() == make_config({"seed": 0, "method": "mse"}).digest()
     assert make_config({"options": {"a": 1, "b": 2}}).digest() == make_config({"options": {"b": 2, "a": 1}}).digest()
-    changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "gates": ("a<=1",), "mean": (0.5,), "threads": 2}
-    assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 7
+    changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "gates": ("a<=1",), "mean": (0.5,), "threads": 2,
+               "device": "cuda"}  # fmt: skip
+    assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 8
+    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True}).digest()

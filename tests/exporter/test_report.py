@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,14 +23,17 @@ from exporter.number_text import (
     significant,
     size,
 )
+from exporter.plots import error_plot, loss_plot, matrix_plot
 from exporter.report import headline, render_html, render_junit
+from exporter.schema import dump_json, validate_report
 from tests.exporter.sample_report import layer, sample_report
 
 # What a page of 60 layers may weigh: it is attached to mails and kept by CI for every build.
 MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
-            "config", "data")  # fmt: skip
+            "config", "data", "reconstruction", "lapq")  # fmt: skip
+UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": []}
 
 
 class _Page(HTMLParser):
@@ -144,7 +149,11 @@ def test_every_block_shows_its_numbers() -> None:
         "14 of 16 compute nodes", "head.norm", "kept in float by --exclude", "24.6 dB", "a ReLU stands between",
         "3.1e-15", "7.62 MiB", "int8", "3.17× faster", "37.4 s", "61,200", "Needs VNNI", "bias scale was widened",
         "fell from 58 to 57", "avx512_vnni", "7,839,146", "float32[batch, 3, 64, 64]", "abababababababab…",
-        '"grid": 80', "2 channels of stages.0.0.conv are dead", "1,024",
+        '"grid": 80', "2 channels of stages.0.0.conv are dead", "1,024", "7 of 9 units improved", "stages.2.0",
+        "0.0222", "0.0167", "75.0 %", "0.20 %", "1 min 52 s", "3.00 GiB of activations",
+        "0.0198 → 0.0121 in 287 evaluations, 1 min 11 s", "on 512 calibration samples", "min-max", "0.0812",
+        "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
+        "5.0 % coupling", "0.005 … 0.88",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -158,6 +167,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "layers": "Activations: noise", "saturation": "16-bit saturation", "simplifier": "Simplifier",
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
+        "reconstruction": "Reconstruction", "lapq": "Search of scales",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text
@@ -204,9 +214,10 @@ def test_rendering_is_deterministic_and_leaves_the_report_alone() -> None:
 def test_plots_follow_the_theme_and_share_no_ids() -> None:
     html = render_html(sample_report(9))
     figures = re.findall(r'<svg class="figure".*?</svg>', html, flags=re.DOTALL)
-    assert len(figures) == 2
+    assert len(figures) == 4
     for figure in figures:
-        assert "var(--accent)" in figure and "var(--warn)" in figure and "#0102" not in figure
+        assert "var(--accent)" in figure and "var(--muted)" in figure and "#0102" not in figure
+        assert "font-family" not in figure
         assert "matplotlib" not in figure.lower() and "<metadata" not in figure
         assert "fill: #ffffff" not in figure, "a white background in a dark page"
     ids = re.findall(r' id="([^"]+)"', html)
@@ -242,6 +253,122 @@ def test_degenerate_layers_are_drawn(change: dict[str, Any]) -> None:
     _Page(html)
     report["layers"] = [report["layers"][1]]
     _Page(render_html(report))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"after": 0.0},
+        {"before": None, "after": None},
+        {"before": 0.0, "after": 0.0},
+        {"before": math.inf},
+        {"seconds": None},
+    ],
+    ids=repr,
+)
+def test_degenerate_units_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(4)
+    report["reconstruction"]["units"][1].update(change)
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    report["reconstruction"]["units"] = [report["reconstruction"]["units"][1]]
+    _Page(render_html(report))
+    report["reconstruction"]["units"] = []
+    assert "units improved" not in render_html(report)
+
+
+def test_the_curve_of_errors_has_a_point_per_unit_on_a_logarithmic_axis() -> None:
+    svg = error_plot([10.0**-i for i in range(5)], [10.0 ** (-i - 1) for i in range(5)], salt="x")
+    before, after = (
+        [float(y) for y in re.findall(rf'<use [^>]*y="([\d.]+)" style="fill: var\(--{color}\)', svg)]
+        for color in ("muted", "accent")
+    )
+    steps = {round(b - a, 3) for curve in (before, after) for a, b in pairwise(curve)}
+    assert len(before) == len(after) == 5
+    assert len(steps) == 1 and steps.pop() > 0, "equal ratios are equal distances"
+
+
+def test_units_that_were_joined_are_told_with_the_errors_that_decided_it() -> None:
+    report = sample_report(4)
+    assert "before neighbours were joined" not in render_html(report)
+    names = [f"early.{i}" for i in range(6)]
+    report["reconstruction"]["grouping"] = {
+        "granularity": "loss",
+        "units_before": names,
+        "losses": [0.1 / (i + 1) for i in range(6)],
+    }
+    html = render_html(report)
+    assert "6 units before neighbours were joined (loss)" in _Page(html).text
+    assert all(name in html for name in names)
+    assert html.count('<svg class="figure"') == render_html(sample_report(4)).count('<svg class="figure"') + 1
+    report["reconstruction"]["grouping"] = {"granularity": "block", "units_before": names[:4]}
+    assert "before neighbours were joined" not in render_html(report)
+
+
+def test_the_fitted_parabola_has_its_lowest_point_at_the_vertex() -> None:
+    powers = {p: (p - 2.25) ** 2 + 1 for p in (1.0, 2.0, 3.0, 4.0)}
+    svg = loss_plot(powers, [1.0, -4.5, 2.25**2 + 1], 2.25, "x")
+    (line,) = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--warn\); stroke-width: 1.4', svg)
+    curve = [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line)]
+    (vertex,) = re.findall(r'<path d="M ([\d.]+) [^"]*"[^>]*stroke-dasharray', svg)
+    dots = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)" [^>]*style="fill: var\(--accent\)', svg)]
+    assert len(dots) == 4
+    unit = dots[2] - dots[1]
+    assert float(vertex) == pytest.approx(dots[1] + unit / 4)
+    lowest, _ = max(curve, key=lambda point: point[1])  # y grows downwards
+    assert abs(lowest - float(vertex)) < unit / 50, "as near as the polyline tells"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"parabola": {"coefficients": [], "vertex": None, "verdict": "2 values"}}, id="no parabola"),
+        pytest.param({"parabola": {"coefficients": [-1.0, 2.0, 9.0], "vertex": None}}, id="hill"),
+        pytest.param({"powers": [{"p": 1.0, "loss": None}, {"p": 2.0, "loss": math.inf}]}, id="nothing finite"),
+        pytest.param({"powers": [{"p": 1.0, "loss": 0.5}, {"p": 2.0, "loss": 0.5}]}, id="flat"),
+        pytest.param({"losses": {"minmax": None, "init": math.inf, "final": 0.0, "new": 0.5}}, id="odd losses"),
+        pytest.param({"multipliers": {}}, id="nothing searched"),
+        pytest.param({"landscape": {"sites": [], "bits": {}}}, id="empty landscape"),
+        pytest.param({"landscape": {"sites": ["a"], "bits": {"4": UNMEASURED}}}, id="unmeasured"),
+    ],
+)  # fmt: skip
+def test_degenerate_searches_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(3)
+    report["lapq"] |= change
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    ((key, _),) = change.items()
+    del report["lapq"][key]
+    _Page(render_html(report))
+    report["lapq"] = {key: change[key]}
+    validate_report(json.loads(dump_json(report)))
+    _Page(render_html(report))
+
+
+def test_names_that_are_keys_are_escaped() -> None:
+    report = sample_report(3)
+    hostile = "<img src=x onerror=alert(1)>"
+    report["lapq"]["multipliers"][hostile] = 1.0
+    report["lapq"]["losses"][hostile] = 1.0
+    page = _Page(render_html(report))
+    assert page.text.count(hostile) == 2 and "img" not in {tag for tag, _ in page.tags}
+
+
+def test_a_matrix_is_drawn_cell_by_cell() -> None:
+    svg = matrix_plot([[4.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, float("nan")]])
+    assert 'viewBox="0 0 3 3"' in svg
+    cells = {
+        (css, float(opacity)): path
+        for css, opacity, path in re.findall(r'class="(\w+)" opacity="([\d.]+)" d="([^"]+)"', svg)
+    }
+    assert cells == {
+        ("plus", 1.0): "M0 0h1v1h-1z",
+        ("plus", 0.5): "M1 1h2v1h-2zM1 2h1v1h-1z",
+        ("minus", 0.5): "M1 0h1v1h-1zM0 1h1v1h-1z",
+    }
+    assert len(matrix_plot([[1.0 + (i * j) % 7 for j in range(150)] for i in range(150)])) < 500_000
 
 
 def test_without_labels_the_page_shows_agreement() -> None:

@@ -1,0 +1,36 @@
+"""What can be wrong with the settings of an export beyond their form, found before any work begins.
+
+Must not know: models, data, how anything is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from calibrators.errors import InputError
+from calibrators.methods import get_method
+from calibrators.targets import get_target
+from exporter.config import ExportConfig
+from exporter.gates import parse
+
+__all__ = ["check_settings"]
+
+
+def check_settings(config: ExportConfig) -> None:
+    """Nothing, if every name is known, every gate can be read, and the device is there.
+
+    raises: InputError.
+    """
+    get_target(config.target)
+    get_method(config.method, config.options)
+    for expression in config.gates:
+        parse(expression)
+    _check_device(config.device)
+
+
+def _check_device(name: str) -> None:
+    kind, _, index = name.partition(":")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= found:
+        devices = f"{found} CUDA device{'s' if found > 1 else ''}" if found else "no CUDA device"
+        raise InputError(f"device {name!r} is not there: torch {torch.__version__} finds {devices}; use --device cpu.")
