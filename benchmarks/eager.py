@@ -1,0 +1,148 @@
+"""A QDrop training step as plain eager PyTorch: the baseline of step.py.
+
+Formulas as in Nagel et al. 2020 (AdaRound), Esser et al. 2020 (LSQ) and Wei et al. 2022 (QDrop), one operator after the
+other, every gradient by autograd: floor and grid of the weights are computed in every step, the soft rounding twice
+(forward and regularizer); each drop draws its own uniform numbers; activations are NCHW; two Adams, one for rounding
+and one, with a cosine schedule, for activation scales. Sites and grids are those of the engine's unit.
+
+Must not know: how the engine trains, time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from calibrators.numerics import along_axis, dequantize
+from calibrators.reconstruct import Run
+from calibrators.simulation import Simulation
+from calibrators.spec import QParams
+from calibrators.stream import Cache
+from calibrators.training import Unit
+
+__all__ = ["EagerUnit", "given"]
+
+UPPER, LOWER = 1.1, -0.1
+LAMBDA, BETA = 0.01, 8.0
+LR, SCALE_LR = 1e-3, 4e-5
+STEPS = 20_000
+
+START = 1e-4
+"""Least distance of the first soft rounding from 0 and 1: the engine's, so that both start at the same point."""
+
+
+class EagerActivation(nn.Module):
+    """Round straight through, clamp, dequantize, and keep the float value where the draw says so."""
+
+    def __init__(self, qparams: QParams, keep: float, *, learns: bool) -> None:
+        super().__init__()
+        spec = qparams.spec
+        self.scale = nn.Parameter(qparams.scale.clone(), requires_grad=learns)
+        self.zero_point, self.qmin, self.qmax, self.keep = int(qparams.zero_point), spec.qmin, spec.qmax, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x / self.scale
+        rounded = (steps.round() - steps).detach() + steps
+        codes = torch.clamp(rounded + self.zero_point, self.qmin, self.qmax)
+        quantized = (codes - self.zero_point) * self.scale
+        return torch.where(torch.rand_like(x) < self.keep, quantized, x) if self.keep < 1 else quantized
+
+
+class EagerRounding(nn.Module):
+    """Soft weight with one rounding variable per element."""
+
+    def __init__(self, weight: Tensor, qparams: QParams) -> None:
+        super().__init__()
+        spec = qparams.spec
+        self.weight, self.qmin, self.qmax = weight.contiguous(), spec.qmin, spec.qmax
+        self.scale = along_axis(qparams.scale, weight.ndim, spec.axis)
+        self.zero_point = along_axis(qparams.zero_point, weight.ndim, spec.axis)
+        rest = (self.weight / self.scale - torch.floor(self.weight / self.scale)).clamp(START, 1 - START)
+        self.variable = nn.Parameter(-torch.log((UPPER - LOWER) / (rest - LOWER) - 1))
+
+    def up(self) -> Tensor:
+        """Share of the way from floor to floor + 1."""
+        return torch.clamp(torch.sigmoid(self.variable) * (UPPER - LOWER) + LOWER, 0, 1)
+
+    def forward(self) -> Tensor:
+        codes = torch.clamp(torch.floor(self.weight / self.scale) + self.up() + self.zero_point, self.qmin, self.qmax)
+        return (codes - self.zero_point) * self.scale
+
+    def regularizer(self) -> Tensor:
+        """How far the rounding is from 0 or 1, summed over the elements."""
+        return (1 - (2 * self.up() - 1).abs().pow(BETA)).sum()
+
+
+class EagerUnit:
+    """The unit of a run of the engine, to be trained from where the engine starts.
+
+    keep: probability that an activation, inside or at the entrance, is the quantized one.
+    """
+
+    def __init__(self, unit: Unit, run: Run, *, batch: int, keep: float) -> None:
+        device = run.device
+        self.batch, self.keep = batch, keep
+        self.inputs = [_all(cache, device) for cache in unit.inputs]
+        self.float_inputs = [_all(cache, device) for cache in unit.float_inputs]
+        self.targets = [_all(cache, device) for cache in unit.targets]
+        self.supervised = unit.supervised
+        activations = {
+            name: EagerActivation(quantizer.qparams, keep, learns=name in unit.scales)
+            for name, quantizer in unit.simulation.quantizers.items()
+        }
+        self.roundings = {name: EagerRounding(*pair) for name, pair in unit.weights.items()}
+        self.network = Simulation(run.placement, run.frontier, unit.block, activations).to(device)  # type: ignore[arg-type]
+        for name, value in given(unit, run).items():
+            self.network.set(name, value)
+        scales = [a.scale for a in activations.values() if a.scale.requires_grad]
+        self.optimizers = [
+            torch.optim.Adam(parameters, lr=lr)
+            for parameters, lr in ((self._variables(), LR), (scales, SCALE_LR))
+            if parameters
+        ]
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[-1], T_max=STEPS) if scales else None
+
+    def _variables(self) -> list[nn.Parameter]:
+        return [rounding.variable for rounding in self.roundings.values()]
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The supervised outputs under the current soft weights."""
+        for name, rounding in self.roundings.items():
+            self.network.set(name, rounding())
+        outputs = self.network(*inputs)
+        return [outputs[i] for i in self.supervised]
+
+    def step(self) -> None:
+        """One descent on a random minibatch."""
+        index = torch.randint(0, len(self.inputs[0]), (self.batch,), device=self.inputs[0].device)
+        pairs = zip(self.inputs, self.float_inputs, strict=True)
+        mixed = [_mix(quantized[index], floating[index], self.keep) for quantized, floating in pairs]
+        targets = [target[index] for target in self.targets]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss = torch.zeros((), device=mixed[0].device)
+        for y, target in zip(self.forward(mixed), targets, strict=True):
+            loss = loss + (y - target).abs().pow(2.0).sum(1).mean()
+        for rounding in self.roundings.values():
+            loss = loss + LAMBDA * rounding.regularizer()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+
+def given(unit: Unit, run: Run) -> dict[str, Tensor]:
+    """Values that rounding does not decide here, by site: biases, and weights that an earlier unit has trained."""
+    codes = {name: run.weights[name] for name in unit.simulation.weights if name not in unit.weights}
+    weights = {name: dequantize(coded.codes, coded.qparams).to(run.device) for name, coded in codes.items()}
+    return {**weights, **unit.biases}
+
+
+def _mix(quantized: Tensor, floating: Tensor, keep: float) -> Tensor:
+    return torch.where(torch.rand_like(quantized) < keep, quantized, floating) if keep < 1 else quantized
+
+
+def _all(cache: Cache, device: torch.device) -> Tensor:
+    """Every sample of a cache in float32, contiguous as PyTorch lays tensors out by default."""
+    return cache.gather(torch.arange(len(cache))).contiguous().to(device)
