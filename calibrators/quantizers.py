@@ -38,13 +38,14 @@ class Masks:
         self.pool = torch.empty(0, device=device)
 
     def like(self, x: Tensor) -> Tensor:
-        """A mask of x's shape and memory layout; x must be dense."""
+        """A mask of x's shape, dense, in the memory layout that results of x have."""
         if len(self.pool) < 2 * x.numel():
             uniform = torch.rand(2 * x.numel() + (1 << 16), generator=self.generator)
             self.pool = (uniform < self.keep).to(torch.float32).to(self.device)
         room = len(self.pool) - x.numel()
         start = int(torch.randint(room, (), generator=self.generator))
-        return self.pool.as_strided(x.size(), x.stride(), start)
+        stride = torch.empty_like(x, device="meta").stride()
+        return self.pool.as_strided(x.size(), stride, start)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -8,7 +8,13 @@ Must not know: methods, blocks, how values are computed.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
+import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +30,14 @@ __all__ = ["Cache", "Memory"]
 class Memory:
     """Where caches live: RAM up to a budget, then files in a temporary folder that vanish with it.
 
-    budget: bytes of RAM that all live caches together may take.
+    budget:  bytes of RAM that all live caches together may take.
+    used:    bytes of RAM that they take.
+    spilled: bytes that went to files so far.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget, self.used, self.spilled = budget, 0, 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._files = 0
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -41,44 +49,58 @@ class Memory:
         if self.used + size <= self.budget:
             self.used += size
             return torch.empty(rows, columns, dtype=dtype)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="intact-cache-", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / f"{self._files}.bin"
-        self._files += 1
+        data = self._mapped(size, dtype).view(rows, columns)
         self.spilled += size
-        with path.open("wb") as file:
-            _reserve(file.fileno(), size)
-        mapped = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
-        path.unlink()  # the mapping keeps the data until it is dropped
-        return mapped.view(rows, columns)
+        return data
+
+    def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of `size` bytes in a file that lasts as long as the tensor."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="intact-cache-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{self._files}.bin"
+        self._files += 1
+        try:
+            with path.open("wb") as file:
+                _reserve(file.fileno(), path, size)
+            return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+        finally:
+            with contextlib.suppress(PermissionError):  # where a mapped file has to stay, it goes with the folder
+                path.unlink(missing_ok=True)  # elsewhere the mapping keeps the data until it is dropped
 
     def release(self, data: Tensor) -> None:
-        """Count a cache in RAM as free again."""
-        size = data.numel() * data.element_size()
-        if data.untyped_storage().filename is None:
-            self.used -= size
+        """Count what `allocate` gave as free again; a spilled one frees its disk space when it is dropped."""
+        if data.untyped_storage().filename is None:  # torch knows the file behind a shared mapping
+            self.used -= data.numel() * data.element_size()
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size on disk now, so that a full disk is an error here and not a signal later."""
-    import os
+def _reserve(descriptor: int, path: Path, size: int) -> None:
+    """Give a file its size on disk now, so that a full disk is an error here and not a signal later.
 
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.truncate(descriptor, size)
+    raises: OSError, ENOSPC for a full disk.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif size <= shutil.disk_usage(path.parent).free:
+            os.truncate(descriptor, size)
+        else:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 class Cache:
     """One tensor of every sample, [samples, ...], four dimensions kept channels last.
 
-    qparams: where given, values lie on that grid and are kept as its codes.
+    like:    any batch of it: says shape and dtype.
+    qparams: where given, values lie on that grid and are kept as its codes; those of one tensor only, no channels.
     """
 
     def __init__(self, memory: Memory, samples: int, like: Tensor, qparams: QParams | None = None) -> None:
         self.shape, self.dtype, self.qparams = tuple(like.shape[1:]), like.dtype, qparams
-        columns = like[0].numel()
-        self.data = memory.allocate(samples, columns, qparams.spec.dtype if qparams else like.dtype)
+        self.data = memory.allocate(samples, math.prod(self.shape), qparams.spec.dtype if qparams else like.dtype)
         self.memory = memory
 
     def __len__(self) -> int:
@@ -95,7 +117,7 @@ class Cache:
         return self._values(self.data.index_select(0, index))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """All samples in order, `size` at a time."""
+        """All samples in order, `size` at a time; what is not kept as codes is the cache's own memory, to be read."""
         for rows in torch.split(self.data, size):
             yield self._values(rows)
 

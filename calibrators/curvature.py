@@ -1,0 +1,55 @@
+"""How a loss bends around a point: its Hessian from finite differences, and how much of it couples variables.
+
+Must not know: networks, quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["coupling", "hessian", "hessian_evaluations"]
+
+Vector = NDArray[np.float64]
+
+
+def hessian_evaluations(size: int) -> int:
+    """Evaluations that `hessian` needs."""
+    return 1 + 2 * size + size * (size - 1)
+
+
+def hessian(objective: Callable[[Vector], float], centre: Vector, step: float) -> Vector:
+    """Second derivatives at `centre` [n], as [n, n]; exact for a cubic.
+
+    Two evaluations per pair: f(+,+) + f(-,-) against the four neighbours along the axes.
+    """
+    axes = step * np.eye(len(centre))
+    middle = objective(centre)
+    sides = [objective(centre + axis) + objective(centre - axis) for axis in axes]  # sums of opposite neighbours
+    bends = np.array(sides) - 2.0 * middle
+    matrix = np.diag(bends)
+    for i, j in combinations(range(len(centre)), 2):
+        both = objective(centre + axes[i] + axes[j]) + objective(centre - axes[i] - axes[j]) - 2.0 * middle
+        matrix[i, j] = matrix[j, i] = (both - bends[i] - bends[j]) / 2.0
+    return np.asarray(matrix / step**2)
+
+
+def coupling(matrix: Vector) -> dict[str, Any]:
+    """What a Hessian says about separability.
+
+    eigenvalues:  ascending; mean_diagonal: mean |H_ii|; mean_off_diagonal: mean |H_ij|, i != j; share: their ratio,
+                  0 where the loss is a sum of functions of one variable each.
+    """
+    size = len(matrix)
+    diagonal = float(np.abs(np.diag(matrix)).mean())
+    off = float(np.abs(matrix).sum() - size * diagonal) / max(1, size * (size - 1))
+    return {
+        "eigenvalues": [float(value) for value in np.linalg.eigvalsh(matrix)],
+        "mean_diagonal": diagonal,
+        "mean_off_diagonal": off,
+        "share": off / diagonal if diagonal > 0.0 else 0.0,
+    }

@@ -1,0 +1,182 @@
+"""Minimising a rough function of many variables from values alone, with few evaluations.
+
+The variables are logarithms of multipliers; the loss over them is a bowl, nearly separable, with jumps where codes
+change. Every minimiser starts at a point of known loss, keeps to [LOWER, UPPER] in each variable, and returns the best
+point that it met. An objective may end the search by raising; whoever made it then knows its best point.
+
+source: Nahshan et al., Loss Aware Post-training Quantization (2019), section 3: Powell's method over all scales.
+Departs: a parabola through three values per variable instead of Brent's line search, and before it COBYQA (Ragonneau
+and Zhang, 2023) over groups of variables; Powell's first step is STEP in the logarithm instead of 1 in the scale.
+
+Must not know: networks, quantization, budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+__all__ = [
+    "LOWER",
+    "STEP",
+    "UPPER",
+    "Found",
+    "Parabola",
+    "Vector",
+    "cobyqa",
+    "coordinate_sweep",
+    "fit_parabola",
+    "powell",
+]
+
+LOWER, UPPER = math.log(0.4), math.log(2.5)
+
+STEP = 0.15
+"""First distance of a probe: a range 16 % wider."""
+
+REACH = 2.0
+"""Farthest vertex that is tried, in steps."""
+
+NARROWER, WIDER = 0.6, 1.5
+"""What a step is multiplied by where its variable moved less than half of it, or more than one and a half."""
+
+SMALLEST_STEP, NEAR = 0.01, 0.1
+"""A variable's least step, and the distance from a known value, in steps, at which another is not worth its price."""
+
+CONVERGED = 0.005
+"""Radius of COBYQA's trust region at which it ends."""
+
+FLAT = 1e-12
+"""Bend of a parabola, as a share of the values, that rounding explains."""
+
+Vector = NDArray[np.float64]
+Objective = Callable[[Vector], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A point [variables] and its loss."""
+
+    point: Vector
+    loss: float
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """A parabola and the vertex that may be trusted.
+
+    coefficients: of x**2, x and 1; empty where there are fewer than three finite values.
+    vertex:       None unless the parabola is convex and its vertex lies between the outermost points.
+    verdict:      "accepted", or why there is no vertex.
+    """
+
+    coefficients: tuple[float, ...]
+    vertex: float | None
+    verdict: str
+
+
+def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
+    """The parabola with the least squared distance from the points; values that are not finite are left out."""
+    finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    if len(finite) < 3:
+        return Parabola((), None, f"{len(finite)} finite values are too few")
+    points = np.array(finite)
+    coefficients = tuple(float(c) for c in np.polyfit(points[:, 0], points[:, 1], 2))
+    (left, lowest), (right, highest) = points.min(0), points.max(0)
+    if coefficients[0] * (right - left) ** 2 <= FLAT * max(abs(lowest), abs(highest)):
+        return Parabola(coefficients, None, "not convex")
+    vertex = -coefficients[1] / (2.0 * coefficients[0])
+    if not left <= vertex <= right:
+        return Parabola(coefficients, None, f"vertex {vertex:.3g} is outside {left:.3g} to {right:.3g}")
+    return Parabola(coefficients, vertex, "accepted")
+
+
+def coordinate_sweep(objective: Objective, start: Found, steps: Vector) -> Found:
+    """One variable after the other: a probe on each side, then the vertex of the parabola, if it is better.
+
+    steps: distance of the probes [variables], adapted in place to how far each variable moved, for the next sweep.
+    """
+    found = start
+    for index, step in enumerate(steps.tolist()):
+        line = _Line(objective, found, index, step)
+        line.probe(line.centre + step)
+        line.probe(line.centre - step)
+        line.probe(line.promising())
+        found = line.best
+        moved = abs(float(found.point[index]) - line.centre) / step
+        factor = NARROWER if moved < 0.5 else WIDER if moved > 1.5 else 1.0
+        steps[index] = max(SMALLEST_STEP, factor * step)
+    return found
+
+
+class _Line:
+    """Values of an objective along one variable."""
+
+    def __init__(self, objective: Objective, start: Found, index: int, step: float) -> None:
+        self.objective, self.start, self.best, self.index, self.step = objective, start, start, index, step
+        self.centre = float(start.point[index])
+        self.values = {self.centre: start.loss}
+
+    def probe(self, x: float) -> None:
+        """Evaluate at `x`, or the bound before it, unless that is next to a known value."""
+        x = min(max(x, LOWER), UPPER)
+        if min(abs(x - known) for known in self.values) < NEAR * self.step:
+            return
+        point = self.start.point.copy()
+        point[self.index] = x
+        self.values[x] = self.objective(point)
+        if self.values[x] < self.best.loss:
+            self.best = Found(point, self.values[x])
+
+    def promising(self) -> float:
+        """The vertex, at most REACH steps away; where there is none, twice as far as the better probe."""
+        reach = REACH * self.step
+        coefficients = fit_parabola([*self.values], [*self.values.values()]).coefficients
+        if coefficients and coefficients[0] > 0.0:
+            vertex = -coefficients[1] / (2.0 * coefficients[0])
+            return min(max(vertex, self.centre - reach), self.centre + reach)
+        return self.centre + 2.0 * (min(self.values, key=self.values.__getitem__) - self.centre)
+
+
+def cobyqa(objective: Objective, start: Found, groups: Sequence[Sequence[int]], evaluations: int) -> Found:
+    """COBYQA over one shift per group of variables; a variable in no group stays."""
+    member = np.zeros((len(start.point), len(groups)))  # [variables, groups]
+    for column, group in enumerate(groups):
+        member[list(group), column] = 1.0
+    tracked = _Tracked(objective, start)
+    options: Any = {"maxfev": evaluations, "initial_tr_radius": STEP, "final_tr_radius": CONVERGED}
+    bounds = [(LOWER, UPPER)] * len(groups)
+
+    def shifted(shift: Any) -> float:
+        return tracked(start.point + member @ shift)
+
+    minimize(shifted, np.zeros(len(groups)), method="COBYQA", bounds=bounds, options=options)
+    return tracked.best
+
+
+def powell(objective: Objective, start: Found, evaluations: int) -> Found:
+    """Powell's method; its first directions are the variables."""
+    tracked = _Tracked(objective, start)
+    options: Any = {"maxfev": evaluations, "direc": STEP * np.eye(len(start.point))}
+    minimize(tracked, start.point, method="Powell", options=options)
+    return tracked.best
+
+
+class _Tracked:
+    """An objective within the bounds, and its best point; beyond them the distance from them is added."""
+
+    def __init__(self, objective: Objective, start: Found) -> None:
+        self.objective, self.best = objective, start
+
+    def __call__(self, x: Vector) -> float:
+        inside = np.clip(x, LOWER, UPPER)
+        loss = self.objective(inside)
+        if loss < self.best.loss:
+            self.best = Found(inside, loss)
+        return loss + float(np.abs(x - inside).sum())

@@ -1,0 +1,104 @@
+"""How far predictions of the quantized network are from what they should be, sample by sample.
+
+Must not know: graphs, quantization, methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from calibrators.errors import InputError
+
+__all__ = ["LOSSES", "PredictionLoss", "cross_entropy", "kl_divergence", "prediction_loss", "relative_error"]
+
+LOSSES = ("kl", "ce", "mse")
+
+
+def kl_divergence(outputs: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(targets / T) || softmax(outputs / T)) of logits [n, classes], as [n]."""
+    reference = torch.log_softmax(targets / temperature, -1)
+    return (reference.exp() * (reference - torch.log_softmax(outputs / temperature, -1))).sum(-1)
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Negative log likelihood of labels [n] under logits [n, classes], as [n]."""
+    return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def relative_error(outputs: Tensor, targets: Tensor, energy: float) -> Tensor:
+    """Mean squared error of every sample [n, ...] in units of `energy`, as [n]."""
+    return (outputs - targets).square().flatten(1).mean(1) / energy
+
+
+class PredictionLoss(Protocol):
+    """Loss of consecutive samples."""
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        """Loss of the samples from `start` on: outputs [n, ...] each, result float64 [n] on the CPU."""
+
+
+def prediction_loss(
+    name: str, floats: Sequence[Tensor], labels: Tensor | None = None, temperature: float = 1.0
+) -> PredictionLoss:
+    """The loss called `name`; "auto" is "kl" where every output is [samples, classes], else "mse".
+
+    floats: outputs of the float network for all samples, [samples, ...] each.
+    labels: int64 [samples], which "ce" needs.
+    raises: InputError where the outputs or the labels do not fit the loss.
+    """
+    logits = all(y.ndim == 2 and y.shape[1] > 1 for y in floats)
+    if name == "auto":
+        name = "kl" if logits else "mse"
+    if name == "mse":
+        return _MeanSquare(tuple(floats))
+    if not logits or (name == "ce" and len(floats) != 1):
+        shapes = ", ".join(str(["n", *y.shape[1:]]).replace("'", "") for y in floats)
+        wanted = "one output" if name == "ce" else "outputs"
+        raise InputError(f"loss {name!r} needs {wanted} of shape [n, classes]; the model gives {shapes}: use loss=mse.")
+    if name == "kl":
+        return _Divergence(tuple(y.double() for y in floats), temperature)
+    if labels is None:
+        raise InputError("loss 'ce' needs labels, and the calibration data has none: give labels, or use loss=kl.")
+    classes = floats[0].shape[1]
+    if len(labels) != len(floats[0]) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise InputError(
+            f"loss 'ce' needs one label from 0 to {classes - 1} for each of the {len(floats[0])} samples; there are "
+            f"{len(labels)} labels from {int(labels.min())} to {int(labels.max())}: check them, or use loss=kl."
+        )
+    return _CrossEntropy(labels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Divergence:
+    floats: tuple[Tensor, ...]
+    temperature: float
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        pairs = zip(outputs, self.floats, strict=True)
+        losses = [kl_divergence(y.cpu().double(), t[start : start + len(y)], self.temperature) for y, t in pairs]
+        return torch.stack(losses).mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _CrossEntropy:
+    labels: Tensor
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        (logits,) = outputs
+        return cross_entropy(logits.cpu().double(), self.labels[start : start + len(logits)])
+
+
+class _MeanSquare:
+    def __init__(self, floats: tuple[Tensor, ...]) -> None:
+        self.floats = floats
+        self.energy = [max(float(y.square().mean(dtype=torch.float64)), 1e-30) for y in floats]
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        triples = zip(outputs, self.floats, self.energy, strict=True)
+        losses = [relative_error(y.cpu(), t[start : start + len(y)], e).double() for y, t, e in triples]
+        return torch.stack(losses).mean(0)
