@@ -31,7 +31,7 @@ def along_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
 
 def round_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Codes of `x` as integer-valued floats of x's dtype; scale and zero_point broadcast against x."""
-    return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
@@ -54,7 +54,7 @@ def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
     spec = qparams.spec
     scale = along_axis(qparams.scale, x.ndim, spec.axis)
     zero_point = along_axis(qparams.zero_point, x.ndim, spec.axis)
-    return (round_codes(x, scale, zero_point, spec.qmin, spec.qmax) - zero_point) * scale
+    return round_codes(x, scale, zero_point, spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
 
 
 def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
