@@ -43,6 +43,7 @@ class ExportConfig(BaseModel):
     first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
     per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
     reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
+    split_skips: bool = Field(True, description="keep identity branches apart where low bits cannot hold them")
     include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
     exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
     bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")

@@ -217,6 +217,7 @@ class _Export:
             first_last_bits=config.first_last_bits,
             per_tensor_weights=config.per_tensor_weights,
             reduce_range=config.reduce_range,
+            split_skips=config.split_skips,
             include=config.include,
             exclude=config.exclude,
         )
@@ -238,6 +239,13 @@ class _Export:
                 stage=self.work.progress.stage,
             )
         self.work.warnings += result.record.get("notes", ())
+        if skips := result.record.get("skips"):
+            first, spike = skips[0]
+            self.work.warnings.append(
+                f"identity branches of {len(skips)} convolutions stand apart, because {config.weight_bits} bits cannot "
+                f"hold them beside the other weights ({first}: {spike:.0f} times larger); "
+                "--set split_skips=false keeps them in"
+            )
         return result
 
     def _calibration(self, graph: fx.GraphModule) -> tuple[Iterable[Batch], Tensor | None]:
