@@ -25,7 +25,7 @@ from calibrators.blocks import Block, merge
 from calibrators.errors import InputError
 from calibrators.graph import bind, is_constant, shape_of
 
-__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "parse_groups"]
+__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "parse_groups", "stage_ends"]
 
 STRIDE_FACTOR = 1.6
 """How much more a layer with a stride counts (MRECG, alpha)."""
@@ -79,9 +79,23 @@ def by_capacity(capacity: Sequence[float], k: int = 0) -> Pairs:
 
 def by_boundary(graph: fx.GraphModule, blocks: Sequence[Block]) -> Pairs:
     """Pairs whose second unit changes the shape of the activations; the first and the last unit stay alone."""
-    nodes = {node.name: node for node in graph.graph.nodes}
-    shapes = [shape_of(nodes[block.weighted[-1]])[1:] for block in blocks]
+    shapes = _shapes(graph, blocks)
     return [i for i, (a, b) in enumerate(pairwise(shapes)) if a != b and 0 < i < len(blocks) - 2]
+
+
+def _shapes(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+    """Shape of a sample of what the last weighted operator of every unit makes; pools behind it do not count."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    return [tuple(shape_of(nodes[block.weighted[-1]])[1:]) for block in blocks]
+
+
+def stage_ends(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[int]:
+    """For every unit, the index behind the last unit of its stage: a run of units with outputs of one shape."""
+    shapes = _shapes(graph, blocks)
+    ends = [len(blocks)] * len(blocks)
+    for i in range(len(blocks) - 2, -1, -1):
+        ends[i] = ends[i + 1] if shapes[i] == shapes[i + 1] else i + 1
+    return ends
 
 
 def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: int) -> tuple[Block, ...]:

@@ -13,6 +13,7 @@ Must not know: which methods there are, ONNX, runtimes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from calibrators import granularity
+from calibrators.ahead import Ahead, FrozenUnits
 from calibrators.blocks import Block, extract, partition
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze, widen
@@ -59,6 +61,26 @@ NARROW = 4
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """What units give in the float network.
+
+    caches: of all outputs that have samples, by fx name; energy: mean squares of the floating ones.
+    """
+
+    caches: dict[str, Cache]
+    energy: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Deployed:
+    """A unit as it would be exported: mean relative error of its outputs, the method's loss, its outputs by fx name."""
+
+    error: float
+    loss: float
+    caches: dict[str, Cache]
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """Base of the methods that train rounding unit by unit: the options they share, and what a method may change."""
@@ -72,7 +94,8 @@ class Reconstruction:
     strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
     warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
     chain: int = option(3, "layers of a plain chain that form one unit", minimum=1)
-    ranges: str = option("mse", "range method for the first scales")
+    ranges: str = option("mse", "range method for the first activation scales")
+    weight_ranges: str = option("mse", "range method for the weights")
     precision: str = option(
         "auto", "while training; auto: bfloat16 where fast and weights are narrow", choices=PRECISIONS
     )
@@ -155,6 +178,7 @@ class Run:
 
     blocks:   the units; position: index of the one at work.
     floats, quantized: caches of the values that cross into it and later ones, by fx name.
+    goals:    by end of the units that make them, what float values later ones are compared with.
     """
 
     def __init__(self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...]) -> None:
@@ -167,9 +191,10 @@ class Run:
         self.position = 0
         self.floats: dict[str, Cache] = {}
         self.quantized: dict[str, Cache] = {}
-        ranges = get_method(method.ranges)
-        activations = problem.activations(ranges)
-        grids = widen(self.placement, activations, problem.weights(ranges), margin=SHRINKING)
+        self.goals: dict[int, Floats] = {}
+        activations = problem.activations(get_method(method.ranges))
+        weights = problem.weights(get_method(method.weight_ranges))
+        grids = widen(self.placement, activations, weights, margin=SHRINKING)
         by_name = self.placement.by_name
         self.weights = {
             name: Coded(quantize(problem.values(by_name[name]), grid), grid) for name, grid in grids.items()
@@ -195,6 +220,8 @@ class Run:
                 report.append(self._solve(block, bar.advance) | {"seconds": time.perf_counter() - start})
                 for name in [name for name in self.floats if last.get(name, -1) <= index]:
                     _free(self.floats.pop(name), self.quantized.pop(name))
+                if index + 1 in self.goals:
+                    _free(*self.goals.pop(index + 1).caches.values())
         activations = {name: _to(q.qparams, CPU) for name, q in self.quantizers.items()}
         result = freeze(self.placement, activations, self.weights, self.biases)
         record = {**result.record, "units": tuple(report), "spilled_bytes": self.memory.spilled}
@@ -205,6 +232,23 @@ class Run:
         if name not in self._computed:
             self._computed[name] = compute()
         return self._computed[name]
+
+    def ahead(self, unit: Unit, end: int) -> Ahead:
+        """The way from the unit at work to the outputs of unit `end` - 1, and what these are in the float network."""
+        own = {unit.block.outputs[index]: i for i, index in enumerate(unit.supervised)}
+        if end == self.position + 1:
+            return Ahead(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
+        units = FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]).to(self.device)
+        units.compute_in(self.settings_of(unit).precision)
+        names, outputs = units.block.inputs, units.block.outputs
+        if end not in self.goals:
+            floats = self.floats | {name: unit.targets[i] for name, i in own.items()}
+            self.goals[end] = self._floats(units, outputs, tuple(floats[name] for name in names))
+        goal = self.goals[end]
+        passing = {name: self.quantized[name] for name in names if name not in own}
+        supervised = tuple(i for i, name in enumerate(outputs) if name in goal.energy)
+        return Ahead(units, own, passing, supervised, tuple(goal.caches[outputs[i]] for i in supervised),
+                     tuple(goal.energy[outputs[i]] for i in supervised))  # fmt: skip
 
     def _read_inputs(self) -> None:
         names = [node.name for node in self.placement.graph.graph.nodes if node.op == "placeholder"]
@@ -219,35 +263,55 @@ class Run:
         floating = extract(self.placement.graph, block).to(self.device)
         float_inputs = tuple(self.floats[name] for name in block.inputs)
         inputs = tuple(self.quantized[name] for name in block.inputs)
-        supervised, targets, energy = self._targets(floating, float_inputs)
+        floats = self._floats(floating, block.outputs, float_inputs)
         unit = Unit(
-            block, simulation, floating, inputs, float_inputs, targets, supervised, energy,
+            block, simulation, floating, inputs, float_inputs,
+            targets=tuple(floats.caches[name] for name in floats.energy),
+            supervised=tuple(block.outputs.index(name) for name in floats.energy),
+            energy=tuple(floats.energy.values()),
             scales=self._new([n for n in simulation.quantizers if self.placement.by_name[n].fixed is None]),
             weights={name: self._weight(name) for name in self._new(list(simulation.weights))},
             biases={n: self._bias(n).float().to(self.device) for n in simulation.biases},
             reference=math.inf,
         )  # fmt: skip
         self._settled.update(unit.scales, unit.weights)
-        before, made = self._deploy(unit)
-        unit = self.method.prepare(replace(unit, reference=before), self)
-        learned = train(unit, self.method.loss(unit, self), self.settings, self.problem.generator(block.name), advance)
+        loss = self.method.loss(unit, self)
+        before = self._deploy(unit, loss)
+        learned = self._learn(unit, loss, before.loss, advance)
         nearest = self._harden(unit, learned)
-        after, better = self._deploy(unit)
-        if not math.isfinite(after):
+        after = self._deploy(unit, loss)
+        if not math.isfinite(after.error):
             raise DataError(f"unit {block.name} gives values that are not finite; look at the calibration data")
-        if after > before:
+        kept, dropped = after, before
+        if after.loss > before.loss:
             nearest()
-            made, better = better, made
-        _free(*made)
-        outputs = [block.outputs[i] for i in supervised]
-        self.floats |= dict(zip(outputs, targets, strict=True))
-        self.quantized |= dict(zip(outputs, better, strict=True))
-        undecided = learned.rounding.undecided() if learned.rounding else 0.0
-        layers = len(simulation.block.weighted)
-        return {"name": block.name, "weights": layers, "before": before, "after": min(before, after),
-                "undecided": undecided}  # fmt: skip
+            kept, dropped = before, after
+        _free(*dropped.caches.values())
+        self.floats |= floats.caches
+        self.quantized |= kept.caches
+        return {
+            "name": block.name,
+            "weights": len(simulation.block.weighted),
+            "before": before.error,
+            "after": kept.error,
+            "loss_before": before.loss,
+            "loss_after": kept.loss,
+            "undecided": learned.rounding.undecided() if learned.rounding else 0.0,
+        }
 
-    def _settings(self, unit: Unit) -> Settings:
+    def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
+        """Train the unit on what the method makes of it; one without floats to compare stays as it is."""
+        if not unit.targets:
+            advance(self.settings.iters)
+            return Learned(None, {}, {})
+        lesson = self.method.prepare(replace(unit, reference=reference), self)
+        learned = train(lesson, loss, self.settings_of(unit), self.problem.generator(unit.block.name), advance)
+        own = {*unit.float_inputs, *unit.targets}
+        _free(*(cache for cache in (*lesson.float_inputs, *lesson.targets) if cache not in own))
+        return learned
+
+    def settings_of(self, unit: Unit) -> Settings:
+        """How the unit is trained: in bfloat16 where that is fast and does not show."""
         bits = [grid.spec.bits for _, grid in unit.weights.values()]
         fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and _computes_bfloat16(self.device)
         return replace(self.settings, precision=torch.bfloat16) if fast else self.settings
@@ -294,55 +358,54 @@ class Run:
             yield tuple(x.to(self.device) for x in chunk)
 
     @torch.no_grad()
-    def _targets(
-        self, floating: torch.nn.Module, inputs: tuple[Cache, ...]
-    ) -> tuple[tuple[int, ...], tuple[Cache, ...], tuple[float, ...]]:
-        """Float outputs of a unit that have samples: their indices, caches and mean squares."""
-        supervised: tuple[int, ...] = ()
-        caches: list[Cache] = []
-        sums: list[float] = []
+    def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
+        """The outputs of a float network, called `names`, for the inputs of all samples."""
+        caches: dict[str, Cache] = {}
+        squares: dict[str, float] = {}
         start = 0
         for chunk in self.chunks(inputs):
-            outputs = floating(*chunk)
+            outputs = dict(zip(names, network(*chunk), strict=True))
             if not caches:
-                supervised = tuple(i for i, y in enumerate(outputs) if y.ndim and len(y) == len(chunk[0]))
-                caches = [Cache(self.memory, len(inputs[0]), outputs[i]) for i in supervised]
-                sums = [0.0] * len(supervised)
-            for i, cache in enumerate(caches):
-                y = outputs[supervised[i]]
-                cache.write(start, y.cpu())
-                sums[i] += float(y.double().square().sum())
+                caches = {
+                    n: Cache(self.memory, len(inputs[0]), y) for n, y in outputs.items() if _has_samples(y, chunk)
+                }
+                squares = {n: 0.0 for n in caches if outputs[n].is_floating_point()}
+            for name, cache in caches.items():
+                cache.write(start, outputs[name].cpu())
+            for name in squares:
+                squares[name] += float(outputs[name].double().square().sum())
             start += len(chunk[0])
-        energy = tuple(max(total / _count(cache), 1e-30) for total, cache in zip(sums, caches, strict=True))
-        return supervised, tuple(caches), energy
+        return Floats(caches, {name: max(total / _count(caches[name]), 1e-30) for name, total in squares.items()})
 
     @torch.no_grad()
-    def _deploy(self, unit: Unit) -> tuple[float, list[Cache]]:
-        """Run the unit as it would be exported: the mean relative error of its outputs, and the outputs."""
-        simulation = unit.simulation
+    def _deploy(self, unit: Unit, loss: Loss) -> Deployed:
+        """Run the unit as it would be exported."""
+        simulation, names = unit.simulation, unit.block.outputs
         for name in simulation.weights:
             coded = self.weights[name]
             simulation.set(name, _channels_last(dequantize(coded.codes, coded.qparams)).to(self.device))
         for name in simulation.biases:
             coded = self._coded_bias(name)
             simulation.set(name, dequantize(coded.codes, coded.qparams).to(self.device))
-        made: list[Cache] = []
+        caches: dict[str, Cache] = {}
         noise = [0.0] * len(unit.targets)
-        start = 0
-        for chunk, targets in zip(self.chunks(unit.inputs), self.chunks(unit.targets), strict=True):
+        total, start = 0.0, 0
+        wanted = self.chunks(unit.targets) if unit.targets else itertools.repeat(())
+        for chunk, targets in zip(self.chunks(unit.inputs), wanted, strict=False):
             outputs = simulation(*chunk)
-            if not made:
-                grids = [self._grid(unit.block.outputs[i]) for i in unit.supervised]
-                made = [
-                    Cache(self.memory, len(unit.inputs[0]), outputs[i], grid)
-                    for i, grid in zip(unit.supervised, grids, strict=True)
-                ]
-            for i, (index, target) in enumerate(zip(unit.supervised, targets, strict=True)):
-                made[i].write(start, outputs[index].cpu())
-                noise[i] += float((outputs[index] - target).double().square().sum())
-            start += len(chunk[0])
+            if not caches:
+                carried = {n: y for n, y in zip(names, outputs, strict=True) if _has_samples(y, chunk)}
+                caches = {n: Cache(self.memory, len(unit.inputs[0]), y, self._grid(n)) for n, y in carried.items()}
+            for name, cache in caches.items():
+                cache.write(start, outputs[names.index(name)].cpu())
+            compared = [outputs[i] for i in unit.supervised]
+            for i, (y, target) in enumerate(zip(compared, targets, strict=True)):
+                noise[i] += float((y - target).double().square().sum())
+            samples = torch.arange(start, start + len(chunk[0]))
+            total += float(loss(compared, targets, samples)) * len(samples) if compared else 0.0
+            start += len(samples)
         errors = [n / _count(cache) / e for n, cache, e in zip(noise, unit.targets, unit.energy, strict=True)]
-        return math.fsum(errors) / len(errors), made
+        return Deployed(math.fsum(errors) / max(1, len(errors)), total / start, caches)
 
     def _coded_bias(self, name: str) -> Coded:
         site = self.placement.by_name[name]
@@ -355,6 +418,10 @@ class Run:
         """The grid on which a value crosses, None where it crosses in float."""
         site = self.frontier.site(name)
         return _to(self.quantizers[self.placement.root(site).name].qparams, CPU) if site else None
+
+
+def _has_samples(y: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+    return y.ndim > 0 and len(y) == len(inputs[0])
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -6,12 +6,12 @@ Must not know: methods, training, how values are stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.blocks import Block, extract
 from calibrators.forms import clip_bounds
@@ -20,7 +20,7 @@ from calibrators.place import Placement
 from calibrators.quantizers import ActivationQuantizer
 from calibrators.spec import Site
 
-__all__ = ["Frontier", "Simulation"]
+__all__ = ["Frontier", "Simulation", "Weighted", "speed_up"]
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ class Frontier:
         return site if all(user.name in site.users for user in outside) else None
 
 
-class _Weighted(torch.nn.Module):
+class Weighted(torch.nn.Module):
     """An operator with a weight; in training it may compute in another precision, its result is always float32."""
 
     def __init__(self, operator: Callable[..., Tensor], *, dense: bool) -> None:
@@ -55,6 +55,31 @@ class _Weighted(torch.nn.Module):
             return self.operator(x, weight, bias, *arguments)
         operands = (None if y is None else y.to(self.precision) for y in (x, weight, bias))
         return self.operator(*operands, *arguments).to(torch.float32)
+
+
+def speed_up(graph: fx.GraphModule, weighted: Iterable[str]) -> list[Weighted]:
+    """Make a block's own graph cheap to train through; the modules that its weighted operators have become.
+
+    Clips become hardtanh: the same values, with a gradient that is one kernel instead of four.
+    """
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for node in nodes.values():
+        bounds = clip_bounds(node) if node.target is aten.clamp.default else None
+        if bounds is not None and all(map(math.isfinite, bounds)):
+            node.target, node.args, node.kwargs = aten.hardtanh.default, (node.args[0], *bounds), {}
+    operators = []
+    for index, name in enumerate(weighted):
+        node = nodes[name]
+        arguments = bind(node)
+        operators.append(Weighted(node.target, dense=arguments.get("groups", 1) == 1))
+        graph.add_submodule(f"weighted_{index}", operators[-1])
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_module(f"weighted_{index}", tuple(arguments.values()))
+        node.replace_all_uses_with(call)
+        graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.recompile()
+    return operators
 
 
 class Simulation(torch.nn.Module):
@@ -75,16 +100,12 @@ class Simulation(torch.nn.Module):
         self.biases: dict[str, str] = {}
         self.sites: list[str] = []
         self._attributes: dict[str, str] = {}
-        self._weighted: list[_Weighted] = []
         for site in placement.sites:
             if site.kind == "activation":
                 self._quantize(site, frontier, quantizers)
             else:
                 self._free(site)
-        self._speed_up_clips()
-        self._wrap_weighted()
-        self.graph.graph.lint()
-        self.graph.recompile()
+        self._weighted = speed_up(self.graph, block.weighted)
 
     @cached_property
     def quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -128,25 +149,6 @@ class Simulation(torch.nn.Module):
             with self.graph.graph.inserting_before(user):
                 value = self.graph.graph.get_attr(names[site.name])
             replace_args(user, **{site.kind: value})
-
-    def _speed_up_clips(self) -> None:
-        """Clamp as hardtanh: the same values, with a gradient that is one kernel instead of four."""
-        for node in self.graph.graph.nodes:
-            bounds = clip_bounds(node) if node.target is aten.clamp.default else None
-            if bounds is not None and all(map(math.isfinite, bounds)):
-                node.target, node.args, node.kwargs = aten.hardtanh.default, (node.args[0], *bounds), {}
-
-    def _wrap_weighted(self) -> None:
-        for index, name in enumerate(self.block.weighted):
-            node = self._nodes[name]
-            arguments = bind(node)
-            operator = _Weighted(node.target, dense=arguments.get("groups", 1) == 1)
-            self.graph.add_submodule(f"weighted_{index}", operator)
-            with self.graph.graph.inserting_before(node):
-                call = self.graph.graph.call_module(f"weighted_{index}", tuple(arguments.values()))
-            node.replace_all_uses_with(call)
-            self.graph.graph.erase_node(node)
-            self._weighted.append(operator)
 
     def train_in(self, precision: torch.dtype) -> None:
         """Training mode; operators that mix all channels compute in `precision`, grouped ones would only lose time."""

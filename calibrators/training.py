@@ -38,7 +38,7 @@ class Unit:
     energy:       mean square of each target.
     scales:       sites whose activation scale may be trained here.
     weights:      float weights and their grids by site; biases: float biases by site.
-    reference:    relative error of the outputs with nearest rounding.
+    reference:    the method's loss with nearest rounding.
     """
 
     block: Block
@@ -64,17 +64,19 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class RelativeError:
-    """Mean squared error in units of the mean square of the targets, averaged over the outputs.
+    """Mean |error| ** power in units of the root mean square of the targets, averaged over the outputs.
 
     Departs: published losses sum over channels; dividing by the energy makes one learning rate and one strength of the
     regularizer serve every network.
     """
 
     energy: tuple[float, ...]
+    power: int = 2
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        errors = [torch.nn.functional.mse_loss(y, t) / e for y, t, e in zip(outputs, targets, self.energy, strict=True)]
-        return torch.stack(errors).mean()
+        mean = torch.nn.functional.l1_loss if self.power == 1 else torch.nn.functional.mse_loss
+        triples = zip(outputs, targets, self.energy, strict=True)
+        return torch.stack([mean(y, t) / e ** (self.power / 2) for y, t, e in triples]).mean()
 
 
 @dataclass(frozen=True)

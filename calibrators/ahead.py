@@ -1,0 +1,85 @@
+"""What a unit's errors do farther on: the float network from behind the unit to a later place.
+
+A loss that looks ahead sends the outputs of the unit in training through the following units as they were, frozen, and
+compares what arrives with what arrives in the float network. Values that pass the unit by come from the network that
+is quantized so far, as the unit's own inputs do.
+
+source: Liu et al. 2023 (PD-Quant), section 3.1, where the way leads to the prediction; Zhang et al. 2024 (RepAPQ),
+across-block calibration, where it ends with the stage.
+
+Must not know: methods, which losses there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.blocks import Block, extract, merge
+from calibrators.simulation import speed_up
+from calibrators.stream import Cache
+
+__all__ = ["Ahead", "FrozenUnits"]
+
+
+class FrozenUnits(torch.nn.Module):
+    """Consecutive units of the float network as one frozen module; takes block.inputs, returns block.outputs.
+
+    While gradients flow, operators that mix all channels compute in `precision`; else everything is float32.
+    """
+
+    def __init__(self, graph: fx.GraphModule, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.block = merge(graph, blocks)
+        self.graph = extract(graph, self.block).requires_grad_(False)
+        for name, buffer in self.graph.named_buffers():
+            if buffer.ndim == 4:
+                setattr(self.graph, name, buffer.contiguous(memory_format=torch.channels_last))
+        self.operators = speed_up(self.graph, self.block.weighted)
+
+    def compute_in(self, precision: torch.dtype) -> None:
+        """The precision of training."""
+        for operator in self.operators:
+            operator.precision = precision if operator.dense else torch.float32
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.train(torch.is_grad_enabled())
+        outputs: tuple[Tensor, ...] = self.graph(*inputs)
+        return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """The way from a unit's outputs to later values, and what these are in the float network.
+
+    units:   what lies between; None where the unit itself makes the values.
+    own:     position of each input of `units` among the unit's supervised outputs, by fx name.
+    passing: caches of its other inputs in the network that is quantized so far, by fx name.
+    goals:   float values, all samples; energy: their mean squares.
+    """
+
+    units: FrozenUnits | None
+    own: Mapping[str, int]
+    passing: Mapping[str, Cache]
+    supervised: tuple[int, ...]
+    goals: tuple[Cache, ...]
+    energy: tuple[float, ...]
+
+    def arriving(self, outputs: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+        """The later values of the samples `index` [n], given the unit's supervised outputs [n, ...] for them."""
+        if self.units is None:
+            return list(outputs)
+        device = outputs[0].device
+        inputs = [
+            outputs[self.own[name]] if name in self.own else self.passing[name].gather(index).to(device)
+            for name in self.units.block.inputs
+        ]
+        made = self.units(*inputs)
+        return [made[i] for i in self.supervised]
+
+    def wanted(self, index: Tensor, device: torch.device) -> list[Tensor]:
+        """The same values of the float network."""
+        return [goal.gather(index).to(device) for goal in self.goals]

@@ -1,0 +1,69 @@
+"""Reconstruction that also keeps the prediction: a unit's errors count by what the float network makes of them.
+
+source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (arXiv
+2212.07048), eq. 5-8.
+Departs: the prediction is that of the mixed inputs which reconstruction sees, not of a second pass, and for a share of
+every minibatch, so that the network behind the unit is not the price of the method; outputs that are no logits are
+compared by their relative squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrators.ahead import Ahead
+from calibrators.losses import kl_divergence
+from calibrators.methods.qdrop import QDrop
+from calibrators.options import option
+from calibrators.reconstruct import Run
+from calibrators.training import Loss, RelativeError, Unit
+
+__all__ = ["PDQuant"]
+
+DISTANCES = ("auto", "kl", "mse")
+
+
+@dataclass(frozen=True)
+class PDQuant(QDrop):
+    """QDrop whose units also keep the network's prediction, through the float network behind them."""
+
+    prediction: float = option(1.0, "weight of the difference of predictions beside the unit's own error", minimum=0)
+    distance: str = option("auto", "kl or mse; auto: kl for outputs [n, classes]", choices=DISTANCES)
+    temperature: float = option(1.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
+    share: float = option(0.25, "share of a minibatch whose prediction is compared", minimum=0.01, maximum=1)
+
+    def loss(self, unit: Unit, run: Run) -> Loss:
+        own = RelativeError(unit.energy)
+        if not self.prediction:
+            return own
+        ahead = run.ahead(unit, len(run.blocks))
+        return _WithPrediction(own, ahead, self) if ahead.energy else own
+
+
+@dataclass(frozen=True)
+class _WithPrediction:
+    """Error of the unit plus the difference of the predictions it leads to."""
+
+    own: RelativeError
+    ahead: Ahead
+    method: PDQuant
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        error = self.own(outputs, targets, index)
+        compared = max(1, round(self.method.share * len(index))) if torch.is_grad_enabled() else len(index)
+        arriving = self.ahead.arriving([y[:compared] for y in outputs], index[:compared])
+        wanted = self.ahead.wanted(index[:compared], error.device)
+        pairs = zip(arriving, wanted, self.ahead.energy, strict=True)
+        differences = torch.stack([self._difference(y, t, energy) for y, t, energy in pairs])
+        return error + self.method.prediction * differences.mean()
+
+    def _difference(self, y: Tensor, wanted: Tensor, energy: float) -> Tensor:
+        distance = self.method.distance
+        if distance == "kl" or (distance == "auto" and y.ndim == 2 and y.shape[1] > 1):
+            classes_last = (y.movedim(1, -1), wanted.movedim(1, -1))
+            return kl_divergence(*classes_last, self.method.temperature).mean()
+        return (y - wanted).square().mean() / energy

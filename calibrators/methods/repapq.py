@@ -1,0 +1,79 @@
+"""Reconstruction for reparameterized networks: mean absolute errors, a protecting affine, supervision across blocks.
+
+A folded block sums the gains of its branches; a few channels and a few samples are far larger than the rest, and
+squared errors look at them alone. Three remedies, each with an option:
+
+measure=mae   ranges and reconstruction by the mean absolute error.
+affine        one gain and one shift per output channel behind every folded layer. Learned gains g = exp(u) scale the
+              weight's scale and leave its codes as they are; shifts are part of the bias: nothing is left to execute.
+across        the output of the stage, through the float units that follow, as a second supervision: the gradient of an
+              absolute error says the direction only, the way ahead says which errors count.
+
+source: Zhang et al. 2024, "Towards Accurate Post-training Quantization for Reparameterized Models" (arXiv 2402.16121);
+the published code holds none of the three, so weights and schedules are ours.
+Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and only where
+weights have a scale per channel (elsewhere they could not be absorbed exactly); stages end where shapes change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calibrators.ahead import Ahead
+from calibrators.granularity import stage_ends
+from calibrators.options import option
+from calibrators.reconstruct import Reconstruction, Run
+from calibrators.training import Loss, RelativeError, Settings, Unit
+
+__all__ = ["RepAPQ"]
+
+POWERS = {"mae": 1, "mse": 2}
+
+
+@dataclass(frozen=True)
+class RepAPQ(Reconstruction):
+    """Reconstruction for reparameterized networks: absolute errors, a gain per channel, supervision across blocks."""
+
+    ranges: str = option("mae", "range method for the first activation scales")
+    measure: str = option("mae", "error that reconstruction makes small", choices=tuple(POWERS))
+    affine: bool = option(True, "learn a gain per output channel where it can be absorbed into the weight's scales")
+    affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
+    across: float = option(1.0, "weight of the error at the end of the stage; 0: the unit's own output only", minimum=0)
+    chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)
+    keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)
+
+    def settings(self) -> Settings:
+        plain = super().settings()
+        gain_lr = (self.affine_lr or 1 / plain.iters) if self.affine else 0.0
+        return replace(plain, keep=self.keep, input_keep=self.keep, gain_lr=gain_lr)
+
+    def loss(self, unit: Unit, run: Run) -> Loss:
+        power = POWERS[self.measure]
+        own = RelativeError(unit.energy, power)
+        end = stage_ends(run.placement.graph, run.blocks)[run.position]
+        if not self.across or end == run.position + 1:  # the unit's own output is that of the stage
+            return own
+        ahead = run.ahead(unit, end)
+        return _AcrossBlocks(own, ahead, RelativeError(ahead.energy, power), self.across) if ahead.energy else own
+
+
+@dataclass(frozen=True)
+class _AcrossBlocks:
+    """Error of the unit plus `weight` times the error it makes at the end of its stage."""
+
+    own: RelativeError
+    ahead: Ahead
+    later: RelativeError
+    weight: float
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        arriving = self.ahead.arriving(outputs, index)
+        wanted = self.ahead.wanted(index, arriving[0].device)
+        total: Tensor = torch.add(
+            self.own(outputs, targets, index), self.later(arriving, wanted, index), alpha=self.weight
+        )
+        return total
