@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,6 +232,20 @@ class Run:
         if name not in self._computed:
             self._computed[name] = compute()
         return self._computed[name]
+
+    def rewritten(
+        self, unit: Unit, change: Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+    ) -> tuple[tuple[Cache, ...], tuple[Cache, ...]]:
+        """New float inputs and targets of a unit; `change` makes inputs and all outputs of the samples it is given."""
+        old = (*unit.float_inputs, *unit.targets)
+        new = [Cache(self.memory, len(cache), cache.gather(torch.arange(1))) for cache in old]
+        start = 0
+        for chunk in self.chunks(unit.float_inputs):
+            inputs, outputs = change(chunk)
+            for cache, values in zip(new, (*inputs, *(outputs[i] for i in unit.supervised)), strict=True):
+                cache.write(start, values.cpu())
+            start += len(chunk[0])
+        return tuple(new[: len(unit.float_inputs)]), tuple(new[len(unit.float_inputs) :])
 
     def ahead(self, unit: Unit, end: int) -> Ahead:
         """The way from the unit at work to the outputs of unit `end` - 1, and what these are in the float network."""

@@ -18,6 +18,8 @@ from torch import Tensor, fx
 
 from calibrators.errors import ModelError
 from calibrators.graph import add_constant, bind, infer_shapes, is_constant, module_path, shape_of, where
+from calibrators.norms import EXPECTED
+from exporter.expectation import expectation
 from exporter.regions import SUMS, TRANSPOSED, WEIGHTED, Analysis, interpret, is_computed, own_macs
 from exporter.selection import Candidate, Rejected, Selection, refusals, regroup_sums, select
 from exporter.tapmap import TapMap, ungroup
@@ -258,6 +260,8 @@ def _emit(analysis: Analysis, selection: Selection) -> tuple[FoldedRegion, ...]:
         after = own_macs(candidate.root.node) if candidate.ends_transposed else candidate.macs_after
         with graph.graph.inserting_before(exit_):
             new = _insert(graph, newest.get(source, source), made, meta)
+        if candidate.root.spatial and (expected := expectation(analysis, nodes)) is not None:
+            new.meta[EXPECTED] = expected
         exit_.replace_all_uses_with(new)
         newest[exit_] = new
         for node in reversed(nodes):

@@ -24,6 +24,7 @@ from exporter.tidy import Constants, exact_value
 
 __all__ = [
     "BATCH_NORM",
+    "QUOTIENTS",
     "SCALES",
     "SUMS",
     "WEIGHTED",

@@ -10,14 +10,16 @@ compared by their relative squared error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from calibrators.ahead import Ahead
+from calibrators.distribution import Correction, Descent
 from calibrators.losses import kl_divergence
 from calibrators.methods.qdrop import QDrop
+from calibrators.norms import expected_outputs
 from calibrators.options import option
 from calibrators.reconstruct import Run
 from calibrators.training import Loss, RelativeError, Unit
@@ -34,7 +36,17 @@ class PDQuant(QDrop):
     prediction: float = option(1.0, "weight of the difference of predictions beside the unit's own error", minimum=0)
     distance: str = option("auto", "kl or mse; auto: kl for outputs [n, classes]", choices=DISTANCES)
     temperature: float = option(1.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
+    correct: int = option(0, "steps of distribution correction of every sample; 0: none", minimum=0)
     share: float = option(0.25, "share of a minibatch whose prediction is compared", minimum=0.01, maximum=1)
+
+    def prepare(self, unit: Unit, run: Run) -> Unit:
+        """The unit with corrected float inputs, and what the float unit makes of them as targets."""
+        known = expected_outputs(run.placement.graph) if self.correct else {}
+        correction = Correction(run.placement.graph, unit.block, known, Descent(self.correct), run.device)
+        if not correction.statistics:
+            return unit
+        inputs, targets = run.rewritten(unit, correction)
+        return replace(unit, float_inputs=inputs, targets=targets)
 
     def loss(self, unit: Unit, run: Run) -> Loss:
         own = RelativeError(unit.energy)

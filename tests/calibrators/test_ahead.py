@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calibrators.blocks import partition
 from calibrators.calibration import calibrate
+from calibrators.distribution import Correction, Descent
 from calibrators.errors import InputError
+from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
 from calibrators.granularity import stage_ends
 from calibrators.methods import get_method
@@ -18,12 +21,14 @@ from calibrators.methods.mrecg import MRECG
 from calibrators.methods.pdquant import PDQuant
 from calibrators.methods.qdrop import QDrop
 from calibrators.methods.repapq import RepAPQ
+from calibrators.norms import expected_outputs
 from calibrators.place import PlacementOptions
 from calibrators.reconstruct import Run
 from calibrators.stream import Cache
 from calibrators.training import Loss, RelativeError, Unit
 from exporter.capturing import capture
 from exporter.folding import fold
+from tests.architectures import conv_bn
 from tests.calibrators.test_granularity import units as published_units
 from tests.calibrators.test_reconstruct import calibrated, error, network, same
 
@@ -289,3 +294,71 @@ def test_methods_compose_with_grouping() -> None:
 def test_options_out_of_range(method: str, options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         get_method(method, options)
+
+
+# Distribution correction ----------------------------------------------------------------------------------------------
+
+
+def _correction(**descent: Any) -> tuple[Correction, Tensor]:
+    """Of a convolution with a folded batch norm, and inputs that are not what it was trained on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model[1].momentum = None
+    with torch.no_grad():
+        model.train()(torch.randn(256, 3, 8, 8))
+    graph = to_integer_forms(fold(capture(model.eval().requires_grad_(False), (torch.randn(2, 3, 8, 8),))))
+    known = expected_outputs(graph)
+    (block,) = partition(graph, list(known))
+    correction = Correction(graph, block, known, Descent(**{"steps": 30, **descent}), torch.device("cpu"))
+    return correction, 1.5 * torch.randn(32, 3, 8, 8) + 0.5
+
+
+def test_correction_brings_statistics_closer_and_moves_little() -> None:
+    correction, x = _correction()
+    (corrected,), (y,) = correction([x])
+    before, after = correction.mismatch([x]), correction.mismatch([corrected])
+    assert bool((after < before).all()) and float(after.mean()) < 0.7 * float(before.mean())
+    bound = correction.descent.rate * correction.descent.steps * float(x.square().mean().sqrt())
+    assert 0 < float((corrected - x).abs().max()) <= bound  # Adam moves by no more than its rate
+    assert torch.equal(y, correction.graph(corrected)[0])
+
+
+def test_correction_keeps_samples_apart() -> None:
+    correction, x = _correction(steps=5)
+    energy = float(x.square().mean())
+    half = x[:16] * (energy / float(x[:16].square().mean())) ** 0.5
+    both = torch.cat([half, x[16:] * (energy / float(x[16:].square().mean())) ** 0.5])
+    (alone,), _ = correction([half])
+    (together,), _ = correction([both])
+    assert torch.allclose(alone, together[:16], atol=1e-4)
+
+
+def test_a_dear_distance_keeps_the_original() -> None:
+    correction, x = _correction(fidelity=1e6)
+    (corrected,), _ = correction([x])
+    (free,), _ = _correction(fidelity=0.0)[0]([x])
+    assert float((corrected - x).square().mean()) < 0.02 * float((free - x).square().mean())
+
+
+def test_small_maps_are_not_corrected() -> None:
+    """One position, or a few, have no deviation that could be compared."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval().requires_grad_(False)
+    graph = to_integer_forms(fold(capture(model, (torch.randn(2, 3, 3, 3),))))
+    known = expected_outputs(graph)
+    (block,) = partition(graph, list(known))
+    assert known and not Correction(graph, block, known, Descent(steps=1), torch.device("cpu")).statistics
+
+
+def test_corrected_inputs_reach_training_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(conv_bn(3, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU())).eval().requires_grad_(False)
+    x = torch.randn(32, 3, 8, 8)
+    graph = fold(capture(model, (x[:2],)))
+    placement = PlacementOptions(weight_bits=4, activation_bits=4)
+    plain, corrected = (
+        calibrate(graph, [(x,)], method=PDQuant(iters=10, chain=1, correct=correct), placement=placement)
+        for correct in (0, 5)
+    )
+    assert not same(plain, corrected)
+    first, other = (result.record["units"][0] for result in (plain, corrected))
+    assert first["before"] == other["before"]
