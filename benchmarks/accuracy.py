@@ -50,6 +50,8 @@ COLUMNS = (
     "network", "bits", "float", "nearest", "method", "top-1", "seeds", "calibration", "per step", "differing integers",
 )  # fmt: skip
 
+NEXT_OPTION = re.compile(r",(?=\s*\w+\s*=)", re.ASCII)
+"""Commas between options; others belong to a value, such as groups=2-3,5-6."""
 CALL = re.compile(r"(?P<name>\w+)(?:\((?P<options>[^()]*)\))?", re.ASCII)
 WIDTHS = re.compile(r"([2-8])/([2-8])", re.ASCII)
 
@@ -86,7 +88,7 @@ def candidate(text: str) -> Candidate:
     raises: InputError, UnknownNameError.
     """
     found = CALL.fullmatch(text.strip())
-    pairs = [part.partition("=") for part in (found["options"] or "").split(",") if part.strip()] if found else []
+    pairs = [part.partition("=") for part in NEXT_OPTION.split(found["options"] or "") if part.strip()] if found else []
     options = {key.strip(): value.strip() for key, _, value in pairs}
     if found is None or len(options) < len(pairs) or not all(k.isidentifier() and v for k, v in options.items()):
         raise InputError(f"method {text!r} cannot be read; write name or name(key=value, ...), each key once.")
@@ -198,6 +200,7 @@ class Run:
     bits: str
     method: str
     split_skips: bool
+    per_tensor_weights: bool
     seed: int
     float_top1: float
     top1: float
@@ -210,7 +213,7 @@ class Run:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (self.network, self.bits, self.method, self.split_skips, self.seed)
+        return (self.network, self.bits, self.method, self.split_skips, self.per_tensor_weights, self.seed)
 
 
 @dataclass(frozen=True)
@@ -218,12 +221,18 @@ class Settings:
     """How every run is done."""
 
     split_skips: bool
+    per_tensor_weights: bool
     device: str
 
 
 def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: Settings, progress: Progress) -> Run:
     """Calibrate, emit, evaluate; compare integers for seed 0."""
-    options = PlacementOptions(weight_bits=bits.weight, activation_bits=bits.activation, split_skips=how.split_skips)
+    options = PlacementOptions(
+        weight_bits=bits.weight,
+        activation_bits=bits.activation,
+        split_skips=how.split_skips,
+        per_tensor_weights=how.per_tensor_weights,
+    )
     graph, samples = network.graph, network.samples
     needs_labels = bool(getattr(chosen.method, "needs_labels", False))
     start = time.perf_counter()
@@ -248,6 +257,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         bits=str(bits),
         method=chosen.text,
         split_skips=how.split_skips,
+        per_tensor_weights=how.per_tensor_weights,
         seed=seed,
         float_top1=network.float_top1,
         top1=reached,
@@ -331,7 +341,7 @@ def row(runs: Sequence[Run], nearest: float) -> str:
     spread = f" ± {100 * statistics.stdev(reached):.2f}" if len(runs) > 1 else ""
     cells = [
         first.network.split(":")[-1],
-        first.bits if first.split_skips else f"{first.bits}, skips whole",
+        first.bits + ", skips whole" * (not first.split_skips) + ", per tensor" * first.per_tensor_weights,
         f"{first.float_top1:.2%}",
         f"{nearest:.2%}",
         first.method,
@@ -364,13 +374,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
     networks = [Network(spec, model, samples) for spec, model in models.items()]
-    how = Settings(arguments.split_skips, arguments.device)
+    how = Settings(arguments.split_skips, arguments.per_tensor_weights, arguments.device)
     progress = console_progress(quiet=arguments.quiet)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for network, width, chosen in itertools.product(networks, bits, candidates.values()):
 
         def key(method: str, seed: int, spec: str = network.spec, width: Widths = width) -> tuple[Any, ...]:
-            return (spec, str(width), method, how.split_skips, seed)
+            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, seed)
 
         keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
         for seed, wanted in enumerate(keys):
@@ -390,6 +400,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=[NEAREST], help="name or name(key=value, ...)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method that draws at random")
     parser.add_argument("--no-split-skips", dest="split_skips", action="store_false", help="keep kernels whole")
+    parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds")

@@ -25,7 +25,7 @@ from calibrators.blocks import Block, merge
 from calibrators.errors import InputError
 from calibrators.graph import bind, is_constant, shape_of
 
-__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "parse_groups", "stage_ends"]
+__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "members", "parse_groups", "stage_ends"]
 
 STRIDE_FACTOR = 1.6
 """How much more a layer with a stride counts (MRECG, alpha)."""
@@ -109,6 +109,15 @@ def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: 
             group = [first if g == second else g for g in group]
     members = [[block for block, g in zip(blocks, group, strict=True) if g == start] for start in dict.fromkeys(group)]
     return tuple(merge(graph, group) if len(group) > 1 else group[0] for group in members)
+
+
+def members(units: Sequence[Block], blocks: Sequence[Block]) -> list[list[int]]:
+    """The indices of the units that each block holds, for blocks of more than one."""
+    home = {name: index for index, block in enumerate(blocks) for name in block.nodes}
+    groups: list[list[int]] = [[] for _ in blocks]
+    for index, unit in enumerate(units):
+        groups[home[unit.nodes[0]]].append(index)
+    return [group for group in groups if len(group) > 1]
 
 
 def parse_groups(text: str, units: int) -> Pairs:

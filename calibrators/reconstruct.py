@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from calibrators.numerics import dequantize, quantize
 from calibrators.options import check, option
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
+from calibrators.simulate import relative_errors
 from calibrators.simulation import Frontier, Simulation
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
@@ -110,31 +112,42 @@ class Reconstruction:
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """The calibrated network."""
-        blocks = self.blocks(problem)
-        graph = problem.placement.graph
-        record: dict[str, Any] = {"granularity": self.granularity, "units_before": [block.name for block in blocks]}
-        if self.groups:
-            pairs = granularity.parse_groups(self.groups, len(blocks))
-            blocks = granularity.join(graph, blocks, pairs, len(blocks))
-        elif self.granularity != "block":
-            blocks = granularity.join(graph, blocks, self._pairs(problem, blocks, record), self.group)
+        units = self.blocks(problem)
+        record: dict[str, Any] = {"granularity": self.granularity, "units_before": [unit.name for unit in units]}
+        blocks = self._joined(problem, units, record)
         result = Run(problem, self, blocks).result()
+        if len(blocks) < len(units):
+            record["groups"] = granularity.members(units, blocks)
+            errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
+            record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
         return replace(result, record={**result.record, "grouping": record})
 
-    def _pairs(self, problem: Problem, blocks: tuple[Block, ...], record: dict[str, Any]) -> list[int]:
-        """The pairs of neighbours to join; what they were chosen by goes into the record."""
+    def _joined(self, problem: Problem, units: tuple[Block, ...], record: dict[str, Any]) -> tuple[Block, ...]:
+        """The units with neighbours joined; what they were chosen by goes into the record."""
         graph = problem.placement.graph
-        if self.granularity == "boundary":
-            return granularity.by_boundary(graph, blocks)
-        if self.granularity == "modcap":
+        if self.groups:
+            pairs = granularity.parse_groups(self.groups, len(units))
+        elif self.granularity == "boundary":
+            pairs = granularity.by_boundary(graph, units)
+        elif self.granularity == "modcap":
             sites = [site for site in problem.placement.sites if site.kind == "weight"]
             bits = {user: site.spec.bits for site in sites for user in site.users}
-            record["capacities"] = granularity.capacities(graph, blocks, bits)
-            return granularity.by_capacity(record["capacities"], self.joined)
+            record["capacities"] = granularity.capacities(graph, units, bits)
+            pairs = granularity.by_capacity(record["capacities"], self.joined)
+        elif self.granularity == "loss":
+            record["losses"] = self._probe(problem, units)
+            pairs = granularity.by_loss(record["losses"], self.joined)
+        else:
+            return units
+        if problem.explain and "losses" not in record:
+            record["losses"] = self._probe(problem, units)
+        return granularity.join(graph, units, pairs, len(units) if self.groups else self.group)
+
+    def _probe(self, problem: Problem, units: tuple[Block, ...]) -> list[float]:
+        """Errors of the units after a shorter run in which each is trained alone."""
         steps = max(1, round(self.probe * self.settings().iters))
-        probe = Run(problem, replace(self, iters=steps), blocks).result()
-        record["losses"] = [unit["after"] for unit in probe.record["units"]]
-        return granularity.by_loss(record["losses"], self.joined)
+        probe = Run(problem, replace(self, iters=steps), units).result()
+        return [unit["after"] for unit in probe.record["units"]]
 
     # What a method may change.
 

@@ -6,7 +6,7 @@ Must not know: methods, ONNX.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from calibrators.observe import Statistic
 from calibrators.place import Placement
 from calibrators.program import DEQUANTIZE
 
-__all__ = ["Batch", "observe", "sqnr"]
+__all__ = ["Batch", "observe", "relative_errors", "sqnr"]
 
 Batch = tuple[Tensor, ...]
 
@@ -74,38 +74,46 @@ def sqnr(result: CalibrationResult, batches: Iterable[Batch]) -> dict[str, float
     Activations carry all noise that came before them; weights are compared alone. Infinite where nothing differs.
     """
     placement = result.placement
-    sites = placement.activation_of
-    signal: dict[str, float] = dict.fromkeys((site.name for site in sites.values()), 0.0)
-    noise = dict(signal)
-    with torch.no_grad():
-        for batch in batches:
-            floats = _site_values(placement, batch)
-
-            def see(node: fx.Node, value: Any, floats: Mapping[str, Tensor] = floats) -> None:
-                if node.target is DEQUANTIZE and node.args[-1] in floats:
-                    name = str(node.args[-1])
-                    signal[name] += float(floats[name].square().sum(dtype=torch.float64))
-                    noise[name] += float((value - floats[name]).square().sum(dtype=torch.float64))
-
-            Watcher(result.program, see).run(*batch)
+    powers = {placement.activation_of[n].name: p for n, p in _powers(result, placement.activation_of, batches).items()}
     constants = {node.name: node for node in placement.graph.graph.nodes if node.op == "get_attr"}
     for site in placement.sites:
         if site.kind == "weight":
             weight = constant(placement.graph, constants[site.node])
             error = dequantize(result.weights[site.name].codes, result.weights[site.name].qparams) - weight
-            signal[site.name], noise[site.name] = float(weight.square().sum()), float(error.square().sum())
-    return {name: _decibel(signal[name], noise[name]) for name in signal}
+            powers[site.name] = (float(weight.square().sum()), float(error.square().sum()))
+    return {name: _decibel(*power) for name, power in powers.items()}
 
 
-def _site_values(placement: Placement, batch: Batch) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
+def relative_errors(result: CalibrationResult, names: Collection[str], batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean squared error of the program's values in units of the float values' mean square, by their fx names."""
+    powers = _powers(result, names, batches)
+    return {name: noise / signal if signal > 0 else 0.0 for name, (signal, noise) in powers.items()}
 
-    def see(node: fx.Node, value: Any) -> None:
-        if node.name in placement.activation_of:
-            values[placement.activation_of[node.name].name] = value
 
-    Watcher(placement.graph, see).run(*batch)
-    return values
+def _powers(
+    result: CalibrationResult, names: Collection[str], batches: Iterable[Batch]
+) -> dict[str, tuple[float, float]]:
+    """Energy of float values, and of how far the program's (dequantized where they are quantized) are from them."""
+    sites = {site.name: node for node, site in result.placement.activation_of.items()}
+    quantized = set(sites.values())
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    with torch.no_grad():
+        for batch in batches:
+            floats: dict[str, Tensor] = {}
+
+            def keep(node: fx.Node, value: Any, floats: dict[str, Tensor] = floats) -> None:
+                if node.name in signal:
+                    floats[node.name] = value
+
+            def compare(node: fx.Node, value: Any, floats: dict[str, Tensor] = floats) -> None:
+                name = sites.get(str(node.args[-1]), "") if node.target is DEQUANTIZE else node.name
+                if name in floats and (node.target is DEQUANTIZE or name not in quantized):
+                    signal[name] += float(floats[name].square().sum(dtype=torch.float64))
+                    noise[name] += float((value - floats[name]).square().sum(dtype=torch.float64))
+
+            Watcher(result.placement.graph, keep).run(*batch)
+            Watcher(result.program, compare).run(*batch)
+    return {name: (signal[name], noise[name]) for name in names}
 
 
 def _decibel(signal: float, noise: float) -> float:

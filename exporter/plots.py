@@ -116,16 +116,26 @@ def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> Non
     _label(axes, "site, in graph order", "SQNR, dB")
 
 
-def error_plot(*curves: Sequence[float | None], salt: str) -> Markup:
-    """Relative errors of units in order, of one state or before and after, on a logarithmic axis; zeros are gaps."""
+def error_plot(
+    *curves: Sequence[float | None], salt: str, groups: Sequence[Sequence[int]] = (), labels: Sequence[str] = ()
+) -> Markup:
+    """Relative errors of units in order, of one state or before and after, on a logarithmic axis; zeros are gaps.
+
+    groups: indices of neighbouring units that are shaded together; labels: of the curves.
+    """
     shown = [[_positive(error) for error in curve] for curve in curves]
     count = max(map(len, shown))
     if count < 2 or not any(math.isfinite(error) for curve in shown for error in curve):
         return Markup()
 
     def paint(axes: Axes) -> None:
-        for color, curve in zip((_MUTED, _ACCENT), shown, strict=False):
-            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker="o", markersize=3.5)
+        for group in groups:
+            axes.axvspan(group[0] + 0.6, group[-1] + 1.4, color=_MUTED, alpha=0.18, linewidth=0)
+        styles = ((_MUTED, "s"), (_ACCENT, "o")) if len(shown) > 1 else ((_ACCENT, "o"),)
+        for (color, marker), curve in zip(styles, shown, strict=True):
+            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker=marker, markersize=3.5)
+        if labels:
+            axes.legend(axes.lines, labels, frameon=False, fontsize=8)
         axes.set(yscale="log", xlim=(0.7, count + 0.3))
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))

@@ -34,7 +34,7 @@ from exporter.number_text import (
     size,
 )
 from exporter.plots import error_plot, interval_plot, loss_plot, matrix_plot, range_plot, sqnr_plot
-from exporter.schema import GateResult, Level, Report, dump_json, is_integer_kernel, is_legal
+from exporter.schema import GateResult, Grouping, Level, Report, dump_json, is_integer_kernel, is_legal
 
 __all__ = ["headline", "render_html", "render_junit"]
 
@@ -145,15 +145,26 @@ def _reconstruction(report: Report) -> dict[str, Any] | None:
         return None
     units, grouping = entry["units"], entry.get("grouping")
     before, after = ([unit[key] for unit in units] for key in ("before", "after"))
-    probed = grouping.get("losses") if grouping else None
     left = [_quotient(*errors) for errors in zip(after, before, strict=True)]
     return {
         "rows": [{"unit": unit, "left": share} for unit, share in zip(units, left, strict=True)],
         "better": sum(share is not None and share < 1 for share in left),
         "figure": error_plot(before, after, salt="intact-reconstruction"),
         "joined": len(grouping["units_before"]) - len(units) if grouping else 0,
-        "probe": error_plot(probed, salt="intact-oscillation") if probed else "",
+        "oscillation": _oscillation(grouping) if grouping else "",
     }
+
+
+def _oscillation(grouping: Grouping) -> Markup:
+    """Errors of the units trained alone and, where any were joined, of the same units afterwards."""
+    curves = {
+        label: grouping[key]  # type: ignore[literal-required]
+        for label, key in (("every unit trained alone (short run)", "losses"), ("joined as shaded", "losses_after"))
+        if key in grouping
+    }
+    if not curves:
+        return Markup()
+    return error_plot(*curves.values(), salt="intact-oscillation", groups=grouping.get("groups", ()), labels=[*curves])
 
 
 _RANGES: Final = {

@@ -271,11 +271,18 @@ class ReconstructedUnit(TypedDict):
 
 @_MORE_WELCOME
 class Grouping(TypedDict):
-    """Which units were joined, and by what: losses or capacities, one for each of units_before."""
+    """Which units were joined, and by what: losses or capacities, one for each of units_before.
+
+    groups:       indices of the units that were trained jointly.
+    losses:       relative error at the output of every unit after a shorter run in which each was trained alone.
+    losses_after: the same in the finished network.
+    """
 
     granularity: str
     units_before: list[str]
+    groups: NotRequired[list[list[int]]]
     losses: NotRequired[list[float | None]]
+    losses_after: NotRequired[list[float | None]]
     capacities: NotRequired[list[float]]
 
 

@@ -12,7 +12,10 @@ from calibrators.blocks import Block, partition
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError
 from calibrators.forms import to_integer_forms
+from calibrators.freeze import CalibrationResult
 from calibrators.granularity import by_boundary, by_capacity, by_loss, capacities, join, parse_groups
+from calibrators.graph import constant
+from calibrators.numerics import quantize
 from calibrators.place import PlacementOptions, place
 from calibrators.targets import get_target
 from exporter.capturing import capture
@@ -116,3 +119,55 @@ def test_the_method_trains_joined_units(method: str, options: dict[str, object],
     assert before - after == fewer if fewer is not None else before - after in (0, 1)
     if options.get("granularity") == "loss":
         assert len(result.record["grouping"]["losses"]) == before
+
+
+def residual(method: str, options: dict[str, object], **more: object) -> tuple[CalibrationResult, torch.Tensor]:
+    model, x = build("residual", batch=16)
+    graph = fold(capture(model, x))
+    placement = PlacementOptions(weight_bits=3, activation_bits=4)
+    options = {"iters": 4, "chain": 1, **options}
+    return calibrate(graph, [(x[:8],), (x[8:],)], method=method, options=options, placement=placement, **more), x
+
+
+def test_the_curve_after_is_measured_at_every_original_unit() -> None:
+    result, x = residual("mrecg", {"groups": "0-1"})
+    grouping, units = result.record["grouping"], result.record["units"]
+    assert grouping["groups"] == [[0, 1]]
+    assert len(grouping["losses_after"]) == len(grouping["units_before"]) == len(units) + 1
+    assert "losses" not in grouping
+    # where a joined unit ends, training measured the same error on its own way through the network
+    ends = [grouping["losses_after"][i] for i in range(1, len(units) + 1)]
+    assert ends == pytest.approx([unit["after"] for unit in units], rel=1e-4)
+    with torch.no_grad():
+        (wanted,), (y,) = result.placement.graph(x), result.program(x)
+    assert ends[-1] == pytest.approx(float((y - wanted).square().sum() / wanted.square().sum()), rel=1e-4)
+    assert grouping["losses_after"][0] > 0
+
+
+def test_the_curve_before_is_made_for_the_picture_on_request() -> None:
+    result, _ = residual("mrecg", {"groups": "0-1", "probe": 1.0}, explain=True)
+    alone, _ = residual("qdrop", {})
+    grouping = result.record["grouping"]
+    assert grouping["losses"] == [unit["after"] for unit in alone.record["units"]]
+
+
+def test_units_alone_have_no_second_curve() -> None:
+    result, _ = residual("mrecg", {"granularity": "block"}, explain=True)
+    assert set(result.record["grouping"]) == {"granularity", "units_before"}
+
+
+def test_joining_nothing_is_the_base() -> None:
+    joined, _ = residual("mrecg", {"granularity": "modcap", "joined": 9})
+    alone, _ = residual("qdrop", {})
+    assert "groups" not in joined.record["grouping"]
+    assert all(torch.equal(c.codes, alone.weights[name].codes) for name, c in joined.weights.items())
+
+
+def test_the_first_member_of_a_group_learns_from_the_last() -> None:
+    """With the error of the group's output alone, rounding of its first layer still moves."""
+    result, _ = residual("mrecg", {"groups": "0-1", "iters": 100})
+    first = next(site for site in result.placement.sites if site.kind == "weight")
+    coded = result.weights[first.name]
+    node = next(n for n in result.placement.graph.graph.nodes if n.name == first.node)
+    rounded = quantize(constant(result.placement.graph, node), coded.qparams)
+    assert bool((coded.codes != rounded).any())

@@ -23,6 +23,7 @@ from calibrators.program import DEQUANTIZE
 from calibrators.quantizers import Rounding
 from calibrators.reconstruct import Reconstruction, Run
 from calibrators.simulate import Watcher
+from calibrators.simulation import Simulation
 from calibrators.training import Unit
 from exporter.capturing import capture
 from exporter.emission import to_onnx
@@ -301,3 +302,30 @@ def test_base_is_a_policy_of_its_own() -> None:
     settings = Reconstruction(iters=40).settings()
     assert (settings.lr, settings.scale_lr, settings.keep) == (0.25, 1 / 40, 1.0)
     assert Reconstruction(preset="best").settings().iters > Reconstruction().settings().iters
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision", "bits", "wanted"),
+    [
+        (True, "auto", 4, torch.bfloat16),
+        (True, "auto", 8, torch.float32),
+        (False, "auto", 4, torch.float32),
+        (True, "float32", 4, torch.float32),
+        (False, "bfloat16", 8, torch.bfloat16),
+    ],
+)
+def test_units_train_in_bfloat16_where_it_is_fast_and_does_not_show(
+    fast: bool, precision: str, bits: int, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The middle unit of the network; the first and last layers have 8 bits."""
+    seen: dict[str, torch.dtype] = {}
+    train_in = Simulation.train_in
+
+    def note(self: Simulation, given: torch.dtype) -> None:
+        seen[self.block.name] = given
+        train_in(self, given)
+
+    monkeypatch.setattr("calibrators.reconstruct._computes_bfloat16", lambda device: fast)
+    monkeypatch.setattr(Simulation, "train_in", note)
+    calibrated("mlp", "brecq", (bits, 8), options={"iters": 2, "chain": 1, "precision": precision})
+    assert [*seen.values()][1] is wanted

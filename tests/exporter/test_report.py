@@ -302,6 +302,13 @@ def test_units_that_were_joined_are_told_with_the_errors_that_decided_it() -> No
     assert "6 units before neighbours were joined (loss)" in _Page(html).text
     assert all(name in html for name in names)
     assert html.count('<svg class="figure"') == render_html(sample_report(4)).count('<svg class="figure"') + 1
+    report["reconstruction"]["grouping"] |= {
+        "groups": [[1, 2], [4, 5]],
+        "losses_after": [0.08 / (i + 1) for i in range(6)],
+    }
+    both = render_html(report)
+    assert "joined as shaded" in both and "every unit trained alone" in both
+    assert both.count("opacity: 0.18") == html.count("opacity: 0.18") + 2, "one band per group"
     report["reconstruction"]["grouping"] = {"granularity": "block", "units_before": names[:4]}
     assert "before neighbours were joined" not in render_html(report)
 
