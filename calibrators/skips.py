@@ -33,6 +33,7 @@ from calibrators.graph import (
     replace_args,
     shape_of,
 )
+from calibrators.norms import meta_of_part
 
 __all__ = ["Skip", "split_skips"]
 
@@ -150,6 +151,6 @@ def _add_branch(graph: fx.Graph, node: fx.Node, skip: fx.Node, bias: fx.Node) ->
     with graph.inserting_after(branch):
         total = graph.create_node("call_function", aten.add.Tensor, (node, branch), name=f"{node.name}_sum")
     path = f"{module_path(node) or node.name}.skip"
+    total.meta, node.meta = node.meta, meta_of_part(node)
     branch.meta = node.meta | {"nn_module_stack": {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}}
-    total.meta = dict(node.meta)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
