@@ -35,11 +35,10 @@ LEAST_GAIN = 0.1
 class _Statistics:
     """What one value should look like, on a device."""
 
-    def __init__(self, expected: Expected, device: torch.device) -> None:
+    def __init__(self, expected: Expected, spread: Tensor, device: torch.device) -> None:
         self.mean = expected.mean.float().to(device)
         self.std = None if expected.std is None else expected.std.float().to(device)
-        spread = expected.spread.float().to(device)
-        self.unit = spread.clamp(min=LEAST_GAIN * float(spread.mean()))
+        self.unit = spread.float().clamp(min=LEAST_GAIN * float(spread.mean())).to(device)
 
     def mismatch(self, y: Tensor) -> Tensor:
         """How far a value [n, channels, ...] is from it, in its own spreads, per sample [n]."""
@@ -76,9 +75,9 @@ class Correction:
     ) -> None:
         nodes = {node.name: node for node in graph.graph.nodes}
         self.statistics = {
-            name: _Statistics(expected[name], device)
+            name: _Statistics(expected[name], spread, device)
             for name in block.nodes
-            if name in expected and _has_maps(nodes[name])
+            if name in expected and (spread := expected[name].spread) is not None and _has_maps(nodes[name])
         }
         self.outputs = len(block.outputs)
         watched = replace(block, outputs=(*block.outputs, *self.statistics))

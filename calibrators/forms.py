@@ -43,6 +43,7 @@ from calibrators.graph import (
     replace_args,
     shape_of,
 )
+from calibrators.norms import EXPECTED, meta_of_part, of_batch_norm
 
 __all__ = ["clip_bounds", "to_integer_forms"]
 
@@ -81,8 +82,9 @@ def _substitute(graph: fx.Graph, node: fx.Node, *calls: tuple[Any, tuple[Any, ..
     with graph.inserting_before(node):
         for target, arguments in calls:
             result = graph.call_function(target, tuple(result if a is ... else a for a in arguments))
-            result.meta = dict(node.meta)
+            result.meta = meta_of_part(node)
     assert result is not None
+    result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 
@@ -177,7 +179,7 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
     if flat is None:
         with graph.inserting_after(x):
             flat = graph.call_function(aten.reshape.default, (x, flat_shape))
-        flat.meta = dict(x.meta)
+        flat.meta = meta_of_part(x)
     product = (aten.linear.default, (flat, *node.args[1:]))
     _substitute(graph, node, product, (aten.reshape.default, (..., _sizes(node))))
 
@@ -294,6 +296,7 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     dtype = x.meta["tensor_meta"].dtype
     weight = add_constant(owner, f"{path}.weight", slope.to(dtype).reshape(-1, *[1] * (space + 1)))
     bias = add_constant(owner, f"{path}.bias", offset.to(dtype))
+    node.meta[EXPECTED] = of_batch_norm(gain, shift, variance, bound["eps"]).to(dtype)
     with graph.inserting_before(node):
         made = graph.get_attr(weight), graph.get_attr(bias)
     ones, zeros = [1] * space, [0] * space

@@ -5,7 +5,8 @@ The contract of that graph:
   and operator.getitem) and output; no call_module, no pytrees: it takes tensors and returns a tuple of tensors;
 - `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
 - `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
-- `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known.
+- `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known;
+- `node.meta["expected"]` says what batch norms knew of a value, where any did (calibrators.norms).
 
 Must not know: quantization, folding, ONNX.
 """

@@ -1,31 +1,34 @@
-"""What batch norms knew of the values behind them, kept when they were folded away.
+"""What batch norms say of values over the training set: kept where they are folded away, for methods that ask.
 
-A batch norm tells, channel by channel, how its output was distributed over the training set: its shift is the mean, its
-gain the deviation. Folding hangs that on the operator it makes, as `meta["expected"]` of the node.
+A batch norm in evaluation, its running statistics taken as true, gives every channel the mean beta and the deviation
+|gamma| * sqrt(variance / (variance + eps)). Folding carries both to the output of the operator that takes the norm in
+and leaves them in that node's meta[EXPECTED]. They belong to the value: a rewrite that makes it in another way moves
+them to the node that makes it, and the nodes that make a part of it have none (`meta_of_part`).
 
-Must not know: how folding works, methods.
+Must not know: folding, methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-__all__ = ["EXPECTED", "Expected", "expected_outputs"]
+__all__ = ["EXPECTED", "Expected", "expected_outputs", "meta_of_part", "of_batch_norm"]
 
 EXPECTED = "expected"
-"""Key in the meta of a node."""
+"""Key of node.meta."""
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """Distribution of a value over the training set, per channel, float64 [channels] each.
+    """A value over the training set, per channel (axis 1), away from the image's border.
 
-    mean:  its expectation, away from padded borders.
-    gains: deviation of each branch that is added up in it; that of the value itself where there is one branch. What
-           several branches have in common is not known.
+    mean:  [channels].
+    gains: standard deviation that each batch norm gives it, each [channels], 0 in channels that a norm does not reach;
+           none where a convolution or a pool stands between the norms and the value.
     """
 
     mean: Tensor
@@ -33,18 +36,37 @@ class Expected:
 
     @property
     def std(self) -> Tensor | None:
-        """Deviation of the value, None where branches were added."""
-        return self.gains[0] if len(self.gains) == 1 else None
+        """Standard deviation [channels]; None where several norms reach a channel: nobody knows their covariance."""
+        if not self.gains or bool((torch.stack(self.gains).count_nonzero(0) > 1).any()):
+            return None
+        return torch.stack(self.gains).sum(0)
 
     @property
-    def spread(self) -> Tensor:
-        """Deviation of the value if its branches were independent."""
-        total = self.gains[0].square()
-        for gain in self.gains[1:]:
-            total = total + gain.square()
-        return total.sqrt()
+    def spread(self) -> Tensor | None:
+        """What the deviation would be if the norms were independent; None where it is not known at all."""
+        return torch.stack(self.gains).square().sum(0).sqrt() if self.gains else None
+
+    def to(self, dtype: torch.dtype) -> Expected:
+        """The same in another dtype."""
+        return Expected(self.mean.to(dtype), tuple(gain.to(dtype) for gain in self.gains))
 
 
-def expected_outputs(graph: fx.GraphModule) -> Mapping[str, Expected]:
-    """What is known, by fx name of the value."""
-    return {node.name: node.meta[EXPECTED] for node in graph.graph.nodes if EXPECTED in node.meta}
+def of_batch_norm(gamma: Tensor | None, beta: Tensor | None, variance: Tensor, eps: float) -> Expected:
+    """What a batch norm in evaluation makes of inputs with its running statistics; each tensor is [channels]."""
+    std = (variance / (variance + eps)).sqrt()
+    mean = torch.zeros_like(variance) if beta is None else beta
+    return Expected(mean, (std if gamma is None else std * gamma.abs(),))
+
+
+def expected_outputs(graph: fx.GraphModule) -> dict[str, Expected]:
+    """What is known of the outputs of operators, by name of their nodes."""
+    return {node.name: node.meta[EXPECTED] for node in graph.graph.nodes if _is_known(node)}
+
+
+def _is_known(node: fx.Node) -> bool:
+    return node.op == "call_function" and EXPECTED in node.meta
+
+
+def meta_of_part(node: fx.Node) -> dict[str, Any]:
+    """The meta of `node` for another that comes from the same module and has another value."""
+    return {key: value for key, value in node.meta.items() if key != EXPECTED}

@@ -33,7 +33,7 @@ from calibrators.graph import (
     replace_args,
     shape_of,
 )
-from calibrators.norms import EXPECTED
+from calibrators.norms import meta_of_part
 
 __all__ = ["Skip", "split_skips"]
 
@@ -150,8 +150,7 @@ def _add_branch(graph: fx.Graph, node: fx.Node, skip: fx.Node, bias: fx.Node) ->
         branch = graph.create_node("call_function", node.target, arguments, name=f"{node.name}_skip")
     with graph.inserting_after(branch):
         total = graph.create_node("call_function", aten.add.Tensor, (node, branch), name=f"{node.name}_sum")
-    total.meta = dict(node.meta)
-    node.meta.pop(EXPECTED, None)  # it is the sum that has that distribution
     path = f"{module_path(node) or node.name}.skip"
+    total.meta, node.meta = node.meta, meta_of_part(node)
     branch.meta = node.meta | {"nn_module_stack": {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}}
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

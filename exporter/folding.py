@@ -2,7 +2,7 @@
 
 The algebra is exporter.tapmap's, in float64; what is folded is exporter.selection's choice. Every fold is proved when
 it is made: region and replacement run in float64 on random inputs of odd and even sizes, border included, and a fold
-that differs is dropped and listed.
+that differs is dropped and listed. What the folded norms knew of outputs is kept in their nodes (exporter.expected).
 
 Must not know: model families, module or parameter names, quantization, ONNX.
 """
@@ -10,16 +10,16 @@ Must not know: model families, module or parameter names, quantization, ONNX.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calibrators.errors import ModelError
-from calibrators.graph import add_constant, bind, infer_shapes, is_constant, module_path, shape_of, where
-from calibrators.norms import EXPECTED
-from exporter.expectation import expectation
+from calibrators.graph import add_constant, bind, infer_shapes, module_path, shape_of, where
+from calibrators.norms import EXPECTED, Expected
+from exporter.expected import expected_output
 from exporter.regions import SUMS, TRANSPOSED, WEIGHTED, Analysis, interpret, is_computed, own_macs
 from exporter.selection import Candidate, Rejected, Selection, refusals, regroup_sums, select
 from exporter.tapmap import TapMap, ungroup
@@ -72,7 +72,7 @@ class FoldReport:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """The operator that stands for a region: target(padded x, weight, bias, *arguments), weights in float64."""
+    """The operator that stands for a region: target(padded x, weight, bias, *arguments), all tensors in float64."""
 
     target: Any
     weight: Tensor
@@ -81,6 +81,7 @@ class _Replacement:
     padding: tuple[int, ...]
     kernel: str
     rel_error: float = math.inf
+    expected: Expected | None = None
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
@@ -141,7 +142,8 @@ def _replace(analysis: Analysis, candidate: Candidate) -> _Replacement:
     rel_error = max(_prove(analysis, candidate, made))
     if not rel_error <= MAX_REL_ERROR:
         raise Rejected(f"the proof failed: the folded operator differs by {rel_error:.1e} relative in float64")
-    return _Replacement(made.target, made.weight, made.bias, made.arguments, made.padding, made.kernel, rel_error)
+    expected = expected_output(analysis, candidate, _proof_sizes(candidate)[0])
+    return replace(made, rel_error=rel_error, expected=expected)
 
 
 def _operator(f: TapMap) -> _Replacement:
@@ -196,28 +198,17 @@ def _transposed(analysis: Analysis, candidate: Candidate) -> _Replacement:
     )
 
 
-def _region(candidate: Candidate) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Input node and nodes of what is replaced."""
-    if candidate.ends_transposed:
-        return candidate.root.node.args[0], (candidate.root.node, *candidate.nodes)  # type: ignore[return-value]
-    return candidate.root.node, candidate.nodes
-
-
 def _prove(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list[float]:
     """Largest relative difference per channel, for each of the proof's inputs."""
-    source, nodes = _region(candidate)
-    constants = {each: analysis.exact(each) for node in nodes for each in node.all_input_nodes if is_constant(each)}
+    source, nodes = candidate.region
     errors = []
     generator = torch.Generator().manual_seed(0)
-    for sizes in _proof_sizes(shape_of(source), candidate):
+    for sizes in _proof_sizes(candidate):
         x = torch.randn(sizes, generator=generator, dtype=torch.float64)
-        values = constants | {source: x}
+        before = analysis.run(nodes, {source: x})[candidate.exit]
         with torch.no_grad():
-            for node in nodes:
-                values[node] = node.target(*fx.node.map_arg(node.args, values.get), **node.kwargs)  # type: ignore
             padded = aten.constant_pad_nd(x, list(made.padding)) if made.padding else x
             after = made.target(padded, made.weight, made.bias, *made.arguments)
-        before = values[candidate.exit]
         if before.shape != after.shape:
             return [math.inf]
         channels = 1 if candidate.root.spatial else before.ndim - 1
@@ -225,9 +216,9 @@ def _prove(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list
     return errors
 
 
-def _proof_sizes(shape: tuple[int, ...], candidate: Candidate) -> list[list[int]]:
+def _proof_sizes(candidate: Candidate) -> list[list[int]]:
     """Shapes of the proof's inputs: an interior beside the border, odd and even, both parities if strides round."""
-    spatial = candidate.root.spatial
+    shape, spatial = shape_of(candidate.region[0]), candidate.root.spatial
     if spatial == 0:
         return [[1, *[3] * (len(shape) - 2), shape[-1]]]
     shape_of_map, stride = candidate.map.geometry(), candidate.map.stride
@@ -253,15 +244,15 @@ def _emit(analysis: Analysis, selection: Selection) -> tuple[FoldedRegion, ...]:
     graph, regions = analysis.graph, []
     newest: dict[fx.Node, fx.Node] = {}
     for candidate, made in selection.accepted:
-        source, nodes = _region(candidate)
+        source, nodes = candidate.region
         exit_ = candidate.exit
         meta = _meta(nodes)
+        if made.expected is not None:
+            meta[EXPECTED] = made.expected.to(meta["tensor_meta"].dtype)
         before = sum(own_macs(node) for node in nodes)
         after = own_macs(candidate.root.node) if candidate.ends_transposed else candidate.macs_after
         with graph.graph.inserting_before(exit_):
             new = _insert(graph, newest.get(source, source), made, meta)
-        if candidate.root.spatial and (expected := expectation(analysis, nodes)) is not None:
-            new.meta[EXPECTED] = expected
         exit_.replace_all_uses_with(new)
         newest[exit_] = new
         for node in reversed(nodes):

@@ -20,11 +20,10 @@ from torch import Tensor, fx
 
 from calibrators.graph import bind, constant, is_constant, shape_of
 from exporter.tapmap import NotATapMap, TapMap, add, average, correlate, crop, identity, pad, scale, shift, stack
-from exporter.tidy import Constants, exact_value
+from exporter.tidy import Constants, evaluate, exact_value
 
 __all__ = [
     "BATCH_NORM",
-    "QUOTIENTS",
     "SCALES",
     "SUMS",
     "WEIGHTED",
@@ -105,6 +104,14 @@ class Analysis:
     def exact(self, node: fx.Node) -> Tensor:
         """Float64 value of a constant."""
         return exact_value(self.graph, node, self.constants)
+
+    def run(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+        """The given float64 values and those of `nodes`, in order, that follow from them."""
+        known = dict(values)
+        for node in nodes:
+            known |= {each: self.exact(each) for each in node.all_input_nodes if is_constant(each)}
+            known[node] = evaluate(node, known)
+        return known
 
     def merged_macs(self, node: fx.Node, f: TapMap) -> int:
         """MACs per sample of `node` computed by one operator from the root of f."""

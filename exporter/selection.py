@@ -58,6 +58,13 @@ class Candidate:
         """Whether the region only scales and shifts the output channels of a transposed convolution, its root."""
         return _scales_transposed(self.root, self.map)
 
+    @property
+    def region(self) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """Input node and nodes of what is replaced."""
+        if self.ends_transposed:
+            return self.root.node.args[0], (self.root.node, *self.nodes)  # type: ignore[return-value]
+        return self.root.node, self.nodes
+
 
 @dataclass
 class Selection:

@@ -13,7 +13,15 @@ from torch import Tensor, fx, nn
 
 from calibrators.graph import add_constant, bind, constant, is_constant, module_path, shape_of
 
-__all__ = ["Constants", "exact_value", "fill_borders", "fold_constants", "remove_identities", "with_own_attributes"]
+__all__ = [
+    "Constants",
+    "evaluate",
+    "exact_value",
+    "fill_borders",
+    "fold_constants",
+    "remove_identities",
+    "with_own_attributes",
+]
 
 aten = torch.ops.aten
 
@@ -88,7 +96,7 @@ def fold_constants(graph: fx.GraphModule) -> Constants:
         if node.op == "get_attr":
             own[node] = constant(graph, node)
         elif _is_pure(node) and all(source in own for source in node.all_input_nodes):
-            own[node] = _evaluate(node, own)
+            own[node] = evaluate(node, own)
     results: Constants = {}
     for node, value in own.items():
         is_used = node.op != "get_attr" and any(user not in own for user in node.users)
@@ -114,7 +122,8 @@ def _is_pure(node: fx.Node) -> bool:
     return not target._schema.is_mutable and not varies
 
 
-def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """Value of a call from those of its inputs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -129,7 +138,7 @@ def _in_float64(node: fx.Node, own: dict[fx.Node, Any], exact: dict[fx.Node, Any
             for source in node.all_input_nodes:
                 _in_float64(source, own, exact)
             try:
-                exact[node] = _evaluate(node, exact)
+                exact[node] = evaluate(node, exact)
             except RuntimeError:
                 exact[node] = own[node]
     return exact[node]

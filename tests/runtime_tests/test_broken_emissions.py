@@ -24,8 +24,17 @@ from tests.runtime_tests.models import Edge, Net
 DESCRIBED = (1, 31)
 """The release these failures were seen in; older ones may fail in other ways."""
 
+INSTALLED = tuple(map(int, ort.__version__.split(".")[:2]))
+
+REPAIRED_IN = {
+    "Add, parameters of shape [1]": (1, 32),
+    "Mul, parameters of shape [1]": (1, 32),
+    "blocked int8 weights": (1, 32),
+}
+"""Failures that later releases repaired. Lint goes on naming them: a file may meet any release from 1.23 on."""
+
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, ort.__version__.split(".")[:2])) < DESCRIBED,
+    INSTALLED < DESCRIBED,
     reason=f"onnxruntime {ort.__version__} is older than the release these failures were seen in",
 )
 
@@ -141,6 +150,9 @@ def test_session_is_refused_once_optimised(form: str) -> None:
     model = build()
     assert flagged(model, rule)
     session(model, optimized=False)
+    if INSTALLED >= REPAIRED_IN.get(form, (99,)):
+        session(model)
+        return
     try:
         session(model)
     except ModelError:
@@ -251,7 +263,10 @@ def test_blocked_weights_fail_when_run(capfd: pytest.CaptureFixture[str]) -> Non
     weight = net.op("DequantizeLinear", *names, axis=0, block_size=2)
     model = net.model(net.signed(net.op("MatMul", x.name, weight)).name)
     assert flagged(model, "blocked-weight")
-    run(model, optimized=False)
+    expected = run(model, optimized=False)
+    if INSTALLED >= REPAIRED_IN["blocked int8 weights"]:
+        np.testing.assert_array_equal(run(model, optimized=True), expected)
+        return
     with pytest.raises(Exception, match="QLinearMatMul"):  # onnxruntime's exceptions have no common class
         run(model, optimized=True)
     capfd.readouterr()  # the runtime prints its error as well
