@@ -153,5 +153,6 @@ def _add_branch(graph: fx.Graph, node: fx.Node, skip: fx.Node, bias: fx.Node) ->
     total.meta = dict(node.meta)
     node.meta.pop(EXPECTED, None)  # it is the sum that has that distribution
     path = f"{module_path(node) or node.name}.skip"
-    branch.meta = node.meta | {"nn_module_stack": {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}}
+    stack = {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}
+    branch.meta = node.meta | {"nn_module_stack": stack, "branch_of": node.name}
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
