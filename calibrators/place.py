@@ -27,7 +27,7 @@ from torch import fx
 from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
 from calibrators.graph import bind, constant, is_constant, module_path, shape_of
-from calibrators.rules import AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
 
 __all__ = ["Placement", "PlacementOptions", "operator_name", "place"]
@@ -186,12 +186,13 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
 
 
 def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
-    """One sentence for every layer whose bits by a rule of the user are not those of what it reads."""
+    """One sentence for every layer that has not the bits of a rule of the user, or is float by a rule for another."""
     bits = {(site.kind, user): site.spec.bits for site in sites for user in site.users}
 
     def missed(setting: str, node: fx.Node, found: int) -> bool:
         decider = rules.decider(setting, node.name)
-        return decider is not None and decider.flag == "layer" and found > getattr(decider.rule, setting)
+        told = decider is not None and (decider.flag == "layer" or found == WIDE)
+        return told and found > rules.value(setting, node.name)
 
     for node in weighted:
         of_weight, of_input = bits["weight", node.name], bits["activation", node.name]
@@ -477,7 +478,10 @@ class _Sites:
         for node in self.weighted:
             scale = root(sites[bind(node)["input"]])
             bits[scale] = max(bits.get(scale, 0), self.rules.value("activation_bits", node.name))
-        return [
-            replace(site, spec=replace(site.spec, bits=bits.get(root(site), site.spec.bits)))
-            for site in by_name.values()
-        ]
+        return [self._at_bits(site, bits.get(root(site), site.spec.bits)) for site in by_name.values()]
+
+    def _at_bits(self, site: Site, bits: int) -> Site:
+        """The site on a grid of that width; a wide one is made from floats, whatever stands before it."""
+        if bits == WIDE:
+            return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
+        return replace(site, spec=replace(site.spec, bits=bits))

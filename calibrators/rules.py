@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["AppliedRule", "LayerRule", "MatchedRule", "RuleList"]
+__all__ = ["WIDE", "AppliedRule", "LayerRule", "MatchedRule", "RuleList"]
 
 NARROWEST, WIDEST = 2, 8
+WIDE = 16
+"""Bits of activations for layers that 8 do not suffice for; integer kernels have none of them."""
 GRANULARITIES = ("tensor", "channel")
 
 
@@ -24,7 +26,7 @@ class LayerRule:
 
     match:           glob on the module path or one of its parents, the operator, or the node name.
     weight_bits:     bits of the weight, 2 to 8.
-    activation_bits: bits of the value that the layer reads, 2 to 8.
+    activation_bits: bits of the value that the layer reads, 2 to 8, or 16: what writes or reads it is float then.
     granularity:     one weight scale per "channel" or per "tensor".
     symmetric:       the weight's zero point is 0; False gives grids below 8 bits a zero point, and one more level.
     float:           the operators stay in float; False takes that back.
@@ -70,8 +72,10 @@ SETTINGS = tuple(field.name for field in fields(LayerRule) if field.name != "mat
 def _remedy(name: str, value: object) -> str:
     """What to give instead of `value`; empty if it may stay."""
     if name in ("weight_bits", "activation_bits"):
-        is_width = isinstance(value, int) and not isinstance(value, bool) and NARROWEST <= value <= WIDEST
-        return "" if is_width else f"give a whole number from {NARROWEST} to {WIDEST}"
+        is_width = type(value) is int and NARROWEST <= value <= WIDEST
+        wide = (WIDE,) if name == "activation_bits" else ()
+        widths = f"a whole number from {NARROWEST} to {WIDEST}{f', or {WIDE}' if wide else ''}"
+        return "" if is_width or (type(value) is int and value in wide) else f"give {widths}"
     if name == "granularity":
         return "" if value in GRANULARITIES else f"give {' or '.join(GRANULARITIES)}"
     return "" if isinstance(value, bool) else "give true or false"

@@ -123,8 +123,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         list[str] | None,
         _option(
             "What matching layers have, repeatable, the last match wins: `'stages.3.*: weight_bits=4, "
-            "activation_bits=4'`. Keys: weight_bits, activation_bits, granularity (tensor, channel), symmetric, float. "
-            "An own flag, as `--set` is for the whole export and knows no layers.",
+            "activation_bits=4'`. Keys: weight_bits, activation_bits (16: int16 between float kernels), granularity "
+            "(tensor, channel), symmetric, float. An own flag, as `--set` is for the whole export and knows no layers.",
             QUANTIZATION,
             metavar="RULE",
         ),

@@ -218,7 +218,8 @@ def test_a_branch_taken_out_of_a_convolution_follows_its_rules() -> None:
     [
         pytest.param({}, ["sets nothing", "weight_bits"], id="nothing"),
         pytest.param({"weight_bits": 1}, ["weight_bits is 1", "2 to 8"], id="too-narrow"),
-        pytest.param({"activation_bits": 9}, ["activation_bits is 9", "2 to 8"], id="too-wide"),
+        pytest.param({"activation_bits": 9}, ["activation_bits is 9", "2 to 8, or 16"], id="too-wide"),
+        pytest.param({"weight_bits": 16}, ["weight_bits is 16", "2 to 8."], id="wide-weight"),
         pytest.param({"weight_bits": True}, ["weight_bits is True", "whole number"], id="bool"),
         pytest.param({"weight_bits": 4.0}, ["weight_bits is 4.0", "whole number"], id="fraction"),
         pytest.param({"granularity": "block"}, ["'block'", "tensor or channel"], id="granularity"),
