@@ -12,10 +12,16 @@ if TYPE_CHECKING:
     from calibrators.calibration import calibrate
     from calibrators.freeze import CalibrationResult
     from calibrators.place import PlacementOptions
+    from calibrators.rules import LayerRule
 
-__all__ = ["CalibrationResult", "PlacementOptions", "calibrate"]
+__all__ = ["CalibrationResult", "LayerRule", "PlacementOptions", "calibrate"]
 
-_HOME = {"CalibrationResult": "freeze", "PlacementOptions": "place", "calibrate": "calibration"}
+_HOME = {
+    "CalibrationResult": "freeze",
+    "LayerRule": "rules",
+    "PlacementOptions": "place",
+    "calibrate": "calibration",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,28 +7,35 @@ A value is quantized when an integer kernel writes it or reads it:
 - a reshape or max pool moves codes and shares the scale of its input;
 - a ReLU or clip behind an integer kernel is part of that kernel: the codes saturate at its bounds.
 
+How fine a grid is, the layers that read it say (calibrators.rules). Where several read one value, scale or weight, the
+most demanding decides: most bits, a scale per channel, a zero point.
+
 Must not know: data, methods, ONNX.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
 from calibrators.graph import bind, constant, is_constant, module_path, shape_of
+from calibrators.rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
 
 __all__ = ["Placement", "PlacementOptions", "operator_name", "place"]
 
 aten = torch.ops.aten
+
+FIRST_LAST = "first and last layer"
+"""What stands for a glob in the rule that first_last_bits implies."""
 
 REDUCED_BITS = 7
 """Widest symmetric weights whose pairs of products with uint8 codes fit 16 bits: 2 * 255 * 63 < 2**15."""
@@ -43,13 +50,15 @@ class PlacementOptions:
     activation_bits: bits of the values that operators with weights read, and of all that share a scale with them. What
                      only sums, products, pools and outputs read keeps the bits of the target: the result of a residual
                      branch does, the sum that the next convolution reads does not.
-    first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception.
+    first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception. It
+                     is the first rule of all, so that any of `layers` takes precedence.
     reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
                      of products in 16 bits do not saturate.
     split_skips:     take identity branches that folding hid in a kernel out again, where the bits cannot hold both
                      (calibrators.skips).
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
+    layers:          rules for single layers, in order; they win over all of the above.
     """
 
     weight_bits: int = 8
@@ -60,15 +69,21 @@ class PlacementOptions:
     split_skips: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """The graph in integer forms and its sites, in topological order of the values."""
+    """The graph in integer forms and its sites, in topological order of the values.
+
+    rules: which layers the rules decided; notes: which of their settings could not be kept, and why.
+    """
 
     graph: fx.GraphModule
     target: Target
     sites: tuple[Site, ...]
+    rules: tuple[AppliedRule, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Site]:
@@ -92,15 +107,21 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
     raises: UnknownNameError for a pattern that matches nothing, InputError when nothing is left to quantize.
     """
     options = options or PlacementOptions()
-    placer = _Placer(graph, target, _selected(graph, options))
+    given = _matched(graph, options)
+    floats = RuleList(given)
+    operators = [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    placer = _Placer(graph, target, frozenset(name for name in operators if not floats.value("float", name)))
     weighted = [node for node in placer.nodes if placer.is_weighted(node)]
     if not weighted:
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
             f"{', '.join(sorted(operator_name(op) for op in target.weighted))} with constant weights, and the model "
-            "(after --include/--exclude) has none of them"
+            "(after --include, --exclude and float layers) has none of them"
         )
-    return Placement(graph, target, _Sites(placer, options, weighted).build())
+    _check_reach(given, weighted)
+    rules = RuleList([*_implied(options, weighted), *given])
+    sites = _Sites(placer, options, rules, weighted).build()
+    return Placement(graph, target, sites, _applied(graph, rules, weighted), tuple(_notes(rules, sites, weighted)))
 
 
 def operator_name(target: object) -> str:
@@ -110,31 +131,92 @@ def operator_name(target: object) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _selected(graph: fx.GraphModule, options: PlacementOptions) -> frozenset[str]:
-    """Names of the nodes that may be quantized under the include and exclude globs."""
-    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    labels = {node.name: _labels(node) for node in nodes}
+def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRule]:
+    """The rules that the user gave, in order, with what they match: include, exclude, single layers."""
+    labels = {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
+    rules = [("include", LayerRule(glob, float=False)) for glob in options.include]
+    rules += [("exclude", LayerRule(glob, float=True)) for glob in options.exclude]
+    rules += [("layer", rule) for rule in options.layers]
+    everything = [MatchedRule(LayerRule("*", float=True), frozenset(labels))] if options.include else []
+    return [*everything, *(MatchedRule.by_glob(rule, labels, flag) for flag, rule in rules)]
 
-    def matching(patterns: Iterable[str], flag: str) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            hits = {name for name, names in labels.items() if any(fnmatchcase(label, pattern) for label in names)}
-            if not hits:
-                raise UnknownNameError(
-                    f"--{flag} pattern", pattern, {name for names in labels.values() for name in names}
-                )
-            found |= hits
-        return found
 
-    chosen = matching(options.include, "include") if options.include else set(labels)
-    return frozenset(chosen - matching(options.exclude, "exclude"))
+def _implied(options: PlacementOptions, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:
+    """The rules that come before all others: one for every layer, one for the first and the last."""
+    everywhere = LayerRule(
+        "*",
+        weight_bits=options.weight_bits,
+        activation_bits=options.activation_bits,
+        granularity="tensor" if options.per_tensor_weights else "channel",
+    )
+    yield MatchedRule(everywhere, frozenset(node.name for node in weighted))
+    if options.first_last_bits is not None:
+        bits = options.first_last_bits
+        edges = {_origin(weighted[0]), _origin(weighted[-1])}
+        nodes = frozenset(node.name for node in weighted if _origin(node) in edges)
+        yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first-last-bits")
+
+
+def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> None:
+    """Raises InputError for a rule that says more than float and meets no layer to which that applies."""
+    names = {node.name for node in weighted}
+    for matched in rules:
+        if matched.rule.settings.keys() != {"float"} and not matched.nodes & names:
+            first = next(iter(matched.rule.settings))
+            raise InputError(
+                f"--layer pattern {matched.rule.match!r} sets {first} and matches no quantized layer with weights, the "
+                f"only ones that have it; they are {', '.join(dict.fromkeys(map(_layer_name, weighted)))}."
+            )
+
+
+def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
+    """What the rules decided, without the one that holds for every layer."""
+    with_weights = {node.name for node in weighted}
+
+    def decides(matched: MatchedRule, node: fx.Node) -> bool:
+        settings = matched.rule.settings if node.name in with_weights else {"float": None}
+        return any(rules.decider(setting, node.name) is matched for setting in settings)
+
+    def layers(matched: MatchedRule) -> tuple[str, ...]:
+        nodes = (node for node in graph.graph.nodes if node.name in matched.nodes and decides(matched, node))
+        return tuple(dict.fromkeys(map(_layer_name, nodes)))
+
+    told = [matched for matched in rules.rules if matched.flag]
+    return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in told)
+
+
+def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
+    """One sentence for every layer that has not the bits of a rule of the user, or is float by a rule for another."""
+    bits = {(site.kind, user): site.spec.bits for site in sites for user in site.users}
+
+    def missed(setting: str, node: fx.Node, found: int) -> bool:
+        decider = rules.decider(setting, node.name)
+        told = decider is not None and (decider.flag == "layer" or found == WIDE)
+        return told and found > rules.value(setting, node.name)
+
+    for node in weighted:
+        of_weight, of_input = bits["weight", node.name], bits["activation", node.name]
+        if missed("weight_bits", node, of_weight) and not _rescales(node):
+            yield f"{_layer_name(node)}: its weight keeps {of_weight} bits, because another layer shares the weight"
+        if missed("activation_bits", node, of_input):
+            yield f"{_layer_name(node)}: its input keeps {of_input} bits, because another layer shares value or scale"
+
+
+def _layer_name(node: fx.Node) -> str:
+    return module_path(node) or node.name
+
+
+def _origin(node: fx.Node) -> str:
+    """Name of the operator as the model has it: of the convolution for a branch taken out of it (calibrators.skips)."""
+    return str(node.meta.get("branch_of", node.name))
 
 
 def _labels(node: fx.Node) -> list[str]:
     """What a glob may match: node name, operator, and the module path with each of its parents."""
     path = module_path(node)
     parts = path.split(".") if path else []
-    return [node.name, operator_name(node.target), *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return [*dict.fromkeys((node.name, _origin(node), operator_name(node.target), *paths))]
 
 
 class _Placer:
@@ -231,6 +313,11 @@ class _Placer:
         return self.sited[node] and self.available[node]
 
 
+def _rescales(node: fx.Node) -> bool:
+    """Whether a weight is one number per channel: its grid is the widest there is."""
+    return math.prod(shape_of(bind(node)["weight"])[1:]) == 1
+
+
 def _is_float(node: fx.Node) -> bool:
     meta = node.meta.get("tensor_meta")
     return getattr(meta, "dtype", None) == torch.float32
@@ -282,30 +369,26 @@ class _Sites:
 
     placer: _Placer
     options: PlacementOptions
+    rules: RuleList
     weighted: list[fx.Node]
     names: set[str] = field(default_factory=set)
 
-    @property
-    def edges(self) -> tuple[fx.Node, fx.Node]:
-        """The first and the last weighted operator."""
-        return self.weighted[0], self.weighted[-1]
-
     def build(self) -> tuple[Site, ...]:
         activations = self._activations()
-        weights: dict[str, Site] = {}
-        biases: list[Site] = []
+        readers: dict[str, list[fx.Node]] = {}  # of each weight: tied layers share one site
         for node in self.weighted:
-            bound = bind(node)
-            weight = bound["weight"].name
-            if weight in weights:
-                weights[weight] = replace(weights[weight], users=(*weights[weight].users, node.name))
-            else:
-                spec = self._weight_spec(node)
-                weights[weight] = Site(self._name(node, "weight"), "weight", weight, (node.name,), spec)
-            if bound["bias"] is not None:
-                spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
-                biases.append(Site(self._name(node, "bias"), "bias", bound["bias"].name, (node.name,), spec))
-        return (*activations, *weights.values(), *biases)
+            readers.setdefault(bind(node)["weight"].name, []).append(node)
+        weights = [self._weight(name, nodes) for name, nodes in readers.items()]
+        biases = [self._bias(node) for node in self.weighted if bind(node)["bias"] is not None]
+        return (*activations, *weights, *biases)
+
+    def _weight(self, name: str, nodes: list[fx.Node]) -> Site:
+        users = tuple(node.name for node in nodes)
+        return Site(self._name(nodes[0], "weight"), "weight", name, users, self._weight_spec(nodes))
+
+    def _bias(self, node: fx.Node) -> Site:
+        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
+        return Site(self._name(node, "bias"), "bias", bind(node)["bias"].name, (node.name,), spec)
 
     def _name(self, node: fx.Node, what: str) -> str:
         """`module.path.what`, numbered where that is taken."""
@@ -318,17 +401,33 @@ class _Sites:
         self.names.add(name)
         return name
 
-    def _weight_spec(self, node: fx.Node) -> QuantSpec:
-        options, grid = self.options, self.placer.target.weight
-        widest = min(grid.bits, REDUCED_BITS) if options.reduce_range else grid.bits
-        weight = bind(node)["weight"]
-        bits = options.weight_bits
-        if options.first_last_bits is not None and weight in [bind(edge)["weight"] for edge in self.edges]:
-            bits = options.first_last_bits
-        if math.prod(shape_of(weight)[1:]) == 1:  # a rescaling of channels: nothing to save
-            bits = widest
-        grid = replace(grid, bits=min(bits, widest), axis=None if options.per_tensor_weights else grid.axis)
-        return grid if bits >= widest else replace(grid, symmetric=False, narrow=False)
+    def _settings(self, setting: str, nodes: Iterable[fx.Node]) -> list[Any]:
+        return [self.rules.value(setting, node.name) for node in nodes]
+
+    def _weight_spec(self, nodes: list[fx.Node]) -> QuantSpec:
+        """The grid of a weight: of all that its readers ask for the finest."""
+        grid = self.placer.target.weight
+        widest = min(grid.bits, REDUCED_BITS) if self.options.reduce_range else grid.bits
+        bits = min(max(self._settings("weight_bits", nodes)), widest)
+        if _rescales(nodes[0]):  # nothing to save
+            return replace(grid, bits=widest, axis=self._axis(nodes))
+        symmetric = self._settings("symmetric", nodes)
+        if False in symmetric and bits == widest:
+            raise InputError(
+                f"--layer pattern {self._decider('symmetric', nodes).match!r} asks for symmetric = false at "
+                f"{_layer_name(nodes[0])}, whose weights have {bits} bits: only fewer can have a zero point; set "
+                f"weight_bits below {widest} there, or leave symmetric out."
+            )
+        if all(symmetric) or bits == widest:
+            return replace(grid, bits=bits, axis=self._axis(nodes))
+        return replace(grid, bits=bits, axis=self._axis(nodes), symmetric=False, narrow=False)
+
+    def _axis(self, nodes: list[fx.Node]) -> int | None:
+        return self.placer.target.weight.axis if "channel" in self._settings("granularity", nodes) else None
+
+    def _decider(self, setting: str, nodes: list[fx.Node]) -> LayerRule:
+        found = (self.rules.decider(setting, node.name) for node in nodes)
+        return next(matched.rule for matched in found if matched is not None and not getattr(matched.rule, setting))
 
     def _activations(self) -> list[Site]:
         placer = self.placer
@@ -367,7 +466,7 @@ class _Sites:
         return site
 
     def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
-        """Sites with the bits of who reads them; sites that share a scale have the same."""
+        """Sites with the bits of their readers with weights, of the widest; sites that share a scale have the same."""
         by_name = {site.name: site for site in sites.values()}
 
         def root(site: Site) -> str:
@@ -375,10 +474,14 @@ class _Sites:
                 site = by_name[site.shares]
             return site.name
 
-        bits = {root(sites[bind(node)["input"]]): self.options.activation_bits for node in self.weighted}
-        if self.options.first_last_bits is not None:
-            bits |= {root(sites[bind(node)["input"]]): self.options.first_last_bits for node in self.edges}
-        return [
-            replace(site, spec=replace(site.spec, bits=bits.get(root(site), site.spec.bits)))
-            for site in by_name.values()
-        ]
+        bits: dict[str, int] = {}
+        for node in self.weighted:
+            scale = root(sites[bind(node)["input"]])
+            bits[scale] = max(bits.get(scale, 0), self.rules.value("activation_bits", node.name))
+        return [self._at_bits(site, bits.get(root(site), site.spec.bits)) for site in by_name.values()]
+
+    def _at_bits(self, site: Site, bits: int) -> Site:
+        """The site on a grid of that width; a wide one is made from floats, whatever stands before it."""
+        if bits == WIDE:
+            return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
+        return replace(site, spec=replace(site.spec, bits=bits))

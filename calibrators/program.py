@@ -5,7 +5,7 @@ kernels; called as a module it executes as QDQ: float arithmetic between dequant
 
 Form of a program (a flat `GraphModule`, see calibrators.graph):
 - an activation site is `dequantize(quantize(x, ...), ...)`; scale and zero_point are get_attr buffers, float32 [] and
-  uint8 []; [qmin, qmax] of quantize may be narrower than the container;
+  uint8 [] (int16 for wide grids); [qmin, qmax] of quantize may be narrower than the container;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
@@ -156,11 +156,11 @@ class _Builder:
 
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
         """What the quantizer reads: the ReLU or clip while saturation at the container's ends equals it, for then the
-        runtime removes it; else its input, because the integer bounds do its work.
+        runtime removes it, or where it is float anyway; else its input, because the integer bounds do its work.
         """
         container = torch.iinfo(site.spec.dtype)
         lo, hi = _code_bounds(site, qparams)
-        saturates = (lo, hi) == (container.min, container.max)
+        saturates = site.spec.is_wide or (lo, hi) == (container.min, container.max)
         if saturates or len(readers) != len(node.users):
             return node
         source = node.args[0]
@@ -233,9 +233,9 @@ def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple
 
 
 def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
-    """First and last code of a site: its grid cut at the codes of the clip's bounds."""
+    """First and last code of a site: its grid cut at the codes of the clip's bounds, where codes can be clipped."""
     spec = site.spec
-    if site.clip is None:
+    if site.clip is None or spec.is_wide:
         return spec.qmin, spec.qmax
     zero_point = qparams.zero_point
 

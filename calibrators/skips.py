@@ -152,5 +152,6 @@ def _add_branch(graph: fx.Graph, node: fx.Node, skip: fx.Node, bias: fx.Node) ->
         total = graph.create_node("call_function", aten.add.Tensor, (node, branch), name=f"{node.name}_sum")
     path = f"{module_path(node) or node.name}.skip"
     total.meta, node.meta = node.meta, meta_of_part(node)
-    branch.meta = node.meta | {"nn_module_stack": {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}}
+    stack = {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}
+    branch.meta = node.meta | {"nn_module_stack": stack, "branch_of": node.name}
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

@@ -20,7 +20,7 @@ __all__ = ["QParams", "QuantSpec", "Site", "Target"]
 class QuantSpec:
     """The integer grid of one tensor.
 
-    bits:      width of the grid; below 8 the codes still live in an 8-bit container.
+    bits:      width of the grid; below 8 the codes still live in an 8-bit container, 16 are signed.
     signed:    two's complement codes, else unsigned.
     symmetric: zero_point is 0 (signed) and never searched.
     axis:      dimension that carries one scale per index, None for one scale per tensor.
@@ -42,10 +42,15 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
+    def is_wide(self) -> bool:
+        """Whether the codes need 16 bits, which no integer kernel reads or writes."""
+        return 8 < self.bits <= 16
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Container of the codes: uint8, int8 or int32."""
+        """Container of the codes: uint8, int8, int16 or int32."""
         if self.bits > 8:
-            return torch.int32
+            return torch.int16 if self.is_wide else torch.int32
         return torch.int8 if self.signed else torch.uint8
 
 
@@ -66,6 +71,7 @@ class QParams:
 class Target:
     """What one integer runtime can represent, and which operators it runs on integers. Data only.
 
+    wide_activation:   grid of activations as an escape for single layers; what writes or reads it is computed in float.
     weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).
     weighted_to_float: operators with a constant weight whose integer kernel may write floats.
     integer_ops:       operators with an integer kernel when every input and the output are quantized.
@@ -78,6 +84,7 @@ class Target:
     name: str
     summary: str
     activation: QuantSpec
+    wide_activation: QuantSpec
     weight: QuantSpec
     weighted_to_codes: frozenset[OpOverload]
     weighted_to_float: frozenset[OpOverload]

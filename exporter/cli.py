@@ -119,6 +119,16 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     exclude: Annotated[
         list[str] | None, _option("Keep in float what this glob matches.", QUANTIZATION, metavar="GLOB")
     ] = None,
+    layer: Annotated[
+        list[str] | None,
+        _option(
+            "What matching layers have, repeatable, the last match wins: `'stages.3.*: weight_bits=4, "
+            "activation_bits=4'`. Keys: weight_bits, activation_bits (16: int16 between float kernels), granularity "
+            "(tensor, channel), symmetric, float. An own flag, as `--set` is for the whole export and knows no layers.",
+            QUANTIZATION,
+            metavar="RULE",
+        ),
+    ] = None,
     explain: Annotated[
         bool | None,
         _option("Compute and draw what explains the method's choice; takes longer.", QUANTIZATION, "--explain"),
@@ -126,7 +136,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     sets: Annotated[
         list[str] | None,
         _option(
-            "Any setting or option of the method: `--set q=99.99`.",
+            "Any setting of the export or option of the method: `--set q=99.99`.",
             QUANTIZATION,
             "--set",
             metavar="KEY=VALUE",
@@ -181,6 +191,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "explain": explain,
         "include": include or None,
         "exclude": exclude or None,
+        "layers": layer or None,
         "gates": gate or None,
         "batch_size": batch_size,
         "calibration_batches": calibration_batches,

@@ -14,9 +14,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from calibrators.errors import InputError, UnknownNameError
+from calibrators.rules import SETTINGS, LayerRule
 
 __all__ = ["ExportConfig", "load_config", "make_config"]
 
@@ -46,6 +55,7 @@ class ExportConfig(BaseModel):
     split_skips: bool = Field(True, description="keep identity branches apart where low bits cannot hold them")
     include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
     exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
+    layers: tuple[LayerRule, ...] = Field((), description="rules for single layers, later ones win")
     bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")
     simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
     seed: int = Field(0, ge=0, description="seed of everything random")
@@ -69,6 +79,17 @@ class ExportConfig(BaseModel):
             raise ValueError("cpu, cuda or cuda:N")
         return name
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_rules(cls, rules: object) -> list[LayerRule]:
+        if isinstance(rules, (list, tuple)):
+            return [_rule(rule) for rule in rules]
+        raise InputError(f"layers = {rules!r} should be a list of rules; write [[layers]] above each in a file.")
+
+    @field_serializer("layers")
+    def _what_rules_set(self, rules: tuple[LayerRule, ...]) -> list[dict[str, Any]]:
+        return [{"match": rule.match, **rule.settings} for rule in rules]
+
     @model_validator(mode="after")
     def _patterns_are_unambiguous(self) -> ExportConfig:
         if self.include and set(self.include) & set(self.exclude):
@@ -88,13 +109,17 @@ def load_config(
 ) -> ExportConfig:
     """The configuration of a TOML file, overridden by flags, overridden by `key=value` texts.
 
-    file:  keys are fields (dashes or underscores), the method's options stand in a table `[options]`.
-    flags: None values are flags that were not given.
+    file:  keys are fields (dashes or underscores), the method's options stand in a table `[options]`, each rule for
+           layers in a table `[[layers]]`.
+    flags: None values are flags that were not given; `layers` come behind those of the file, for later rules win.
     sets:  `key=value`; a key that is a field sets the field, any other key is an option of the method.
     raises: InputError naming the key.
     """
     values = _read_toml(file) if file is not None else {}
+    before = values.get("layers")
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    if before and values["layers"] is not before:
+        values["layers"] = [*before, *values["layers"]] if isinstance(before, list) else before
     options = dict(values.get("options") or {}) if isinstance(values.get("options"), Mapping) else values.get("options")
     for text in sets:
         key, value = _assignment(text)
@@ -120,6 +145,8 @@ def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
         return ExportConfig(**values)
     except ValidationError as error:
         raise InputError(_in(source) + _message(error)) from error
+    except InputError as error:
+        raise InputError(f"{_in(source)}{error}") from error
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -131,6 +158,40 @@ def _read_toml(file: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file} is no readable TOML file: {error}.") from error
     return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _rule(given: object) -> LayerRule:
+    """A rule for layers from its table, or from the text `GLOB: key=value, key=value`.
+
+    raises: InputError.
+    """
+    if isinstance(given, LayerRule):
+        return given
+    table = _rule_of_text(given) if isinstance(given, str) else given
+    if not isinstance(table, Mapping):
+        raise InputError(f"layers holds {given!r}; a rule is a table, for example match = 'a.*' and weight_bits = 4.")
+    values = {str(key).replace("-", "_"): value for key, value in table.items()}
+    if "match" not in values:
+        raise InputError(f"the layer rule {dict(table)!r} has no match; say for which layers it is, as match = 'a.*'.")
+    for key in values:
+        if key not in ("match", *SETTINGS):
+            raise InputError(f"layer rule {values['match']!r}: {UnknownNameError('setting of layers', key, SETTINGS)}")
+    return LayerRule(**values)
+
+
+def _rule_of_text(text: str) -> dict[str, Any]:
+    glob, _, settings = text.partition(":")
+    try:
+        pairs = [_assignment(part) for part in settings.split(",")]
+    except InputError:
+        pairs = []
+    keys = [key for key, _ in pairs]
+    if not pairs or not glob.strip() or len(set(keys)) < len(keys) or "match" in keys or None in dict(pairs).values():
+        raise InputError(
+            f"layer rule {text!r} is not GLOB: key=value, key=value with each key once; write for example "
+            "--layer 'stages.3.*: weight_bits=4, activation_bits=4'."
+        )
+    return {"match": glob.strip(), **dict(pairs)}
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -38,6 +38,9 @@ __all__ = ["emit", "emit_float", "save", "to_onnx"]
 IR_VERSION = 10
 """ONNX IR version that goes with opset 20 and 21."""
 
+WIDE_OPSET = 21
+"""First opset whose quantizers write int16."""
+
 NAME = "intact.name"
 """Metadata key under which a node carries the name its output shall have."""
 
@@ -50,7 +53,10 @@ def emit(result: CalibrationResult, path: str | Path, *, metadata: Mapping[str, 
 
     raises: ExportError naming the operator that has no ONNX form.
     """
-    model = to_onnx(result.program, opset=result.placement.target.opset, metadata=metadata)
+    opset = result.placement.target.opset
+    if any(site.spec.is_wide for site in result.placement.sites):
+        opset = max(opset, WIDE_OPSET)
+    model = to_onnx(result.program, opset=opset, metadata=metadata)
     save(model, path)
     return model
 

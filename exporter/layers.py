@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import constant, module_path
+from calibrators.graph import bind, constant, module_path
 from calibrators.place import operator_name
 from calibrators.simulate import Batch, sqnr
 from calibrators.spec import QParams, Site
@@ -27,6 +27,7 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
     """One entry per weight and activation site, in graph order; `batches` are what the noise is measured on."""
     noise = sqnr(result, batches)
     nodes = {node.name: node for node in result.placement.graph.graph.nodes}
+    read = {site.node: site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     entries = []
     for site in result.placement.sites:
         if site.kind == "activation":
@@ -34,6 +35,7 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
         elif site.kind == "weight":
             weight = constant(result.placement.graph, nodes[site.node])
             entry = _entry(site, nodes[site.users[0]], result.weights[site.name].qparams, noise)
+            entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
             entries.append(entry | _weight_range(weight))
     return entries
 
@@ -46,6 +48,8 @@ def _entry(site: Site, node: fx.Node, qparams: QParams, noise: dict[str, float])
         "op": operator_name(node.target),
         "kind": site.kind,
         "bits": site.spec.bits,
+        "granularity": "tensor" if site.spec.axis is None else "channel",
+        "symmetric": site.spec.symmetric,
         "scale_min": float(scale.min()),
         "scale_max": float(scale.max()),
         "zero_point": int(zero_point.min()) if zero_point.min() == zero_point.max() else None,

@@ -220,6 +220,7 @@ class _Export:
             split_skips=config.split_skips,
             include=config.include,
             exclude=config.exclude,
+            layers=config.layers,
         )
         with self.work.timed("calibrate"), _out_of_space(config):
             batches, labels = self._calibration(graph)
@@ -238,12 +239,12 @@ class _Export:
                 explain=config.explain,
                 stage=self.work.progress.stage,
             )
-        self.work.warnings += result.record.get("notes", ())
+        self.work.warnings += [*result.placement.notes, *result.record.get("notes", ())]
         if skips := result.record.get("skips"):
             first, spike = skips[0]
             self.work.warnings.append(
-                f"identity branches of {len(skips)} convolutions stand apart, because {config.weight_bits} bits cannot "
-                f"hold them beside the other weights ({first}: {spike:.0f} times larger); "
+                f"identity branches of {len(skips)} convolutions stand apart, because the bits of their weights cannot "
+                f"hold them beside the others ({first}: {spike:.0f} times larger); "
                 "--set split_skips=false keeps them in"
             )
         return result
@@ -312,6 +313,7 @@ class _Export:
             "tool": {"name": "intact", "version": version()},
             "model": model_entry(self.work.source, graph, model),
             "environment": environment(saturating, self.config.threads),
+            "rules": [asdict(rule) for rule in result.placement.rules],
             "layers": layers,
             **method_entries(result.record),
             "saturation": saturation_entry(saturating),

@@ -33,6 +33,7 @@ __all__ = [
     "ReconstructedUnit",
     "Reconstruction",
     "Report",
+    "Rule",
     "dump_json",
     "is_integer_kernel",
     "is_legal",
@@ -234,8 +235,20 @@ class Coverage(TypedDict):
 
 
 @_MORE_WELCOME
+class Rule(TypedDict):
+    """A rule for layers: its glob, what it sets, and the layers of which it decides something; later rules win."""
+
+    match: str
+    settings: dict[str, int | str | bool]
+    layers: list[str]
+
+
+@_MORE_WELCOME
 class LayerEntry(TypedDict):
-    """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values."""
+    """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values.
+
+    input_bits: of what the layer reads, at weights; the widest where several layers share the weight.
+    """
 
     site: str
     kind: Literal["activation", "weight"]
@@ -244,6 +257,9 @@ class LayerEntry(TypedDict):
     hi: float
     module: NotRequired[str]
     op: NotRequired[str]
+    granularity: NotRequired[Literal["tensor", "channel"]]
+    symmetric: NotRequired[bool]
+    input_bits: NotRequired[int]
     scale_min: NotRequired[float]
     scale_max: NotRequired[float]
     zero_point: NotRequired[int | None]
@@ -476,6 +492,7 @@ class Report(TypedDict):
     tool: NotRequired[Tool]
     model: NotRequired[Model]
     environment: NotRequired[Environment]
+    rules: NotRequired[list[Rule]]
     layers: NotRequired[list[LayerEntry]]
     reconstruction: NotRequired[Reconstruction]
     lapq: NotRequired[Lapq]

@@ -216,6 +216,7 @@ def _shape(value: ir.Value | None, values: Mapping[str, Array]) -> tuple[int, ..
 
 NO_KERNEL = "onnxruntime has no integer kernel for this operator"
 NOT_FUSED = "onnxruntime did not fuse it"
+WIDE = "16-bit activations have no integer kernels"
 SIGNED = "int8 activations: on x86 only chains without fan-out are moved to the uint8 kernels"
 WEIGHTED = frozenset(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
 ELEMENTWISE = frozenset(
@@ -261,7 +262,9 @@ def _why_weighted(node: ir.Node) -> str:
 def _why_types(node: ir.Node, x: Operand, weight: Operand) -> str | None:
     if weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
         return f"{weight.dtype} weights have no integer kernel: they are expanded to float at every run"
-    if _touches_signed(node, x):
+    if _touches(WIDE_TYPES, node, x):
+        return WIDE
+    if _touches(SIGNED_TYPES, node, x):
         return SIGNED
     if x.dtype != ir.DataType.UINT8:
         return f"{x.dtype} activations have no integer kernel"
@@ -305,17 +308,23 @@ def _why_elementwise(node: ir.Node) -> str:
         return "not all of its inputs are quantized"
     if not _is_quantized(node):
         return "its output is not quantized"
-    if _touches_signed(node, *operands):
+    if _touches(WIDE_TYPES, node, *operands):
+        return WIDE
+    if _touches(SIGNED_TYPES, node, *operands):
         return SIGNED
     if node.op_type == "MaxPool":
         return "the quantizers before and behind it have different parameters"
     return NOT_FUSED
 
 
-def _touches_signed(node: ir.Node, *operands: Operand) -> bool:
-    """Whether an operand or a quantizer behind the node holds int8 codes."""
+SIGNED_TYPES = (ir.DataType.INT8,)
+WIDE_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
+
+
+def _touches(types: tuple[ir.DataType, ...], node: ir.Node, *operands: Operand) -> bool:
+    """Whether an operand or a quantizer behind the node holds codes of one of these types."""
     behind = [stated_type(reader.outputs[0]) for reader in consumers(node.outputs[0]) if reader.op_type == QUANTIZE]
-    return ir.DataType.INT8 in (*behind, *(each.dtype for each in operands))
+    return any(dtype in types for dtype in (*behind, *(each.dtype for each in operands)))
 
 
 def _is_quantized(node: ir.Node) -> bool:

@@ -23,7 +23,7 @@ from runtime_tests.kernel_rules import LISTS, MOVES, Kernel, source
 
 __all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
 
-_ON_FLOATS = (torch.ops.aten.max_pool1d.default,)
+_ON_FLOATS = (torch.ops.aten.max_pool1d.default, torch.ops.aten.upsample_nearest2d.vec)
 
 
 @dataclass(frozen=True, eq=False)

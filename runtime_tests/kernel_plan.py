@@ -26,10 +26,10 @@ from runtime_tests.kernel_rules import (
     MOVES,
     PROPAGATED,
     RULES,
-    UNSIGNED_ONLY,
     WEIGHTED,
     Kernel,
     StaysFloat,
+    check_container,
     is_coded,
     output_grid,
     reason_without_rule,
@@ -106,6 +106,12 @@ class KernelPlan:
     def sites(self) -> tuple[str, ...]:
         """Names of all quantized activations, in the order in which they are computed."""
         return tuple(site_of(node) for node in self.program.graph.nodes if node.target is QUANTIZE)
+
+    @cached_property
+    def container_bits(self) -> dict[str, int]:
+        """Bits of the container of every site's codes."""
+        quantizers = (node for node in self.program.graph.nodes if node.target is QUANTIZE)
+        return {site_of(node): torch.iinfo(output_grid(self.program, node).dtype).bits for node in quantizers}
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -199,8 +205,7 @@ class _Planner:
             raise StaysFloat(reason_without_rule(op))
         if len(op.users) > 1 and op.target not in MOVES:
             raise StaysFloat(_BOTH)
-        if y.dtype != torch.uint8:
-            raise StaysFloat(UNSIGNED_ONLY)
+        check_container(y)
         return rule(self.program, op, y)
 
     def float_result(self, node: fx.Node) -> None:

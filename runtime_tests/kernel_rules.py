@@ -29,10 +29,10 @@ __all__ = [
     "MOVES",
     "PROPAGATED",
     "RULES",
-    "UNSIGNED_ONLY",
     "WEIGHTED",
     "Kernel",
     "StaysFloat",
+    "check_container",
     "is_coded",
     "output_grid",
     "reason_without_rule",
@@ -41,6 +41,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
+WIDE = "16-bit activations have no integer kernels"
 UNSIGNED_ONLY = "int8 activations have no fast integer kernels on x86, and the runtime keeps them in float"
 
 CHANNELS_LAST_RANK = 4
@@ -155,9 +156,15 @@ def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
         if not is_coded(node):
             raise StaysFloat(f"its input {node.name} is not quantized")
         grids.append(_input_grid(program, node))
-    if any(grid.dtype != torch.uint8 for grid in grids):
-        raise StaysFloat(UNSIGNED_ONLY)
+    for grid in grids:
+        check_container(grid)
     return grids
+
+
+def check_container(grid: Grid) -> None:
+    """Raises StaysFloat for codes that no integer kernel reads or writes."""
+    if grid.dtype != torch.uint8:
+        raise StaysFloat(WIDE if grid.dtype == torch.int16 else UNSIGNED_ONLY)
 
 
 def _is_quantized_constant(node: Any) -> bool:

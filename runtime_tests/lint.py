@@ -368,8 +368,9 @@ def _clip_not_merged(model: ir.Model) -> Hits:
 
 
 def _before_quantizer(model: ir.Model, op: str) -> Iterator[tuple[ir.Node, ir.Node]]:
-    """Nodes of type `op` and the QuantizeLinear behind each."""
-    return ((node, reader) for node in _nodes(model, op) for reader in _quantized_behind(node.outputs[0]))
+    """Nodes of type `op` and the QuantizeLinear behind each, those aside that no kernel could merge it into."""
+    pairs = ((node, reader) for node in _nodes(model, op) for reader in _quantized_behind(node.outputs[0]))
+    return ((node, reader) for node, reader in pairs if _code_type(reader) not in WIDE)
 
 
 def _has_kernel(value: ir.Value | None) -> bool:
@@ -556,8 +557,8 @@ def _accumulator_overflow(model: ir.Model) -> Hits:
     """Bias codes plus the largest possible sum of products must fit int32."""
     for node, x, weight, bias in _biased(model):
         codes = operand(bias)
-        if codes is None or codes.data is None or weight.data is None or x.zero_point is None:
-            continue
+        if codes is None or codes.data is None or weight.data is None or x.zero_point is None or x.dtype in WIDE:
+            continue  # not quantized, or computed in float
         reach = max(abs(x.lo - int(x.zero_point.min())), abs(x.hi - int(x.zero_point.max())))
         total = np.abs(codes.data.astype(np.int64)).reshape(-1) + reach * _absolute_sums(node, weight.data)
         if total.max(initial=0) > INT32_MAX:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from calibrators.calibration import calibrate
 from calibrators.freeze import CalibrationResult, Coded, freeze
 from calibrators.place import PlacementOptions
+from calibrators.rules import LayerRule
 from exporter.capturing import capture
 from exporter.emission import to_onnx
 from runtime_tests.kernel_plan import plan
@@ -103,6 +104,53 @@ def test_codes_of_a_method(name: str, generator: torch.Generator) -> None:
 def test_other_grids(options: dict[str, object]) -> None:
     model = prove("residual", calibrated("residual", **options))
     assert saturation(model).risks == ()
+
+
+MIXED = {
+    "residual": (
+        LayerRule("stem", weight_bits=3, granularity="tensor"),
+        LayerRule("depthwise", weight_bits=5, activation_bits=2, symmetric=True),
+        LayerRule("point", weight_bits=2, activation_bits=6),
+        LayerRule("head", weight_bits=4, activation_bits=5, granularity="tensor", symmetric=True),
+    ),
+    "pooled": (
+        LayerRule("conv2d", weight_bits=4, activation_bits=5),
+        LayerRule("left", weight_bits=2, activation_bits=3, symmetric=True),
+        LayerRule("squeeze", weight_bits=8, activation_bits=2, granularity="tensor"),
+        LayerRule("last", weight_bits=7, activation_bits=4, granularity="tensor"),
+    ),
+    "transformer": (
+        LayerRule("*", granularity="tensor"),
+        LayerRule("mlp", weight_bits=3, activation_bits=4, symmetric=True),
+        LayerRule("mlp.2", granularity="channel", symmetric=False),
+        LayerRule("qkv", activation_bits=7),
+    ),
+    "mlp": (
+        LayerRule("layers.0", weight_bits=2, activation_bits=7, granularity="tensor"),
+        LayerRule("layers.4", weight_bits=6, activation_bits=3, symmetric=True),
+    ),
+}
+"""Every layer a grid of its own: bits of both kinds, granularity, symmetry."""
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_of_different_grids(name: str) -> None:
+    result = calibrated(name, layers=MIXED[name])
+    specs = {site.name: site.spec for site in result.placement.sites if site.kind == "weight"}
+    assert {spec.axis for spec in specs.values()} == {None, 0}
+    assert {spec.symmetric for spec in specs.values() if spec.bits < 8} == {True, False}
+    widths = {site.spec.bits for site in result.placement.sites if site.kind == "activation"}
+    assert len(widths) > 1 and len({spec.bits for spec in specs.values()}) > 1
+    prove(name, result)
+
+
+def test_learned_rounding_on_symmetric_and_mixed_grids() -> None:
+    graph, x = captured("residual")
+    options = {"iters": 20, "batch": 8}
+    placement = PlacementOptions(layers=MIXED["residual"])
+    result = calibrate(graph, [x], method="qdrop", options=options, placement=placement)
+    assert not result.weights["depthwise.weight"].qparams.zero_point.any()
+    prove("residual", result)
 
 
 def test_every_network_and_width_is_tried() -> None:

@@ -1,7 +1,8 @@
 """onnxruntime on x86-64 CPUs: what its QDQ fusion turns into integer kernels (measured on 1.31 and 1.32).
 
 Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
-biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers.
+biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers. Activations of 16
+bits are int16, which opset 21 has; what writes or reads them is computed in float.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ TARGET = Target(
     name="ort-cpu",
     summary="onnxruntime, CPU execution provider, x86-64 with AVX2 or newer",
     activation=QuantSpec(bits=8, signed=False),
+    wide_activation=QuantSpec(bits=16, signed=True),
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     weighted_to_codes=frozenset({aten.conv1d.default, aten.conv2d.default}),
     weighted_to_float=frozenset({aten.linear.default}),

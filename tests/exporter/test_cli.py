@@ -16,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from calibrators.errors import ExportError, InputError
+from calibrators.rules import LayerRule
 from exporter.checks import check_settings
 from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
 from exporter.config import ExportConfig
@@ -159,7 +160,8 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
     result = run(
         "export", *ARGUMENTS, "--eval", "exporter.demo.model:evaluation", "--out", str(tmp_path / "out"), "--config",
         str(tmp_path / "a.toml"), "--weight-bits", "6", "--set", "activation_bits=7", "--per-tensor-weights",
-        "--exclude", "a.*", "--exclude", "b", "--gate", "accuracy_drop<=0.01", "--quiet", "--explain",
+        "--exclude", "a.*", "--exclude", "b", "--layer", "a.*: weight_bits=4", "--layer", "b: float=true",
+        "--gate", "accuracy_drop<=0.01", "--quiet", "--explain",
         "--cache-gib", "0.5", "--device", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -167,6 +169,7 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
     config = call["config"]
     assert (config.seed, config.weight_bits, config.activation_bits, config.per_tensor_weights) == (5, 6, 7, True)
     assert (config.exclude, config.gates) == (("a.*", "b"), ("accuracy_drop<=0.01",))
+    assert config.layers == (LayerRule("a.*", weight_bits=4), LayerRule("b", float=True))
     assert (config.device, config.cache_gib, config.explain) == ("cpu", 0.5, True)
     assert isinstance(call["model"], nn.Identity)
     assert call["data"].names == ("input",)

@@ -189,6 +189,29 @@ def test_a_failed_gate_writes_the_bundle_and_exits_1(intact: Callable[..., Resul
     assert [gate["name"] for gate in report["gates"] if not gate["passed"]] == ["size_ratio"]
 
 
+def test_rules_for_layers_are_kept_and_told(intact: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "rules.toml").write_text('[[layers]]\nmatch = "*"\nweight_bits = 5\nactivation_bits = 6\n')
+    layers = ["--layer", "2: weight_bits=3, granularity=tensor", "--layer", "5: symmetric=true"]
+    result = intact("--config", str(tmp_path / "rules.toml"), *layers)
+    assert result.exit_code == 0, result.output
+    report = report_of(tmp_path / "out")
+    assert report["parity"]["optimized"]["mismatched"] == 0
+    grids = {
+        entry["module"]: (entry["bits"], entry["input_bits"], entry["granularity"], entry["symmetric"])
+        for entry in report["layers"] if entry["kind"] == "weight"
+    }  # fmt: skip
+    assert grids == {"0": (5, 6, "channel", False), "2": (3, 6, "tensor", False), "5": (5, 6, "channel", True)}
+    assert report["rules"] == [
+        {"match": "first and last layer", "settings": {"weight_bits": 8, "activation_bits": 8}, "layers": []},
+        {"match": "*", "settings": {"weight_bits": 5, "activation_bits": 6}, "layers": ["0", "2", "5"]},
+        {"match": "2", "settings": {"weight_bits": 3, "granularity": "tensor"}, "layers": ["2"]},
+        {"match": "5", "settings": {"symmetric": True}, "layers": ["5"]},
+    ]
+    assert report["config"]["layers"][0] == {"match": "*", "weight_bits": 5, "activation_bits": 6}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Rules for layers" in page and "weight bits 3, granularity tensor" in page
+
+
 def test_a_file_of_settings_and_options_of_the_method(intact: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('method = "percentile"\nweight-bits = 6\n[options]\nq = 99.0\n')
     result = intact("--config", str(tmp_path / "settings.toml"), "--set", "q=99.9", "--weight-bits", "7")
@@ -283,6 +306,12 @@ def test_bad_labels_exit_2(intact: Callable[..., Result], tmp_path: Path, kind: 
         pytest.param(["--method", "percentile", "--set", "qq=99"], ["'qq'", "Known: "], id="option"),
         pytest.param(["--method", "percentile", "--set", "q=lots"], ["q", "lots"], id="value-of-an-option"),
         pytest.param(["--exclude", "convv*"], ["'convv*'"], id="pattern"),
+        pytest.param(["--layer", "convv*: weight_bits=4"], ["unknown --layer pattern 'convv*'"], id="layer"),
+        pytest.param(
+            ["--layer", "relu: weight_bits=4"], ["'relu'", "no quantized layer with weights"], id="no-weights"
+        ),
+        pytest.param(["--layer", "0: weight_bits=17"], ["layer rule '0'", "2 to 8"], id="bits-of-a-layer"),
+        pytest.param(["--layer", "0 weight_bits=4"], ["is not GLOB: key=value"], id="malformed-layer"),
         pytest.param(["--gate", "agreement>=0.9"], ["--eval"], id="gate-without-data"),
         pytest.param(["--out", "/dev/null/out"], ["/dev/null"], id="folder"),
     ],

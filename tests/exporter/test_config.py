@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from calibrators.errors import InputError
+from calibrators.rules import LayerRule
 from exporter.config import ExportConfig, load_config, make_config
 
 
@@ -49,6 +50,97 @@ def test_set_reaches_fields(text: str, field: str, value: Any) -> None:
 
 def test_set_keeps_numbers_of_options_as_numbers() -> None:
     assert load_config(sets=["a=1", "b=1e-3", "c=abc", "d=true"]).options == {"a": 1, "b": 1e-3, "c": "abc", "d": True}
+
+
+# --- rules for layers ------------------------------------------------------------------------------------------------
+
+RULES = """
+[[layers]]
+match = "stages.0.*"
+weight-bits = 4
+activation_bits = 8
+
+[[layers]]
+match = "head"
+float = true
+"""
+
+
+def test_rules_of_the_file_come_first_then_those_of_flags(tmp_path: Path) -> None:
+    file = toml(tmp_path / "a.toml", RULES)
+    flags = ["head: float=false, granularity=tensor", " a.* :weight-bits=3,symmetric=True "]
+    config = load_config(file, {"layers": flags})
+    assert config.layers == (
+        LayerRule("stages.0.*", weight_bits=4, activation_bits=8),
+        LayerRule("head", float=True),
+        LayerRule("head", float=False, granularity="tensor"),
+        LayerRule("a.*", weight_bits=3, symmetric=True),
+    )
+    assert load_config(flags={"layers": flags}).layers == config.layers[2:]
+    assert load_config(file, {}).layers == config.layers[:2]
+    assert load_config(file, {"layers": flags}, ['layers=["b: float=true"]']).layers == (LayerRule("b", float=True),)
+
+
+def test_rules_are_told_as_they_were_given() -> None:
+    rules = LayerRule("a", weight_bits=4), {"match": "b", "symmetric": False}, "c: activation_bits=3"
+    config = make_config({"layers": rules})
+    told = [{"match": "a", "weight_bits": 4}, {"match": "b", "symmetric": False}, {"match": "c", "activation_bits": 3}]
+    assert config.model_dump(mode="json")["layers"] == told
+    assert make_config({"layers": told}) == config
+    turned = make_config({"layers": rules[::-1]})
+    assert len({config.digest(), turned.digest(), ExportConfig().digest()}) == 3, "their order has an effect"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        pytest.param("head", ["'head'"], id="glob alone"),
+        pytest.param("head:", ["'head:'"], id="no settings"),
+        pytest.param(": weight_bits=4", ["': weight_bits=4'"], id="no glob"),
+        pytest.param("head=weight_bits=4", ["'head=weight_bits=4'"], id="equals for colon"),
+        pytest.param("head: weight_bits", ["'head: weight_bits'"], id="no value"),
+        pytest.param("head: weight_bits=4, weight-bits=5", ["each key once"], id="twice"),
+        pytest.param("head: weight_bits=none", ["'head: weight_bits=none'"], id="none"),
+        pytest.param("head: match=a, weight_bits=4", ["'head: match=a, weight_bits=4'"], id="match"),
+    ],
+)
+def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(flags={"layers": [text]})
+    expected = ["is not GLOB: key=value", "--layer 'stages.3.*: weight_bits=4", *parts]
+    assert all(part in str(caught.value) for part in expected), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        pytest.param(
+            '[[layers]]\nmatch = "a"\nweight_bit = 4',
+            ["layer rule 'a'", "unknown setting of layers 'weight_bit'", "Did you mean 'weight_bits'"],
+            id="unknown key",
+        ),
+        pytest.param('[[layers]]\nmatch = "a"\nmethod = "lp"', ["'method'", "Known: activation_bits"], id="method"),
+        pytest.param('[[layers]]\nmatch = "a"\nweight_bits = 9', ["'a'", "weight_bits is 9", "2 to 8"], id="too wide"),
+        pytest.param('[[layers]]\nmatch = "a"\nactivation_bits = "4"', ["activation_bits is '4'"], id="text"),
+        pytest.param('[[layers]]\nmatch = "a"\ngranularity = "block"', ["'block'", "tensor or channel"], id="block"),
+        pytest.param('[[layers]]\nmatch = "a"', ["'a'", "sets nothing"], id="nothing"),
+        pytest.param("[[layers]]\nweight_bits = 4", ["{'weight_bits': 4}", "has no match"], id="no match"),
+        pytest.param('[layers]\nmatch = "a"\nweight_bits = 4', ["list of rules", "[[layers]]"], id="single table"),
+        pytest.param("layers = [3]", ["layers holds 3"], id="no table"),
+        pytest.param('layers = "a: weight_bits=4"', ["list of rules"], id="bare text"),
+        pytest.param(
+            '[[layers]]\nmatch = "a"\nfloat = true\nsymmetric = true', ["'a'", "exclude each other"], id="contradiction"
+        ),
+    ],
+)
+def test_a_bad_rule_in_a_file_is_one_message(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(toml(tmp_path / "a.toml", text), {"layers": ["b: weight_bits=4"]})
+    assert all(part in str(caught.value) for part in ["a.toml: ", *parts]), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tests.exporter.sample_report import layer, sample_report
 MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
-            "config", "data", "reconstruction", "lapq")  # fmt: skip
+            "config", "data", "reconstruction", "lapq", "rules")  # fmt: skip
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": []}
 
 
@@ -153,7 +153,8 @@ def test_every_block_shows_its_numbers() -> None:
         "0.0222", "0.0167", "75.0 %", "0.20 %", "1 min 52 s", "3.00 GiB of activations",
         "0.0198 → 0.0121 in 287 evaluations, 1 min 11 s", "on 512 calibration samples", "min-max", "0.0812",
         "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
-        "5.0 % coupling", "0.005 … 0.88",
+        "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
+        "granularity tensor, symmetric true", "none: later rules decide", "input bits",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -167,7 +168,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "layers": "Activations: noise", "saturation": "16-bit saturation", "simplifier": "Simplifier",
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
-        "reconstruction": "Reconstruction", "lapq": "Search of scales",
+        "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 Array = NDArray[Any]
 
-ACTIVATIONS = {"u8": (TensorProto.UINT8, np.uint8), "s8": (TensorProto.INT8, np.int8)}
+ACTIVATIONS = {"u8": (TensorProto.UINT8, np.uint8), "s8": (TensorProto.INT8, np.int8),
+               "s16": (TensorProto.INT16, np.int16)}  # fmt: skip
 """Container of activation codes, by the name tests use."""
 
 SIGNED_LIMIT = 4.0

@@ -372,6 +372,16 @@ def test_accumulators_are_bounded_by_the_largest_sum_not_by_the_bias_alone() -> 
     assert "accumulator-overflow" in rules(with_bias(codes + np.int32(reach)))
 
 
+def test_float_kernels_have_no_accumulators_and_merge_no_clip() -> None:
+    """Beside int16 codes all is float: what would go wrong in an integer kernel does not."""
+    net = Net(opset=21, activation="s16")
+    x = net.quantize_with(net.input("x", ("N", 4)), 0.01, 0)
+    weight, scale = net.weight((8, 4), axis=0)
+    bias = codes(net, np.full(8, 2**31 - 1, np.int32), np.float32(x.scale) * scale, axis=0)
+    y = net.op("Clip", net.op("Gemm", x.name, weight, bias, transB=1), net.constant("low", np.array(0.0, np.float32)))
+    assert rules(net.model(net.quantize_with(y, 0.01, 0).name)) == {"wide-activation"}
+
+
 @pytest.mark.parametrize("zero", [0, 1], ids=["lowest", "raised"])
 @pytest.mark.parametrize("steps", [200.0, 254.4, 254.6, 255.0, 256.0, 300.0])
 def test_clip_rule_agrees_with_what_the_runtime_keeps(zero: int, steps: float) -> None:

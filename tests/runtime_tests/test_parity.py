@@ -292,6 +292,20 @@ def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("found", "legal"),
+    [
+        (Agreement(10**6, 20_000, 1), True),
+        (Agreement(10**6, 40_000, 1), False),
+        (Agreement(10**6, 1, 2), False),
+    ],
+    ids=["dense-ties", "too-many", "two-steps"],
+)
+def test_a_grid_of_16_bits_has_256_times_the_ties(found: Agreement, legal: bool) -> None:
+    assert SiteParity("s", FLOAT, "", found, found, bits=16).is_legal == legal
+    assert not SiteParity("s", FLOAT, "", found, found).is_legal
+
+
+@pytest.mark.parametrize(
     ("exact", "identical", "relative", "legal"),
     [(True, True, 0.0, True), (True, False, 1e-9, False), (False, False, 1e-6, True), (False, False, 1e-3, False)],
     ids=["exact", "exact-one-bit", "float", "float-far"],
