@@ -324,6 +324,7 @@ class Run:
             "loss_before": before.loss,
             "loss_after": kept.loss,
             "undecided": learned.rounding.undecided() if learned.rounding else 0.0,
+            **_gain_range(learned if kept is after else None),
         }
 
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
@@ -445,6 +446,14 @@ class Run:
         """The grid on which a value crosses, None where it crosses in float."""
         site = self.frontier.site(name)
         return _to(self.quantizers[self.placement.root(site).name].qparams, CPU) if site else None
+
+
+def _gain_range(learned: Learned | None) -> dict[str, float]:
+    """Smallest and largest factor that weight scales were learned to have; empty where none was."""
+    if learned is None or not learned.gains:
+        return {}
+    gains = torch.cat([gain.flatten() for gain in learned.gains.values()])
+    return {"gain_lo": float(gains.min()), "gain_hi": float(gains.max())}
 
 
 def _has_samples(y: Tensor, inputs: tuple[Tensor, ...]) -> bool:

@@ -275,6 +275,8 @@ class ReconstructedUnit(TypedDict):
 
     before, after: with weights rounded to nearest, and trained; all units before it already quantized.
     weights:       layers with weights; undecided: share of roundings that training left between 0 and 1.
+    loss_before, loss_after: what the method makes small, likewise; where it did not fall, nearest rounding was kept.
+    gain_lo, gain_hi: smallest and largest factor by which weight scales were learned to change.
     """
 
     name: str
@@ -282,6 +284,10 @@ class ReconstructedUnit(TypedDict):
     before: float | None
     after: float | None
     undecided: NotRequired[float | None]
+    loss_before: NotRequired[float | None]
+    loss_after: NotRequired[float | None]
+    gain_lo: NotRequired[float]
+    gain_hi: NotRequired[float]
     seconds: NotRequired[float]
 
 

@@ -4,15 +4,17 @@ A folded block sums the gains of its branches; a few channels and a few samples 
 squared errors look at them alone. Three remedies, each with an option:
 
 measure=mae   ranges and reconstruction by the mean absolute error.
-affine        one gain and one shift per output channel behind every folded layer. Learned gains g = exp(u) scale the
-              weight's scale and leave its codes as they are; shifts are part of the bias: nothing is left to execute.
+affine        one gain and one shift per output channel behind every folded layer. Learned gains g = exp(u) multiply the
+              weight's scales and leave its codes as they are; shifts are part of the bias: nothing is left to execute.
 across        the output of the stage, through the float units that follow, as a second supervision: the gradient of an
               absolute error says the direction only, the way ahead says which errors count.
 
 source: Zhang et al. 2024, "Towards Accurate Post-training Quantization for Reparameterized Models" (arXiv 2402.16121);
 the published code holds none of the three, so weights and schedules are ours.
-Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and only where
-weights have a scale per channel (elsewhere they could not be absorbed exactly); stages end where shapes change.
+Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and one per weight
+scale (a weight with one scale for all channels has one gain: gains per channel could not be absorbed exactly there);
+weight ranges by squared error, for the absolute one clips what identity branches add to a kernel; stages end where
+shapes change.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class RepAPQ(Reconstruction):
 
     ranges: str = option("mae", "range method for the first activation scales")
     measure: str = option("mae", "error that reconstruction makes small", choices=tuple(POWERS))
-    affine: bool = option(True, "learn a gain per output channel where it can be absorbed into the weight's scales")
+    affine: bool = option(True, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
     affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
     across: float = option(1.0, "weight of the error at the end of the stage; 0: the unit's own output only", minimum=0)
     chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)

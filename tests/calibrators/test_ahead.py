@@ -168,6 +168,7 @@ def test_gains_are_absorbed_into_scales(per_tensor: bool) -> None:
         moved += int((coded.qparams.scale != results[0].weights[name].qparams.scale).sum())
     assert moved
     unit = results[1].record["units"][-1]
+    assert 0 < unit["gain_lo"] <= unit["gain_hi"] and "gain_lo" not in results[0].record["units"][-1]
     assert _output_error(results[1], inputs) == pytest.approx(unit["after"], rel=1e-4)
 
 
