@@ -93,6 +93,8 @@ class Reconstruction:
     lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
     scale_lr: float = option(0.0, "learning rate of log activation scales; 0: 1 / iters", minimum=0)
     bias_lr: float = option(0.0, "learning rate of biases, in mean biases; 0: 1 / iters", minimum=0)
+    affine: bool = option(False, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
+    affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
     strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
     warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
     chain: int = option(3, "layers of a plain chain that form one unit", minimum=1)
@@ -164,7 +166,7 @@ class Reconstruction:
             lr=self.lr or 10 / iters,
             scale_lr=self.scale_lr or 1 / iters,
             bias_lr=self.bias_lr or 1 / iters,
-            gain_lr=0.0,
+            gain_lr=(self.affine_lr or 1 / iters) if self.affine else 0.0,
             strength=self.strength,
             warmup=self.warmup,
             keep=1.0,

@@ -35,7 +35,7 @@ class PDQuant(QDrop):
 
     prediction: float = option(1.0, "weight of the difference of predictions beside the unit's own error", minimum=0)
     distance: str = option("auto", "kl or mse; auto: kl for outputs [n, classes]", choices=DISTANCES)
-    temperature: float = option(1.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
+    temperature: float = option(4.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
     correct: int = option(0, "steps of distribution correction of every sample; 0: none", minimum=0)
     share: float = option(0.25, "share of a minibatch whose prediction is compared", minimum=0.01, maximum=1)
 

@@ -43,15 +43,12 @@ class RepAPQ(Reconstruction):
     ranges: str = option("mae", "range method for the first activation scales")
     measure: str = option("mae", "error that reconstruction makes small", choices=tuple(POWERS))
     affine: bool = option(True, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
-    affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
     across: float = option(1.0, "weight of the error at the end of the stage; 0: the unit's own output only", minimum=0)
     chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)
     keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)
 
     def settings(self) -> Settings:
-        plain = super().settings()
-        gain_lr = (self.affine_lr or 1 / plain.iters) if self.affine else 0.0
-        return replace(plain, keep=self.keep, input_keep=self.keep, gain_lr=gain_lr)
+        return replace(super().settings(), keep=self.keep, input_keep=self.keep)
 
     def loss(self, unit: Unit, run: Run) -> Loss:
         power = POWERS[self.measure]
