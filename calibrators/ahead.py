@@ -4,8 +4,8 @@ A loss that looks ahead sends the outputs of the unit in training through the fo
 compares what arrives with what arrives in the float network. Values that pass the unit by come from the network that
 is quantized so far, as the unit's own inputs do.
 
-source: Liu et al. 2023 (PD-Quant), section 3.1, where the way leads to the prediction; Zhang et al. 2024 (RepAPQ),
-across-block calibration, where it ends with the stage.
+source: Liu et al. 2023 (PD-Quant), where the way leads to the prediction; Zhang et al. 2024 (RepAPQ), across-block
+calibration, where it ends with the stage.
 
 Must not know: methods, which losses there are.
 """

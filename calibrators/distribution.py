@@ -3,7 +3,7 @@
 A few calibration samples are no image of the training set; batch norms remember how that looked. What they knew of the
 values inside a unit was kept when they were folded (calibrators.norms).
 
-source: Liu et al. 2023 (PD-Quant), section 3.3, eq. 9-10.
+source: Liu et al. 2023 (PD-Quant), distribution correction.
 Departs: on the folded network, where the mean and deviation of a value behind a batch norm are its shift and gain;
 where branches were added only the mean is known. Errors are in units of that deviation, the distance from the original
 in units of the input's energy, so that no weight depends on the architecture; a fixed number of steps, chunks of

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from calibrators.ahead import Ahead
@@ -72,7 +71,4 @@ class _AcrossBlocks:
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
         arriving = self.ahead.arriving(outputs, index)
         wanted = self.ahead.wanted(index, arriving[0].device)
-        total: Tensor = torch.add(
-            self.own(outputs, targets, index), self.later(arriving, wanted, index), alpha=self.weight
-        )
-        return total
+        return self.own(outputs, targets, index) + self.weight * self.later(arriving, wanted, index)
