@@ -1,6 +1,6 @@
 """Reconstruction that also keeps the prediction: a unit's errors count by what the float network makes of them.
 
-source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (arXiv 2212.07048).
+source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (CVPR).
 Departs: the prediction is that of the mixed inputs which reconstruction sees, not of a second pass, and for a share of
 every minibatch, so that the network behind the unit is not the price of the method; outputs that are no logits are
 compared by their relative squared error; correction is off by default, for it costs more than training and, like the
