@@ -50,6 +50,14 @@ class Expected:
         """The same in another dtype."""
         return Expected(self.mean.to(dtype), tuple(gain.to(dtype) for gain in self.gains))
 
+    def scaled(self, factor: Tensor) -> Expected:
+        """What it is of the value times a positive `factor` [channels], in the dtype it has."""
+        return Expected(self.mean * factor, tuple(gain * factor for gain in self.gains)).to(self.mean.dtype)
+
+    def shifted(self, constant: Tensor) -> Expected:
+        """What it is of the value plus a `constant` [channels], in the dtype it has."""
+        return Expected((self.mean + constant).to(self.mean.dtype), self.gains)
+
 
 def of_batch_norm(gamma: Tensor | None, beta: Tensor | None, variance: Tensor, eps: float) -> Expected:
     """What a batch norm in evaluation makes of inputs with its running statistics; each tensor is [channels]."""
