@@ -385,13 +385,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
     bits = list(dict.fromkeys(map(widths, arguments.bits)))
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}; at least one run is needed.")
+    prepare = ",".join(preparations(arguments.prepare))
     threads = str(torch.get_num_threads())
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
     results = Results.open(arguments.json, inputs, resume=arguments.resume)
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
     networks = [Network(spec, model, samples) for spec, model in models.items()]
-    prepare = ",".join(preparations(arguments.prepare))
     how = Settings(arguments.split_skips, arguments.per_tensor_weights, prepare, arguments.device)
     progress = console_progress(quiet=arguments.quiet)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)

@@ -19,18 +19,15 @@ import copy
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from calibrators.graph import bind, constant
 from calibrators.links import Link, by_group, find_links, layer_name, set_constants
-from calibrators.norms import EXPECTED
+from calibrators.norms import EXPECTED, HIGH_BIAS, Expected
 
 __all__ = ["absorb"]
 
-DEVIATIONS = 3.0
-
-MEAN_LOSS = math.exp(-(DEVIATIONS**2) / 2) / math.sqrt(2 * math.pi) - DEVIATIONS * math.erfc(DEVIATIONS / 2**0.5) / 2
+MEAN_LOSS = math.exp(-(HIGH_BIAS**2) / 2) / math.sqrt(2 * math.pi) - HIGH_BIAS * math.erfc(HIGH_BIAS / 2**0.5) / 2
 """Mean of max(0, c - x) of a normal x in deviations, c being three below the mean: 0.00038."""
 
 
@@ -59,13 +56,13 @@ def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
 
 def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
     """What can be moved from each channel of the first layer, and the deviations, [channels] each; or why nothing."""
-    expected = link.first.meta.get(EXPECTED)
-    if expected is None or not expected.gains:
+    expected: Expected | None = link.first.meta.get(EXPECTED)
+    if expected is None or expected.largest_std is None:
         return "no batch norm says what its values are"
     if not link.keeps_constants or any(bind(link.second).get("padding", ())):
         return f"zeros are padded in front of {layer_name(link.second)}"
-    deviation = torch.stack(expected.gains).double().sum(0)
-    moved = (expected.mean.double() - DEVIATIONS * deviation).clamp(min=0.0)
+    deviation = expected.largest_std.double()
+    moved = (expected.mean.double() - HIGH_BIAS * deviation).clamp(min=0.0)
     return (moved, deviation) if bool(moved.any()) else "no channel stays above zero"
 
 

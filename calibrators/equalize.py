@@ -5,8 +5,10 @@ Correction, 2019, "cross-layer range equalization": W1[i] / s, b1[i] / s and W2[
 r the largest magnitude of a channel, pair after pair until nothing changes. A depthwise layer is the second of one pair
 and the first of the next; the iteration ends where the three ranges of a channel agree, at their geometric mean.
 
-Departs: a channel without weights on either side keeps its factor; ReLU6 is not replaced by ReLU, which changes the
-function, but ends a chain (calibrators.links).
+Departs: where a channel is known to be almost constant (its mean is more than three deviations above zero), its range
+counts as if its deviation were a third of its mean: small weights would else let a factor grow that blows up the
+constant, and with it the range of the activation. A channel without weights on either side keeps its factor. ReLU6 is
+not replaced by ReLU, which changes the function, but ends a chain (calibrators.links).
 
 The function is the same up to rounding: all factors are found and applied in float64, and rounded once.
 
@@ -23,7 +25,7 @@ from torch import Tensor, fx
 
 from calibrators.graph import bind, constant
 from calibrators.links import Link, by_group, find_links, layer_name, set_constants
-from calibrators.norms import EXPECTED
+from calibrators.norms import EXPECTED, HIGH_BIAS, Expected
 
 __all__ = ["equalize"]
 
@@ -81,10 +83,12 @@ def _converge(links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Te
     ranges: [groups, outputs, inputs] largest magnitude of every kernel, by layer.
     """
     factors = [torch.ones(_channels(link.first, ranges), dtype=torch.float64) for link in links]
+    constancies = [_constancy(link.first) for link in links]
     for sweep in range(MAX_SWEEPS):
         largest = 0.0
-        for link, factor in zip(links, factors, strict=True):
+        for link, factor, constancy in zip(links, factors, constancies, strict=True):
             written, read = _of_channels(link, ranges)
+            written = written * constancy
             used = (written > 0) & (read > 0)
             step = torch.where(used, written / read.where(used, 1.0), 1.0).sqrt()
             ranges[link.first] /= step.reshape(len(ranges[link.first]), -1, 1)
@@ -94,6 +98,15 @@ def _converge(links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Te
         if largest < CONVERGED:
             return factors, sweep + 1
     return factors, MAX_SWEEPS
+
+
+def _constancy(node: fx.Node) -> Tensor:
+    """What the ranges of an operator's outputs are multiplied by, at least 1, [channels]; [] where nothing is known."""
+    expected: Expected | None = node.meta.get(EXPECTED)
+    if expected is None or expected.largest_std is None:
+        return torch.ones((), dtype=torch.float64)
+    deviation = expected.largest_std.double().clamp(min=torch.finfo(torch.float32).tiny)
+    return (expected.mean.double() / (HIGH_BIAS * deviation)).clamp(min=1.0)
 
 
 def _channels(node: fx.Node, ranges: dict[fx.Node, Tensor]) -> int:

@@ -357,6 +357,29 @@ def test_expected_outputs_are_scaled_along() -> None:
     assert torch.equal(after[1].mean, before[1].mean) and torch.equal(after[1].gains[0], before[1].gains[0])
 
 
+def test_an_almost_constant_channel_is_not_blown_up() -> None:
+    """Weight decay leaves such channels: next to no weights, and a bias, which equalising blows up ten thousandfold."""
+
+    def net(deviation: float) -> tuple[fx.GraphModule, Tensor]:
+        layers = (nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+        model = randomize(nn.Sequential(*layers)).double()
+        norm = model[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.weight.fill_(1.0)
+        norm.bias.fill_(0.0)
+        norm.weight[2], norm.bias[2] = deviation, 1.0
+        return forms(model, *IMAGE)
+
+    for deviation, grown in ((1 / 3, 1.0), (1e-8, 1.0 / (3 * 1e-8))):
+        graph, x = net(deviation)
+        changed, _ = equalize(graph)
+        assert difference(graph, changed, x) < SAME
+        before, after = (np.abs(weight_of(each, 0)[2]).max() for each in (graph, changed))
+        read = np.abs(weight_of(changed, 1)[:, 2]).max()
+        assert read / after == pytest.approx(grown, rel=1e-2), "the range of the first counts that many times"
+        assert 0.1 < before / after < 10
+
+
 def biased(*behind: nn.Module, width: int = 6, gamma: float = 0.1) -> tuple[fx.GraphModule, Tensor]:
     """A layer whose even channels stay near 5 and whose odd ones near 0, by its batch norm; then `behind`."""
     model = randomize(nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), *behind)).double()
