@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from calibrators.graph import bind, constant
+from calibrators.graph import bind, constant, infer_shapes
 from calibrators.links import Link, by_group, find_links, layer_name, set_constants
 from calibrators.norms import EXPECTED, HIGH_BIAS, Expected
 
@@ -51,6 +51,7 @@ def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
             pairs.append(_move(graph, link, *found))
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    infer_shapes(graph)
     return graph, {"pairs": pairs, "skipped": skipped}
 
 

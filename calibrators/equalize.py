@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph import bind, constant
+from calibrators.graph import bind, constant, infer_shapes
 from calibrators.links import Link, by_group, find_links, layer_name, set_constants
 from calibrators.norms import EXPECTED, HIGH_BIAS, Expected
 
@@ -32,9 +32,9 @@ __all__ = ["equalize"]
 CONVERGED = 1e-3
 """Largest factor of a sweep, as |ln s|, at which ranges agree: an eighth of a step at the end of an 8-bit grid."""
 
-MAX_SWEEPS = 500
-"""Ends what is left of a very long chain, where only factors that all channels share still move: no range relative to
-another depends on them. Measured: a chain of 14 dense layers takes 103 sweeps, one of 26 with depthwise ones 263."""
+MAX_SWEEPS = 1000
+"""Ends what is left of a very long chain, mostly a factor that all channels of a layer share, which changes no grid.
+Measured: 15 dense layers take 102 sweeps, 26 layers of which half are depthwise 275."""
 
 
 def equalize(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
@@ -57,6 +57,7 @@ def equalize(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
         set_constants(graph, node, weight=weight)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    infer_shapes(graph)
     pairs = [
         {
             "first": layer_name(link.first),

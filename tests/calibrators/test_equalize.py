@@ -567,6 +567,26 @@ def test_the_runtime_computes_it_in_integers(per_tensor: bool) -> None:
     assert report.outputs_identical
 
 
+@pytest.mark.parametrize("name", ["cle", "absorb"])
+def test_grids_are_those_of_the_network_as_it_was(name: str) -> None:
+    """Bits, granularity and names of all sites, also for the layers that have new constants."""
+    model = randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)
+        )
+    )
+    model[1].weight.fill_(0.1)
+    model[1].bias.fill_(5.0)
+    graph, x = forms(model, *IMAGE)
+    placement = PlacementOptions(weight_bits=4, first_last_bits=None)
+    plain, prepared = (calibrate(graph, [x], placement=placement, prepare=names) for names in ((), (name,)))
+    assert prepared.record["preparation"][name]["pairs"]
+    sites = [
+        [(site.name, site.kind, site.spec, site.users) for site in each.placement.sites] for each in (plain, prepared)
+    ]
+    assert sites[0] == sites[1] and {spec.bits for _, kind, spec, _ in sites[0] if kind == "weight"} == {4}
+
+
 @pytest.mark.parametrize("name", ["residual", "pooled", "transformer", "mlp"])
 def test_any_network_is_prepared(name: str) -> None:
     """Whatever stands in it: the function is that of the network, in float32 and its rounding."""
