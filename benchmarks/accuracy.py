@@ -36,6 +36,7 @@ from torch import Tensor, fx
 from calibrators import CalibrationResult, PlacementOptions, calibrate
 from calibrators.errors import InputError, IntactError
 from calibrators.methods import Method, RangeMethod, get_method
+from calibrators.prepare import check_preparations
 from calibrators.reconstruct import Reconstruction
 from exporter import capture, emit, fold
 from exporter.data import Batch, Data, open_data
@@ -105,6 +106,16 @@ def widths(text: str) -> Widths:
     if found is None:
         raise InputError(f"bits {text!r} cannot be read; write weights/activations, each 2 to 8, for example 4/4.")
     return Widths(int(found[1]), int(found[2]))
+
+
+def preparations(text: str) -> list[str]:
+    """The rewrites of the float graph that `NAME,NAME` names.
+
+    raises: UnknownNameError.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    check_preparations(names)
+    return names
 
 
 # One network ---------------------------------------------------------------------------------------------------------
@@ -210,10 +221,12 @@ class Run:
     mismatched: int | None = None
     kernel_mismatched: int | None = None
     float_mismatched: int | None = None
+    prepare: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (self.network, self.bits, self.method, self.split_skips, self.per_tensor_weights, self.seed)
+        how = (self.split_skips, self.per_tensor_weights, self.prepare)
+        return (self.network, self.bits, self.method, *how, self.seed)
 
 
 @dataclass(frozen=True)
@@ -222,6 +235,7 @@ class Settings:
 
     split_skips: bool
     per_tensor_weights: bool
+    prepare: str
     device: str
 
 
@@ -241,6 +255,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         samples.batches,
         method=chosen.method,
         placement=options,
+        prepare=preparations(how.prepare),
         labels=samples.labels if needs_labels else None,
         seed=seed,
         device=how.device,
@@ -258,6 +273,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         method=chosen.text,
         split_skips=how.split_skips,
         per_tensor_weights=how.per_tensor_weights,
+        prepare=how.prepare,
         seed=seed,
         float_top1=network.float_top1,
         top1=reached,
@@ -339,9 +355,10 @@ def row(runs: Sequence[Run], nearest: float) -> str:
     """The line of one network, bits and method."""
     first, reached = runs[0], [run.top1 for run in runs]
     spread = f" ± {100 * statistics.stdev(reached):.2f}" if len(runs) > 1 else ""
+    told = ["skips whole" * (not first.split_skips), "per tensor" * first.per_tensor_weights]
     cells = [
         first.network.split(":")[-1],
-        first.bits + ", skips whole" * (not first.split_skips) + ", per tensor" * first.per_tensor_weights,
+        ", ".join(filter(None, [first.bits, *told, first.prepare])),
         f"{first.float_top1:.2%}",
         f"{nearest:.2%}",
         first.method,
@@ -368,19 +385,20 @@ def benchmark(arguments: argparse.Namespace) -> None:
     bits = list(dict.fromkeys(map(widths, arguments.bits)))
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}; at least one run is needed.")
+    prepare = ",".join(preparations(arguments.prepare))
     threads = str(torch.get_num_threads())
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
     results = Results.open(arguments.json, inputs, resume=arguments.resume)
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
     networks = [Network(spec, model, samples) for spec, model in models.items()]
-    how = Settings(arguments.split_skips, arguments.per_tensor_weights, arguments.device)
+    how = Settings(arguments.split_skips, arguments.per_tensor_weights, prepare, arguments.device)
     progress = console_progress(quiet=arguments.quiet)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for network, width, chosen in itertools.product(networks, bits, candidates.values()):
 
         def key(method: str, seed: int, spec: str = network.spec, width: Widths = width) -> tuple[Any, ...]:
-            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, seed)
+            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, how.prepare, seed)
 
         keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
         for seed, wanted in enumerate(keys):
@@ -401,6 +419,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method that draws at random")
     parser.add_argument("--no-split-skips", dest="split_skips", action="store_false", help="keep kernels whole")
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
+    parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds")

@@ -5,7 +5,7 @@ Must not know: how models are loaded, ONNX, runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from calibrators.freeze import CalibrationResult
 from calibrators.graph import constant, where
 from calibrators.methods import Method, get_method
 from calibrators.place import Placement, PlacementOptions, place
+from calibrators.prepare import prepare_graph
 from calibrators.problem import Problem, Stage, silent
 from calibrators.simulate import Batch
 from calibrators.skips import Skip, split_skips
@@ -36,6 +37,7 @@ def calibrate(
     options: Mapping[str, object] | None = None,
     target: str | Target = "ort-cpu",
     placement: PlacementOptions | None = None,
+    prepare: Collection[str] = (),
     bias_correction: bool = False,
     labels: Tensor | None = None,
     seed: int = 0,
@@ -50,6 +52,7 @@ def calibrate(
     batches:   tensors, or tuples with one tensor per model input, [samples, ...]; range methods read them once, other
                methods and bias_correction again.
     method:    a name (see `intact methods`) with its options, or a method object.
+    prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
     cache_gib: memory for activations kept between steps; what does not fit goes to temporary files.
@@ -60,7 +63,8 @@ def calibrate(
     method = get_method(method, options or {}) if isinstance(method, str) else method
     target = get_target(target) if isinstance(target, str) else target
     _check_weights(graph)
-    placed, skips = _placed(to_integer_forms(graph), target, placement or PlacementOptions())
+    prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
+    placed, skips = _placed(prepared, target, placement or PlacementOptions())
     problem = Problem(
         placement=placed,
         batches=_Tuples(batches),
@@ -73,7 +77,7 @@ def calibrate(
     )
     torch.manual_seed(seed)
     result = method.fit(problem)
-    result = replace(result, record={**result.record, "skips": tuple(skips)})
+    result = replace(result, record={**result.record, "preparation": preparation, "skips": tuple(skips)})
     if bias_correction:
         result = correct_biases(result, problem.batches)
     return result

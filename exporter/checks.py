@@ -9,6 +9,7 @@ import torch
 
 from calibrators.errors import InputError
 from calibrators.methods import get_method
+from calibrators.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.gates import parse
@@ -23,6 +24,7 @@ def check_settings(config: ExportConfig) -> None:
     """
     get_target(config.target)
     get_method(config.method, config.options)
+    check_preparations(config.prepare)
     for expression in config.gates:
         parse(expression)
     _check_device(config.device)

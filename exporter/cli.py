@@ -109,6 +109,15 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     reduce_range: Annotated[
         bool | None, _option("7-bit weights, for CPUs without VNNI.", QUANTIZATION, "--reduce-range")
     ] = None,
+    prepare: Annotated[
+        str | None,
+        _option(
+            "Rewrites of the float model that come first: `cle` equalises the ranges of neighbouring layers, `absorb` "
+            "moves high biases on. For weights with one scale per tensor.",
+            QUANTIZATION,
+            metavar="NAME,NAME",
+        ),
+    ] = None,
     bias_correction: Annotated[
         bool | None, _option("Shift biases by each layer's mean error.", QUANTIZATION, "--bias-correction")
     ] = None,
@@ -187,6 +196,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "first_last_bits": first_last_bits,
         "per_tensor_weights": per_tensor_weights,
         "reduce_range": reduce_range,
+        "prepare": prepare,
         "bias_correction": bias_correction,
         "explain": explain,
         "include": include or None,

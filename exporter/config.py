@@ -56,6 +56,7 @@ class ExportConfig(BaseModel):
     include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
     exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
     layers: tuple[LayerRule, ...] = Field((), description="rules for single layers, later ones win")
+    prepare: tuple[str, ...] = Field((), description="rewrites of the float graph that come first: cle, absorb")
     bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")
     simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
     seed: int = Field(0, ge=0, description="seed of everything random")
@@ -78,6 +79,11 @@ class ExportConfig(BaseModel):
         if not DEVICE.fullmatch(name):
             raise ValueError("cpu, cuda or cuda:N")
         return name
+
+    @field_validator("prepare", mode="before")
+    @classmethod
+    def _names_may_stand_in_one_text(cls, names: object) -> object:
+        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -47,8 +47,10 @@ def fold_entry(report: FoldReport) -> dict[str, Any]:
 
 
 def method_entries(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method that trains or searches recorded; empty for the others."""
+    """What preparations, and methods that train or search, recorded; empty for the others."""
     entries: dict[str, Any] = {}
+    if record.get("preparation"):
+        entries["preparation"] = record["preparation"]
     if "units" in record:
         entries["reconstruction"] = {
             "units": [dict(unit) for unit in record["units"]],

@@ -231,6 +231,7 @@ class _Export:
                 options=config.options,
                 target=config.target,
                 placement=placement,
+                prepare=config.prepare,
                 bias_correction=config.bias_correction,
                 labels=labels,
                 seed=config.seed,

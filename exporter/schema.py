@@ -244,6 +244,66 @@ class Rule(TypedDict):
 
 
 @_MORE_WELCOME
+class EqualizedPair(TypedDict):
+    """Two layers between which a factor per channel moved: of all channels the smallest and the largest.
+
+    precision_*: mean over the channels of range / largest range, of the first times of the second layer.
+    """
+
+    first: str
+    second: str
+    channels: int
+    factor_lo: float
+    factor_hi: float
+    precision_before: float
+    precision_after: float
+
+
+@_MORE_WELCOME
+class Equalization(TypedDict):
+    """Cross-layer equalisation; skipped are the layers that are the first of no pair."""
+
+    pairs: list[EqualizedPair]
+    sweeps: int
+    skipped: list[Refused]
+
+
+@_MORE_WELCOME
+class AbsorbedPair(TypedDict):
+    """Two layers between which a constant per channel moved, from the bias of one to that of the other.
+
+    absorbed:    of the channels, those with such a constant; largest of them.
+    exact:       for all inputs; else an output of the second layer changes by at most `worst`, where every value of the
+                 first is 0, and on average by at most `mean`, where they are normally distributed.
+    """
+
+    first: str
+    second: str
+    channels: int
+    absorbed: int
+    largest: float
+    exact: bool
+    worst: float
+    mean: float
+
+
+@_MORE_WELCOME
+class Absorption(TypedDict):
+    """High biases moved on; skipped are the layers of which nothing could be, or was."""
+
+    pairs: list[AbsorbedPair]
+    skipped: list[Refused]
+
+
+@_MORE_WELCOME
+class Preparation(TypedDict, total=False):
+    """Rewrites of the float graph before anything was quantized."""
+
+    cle: Equalization
+    absorb: Absorption
+
+
+@_MORE_WELCOME
 class LayerEntry(TypedDict):
     """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values.
 
@@ -498,6 +558,7 @@ class Report(TypedDict):
     tool: NotRequired[Tool]
     model: NotRequired[Model]
     environment: NotRequired[Environment]
+    preparation: NotRequired[Preparation]
     rules: NotRequired[list[Rule]]
     layers: NotRequired[list[LayerEntry]]
     reconstruction: NotRequired[Reconstruction]

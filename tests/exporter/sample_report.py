@@ -181,6 +181,39 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             ],
             "by_op": {"QLinearConv": 13, "QGemm": 1, "LayerNormalization": 1, "Softmax": 1},
         },
+        "preparation": {
+            "cle": {
+                "pairs": [
+                    {
+                        "first": "stem.conv",
+                        "second": "stages.0.0.conv",
+                        "channels": 48,
+                        "factor_lo": 0.7754,
+                        "factor_hi": 24.52,
+                        "precision_before": 0.1241,
+                        "precision_after": 0.5406,
+                    }
+                ],
+                "sweeps": 17,
+                "skipped": [{"where": "stages.1.0.conv", "why": "its result has 2 readers"}],
+            },
+            "absorb": {
+                "pairs": [
+                    {
+                        "first": "stages.0.1.conv",
+                        "second": "stages.0.2.conv",
+                        "channels": 48,
+                        "absorbed": 5,
+                        "largest": 3.217,
+                        "exact": exact,
+                        "worst": 0.0 if exact else 6.125,
+                        "mean": 0.0 if exact else 0.000755,
+                    }
+                    for exact in (False, True)
+                ],
+                "skipped": [{"where": "stem.conv", "why": "zeros are padded in front of stages.0.0.conv"}],
+            },
+        },
         "rules": [
             {
                 "match": "first and last layer",

@@ -212,6 +212,19 @@ def test_rules_for_layers_are_kept_and_told(intact: Callable[..., Result], tmp_p
     assert "Rules for layers" in page and "weight bits 3, granularity tensor" in page
 
 
+def test_preparations_are_done_and_told(intact: Callable[..., Result], tmp_path: Path) -> None:
+    result = intact("--prepare", "cle,absorb", "--per-tensor-weights")
+    assert result.exit_code == 0, result.output
+    report = report_of(tmp_path / "out")
+    assert report["parity"]["optimized"]["mismatched"] == 0
+    assert report["config"]["prepare"] == ["cle", "absorb"]
+    done = report["preparation"]
+    assert [(pair["first"], pair["second"]) for pair in done["cle"]["pairs"]] == [("0", "2"), ("2", "5")]
+    assert done["absorb"]["pairs"] == [] and {each["where"] for each in done["absorb"]["skipped"]} == {"0", "2", "5"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 pairs equalised" in page and "no batch norm says what its values are" in page
+
+
 def test_a_file_of_settings_and_options_of_the_method(intact: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('method = "percentile"\nweight-bits = 6\n[options]\nq = 99.0\n')
     result = intact("--config", str(tmp_path / "settings.toml"), "--set", "q=99.9", "--weight-bits", "7")
@@ -311,6 +324,7 @@ def test_bad_labels_exit_2(intact: Callable[..., Result], tmp_path: Path, kind: 
             ["--layer", "relu: weight_bits=4"], ["'relu'", "no quantized layer with weights"], id="no-weights"
         ),
         pytest.param(["--layer", "0: weight_bits=17"], ["layer rule '0'", "2 to 8"], id="bits-of-a-layer"),
+        pytest.param(["--prepare", "cle,absorp"], ["unknown preparation 'absorp'", "Did you mean"], id="preparation"),
         pytest.param(["--layer", "0 weight_bits=4"], ["is not GLOB: key=value"], id="malformed-layer"),
         pytest.param(["--gate", "agreement>=0.9"], ["--eval"], id="gate-without-data"),
         pytest.param(["--out", "/dev/null/out"], ["/dev/null"], id="folder"),

@@ -42,6 +42,8 @@ def test_flags_override_the_file_and_sets_override_flags(tmp_path: Path) -> None
         pytest.param("device=cuda:1", "device", "cuda:1", id="device"),
         pytest.param("cache-gib=0.25", "cache_gib", 0.25, id="float"),
         pytest.param("explain=true", "explain", True, id="explain"),
+        pytest.param("prepare=cle, absorb", "prepare", ("cle", "absorb"), id="names in one text"),
+        pytest.param('prepare=["absorb"]', "prepare", ("absorb",), id="list of names"),
     ],
 )
 def test_set_reaches_fields(text: str, field: str, value: Any) -> None:

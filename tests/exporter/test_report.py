@@ -32,7 +32,7 @@ from tests.exporter.sample_report import layer, sample_report
 MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
-            "config", "data", "reconstruction", "lapq", "rules")  # fmt: skip
+            "config", "data", "reconstruction", "lapq", "rules", "preparation")  # fmt: skip
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": []}
 
 
@@ -155,6 +155,8 @@ def test_every_block_shows_its_numbers() -> None:
         "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
         "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
         "granularity tensor, symmetric true", "none: later rules decide", "input bits",
+        "1 pair equalised in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
+        "5 of 48", "3.22", "exact", "0.00076", "zeros are padded in front of stages.0.0.conv",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -169,6 +171,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
+        "preparation": "Ranges of neighbouring layers",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text
