@@ -135,7 +135,7 @@ def error_plot(
         for (color, marker), curve in zip(styles, shown, strict=True):
             axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker=marker, markersize=3.5)
         if labels:
-            axes.legend(axes.lines, labels, frameon=False, fontsize=8)
+            axes.legend(axes.lines, labels, frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log", xlim=(0.7, count + 0.3))
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
