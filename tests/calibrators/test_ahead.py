@@ -271,7 +271,9 @@ def test_at_eight_bits_there_is_next_to_nothing_to_lose() -> None:
 
 def test_the_prediction_is_kept_better_than_by_the_units_error_alone() -> None:
     options = {"iters": 300, "batch": 16}
-    more = calibrated("residual", "pdquant", (2, 3), options=options | {"prediction": 5.0, "share": 1.0})
+    more = calibrated(
+        "residual", "pdquant", (2, 3), options=options | {"prediction": 5.0, "temperature": 1.0, "share": 1.0}
+    )
     assert error("residual", more) < error("residual", calibrated("residual", "qdrop", (2, 3), options=options))
 
 
