@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.blocks import Block, extract, merge
-from calibrators.simulation import speed_up
+from calibrators.simulation import channels_last, speed_up
 from calibrators.stream import Cache
 
 __all__ = ["Ahead", "FrozenUnits"]
@@ -36,14 +36,13 @@ class FrozenUnits(torch.nn.Module):
         self.block = merge(graph, blocks)
         self.graph = extract(graph, self.block).requires_grad_(False)
         for name, buffer in self.graph.named_buffers():
-            if buffer.ndim == 4:
-                setattr(self.graph, name, buffer.contiguous(memory_format=torch.channels_last))
+            setattr(self.graph, name, channels_last(buffer))
         self.operators = speed_up(self.graph, self.block.weighted)
 
-    def compute_in(self, precision: torch.dtype) -> None:
+    def train_in(self, precision: torch.dtype) -> None:
         """The precision of training."""
         for operator in self.operators:
-            operator.precision = precision if operator.dense else torch.float32
+            operator.train_in(precision)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         self.train(torch.is_grad_enabled())
@@ -58,6 +57,7 @@ class Ahead:
     units:   what lies between; None where the unit itself makes the values.
     own:     position of each input of `units` among the unit's supervised outputs, by fx name.
     passing: caches of its other inputs in the network that is quantized so far, by fx name.
+    supervised: which outputs of `units` are the later values.
     goals:   float values, all samples; energy: their mean squares.
     """
 

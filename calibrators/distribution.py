@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.blocks import Block, extract
+from calibrators.losses import relative_error
 from calibrators.norms import Expected
 
 __all__ = ["Correction", "Descent"]
@@ -111,7 +112,7 @@ class Correction:
 def _distance(changed: Iterable[Tensor], inputs: Iterable[Tensor], energy: Iterable[float]) -> Tensor:
     """Mean squared change of each sample, in units of the energy of each input, summed over the inputs: [n]."""
     triples = zip(changed, inputs, energy, strict=True)
-    return torch.stack([(x - y).square().flatten(1).mean(1) / e for x, y, e in triples]).sum(0)
+    return torch.stack([relative_error(x, y, e) for x, y, e in triples]).sum(0)
 
 
 def _has_maps(node: fx.Node) -> bool:

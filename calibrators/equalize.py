@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph import bind, constant, infer_shapes
-from calibrators.links import Link, by_group, find_links, layer_name, set_constants
+from calibrators.graph import bind, constant, infer_shapes, layer_name
+from calibrators.links import Link, by_group, find_links, set_constants
 from calibrators.norms import EXPECTED, HIGH_BIAS, Expected
 
 __all__ = ["equalize"]

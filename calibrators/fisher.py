@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.losses import is_logits
 from calibrators.simulate import Batch
 
 __all__ = ["Importance", "importances"]
@@ -73,7 +74,7 @@ def importances(
 
 def _score(output: Tensor, generator: torch.Generator) -> Tensor:
     """What is differentiated: log likelihood of drawn classes for logits, a random projection for anything else."""
-    if output.ndim == 2 and output.shape[1] > 1:
+    if is_logits(output):
         chosen = torch.multinomial(output.detach().softmax(1), 1, generator=generator)
         return output.log_softmax(1).gather(1, chosen).sum()
     signs = torch.randint(0, 2, output.shape, generator=generator).mul(2).sub(1)

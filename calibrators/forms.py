@@ -39,7 +39,7 @@ from calibrators.graph import (
     constant,
     infer_shapes,
     is_constant,
-    module_path,
+    layer_name,
     replace_args,
     shape_of,
 )
@@ -292,7 +292,7 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     slope = (variance + bound["eps"]).rsqrt() * (1.0 if gain is None else gain)
     offset = (0.0 if shift is None else shift) - mean * slope
     space = len(shape_of(x)) - 2
-    path = module_path(node) or node.name
+    path = layer_name(node)
     dtype = x.meta["tensor_meta"].dtype
     weight = add_constant(owner, f"{path}.weight", slope.to(dtype).reshape(-1, *[1] * (space + 1)))
     bias = add_constant(owner, f"{path}.bias", offset.to(dtype))

@@ -25,6 +25,7 @@ __all__ = [
     "constant",
     "infer_shapes",
     "is_constant",
+    "layer_name",
     "module_path",
     "replace_args",
     "shape_of",
@@ -84,6 +85,11 @@ def module_path(node: fx.Node) -> str:
     """Dotted path of the module that made the node ('' for the root or unknown)."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def layer_name(node: fx.Node) -> str:
+    """Module path of an operator, or its name where no module made it."""
+    return module_path(node) or node.name
 
 
 def where(node: fx.Node) -> str:

@@ -29,7 +29,7 @@ from calibrators.numerics import dequantize, fake_quant
 from calibrators.place import Placement
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
-from calibrators.simulation import Frontier, Simulation
+from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
 
@@ -260,7 +260,7 @@ class Landscape:
             if not _same(qparams, self.widened.get(name)):
                 self.widened[name] = qparams
                 weight = self.problem.values(self.placement.by_name[name])
-                self._set("weights", name, _channels_last(fake_quant(weight, qparams)))
+                self._set("weights", name, channels_last(fake_quant(weight, qparams)))
         for name, site in self.wiring.biases.items():
             weight_site, source = self.wiring.weight[name], self.wiring.source[name]
             if weight_site in weights:
@@ -320,7 +320,3 @@ def _same(ours: QParams, other: QParams | None) -> bool:
 
 def _to(qparams: QParams, device: torch.device) -> QParams:
     return replace(qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.forms import clip_bounds
-from calibrators.graph import add_constant, bind, constant, is_constant, module_path, replace_args, shape_of
+from calibrators.graph import add_constant, bind, constant, is_constant, layer_name, replace_args, shape_of
 from calibrators.place import operator_name
 
-__all__ = ["Link", "Unlinked", "by_group", "find_links", "layer_name", "set_constants"]
+__all__ = ["Link", "Unlinked", "by_group", "find_links", "set_constants"]
 
 aten = torch.ops.aten
 
@@ -107,11 +107,6 @@ def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Unlinked]]:
         else:
             unlinked.append(Unlinked(layer_name(node), found))
     return links, unlinked
-
-
-def layer_name(node: fx.Node) -> str:
-    """Module path of an operator, or its name where no module made it."""
-    return module_path(node) or node.name
 
 
 def by_group(weight: Tensor, groups: int) -> Tensor:

@@ -14,9 +14,22 @@ from torch import Tensor
 
 from calibrators.errors import InputError
 
-__all__ = ["LOSSES", "PredictionLoss", "cross_entropy", "kl_divergence", "prediction_loss", "relative_error"]
+__all__ = [
+    "LOSSES",
+    "PredictionLoss",
+    "cross_entropy",
+    "is_logits",
+    "kl_divergence",
+    "prediction_loss",
+    "relative_error",
+]
 
 LOSSES = ("kl", "ce", "mse")
+
+
+def is_logits(output: Tensor) -> bool:
+    """Whether an output looks like logits: [n, classes]."""
+    return output.ndim == 2 and output.shape[1] > 1
 
 
 def kl_divergence(outputs: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -51,7 +64,7 @@ def prediction_loss(
     labels: int64 [samples], which "ce" needs.
     raises: InputError where the outputs or the labels do not fit the loss.
     """
-    logits = all(y.ndim == 2 and y.shape[1] > 1 for y in floats)
+    logits = all(map(is_logits, floats))
     if name == "auto":
         name = "kl" if logits else "mse"
     if name == "mse":

@@ -26,7 +26,7 @@ from torch import fx
 
 from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
-from calibrators.graph import bind, constant, is_constant, module_path, shape_of
+from calibrators.graph import bind, constant, is_constant, layer_name, module_path, shape_of
 from calibrators.rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
 
@@ -165,7 +165,7 @@ def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> N
             first = next(iter(matched.rule.settings))
             raise InputError(
                 f"--layer pattern {matched.rule.match!r} sets {first} and matches no quantized layer with weights, the "
-                f"only ones that have it; they are {', '.join(dict.fromkeys(map(_layer_name, weighted)))}."
+                f"only ones that have it; they are {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
             )
 
 
@@ -179,7 +179,7 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
 
     def layers(matched: MatchedRule) -> tuple[str, ...]:
         nodes = (node for node in graph.graph.nodes if node.name in matched.nodes and decides(matched, node))
-        return tuple(dict.fromkeys(map(_layer_name, nodes)))
+        return tuple(dict.fromkeys(map(layer_name, nodes)))
 
     told = [matched for matched in rules.rules if matched.flag]
     return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in told)
@@ -197,13 +197,9 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
     for node in weighted:
         of_weight, of_input = bits["weight", node.name], bits["activation", node.name]
         if missed("weight_bits", node, of_weight) and not _rescales(node):
-            yield f"{_layer_name(node)}: its weight keeps {of_weight} bits, because another layer shares the weight"
+            yield f"{layer_name(node)}: its weight keeps {of_weight} bits, because another layer shares the weight"
         if missed("activation_bits", node, of_input):
-            yield f"{_layer_name(node)}: its input keeps {of_input} bits, because another layer shares value or scale"
-
-
-def _layer_name(node: fx.Node) -> str:
-    return module_path(node) or node.name
+            yield f"{layer_name(node)}: its input keeps {of_input} bits, because another layer shares value or scale"
 
 
 def _origin(node: fx.Node) -> str:
@@ -415,7 +411,7 @@ class _Sites:
         if False in symmetric and bits == widest:
             raise InputError(
                 f"--layer pattern {self._decider('symmetric', nodes).match!r} asks for symmetric = false at "
-                f"{_layer_name(nodes[0])}, whose weights have {bits} bits: only fewer can have a zero point; set "
+                f"{layer_name(nodes[0])}, whose weights have {bits} bits: only fewer can have a zero point; set "
                 f"weight_bits below {widest} there, or leave symmetric out."
             )
         if all(symmetric) or bits == widest:

@@ -36,7 +36,7 @@ from calibrators.options import check, option
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
 from calibrators.simulate import relative_errors
-from calibrators.simulation import Frontier, Simulation
+from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
 from calibrators.training import Learned, Loss, RelativeError, Settings, Unit, train
@@ -268,7 +268,7 @@ class Run:
         if end == self.position + 1:
             return Ahead(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
         units = FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]).to(self.device)
-        units.compute_in(self.settings_of(unit).precision)
+        units.train_in(self.settings_of(unit).precision)
         names, outputs = units.block.inputs, units.block.outputs
         if end not in self.goals:
             floats = self.floats | {name: unit.targets[i] for name, i in own.items()}
@@ -294,7 +294,7 @@ class Run:
         inputs = tuple(self.quantized[name] for name in block.inputs)
         floats = self._floats(floating, block.outputs, float_inputs)
         unit = Unit(
-            block, simulation, floating, inputs, float_inputs,
+            block, simulation, inputs, float_inputs,
             targets=tuple(floats.caches[name] for name in floats.energy),
             supervised=tuple(block.outputs.index(name) for name in floats.energy),
             energy=tuple(floats.energy.values()),
@@ -413,7 +413,7 @@ class Run:
         simulation, names = unit.simulation, unit.block.outputs
         for name in simulation.weights:
             coded = self.weights[name]
-            simulation.set(name, _channels_last(dequantize(coded.codes, coded.qparams)).to(self.device))
+            simulation.set(name, channels_last(dequantize(coded.codes, coded.qparams)).to(self.device))
         for name in simulation.biases:
             coded = self._coded_bias(name)
             simulation.set(name, dequantize(coded.codes, coded.qparams).to(self.device))
@@ -481,7 +481,3 @@ def _count(cache: Cache) -> int:
 
 def _to(qparams: QParams, device: torch.device) -> QParams:
     return replace(qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

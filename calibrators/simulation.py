@@ -20,7 +20,7 @@ from calibrators.place import Placement
 from calibrators.quantizers import ActivationQuantizer
 from calibrators.spec import Site
 
-__all__ = ["Frontier", "Simulation", "Weighted", "speed_up"]
+__all__ = ["Frontier", "Simulation", "Weighted", "channels_last", "speed_up"]
 
 aten = torch.ops.aten
 
@@ -50,11 +50,20 @@ class Weighted(torch.nn.Module):
         self.operator, self.dense = operator, dense
         self.precision = torch.float32
 
+    def train_in(self, precision: torch.dtype) -> None:
+        """Compute in `precision` if all channels are mixed; a grouped operator would only lose time."""
+        self.precision = precision if self.dense else torch.float32
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
         if not self.training or self.precision is torch.float32:
             return self.operator(x, weight, bias, *arguments)
         operands = (None if y is None else y.to(self.precision) for y in (x, weight, bias))
         return self.operator(*operands, *arguments).to(torch.float32)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Four dimensions in the layout that convolutions like best, others as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def speed_up(graph: fx.GraphModule, weighted: Iterable[str]) -> list[Weighted]:
@@ -154,7 +163,7 @@ class Simulation(torch.nn.Module):
         """Training mode; operators that mix all channels compute in `precision`, grouped ones would only lose time."""
         self.train()
         for operator in self._weighted:
-            operator.precision = precision if operator.dense else torch.float32
+            operator.train_in(precision)
 
     def set(self, site: str, value: Tensor) -> None:
         """The float values that a weight or bias site computes with."""

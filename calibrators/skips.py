@@ -29,7 +29,7 @@ from calibrators.graph import (
     constant,
     infer_shapes,
     is_constant,
-    module_path,
+    layer_name,
     replace_args,
     shape_of,
 )
@@ -126,7 +126,7 @@ def _split(graph: fx.GraphModule, weight: fx.Node) -> str:
     """Take the diagonal of a weight out of all convolutions that use it; returns the path of the first of them."""
     diagonal, rest = _parted(constant(graph, weight))
     users = list(weight.users)
-    path = module_path(users[0]) or users[0].name
+    path = layer_name(users[0])
     values = {
         "rest": rest,
         "skip": diagonal.reshape(-1, *[1] * (rest.ndim - 1)),
@@ -150,7 +150,7 @@ def _add_branch(graph: fx.Graph, node: fx.Node, skip: fx.Node, bias: fx.Node) ->
         branch = graph.create_node("call_function", node.target, arguments, name=f"{node.name}_skip")
     with graph.inserting_after(branch):
         total = graph.create_node("call_function", aten.add.Tensor, (node, branch), name=f"{node.name}_sum")
-    path = f"{module_path(node) or node.name}.skip"
+    path = f"{layer_name(node)}.skip"
     total.meta, node.meta = node.meta, meta_of_part(node)
     stack = {**(node.meta.get("nn_module_stack") or {}), path: (path, "")}
     branch.meta = node.meta | {"nn_module_stack": stack, "branch_of": node.name}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from calibrators.blocks import Block
 from calibrators.errors import DataError
@@ -31,7 +31,7 @@ CHECK_EVERY = 100
 class Unit:
     """A block to be trained, with everything it needs.
 
-    simulation:   the block with quantizers; floating: the block as it was.
+    simulation:   the block with quantizers.
     inputs:       block.inputs in the network that is quantized so far, all samples.
     float_inputs: the same in the float network.
     targets:      outputs of the float network, one per entry of `supervised`, the indices of outputs that have samples.
@@ -43,7 +43,6 @@ class Unit:
 
     block: Block
     simulation: Simulation
-    floating: fx.GraphModule
     inputs: tuple[Cache, ...]
     float_inputs: tuple[Cache, ...]
     targets: tuple[Cache, ...]

@@ -6,21 +6,18 @@ Departs: the groups are selected (calibrators.granularity), by the losses of a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruct import GRANULARITIES, Reconstruction
-from calibrators.training import Settings
+from calibrators.reconstruct import GRANULARITIES
 
 __all__ = ["MRECG"]
 
 
 @dataclass(frozen=True)
-class MRECG(Reconstruction):
+class MRECG(QDrop):
     """Learned rounding, with neighbouring blocks trained jointly where the error oscillates."""
 
     granularity: str = option("loss", "which neighbours are trained jointly", choices=GRANULARITIES)
     keep: float = option(0.5, "probability that an activation is quantized; 1: BRECQ's base", minimum=0, maximum=1)
-
-    def settings(self) -> Settings:
-        return replace(super().settings(), keep=self.keep, input_keep=self.keep)

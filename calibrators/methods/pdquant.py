@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibrators.ahead import Ahead
 from calibrators.distribution import Correction, Descent
-from calibrators.losses import kl_divergence
+from calibrators.losses import is_logits, kl_divergence, relative_error
 from calibrators.methods.qdrop import QDrop
 from calibrators.norms import expected_outputs
 from calibrators.options import option
@@ -77,7 +77,7 @@ class _WithPrediction:
 
     def _difference(self, y: Tensor, wanted: Tensor, energy: float) -> Tensor:
         distance = self.method.distance
-        if distance == "kl" or (distance == "auto" and y.ndim == 2 and y.shape[1] > 1):
+        if distance == "kl" or (distance == "auto" and is_logits(y)):
             classes_last = (y.movedim(1, -1), wanted.movedim(1, -1))
             return kl_divergence(*classes_last, self.method.temperature).mean()
-        return (y - wanted).square().mean() / energy
+        return relative_error(y, wanted, energy).mean()

@@ -20,15 +20,16 @@ shapes change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from calibrators.ahead import Ahead
 from calibrators.granularity import stage_ends
+from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruct import Reconstruction, Run
-from calibrators.training import Loss, RelativeError, Settings, Unit
+from calibrators.reconstruct import Run
+from calibrators.training import Loss, RelativeError, Unit
 
 __all__ = ["RepAPQ"]
 
@@ -36,7 +37,7 @@ POWERS = {"mae": 1, "mse": 2}
 
 
 @dataclass(frozen=True)
-class RepAPQ(Reconstruction):
+class RepAPQ(QDrop):
     """Reconstruction for reparameterized networks: absolute errors, a gain per channel, supervision across blocks."""
 
     ranges: str = option("mae", "range method for the first activation scales")
@@ -44,10 +45,6 @@ class RepAPQ(Reconstruction):
     affine: bool = option(True, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
     across: float = option(1.0, "weight of the error at the end of the stage; 0: the unit's own output only", minimum=0)
     chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)
-    keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)
-
-    def settings(self) -> Settings:
-        return replace(super().settings(), keep=self.keep, input_keep=self.keep)
 
     def loss(self, unit: Unit, run: Run) -> Loss:
         power = POWERS[self.measure]
