@@ -13,8 +13,13 @@ from calibrators.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.gates import parse
+from exporter.packing import SINCE, STORAGES
+from runtime_tests.sessions import loads
 
 __all__ = ["check_settings"]
+
+IR_VERSION = 8
+"""One that every onnxruntime loads: the opset alone is in question."""
 
 
 def check_settings(config: ExportConfig) -> None:
@@ -28,6 +33,23 @@ def check_settings(config: ExportConfig) -> None:
     for expression in config.gates:
         parse(expression)
     _check_device(config.device)
+    _check_storage(config)
+
+
+def _check_storage(config: ExportConfig) -> None:
+    asked = STORAGES[config.weight_storage]
+    narrowest = min([config.weight_bits, *(rule.weight_bits or config.weight_bits for rule in config.layers)])
+    if config.weight_storage != "auto" and asked and narrowest > max(asked):
+        raise InputError(
+            f"weight_storage is {config.weight_storage!r} and no weight has {max(asked)} bits or fewer; give "
+            f"--weight-bits {max(asked)}, or leave --weight-storage out."
+        )
+    opset = max((SINCE[width] for width in asked), default=0)
+    if opset and not loads(opset=opset, ir_version=IR_VERSION):
+        raise InputError(
+            f"weight_storage is {config.weight_storage!r}, whose types came with opset {opset}, which the installed "
+            "onnxruntime does not load; upgrade onnxruntime, or give --weight-storage int8."
+        )
 
 
 def _check_device(name: str) -> None:

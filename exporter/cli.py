@@ -106,6 +106,15 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     per_tensor_weights: Annotated[
         bool | None, _option("One weight scale per tensor, not per channel.", QUANTIZATION, "--per-tensor-weights")
     ] = None,
+    weight_storage: Annotated[
+        str | None,
+        _option(
+            "Weights in the file: `int8`, or what fits in `int4` or `int2`, which the runtime unpacks while loading "
+            r"for the same integer kernels; auto: int4. \[auto]",
+            QUANTIZATION,
+            metavar="TYPE",
+        ),
+    ] = None,
     reduce_range: Annotated[
         bool | None, _option("7-bit weights, for CPUs without VNNI.", QUANTIZATION, "--reduce-range")
     ] = None,
@@ -195,6 +204,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "activation_bits": activation_bits,
         "first_last_bits": first_last_bits,
         "per_tensor_weights": per_tensor_weights,
+        "weight_storage": weight_storage,
         "reduce_range": reduce_range,
         "prepare": prepare,
         "bias_correction": bias_correction,

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -31,6 +31,7 @@ __all__ = ["ExportConfig", "load_config", "make_config"]
 
 Width = Annotated[int, Field(ge=2, le=8)]
 Positive = Annotated[int, Field(ge=1)]
+Storage = Literal["auto", "int8", "int4", "int2"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 NO_EFFECT = frozenset({"cache_gib", "explain"})
@@ -52,6 +53,9 @@ class ExportConfig(BaseModel):
     first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
     per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
     reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
+    weight_storage: Storage = Field(
+        "auto", description="weights of few bits in the file: packed where they fit, or int8"
+    )
     split_skips: bool = Field(True, description="keep identity branches apart where low bits cannot hold them")
     include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
     exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")

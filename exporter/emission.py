@@ -31,12 +31,10 @@ from calibrators.graph import where
 from calibrators.place import operator_name
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from exporter.capturing import quiet
+from exporter.packing import SINCE, STORAGES, pack, set_opset
 from exporter.reference import export_program
 
-__all__ = ["emit", "emit_float", "save", "to_onnx"]
-
-IR_VERSION = 10
-"""ONNX IR version that goes with opset 20 and 21."""
+__all__ = ["emit", "emit_float", "needed_opset", "save", "to_onnx"]
 
 WIDE_OPSET = 21
 """First opset whose quantizers write int16."""
@@ -48,17 +46,33 @@ EXTERNAL_DATA_ABOVE = 2**31 - 2**20
 """Bytes of initialisers above which they leave the protobuf, whose limit is 2 GiB."""
 
 
-def emit(result: CalibrationResult, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> ir.Model:
+def emit(
+    result: CalibrationResult,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    weight_storage: str = "auto",
+) -> ir.Model:
     """Write the reference program of `result` as ONNX; returns the model.
 
-    raises: ExportError naming the operator that has no ONNX form.
+    weight_storage: how codes of weights are stored (exporter.packing): auto, int8, int4, int2.
+    raises:         ExportError naming the operator that has no ONNX form.
     """
-    opset = result.placement.target.opset
-    if any(site.spec.is_wide for site in result.placement.sites):
-        opset = max(opset, WIDE_OPSET)
-    model = to_onnx(result.program, opset=opset, metadata=metadata)
+    model = to_onnx(result.program, opset=needed_opset(result, weight_storage), metadata=metadata)
+    pack(model, weight_storage)
     save(model, path)
     return model
+
+
+def needed_opset(result: CalibrationResult, weight_storage: str) -> int:
+    """The target's opset, or the first that has the types which wide activations and packed weights need."""
+    needed = [result.placement.target.opset]
+    for site in result.placement.sites:
+        if site.spec.is_wide:
+            needed.append(WIDE_OPSET)
+        elif site.kind == "weight":
+            needed += [SINCE[width] for width in STORAGES[weight_storage] if site.spec.bits <= width][:1]
+    return max(needed)
 
 
 def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:
@@ -287,7 +301,7 @@ def _normalise(model: ir.Model) -> None:
     _store_transposed(model.graph)
     _fold_reshape_targets(model.graph)
     passes.RemoveUnusedNodesPass()(model)
-    model.ir_version = IR_VERSION
+    set_opset(model, model.opset_imports[""])
     model.doc_string = None
     model.graph.doc_string = None
     model.metadata_props.clear()

@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -27,6 +28,7 @@ __all__ = [
     "method_entries",
     "model_entry",
     "saturation_entry",
+    "storage_entry",
     "version",
 ]
 
@@ -90,6 +92,15 @@ def emission_entry(model: ir.Model) -> dict[str, Any]:
     for node in model.graph:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return {"opset": model.opset_imports.get("", 0), "ir_version": model.ir_version, "nodes": counts}
+
+
+def storage_entry(storage: str, alternatives: Mapping[str, Path], timing: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How weights are stored, and what the file would cost otherwise: bytes, and milliseconds where runs were timed."""
+    others = [
+        {"storage": name, "bytes": path.stat().st_size, "latency_ms": timing[name] if timing else None}
+        for name, path in alternatives.items()
+    ]
+    return {"storage": storage, "alternatives": others}
 
 
 def environment(saturating: Saturation, threads: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
@@ -32,7 +31,7 @@ from exporter.capturing import capture
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.data import Data, check_takes_integers, open_data
-from exporter.emission import emit, emit_float, save
+from exporter.emission import emit_float, needed_opset, save, to_onnx
 from exporter.entries import (
     emission_entry,
     environment,
@@ -40,11 +39,13 @@ from exporter.entries import (
     method_entries,
     model_entry,
     saturation_entry,
+    storage_entry,
     version,
 )
 from exporter.folding import fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
+from exporter.packing import alternatives, pack
 from exporter.progress import Progress
 from exporter.reference import load_reference, save_reference
 from exporter.schema import Report, read_report
@@ -183,6 +184,7 @@ class _Export:
     def __init__(self, work: _Work, folder: Path) -> None:
         self.work, self.config, self.folder = work, work.config, folder
         self.model_path, self.float_path = folder / "model.onnx", folder / "float.onnx"
+        self.alternatives: dict[str, Path] = {}  # the file with weights stored otherwise
         self.samples = self.evaluated = 0
 
     def run(self, model: nn.Module | torch.export.ExportedProgram) -> _Bundle:
@@ -267,20 +269,27 @@ class _Export:
                 "target": self.config.target,
                 "method": self.config.method,
             }
-            emit(result, self.model_path, metadata=metadata)
             emit_float(folded, self.float_path)
             save_reference(result.program, self.folder / "reference.pt2")
-            if not self.config.simplify:
-                return {"applied": False, "why": "switched off"}
-            return self._simplified(result)
+            opset = needed_opset(result, self.config.weight_storage)
+            model, simplifier = self._simplified(result, to_onnx(result.program, opset=opset, metadata=metadata))
+            self._store(model)
+            return simplifier
 
-    def _simplified(self, result: CalibrationResult) -> dict[str, Any]:
-        """Run the guarded simplifier; the file changes only when it proved that nothing else does."""
-        sample = _feed(result.program, _example(result.program))
-        model, report = simplify(onnx.load(self.model_path), sample)
-        if report.applied:
-            save(ir.from_proto(model), self.model_path)
-        return report.to_dict()
+    def _store(self, model: ir.Model) -> None:
+        """Write the model as it is to be stored, and beside it, to be compared, as it could be."""
+        for name, other in alternatives(model, self.config.weight_storage).items():
+            self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
+            save(other, self.alternatives[name])
+        pack(model, self.config.weight_storage)
+        save(model, self.model_path)
+
+    def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+        """The model after the guarded simplifier, another only where it proved that nothing but nodes changed."""
+        if not self.config.simplify:
+            return model, {"applied": False, "why": "switched off"}
+        simpler, report = simplify(ir.to_proto(model), _feed(result.program, _example(result.program)))
+        return ir.from_proto(simpler) if report.applied else model, report.to_dict()
 
     def _proved(self, graph: fx.GraphModule, result: CalibrationResult, kernels: KernelPlan) -> Report:
         program = result.program
@@ -309,6 +318,7 @@ class _Export:
             "coverage": covered.to_dict(),
             "size": {"float_bytes": size_by_type(self.float_path).file_bytes, **size.to_dict()},
             "latency_ms": timing,
+            "storage": storage_entry(self.config.weight_storage, self.alternatives, timing),
             "time_s": {name: self.work.times.get(name, 0.0) for name in _STEPS},
             "gates": [],
             "tool": {"name": "intact", "version": version()},
@@ -358,7 +368,7 @@ class _Export:
         if not self.config.latency_runs:
             return None
         feed = _feed(program, _smallest(program, next(self._held_out(program))))
-        models = {"float": self.float_path, "quantized": self.model_path}
+        models = {"float": self.float_path, "quantized": self.model_path, **self.alternatives}
         measured = latency(models, feed, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
         batch = len(next(iter(feed.values())))
         return measured | {"ratio": measured["quantized"] / measured["float"], "batch": batch}

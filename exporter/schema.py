@@ -442,6 +442,23 @@ class Size(TypedDict):
 
 
 @_MORE_WELCOME
+class StoredOtherwise(TypedDict):
+    """The file with weights in another type; latency_ms is None where nothing was timed."""
+
+    storage: str
+    bytes: int
+    latency_ms: Real | None
+
+
+@_MORE_WELCOME
+class Storage(TypedDict):
+    """How weights of few bits are stored, and what other types would cost; those that change nothing are left out."""
+
+    storage: str
+    alternatives: list[StoredOtherwise]
+
+
+@_MORE_WELCOME
 class Latency(TypedDict):
     """Medians in milliseconds; iqr is the interquartile range of each."""
 
@@ -553,6 +570,7 @@ class Report(TypedDict):
     coverage: Coverage
     size: Size
     latency_ms: Latency | None
+    storage: NotRequired[Storage]
     time_s: Times
     gates: list[GateResult]
     tool: NotRequired[Tool]

@@ -84,15 +84,27 @@ def inputs(node: ir.Node, count: int) -> list[ir.Value | None]:
 
 
 def array(value: ir.Value | None) -> Array | None:
-    """Constant behind `value`: an initialiser or a Constant node; None otherwise."""
+    """Constant behind `value`: an initialiser, a Constant node, or packed codes that are unpacked; None otherwise."""
     if value is None:
         return None
     if value.const_value is not None:
         return np.asarray(value.const_value.numpy())
     node = value.producer()
-    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+    if node is None:
         return None
-    return np.asarray(node.attributes["value"].as_tensor().numpy())
+    if node.op_type == "Constant" and "value" in node.attributes:
+        return np.asarray(node.attributes["value"].as_tensor().numpy())
+    return _unpacked(node)
+
+
+def _unpacked(node: ir.Node) -> Array | None:
+    """What Cast and Sub make of constant integers."""
+    if node.op_type == "Sub":
+        left, right = map(array, node.inputs[:2])
+        return None if left is None or right is None else np.asarray(left - right)
+    source = array(node.inputs[0]) if node.op_type == "Cast" else None
+    dtype = ir.DataType(node.attributes["to"].as_int()) if source is not None else None
+    return None if source is None or dtype is None else source.astype(dtype.numpy())
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
