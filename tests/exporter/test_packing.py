@@ -87,19 +87,19 @@ def test_every_storage_is_the_same_network(op: str, bits: int, granularity: str)
     """Same integer kernels, no differing integer, same values from an independent reader of the file."""
     result, x = calibrated(op, bits, granularity)
     plain = stored(result, "int8")
-    [expected] = session(plain).run(None, {"x": x.numpy()})
-    [by_text] = ReferenceEvaluator(plain).run(None, {"x": x.numpy()})
+    [expected] = session(plain).run(None, {"input": x.numpy()})
+    [by_text] = ReferenceEvaluator(plain).run(None, {"input": x.numpy()})
     for storage in ("int4", "int2"):
         model = stored(result, storage)
         onnx.checker.check_model(model, full_check=True)
         assert PACKED_AS[storage, bits] in types(model)
         assert kernels(model) == kernels(plain)
-        [found] = session(model).run(None, {"x": x.numpy()})
+        [found] = session(model).run(None, {"input": x.numpy()})
         assert np.array_equal(found, expected)
         for optimized in (False, True):
             report = parity(model, result.program, [(x,)], optimized=optimized)
             assert report.to_dict()["mismatched"] == 0 or not optimized
-        [read] = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
+        [read] = ReferenceEvaluator(model).run(None, {"input": x.numpy()})
         assert np.array_equal(read, by_text)
         assert [finding for finding in lint(model) if finding.severity == "error"] == []
 
