@@ -270,11 +270,11 @@ def test_at_eight_bits_there_is_next_to_nothing_to_lose() -> None:
 
 
 def test_the_prediction_is_kept_better_than_by_the_units_error_alone() -> None:
+    """Trained on what is measured: the squared error of the outputs, which a divergence need not lower."""
     options = {"iters": 300, "batch": 16}
-    more = calibrated(
-        "residual", "pdquant", (2, 3), options=options | {"prediction": 5.0, "temperature": 1.0, "share": 1.0}
-    )
-    assert error("residual", more) < error("residual", calibrated("residual", "qdrop", (2, 3), options=options))
+    ahead = {"prediction": 5.0, "distance": "mse", "share": 1.0}
+    more = calibrated("residual", "pdquant", (2, 3), options=options | ahead)
+    assert error("residual", more) < 0.6 * error("residual", calibrated("residual", "qdrop", (2, 3), options=options))
 
 
 def test_methods_compose_with_grouping() -> None:
