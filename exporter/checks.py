@@ -13,13 +13,9 @@ from calibrators.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.gates import parse
-from exporter.packing import SINCE, STORAGES
-from runtime_tests.sessions import loads
+from exporter.packing import STORAGES, refused_opset
 
 __all__ = ["check_settings"]
-
-IR_VERSION = 8
-"""One that every onnxruntime loads: the opset alone is in question."""
 
 
 def check_settings(config: ExportConfig) -> None:
@@ -38,14 +34,14 @@ def check_settings(config: ExportConfig) -> None:
 
 def _check_storage(config: ExportConfig) -> None:
     asked = STORAGES[config.weight_storage]
-    narrowest = min([config.weight_bits, *(rule.weight_bits or config.weight_bits for rule in config.layers)])
+    narrowest = min([config.weight_bits, *(rule.weight_bits for rule in config.layers if rule.weight_bits)])
     if config.weight_storage != "auto" and asked and narrowest > max(asked):
         raise InputError(
             f"weight_storage is {config.weight_storage!r} and no weight has {max(asked)} bits or fewer; give "
             f"--weight-bits {max(asked)}, or leave --weight-storage out."
         )
-    opset = max((SINCE[width] for width in asked), default=0)
-    if opset and not loads(opset=opset, ir_version=IR_VERSION):
+    opset = refused_opset(config.weight_storage)
+    if opset is not None:
         raise InputError(
             f"weight_storage is {config.weight_storage!r}, whose types came with opset {opset}, which the installed "
             "onnxruntime does not load; upgrade onnxruntime, or give --weight-storage int8."

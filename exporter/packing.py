@@ -7,13 +7,12 @@ that unpack them while the session is made:
     int8 codes = Cast(packed codes)                                     where the packed codes are the codes
     int8 codes = Cast(Cast(packed codes) - Cast(packed zero point))     where channels are shifted into the packed range
 
-A weight whose reader takes floats is dequantized from the packed codes directly: kernels that expand weights read them.
-
 Must not know: programs, methods, how the bits were chosen: the codes alone say what they fit into.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +21,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "set_opset"]
+from runtime_tests.sessions import loads
+
+__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset"]
 
 Array = NDArray[Any]
 
@@ -42,38 +43,28 @@ OVERHEAD = 1024
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A DequantizeLinear of constant int8 codes: the codes, and what it says about their scales.
-
-    axis, block: of the scales; axis is None for one scale, block is 0 for one per index.
-    """
+    """A DequantizeLinear of constant int8 codes, and the axis of its scales, None for one scale."""
 
     node: ir.Node
     codes: ir.Value
     array: Array
     axis: int | None
-    block: int
 
+    @functools.cached_property
     def extremes(self) -> tuple[Array, Array]:
-        """Lowest and highest code under each scale, int64, shaped like the scales."""
-        values = self.array.astype(np.int64)
-        if self.axis is None:
-            return values.min(), values.max()
-        if self.block:
-            starts = np.arange(0, values.shape[self.axis], self.block)
-            low, high = (ufunc.reduceat(values, starts, self.axis) for ufunc in (np.minimum, np.maximum))
-            return low, high
-        others = tuple(axis for axis in range(values.ndim) if axis != self.axis)
-        return values.min(others), values.max(others)
+        """Lowest and highest code under each scale, int64, shaped to be broadcast against the codes."""
+        others = tuple(axis for axis in range(self.array.ndim) if axis != self.axis)
+        return tuple(reduce(others, keepdims=True).astype(np.int64) for reduce in (self.array.min, self.array.max))
 
     def offsets(self, width: int) -> Array:
-        """What to subtract under each scale, int64 and nearest to 0, so that the codes fit into `width` bits."""
-        low, high = self.extremes()
+        """What to subtract under each scale, nearest to 0, so that the codes fit into `width` bits."""
+        low, high = self.extremes
         least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
         return np.asarray(np.clip(0, high - most, low - least))
 
     def width(self, widths: tuple[int, ...]) -> int | None:
         """The narrowest of `widths` that holds the codes under every scale and what they are shifted by."""
-        low, high = self.extremes()
+        low, high = self.extremes
         spread = int((high - low).max(initial=0))
         return next((width for width in widths if spread < 1 << width and self._shifts_fit(width)), None)
 
@@ -81,51 +72,68 @@ class _Weight:
         offsets = self.offsets(width)
         return int(offsets.max()) <= 1 << (width - 1) and int(offsets.min()) > -(1 << (width - 1))
 
-    def spread(self, offsets: Array) -> Array:
-        """Values given per scale, broadcastable against the codes."""
-        if self.axis is None or not self.block:
-            shape = [1] * self.array.ndim
-            if self.axis is not None:
-                shape[self.axis] = -1
-            return offsets.reshape(shape)
-        return np.repeat(offsets, self.block, self.axis).take(range(self.array.shape[self.axis]), self.axis)
-
 
 def pack(model: ir.Model, storage: str) -> dict[str, int]:
     """Pack the weights of `model` as STORAGES[storage] says; the bits of those that were packed, by name of the codes.
 
     Types that the opset of the model does not have are left out.
     """
-    opset = model.opset_imports[""]
-    widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
-    packed = {}
-    for weight in list(_weights(model.graph)):
-        width = weight.width(widths)
-        if width is not None and weight.array.size * (8 - width) // 8 > OVERHEAD:
-            packed[str(weight.codes.name)] = width
-            _pack(model.graph, weight, width)
-    return packed
+    packable = _packable(model.graph, storage, model.opset_imports[""])
+    for weight, width in packable:
+        _pack(model.graph, weight, width)
+    return _widths(packable)
 
 
 def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
-    """The unpacked `model` as the other storages would have it, by their names; those equal to `storage` left out."""
+    """The unpacked `model` as the other storages would have it, by their names.
+
+    Left out are those equal to `storage` and those that the installed onnxruntime does not load.
+    """
     proto = ir.to_proto(model)
-    known = [pack(ir.from_proto(proto), storage)]
+    known = [_widths(_packable(model.graph, storage, model.opset_imports[""]))]
     others = {}
     for name in ("int8", "int4", "int2"):
-        other = ir.from_proto(proto)
-        set_opset(other, max([model.opset_imports[""], *(SINCE[width] for width in STORAGES[name])]))
-        packed = pack(other, name)
-        if packed not in known:
-            known.append(packed)
-            others[name] = other
+        opset = max([model.opset_imports[""], *(SINCE[width] for width in STORAGES[name])])
+        widths = _widths(_packable(model.graph, name, opset))
+        if widths in known or refused_opset(name) is not None:
+            continue
+        known.append(widths)
+        others[name] = ir.from_proto(proto)
+        set_opset(others[name], opset)
+        pack(others[name], name)
     return others
+
+
+def refused_opset(storage: str) -> int | None:
+    """The opset that brought the types of `storage` where the installed onnxruntime does not load it, else None."""
+    opsets = [SINCE[width] for width in STORAGES[storage]]
+    return next((opset for opset in opsets if not loads(opset=opset, ir_version=_ir_version(opset))), None)
 
 
 def set_opset(model: ir.Model, opset: int) -> None:
     """Say which opset the model is of, and the IR version that goes with it."""
     model.opset_imports[""] = opset
-    model.ir_version = max(version for first, version in IR_VERSIONS.items() if first <= opset)
+    model.ir_version = _ir_version(opset)
+
+
+def _ir_version(opset: int) -> int:
+    return max(version for first, version in IR_VERSIONS.items() if first <= opset)
+
+
+def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, int]]:
+    """The weights that are worth packing, and the bits that they are packed to."""
+    widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
+    found = ((weight, weight.width(widths)) for weight in _weights(graph))
+    return [(weight, width) for weight, width in found if width and _saving(weight, width) > OVERHEAD]
+
+
+def _saving(weight: _Weight, width: int) -> int:
+    """Bytes that packing takes off the codes."""
+    return weight.array.size * (8 - width) // 8
+
+
+def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:
+    return {str(weight.codes.name): width for weight, width in packable}
 
 
 def _weights(graph: ir.Graph) -> Iterator[_Weight]:
@@ -137,39 +145,24 @@ def _weights(graph: ir.Graph) -> Iterator[_Weight]:
         array = codes.const_value.numpy()
         if array.dtype != np.int8 or array.ndim < 2:
             continue
-        axis, block = (node.attributes.get(name) for name in ("axis", "block_size"))
-        yield _Weight(node, codes, array, None if axis is None else axis.as_int(), block.as_int() if block else 0)
+        axis = node.attributes.get("axis")
+        yield _Weight(node, codes, array, None if axis is None else axis.as_int())
 
 
 def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:
     offsets = weight.offsets(width)
     name = str(weight.codes.name)
     del graph.initializers[name]
-    packed = _constant(graph, f"{name}_packed", weight.array - weight.spread(offsets), width)
-    if _reads_floats(weight.node):
-        zero_point = weight.node.inputs[2]
-        assert zero_point is not None and len(zero_point.uses()) == 1
-        del graph.initializers[str(zero_point.name)]
-        weight.node.replace_input_with(0, packed)
-        weight.node.replace_input_with(2, _constant(graph, str(zero_point.name), -offsets, width))
-        return
+    packed = _constant(graph, f"{name}_packed", weight.array - offsets, width)
     nodes = []
     if offsets.any():
-        zeros = _constant(graph, f"{name}_packed_zero_point", weight.spread(-offsets), width)
+        zeros = _constant(graph, f"{name}_packed_zero_point", -offsets, width)
         nodes += [_node("Cast", [value], f"{value.name}_int32", weight, ir.DataType.INT32) for value in (packed, zeros)]
         nodes.append(_node("Sub", [node.outputs[0] for node in nodes], f"{name}_int32", weight, ir.DataType.INT32))
     source = nodes[-1].outputs[0] if nodes else packed
     nodes.append(_node("Cast", [source], name, weight, ir.DataType.INT8))
     graph.insert_before(weight.node, nodes)
     weight.node.replace_input_with(0, nodes[-1].outputs[0])
-
-
-def _reads_floats(dequantize: ir.Node) -> bool:
-    """Whether only matrix products of floats read the weight."""
-    readers = [use.node for use in dequantize.outputs[0].uses()]
-    sources = [node.inputs[0].producer() for node in readers if node.inputs[0] is not None]
-    coded = any(source is not None and source.op_type == "DequantizeLinear" for source in sources)
-    return not coded and all(node.op_type == "MatMul" for node in readers)
 
 
 def _constant(graph: ir.Graph, name: str, codes: Array, width: int) -> ir.Value:

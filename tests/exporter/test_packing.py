@@ -151,6 +151,12 @@ def test_alternatives_differ_from_what_was_chosen_and_from_each_other() -> None:
     assert set(alternatives(model, "int8")) == {"int4"} and types(ir.to_proto(model)).isdisjoint({"INT4"})
 
 
+def test_alternatives_that_the_runtime_does_not_load_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "loads", lambda opset, ir_version: (opset, ir_version) < (25, 13))
+    two, _ = calibrated("conv", 2, "channel")
+    assert set(alternatives(to_onnx(two.program, opset=21), "auto")) == {"int8"}
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_bytes_are_packed(storage: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -174,7 +180,7 @@ class TestSettings:
         check_settings(make_config({"weight_storage": "int4", "layers": [{"match": "*", "weight_bits": 3}]}))
 
     def test_an_old_runtime(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("exporter.checks.loads", lambda **_: False)
+        monkeypatch.setattr(packing, "loads", lambda **_: False)
         with pytest.raises(InputError, match="opset 25, which the installed onnxruntime does not load"):
             check_settings(make_config({"weight_storage": "int2", "weight_bits": 2}))
 
