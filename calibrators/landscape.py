@@ -33,7 +33,7 @@ from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
 
-__all__ = ["Landscape", "Measured", "Point", "Spent", "chunk_size", "float_outputs"]
+__all__ = ["Landscape", "Measured", "Point", "Spent", "draw_samples", "float_outputs"]
 
 CHUNK = 32
 """Samples per forward pass: the activations of one block stay near the processor."""
@@ -299,6 +299,14 @@ def chunk_size(placement: Placement) -> int:
     """Samples per forward pass: those of the example where the graph fixes their number."""
     graph = placement.graph
     return CHUNK if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
+
+
+def draw_samples(problem: Problem, total: int, samples: int, purpose: str) -> Tensor:
+    """At most `samples` of `total` samples, int64 [n], ascending; whole batches where their size is fixed."""
+    chunk, wanted = chunk_size(problem.placement), min(total, samples)
+    if not problem.placement.graph.meta["dynamic_batch"]:
+        wanted = max(chunk, wanted - wanted % chunk)
+    return torch.randperm(total, generator=problem.generator(purpose))[:wanted].sort().values
 
 
 def float_outputs(placement: Placement, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -59,6 +59,7 @@ class PlacementOptions:
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
     layers:          rules for single layers, in order; they win over all of the above.
+    allocated:       rules that calibrators.mixed found for operators by name; `layers` win over them.
     """
 
     weight_bits: int = 8
@@ -70,6 +71,7 @@ class PlacementOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
+    allocated: tuple[MatchedRule, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,18 @@ class Placement:
     def activation_of(self) -> dict[str, Site]:
         """Activation site by the fx name of its node."""
         return {site.node: site for site in self.sites if site.kind == "activation"}
+
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Weighted operators that read each weight and each activation scale, by the name of the site that owns it."""
+        found: dict[str, list[str]] = {}
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        for site in (site for site in self.sites if site.kind == "weight"):
+            found[site.name] = [*site.users]
+            for user in site.users:
+                scale = self.root(self.activation_of[bind(nodes[user])["input"].name])
+                found.setdefault(scale.name, []).append(user)
+        return {name: tuple(users) for name, users in found.items()}
 
     def root(self, site: Site) -> Site:
         """The site that owns the scale and zero point of `site`."""
@@ -119,7 +133,7 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
             "(after --include, --exclude and float layers) has none of them"
         )
     _check_reach(given, weighted)
-    rules = RuleList([*_implied(options, weighted), *given])
+    rules = RuleList([*_implied(options, weighted), *options.allocated, *given])
     sites = _Sites(placer, options, rules, weighted).build()
     return Placement(graph, target, sites, _applied(graph, rules, weighted), tuple(_notes(rules, sites, weighted)))
 

@@ -147,6 +147,19 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
             metavar="RULE",
         ),
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        _option(
+            "Give every layer bits of its own, the best within this limit, repeatable: `weight_bytes<=0.6M`, "
+            "`avg_weight_bits<=3.5`, `bops<=2G` (opens the bits of activations too), `accuracy_drop<=1%`.",
+            QUANTIZATION,
+            metavar="LIMIT",
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool | None,
+        _option("Measure and draw what the bits of each layer cost; `--budget` does too.", QUANTIZATION, "--sensitivity"),
+    ] = None,
     explain: Annotated[
         bool | None,
         _option("Compute and draw what explains the method's choice; takes longer.", QUANTIZATION, "--explain"),
@@ -208,6 +221,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "reduce_range": reduce_range,
         "prepare": prepare,
         "bias_correction": bias_correction,
+        "budget": budget or None,
+        "sensitivity": sensitivity,
         "explain": explain,
         "include": include or None,
         "exclude": exclude or None,

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from calibrators.budgets import parse_budgets
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.rules import SETTINGS, LayerRule
 
@@ -34,7 +35,7 @@ Positive = Annotated[int, Field(ge=1)]
 Storage = Literal["auto", "int8", "int4", "int2"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
-NO_EFFECT = frozenset({"cache_gib", "explain"})
+NO_EFFECT = frozenset({"cache_gib", "explain", "sensitivity"})
 """Settings that change how an export is computed and told, and nothing in the model."""
 
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
@@ -67,6 +68,8 @@ class ExportConfig(BaseModel):
     device: str = Field("cpu", description="where methods that train or search compute: cpu, cuda or cuda:N")
     cache_gib: float = Field(4.0, gt=0, description="memory for cached activations; what does not fit goes to disk")
     explain: bool = Field(False, description="compute and draw what explains the method's choice")
+    budget: tuple[str, ...] = Field((), description="limits within which every layer gets bits of its own")
+    sensitivity: bool = Field(False, description="measure and draw what the bits of each layer cost")
     gates: tuple[str, ...] = Field((), description="conditions that decide the verdict")
     batch_size: Positive = Field(64, description="samples per batch where the data comes without batches")
     image_size: Positive | tuple[Positive, Positive] | None = Field(None, description="height and width of images")
@@ -88,6 +91,16 @@ class ExportConfig(BaseModel):
     @classmethod
     def _names_may_stand_in_one_text(cls, names: object) -> object:
         return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+
+    @field_validator("budget")
+    @classmethod
+    def _budgets_can_be_read(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_budgets(texts)))
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _one_budget_may_stand_alone(cls, texts: object) -> object:
+        return [texts] if isinstance(texts, str) else texts
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from runtime_tests.sessions import loads
 
-__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset"]
+__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset", "stored_bytes"]
 
 Array = NDArray[Any]
 
@@ -124,12 +124,22 @@ def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, 
     """The weights that are worth packing, and the bits that they are packed to."""
     widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
     found = ((weight, weight.width(widths)) for weight in _weights(graph))
-    return [(weight, width) for weight, width in found if width and _saving(weight, width) > OVERHEAD]
+    return [(weight, width) for weight, width in found if width and _is_worth_it(weight.array.size, width)]
 
 
-def _saving(weight: _Weight, width: int) -> int:
-    """Bytes that packing takes off the codes."""
-    return weight.array.size * (8 - width) // 8
+def stored_bytes(size: int, bits: int, storage: str) -> int:
+    """Bytes that a weight of `size` codes of `bits` bits takes in the file."""
+    width = next((width for width in STORAGES[storage] if bits <= width), 8)
+    return size - _saving(size, width) if _is_worth_it(size, width) else size
+
+
+def _is_worth_it(size: int, width: int) -> bool:
+    return _saving(size, width) > OVERHEAD
+
+
+def _saving(size: int, width: int) -> int:
+    """Bytes that packing takes off so many codes."""
+    return size * (8 - width) // 8
 
 
 def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:
