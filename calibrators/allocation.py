@@ -107,7 +107,7 @@ class _Programme:
                 objective[self.index[name, str(bits)]] = loss / worst - PREFERENCE * bits
         solution = milp(
             objective,
-            integrality=np.arange(len(objective)) < self.binary,
+            integrality=(np.arange(len(objective)) < self.binary).astype(np.int64),
             bounds=Bounds(0.0, 1.0),
             constraints=self._constraint(),
             options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
@@ -143,9 +143,10 @@ class _Programme:
             widths = [self.costs.widths[name] for name in (layer.weight, layer.activation) if name not in self.losses]
             work = float(layer.macs * np.prod(widths))
             fixed += 0.0 if open_scales else work
-            for name, bits in ((name, bits) for name in open_scales for bits in self.losses[name]):
-                variable = self.index[name, str(bits)]
-                coefficients[variable] = coefficients.get(variable, 0.0) + work * bits
+            for scale in open_scales:
+                for bits in self.losses[scale]:
+                    variable = self.index[scale, str(bits)]
+                    coefficients[variable] = coefficients.get(variable, 0.0) + work * bits
         return coefficients, fixed
 
     def _pairs(self, layer: Layer) -> dict[int, float]:

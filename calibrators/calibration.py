@@ -90,7 +90,8 @@ def calibrate(
     record: dict[str, Any] = {"preparation": preparation, "skips": tuple(skips)}
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     if budgets:
-        rules, record["mixed_precision"] = allocate_bits(problem, placement, ranges, budgets, stored)
+        rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
+        record |= found
         problem = problem.with_bits(place(placed.graph, target, replace(placement, allocated=rules)))
     elif sensitivity:
         record["sensitivity"] = measure_sensitivity(problem, placement, ranges)

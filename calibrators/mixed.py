@@ -122,7 +122,12 @@ class _Table:
             }
             for name, readings in self.readings.items()
         ]
-        return {"samples": self.probe.samples, "finest": asdict(self.finest), "scales": scales}
+        return {
+            "loss": self.probe.witness.loss_name,
+            "samples": self.probe.samples,
+            "finest": asdict(self.finest),
+            "scales": scales,
+        }
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,9 @@ class _Mixer:
         grids = Grids(self.problem, every, method)
         self.probe, self.check = Probe(grids, SAMPLES), Probe(grids, CHECKED)
         if self.accuracy and self.check.read({}).accuracy_drop is None:
-            raise InputError(f"budget '{self.accuracy}' needs an output of shape [n, classes]; limit {self.axis} instead.")
+            raise InputError(
+                f"budget '{self.accuracy}' needs an output of shape [n, classes]; limit {self.axis} instead."
+            )
 
     def _check_reach(self) -> None:
         """Raises InputError where no choice is within the limits on size."""
@@ -181,20 +188,21 @@ class _Mixer:
         self.losses: Losses = self.table.losses
         with self.problem.stage("allocate", None) as self.bar:
             best = self._cheapest() if self.accuracy else self._within(self.limits)
-            record = {
-                **self.table.record(),
+            mixed = {
                 "budgets": [str(budget) for budget in self.budgets],
                 "axis": self.axis,
+                "samples": self.check.samples,
                 "rank_correlation": self._rank_correlation(best),
                 "found": self._entry(best),
                 "front": self._front(),
                 "seconds": time.perf_counter() - started,
             }
-        for scale in record["scales"]:
+        sensitivity = self.table.record()
+        for scale in sensitivity["scales"]:
             scale["bits"] = best.widths[scale["site"]]
-        return self._rules(best.widths), record
+        return self._rules(best.widths), {"sensitivity": sensitivity, "mixed_precision": mixed}
 
-    # --- choices --------------------------------------------------------------------------------------------------------
+    # --- choices ------------------------------------------------------------------------------------------------------
 
     def _choice(self, widths: Widths) -> _Choice:
         reading = self.check.read({**self.given, **widths})
@@ -259,10 +267,10 @@ class _Mixer:
         high = min(high, self.limits.get(self.axis, math.inf))
         best = self._within({**self.limits, self.axis: high})
         if not self._keeps_accuracy(best):
+            cost, drop = self.costs.of(self.axis, best.widths), best.reading.accuracy_drop
             raise InputError(
-                f"budget '{self.accuracy}' cannot be met: with {self.axis}={self.costs.of(self.axis, best.widths):.10g} "
-                f"the drop is {best.reading.accuracy_drop:.4g} on {self.check.samples} calibration samples; allow more, "
-                "or give activations more bits."
+                f"budget '{self.accuracy}' cannot be met: with {self.axis}={cost:.10g} the drop is {drop:.4g} on "
+                f"{self.check.samples} calibration samples; allow more, or give activations more bits."
             )
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -278,7 +286,7 @@ class _Mixer:
         drop = choice.reading.accuracy_drop
         return drop is not None and drop <= self.accuracy.limit
 
-    # --- what is told ---------------------------------------------------------------------------------------------------
+    # --- what is told -------------------------------------------------------------------------------------------------
 
     def _reach(self) -> tuple[float, float]:
         """Least and most that can be spent on the axis."""
@@ -312,9 +320,12 @@ class _Mixer:
         for name, knob in self.knobs.items():
             found.setdefault((knob.kind, widths[name]), []).extend(knob.layers)
         return tuple(
-            MatchedRule(LayerRule(MATCH, **{f"{kind}_bits": bits}), frozenset(layers), MATCH)
-            for (kind, bits), layers in sorted(found.items())
+            MatchedRule(_rule(kind, bits), frozenset(layers), MATCH) for (kind, bits), layers in sorted(found.items())
         )
+
+
+def _rule(kind: Kind, bits: int) -> LayerRule:
+    return LayerRule(MATCH, weight_bits=bits) if kind == "weight" else LayerRule(MATCH, activation_bits=bits)
 
 
 def _nearest(knob: Knob, bits: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calibrators.landscape import Landscape, Point, draw_samples, float_outputs
-from calibrators.losses import PredictionLoss, is_logits, prediction_loss
+from calibrators.losses import is_logits, prediction_loss
 from calibrators.place import Placement, PlacementOptions, place
 from calibrators.problem import Problem
 from calibrators.ranges import RangeMethod
@@ -75,7 +75,7 @@ def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kin
 class Reading:
     """The network at some widths.
 
-    loss:          mean over the samples (losses.prediction_loss, "auto").
+    loss:          mean over the samples: kl where every output is [samples, classes], else mse (calibrators.losses).
     sqnr_db:       energy of the outputs over that of their error, in dB.
     accuracy_drop: of top-1 against the float network's; without labels the share of predictions that change, which is
                    never less. None where the output is no [samples, classes].
@@ -120,7 +120,7 @@ class Probe:
         chosen = [x[rows] for x in inputs]
         floats = float_outputs(problem.placement, chosen)
         labels = None if problem.labels is None else problem.labels[rows]
-        self.witness = _Witness(prediction_loss("auto", floats), floats, labels)
+        self.witness = _Witness(floats, labels)
         self.landscape = Landscape(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
         self.readings: dict[tuple[int, ...], Reading] = {}
 
@@ -148,11 +148,12 @@ class Probe:
 class _Witness:
     """A loss that also keeps what else the outputs say."""
 
-    def __init__(self, loss: PredictionLoss, floats: Sequence[Tensor], labels: Tensor | None) -> None:
-        self.loss, self.floats = loss, floats
+    def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
+        self.floats, self.labels = floats, labels
         self.energy = [max(float(y.square().sum(dtype=torch.float64)), SILENCE) for y in floats]
+        self.loss_name = "kl" if all(map(is_logits, floats)) else "mse"
+        self.loss = prediction_loss(self.loss_name, floats)
         self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
-        self.labels = labels
         self.reset()
 
     def reset(self) -> None:

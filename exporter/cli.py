@@ -158,7 +158,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     ] = None,
     sensitivity: Annotated[
         bool | None,
-        _option("Measure and draw what the bits of each layer cost; `--budget` does too.", QUANTIZATION, "--sensitivity"),
+        _option("Measure and draw what bits cost, layer by layer; `--budget` does too.", QUANTIZATION, "--sensitivity"),
     ] = None,
     explain: Annotated[
         bool | None,

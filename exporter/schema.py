@@ -28,12 +28,14 @@ __all__ = [
     "Lapq",
     "LayerEntry",
     "Level",
+    "MixedPrecision",
     "NodeParity",
     "OutputParity",
     "ReconstructedUnit",
     "Reconstruction",
     "Report",
     "Rule",
+    "ScaleSensitivity",
     "dump_json",
     "is_integer_kernel",
     "is_legal",
@@ -433,6 +435,69 @@ class Lapq(TypedDict, total=False):
 
 
 @_MORE_WELCOME
+class Reading(TypedDict):
+    """The network at some bits: loss of its prediction, noise of its outputs, loss of top-1 on calibration samples."""
+
+    loss: float | None
+    sqnr_db: float | None
+    accuracy_drop: float | None
+
+
+@_MORE_WELCOME
+class WidthReading(Reading):
+    """A reading with one scale on so many bits."""
+
+    bits: int
+
+
+@_MORE_WELCOME
+class ScaleSensitivity(TypedDict):
+    """What the bits of one weight or activation scale cost; bits: those that a budget left it."""
+
+    site: str
+    kind: Literal["weight", "activation"]
+    widths: list[WidthReading]
+    bits: NotRequired[int]
+
+
+@_MORE_WELCOME
+class Sensitivity(TypedDict):
+    """Readings with one scale on a coarser grid and all others on their finest, and with all on their finest."""
+
+    loss: Literal["kl", "mse"]
+    samples: int
+    finest: Reading
+    scales: list[ScaleSensitivity]
+
+
+@_MORE_WELCOME
+class MixedChoice(Reading):
+    """A choice of bits: what it takes, and the loss predicted above that of the finest grids; uniform: one width."""
+
+    weight_bytes: float
+    avg_weight_bits: float
+    bops: float
+    predicted: float
+    uniform: NotRequired[int]
+
+
+@_MORE_WELCOME
+class MixedPrecision(TypedDict):
+    """Bits by budget: the choice found, and the front of choices along `axis` beside uniform bits.
+
+    rank_correlation: Spearman's, of what scales cost alone and in the network found.
+    """
+
+    budgets: list[str]
+    axis: Literal["weight_bytes", "avg_weight_bits", "bops"]
+    samples: int
+    rank_correlation: float | None
+    found: MixedChoice
+    front: list[MixedChoice]
+    seconds: NotRequired[float]
+
+
+@_MORE_WELCOME
 class Size(TypedDict):
     """Bytes of the float and of the quantized model; by_type counts initialisers."""
 
@@ -581,6 +646,8 @@ class Report(TypedDict):
     layers: NotRequired[list[LayerEntry]]
     reconstruction: NotRequired[Reconstruction]
     lapq: NotRequired[Lapq]
+    sensitivity: NotRequired[Sensitivity]
+    mixed_precision: NotRequired[MixedPrecision]
     saturation: NotRequired[Saturation | None]
     simplifier: NotRequired[Simplifier | None]
     emission: NotRequired[Emission]

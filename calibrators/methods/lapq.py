@@ -23,7 +23,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calibrators.curvature import coupling, hessian, hessian_evaluations
