@@ -40,7 +40,7 @@ SPLIT_BITS = 4
 SAMPLES = 256
 """Samples that sensitivities are read on: with all but one scale on the finest grid there is little noise."""
 
-CHECKED = 1024
+CHECKED = 512
 """Samples that choices are read on."""
 
 ROUNDS = 2
@@ -49,7 +49,7 @@ ROUNDS = 2
 STRETCH = 4.0
 """Most that one correction changes a sensitivity, either way: single readings are noisy."""
 
-FRONT = 9
+FRONT = 7
 """Budgets, evenly spread over what bits can be had, whose best choice is read for the front."""
 
 HALVINGS = 6
