@@ -31,6 +31,7 @@ from calibrators.problem import Bar, Problem
 from calibrators.ranges import RangeMethod
 from calibrators.rules import LayerRule, MatchedRule
 from calibrators.sensitivity import Grids, Kind, Knob, Probe, Reading, knobs
+from calibrators.skips import spike_of
 
 __all__ = ["SPLIT_BITS", "allocate_bits", "measure_sensitivity"]
 
@@ -114,11 +115,13 @@ class _Table:
 
     def record(self) -> dict[str, Any]:
         """Everything that was read."""
+        problem, knobs = self.probe.grids.problem, self.probe.grids.knobs
         scales = [
             {
                 "site": name,
-                "kind": self.probe.grids.knobs[name].kind,
+                "kind": knobs[name].kind,
                 "widths": [{"bits": bits, **asdict(reading)} for bits, reading in readings.items()],
+                **(_shape(problem, name) if knobs[name].kind == "weight" else {}),
             }
             for name, readings in self.readings.items()
         ]
@@ -322,6 +325,19 @@ class _Mixer:
         return tuple(
             MatchedRule(_rule(kind, bits), frozenset(layers), MATCH) for (kind, bits), layers in sorted(found.items())
         )
+
+
+def _shape(problem: Problem, name: str) -> dict[str, Any]:
+    """What makes a weight hard to quantize.
+
+    spread: largest magnitude of a channel over that of the median channel; what one scale for all of them suffers.
+    spike:  how far a folded identity branch stands out (calibrators.skips), None where there cannot be one.
+    """
+    site = problem.placement.by_name[name]
+    values = problem.values(site)
+    reach = values.movedim(problem.placement.target.weight.axis or 0, 0).flatten(1).abs().amax(1)
+    spread = float(reach.max() / reach.median().clamp(min=1e-30))
+    return {"values": values.numel(), "spread": spread, "spike": spike_of(problem.placement.graph, problem.node(site))}
 
 
 def _rule(kind: Kind, bits: int) -> LayerRule:

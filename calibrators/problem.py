@@ -101,7 +101,11 @@ class Problem:
 
     def values(self, site: Site) -> Tensor:
         """The float weight or bias of a site."""
-        return constant(self.placement.graph, self._nodes[site.node])
+        return constant(self.placement.graph, self.node(site))
+
+    def node(self, site: Site) -> torch.fx.Node:
+        """The node of a site."""
+        return self._nodes[site.node]
 
     def solve(self, method: RangeMethod) -> CalibrationResult:
         """The result of a range method: every tensor on its own, weights rounded to nearest."""

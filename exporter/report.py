@@ -240,7 +240,7 @@ def _sensitivity(report: Report) -> dict[str, Any] | None:
         ]
         if rows:
             figure = sensitivity_plot(scales, finest, f"intact-sensitivity-{kind}")
-            groups.append({"title": title, "widths": widths[:-1], "rows": rows, "figure": figure})
+            groups.append({"kind": kind, "title": title, "widths": widths[:-1], "rows": rows, "figure": figure})
     return {"groups": groups}
 
 

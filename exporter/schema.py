@@ -452,12 +452,19 @@ class WidthReading(Reading):
 
 @_MORE_WELCOME
 class ScaleSensitivity(TypedDict):
-    """What the bits of one weight or activation scale cost; bits: those that a budget left it."""
+    """What the bits of one weight or activation scale cost; bits: those that a budget left it.
+
+    Of weights: spread is the largest magnitude of a channel over the median channel's, spike how many times an identity
+    branch that was folded in exceeds the values around it.
+    """
 
     site: str
     kind: Literal["weight", "activation"]
     widths: list[WidthReading]
     bits: NotRequired[int]
+    values: NotRequired[int]
+    spread: NotRequired[float]
+    spike: NotRequired[float | None]
 
 
 @_MORE_WELCOME

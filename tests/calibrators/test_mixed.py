@@ -30,8 +30,7 @@ from tests.networks import NETWORKS, build
 
 SAMPLES = 64
 TIES = 0.05
-"""Share of the loss that codes at a tie may make, for the program adds in another memory layout: up to 0.03 here. One bit
-of one scale changes it by more."""
+"""Share of the loss that codes at a tie may make, for the program adds in another memory layout: up to 0.03 here."""
 
 FREE = PlacementOptions(first_last_bits=None)
 

@@ -196,4 +196,4 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "gates": ("a<=1",), "mean": (0.5,), "threads": 2,
                "device": "cuda"}  # fmt: skip
     assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 8
-    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True}).digest()
+    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True}).digest()
