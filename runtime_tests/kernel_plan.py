@@ -31,6 +31,7 @@ from runtime_tests.kernel_rules import (
     StaysFloat,
     check_container,
     is_coded,
+    is_weight_only,
     output_grid,
     reason_without_rule,
     source,
@@ -57,6 +58,9 @@ COUNTED = (
     "QLinearSoftmax",
 )
 """Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
+
+WEIGHT_ONLY_KERNEL = "MatMulNBits"
+"""Float kernel that reads codes of the weight alone; counted likewise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +119,10 @@ class KernelPlan:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """How often each kernel of COUNTED is planned, zeros included."""
+        """How often each kernel that reads codes is planned, zeros included."""
         found = Counter(step.kernel for step in self.steps)
-        return {name: found[name] for name in COUNTED}
+        weight_only = sum(map(is_weight_only, self.program.graph.nodes))
+        return {**{name: found[name] for name in COUNTED}, WEIGHT_ONLY_KERNEL: weight_only}
 
     @cached_property
     def exact_outputs(self) -> tuple[bool, ...]:
