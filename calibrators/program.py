@@ -11,7 +11,7 @@ Form of a program (a flat `GraphModule`, see calibrators.graph):
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
 - the weight of a layer with float inputs keeps codes and zero points, for both are stored in few bits; its scales may
-  stand for blocks of `block_size` entries of a row; its bias is a float buffer;
+  stand for blocks of `block_size` entries of a row; its bias is a float buffer, of zeros where the model has none;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -196,6 +196,14 @@ class _Builder:
                 value = self.graph.call_function(DEQUANTIZE, arguments)
             value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
+            if site.weight_only and bind(user)["bias"] is None:
+                self._add_zero_bias(user, site, len(codes))
+
+    def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
+        """What keeps a quantizer or ReLU from standing directly behind a product, where runtimes do not fuse it."""
+        name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
+        with self.graph.inserting_before(user):
+            replace_args(user, bias=self.graph.get_attr(name))
 
     def _shield(self, node: fx.Node) -> None:
         """Keep a weighted operator in float that was left there, or that has nothing but its weight quantized.

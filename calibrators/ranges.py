@@ -144,7 +144,8 @@ class RangeMethod(abc.ABC):
         assert spec.block_size is not None
         whole = values.shape[1] // spec.block_size * spec.block_size
         parts = values[:, :whole].reshape(-1, spec.block_size), values[:, whole:]
-        bounds = (self._bounds_of_rows(rows, spec) for rows in parts if rows.numel())
+        of_row = replace(spec, block_size=None)
+        bounds = (self._bounds_of_rows(rows, of_row) for rows in parts if rows.numel())
         lo, hi = zip(*([end.reshape(len(values), -1) for end in ends] for ends in bounds), strict=True)
         return torch.cat(lo, 1), torch.cat(hi, 1)
 

@@ -282,14 +282,14 @@ def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
 
-    Kernels that read codes of the weight alone are made of [in, out] weights, integer ones of either.
+    A kernel that reads codes of the weight alone is made of [in, out] weights where no quantizer, ReLU or clip stands
+    directly behind the product: the sum with the bias does, which the kernel takes in afterwards.
     """
-    if len(x.shape) == 2 and (_is_dequantized(x) or not _is_dequantized(weight)):
+    weight_only = _is_dequantized(weight) and not _is_dequantized(x)
+    if len(x.shape) == 2 and not weight_only:
         return op.Gemm(x, weight, bias, transB=1)
     columns = op.Transpose(weight, perm=[1, 0])
-    if len(x.shape) == 2:
-        return op.Gemm(x, columns, bias)
-    product = op.MatMul(x, columns)
+    product = (op.Gemm if len(x.shape) == 2 else op.MatMul)(x, columns)
     return product if bias is None else op.Add(product, bias)
 
 

@@ -34,6 +34,10 @@ Array = NDArray[Any]
 STORAGES: Final[Mapping[str, tuple[int, ...]]] = {"auto": (4,), "int8": (), "int4": (4,), "int2": (2, 4)}
 """Widths that a weight may be packed to, narrowest first. auto: what loads everywhere at the speed of int8."""
 
+WHOLE_BYTES = {2: 4, 4: 1}
+"""What the outputs of a float kernel's weight must be a multiple of: onnxruntime 1.32 transposes 2-bit codes wrongly
+where the last byte of a row is not full, and says nothing."""
+
 TYPES: Final = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 SINCE: Final = {4: 21, 2: 25}
 """The opsets that brought the types."""
@@ -85,7 +89,9 @@ class _Weight:
         return int(offsets.max()) <= 1 << (width - 1) and int(offsets.min()) > -(1 << (width - 1))
 
     def _holds(self, width: int) -> bool:
-        """Whether codes and zero points fit as they are."""
+        """Whether a float kernel reads codes and zero points of that width, and they fit as they are."""
+        if self.array.shape[1] % WHOLE_BYTES[width]:
+            return False
         limit = 1 << (width - 1)
         stored = (value.const_value.numpy() for value in self.integers if value.const_value is not None)
         return all(int(array.min(initial=0)) >= -limit and int(array.max(initial=0)) < limit for array in stored)

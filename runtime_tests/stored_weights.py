@@ -54,7 +54,7 @@ def _distance(program: fx.GraphModule, weight: fx.Node, stored: Operand | None) 
     if stored is None or stored.data is None or stored.scale is None or stored.zero_point is None:
         return None
     arrays = (stored.data.astype(np.int32), stored.scale, stored.zero_point.astype(np.int32))
-    theirs = [torch.from_numpy(np.ascontiguousarray(array.T)) for array in arrays]  # [in, out] in the file
+    theirs = [torch.from_numpy(np.array(array.T, order="C")) for array in arrays]  # [in, out] in the file
     ours = codes.to(torch.int32), scale, zero_point.to(torch.int32)
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return None
