@@ -220,6 +220,8 @@ class _Planner:
                 raise StaysFloat(_OPTIMISATIONS_OFF)
             if len(node.users) > 1 and any(map(_feeds_quantizer, node.users)):
                 raise StaysFloat(_BOTH)
+            if _is_clipped(node):
+                raise StaysFloat(_CLIPPED)
             made = WEIGHTED[node.target](self.program, node, None)
         except StaysFloat as why:
             self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))
@@ -230,6 +232,7 @@ class _Planner:
 
 _OPTIMISATIONS_OFF = "optimisations are off"
 _BOTH = "its result is read both by a quantizer and as floats"
+_CLIPPED = "a ReLU or clip stands between its result and a float operator"
 
 
 def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
@@ -257,6 +260,15 @@ def _saturates(node: fx.Node, y: Grid) -> bool:
         for bound in bounds
     ]
     return codes[0] <= low and codes[1] >= high
+
+
+def _is_clipped(node: fx.Node) -> bool:
+    """Whether a ReLU or clip alone reads the result, and one float operator that: the runtime takes it for the part of
+    a kernel that writes codes, finds no quantizer behind it and makes no kernel at all.
+    """
+    clip = next(iter(node.users))
+    readers = list(clip.users)
+    return len(node.users) == 1 and clip_bounds(clip) is not None and len(readers) == 1 and readers[0].op != "output"
 
 
 def _feeds_quantizer(user: fx.Node) -> bool:
