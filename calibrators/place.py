@@ -17,6 +17,7 @@ Must not know: data, methods, ONNX.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -126,7 +127,7 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
     _check_reach(given, weighted)
     rules = RuleList([*_implied(options, target, weighted), *given])
     weight_only = _weight_only(rules, target, weighted)
-    _check_granularity(rules, weighted, weight_only)
+    _check_blocks(rules, weighted)
     placer = _Placer(graph, target, selected, frozenset(weighted) - weight_only)
     sites = _Sites(placer, options, rules, weighted).build()
     notes = *_notes(rules, sites, weighted), *_notes_on_weight_only(rules, target, weighted, weight_only)
@@ -197,7 +198,7 @@ def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> N
 
 
 def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """The layers of which weights only are quantized: told so, with such a kernel, and no other reads the weight.
+    """The layers of which weights only are quantized: told so, with such a kernel and a weight that no other reads.
 
     raises: InputError for a rule that says so of no layer with such a kernel.
     """
@@ -206,9 +207,9 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
         if matched.rule.weight_only and not matched.nodes & able:
             reached = [node for node in weighted if node.name in matched.nodes]
             raise InputError(f"--layer pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}.")
-    told = {node for node in weighted if node.name in able and rules.value("weight_only", node.name)}
-    others = {bind(node)["weight"].name for node in weighted if node not in told}
-    return frozenset(node for node in told if bind(node)["weight"].name not in others)
+    readers = Counter(bind(node)["weight"].name for node in weighted)
+    told = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
+    return frozenset(node for node in told if readers[bind(node)["weight"].name] == 1)
 
 
 def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
@@ -218,21 +219,16 @@ def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
     return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
 
 
-def _check_granularity(rules: RuleList, weighted: Sequence[fx.Node], weight_only: Collection[fx.Node]) -> None:
-    """Raises InputError for scales per block in integer kernels, and for one scale per tensor outside of them."""
+def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
+    """Raises InputError for scales per block in integer kernels."""
     for node in weighted:
-        granularity = rules.value("granularity", node.name)
-        if granularity == "tensor" and node in weight_only:
-            raise InputError(
-                f"{layer_name(node)} is weight_only with one weight scale per tensor, for which there is no kernel; "
-                "give it granularity = channel or block."
-            )
-        if granularity == "block" and not rules.value("weight_only", node.name):
-            decider = rules.decider("granularity", node.name)
-            raise InputError(
-                f"--layer pattern {decider.rule.match if decider else '*'!r} gives {layer_name(node)} one weight scale "
-                "per block, which integer kernels do not have; set weight_only = true there or another granularity."
-            )
+        decider = rules.decider("granularity", node.name)
+        if decider is None or decider.rule.granularity != "block" or rules.value("weight_only", node.name):
+            continue
+        raise InputError(
+            f"--layer pattern {decider.rule.match!r} gives {layer_name(node)} one weight scale per block, which "
+            "integer kernels do not have; set weight_only = true there or another granularity."
+        )
 
 
 def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
@@ -279,7 +275,7 @@ def _notes_on_weight_only(
                 yield f"{layer_name(node)}: activation_bits has no effect, because it is weight_only"
         elif rules.value("weight_only", node.name):
             if node.target in target.weight_only:
-                yield f"{layer_name(node)}: not weight_only, because a layer that is not shares its weight"
+                yield f"{layer_name(node)}: not weight_only, because another layer shares its weight"
             else:
                 yield f"{layer_name(node)}: not weight_only, because {operator_name(node.target)} has no such kernel"
     others = {operator_name(node.target) for node in weighted if node.target not in target.weight_only}

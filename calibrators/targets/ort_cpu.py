@@ -3,7 +3,7 @@
 Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
 biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers. Activations of 16
 bits are int16, which opset 21 has; what writes or reads them is computed in float. Linear layers have a kernel that
-reads codes of the weight alone (MatMulNBits): one scale per channel or block, none per tensor.
+reads codes of the weight alone (MatMulNBits).
 """
 
 from __future__ import annotations
