@@ -192,8 +192,8 @@ class _Builder:
             with self.graph.inserting_before(user):
                 constants = tuple(self.graph.get_attr(name) for name in buffers)
                 axis = None if qparams.scale.ndim == 0 else 0
-                arguments = (*constants, axis, site.name, site.spec.block_size)
-                value = self.graph.call_function(DEQUANTIZE, arguments)
+                block = () if site.spec.block_size is None else (site.spec.block_size,)
+                value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
             value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
             if site.weight_only and bind(user)["bias"] is None:
