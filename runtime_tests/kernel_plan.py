@@ -43,6 +43,9 @@ __all__ = ["COUNTED", "FLOAT", "KernelPlan", "Step", "plan", "site_of"]
 FLOAT = "float"
 """Kernel name of what no integer kernel computes."""
 
+WEIGHT_ONLY = "MatMulNBits"
+"""Float kernel that reads codes of its weight alone."""
+
 COUNTED = (
     "QLinearConv",
     "QGemm",
@@ -56,11 +59,9 @@ COUNTED = (
     "QLinearSigmoid",
     "QLinearLeakyRelu",
     "QLinearSoftmax",
+    WEIGHT_ONLY,
 )
-"""Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
-
-WEIGHT_ONLY_KERNEL = "MatMulNBits"
-"""Float kernel that reads codes of the weight alone; counted likewise."""
+"""Kernels that read codes and compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +120,10 @@ class KernelPlan:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """How often each kernel that reads codes is planned, zeros included."""
+        """How often each kernel of COUNTED is planned, zeros included."""
         found = Counter(step.kernel for step in self.steps)
-        weight_only = sum(map(is_weight_only, self.program.graph.nodes))
-        return {**{name: found[name] for name in COUNTED}, WEIGHT_ONLY_KERNEL: weight_only}
+        found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes))
+        return {name: found[name] for name in COUNTED}
 
     @cached_property
     def exact_outputs(self) -> tuple[bool, ...]:
