@@ -61,7 +61,7 @@ COUNTED = (
     "QLinearSoftmax",
     WEIGHT_ONLY,
 )
-"""Kernels that read codes and compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
+"""Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
 
 
 @dataclass(frozen=True, eq=False)
