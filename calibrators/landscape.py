@@ -278,7 +278,8 @@ class Landscape:
 class _Wiring:
     """Which scales meet: those of a weight, of the activation it multiplies, and of the bias that is added.
 
-    reads:  activation sites (owners) by weight site; source, weight: the two sites by bias site.
+    reads:  activation sites (owners) by weight site, none where weights only are quantized.
+    source, weight: the two sites by bias site.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -288,7 +289,7 @@ class _Wiring:
             return placement.root(placement.activation_of[bind(nodes[user])["input"].name]).name
 
         weights = [site for site in placement.sites if site.kind == "weight"]
-        self.reads = {site.name: {read(user) for user in site.users} for site in weights}
+        self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}
         weight_of = {user: site.name for site in weights for user in site.users}
         self.biases = {site.name: site for site in placement.sites if site.kind == "bias"}
         self.weight = {name: weight_of[site.users[0]] for name, site in self.biases.items()}

@@ -56,6 +56,9 @@ FRONT = 7
 HALVINGS = 6
 """Readings of the bisection for a limit on accuracy."""
 
+FLOAT, FLOAT_BITS = "", 32
+"""What stands for the scale of an input that is not quantized, and its bits."""
+
 MATCH = "budget"
 """What stands for a glob in the rules that budgets led to."""
 
@@ -353,7 +356,7 @@ def _costs(problem: Problem, stored: Callable[[int, int], int]) -> Costs:
     weights = [site for site in placement.sites if site.kind == "weight"]
     sizes = {site.name: problem.values(site).numel() for site in weights}
     widths = {site.name: site.spec.bits for site in placement.sites if site.kind != "bias"}
-    return Costs(list(_layers(placement)), sizes, widths, stored)
+    return Costs(list(_layers(placement)), sizes, widths | {FLOAT: FLOAT_BITS}, stored)
 
 
 def _layers(placement: Placement) -> Iterable[Layer]:
@@ -365,4 +368,5 @@ def _layers(placement: Placement) -> Iterable[Layer]:
             node = nodes[user]
             bound = bind(node)
             macs = math.prod(shape_of(node)) * constant(placement.graph, bound["weight"])[0].numel() // samples
-            yield Layer(user, macs, site.name, placement.root(placement.activation_of[bound["input"].name]).name)
+            read = None if site.weight_only else placement.activation_of[bound["input"].name]
+            yield Layer(user, macs, site.name, placement.root(read).name if read else FLOAT)

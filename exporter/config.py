@@ -26,7 +26,7 @@ from pydantic import (
 
 from calibrators.budgets import parse_budgets
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.rules import SETTINGS, LayerRule
+from calibrators.rules import LEAST_BLOCK, SETTINGS, LayerRule
 
 __all__ = ["ExportConfig", "load_config", "make_config"]
 
@@ -53,6 +53,8 @@ class ExportConfig(BaseModel):
     activation_bits: Width = Field(8, description="bits of what layers with weights read, 2 to 8; others have 8")
     first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
     per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
+    weight_only: bool = Field(False, description="linear layers: quantized weights, float inputs, float kernels")
+    block_size: int | None = Field(None, description="inputs per weight scale of weight-only layers; none: per channel")
     reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
     weight_storage: Storage = Field(
         "auto", description="weights of few bits in the file: packed where they fit, or int8"
@@ -87,6 +89,13 @@ class ExportConfig(BaseModel):
             raise ValueError("cpu, cuda or cuda:N")
         return name
 
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, size: int | None) -> int | None:
+        if size is not None and (size < LEAST_BLOCK or size & (size - 1)):
+            raise ValueError(f"a power of two from {LEAST_BLOCK} on")
+        return size
+
     @field_validator("prepare", mode="before")
     @classmethod
     def _names_may_stand_in_one_text(cls, names: object) -> object:
@@ -118,6 +127,15 @@ class ExportConfig(BaseModel):
         if self.include and set(self.include) & set(self.exclude):
             both = sorted(set(self.include) & set(self.exclude))[0]
             raise ValueError(f"pattern {both!r} stands in include and in exclude")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_of_weight_only_layers(self) -> ExportConfig:
+        if self.block_size is not None and not self.weight_only:
+            raise ValueError(
+                f"block_size is {self.block_size} and weight_only is not set, but integer kernels have no scales per "
+                "block; set weight_only, or in a rule for layers granularity = 'block' beside its own weight_only"
+            )
         return self
 
     def digest(self) -> str:

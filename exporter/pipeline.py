@@ -219,6 +219,8 @@ class _Export:
             activation_bits=config.activation_bits,
             first_last_bits=config.first_last_bits,
             per_tensor_weights=config.per_tensor_weights,
+            weight_only=config.weight_only,
+            block_size=config.block_size,
             reduce_range=config.reduce_range,
             split_skips=config.split_skips,
             include=config.include,

@@ -227,13 +227,19 @@ class FloatNode(TypedDict):
 
 @_MORE_WELCOME
 class Coverage(TypedDict):
-    """Integer share of the optimised graph; integer_macs is a fraction."""
+    """Integer share of the optimised graph; integer_macs is a fraction.
+
+    weight_only_macs: the fraction in float kernels that read codes of the weight alone.
+    accuracy_level:   what these kernels may round their other operand to: 0 and 1 float32, 4 int8; null without any.
+    """
 
     integer_nodes: int
     compute_nodes: int
     integer_macs: float
     float_nodes: list[FloatNode]
     by_op: NotRequired[dict[str, int]]
+    weight_only_macs: NotRequired[float]
+    accuracy_level: NotRequired[int | None]
 
 
 @_MORE_WELCOME
@@ -309,7 +315,8 @@ class Preparation(TypedDict, total=False):
 class LayerEntry(TypedDict):
     """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values.
 
-    input_bits: of what the layer reads, at weights; the widest where several layers share the weight.
+    input_bits: of what the layer reads, at weights; the widest where several layers share the weight, and absent where
+                that is float.
     """
 
     site: str
@@ -319,7 +326,8 @@ class LayerEntry(TypedDict):
     hi: float
     module: NotRequired[str]
     op: NotRequired[str]
-    granularity: NotRequired[Literal["tensor", "channel"]]
+    granularity: NotRequired[Literal["tensor", "channel", "block"]]
+    block_size: NotRequired[int]
     symmetric: NotRequired[bool]
     input_bits: NotRequired[int]
     scale_min: NotRequired[float]

@@ -207,6 +207,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "integer_nodes": 14,
             "compute_nodes": 16,
             "integer_macs": 0.9987,
+            "weight_only_macs": 0.0,
             "float_nodes": [
                 {
                     "name": "head.norm",

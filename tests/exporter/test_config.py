@@ -124,7 +124,7 @@ def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
         pytest.param('[[layers]]\nmatch = "a"\nmethod = "lp"', ["'method'", "Known: activation_bits"], id="method"),
         pytest.param('[[layers]]\nmatch = "a"\nweight_bits = 9', ["'a'", "weight_bits is 9", "2 to 8"], id="too wide"),
         pytest.param('[[layers]]\nmatch = "a"\nactivation_bits = "4"', ["activation_bits is '4'"], id="text"),
-        pytest.param('[[layers]]\nmatch = "a"\ngranularity = "block"', ["'block'", "tensor or channel"], id="block"),
+        pytest.param('[[layers]]\nmatch = "a"\ngranularity = "row"', ["'row'", "channel or block"], id="granularity"),
         pytest.param('[[layers]]\nmatch = "a"', ["'a'", "sets nothing"], id="nothing"),
         pytest.param("[[layers]]\nweight_bits = 4", ["{'weight_bits': 4}", "has no match"], id="no match"),
         pytest.param('[layers]\nmatch = "a"\nweight_bits = 4', ["list of rules", "[[layers]]"], id="single table"),
