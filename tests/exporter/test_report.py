@@ -190,7 +190,7 @@ def test_names_are_escaped_everywhere(hostile: str) -> None:
             return {k: infect(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [infect(item, key) for item in value]
-        fixed = key in ("verdict", "kind", "severity")
+        fixed = key in ("verdict", "kind", "severity", "axis")
         return value + hostile if isinstance(value, str) and not fixed else value
 
     infected = infect(report)
@@ -220,7 +220,7 @@ def test_rendering_is_deterministic_and_leaves_the_report_alone() -> None:
 def test_plots_follow_the_theme_and_share_no_ids() -> None:
     html = render_html(sample_report(9))
     figures = re.findall(r'<svg class="figure".*?</svg>', html, flags=re.DOTALL)
-    assert len(figures) == 4
+    assert len(figures) == 7
     for figure in figures:
         assert "var(--accent)" in figure and "var(--muted)" in figure and "#0102" not in figure
         assert "font-family" not in figure
