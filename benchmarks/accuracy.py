@@ -8,9 +8,9 @@ top-1 as mean ± sample standard deviation over the seeds; seconds of calibratio
 of all units, caches included, by steps); integers that differ from the reference on the first images of seed 0. Methods
 that only search ranges (`mse` is nearest rounding, always measured) draw nothing at random and run once.
 
-With --budget every layer has bits of its own; `uniform` as its limit is what the uniform bits of the row take:
+With --budget every layer has bits of its own; `uniform` as a limit is what the uniform bits of the row take:
 
-    --bits 4/4 --budget 'avg_weight_bits<=uniform'
+    --bits 4/4 --budget 'avg_weight_bits<=uniform' 'bops<=uniform'
 
 With --json every finished run is in the file at once; --resume goes on behind the runs that are there.
 """
@@ -38,9 +38,11 @@ import torch
 from torch import Tensor, fx
 
 from calibrators import CalibrationResult, PlacementOptions, calibrate
+from calibrators.allocation import Costs
 from calibrators.budgets import Budget
 from calibrators.errors import InputError, IntactError
 from calibrators.methods import Method, RangeMethod, get_method
+from calibrators.mixed import network_costs
 from calibrators.prepare import check_preparations
 from calibrators.reconstruct import Reconstruction
 from exporter import capture, emit, fold
@@ -58,8 +60,8 @@ COLUMNS = (
     "differing integers",
 )  # fmt: skip
 
-UNIFORM = "<=uniform"
-"""Ends a budget whose limit is what uniform bits take."""
+UNIFORM = "uniform"
+"""The limit of a budget that is what uniform bits take."""
 
 NEXT_OPTION = re.compile(r",(?=\s*\w+\s*=)", re.ASCII)
 """Commas between options; others belong to a value, such as groups=2-3,5-6."""
@@ -250,7 +252,7 @@ class Settings:
     split_skips: bool
     per_tensor_weights: bool
     prepare: str
-    budget: str
+    budget: tuple[str, ...]
     storage: str
     device: str
 
@@ -264,32 +266,21 @@ class Settings:
         )
 
     def budgets(self, network: Network, bits: Widths) -> list[Budget]:
-        """The budget as it is for these bits of this network."""
-        if not self.budget.endswith(UNIFORM):
-            return [Budget.parse(self.budget)] if self.budget else []
-        result = calibrate(
-            network.graph,
-            network.samples.batches,
-            method="minmax",
-            placement=self.placement(bits),
-            prepare=preparations(self.prepare),
-        )
-        quantity = self.budget.removesuffix(UNIFORM)
-        codes = weight_codes(result)
-        if quantity == "weight_bytes":
-            return [Budget(quantity, sum(stored_bytes(size, width, self.storage) for size, width in codes))]
-        return [Budget.parse(f"{quantity}<={mean_bits(codes):.12g}")]
+        """The budgets as they are for these bits of this network."""
+        if not self.budget:
+            return []
+        batches, how = network.samples.batches, preparations(self.prepare)
+        result = calibrate(network.graph, batches, method="minmax", placement=self.placement(bits), prepare=how)
+        uniform = self.costs(result)
+        pairs = (text.split("<=") for text in self.budget)
+        return [
+            Budget(quantity, uniform.of(quantity, {})) if limit == UNIFORM else Budget.parse(f"{quantity}<={limit}")
+            for quantity, limit in pairs
+        ]
 
-
-def weight_codes(result: CalibrationResult) -> list[tuple[int, int]]:
-    """How many codes of how many bits every weight has."""
-    bits = {site.name: site.spec.bits for site in result.placement.sites}
-    return [(coded.codes.numel(), bits[name]) for name, coded in result.weights.items()]
-
-
-def mean_bits(codes: Sequence[tuple[int, int]]) -> float:
-    """Bits of a weight on average."""
-    return sum(size * bits for size, bits in codes) / sum(size for size, _ in codes)
+    def costs(self, result: CalibrationResult) -> Costs:
+        """What the bits of a calibrated network cost."""
+        return network_costs(result.placement, partial(stored_bytes, storage=self.storage))
 
 
 def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: Settings, progress: Progress) -> Run:
@@ -325,9 +316,9 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         split_skips=how.split_skips,
         per_tensor_weights=how.per_tensor_weights,
         prepare=how.prepare,
-        budget=how.budget,
+        budget=", ".join(how.budget),
         file_bytes=size,
-        mean_bits=mean_bits(weight_codes(result)),
+        mean_bits=how.costs(result).of("avg_weight_bits", {}),
         seed=seed,
         float_top1=network.float_top1,
         top1=reached,
@@ -452,7 +443,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         arguments.split_skips,
         arguments.per_tensor_weights,
         prepare,
-        arguments.budget,
+        tuple(arguments.budget),
         arguments.weight_storage,
         arguments.device,
     )
@@ -461,7 +452,16 @@ def benchmark(arguments: argparse.Namespace) -> None:
     for network, width, chosen in itertools.product(networks, bits, candidates.values()):
 
         def key(method: str, seed: int, spec: str = network.spec, width: Widths = width) -> tuple[Any, ...]:
-            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, how.prepare, how.budget, seed)
+            return (
+                spec,
+                str(width),
+                method,
+                how.split_skips,
+                how.per_tensor_weights,
+                how.prepare,
+                ", ".join(how.budget),
+                seed,
+            )
 
         keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
         for seed, wanted in enumerate(keys):
@@ -483,7 +483,7 @@ def main() -> None:
     parser.add_argument("--no-split-skips", dest="split_skips", action="store_false", help="keep kernels whole")
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
-    parser.add_argument("--budget", default="", help="bits of its own for every layer: avg_weight_bits<=uniform")
+    parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
     parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")

@@ -33,7 +33,7 @@ from calibrators.rules import LayerRule, MatchedRule
 from calibrators.sensitivity import Grids, Kind, Knob, Probe, Reading, knobs
 from calibrators.skips import spike_of
 
-__all__ = ["SPLIT_BITS", "allocate_bits", "measure_sensitivity"]
+__all__ = ["SPLIT_BITS", "allocate_bits", "measure_sensitivity", "network_costs"]
 
 SPLIT_BITS = 4
 """Weight bits for which identity branches are taken out of kernels before bits are allocated: layers may get so few."""
@@ -162,7 +162,7 @@ class _Mixer:
         self.budgets = budgets
         self.axis = next(iter(self.limits), "weight_bytes")
         self.open: tuple[Kind, ...] = ("weight", "activation") if "bops" in self.limits else ("weight",)
-        self.costs = _costs(problem, stored)
+        self.costs = network_costs(problem.placement, stored)
         every = knobs(problem.placement, options, ("weight", "activation"))
         self.knobs = {knob.site: knob for knob in every if knob.kind in self.open}
         self.given = {knob.site: self.costs.widths[knob.site] for knob in every if knob.kind not in self.open}
@@ -351,10 +351,11 @@ def _nearest(knob: Knob, bits: int) -> int:
     return min(knob.specs, key=lambda width: (abs(width - bits), -width))
 
 
-def _costs(problem: Problem, stored: Callable[[int, int], int]) -> Costs:
-    placement = problem.placement
-    weights = [site for site in placement.sites if site.kind == "weight"]
-    sizes = {site.name: problem.values(site).numel() for site in weights}
+def network_costs(placement: Placement, stored: Callable[[int, int], int]) -> Costs:
+    """What the bits of a network cost; stored: bytes that so many weights of so many bits take in the file."""
+    nodes = {node.name: node for node in placement.graph.graph.nodes}
+    weights = (site for site in placement.sites if site.kind == "weight")
+    sizes = {site.name: constant(placement.graph, nodes[site.node]).numel() for site in weights}
     widths = {site.name: site.spec.bits for site in placement.sites if site.kind != "bias"}
     return Costs(list(_layers(placement)), sizes, widths | {FLOAT: FLOAT_BITS}, stored)
 
