@@ -18,7 +18,7 @@ from calibrators.errors import InputError, ModelError
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
 from calibrators.graph import constant, where
-from calibrators.methods import Method, get_method
+from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed import SPLIT_BITS, allocate_bits, measure_sensitivity
 from calibrators.place import Placement, PlacementOptions, place
@@ -75,6 +75,9 @@ def calibrate(
     _check_weights(graph)
     prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
     placement = placement or PlacementOptions()
+    for rule in placement.layers:
+        if rule.method is not None:
+            range_method(rule.method)
     placed, skips = _placed(prepared, target, placement, lowest_bits=SPLIT_BITS if budgets else 8)
     problem = Problem(
         placement=placed,

@@ -475,7 +475,8 @@ class _Sites:
         users = tuple(node.name for node in nodes)
         weight_only = not self.placer.is_weighted(nodes[0])
         label = self._name(nodes[0], "weight")
-        return Site(label, "weight", name, users, self._weight_spec(nodes), weight_only=weight_only)
+        method = next(filter(None, self._settings("method", nodes)), None)
+        return Site(label, "weight", name, users, self._weight_spec(nodes), method=method, weight_only=weight_only)
 
     def _bias(self, node: fx.Node) -> Site:
         spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
@@ -574,10 +575,15 @@ class _Sites:
             return site.name
 
         bits: dict[str, int] = {}
+        methods: dict[str, str | None] = {}  # of the first reader with one
         for node in filter(self.placer.is_weighted, self.weighted):
             scale = root(sites[bind(node)["input"]])
             bits[scale] = max(bits.get(scale, 0), self.rules.value("activation_bits", node.name))
-        return [self._at_bits(site, bits.get(root(site), site.spec.bits)) for site in by_name.values()]
+            methods[scale] = methods.get(scale) or self.rules.value("method", node.name)
+        return [
+            replace(self._at_bits(site, bits.get(root(site), site.spec.bits)), method=methods.get(root(site)))
+            for site in by_name.values()
+        ]
 
     def _at_bits(self, site: Site, bits: int) -> Site:
         """The site on a grid of that width; a wide one is made from floats, whatever stands before it."""

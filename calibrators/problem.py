@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, freeze
 from calibrators.graph import constant
+from calibrators.methods import range_method
 from calibrators.observe import Statistic
 from calibrators.place import Placement
 from calibrators.ranges import RangeMethod
@@ -94,7 +95,11 @@ class Problem:
         return {site.name: self.qparams(site, method) for site in self.placement.sites if site.kind == "weight"}
 
     def qparams(self, site: Site, method: RangeMethod) -> QParams:
-        """Parameters of one activation site that owns its scale, or of one weight site, on the grid of its spec."""
+        """Parameters of one activation site that owns its scale, or of one weight site, on the grid of its spec.
+
+        A rule for the layer that names a range method wins over `method`.
+        """
+        method = range_method(site.method) if site.method else method
         if site.kind == "weight":
             return method.weight(self.values(site), site.spec)
         return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)

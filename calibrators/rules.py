@@ -32,6 +32,7 @@ class LayerRule:
     weight_only:     linear layers: the weight is quantized and what the layer reads is not; float kernels compute it.
     granularity:     one weight scale per "channel", per "tensor", or, where weights only are quantized, per "block".
     block_size:      inputs of a channel that make a block, a power of two from 16 on; 32 where none is given.
+    method:          range method for the weight and for the value that the layer reads, whatever finds other ranges.
     symmetric:       the weight's zero point is 0; False gives grids below 8 bits a zero point, and one more level.
     float:           the operators stay in float; False takes that back.
     raises:          InputError naming the rule, where it sets nothing, contradicts itself, or sets what cannot be.
@@ -43,6 +44,7 @@ class LayerRule:
     weight_only: bool | None = None
     granularity: Literal["tensor", "channel", "block"] | None = None
     block_size: int | None = None
+    method: str | None = None
     symmetric: bool | None = None
     float: bool | None = None
 
@@ -96,6 +98,8 @@ def _remedy(name: str, value: object) -> str:
     if name == "block_size":
         is_size = type(value) is int and value >= LEAST_BLOCK and value & (value - 1) == 0
         return "" if is_size else f"give a power of two from {LEAST_BLOCK} on"
+    if name == "method":
+        return "" if isinstance(value, str) and value else "give the name of a range method, such as 'minmax'"
     return "" if isinstance(value, bool) else "give true or false"
 
 

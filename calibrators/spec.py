@@ -122,6 +122,7 @@ class Site:
     shares:    name of the site whose scale and zero point this one has; None for its own.
     fixed:     (scale, zero_point) where the operator decides the range.
     clip:      bounds of a ReLU or clip that the codes realise by saturation; None where there is none.
+    method:    name of the range method that a rule asks for; None leaves it to the calibration.
     of_codes:  the value is made from the codes of `shares` without leaving integers: by that clip, or by the operator.
     weight_only: of a weight: what reads it reads floats besides and computes in float.
     """
@@ -134,5 +135,6 @@ class Site:
     shares: str | None = None
     fixed: tuple[float, int] | None = None
     clip: tuple[float, float] | None = None
+    method: str | None = None
     of_codes: bool = False
     weight_only: bool = False

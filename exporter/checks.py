@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from calibrators.errors import InputError
-from calibrators.methods import get_method
+from calibrators.methods import get_method, range_method
 from calibrators.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
@@ -25,6 +25,9 @@ def check_settings(config: ExportConfig) -> None:
     """
     get_target(config.target)
     get_method(config.method, config.options)
+    for rule in config.layers:
+        if rule.method is not None:
+            range_method(rule.method)
     check_preparations(config.prepare)
     for expression in config.gates:
         parse(expression)

@@ -154,8 +154,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         _option(
             "What matching layers have, repeatable, the last match wins: `'stages.3.*: weight_bits=4, "
             "activation_bits=4'`. Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, "
-            "granularity (tensor, channel; block, with block_size, where weight_only), symmetric, float. An own flag, "
-            "as `--set` is for the whole export and knows no layers.",
+            "granularity (tensor, channel; block, with block_size, where weight_only), symmetric, method (of its "
+            "ranges), float. An own flag, as `--set` is for the whole export and knows no layers.",
             QUANTIZATION,
             metavar="RULE",
         ),

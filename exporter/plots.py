@@ -177,7 +177,7 @@ def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vert
 
 
 def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: str) -> Markup:
-    """What every scale adds to the loss, one line per bits, paler for fewer; rings mark the bits that a budget left."""
+    """What every scale adds to the loss, one line per bits, paler for more; rings mark the bits that a budget left."""
     added = [{w["bits"]: _added(w["loss"], finest) for w in scale["widths"]} for scale in scales]
     widths = sorted({bits for losses in added for bits in losses})[:-1]  # the finest adds nothing
     if len(scales) < 2 or not any(math.isfinite(losses.get(b, math.nan)) for losses in added for b in widths):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from calibrators.errors import UnknownNameError
+from calibrators.errors import InputError, UnknownNameError
 from calibrators.options import Option, build, list_options
 from calibrators.ranges import RangeMethod
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from calibrators.freeze import CalibrationResult
     from calibrators.problem import Problem
 
-__all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods"]
+__all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods", "range_method"]
 
 
 class Method(Protocol):
@@ -51,6 +51,18 @@ def get_method(name: str, options: Mapping[str, object] | None = None) -> Any:
     if name not in known:
         raise UnknownNameError("method", name, known)
     return build(_class(name), name, options or {})
+
+
+def range_method(name: str) -> RangeMethod:
+    """The range method called `name`, with its default options.
+
+    raises: UnknownNameError, InputError for a method that needs the whole network.
+    """
+    method = get_method(name)
+    if not isinstance(method, RangeMethod):
+        ranges = ", ".join(known for known in _names() if issubclass(_class(known), RangeMethod))
+        raise InputError(f"method {name!r} works on whole networks; a rule for layers takes one of {ranges}.")
+    return method
 
 
 def list_methods() -> tuple[MethodInfo, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.forms import to_integer_forms
+from calibrators.freeze import CalibrationResult
 from calibrators.place import FIRST_LAST, Placement, PlacementOptions, place
 from calibrators.rules import LayerRule
 from calibrators.targets import get_target
@@ -273,3 +274,35 @@ def test_the_widest_weights_have_no_zero_point(reduce_range: bool) -> None:
 def test_widths_of_all_layers_are_checked_too(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match="give a whole number from 2 to 8"):
         chain(**options)
+
+
+# --- range methods ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_names_the_range_method_of_its_layers() -> None:
+    model, x = build("residual", batch=16)
+    graph = capture(model, x[:2])
+    plain, told, everywhere = (
+        calibrate(graph, [x], method=method, placement=PlacementOptions(weight_bits=4, layers=rules))
+        for method, rules in (("mse", ()), ("mse", (rule("point", method="minmax"),)), ("minmax", ()))
+    )
+    scales, before, other = map(scales_of, (told, plain, everywhere))
+    chosen = {site for site, readers in told.placement.readers.items() if readers == ("conv2d_2",)}
+    assert len(chosen) == 2 and "point.weight" in chosen, "its weight and what it reads"
+    for name, scale in scales.items():
+        assert torch.equal(scale, (other if name in chosen else before)[name]), name
+    assert not any(torch.equal(before[name], other[name]) for name in chosen)
+
+
+def scales_of(result: CalibrationResult) -> dict[str, Tensor]:
+    weights = {name: coded.qparams.scale for name, coded in result.weights.items()}
+    return weights | {name: qparams.scale for name, qparams in result.activations.items()}
+
+
+def test_methods_of_whole_networks_are_no_range_methods() -> None:
+    model, x = build("residual", batch=4)
+    for name, message in (("qdrop", "takes one of aciq"), ("minmx", "Did you mean 'minmax'")):
+        with pytest.raises(InputError, match=message):
+            calibrate(capture(model, x), [x], placement=PlacementOptions(layers=(rule("point", method=name),)))
+    with pytest.raises(InputError, match="name of a range method"):
+        rule("point", method="")
