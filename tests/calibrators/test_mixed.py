@@ -230,3 +230,12 @@ def test_accuracy_needs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_logits", lambda output: False)
     with pytest.raises(InputError, match=r"needs an output of shape \[n, classes\]; limit weight_bytes"):
         mixed("residual", "accuracy_drop<=1%")
+
+
+@pytest.mark.parametrize("budget", ["avg_weight_bits<=4", "bops<=1T"])
+def test_layers_of_which_weights_only_are_quantized_take_part(budget: str) -> None:
+    result = mixed("transformer", budget, options=replace(FREE, weight_only=True))
+    weight_only = {site.name for site in result.placement.sites if site.weight_only}
+    told = {scale["site"]: scale["bits"] for scale in result.record["sensitivity"]["scales"]}
+    assert weight_only and weight_only <= told.keys()
+    assert told.items() <= {site.name: site.spec.bits for site in result.placement.sites}.items()
