@@ -97,7 +97,8 @@ class Deployment:
 
     @torch.no_grad()
     def advance(self, simulation: Simulation) -> None:
-        """Run a filled block once, for the values that later blocks read."""
+        """Run a block as it would be exported now, for the values that later blocks read."""
+        self.fill(simulation)
         block = simulation.block
         inputs = self.inputs_of(block)
         recording = self.recording(len(inputs[0]))
