@@ -16,6 +16,7 @@ Must not know: methods, how activations are computed and kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,9 @@ BLOCK = 128
 """Columns whose errors reach the columns behind them together, as one matrix product."""
 
 LARGEST_DAMPING = 1.0
+
+PIECE = 4096
+"""Positions whose columns are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,17 @@ class Columns:
             windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
         return windows.movedim(1, 1 + len(self.kernel))  # [n, *out, channels, *kernel]
 
-    def take(self, x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-        """The columns [groups, columns, positions] of a random share of the positions."""
+    def take(self, x: Tensor, share: float, generator: torch.Generator) -> Iterator[Tensor]:
+        """The columns [groups, columns, positions] of a random share of the positions, at most PIECE at a time."""
         windows = self.cut(x)
         positions = windows.shape[: windows.ndim - 1 - len(self.kernel)]
         total = math.prod(positions)
         index = torch.arange(total)
         if share < 1:
             index = torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
-        seen = windows[torch.unravel_index(index.to(x.device), positions)]  # [positions, channels, *kernel]
-        return seen.reshape(len(index), self.groups, -1).permute(1, 2, 0)
+        for piece in torch.split(index.to(x.device), PIECE):
+            seen = windows[torch.unravel_index(piece, positions)]  # [positions, channels, *kernel]
+            yield seen.reshape(len(piece), self.groups, -1).permute(1, 2, 0)
 
 
 def _per_axis(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:

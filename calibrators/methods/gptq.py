@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.blocks import partition
 from calibrators.deployment import Deployment
@@ -30,6 +30,9 @@ from calibrators.reconstruct import weighted_nodes
 from calibrators.simulation import Simulation
 
 __all__ = ["GPTQ"]
+
+LARGEST = 8192
+"""Most columns of a Hessian: its factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class GPTQ:
                 layers.round(index)
                 bar.advance()
         result = layers.deployment.result()
-        record = {**result.record, "units": tuple(layers.report), "spilled_bytes": layers.deployment.memory.spilled}
+        notes = (*result.record["notes"], *layers.notes)
+        units, spilled = tuple(layers.report), layers.deployment.memory.spilled
+        record = {**result.record, "notes": notes, "units": units, "spilled_bytes": spilled}
         return replace(result, observed=problem.statistics, record=record)
 
 
@@ -68,17 +73,27 @@ Reading = tuple[str, Columns]
 class _Layers:
     """The layers in order of execution.
 
-    hessians: that layers yet to come share; report: what rounding did to every layer.
+    hessians: that layers yet to come share; report: what rounding did to every layer; notes: what the user should know.
     """
 
     def __init__(self, method: GPTQ, deployment: Deployment) -> None:
         self.method, self.deployment = method, deployment
         self.report: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self.hessians: dict[Reading, Tensor] = {}
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
         for name in (name for block in deployment.blocks for name in block.weighted):
-            self.sites.setdefault(deployment.weight_of[name], name)
+            if self._is_feasible(name):
+                self.sites.setdefault(deployment.weight_of[name], name)
         self.readers = Counter(map(self._reading, self.sites.values()))
+
+    def _is_feasible(self, layer: str) -> bool:
+        node = self.deployment.nodes[layer]
+        columns = _columns(node)
+        if columns > LARGEST:
+            reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
+            self.notes.append(f"{layer_name(node)}: rounded to nearest, because {reason}")
+        return columns <= LARGEST
 
     def _reading(self, layer: str) -> Reading:
         node = self.deployment.nodes[layer]
@@ -89,7 +104,7 @@ class _Layers:
         block = self.deployment.blocks[index]
         simulation = self.deployment.simulation(block)
         for layer in block.weighted:
-            if self.sites[self.deployment.weight_of[layer]] == layer:
+            if self.sites.get(self.deployment.weight_of[layer]) == layer:
                 self.deployment.fill(simulation)
                 self._round(simulation, layer)
         self.deployment.advance(simulation)
@@ -99,10 +114,9 @@ class _Layers:
         start = time.perf_counter()
         site = self.deployment.weight_of[layer]
         qparams = self.deployment.weights[site].qparams
-        weight = self.deployment.problem.values(self.deployment.placement.by_name[site])
         device = self.deployment.device
         rounded = round_weight(
-            weight.to(device),
+            self._weight(layer).to(device),
             qparams.to(device),
             self._hessian(simulation, layer),
             damping=self.method.damping,
@@ -119,6 +133,10 @@ class _Layers:
             }
         )
 
+    def _weight(self, layer: str) -> Tensor:
+        deployment = self.deployment
+        return deployment.problem.values(deployment.placement.by_name[deployment.weight_of[layer]])
+
     def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
         """Second moments of what the layer reads in the network as it is quantized so far."""
         reading = self._reading(layer)
@@ -130,16 +148,21 @@ class _Layers:
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Tensor:
         node, columns = self.deployment.nodes[layer], Columns.of(self.deployment.nodes[layer])
-        shape = shape_of(bind(node)["weight"])
-        hessian = Hessian(columns.groups, math.prod(shape[1:]), self.deployment.device)
+        hessian = Hessian(columns.groups, _columns(node), self.deployment.device)
         inputs = self.deployment.inputs_of(simulation.block)
-        samples = len(inputs[0])
-        per_sample = math.prod(shape_of(node)) / shape[0] / len(self.deployment.placement.graph.meta["example"][0])
-        share = self.method.positions / (samples * per_sample)
+        examples = len(self.deployment.placement.graph.meta["example"][0])
+        positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
+        share = self.method.positions / positions
         generator = self.deployment.problem.generator(layer)
         network = simulation.reading(layer)
         for chunk in self.deployment.chunks(inputs):
-            hessian.add(columns.take(network(*chunk), share, generator))
+            for x in columns.take(network(*chunk), share, generator):
+                hessian.add(x)
         if not hessian.matrix.isfinite().all():
             raise DataError(f"layer {layer_name(node)} reads values that are not finite; look at the calibration data")
         return hessian.matrix
+
+
+def _columns(node: fx.Node) -> int:
+    """Weights of one output channel."""
+    return math.prod(shape_of(bind(node)["weight"])[1:])

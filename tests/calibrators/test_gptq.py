@@ -17,12 +17,13 @@ from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult
 from calibrators.hessian_rounding import BLOCK, Columns, Hessian, Rounded, round_weight
-from calibrators.methods import get_method
+from calibrators.methods import get_method, gptq
 from calibrators.methods.mse import MSE
 from calibrators.numerics import dequantize, quantize
 from calibrators.place import PlacementOptions
 from calibrators.simulate import relative_errors
 from calibrators.spec import QParams, QuantSpec
+from calibrators.stream import Memory
 from exporter import export
 from exporter.capturing import capture
 from exporter.folding import fold
@@ -217,13 +218,13 @@ def test_columns_times_the_weight_are_the_output(name: str, generator: torch.Gen
     (node,) = (n for n in graph.graph.nodes if "conv" in str(n.target) or "linear" in str(n.target))
     (layer,) = LAYERS[name][:1]
     columns = Columns.of(node)
-    seen = columns.take(x, 1.0, generator)
+    seen = torch.cat([*columns.take(x, 1.0, generator)], 2)
     rows = layer.weight.detach().reshape(seen.shape[0], -1, seen.shape[1])
     with torch.no_grad():
         y = layer(x) - (layer.bias.reshape(-1, *[1] * (x.ndim - 2)) if columns.kernel else layer.bias)
     expected = y.movedim(1, -1) if columns.kernel else y
     torch.testing.assert_close((rows @ seen).flatten(0, 1).mT, expected.reshape(-1, len(layer.weight)))
-    some = columns.take(x, 0.25, generator)
+    some = torch.cat([*columns.take(x, 0.25, generator)], 2)
     assert some.shape == (*seen.shape[:2], -(-seen.shape[2] // 4))
     everything = {tuple(column) for column in seen[0].mT.tolist()}
     assert all(tuple(column) in everything for column in some[0].mT.tolist())
@@ -343,6 +344,17 @@ def test_layers_that_read_the_same_share_a_hessian(updates: list[Hessian]) -> No
     assert [tuple(hessian.matrix.shape) for hessian in updates] == [(1, 8, 8), (1, 24, 24), (1, 8, 8)]
 
 
+class OneByOne(nn.Module):
+    """A network that takes one sample at a time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.reshape(1, *x.shape[1:]))
+
+
 class Tied(nn.Module):
     """One weight, read twice; input [n, 8]."""
 
@@ -364,6 +376,38 @@ def test_of_layers_that_share_a_weight_the_first_decides(updates: list[Hessian])
 def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Hessian]) -> None:
     calibrated("residual", options={"positions": 500})
     assert [hessian.count for hessian in updates] == [500, 500, 500, 64]
+
+
+def test_layers_with_too_many_inputs_keep_nearest_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "LARGEST", 10)
+    result, nearest = calibrated("residual"), calibrated("residual", "mse")
+    (note,) = result.record["notes"]
+    assert note == "stem: rounded to nearest, because gptq takes at most 10 inputs per output, and it has 27"
+    assert [unit["name"] for unit in result.record["units"]] == ["depthwise", "point", "head"]
+    assert torch.equal(result.weights["stem.weight"].codes, nearest.weights["stem.weight"].codes)
+
+
+def test_no_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    memories: list[Memory] = []
+    begin = Memory.__init__
+
+    def note(self: Memory, budget: int) -> None:
+        begin(self, budget)
+        memories.append(self)
+
+    monkeypatch.setattr(Memory, "__init__", note)
+    calibrated("pooled")
+    assert [memory.used for memory in memories] == [0]
+
+
+def test_a_network_that_takes_one_sample_at_a_time() -> None:
+    model, x = build("residual", batch=16)
+    graphs = [fold(capture(network, x[:1])) for network in (model, OneByOne(model))]
+    assert [graph.meta["dynamic_batch"] for graph in graphs] == [True, False]
+    placement = PlacementOptions(weight_bits=4)
+    free, fixed = (calibrate(graph, [*x.split(1)], method="gptq", placement=placement) for graph in graphs)
+    pairs = zip(free.weights.values(), fixed.weights.values(), strict=True)
+    assert all(torch.equal(a.codes, b.codes) for a, b in pairs)
 
 
 @pytest.mark.parametrize("options", [{"act_order": True}, {"damping": 0.1}, {"weight_ranges": "minmax"}], ids=str)
