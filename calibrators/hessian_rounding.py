@@ -101,6 +101,7 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """Take in columns [groups, columns, positions]."""
+        x = x.contiguous() if len(x) > 1 else x  # a batch of small products is many times faster so
         before, self.count = self.count, self.count + x.shape[-1]
         self.matrix.baddbmm_(x, x.mT, beta=before / self.count, alpha=2 / self.count)
 

@@ -160,7 +160,10 @@ class Simulation(torch.nn.Module):
             replace_args(user, **{site.kind: value})
 
     def reading(self, name: str) -> fx.GraphModule:
-        """The part of the block that makes what one of its weighted operators reads: block.inputs to a tensor."""
+        """The part of the block that makes what one of its weighted operators reads, with what is set now.
+
+        It takes block.inputs and returns a tensor.
+        """
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         graph.graph_copy(self.graph.graph, copies)
