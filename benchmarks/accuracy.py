@@ -8,6 +8,10 @@ top-1 as mean ± sample standard deviation over the seeds; seconds of calibratio
 of all units, caches included, by steps); integers that differ from the reference on the first images of seed 0. Methods
 that only search ranges (`mse` is nearest rounding, always measured) draw nothing at random and run once.
 
+With --budget every layer has bits of its own; `uniform` as its limit is what the uniform bits of the row take:
+
+    --bits 4/4 --budget 'avg_weight_bits<=uniform'
+
 With --json every finished run is in the file at once; --resume goes on behind the runs that are there.
 """
 
@@ -25,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators import CalibrationResult, PlacementOptions, calibrate
+from calibrators.budgets import Budget
 from calibrators.errors import InputError, IntactError
 from calibrators.methods import Method, RangeMethod, get_method
 from calibrators.prepare import check_preparations
@@ -41,6 +46,7 @@ from calibrators.reconstruct import Reconstruction
 from exporter import capture, emit, fold
 from exporter.data import Batch, Data, open_data
 from exporter.load import Model, load_model
+from exporter.packing import STORAGES, stored_bytes
 from exporter.progress import Progress, console_progress
 from runtime_tests.parity import parity
 from runtime_tests.sessions import session
@@ -48,8 +54,12 @@ from runtime_tests.sessions import session
 PARITY_SAMPLES = 256
 NEAREST = "mse"
 COLUMNS = (
-    "network", "bits", "float", "nearest", "method", "top-1", "seeds", "calibration", "per step", "differing integers",
+    "network", "bits", "mean bits", "file", "float", "nearest", "method", "top-1", "seeds", "calibration", "per step",
+    "differing integers",
 )  # fmt: skip
+
+UNIFORM = "<=uniform"
+"""Ends a budget whose limit is what uniform bits take."""
 
 NEXT_OPTION = re.compile(r",(?=\s*\w+\s*=)", re.ASCII)
 """Commas between options; others belong to a value, such as groups=2-3,5-6."""
@@ -203,6 +213,7 @@ class Run:
     """One network calibrated once.
 
     float_top1, top1: of the float graph and of the emitted file; seconds: of calibration; step_ms: per training step.
+    budget:           limit within which layers have bits of their own; mean_bits: of all weights.
     values:           integers compared with the reference, None where they were not; mismatched: how many differ,
                       kernel_mismatched: by the fault of an integer kernel, float_mismatched: of a float operator.
     """
@@ -222,10 +233,13 @@ class Run:
     kernel_mismatched: int | None = None
     float_mismatched: int | None = None
     prepare: str = ""
+    budget: str = ""
+    file_bytes: int | None = None
+    mean_bits: float | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        how = (self.split_skips, self.per_tensor_weights, self.prepare)
+        how = (self.split_skips, self.per_tensor_weights, self.prepare, self.budget)
         return (self.network, self.bits, self.method, *how, self.seed)
 
 
@@ -236,25 +250,61 @@ class Settings:
     split_skips: bool
     per_tensor_weights: bool
     prepare: str
+    budget: str
+    storage: str
     device: str
+
+    def placement(self, bits: Widths) -> PlacementOptions:
+        """Where quantizers stand for these bits."""
+        return PlacementOptions(
+            weight_bits=bits.weight,
+            activation_bits=bits.activation,
+            split_skips=self.split_skips,
+            per_tensor_weights=self.per_tensor_weights,
+        )
+
+    def budgets(self, network: Network, bits: Widths) -> list[Budget]:
+        """The budget as it is for these bits of this network."""
+        if not self.budget.endswith(UNIFORM):
+            return [Budget.parse(self.budget)] if self.budget else []
+        result = calibrate(
+            network.graph,
+            network.samples.batches,
+            method="minmax",
+            placement=self.placement(bits),
+            prepare=preparations(self.prepare),
+        )
+        quantity = self.budget.removesuffix(UNIFORM)
+        codes = weight_codes(result)
+        if quantity == "weight_bytes":
+            return [Budget(quantity, sum(stored_bytes(size, width, self.storage) for size, width in codes))]
+        return [Budget.parse(f"{quantity}<={mean_bits(codes):.12g}")]
+
+
+def weight_codes(result: CalibrationResult) -> list[tuple[int, int]]:
+    """How many codes of how many bits every weight has."""
+    bits = {site.name: site.spec.bits for site in result.placement.sites}
+    return [(coded.codes.numel(), bits[name]) for name, coded in result.weights.items()]
+
+
+def mean_bits(codes: Sequence[tuple[int, int]]) -> float:
+    """Bits of a weight on average."""
+    return sum(size * bits for size, bits in codes) / sum(size for size, _ in codes)
 
 
 def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: Settings, progress: Progress) -> Run:
     """Calibrate, emit, evaluate; compare integers for seed 0."""
-    options = PlacementOptions(
-        weight_bits=bits.weight,
-        activation_bits=bits.activation,
-        split_skips=how.split_skips,
-        per_tensor_weights=how.per_tensor_weights,
-    )
     graph, samples = network.graph, network.samples
     needs_labels = bool(getattr(chosen.method, "needs_labels", False))
+    budgets = how.budgets(network, bits)
     start = time.perf_counter()
     result = calibrate(
         graph,
         samples.batches,
         method=chosen.method,
-        placement=options,
+        placement=how.placement(bits),
+        budgets=budgets,
+        stored=partial(stored_bytes, storage=how.storage),
         prepare=preparations(how.prepare),
         labels=samples.labels if needs_labels else None,
         seed=seed,
@@ -264,9 +314,10 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        emit(result, path)
+        emit(result, path, weight_storage=how.storage)
         reached = network.runtime_top1(path)
         compared = compare(path, result, samples) if seed == 0 else {}
+        size = path.stat().st_size
     return Run(
         network=network.spec,
         bits=str(bits),
@@ -274,6 +325,9 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         split_skips=how.split_skips,
         per_tensor_weights=how.per_tensor_weights,
         prepare=how.prepare,
+        budget=how.budget,
+        file_bytes=size,
+        mean_bits=mean_bits(weight_codes(result)),
         seed=seed,
         float_top1=network.float_top1,
         top1=reached,
@@ -358,7 +412,9 @@ def row(runs: Sequence[Run], nearest: float) -> str:
     told = ["skips whole" * (not first.split_skips), "per tensor" * first.per_tensor_weights]
     cells = [
         first.network.split(":")[-1],
-        ", ".join(filter(None, [first.bits, *told, first.prepare])),
+        ", ".join(filter(None, [first.bits, *told, first.prepare, first.budget])),
+        "" if first.mean_bits is None else f"{first.mean_bits:.2f}",
+        "" if first.file_bytes is None else f"{first.file_bytes / 1e3:,.0f} kB",
         f"{first.float_top1:.2%}",
         f"{nearest:.2%}",
         first.method,
@@ -392,13 +448,20 @@ def benchmark(arguments: argparse.Namespace) -> None:
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
     networks = [Network(spec, model, samples) for spec, model in models.items()]
-    how = Settings(arguments.split_skips, arguments.per_tensor_weights, prepare, arguments.device)
+    how = Settings(
+        arguments.split_skips,
+        arguments.per_tensor_weights,
+        prepare,
+        arguments.budget,
+        arguments.weight_storage,
+        arguments.device,
+    )
     progress = console_progress(quiet=arguments.quiet)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for network, width, chosen in itertools.product(networks, bits, candidates.values()):
 
         def key(method: str, seed: int, spec: str = network.spec, width: Widths = width) -> tuple[Any, ...]:
-            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, how.prepare, seed)
+            return (spec, str(width), method, how.split_skips, how.per_tensor_weights, how.prepare, how.budget, seed)
 
         keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
         for seed, wanted in enumerate(keys):
@@ -420,6 +483,8 @@ def main() -> None:
     parser.add_argument("--no-split-skips", dest="split_skips", action="store_false", help="keep kernels whole")
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
+    parser.add_argument("--budget", default="", help="bits of its own for every layer: avg_weight_bits<=uniform")
+    parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds")

@@ -5,22 +5,26 @@ Must not know: how models are loaded, ONNX, runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from calibrators.budgets import Budget
 from calibrators.corrections import correct_biases
 from calibrators.errors import InputError, ModelError
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
 from calibrators.graph import constant, where
 from calibrators.methods import Method, get_method
+from calibrators.methods.lp import Lp
+from calibrators.mixed import SPLIT_BITS, allocate_bits, measure_sensitivity
 from calibrators.place import Placement, PlacementOptions, place
 from calibrators.prepare import prepare_graph
 from calibrators.problem import Problem, Stage, silent
+from calibrators.ranges import RangeMethod
 from calibrators.simulate import Batch
 from calibrators.skips import Skip, split_skips
 from calibrators.spec import Target
@@ -44,6 +48,9 @@ def calibrate(
     device: str = "cpu",
     cache_gib: float = 4.0,
     explain: bool = False,
+    sensitivity: bool = False,
+    budgets: Sequence[Budget] = (),
+    stored: Callable[[int, int], int] = lambda size, bits: size,
     stage: Stage = silent,
 ) -> CalibrationResult:
     """Scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
@@ -57,6 +64,9 @@ def calibrate(
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
     cache_gib: memory for activations kept between steps; what does not fit goes to temporary files.
     explain:   also compute what explains the method's choice; it goes into the record.
+    sensitivity: also measure what the bits of each layer cost; it goes into the record.
+    budgets:   limits within which bits are allocated to the layers instead of the general ones (calibrators.mixed).
+    stored:    bytes that so many weights of so many bits take in the file; one each where it is not given.
     stage:     opens a stage of work for a progress display.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
@@ -64,7 +74,8 @@ def calibrate(
     target = get_target(target) if isinstance(target, str) else target
     _check_weights(graph)
     prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
-    placed, skips = _placed(prepared, target, placement or PlacementOptions())
+    placement = placement or PlacementOptions()
+    placed, skips = _placed(prepared, target, placement, lowest_bits=SPLIT_BITS if budgets else 8)
     problem = Problem(
         placement=placed,
         batches=_Tuples(batches),
@@ -76,19 +87,33 @@ def calibrate(
         stage=stage,
     )
     torch.manual_seed(seed)
+    record: dict[str, Any] = {"preparation": preparation, "skips": tuple(skips)}
+    ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
+    if budgets:
+        rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
+        record |= found
+        problem = problem.with_bits(place(placed.graph, target, replace(placement, allocated=rules)))
+    elif sensitivity:
+        record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
     result = method.fit(problem)
-    result = replace(result, record={**result.record, "preparation": preparation, "skips": tuple(skips)})
+    result = replace(result, record={**result.record, **record})
     if bias_correction:
         result = correct_biases(result, problem.batches)
     return result
 
 
-def _placed(graph: fx.GraphModule, target: Target, options: PlacementOptions) -> tuple[Placement, list[Skip]]:
-    """The placement, after identity branches that the bits cannot hold were taken out of their kernels."""
+def _placed(
+    graph: fx.GraphModule, target: Target, options: PlacementOptions, *, lowest_bits: int
+) -> tuple[Placement, list[Skip]]:
+    """The placement, after identity branches that the bits cannot hold were taken out of their kernels.
+
+    lowest_bits: what weights with the general bits may come down to later.
+    """
     placement = place(graph, target, options)
     if not options.split_skips:
         return placement, []
-    bits = {user: site.spec.bits for site in placement.sites if site.kind == "weight" for user in site.users}
+    lowest = place(graph, target, replace(options, weight_bits=min(options.weight_bits, lowest_bits)))
+    bits = {user: site.spec.bits for site in lowest.sites if site.kind == "weight" for user in site.users}
     split, skips = split_skips(graph, lambda node: bits.get(node.name))
     return (place(split, target, options) if skips else placement), skips
 

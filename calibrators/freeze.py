@@ -20,7 +20,7 @@ from calibrators.graph import bind, constant
 from calibrators.numerics import dequantize, quantize
 from calibrators.place import Placement
 from calibrators.program import build_program
-from calibrators.spec import QParams, Site
+from calibrators.spec import QParams, QuantSpec, Site
 
 __all__ = ["CalibrationResult", "Coded", "code_bias", "freeze", "widen"]
 
@@ -166,10 +166,19 @@ def _least_scale(biases: list[_Bias], site: Site) -> Tensor:
 def _fit(qparams: QParams, weight: Tensor, least: Tensor) -> QParams:
     """Parameters with no scale below `least`; that of a channel of zeros follows from it alone."""
     scale = torch.maximum(qparams.scale.double(), least)
-    dead = ~(weight.any() if qparams.spec.axis is None else weight.flatten(1).any(1))
+    dead = ~_has_weights(weight, qparams.spec)
     alive = torch.where(dead, 0.0, scale).max()
     floor = torch.where(alive > 0, alive, 1.0) * DEAD_CHANNEL_FLOOR
     return replace(qparams, scale=torch.where(dead, torch.maximum(floor, least), scale).to(torch.float32))
+
+
+def _has_weights(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Which scales stand over a weight that is not zero, in their shape."""
+    if spec.axis is None:
+        return weight.any()
+    if spec.block_size is None:
+        return weight.flatten(1).any(1)
+    return torch.stack([part.any(1) for part in torch.split(weight, spec.block_size, 1)], 1)
 
 
 def _code(chosen: QParams | Coded, weight: Tensor, least: Tensor, site: Site) -> Coded:

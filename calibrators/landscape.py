@@ -33,7 +33,7 @@ from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
 
-__all__ = ["Landscape", "Measured", "Point", "Spent", "chunk_size", "float_outputs"]
+__all__ = ["Landscape", "Measured", "Point", "Spent", "draw_samples", "float_outputs"]
 
 CHUNK = 32
 """Samples per forward pass: the activations of one block stay near the processor."""
@@ -278,7 +278,8 @@ class Landscape:
 class _Wiring:
     """Which scales meet: those of a weight, of the activation it multiplies, and of the bias that is added.
 
-    reads:  activation sites (owners) by weight site; source, weight: the two sites by bias site.
+    reads:  activation sites (owners) by weight site, none where weights only are quantized.
+    source, weight: the two sites by bias site.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -288,7 +289,7 @@ class _Wiring:
             return placement.root(placement.activation_of[bind(nodes[user])["input"].name]).name
 
         weights = [site for site in placement.sites if site.kind == "weight"]
-        self.reads = {site.name: {read(user) for user in site.users} for site in weights}
+        self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}
         weight_of = {user: site.name for site in weights for user in site.users}
         self.biases = {site.name: site for site in placement.sites if site.kind == "bias"}
         self.weight = {name: weight_of[site.users[0]] for name, site in self.biases.items()}
@@ -299,6 +300,14 @@ def chunk_size(placement: Placement) -> int:
     """Samples per forward pass: those of the example where the graph fixes their number."""
     graph = placement.graph
     return CHUNK if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
+
+
+def draw_samples(problem: Problem, total: int, samples: int, purpose: str) -> Tensor:
+    """At most `samples` of `total` samples, int64 [n], ascending; whole batches where their size is fixed."""
+    chunk, wanted = chunk_size(problem.placement), min(total, samples)
+    if not problem.placement.graph.meta["dynamic_batch"]:
+        wanted = max(chunk, wanted - wanted % chunk)
+    return torch.randperm(total, generator=problem.generator(purpose))[:wanted].sort().values
 
 
 def float_outputs(placement: Placement, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -13,20 +13,28 @@ from torch import Tensor
 
 from calibrators.spec import QParams, QuantSpec
 
-__all__ = ["along_axis", "dequantize", "fake_quant", "qparams_from_range", "quantize", "round_codes"]
+__all__ = ["along_axis", "dequantize", "fake_quant", "grid_of", "qparams_from_range", "quantize", "round_codes"]
 
 SMALLEST_SCALE = 2.0**-100
 """Floor of every scale: far below any real activation or weight, and products of two such scales with a third in the
 denominator stay normal float32 numbers."""
 
 
-def along_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """`values` ([] or [channels]) shaped to broadcast against a tensor of `ndim` dimensions along `axis`."""
+def along_axis(values: Tensor, x: Tensor, axis: int | None, block_size: int | None = None) -> Tensor:
+    """`values` ([], [channels] or, of blocks, [channels, blocks]) shaped to broadcast against `x` along `axis`."""
+    if block_size is not None:
+        return values.repeat_interleave(block_size, 1)[:, : x.shape[1]]  # [channels, inputs]
     if axis is None or values.ndim == 0:
         return values
-    shape = [1] * ndim
+    shape = [1] * x.ndim
     shape[axis] = -1
     return values.reshape(shape)
+
+
+def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every element of `x`, shaped to broadcast against it."""
+    axis, block_size = qparams.spec.axis, qparams.spec.block_size
+    return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
 
 
 def round_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -37,30 +45,26 @@ def round_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: i
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of `x` in the container dtype of the spec."""
     spec = qparams.spec
-    scale = along_axis(qparams.scale, x.ndim, spec.axis)
-    zero_point = along_axis(qparams.zero_point, x.ndim, spec.axis)
-    return round_codes(x, scale, zero_point, spec.qmin, spec.qmax).to(spec.dtype)
+    return round_codes(x, *grid_of(x, qparams), spec.qmin, spec.qmax).to(spec.dtype)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     """Float32 values of `codes`: f32(f32(code - zero_point) * scale)."""
-    scale = along_axis(qparams.scale, codes.ndim, qparams.spec.axis)
-    zero_point = along_axis(qparams.zero_point, codes.ndim, qparams.spec.axis)
+    scale, zero_point = grid_of(codes, qparams)
     return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
 
 
 def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
     """Round trip of `x` through the codes, without leaving floats; equals dequantize(quantize(x))."""
     spec = qparams.spec
-    scale = along_axis(qparams.scale, x.ndim, spec.axis)
-    zero_point = along_axis(qparams.zero_point, x.ndim, spec.axis)
+    scale, zero_point = grid_of(x, qparams)
     return round_codes(x, scale, zero_point, spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
 
 
 def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Scale and zero point of the range [lo, hi], widened to contain 0 so that zero is a code exactly.
 
-    lo, hi:  [] or [channels], any float dtype; lo <= hi, finite. A range of width zero gets scale 1.
+    lo, hi:  [], [channels] or [channels, blocks], any float dtype; lo <= hi, finite. Ranges of width zero get scale 1.
     returns: symmetric: scale = max(|lo|, |hi|) / qmax, zero_point 0.
              asymmetric: scale = (hi - lo) / (qmax - qmin), zero_point = clamp(round(qmin - lo / scale)).
     source:  the convention of onnxruntime (a / 127 for signed symmetric 8 bit).

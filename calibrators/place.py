@@ -5,7 +5,8 @@ A value is quantized when an integer kernel writes it or reads it:
 - a linear layer writes codes only between integer neighbours, else floats (the faster and exact form in transformers);
 - add, mul, concat, pools and the like run on integers when all their inputs do and somebody reads their integers;
 - a reshape or max pool moves codes and shares the scale of its input;
-- a ReLU or clip behind an integer kernel is part of that kernel: the codes saturate at its bounds.
+- a ReLU or clip behind an integer kernel is part of that kernel: the codes saturate at its bounds;
+- a layer of which weights only are quantized reads and writes floats.
 
 How fine a grid is, the layers that read it say (calibrators.rules). Where several read one value, scale or weight, the
 most demanding decides: most bits, a scale per channel, a zero point.
@@ -16,7 +17,8 @@ Must not know: data, methods, ONNX.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +29,7 @@ from torch import fx
 from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
 from calibrators.graph import bind, constant, is_constant, layer_name, module_path, shape_of
-from calibrators.rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.rules import DEFAULT_BLOCK, WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
 
 __all__ = ["Placement", "PlacementOptions", "operator_name", "place"]
@@ -54,22 +56,28 @@ class PlacementOptions:
                      is the first rule of all, so that any of `layers` takes precedence.
     reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
                      of products in 16 bits do not saturate.
+    weight_only:     layers with a kernel for it (linear ones) have quantized weights, float inputs and float biases.
+    block_size:      inputs of a channel that have one weight scale there; None: all.
     split_skips:     take identity branches that folding hid in a kernel out again, where the bits cannot hold both
                      (calibrators.skips).
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
     layers:          rules for single layers, in order; they win over all of the above.
+    allocated:       rules that calibrators.mixed found for operators by name; `layers` win over them.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
     first_last_bits: int | None = 8
     per_tensor_weights: bool = False
+    weight_only: bool = False
+    block_size: int | None = None
     reduce_range: bool = False
     split_skips: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
+    allocated: tuple[MatchedRule, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +102,18 @@ class Placement:
         """Activation site by the fx name of its node."""
         return {site.node: site for site in self.sites if site.kind == "activation"}
 
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Weighted operators that read each weight and each activation scale, by the name of the site that owns it."""
+        found: dict[str, list[str]] = {}
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        for site in (site for site in self.sites if site.kind == "weight"):
+            found[site.name] = [*site.users]
+            for user in () if site.weight_only else site.users:
+                scale = self.root(self.activation_of[bind(nodes[user])["input"].name])
+                found.setdefault(scale.name, []).append(user)
+        return {name: tuple(users) for name, users in found.items()}
+
     def root(self, site: Site) -> Site:
         """The site that owns the scale and zero point of `site`."""
         while site.shares is not None:
@@ -110,8 +130,8 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
     given = _matched(graph, options)
     floats = RuleList(given)
     operators = [node.name for node in graph.graph.nodes if node.op == "call_function"]
-    placer = _Placer(graph, target, frozenset(name for name in operators if not floats.value("float", name)))
-    weighted = [node for node in placer.nodes if placer.is_weighted(node)]
+    selected = frozenset(name for name in operators if not floats.value("float", name))
+    weighted = [node for node in graph.graph.nodes if node.name in selected and _has_weight(graph, target, node)]
     if not weighted:
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
@@ -119,9 +139,13 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
             "(after --include, --exclude and float layers) has none of them"
         )
     _check_reach(given, weighted)
-    rules = RuleList([*_implied(options, weighted), *given])
+    rules = RuleList([*_implied(options, target, weighted), *options.allocated, *given])
+    weight_only = _weight_only(rules, target, weighted)
+    _check_blocks(rules, weighted)
+    placer = _Placer(graph, target, selected, frozenset(weighted) - weight_only)
     sites = _Sites(placer, options, rules, weighted).build()
-    return Placement(graph, target, sites, _applied(graph, rules, weighted), tuple(_notes(rules, sites, weighted)))
+    notes = *_notes(rules, sites, weighted), *_notes_on_weight_only(rules, target, weighted, weight_only)
+    return Placement(graph, target, sites, _applied(graph, rules, weighted), notes)
 
 
 def operator_name(target: object) -> str:
@@ -141,8 +165,19 @@ def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRu
     return [*everything, *(MatchedRule.by_glob(rule, labels, flag) for flag, rule in rules)]
 
 
-def _implied(options: PlacementOptions, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:
-    """The rules that come before all others: one for every layer, one for the first and the last."""
+def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
+    """An operator with a constant float32 weight for which the target has a kernel."""
+    if node.target not in target.weighted or not _is_float(node):
+        return False
+    bound = bind(node)
+    if is_constant(bound["input"]) or not is_constant(bound["weight"]):
+        return False
+    bias_ok = bound["bias"] is None or is_constant(bound["bias"])
+    return bias_ok and constant(graph, bound["weight"]).dtype == torch.float32
+
+
+def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:
+    """The rules that come before all others: for every layer, for weight-only ones, for the first and the last."""
     everywhere = LayerRule(
         "*",
         weight_bits=options.weight_bits,
@@ -150,6 +185,13 @@ def _implied(options: PlacementOptions, weighted: Sequence[fx.Node]) -> Iterator
         granularity="tensor" if options.per_tensor_weights else "channel",
     )
     yield MatchedRule(everywhere, frozenset(node.name for node in weighted))
+    if options.weight_only:
+        nodes = frozenset(node.name for node in weighted if node.target in target.weight_only)
+        if not nodes:
+            raise InputError(f"weight_only: {_no_weight_only(target, weighted)}.")
+        granularity: Any = None if options.block_size is None else "block"
+        rule = LayerRule("*", weight_only=True, granularity=granularity, block_size=options.block_size)
+        yield MatchedRule(rule, nodes)
     if options.first_last_bits is not None:
         bits = options.first_last_bits
         edges = {_origin(weighted[0]), _origin(weighted[-1])}
@@ -167,6 +209,40 @@ def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> N
                 f"--layer pattern {matched.rule.match!r} sets {first} and matches no quantized layer with weights, the "
                 f"only ones that have it; they are {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
             )
+
+
+def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The layers of which weights only are quantized: told so, with such a kernel and a weight that no other reads.
+
+    raises: InputError for a rule that says so of no layer with such a kernel.
+    """
+    able = {node.name for node in weighted if node.target in target.weight_only}
+    for matched in rules.rules:
+        if matched.rule.weight_only and not matched.nodes & able:
+            reached = [node for node in weighted if node.name in matched.nodes]
+            raise InputError(f"--layer pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}.")
+    readers = Counter(bind(node)["weight"].name for node in weighted)
+    told = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
+    return frozenset(node for node in told if readers[bind(node)["weight"].name] == 1)
+
+
+def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
+    """That none of the layers has a kernel that reads codes of the weight alone."""
+    kernels = ", ".join(sorted(map(operator_name, target.weight_only))) or "no operator"
+    found = ", ".join(sorted({operator_name(node.target) for node in layers}))
+    return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
+
+
+def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
+    """Raises InputError for scales per block in integer kernels."""
+    for node in weighted:
+        decider = rules.decider("granularity", node.name)
+        if decider is None or decider.rule.granularity != "block" or rules.value("weight_only", node.name):
+            continue
+        raise InputError(
+            f"--layer pattern {decider.rule.match!r} gives {layer_name(node)} one weight scale per block, which "
+            "integer kernels do not have; set weight_only = true there or another granularity."
+        )
 
 
 def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
@@ -195,11 +271,31 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
         return told and found > rules.value(setting, node.name)
 
     for node in weighted:
-        of_weight, of_input = bits["weight", node.name], bits["activation", node.name]
+        of_weight, of_input = bits["weight", node.name], bits.get(("activation", node.name), 0)
         if missed("weight_bits", node, of_weight) and not _rescales(node):
             yield f"{layer_name(node)}: its weight keeps {of_weight} bits, because another layer shares the weight"
         if missed("activation_bits", node, of_input):
             yield f"{layer_name(node)}: its input keeps {of_input} bits, because another layer shares value or scale"
+
+
+def _notes_on_weight_only(
+    rules: RuleList, target: Target, weighted: Sequence[fx.Node], weight_only: Collection[fx.Node]
+) -> Iterator[str]:
+    """One sentence for every layer that is not weight-only although a rule says so, or whose rules do not show."""
+    for node in weighted:
+        if node in weight_only:
+            decider = rules.decider("activation_bits", node.name)
+            if decider is not None and decider.flag == "layer":
+                yield f"{layer_name(node)}: activation_bits has no effect, because it is weight_only"
+        elif rules.value("weight_only", node.name):
+            if node.target in target.weight_only:
+                yield f"{layer_name(node)}: not weight_only, because another layer shares its weight"
+            else:
+                yield f"{layer_name(node)}: not weight_only, because {operator_name(node.target)} has no such kernel"
+    others = {operator_name(node.target) for node in weighted if node.target not in target.weight_only}
+    everywhere = any(matched.rule.weight_only and not matched.flag for matched in rules.rules)
+    if everywhere and others:
+        yield f"weight_only does not apply to {', '.join(sorted(others))}: there is no such kernel, it stays as it was"
 
 
 def _origin(node: fx.Node) -> str:
@@ -218,8 +314,10 @@ def _labels(node: fx.Node) -> list[str]:
 class _Placer:
     """Decides node by node: what can be an integer, and what is wanted as one."""
 
-    def __init__(self, graph: fx.GraphModule, target: Target, selected: frozenset[str]) -> None:
-        self.graph, self.target, self.selected = graph, target, selected
+    def __init__(
+        self, graph: fx.GraphModule, target: Target, selected: frozenset[str], weighted: frozenset[fx.Node]
+    ) -> None:
+        self.target, self.selected, self.weighted = target, selected, weighted
         self.nodes = [node for node in graph.graph.nodes if node.op in ("placeholder", "call_function")]
         self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel does it
         for node in self.nodes:
@@ -239,14 +337,8 @@ class _Placer:
             self.absorbed[user] = node
 
     def is_weighted(self, node: fx.Node) -> bool:
-        """An operator with constant float32 weight that the target runs on integers."""
-        if node.target not in self.target.weighted or node.name not in self.selected or not _is_float(node):
-            return False
-        bound = bind(node)
-        if is_constant(bound["input"]) or not is_constant(bound["weight"]):
-            return False
-        bias_ok = bound["bias"] is None or is_constant(bound["bias"])
-        return bias_ok and constant(self.graph, bound["weight"]).dtype == torch.float32
+        """An operator with constant weight that the target runs on integers."""
+        return node in self.weighted
 
     def _is_integer_op(self, node: fx.Node) -> bool:
         if node.target not in self.target.integer_ops or node.name not in self.selected or not _is_float(node):
@@ -375,12 +467,15 @@ class _Sites:
         for node in self.weighted:
             readers.setdefault(bind(node)["weight"].name, []).append(node)
         weights = [self._weight(name, nodes) for name, nodes in readers.items()]
-        biases = [self._bias(node) for node in self.weighted if bind(node)["bias"] is not None]
+        integer = [node for node in self.weighted if self.placer.is_weighted(node)]
+        biases = [self._bias(node) for node in integer if bind(node)["bias"] is not None]
         return (*activations, *weights, *biases)
 
     def _weight(self, name: str, nodes: list[fx.Node]) -> Site:
         users = tuple(node.name for node in nodes)
-        return Site(self._name(nodes[0], "weight"), "weight", name, users, self._weight_spec(nodes))
+        weight_only = not self.placer.is_weighted(nodes[0])
+        label = self._name(nodes[0], "weight")
+        return Site(label, "weight", name, users, self._weight_spec(nodes), weight_only=weight_only)
 
     def _bias(self, node: fx.Node) -> Site:
         spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
@@ -402,11 +497,12 @@ class _Sites:
 
     def _weight_spec(self, nodes: list[fx.Node]) -> QuantSpec:
         """The grid of a weight: of all that its readers ask for the finest."""
-        grid = self.placer.target.weight
-        widest = min(grid.bits, REDUCED_BITS) if self.options.reduce_range else grid.bits
+        grid = self._grid(nodes)
+        reduced = self.options.reduce_range and self.placer.is_weighted(nodes[0])
+        widest = min(grid.bits, REDUCED_BITS) if reduced else grid.bits
         bits = min(max(self._settings("weight_bits", nodes)), widest)
         if _rescales(nodes[0]):  # nothing to save
-            return replace(grid, bits=widest, axis=self._axis(nodes))
+            return replace(grid, bits=widest)
         symmetric = self._settings("symmetric", nodes)
         if False in symmetric and bits == widest:
             raise InputError(
@@ -415,11 +511,18 @@ class _Sites:
                 f"weight_bits below {widest} there, or leave symmetric out."
             )
         if all(symmetric) or bits == widest:
-            return replace(grid, bits=bits, axis=self._axis(nodes))
-        return replace(grid, bits=bits, axis=self._axis(nodes), symmetric=False, narrow=False)
+            return replace(grid, bits=bits)
+        return replace(grid, bits=bits, symmetric=False, narrow=False)
 
-    def _axis(self, nodes: list[fx.Node]) -> int | None:
-        return self.placer.target.weight.axis if "channel" in self._settings("granularity", nodes) else None
+    def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
+        """The grid of the target with what has one scale; blocks that hold a whole row are channels."""
+        grid, granularities = self.placer.target.weight, set(self._settings("granularity", nodes))
+        if granularities == {"tensor"}:
+            return replace(grid, axis=None)
+        sizes = [size or DEFAULT_BLOCK for size in self._settings("block_size", nodes)]
+        inputs = shape_of(bind(nodes[0])["weight"])[1]
+        blocked = "block" in granularities and not self.placer.is_weighted(nodes[0]) and min(sizes) < inputs
+        return replace(grid, block_size=min(sizes) if blocked else None)
 
     def _decider(self, setting: str, nodes: list[fx.Node]) -> LayerRule:
         found = (self.rules.decider(setting, node.name) for node in nodes)
@@ -471,7 +574,7 @@ class _Sites:
             return site.name
 
         bits: dict[str, int] = {}
-        for node in self.weighted:
+        for node in filter(self.placer.is_weighted, self.weighted):
             scale = root(sites[bind(node)["input"]])
             bits[scale] = max(bits.get(scale, 0), self.rules.value("activation_bits", node.name))
         return [self._at_bits(site, bits.get(root(site), site.spec.bits)) for site in by_name.values()]

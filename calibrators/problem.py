@@ -75,25 +75,37 @@ class Problem:
         with self.stage("calibrate", None) as bar:
             return observe(self.placement, self.batches, bar.advance)
 
+    def with_bits(self, placement: Placement) -> Problem:
+        """The same problem on grids of other bits: what was observed stands."""
+        other = replace(self, placement=placement)
+        vars(other)["statistics"] = self.statistics
+        return other
+
     def activations(self, method: RangeMethod) -> dict[str, QParams]:
         """Parameters of every activation site that owns its scale, by the site's name."""
         return {
-            site.name: _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
+            site.name: self.qparams(site, method)
             for site in self.placement.sites
             if site.kind == "activation" and site.shares is None
         }
 
     def weights(self, method: RangeMethod) -> dict[str, QParams]:
         """Parameters of every weight site, by the site's name."""
-        return {
-            site.name: method.weight(self.values(site), site.spec)
-            for site in self.placement.sites
-            if site.kind == "weight"
-        }
+        return {site.name: self.qparams(site, method) for site in self.placement.sites if site.kind == "weight"}
+
+    def qparams(self, site: Site, method: RangeMethod) -> QParams:
+        """Parameters of one activation site that owns its scale, or of one weight site, on the grid of its spec."""
+        if site.kind == "weight":
+            return method.weight(self.values(site), site.spec)
+        return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
 
     def values(self, site: Site) -> Tensor:
         """The float weight or bias of a site."""
-        return constant(self.placement.graph, self._nodes[site.node])
+        return constant(self.placement.graph, self.node(site))
+
+    def node(self, site: Site) -> torch.fx.Node:
+        """The node of a site."""
+        return self._nodes[site.node]
 
     def solve(self, method: RangeMethod) -> CalibrationResult:
         """The result of a range method: every tensor on its own, weights rounded to nearest."""

@@ -10,6 +10,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph):
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
+- the weight of a layer with float inputs keeps codes and zero points, for both are stored in few bits; its scales may
+  stand for blocks of `block_size` entries of a row; its bias is a float buffer, of zeros where the model has none;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph import add_constant, bind, constant, infer_shapes, is_constant, replace_args
-from calibrators.numerics import along_axis, round_codes
+from calibrators.numerics import along_axis, grid_of, round_codes
 from calibrators.place import Placement
 from calibrators.spec import QParams, Site
 
@@ -40,7 +42,7 @@ aten = torch.ops.aten
 def _quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str
 ) -> Tensor:
-    scale_b, zero_point_b = along_axis(scale, x.ndim, axis), along_axis(zero_point, x.ndim, axis)
+    scale_b, zero_point_b = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
     return round_codes(x, scale_b, zero_point_b, qmin, qmax).to(zero_point.dtype)
 
 
@@ -50,13 +52,17 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: 
 
 
 @torch.library.custom_op("intact::dequantize", mutates_args=())
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str) -> Tensor:
-    scale_b, zero_point_b = along_axis(scale, codes.ndim, axis), along_axis(zero_point, codes.ndim, axis)
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
+) -> Tensor:
+    scale_b, zero_point_b = (along_axis(values, codes, axis, block_size) for values in (scale, zero_point))
     return (codes.to(torch.int32) - zero_point_b.to(torch.int32)).to(torch.float32) * scale_b
 
 
 @_dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str) -> Tensor:
+def _(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
+) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -113,6 +119,7 @@ class _Builder:
         self.names: dict[str, str] = {}
         self.codes: dict[str, fx.Node] = {}  # codes of each activation site
         self.parameters: dict[str, tuple[str, str]] = {}  # buffers of each site that owns its scale
+        self.weight_only = {user for site in placement.sites if site.weight_only for user in site.users}
 
     def _buffer(self, readable: str, value: Tensor) -> str:
         name = add_constant(self.program, readable, value)
@@ -168,28 +175,38 @@ class _Builder:
         return source
 
     def constant(self, site: Site, coded: _Coded) -> None:
-        """A weight or bias as dequantize of its codes, moved so that their zero point is 0.
+        """A weight or bias as dequantize of its codes; those of integer kernels are moved to the zero point 0.
 
         Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
         """
-        qparams = coded.qparams
-        zero_points = along_axis(qparams.zero_point, coded.codes.ndim, qparams.spec.axis)
-        centred = (coded.codes.to(torch.int32) - zero_points).to(site.spec.dtype)
-        zero_point = torch.zeros_like(qparams.zero_point, dtype=site.spec.dtype)
+        qparams, codes = coded.qparams, coded.codes
+        zero_point = qparams.zero_point.to(site.spec.dtype)
+        if not site.weight_only:
+            codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1]).to(site.spec.dtype)
+            zero_point = torch.zeros_like(zero_point)
         buffers = [
             self._buffer(f"{site.name}_{what}", value)
-            for what, value in (("quantized", centred), ("scale", qparams.scale), ("zero_point", zero_point))
+            for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))
         ]
         for user in map(self.nodes.__getitem__, site.users):
             with self.graph.inserting_before(user):
-                codes, scale, zero = (self.graph.get_attr(name) for name in buffers)
+                constants = tuple(self.graph.get_attr(name) for name in buffers)
                 axis = None if qparams.scale.ndim == 0 else 0
-                value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero, axis, site.name))
+                block = () if site.spec.block_size is None else (site.spec.block_size,)
+                value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
             value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
+            if site.weight_only and bind(user)["bias"] is None:
+                self._add_zero_bias(user, site, len(codes))
+
+    def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
+        """What keeps a quantizer or ReLU from standing directly behind a product, where runtimes do not fuse it."""
+        name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
+        with self.graph.inserting_before(user):
+            replace_args(user, bias=self.graph.get_attr(name))
 
     def _shield(self, node: fx.Node) -> None:
-        """Keep a weighted operator in float that was left there.
+        """Keep a weighted operator in float that was left there, or that has nothing but its weight quantized.
 
         onnxruntime quantizes float weights by itself when codes stand directly before and behind the operator; a clip
         at the bounds of the grid changes no value and hides the codes from it.
@@ -198,7 +215,8 @@ class _Builder:
         coded = source
         while isinstance(coded, fx.Node) and coded.target in self.placement.target.same_scale_ops:
             coded = coded.args[0]  # codes are moved through these, too
-        if weight.target is DEQUANTIZE or not isinstance(coded, fx.Node) or coded.target is not DEQUANTIZE:
+        in_integers = weight.target is DEQUANTIZE and node.name not in self.weight_only
+        if in_integers or not isinstance(coded, fx.Node) or coded.target is not DEQUANTIZE:
             return
         assert isinstance(source, fx.Node)
         step, zero = (constant(self.program, node) for node in coded.args[1:3] if is_constant(node))

@@ -237,7 +237,7 @@ class Rounding:
 
 
 def _of(w: Tensor, values: Tensor, qparams: QParams) -> Tensor:
-    return along_axis(values, w.ndim, qparams.spec.axis)
+    return along_axis(values, w, qparams.spec.axis, qparams.spec.block_size)
 
 
 def _flat(w: Tensor) -> Tensor:

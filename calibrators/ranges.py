@@ -117,7 +117,7 @@ class RangeMethod(abc.ABC):
         return qparams_from_range(lo[0], hi[0], spec)
 
     def weight(self, weight: Tensor, spec: QuantSpec) -> QParams:
-        """Parameters of a weight, scale and zero point [channels] along spec.axis, or [].
+        """Parameters of a weight, scale and zero point [channels] along spec.axis, [channels, blocks], or [].
 
         A weight with one scale and more than BLOCK values is read through a Statistic, in one pass.
 
@@ -132,10 +132,22 @@ class RangeMethod(abc.ABC):
             statistic = Statistic()
             statistic.update(values)
             return self.activation(statistic, spec)
+        if spec.block_size is not None:
+            return qparams_from_range(*self._bounds_of_blocks(values, spec), spec)
         axis = spec.axis
         rows = values.reshape(1, -1) if axis is None else values.movedim(axis, 0).flatten(1)  # [channels, n]
         lo, hi = self._bounds_of_rows(rows, spec)
         return qparams_from_range(lo[0], hi[0], spec) if axis is None else qparams_from_range(lo, hi, spec)
+
+    def _bounds_of_blocks(self, values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """The bounds of every block of a matrix, [channels, blocks]: whole ones are rows, and so are the last parts."""
+        assert spec.block_size is not None
+        whole = values.shape[1] // spec.block_size * spec.block_size
+        parts = values[:, :whole].reshape(-1, spec.block_size), values[:, whole:]
+        of_row = replace(spec, block_size=None)
+        bounds = (self._bounds_of_rows(rows, of_row) for rows in parts if rows.numel())
+        lo, hi = zip(*([end.reshape(len(values), -1) for end in ends] for ends in bounds), strict=True)
+        return torch.cat(lo, 1), torch.cat(hi, 1)
 
     def _bounds_of_rows(self, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The bounds, block by block of rows: rows do not influence each other."""

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["WIDE", "AppliedRule", "LayerRule", "MatchedRule", "RuleList"]
+__all__ = ["DEFAULT_BLOCK", "LEAST_BLOCK", "WIDE", "AppliedRule", "LayerRule", "MatchedRule", "RuleList"]
 
 NARROWEST, WIDEST = 2, 8
 WIDE = 16
 """Bits of activations for layers that 8 do not suffice for; integer kernels have none of them."""
-GRANULARITIES = ("tensor", "channel")
+GRANULARITIES = ("tensor", "channel", "block")
+LEAST_BLOCK, DEFAULT_BLOCK = 16, 32
+"""Inputs of a layer under one weight scale, a power of two: what kernels for quantized weights take."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class LayerRule:
     match:           glob on the module path or one of its parents, the operator, or the node name.
     weight_bits:     bits of the weight, 2 to 8.
     activation_bits: bits of the value that the layer reads, 2 to 8, or 16: what writes or reads it is float then.
-    granularity:     one weight scale per "channel" or per "tensor".
+    weight_only:     linear layers: the weight is quantized and what the layer reads is not; float kernels compute it.
+    granularity:     one weight scale per "channel", per "tensor", or, where weights only are quantized, per "block".
+    block_size:      inputs of a channel that make a block, a power of two from 16 on; 32 where none is given.
     symmetric:       the weight's zero point is 0; False gives grids below 8 bits a zero point, and one more level.
     float:           the operators stay in float; False takes that back.
     raises:          InputError naming the rule, where it sets nothing, contradicts itself, or sets what cannot be.
@@ -36,7 +40,9 @@ class LayerRule:
     match: str
     weight_bits: int | None = None
     activation_bits: int | None = None
-    granularity: Literal["tensor", "channel"] | None = None
+    weight_only: bool | None = None
+    granularity: Literal["tensor", "channel", "block"] | None = None
+    block_size: int | None = None
     symmetric: bool | None = None
     float: bool | None = None
 
@@ -63,6 +69,15 @@ class LayerRule:
             return f"float = true and {others[0]} exclude each other; leave one out"
         if self.symmetric is False and self.weight_bits == WIDEST:
             return f"weights of {WIDEST} bits have no zero point; leave symmetric out or give fewer bits"
+        return self._contradiction_of_weight_only()
+
+    def _contradiction_of_weight_only(self) -> str:
+        if self.weight_only and self.activation_bits is not None:
+            return "weight_only = true leaves what the layer reads in float; leave activation_bits out"
+        if self.weight_only is False and self.granularity == "block":
+            return "integer kernels have no scales per block; leave granularity out or set weight_only = true"
+        if self.block_size is not None and self.granularity != "block":
+            return "block_size belongs to granularity = 'block'; give both"
         return ""
 
 
@@ -77,7 +92,10 @@ def _remedy(name: str, value: object) -> str:
         widths = f"a whole number from {NARROWEST} to {WIDEST}{f', or {WIDE}' if wide else ''}"
         return "" if is_width or (type(value) is int and value in wide) else f"give {widths}"
     if name == "granularity":
-        return "" if value in GRANULARITIES else f"give {' or '.join(GRANULARITIES)}"
+        return "" if value in GRANULARITIES else f"give {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
+    if name == "block_size":
+        is_size = type(value) is int and value >= LEAST_BLOCK and value & (value - 1) == 0
+        return "" if is_size else f"give a power of two from {LEAST_BLOCK} on"
     return "" if isinstance(value, bool) else "give true or false"
 
 

@@ -35,7 +35,7 @@ from calibrators.graph import (
 )
 from calibrators.norms import meta_of_part
 
-__all__ = ["Skip", "split_skips"]
+__all__ = ["Skip", "spike_of", "split_skips"]
 
 aten = torch.ops.aten
 
@@ -78,19 +78,27 @@ def split_skips(graph: fx.GraphModule, bits_of: Callable[[fx.Node], int | None])
     return graph, skips
 
 
+def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:
+    """How many times the diagonal of a weight exceeds the root mean square of its other values, in the median channel.
+
+    None for a weight whose convolutions cannot add their input to their output.
+    """
+    if not all(_may_add_its_input(graph, weight, user) for user in weight.users):
+        return None
+    diagonal, rest = _parted(constant(graph, weight))
+    others = rest.square().flatten(1).sum(1) / (rest[0].numel() - 1)
+    return float((diagonal.abs() / others.sqrt().clamp(min=1e-30)).median())
+
+
 def _intolerable_spike(
     graph: fx.GraphModule, weight: fx.Node, bits_of: Callable[[fx.Node], int | None]
 ) -> float | None:
     """How far the diagonal of a weight stands out, where the step it dictates is too coarse for the other weights."""
-    if not all(_may_add_its_input(graph, weight, user) for user in weight.users):
-        return None
+    spike = spike_of(graph, weight)
     widths = {bits_of(user) for user in weight.users}
     bits = widths.pop() if len(widths) == 1 else None
-    if bits is None:
+    if bits is None or spike is None:
         return None
-    diagonal, rest = _parted(constant(graph, weight))
-    others = rest.square().flatten(1).sum(1) / (rest[0].numel() - 1)
-    spike = float((diagonal.abs() / others.sqrt().clamp(min=1e-30)).median())
     return spike if spike > max(LEAST_SPIKE, TOLERABLE_STEP * 2 ** (bits - 1)) else None
 
 

@@ -25,6 +25,7 @@ class QuantSpec:
     symmetric: zero_point is 0 (signed) and never searched.
     axis:      dimension that carries one scale per index, None for one scale per tensor.
     narrow:    the lowest signed code is not used, so that the grid is symmetric about 0.
+    block_size: of matrices with axis 0: so many entries of a row have one scale, None for all; the last may be fewer.
     """
 
     bits: int = 8
@@ -32,6 +33,14 @@ class QuantSpec:
     symmetric: bool = False
     axis: int | None = None
     narrow: bool = False
+    block_size: int | None = None
+
+    @property
+    def granularity(self) -> Literal["tensor", "channel", "block"]:
+        """What has one scale."""
+        if self.block_size is not None:
+            return "block"
+        return "tensor" if self.axis is None else "channel"
 
     @property
     def qmin(self) -> int:
@@ -58,7 +67,7 @@ class QuantSpec:
 class QParams:
     """Chosen parameters of one quantizer.
 
-    scale:      float32, [] or [channels] along spec.axis; strictly positive and finite.
+    scale:      float32, [], [channels] along spec.axis or [channels, blocks]; strictly positive and finite.
     zero_point: int32, same shape as scale.
     """
 
@@ -78,6 +87,7 @@ class Target:
     wide_activation:   grid of activations as an escape for single layers; what writes or reads it is computed in float.
     weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).
     weighted_to_float: operators with a constant weight whose integer kernel may write floats.
+    weight_only:       operators with a kernel that reads codes of the weight alone, and computes in float.
     integer_ops:       operators with an integer kernel when every input and the output are quantized.
     same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
     on_codes_ops:      operators that move codes likewise, but only where the file applies them to the codes themselves.
@@ -92,6 +102,7 @@ class Target:
     weight: QuantSpec
     weighted_to_codes: frozenset[OpOverload]
     weighted_to_float: frozenset[OpOverload]
+    weight_only: frozenset[OpOverload]
     integer_ops: frozenset[OpOverload]
     same_scale_ops: frozenset[OpOverload]
     on_codes_ops: frozenset[OpOverload]
@@ -116,6 +127,7 @@ class Site:
     fixed:     (scale, zero_point) where the operator decides the range.
     clip:      bounds of a ReLU or clip that the codes realise by saturation; None where there is none.
     of_codes:  the value is made from the codes of `shares` without leaving integers: by that clip, or by the operator.
+    weight_only: of a weight: what reads it reads floats besides and computes in float.
     """
 
     name: str
@@ -127,3 +139,4 @@ class Site:
     fixed: tuple[float, int] | None = None
     clip: tuple[float, float] | None = None
     of_codes: bool = False
+    weight_only: bool = False

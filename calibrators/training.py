@@ -226,7 +226,7 @@ class _Trainer:
         assert self.rounding is not None
         if self.gains:
             for (name, (_, grid)), leaf in zip(self.unit.weights.items(), self.rounding.weights, strict=True):
-                factor = along_axis(self.gains[name].exp(), leaf.ndim, grid.spec.axis)
+                factor = along_axis(self.gains[name].exp(), leaf, grid.spec.axis, grid.spec.block_size)
                 self.unit.simulation.set(name, leaf * factor)
 
     def _mixed(self, quantized: Cache, floating: Cache, index: Tensor) -> Tensor:

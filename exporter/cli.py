@@ -106,6 +106,18 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     per_tensor_weights: Annotated[
         bool | None, _option("One weight scale per tensor, not per channel.", QUANTIZATION, "--per-tensor-weights")
     ] = None,
+    weight_only: Annotated[
+        bool | None,
+        _option(
+            "Linear layers: quantized weights, float inputs, float kernels; convolutions stay as they are.",
+            QUANTIZATION,
+            "--weight-only",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        _option(r"Inputs per weight scale of weight-only layers, 16, 32, 64 ... \[a channel]", QUANTIZATION),
+    ] = None,
     weight_storage: Annotated[
         str | None,
         _option(
@@ -141,11 +153,25 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         list[str] | None,
         _option(
             "What matching layers have, repeatable, the last match wins: `'stages.3.*: weight_bits=4, "
-            "activation_bits=4'`. Keys: weight_bits, activation_bits (16: int16 between float kernels), granularity "
-            "(tensor, channel), symmetric, float. An own flag, as `--set` is for the whole export and knows no layers.",
+            "activation_bits=4'`. Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, "
+            "granularity (tensor, channel; block, with block_size, where weight_only), symmetric, float. An own flag, "
+            "as `--set` is for the whole export and knows no layers.",
             QUANTIZATION,
             metavar="RULE",
         ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        _option(
+            "Give every layer bits of its own, the best within this limit, repeatable: `weight_bytes<=0.6M`, "
+            "`avg_weight_bits<=3.5`, `bops<=2G` (opens the bits of activations too), `accuracy_drop<=1%`.",
+            QUANTIZATION,
+            metavar="LIMIT",
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool | None,
+        _option("Measure and draw what bits cost, layer by layer; `--budget` does too.", QUANTIZATION, "--sensitivity"),
     ] = None,
     explain: Annotated[
         bool | None,
@@ -204,10 +230,14 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "activation_bits": activation_bits,
         "first_last_bits": first_last_bits,
         "per_tensor_weights": per_tensor_weights,
+        "weight_only": weight_only,
+        "block_size": block_size,
         "weight_storage": weight_storage,
         "reduce_range": reduce_range,
         "prepare": prepare,
         "bias_correction": bias_correction,
+        "budget": budget or None,
+        "sensitivity": sensitivity,
         "explain": explain,
         "include": include or None,
         "exclude": exclude or None,
@@ -418,6 +448,8 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield accuracy["metric"], _accuracy(accuracy)
     yield "parity", _parity(report["parity"]["optimized"])
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])
+    if report["coverage"].get("weight_only_macs"):
+        yield "weight-only MACs", _weight_only(report["coverage"])
     yield "size", f"{size['bytes'] / 1000:,.0f} kB, {_ratio(size['float_bytes'], size['bytes'])} smaller than float"
     if latency is not None:
         faster = _ratio(latency["float"], latency["quantized"])
@@ -425,6 +457,10 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for gate in report["gates"]:
         if not gate["passed"]:
             yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
+
+
+def _weight_only(coverage: Mapping[str, Any]) -> str:
+    return f"{_percent(coverage['weight_only_macs'])}, float kernels at accuracy level {coverage['accuracy_level']}"
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:

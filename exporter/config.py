@@ -24,8 +24,9 @@ from pydantic import (
     model_validator,
 )
 
+from calibrators.budgets import parse_budgets
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.rules import SETTINGS, LayerRule
+from calibrators.rules import LEAST_BLOCK, SETTINGS, LayerRule
 
 __all__ = ["ExportConfig", "load_config", "make_config"]
 
@@ -34,7 +35,7 @@ Positive = Annotated[int, Field(ge=1)]
 Storage = Literal["auto", "int8", "int4", "int2"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
-NO_EFFECT = frozenset({"cache_gib", "explain"})
+NO_EFFECT = frozenset({"cache_gib", "explain", "sensitivity"})
 """Settings that change how an export is computed and told, and nothing in the model."""
 
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
@@ -52,6 +53,8 @@ class ExportConfig(BaseModel):
     activation_bits: Width = Field(8, description="bits of what layers with weights read, 2 to 8; others have 8")
     first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
     per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
+    weight_only: bool = Field(False, description="linear layers: quantized weights, float inputs, float kernels")
+    block_size: int | None = Field(None, description="inputs per weight scale of weight-only layers; none: per channel")
     reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
     weight_storage: Storage = Field(
         "auto", description="weights of few bits in the file: packed where they fit, or int8"
@@ -67,6 +70,8 @@ class ExportConfig(BaseModel):
     device: str = Field("cpu", description="where methods that train or search compute: cpu, cuda or cuda:N")
     cache_gib: float = Field(4.0, gt=0, description="memory for cached activations; what does not fit goes to disk")
     explain: bool = Field(False, description="compute and draw what explains the method's choice")
+    budget: tuple[str, ...] = Field((), description="limits within which every layer gets bits of its own")
+    sensitivity: bool = Field(False, description="measure and draw what the bits of each layer cost")
     gates: tuple[str, ...] = Field((), description="conditions that decide the verdict")
     batch_size: Positive = Field(64, description="samples per batch where the data comes without batches")
     image_size: Positive | tuple[Positive, Positive] | None = Field(None, description="height and width of images")
@@ -84,10 +89,27 @@ class ExportConfig(BaseModel):
             raise ValueError("cpu, cuda or cuda:N")
         return name
 
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, size: int | None) -> int | None:
+        if size is not None and (size < LEAST_BLOCK or size & (size - 1)):
+            raise ValueError(f"a power of two from {LEAST_BLOCK} on")
+        return size
+
     @field_validator("prepare", mode="before")
     @classmethod
     def _names_may_stand_in_one_text(cls, names: object) -> object:
         return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+
+    @field_validator("budget")
+    @classmethod
+    def _budgets_can_be_read(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_budgets(texts)))
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _one_budget_may_stand_alone(cls, texts: object) -> object:
+        return [texts] if isinstance(texts, str) else texts
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -105,6 +127,15 @@ class ExportConfig(BaseModel):
         if self.include and set(self.include) & set(self.exclude):
             both = sorted(set(self.include) & set(self.exclude))[0]
             raise ValueError(f"pattern {both!r} stands in include and in exclude")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_of_weight_only_layers(self) -> ExportConfig:
+        if self.block_size is not None and not self.weight_only:
+            raise ValueError(
+                f"block_size is {self.block_size} and weight_only is not set, but integer kernels have no scales per "
+                "block; set weight_only, or in a rule for layers granularity = 'block' beside its own weight_only"
+            )
         return self
 
     def digest(self) -> str:

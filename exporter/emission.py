@@ -22,6 +22,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import opset20 as op
+from onnxscript import opset21
 from onnxscript.optimizer import fold_constants
 from torch import fx
 
@@ -38,6 +39,9 @@ __all__ = ["emit", "emit_float", "needed_opset", "save", "to_onnx"]
 
 WIDE_OPSET = 21
 """First opset whose quantizers write int16."""
+
+BLOCK_OPSET = 21
+"""First opset whose dequantizers read scales per block."""
 
 NAME = "intact.name"
 """Metadata key under which a node carries the name its output shall have."""
@@ -65,12 +69,14 @@ def emit(
 
 
 def needed_opset(result: CalibrationResult, weight_storage: str) -> int:
-    """The target's opset, or the first that has the types which wide activations and packed weights need."""
+    """The target's opset, or the first that has what wide activations, blocks and packed weights need."""
     needed = [result.placement.target.opset]
     for site in result.placement.sites:
         if site.spec.is_wide:
             needed.append(WIDE_OPSET)
-        elif site.kind == "weight":
+        if site.spec.block_size is not None:
+            needed.append(BLOCK_OPSET)
+        if site.kind == "weight":
             needed += [SINCE[width] for width in STORAGES[weight_storage] if site.spec.bits <= width][:1]
     return max(needed)
 
@@ -184,9 +190,14 @@ def _quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, axis: i
     return _keep_name(codes, f"{site}_quantized")
 
 
-def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int | None, site: str) -> Any:
-    attributes = {} if axis is None else {"axis": axis}
-    return _keep_name(op.DequantizeLinear(codes, scale, zero_point, **attributes), f"{site}_dequantized")
+def _dequantize(
+    codes: Any, scale: Any, zero_point: Any, axis: int | None, site: str, block_size: int | None = None
+) -> Any:
+    if block_size is not None:  # ONNX names the axis that is cut into blocks
+        value = opset21.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
+    else:
+        value = op.DequantizeLinear(codes, scale, zero_point, **({} if axis is None else {"axis": axis}))
+    return _keep_name(value, f"{site}_dequantized")
 
 
 def _keep_name(value: Any, name: str) -> Any:
@@ -269,11 +280,21 @@ def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse."""
-    if len(x.shape) == 2:
+    """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
+
+    A kernel that reads codes of the weight alone is made of [in, out] weights where no quantizer, ReLU or clip stands
+    directly behind the product: the sum with the bias does, which the kernel takes in afterwards.
+    """
+    weight_only = _is_dequantized(weight) and not _is_dequantized(x)
+    if len(x.shape) == 2 and not weight_only:
         return op.Gemm(x, weight, bias, transB=1)
-    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    columns = op.Transpose(weight, perm=[1, 0])
+    product = (op.Gemm if len(x.shape) == 2 else op.MatMul)(x, columns)
     return product if bias is None else op.Add(product, bias)
+
+
+def _is_dequantized(value: Any) -> bool:
+    return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
 
 
 _TRANSLATIONS: dict[Any, Any] = {
@@ -324,23 +345,35 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 def _store_transposed(graph: ir.Graph) -> None:
     """Transpose(DequantizeLinear(codes)) of a weight becomes DequantizeLinear of the transposed codes."""
-    for node in list(graph):
-        if node.op_type != "Transpose" or node.inputs[0] is None:
+    for codes in list(graph.initializers.values()):
+        readers = [use.node for use in codes.uses()]
+        transposes = [_transpose_behind(reader, codes) for reader in readers]
+        if not transposes or None in transposes:
             continue
-        dequantize = node.inputs[0].producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(node.inputs[0].uses()) != 1:
-            continue
-        codes = dequantize.inputs[0]
-        if codes is None or codes.const_value is None or len(codes.uses()) != 1:
-            continue
-        array = np.ascontiguousarray(codes.const_value.numpy().T)
-        codes.const_value = ir.tensor(array, name=codes.name)
-        codes.shape = ir.Shape(array.shape)
-        if "axis" in dequantize.attributes:
-            dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
-        node.outputs[0].replace_all_uses_with(node.inputs[0])
-        node.inputs[0].shape = ir.Shape(array.shape)
-        graph.remove(node, safe=True)
+        for value in dict.fromkeys(value for reader in readers for value in reader.inputs if value is not None):
+            _transpose_constant(value)
+        for reader, transpose in zip(readers, transposes, strict=True):
+            assert transpose is not None
+            if "axis" in reader.attributes:
+                reader.attributes["axis"] = ir.AttrInt64("axis", 1 - reader.attributes["axis"].as_int())
+            transpose.outputs[0].replace_all_uses_with(reader.outputs[0])
+            reader.outputs[0].shape = codes.shape
+            graph.remove(transpose, safe=True)
+
+
+def _transpose_behind(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
+    """The Transpose that alone reads what `reader` dequantizes from `codes`."""
+    behind = reader.outputs[0].uses() if reader.op_type == "DequantizeLinear" and reader.inputs[0] is codes else ()
+    nodes = [use.node for use in behind]
+    return nodes[0] if len(nodes) == 1 and nodes[0].op_type == "Transpose" else None
+
+
+def _transpose_constant(value: ir.Value) -> None:
+    """Codes, and parameters of blocks; those of channels have one dimension."""
+    assert value.const_value is not None
+    array = np.ascontiguousarray(value.const_value.numpy().T)
+    value.const_value = ir.tensor(array, name=value.name)
+    value.shape = ir.Shape(array.shape)
 
 
 def _fold_reshape_targets(graph: ir.Graph) -> None:

@@ -58,9 +58,7 @@ def method_entries(record: Mapping[str, Any]) -> dict[str, Any]:
             "units": [dict(unit) for unit in record["units"]],
             **{key: record[key] for key in ("spilled_bytes", "grouping") if key in record},
         }
-    if "lapq" in record:
-        entries["lapq"] = record["lapq"]
-    return entries
+    return entries | {key: record[key] for key in ("lapq", "sensitivity", "mixed_precision") if key in record}
 
 
 def model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:

@@ -231,7 +231,7 @@ METRICS: dict[str, Metric] = {
         _path("parity.optimized.violations"),
     ),
     "kernel_surprises": Metric(
-        "integer kernels that the runtime executes and the plan does not hold, or the other way round",
+        "kernels on codes that the runtime executes and the plan does not hold, or the other way round",
         _kernel_surprises,
     ),
     "float_mismatch_rate": Metric(
@@ -242,6 +242,9 @@ METRICS: dict[str, Metric] = {
         "1 if the outputs are bit-identical, else 0", _path("parity.optimized.outputs_identical")
     ),
     "integer_macs": Metric("share of the multiply-accumulates in integer kernels", _path("coverage.integer_macs")),
+    "weight_only_macs": Metric(
+        "share of the multiply-accumulates in float kernels with quantized weights", _path("coverage.weight_only_macs")
+    ),
     "integer_nodes": Metric("number of compute nodes in integer kernels", _path("coverage.integer_nodes")),
     "latency_ratio": Metric(
         "time of the quantized model over time of the float model", _over("latency_ms.quantized", "latency_ms.float")

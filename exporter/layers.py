@@ -35,7 +35,10 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
         elif site.kind == "weight":
             weight = constant(result.placement.graph, nodes[site.node])
             entry = _entry(site, nodes[site.users[0]], result.weights[site.name].qparams, noise)
-            entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
+            if not site.weight_only:
+                entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
+            if site.spec.block_size is not None:
+                entry["block_size"] = site.spec.block_size
             entries.append(entry | _weight_range(weight))
     return entries
 
@@ -48,7 +51,7 @@ def _entry(site: Site, node: fx.Node, qparams: QParams, noise: dict[str, float])
         "op": operator_name(node.target),
         "kind": site.kind,
         "bits": site.spec.bits,
-        "granularity": "tensor" if site.spec.axis is None else "channel",
+        "granularity": site.spec.granularity,
         "symmetric": site.spec.symmetric,
         "scale_min": float(scale.min()),
         "scale_max": float(scale.max()),

@@ -1,11 +1,14 @@
-"""Codes of weights stored in 4 or 2 bits each, in the file alone: every session computes with the same int8 codes.
+"""Codes of weights stored in 4 or 2 bits each.
 
 onnxruntime has integer kernels for 8-bit codes only, and expands a typed INT4 weight to floats at every run. But it
 computes what has constant inputs once, before it looks for integer kernels. So the packed codes stand behind operators
-that unpack them while the session is made:
+that unpack them while the session is made, and every session computes with the same int8 codes:
 
     int8 codes = Cast(packed codes)                                     where the packed codes are the codes
     int8 codes = Cast(Cast(packed codes) - Cast(packed zero point))     where channels are shifted into the packed range
+
+Float kernels of layers that have nothing but their weight quantized read packed codes themselves: there codes and zero
+points change their type, and nothing else changes.
 
 Must not know: programs, methods, how the bits were chosen: the codes alone say what they fit into.
 """
@@ -21,14 +24,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from runtime_tests.operands import consumers, operand
 from runtime_tests.sessions import loads
 
-__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset"]
+__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset", "stored_bytes"]
 
 Array = NDArray[Any]
 
 STORAGES: Final[Mapping[str, tuple[int, ...]]] = {"auto": (4,), "int8": (), "int4": (4,), "int2": (2, 4)}
 """Widths that a weight may be packed to, narrowest first. auto: what loads everywhere at the speed of int8."""
+
+WHOLE_BYTES = {2: 4, 4: 1}
+"""What the outputs of a float kernel's weight must be a multiple of: onnxruntime 1.32 transposes 2-bit codes wrongly
+where the last byte of a row is not full, and says nothing."""
 
 TYPES: Final = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 SINCE: Final = {4: 21, 2: 25}
@@ -51,6 +59,17 @@ class _Weight:
     axis: int | None
 
     @functools.cached_property
+    def reads_floats(self) -> bool:
+        """Whether what multiplies with the weight is float, so that the kernel reads the packed codes."""
+        products = [node for node in consumers(self.node.outputs[0]) if node.op_type in ("Gemm", "MatMul")]
+        return bool(products) and all(operand(node.inputs[0]) is None for node in products)
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that packing itself takes."""
+        return 0 if self.reads_floats else OVERHEAD
+
+    @functools.cached_property
     def extremes(self) -> tuple[Array, Array]:
         """Lowest and highest code under each scale, int64, shaped to be broadcast against the codes."""
         others = tuple(axis for axis in range(self.array.ndim) if axis != self.axis)
@@ -64,6 +83,8 @@ class _Weight:
 
     def width(self, widths: tuple[int, ...]) -> int | None:
         """The narrowest of `widths` that holds the codes under every scale and what they are shifted by."""
+        if self.reads_floats:
+            return next((width for width in widths if self._holds(width)), None)
         low, high = self.extremes
         spread = int((high - low).max(initial=0))
         return next((width for width in widths if spread < 1 << width and self._shifts_fit(width)), None)
@@ -71,6 +92,19 @@ class _Weight:
     def _shifts_fit(self, width: int) -> bool:
         offsets = self.offsets(width)
         return int(offsets.max()) <= 1 << (width - 1) and int(offsets.min()) > -(1 << (width - 1))
+
+    def _holds(self, width: int) -> bool:
+        """Whether a float kernel reads codes and zero points of that width, and they fit as they are."""
+        if self.array.shape[1] % WHOLE_BYTES[width]:
+            return False
+        limit = 1 << (width - 1)
+        stored = (value.const_value.numpy() for value in self.integers if value.const_value is not None)
+        return all(int(array.min(initial=0)) >= -limit and int(array.max(initial=0)) < limit for array in stored)
+
+    @property
+    def integers(self) -> list[ir.Value]:
+        """Codes and zero points."""
+        return [value for value in (self.node.inputs[0], *self.node.inputs[2:]) if value is not None]
 
 
 def pack(model: ir.Model, storage: str) -> dict[str, int]:
@@ -80,7 +114,7 @@ def pack(model: ir.Model, storage: str) -> dict[str, int]:
     """
     packable = _packable(model.graph, storage, model.opset_imports[""])
     for weight, width in packable:
-        _pack(model.graph, weight, width)
+        (_retype if weight.reads_floats else _pack)(model.graph, weight, width)
     return _widths(packable)
 
 
@@ -124,12 +158,19 @@ def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, 
     """The weights that are worth packing, and the bits that they are packed to."""
     widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
     found = ((weight, weight.width(widths)) for weight in _weights(graph))
-    return [(weight, width) for weight, width in found if width and _saving(weight, width) > OVERHEAD]
+    return [(weight, width) for weight, width in found if width and _saving(weight.array.size, width) > weight.overhead]
 
 
-def _saving(weight: _Weight, width: int) -> int:
-    """Bytes that packing takes off the codes."""
-    return weight.array.size * (8 - width) // 8
+def stored_bytes(size: int, bits: int, storage: str) -> int:
+    """Bytes that a weight of `size` codes of `bits` bits takes in the file, if an integer kernel reads it."""
+    width = next((width for width in STORAGES[storage] if bits <= width), 8)
+    saving = _saving(size, width)
+    return size - saving if saving > OVERHEAD else size
+
+
+def _saving(size: int, width: int) -> int:
+    """Bytes that packing takes off so many codes."""
+    return size * (8 - width) // 8
 
 
 def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:
@@ -163,6 +204,16 @@ def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:
     nodes.append(_node("Cast", [source], name, weight, ir.DataType.INT8))
     graph.insert_before(weight.node, nodes)
     weight.node.replace_input_with(0, nodes[-1].outputs[0])
+
+
+def _retype(graph: ir.Graph, weight: _Weight, width: int) -> None:
+    """Codes and zero points in another type, under the names they have."""
+    for index, value in zip((0, 2), weight.integers, strict=False):
+        assert value.const_value is not None
+        if len(value.uses()) == 1:
+            del graph.initializers[str(value.name)]
+        name = str(value.name) if len(value.uses()) == 1 else f"{weight.codes.name}_zero_point"
+        weight.node.replace_input_with(index, _constant(graph, name, value.const_value.numpy(), width))
 
 
 def _constant(graph: ir.Graph, name: str, codes: Array, width: int) -> ir.Value:

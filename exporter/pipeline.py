@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
+from calibrators.budgets import ACCURACY, parse_budgets
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult
@@ -45,7 +47,7 @@ from exporter.entries import (
 from exporter.folding import fold
 from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
-from exporter.packing import alternatives, pack
+from exporter.packing import alternatives, pack, stored_bytes
 from exporter.progress import Progress
 from exporter.reference import load_reference, save_reference
 from exporter.schema import Report, read_report
@@ -145,17 +147,16 @@ def export(
 
 
 def _calibration_data(data: object, config: ExportConfig) -> Data:
-    """The calibration data, with labels where the method needs them."""
+    """The calibration data, with labels where the method needs them or a budget can use them."""
     opened = open_data(data).take(config.calibration_batches)
     has_labels = opened.example().labels is not None
-    if not _needs_labels(config):
-        return opened
-    if not has_labels:
+    if _needs_labels(config) and not has_labels:
         raise DataError(
             f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
             "or name them 'labels' in the .npz."
         )
-    return opened.with_labels()
+    limits_accuracy = ACCURACY in (budget.quantity for budget in parse_budgets(config.budget))
+    return opened.with_labels() if has_labels and (limits_accuracy or _needs_labels(config)) else opened
 
 
 def _needs_labels(config: ExportConfig) -> bool:
@@ -218,6 +219,8 @@ class _Export:
             activation_bits=config.activation_bits,
             first_last_bits=config.first_last_bits,
             per_tensor_weights=config.per_tensor_weights,
+            weight_only=config.weight_only,
+            block_size=config.block_size,
             reduce_range=config.reduce_range,
             split_skips=config.split_skips,
             include=config.include,
@@ -240,6 +243,9 @@ class _Export:
                 device=config.device,
                 cache_gib=config.cache_gib,
                 explain=config.explain,
+                sensitivity=config.sensitivity,
+                budgets=parse_budgets(config.budget),
+                stored=partial(stored_bytes, storage=config.weight_storage),
                 stage=self.work.progress.stage,
             )
         self.work.warnings += [*result.placement.notes, *result.record.get("notes", ())]
@@ -253,8 +259,8 @@ class _Export:
         return result
 
     def _calibration(self, graph: fx.GraphModule) -> tuple[Iterable[Batch], Tensor | None]:
-        """Calibration batches, and the labels where the method needs them: from one pass, as data may be shuffled."""
-        if not _needs_labels(self.config):
+        """Calibration batches, and the labels where they are wanted: from one pass, as data may be shuffled."""
+        if not self.work.calibration.labelled:
             return _Counted(self, graph), None
         pairs = list(_labelled(graph, self.work.calibration))
         labels = torch.cat([torch.from_numpy(labels) for _, labels in pairs])

@@ -23,9 +23,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from exporter.number_text import measured
-from exporter.schema import LayerEntry
+from exporter.schema import LayerEntry, MixedPrecision, ScaleSensitivity
 
-__all__ = ["error_plot", "interval_plot", "loss_plot", "matrix_plot", "range_plot", "sqnr_plot"]
+__all__ = [
+    "error_plot",
+    "front_plot",
+    "interval_plot",
+    "loss_plot",
+    "matrix_plot",
+    "range_plot",
+    "sensitivity_plot",
+    "sqnr_plot",
+]
 
 # Matplotlib only knows colours: these are exchanged for CSS variables afterwards, so that plots follow the theme.
 _THEME: Final = {
@@ -163,6 +172,70 @@ def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vert
         axes.plot([*finite], [*finite.values()], color=_ACCENT, linewidth=0, marker="o", markersize=5)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         _label(axes, "p", "loss")
+
+    return _figure(salt, paint)
+
+
+def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: str) -> Markup:
+    """What every scale adds to the loss, one line per bits, paler for fewer; rings mark the bits that a budget left."""
+    added = [{w["bits"]: _added(w["loss"], finest) for w in scale["widths"]} for scale in scales]
+    widths = sorted({bits for losses in added for bits in losses})[:-1]  # the finest adds nothing
+    if len(scales) < 2 or not any(math.isfinite(losses.get(b, math.nan)) for losses in added for b in widths):
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        places = range(1, len(scales) + 1)
+        for index, bits in enumerate(widths):
+            curve = [losses.get(bits, math.nan) for losses in added]
+            shade = 1.0 - 0.75 * index / max(1, len(widths) - 1)
+            axes.plot(places, curve, color=_ACCENT, alpha=shade, linewidth=1.2, marker="o", markersize=2.5)
+            axes.annotate(f"{bits} bit", (len(scales), curve[-1]), (6, -3), textcoords="offset points",
+                          color=_MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        chosen = [losses.get(scale.get("bits", 0), math.nan) for scale, losses in zip(scales, added, strict=True)]
+        axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=7, markerfacecolor="none")
+        axes.set(yscale="log", xlim=(0.3, len(scales) + 0.7))
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        _label(axes, "scale, in graph order", "added loss")
+
+    return _figure(salt, paint)
+
+
+def _added(loss: object, finest: float) -> float:
+    number = measured(loss)
+    return math.nan if number is None else _positive(number - finest)
+
+
+def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
+    """Loss of mixed and of uniform bits over what they take, as measured; a ring marks the choice."""
+    axis = mixed["axis"]
+    finite = [choice for choice in mixed["front"] if math.isfinite(_positive(choice["loss"]))]
+    if len(finite) < 2:
+        return Markup()
+    uniform = [choice for choice in finite if "uniform" in choice]
+    front = sorted((choice for choice in finite if "uniform" not in choice), key=lambda choice: choice[axis])
+
+    def paint(axes: Axes) -> None:
+        for choices, color, marker, label in (
+            (uniform, _MUTED, "s", "uniform bits"),
+            (front, _ACCENT, "o", "mixed bits"),
+        ):
+            places, losses = [c[axis] for c in choices], [_positive(c["loss"]) for c in choices]
+            axes.plot(places, losses, color=color, linewidth=1.4, marker=marker, markersize=5, label=label)
+        for choice in uniform:
+            axes.annotate(f"{choice['uniform']}", (choice[axis], _positive(choice["loss"])), (5, 4),
+                          textcoords="offset points", color=_MUTED, fontsize=8)  # fmt: skip
+        found = mixed["found"]
+        axes.plot([found[axis]], [_positive(found["loss"])], color=_WARN, linewidth=0, marker="o", markersize=10,
+                  markerfacecolor="none", markeredgewidth=1.8, label="chosen")  # fmt: skip
+        axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
+        axes.set(yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+        _label(axes, {"weight_bytes": "bytes of weights", "avg_weight_bits": "mean bits of a weight",
+                      "bops": "bit operations per sample"}[axis], "loss")  # fmt: skip
 
     return _figure(salt, paint)
 

@@ -33,8 +33,26 @@ from exporter.number_text import (
     significant,
     size,
 )
-from exporter.plots import error_plot, interval_plot, loss_plot, matrix_plot, range_plot, sqnr_plot
-from exporter.schema import GateResult, Grouping, Level, Report, dump_json, is_integer_kernel, is_legal
+from exporter.plots import (
+    error_plot,
+    front_plot,
+    interval_plot,
+    loss_plot,
+    matrix_plot,
+    range_plot,
+    sensitivity_plot,
+    sqnr_plot,
+)
+from exporter.schema import (
+    GateResult,
+    Grouping,
+    Level,
+    Report,
+    ScaleSensitivity,
+    dump_json,
+    is_integer_kernel,
+    is_legal,
+)
 
 __all__ = ["headline", "render_html", "render_junit"]
 
@@ -207,6 +225,42 @@ def _lapq(report: Report) -> dict[str, Any] | None:
     }
 
 
+def _sensitivity(report: Report) -> dict[str, Any] | None:
+    """What the bits of weights and of activations cost: a figure and a table of each."""
+    entry = report.get("sensitivity")
+    if not entry or not entry["scales"]:
+        return None
+    finest = measured(entry["finest"]["loss"]) or 0.0
+    groups = []
+    for kind, title in (("weight", "Weights"), ("activation", "Activations")):
+        scales = [scale for scale in entry["scales"] if scale["kind"] == kind]
+        widths = sorted({w["bits"] for scale in scales for w in scale["widths"]})
+        rows = [
+            {"scale": scale, "cells": [_added_loss(scale, bits, finest) for bits in widths[:-1]]} for scale in scales
+        ]
+        if rows:
+            figure = sensitivity_plot(scales, finest, f"intact-sensitivity-{kind}")
+            groups.append({"kind": kind, "title": title, "widths": widths[:-1], "rows": rows, "figure": figure})
+    return {"groups": groups}
+
+
+def _added_loss(scale: ScaleSensitivity, bits: int, finest: float) -> dict[str, Any]:
+    losses = {w["bits"]: measured(w["loss"]) for w in scale["widths"]}
+    loss = losses.get(bits)
+    return {"loss": None if loss is None else max(loss - finest, 0.0), "chosen": scale.get("bits") == bits}
+
+
+def _mixed(report: Report) -> dict[str, Any] | None:
+    """The choice of bits beside uniform ones of no smaller size, and the front."""
+    entry = report.get("mixed_precision")
+    if not entry:
+        return None
+    axis, found = entry["axis"], entry["found"]
+    rows = sorted(entry["front"], key=lambda choice: (choice[axis], "uniform" in choice))
+    return {"rows": [{"choice": found, "chosen": True}, *({"choice": row, "chosen": False} for row in rows)],
+            "figure": front_plot(entry, "intact-front")}  # fmt: skip
+
+
 def _quotient(part: object, whole: object) -> float | None:
     top, bottom = measured(part), measured(whole)
     return top / bottom if top is not None and bottom else None
@@ -270,6 +324,8 @@ def render_html(report: Report) -> str:
         levels=_levels(report),
         reconstruction=_reconstruction(report),
         lapq=_lapq(report),
+        sensitivity=_sensitivity(report),
+        mixed=_mixed(report),
         sizes=_parts((report["size"].get("by_type") or {}).items(), names=_TYPES),
         times=_parts(report["time_s"].items()),
         speed=_ratio(report["latency_ms"] or {}, "float", "quantized"),

@@ -28,12 +28,14 @@ __all__ = [
     "Lapq",
     "LayerEntry",
     "Level",
+    "MixedPrecision",
     "NodeParity",
     "OutputParity",
     "ReconstructedUnit",
     "Reconstruction",
     "Report",
     "Rule",
+    "ScaleSensitivity",
     "dump_json",
     "is_integer_kernel",
     "is_legal",
@@ -225,13 +227,19 @@ class FloatNode(TypedDict):
 
 @_MORE_WELCOME
 class Coverage(TypedDict):
-    """Integer share of the optimised graph; integer_macs is a fraction."""
+    """Integer share of the optimised graph; integer_macs is a fraction.
+
+    weight_only_macs: the fraction in float kernels that read codes of the weight alone.
+    accuracy_level:   what these kernels may round their other operand to: 0 and 1 float32, 4 int8; null without any.
+    """
 
     integer_nodes: int
     compute_nodes: int
     integer_macs: float
     float_nodes: list[FloatNode]
     by_op: NotRequired[dict[str, int]]
+    weight_only_macs: NotRequired[float]
+    accuracy_level: NotRequired[int | None]
 
 
 @_MORE_WELCOME
@@ -307,7 +315,8 @@ class Preparation(TypedDict, total=False):
 class LayerEntry(TypedDict):
     """One site: the chosen range [lo, hi] against the observed one, with the histogram of the observed values.
 
-    input_bits: of what the layer reads, at weights; the widest where several layers share the weight.
+    input_bits: of what the layer reads, at weights; the widest where several layers share the weight, and absent where
+                that is float.
     """
 
     site: str
@@ -317,7 +326,8 @@ class LayerEntry(TypedDict):
     hi: float
     module: NotRequired[str]
     op: NotRequired[str]
-    granularity: NotRequired[Literal["tensor", "channel"]]
+    granularity: NotRequired[Literal["tensor", "channel", "block"]]
+    block_size: NotRequired[int]
     symmetric: NotRequired[bool]
     input_bits: NotRequired[int]
     scale_min: NotRequired[float]
@@ -430,6 +440,76 @@ class Lapq(TypedDict, total=False):
     parabola: Parabola
     multipliers: dict[str, float]
     landscape: LossLandscape
+
+
+@_MORE_WELCOME
+class Reading(TypedDict):
+    """The network at some bits: loss of its prediction, noise of its outputs, loss of top-1 on calibration samples."""
+
+    loss: float | None
+    sqnr_db: float | None
+    accuracy_drop: float | None
+
+
+@_MORE_WELCOME
+class WidthReading(Reading):
+    """A reading with one scale on so many bits."""
+
+    bits: int
+
+
+@_MORE_WELCOME
+class ScaleSensitivity(TypedDict):
+    """What the bits of one weight or activation scale cost; bits: those that a budget left it.
+
+    Of weights: spread is the largest magnitude of a channel over the median channel's, spike how many times an identity
+    branch that was folded in exceeds the values around it.
+    """
+
+    site: str
+    kind: Literal["weight", "activation"]
+    widths: list[WidthReading]
+    bits: NotRequired[int]
+    values: NotRequired[int]
+    spread: NotRequired[float]
+    spike: NotRequired[float | None]
+
+
+@_MORE_WELCOME
+class Sensitivity(TypedDict):
+    """Readings with one scale on a coarser grid and all others on their finest, and with all on their finest."""
+
+    loss: Literal["kl", "mse"]
+    samples: int
+    finest: Reading
+    scales: list[ScaleSensitivity]
+
+
+@_MORE_WELCOME
+class MixedChoice(Reading):
+    """A choice of bits: what it takes, and the loss predicted above that of the finest grids; uniform: one width."""
+
+    weight_bytes: float
+    avg_weight_bits: float
+    bops: float
+    predicted: float
+    uniform: NotRequired[int]
+
+
+@_MORE_WELCOME
+class MixedPrecision(TypedDict):
+    """Bits by budget: the choice found, and the front of choices along `axis` beside uniform bits.
+
+    rank_correlation: Spearman's, of what scales cost alone and in the network found.
+    """
+
+    budgets: list[str]
+    axis: Literal["weight_bytes", "avg_weight_bits", "bops"]
+    samples: int
+    rank_correlation: float | None
+    found: MixedChoice
+    front: list[MixedChoice]
+    seconds: NotRequired[float]
 
 
 @_MORE_WELCOME
@@ -581,6 +661,8 @@ class Report(TypedDict):
     layers: NotRequired[list[LayerEntry]]
     reconstruction: NotRequired[Reconstruction]
     lapq: NotRequired[Lapq]
+    sensitivity: NotRequired[Sensitivity]
+    mixed_precision: NotRequired[MixedPrecision]
     saturation: NotRequired[Saturation | None]
     simplifier: NotRequired[Simplifier | None]
     emission: NotRequired[Emission]

@@ -52,6 +52,9 @@ class Coverage:
     integer_nodes, compute_nodes: counts over the nodes that compute (no data movement, Q/DQ, shape arithmetic).
     macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default).
     integer_macs: share of them in integer kernels, 0..1; 1 where there are none.
+    weight_only_macs: share of them in float kernels that read codes of the weight alone.
+    accuracy_level: what those kernels may round their other operand to, the coarsest of all: 0 (unset) and 1 float32,
+                  2 float16, 3 bfloat16, 4 int8; None where there are none.
     float_nodes:  the rest by name and reason, most expensive first.
     uncounted:    fused nodes whose multiply-accumulates are not counted (attention kernels), by name.
     by_op:        how often each operator type occurs in the optimised graph.
@@ -61,6 +64,8 @@ class Coverage:
     compute_nodes: int
     macs: int
     integer_macs: float
+    weight_only_macs: float
+    accuracy_level: int | None
     float_nodes: tuple[FloatNode, ...]
     uncounted: tuple[str, ...]
     by_op: dict[str, int]
@@ -86,6 +91,7 @@ def coverage(model: onnx.ModelProto | str | Path, *, sample: Mapping[str, Array]
         computing = [node for node in nodes if not _is_shape_arithmetic(node, values)]
         macs = {node: _macs(node, values) for node in computing}
         integer = {node for node in computing if _is_integer(node, values)}
+        weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
         total = sum(macs.values())
         rest = [
             FloatNode(where(node), node.op_type, _why(node), macs[node]) for node in computing if node not in integer
@@ -95,6 +101,8 @@ def coverage(model: onnx.ModelProto | str | Path, *, sample: Mapping[str, Array]
             compute_nodes=len(computing),
             macs=total,
             integer_macs=sum(macs[node] for node in integer) / total if total else 1.0,
+            weight_only_macs=sum(macs[node] for node in weight_only) / total if total else 0.0,
+            accuracy_level=max((_accuracy_level(node) for node in weight_only), default=None),
             float_nodes=tuple(sorted(rest, key=lambda node: -node.macs)),
             uncounted=tuple(where(node) for node in computing if "Attention" in node.op_type),
             by_op=dict(Counter(node.op_type for node in graph).most_common()),
@@ -169,6 +177,7 @@ def _zeros(value: ir.Value) -> Array:
 
 # ---- multiply-accumulates
 
+WEIGHT_ONLY = "MatMulNBits"
 WEIGHT_INDEX = {
     **dict.fromkeys(("Conv", "FusedConv", "ConvInteger", "ConvTranspose", "NhwcFusedConv"), 1),
     **dict.fromkeys(("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), 1),
@@ -189,7 +198,7 @@ def _macs(node: ir.Node, values: Mapping[str, Array]) -> int:
     matrix. MatMulNBits states its reduction as attribute K.
     """
     output = _output(node, values).size
-    if node.op_type == "MatMulNBits":
+    if node.op_type == WEIGHT_ONLY:
         return output * node.attributes["K"].as_int()
     if node.op_type not in WEIGHT_INDEX:
         return 0
@@ -224,13 +233,14 @@ ELEMENTWISE = frozenset(
 )
 INSTEAD = {
     "ReduceMean": "ReduceMean has no integer kernel; GlobalAveragePool has",
-    "MatMulNBits": "weights only are quantized: they are expanded to float in the kernel",
 }
 """Operators with a better form than 'no integer kernel'."""
 
 
 def _why(node: ir.Node) -> str:
     """The first reason the graph shows for a node being in float."""
+    if node.op_type == WEIGHT_ONLY:
+        return f"weights only are quantized: a float kernel expands them, at accuracy level {_accuracy_level(node)}"
     if node.op_type in INSTEAD:
         return INSTEAD[node.op_type]
     if node.op_type in WEIGHTED:
@@ -238,6 +248,11 @@ def _why(node: ir.Node) -> str:
     if node.op_type in ELEMENTWISE:
         return _why_elementwise(node)
     return NO_KERNEL
+
+
+def _accuracy_level(node: ir.Node) -> int:
+    stated = node.attributes.get("accuracy_level")
+    return 0 if stated is None else stated.as_int()
 
 
 def _why_weighted(node: ir.Node) -> str:

@@ -35,10 +35,11 @@ class _Coded:
     zero_point: Tensor
     axis: int | None
     site: str
+    block_size: int | None
 
     @property
     def values(self) -> Tensor:
-        result: Tensor = DEQUANTIZE(self.codes, self.scale, self.zero_point, self.axis, self.site)
+        result: Tensor = DEQUANTIZE(self.codes, self.scale, self.zero_point, self.axis, self.site, self.block_size)
         return result
 
 

@@ -31,6 +31,7 @@ from runtime_tests.kernel_rules import (
     StaysFloat,
     check_container,
     is_coded,
+    is_weight_only,
     output_grid,
     reason_without_rule,
     source,
@@ -41,6 +42,9 @@ __all__ = ["COUNTED", "FLOAT", "KernelPlan", "Step", "plan", "site_of"]
 
 FLOAT = "float"
 """Kernel name of what no integer kernel computes."""
+
+WEIGHT_ONLY = "MatMulNBits"
+"""Float kernel that reads codes of its weight alone."""
 
 COUNTED = (
     "QLinearConv",
@@ -55,6 +59,7 @@ COUNTED = (
     "QLinearSigmoid",
     "QLinearLeakyRelu",
     "QLinearSoftmax",
+    WEIGHT_ONLY,
 )
 """Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
 
@@ -117,6 +122,7 @@ class KernelPlan:
     def counts(self) -> dict[str, int]:
         """How often each kernel of COUNTED is planned, zeros included."""
         found = Counter(step.kernel for step in self.steps)
+        found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes))
         return {name: found[name] for name in COUNTED}
 
     @cached_property
@@ -215,6 +221,8 @@ class _Planner:
                 raise StaysFloat(_OPTIMISATIONS_OFF)
             if len(node.users) > 1 and any(map(_feeds_quantizer, node.users)):
                 raise StaysFloat(_BOTH)
+            if _is_clipped(node):
+                raise StaysFloat(_CLIPPED)
             made = WEIGHTED[node.target](self.program, node, None)
         except StaysFloat as why:
             self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))
@@ -225,6 +233,7 @@ class _Planner:
 
 _OPTIMISATIONS_OFF = "optimisations are off"
 _BOTH = "its result is read both by a quantizer and as floats"
+_CLIPPED = "a ReLU or clip stands between its result and a float operator"
 
 
 def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
@@ -252,6 +261,15 @@ def _saturates(node: fx.Node, y: Grid) -> bool:
         for bound in bounds
     ]
     return codes[0] <= low and codes[1] >= high
+
+
+def _is_clipped(node: fx.Node) -> bool:
+    """Whether a ReLU or clip alone reads the result, and one float operator that: the runtime takes it for the part of
+    a kernel that writes codes, finds no quantizer behind it and makes no kernel at all.
+    """
+    clip = next(iter(node.users))
+    readers = list(clip.users)
+    return len(node.users) == 1 and clip_bounds(clip) is not None and len(readers) == 1 and readers[0].op != "output"
 
 
 def _feeds_quantizer(user: fx.Node) -> bool:

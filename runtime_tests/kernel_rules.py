@@ -34,6 +34,7 @@ __all__ = [
     "StaysFloat",
     "check_container",
     "is_coded",
+    "is_weight_only",
     "output_grid",
     "reason_without_rule",
     "source",
@@ -42,6 +43,7 @@ __all__ = [
 aten = torch.ops.aten
 
 WIDE = "16-bit activations have no integer kernels"
+WEIGHT_ONLY = "only its weight is quantized"
 UNSIGNED_ONLY = "int8 activations have no fast integer kernels on x86, and the runtime keeps them in float"
 
 CHANNELS_LAST_RANK = 4
@@ -171,6 +173,19 @@ def _is_quantized_constant(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is DEQUANTIZE and is_constant(node.args[0])
 
 
+def is_weight_only(node: fx.Node) -> bool:
+    """Whether a linear layer reads codes of its weight alone: a float kernel, MatMulNBits, computes it."""
+    if node.target is not aten.linear.default or not _is_quantized_constant(bind(node)["weight"]):
+        return False
+    return not _is_dequantized(source(node))
+
+
+def _is_dequantized(node: fx.Node) -> bool:
+    while node.target in PROPAGATED:
+        node = source(node)
+    return node.target is DEQUANTIZE
+
+
 def _check_weight(node: fx.Node) -> None:
     """Float weights keep an operator in float, whatever stands around it: the program shields its input then."""
     if not _is_quantized_constant(bind(node)["weight"]):
@@ -227,6 +242,8 @@ def _per_axis(sizes: Sequence[int], space: int) -> tuple[int, ...]:
 
 def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     _check_weight(node)
+    if is_weight_only(node):
+        raise StaysFloat(WEIGHT_ONLY)
     (x,) = _grids(program, source(node))
     return _gemm("QGemm", source(node), _weights(program, node, x, y), x, y)
 

@@ -488,7 +488,8 @@ def _weight_only(model: ir.Model) -> Hits:
         if x is None and weight is not None and weight.is_constant and not _flag(node, "transB"):
             yield (
                 where(node),
-                "only its weights are quantized: by default activations are rounded inside the kernel too",
+                "only its weights are quantized: by default activations are rounded inside the kernel too; set "
+                "session.qdq_matmulnbits_accuracy_level to 0",
             )
 
 

@@ -8,7 +8,8 @@ The graph that the runtime executes is held against the plan too: an operator th
 or the other way round, is a surprise even where its numbers agree.
 
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
-the two sides; they may differ by one code at the rare values next to a tie.
+the two sides; they may differ by one code at the rare values next to a tie. Where a float kernel reads codes of its
+weight alone, these are compared as the file holds them.
 
 Must not know: how the model was made, accuracy, reports.
 """
@@ -30,6 +31,7 @@ from torch import Tensor, fx
 from calibrators.errors import DataError, IntactError
 from runtime_tests.integer_reference import FLOAT, KernelPlan, plan, run
 from runtime_tests.sessions import optimized_file, session
+from runtime_tests.stored_weights import differing_weights
 
 __all__ = [
     "Agreement",
@@ -56,6 +58,9 @@ FLOAT_CHANCE = 4
 
 FLOAT_OUTPUT_ERROR = 1e-4
 """Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
+
+WEIGHT = "DequantizeLinear"
+"""What reads the codes of a weight that are compared as the file holds them."""
 
 LARGEST_BATCH = 64
 """Samples compared at once where the batch is free: both sides hold the codes of every site of one batch."""
@@ -331,6 +336,7 @@ class _Comparison:
         self.input_names = [info.name for info in self.session.get_inputs()]
         self.output_names = [info.name for info in self.session.get_outputs() if info.name not in set(self.taps)]
         self.unplanned = unplanned(model, self.plan) if optimized else {}
+        self.weights = {site: _of_weight(site, found) for site, found in differing_weights(model, program).items()}
         self.optimized, self.samples = optimized, 0
         self.per_node = dict.fromkeys(self.plan.sites, Agreement())
         self.end_to_end = dict.fromkeys(self.plan.sites, Agreement())
@@ -374,7 +380,8 @@ class _Comparison:
         """What all batches together say."""
         if not self.samples:
             raise DataError("no batch to compare runtime and reference on: a proof needs at least one sample")
-        sites = tuple(self._site(site) for site in self.plan.sites)
+        weights = (SiteParity(site, WEIGHT, "", found, found) for site, found in self.weights.items())
+        sites = (*weights, *(self._site(site) for site in self.plan.sites))
         outputs = tuple(
             OutputParity(name, exact, t.identical, t.per_node_identical, t.max_abs, t.relative)
             for name, exact, t in zip(self.output_names, self.plan.exact_outputs, self.outputs, strict=True)
@@ -388,10 +395,19 @@ class _Comparison:
 
 
 def unplanned(model: onnx.ModelProto | str | Path, plan: KernelPlan) -> dict[str, int]:
-    """Integer kernels that the runtime executes, all optimisations on, minus those of the plan, where they differ."""
+    """Kernels on codes that the runtime executes, all optimisations on, minus those of the plan, where they differ."""
     with optimized_file(model, layouts=False) as path:
         executed = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
     return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
+
+
+def _of_weight(site: str, distance: Tensor | None) -> Agreement:
+    if distance is None:
+        raise ParityError(
+            f"the file does not hold the codes of {site!r} in the shape that the reference has: it belongs to another "
+            "program; emit it again."
+        )
+    return Agreement(distance.numel(), int(distance.count_nonzero()), int(distance.max()))
 
 
 def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:

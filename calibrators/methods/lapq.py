@@ -23,14 +23,13 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calibrators.curvature import coupling, hessian, hessian_evaluations
 from calibrators.errors import InputError
 from calibrators.freeze import CalibrationResult, freeze
 from calibrators.joint import STEP, Found, Vector, cobyqa, coordinate_sweep, fit_parabola, powell
-from calibrators.landscape import Landscape, Measured, Point, Spent, chunk_size, float_outputs
+from calibrators.landscape import Landscape, Measured, Point, Spent, draw_samples, float_outputs
 from calibrators.losses import LOSSES, prediction_loss
 from calibrators.methods.lp import Lp
 from calibrators.methods.minmax import MinMax
@@ -113,13 +112,7 @@ class _Search:
         self.record: dict[str, Any] = {"optimizer": method.optimizer, "loss": method.loss, "samples": len(self.rows)}
 
     def _draw(self, samples: int) -> Tensor:
-        """Samples to take the loss on, int64 [n], ascending; whole batches where their size is fixed."""
-        total, chunk = len(self.inputs[0]), chunk_size(self.placement)
-        wanted = min(total, samples)
-        if not self.placement.graph.meta["dynamic_batch"]:
-            wanted = max(chunk, wanted - wanted % chunk)
-        order = torch.randperm(total, generator=self.problem.generator("lapq"))
-        return order[:wanted].sort().values
+        return draw_samples(self.problem, len(self.inputs[0]), samples, "lapq")
 
     def _landscape(self, rows: Tensor, start: Point, evaluations: int) -> Landscape:
         inputs, labels = [x[rows] for x in self.inputs], self.problem.labels

@@ -2,7 +2,8 @@
 
 Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
 biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers. Activations of 16
-bits are int16, which opset 21 has; what writes or reads them is computed in float.
+bits are int16, which opset 21 has; what writes or reads them is computed in float. Linear layers have a kernel that
+reads codes of the weight alone (MatMulNBits).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ TARGET = Target(
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     weighted_to_codes=frozenset({aten.conv1d.default, aten.conv2d.default}),
     weighted_to_float=frozenset({aten.linear.default}),
+    weight_only=frozenset({aten.linear.default}),
     integer_ops=frozenset(
         {
             aten.add.Tensor,

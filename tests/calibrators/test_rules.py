@@ -222,7 +222,7 @@ def test_a_branch_taken_out_of_a_convolution_follows_its_rules() -> None:
         pytest.param({"weight_bits": 16}, ["weight_bits is 16", "2 to 8."], id="wide-weight"),
         pytest.param({"weight_bits": True}, ["weight_bits is True", "whole number"], id="bool"),
         pytest.param({"weight_bits": 4.0}, ["weight_bits is 4.0", "whole number"], id="fraction"),
-        pytest.param({"granularity": "block"}, ["'block'", "tensor or channel"], id="granularity"),
+        pytest.param({"granularity": "row"}, ["'row'", "tensor, channel or block"], id="granularity"),
         pytest.param({"symmetric": "yes"}, ["symmetric is 'yes'", "true or false"], id="symmetric"),
         pytest.param({"float": 1}, ["float is 1", "true or false"], id="float"),
         pytest.param(

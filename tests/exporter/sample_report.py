@@ -80,6 +80,43 @@ def _lapq(size: int) -> dict[str, Any]:
     }
 
 
+def _reading(loss: float) -> dict[str, Any]:
+    return {"loss": loss, "sqnr_db": 20 - 10 * loss, "accuracy_drop": loss / 2}
+
+
+def _sensitivity(size: int) -> dict[str, Any]:
+    """`size` weights and as many activations; every third has 3 bits, others 6."""
+    scales = [
+        {
+            "site": layer(i, kind)["site"],
+            "kind": kind,
+            "bits": 3 if i % 3 == 0 else 6,
+            "widths": [{"bits": bits, **_reading(0.01 + (i + 1) * 0.3 / 4.0**bits)} for bits in (2, 3, 4, 6, 8)],
+            **({"values": 1000 * (i + 1), "spread": 2.5, "spike": None if i % 2 else 31.0} if kind == "weight" else {}),
+        }
+        for kind in ("weight", "activation")
+        for i in range(size)
+    ]
+    return {"loss": "kl", "samples": 256, "finest": _reading(0.01), "scales": scales}
+
+
+def _mixed() -> dict[str, Any]:
+    def choice(bits: float, loss: float) -> dict[str, Any]:
+        sizes = {"weight_bytes": 125_000 * bits, "avg_weight_bits": bits, "bops": 1e9 * bits}
+        return {**sizes, "predicted": loss - 0.01, **_reading(loss)}
+
+    uniform = [choice(bits, 0.01 + 4.0 / 4**bits) | {"uniform": bits} for bits in (2, 3, 4, 8)]
+    return {
+        "budgets": ["avg_weight_bits<=4.25"],
+        "axis": "avg_weight_bits",
+        "samples": 512,
+        "rank_correlation": 0.87,
+        "found": choice(4.2, 0.0123),
+        "front": [*(choice(bits, 0.01 + 2.0 / 4**bits) for bits in (2.0, 3.5, 5.0, 8.0)), *uniform],
+        "seconds": 61.5,
+    }
+
+
 def _node(index: int) -> dict[str, Any]:
     kernel = "float:LayerNormalization" if index % 7 == 6 else "QLinearConv"
     mismatched = 3 if kernel.startswith("float") else 0
@@ -170,6 +207,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "integer_nodes": 14,
             "compute_nodes": 16,
             "integer_macs": 0.9987,
+            "weight_only_macs": 0.0,
             "float_nodes": [
                 {
                     "name": "head.norm",
@@ -225,6 +263,8 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
         "layers": [layer(i, kind) for kind in ("activation", "weight") for i in range(layers)],
         "reconstruction": {"units": [_unit(i) for i in range(layers)], "spilled_bytes": 3 * 2**30},
         "lapq": _lapq(layers),
+        "sensitivity": _sensitivity(layers),
+        "mixed_precision": _mixed(),
         "size": {
             "float_bytes": 31_412_224,
             "bytes": 7_991_296,

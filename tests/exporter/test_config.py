@@ -124,7 +124,7 @@ def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
         pytest.param('[[layers]]\nmatch = "a"\nmethod = "lp"', ["'method'", "Known: activation_bits"], id="method"),
         pytest.param('[[layers]]\nmatch = "a"\nweight_bits = 9', ["'a'", "weight_bits is 9", "2 to 8"], id="too wide"),
         pytest.param('[[layers]]\nmatch = "a"\nactivation_bits = "4"', ["activation_bits is '4'"], id="text"),
-        pytest.param('[[layers]]\nmatch = "a"\ngranularity = "block"', ["'block'", "tensor or channel"], id="block"),
+        pytest.param('[[layers]]\nmatch = "a"\ngranularity = "row"', ["'row'", "channel or block"], id="granularity"),
         pytest.param('[[layers]]\nmatch = "a"', ["'a'", "sets nothing"], id="nothing"),
         pytest.param("[[layers]]\nweight_bits = 4", ["{'weight_bits': 4}", "has no match"], id="no match"),
         pytest.param('[layers]\nmatch = "a"\nweight_bits = 4', ["list of rules", "[[layers]]"], id="single table"),
@@ -196,4 +196,4 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "gates": ("a<=1",), "mean": (0.5,), "threads": 2,
                "device": "cuda"}  # fmt: skip
     assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 8
-    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True}).digest()
+    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True}).digest()

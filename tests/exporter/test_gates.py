@@ -80,6 +80,7 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "max_lsb": 1,
         "outputs_identical": 0,
         "integer_macs": 0.9987,
+        "weight_only_macs": 0.0,
         "integer_nodes": 14,
         "latency_ratio": 3.92 / 12.41,
         "size_ratio": 7_991_296 / 31_412_224,

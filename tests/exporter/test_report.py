@@ -32,7 +32,8 @@ from tests.exporter.sample_report import layer, sample_report
 MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
-            "config", "data", "reconstruction", "lapq", "rules", "preparation")  # fmt: skip
+            "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
+            "preparation")  # fmt: skip
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": []}
 
 
@@ -171,7 +172,8 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
-        "preparation": "Ranges of neighbouring layers",
+        "preparation": "Ranges of neighbouring layers", "sensitivity": "Sensitivity",
+        "mixed_precision": "Mixed precision",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text
@@ -355,6 +357,38 @@ def test_degenerate_searches_are_drawn(change: dict[str, Any]) -> None:
     _Page(render_html(report))
     report["lapq"] = {key: change[key]}
     validate_report(json.loads(dump_json(report)))
+    _Page(render_html(report))
+
+
+def test_the_choice_stands_in_the_front_and_its_bits_among_the_sensitivities() -> None:
+    html = render_html(sample_report(9))
+    text = _Page(html).text
+    for shown in ("avg_weight_bits<=4.25", "4.2 bits per weight on average", "rank correlation of 0.87", "all 4",
+                  "512 calibration samples", "31"):  # fmt: skip
+        assert shown in text, shown
+    assert "bits per weight" in text and html.count("<b>0.0") + html.count("<b>0.00") >= 9, "chosen bits are bold"
+    assert "mean bits of a weight" in html and "added loss" in html
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"front": []}, id="no front"),
+        pytest.param({"rank_correlation": None}, id="no correlation"),
+        pytest.param({"axis": "bops"}, id="bit operations"),
+    ],
+)
+def test_degenerate_allocations_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(3)
+    report["mixed_precision"] |= change
+    for scale in report["sensitivity"]["scales"]:
+        for width in scale["widths"]:
+            width |= {"loss": None, "accuracy_drop": None}
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    validate_report(json.loads(dump_json(report)))
+    report["sensitivity"]["scales"] = report["sensitivity"]["scales"][:1]
     _Page(render_html(report))
 
 

@@ -119,6 +119,46 @@ def test_a_search_keeps_the_promise_and_tells_what_it_found(files: Path, tmp_pat
     assert "landscape" not in search and "How the loss bends" not in page
 
 
+def test_a_budget_gives_layers_their_own_bits_and_the_proof_holds(files: Path, tmp_path: Path) -> None:
+    budget = ("--budget", "avg_weight_bits<=4", "--set", "first_last_bits=none")
+    result = invoke(files, tmp_path / "out", *budget, method=("--method", "minmax"))
+    assert result.exit_code == 0, result.output
+    report = report_of(tmp_path / "out")
+    assert report["parity"]["optimized"]["mismatched"] == 0
+    found = report["mixed_precision"]["found"]
+    assert found["avg_weight_bits"] <= 4
+    bits = {entry["site"]: entry["bits"] for entry in report["layers"] if entry["kind"] == "weight"}
+    assert bits == {scale["site"]: scale["bits"] for scale in report["sensitivity"]["scales"]}
+    assert len(set(bits.values())) > 1
+    assert {rule["match"] for rule in report["rules"]} == {"budget"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Mixed precision</h2>" in page and "<h2>Sensitivity</h2>" in page
+
+
+def test_sensitivity_alone_changes_nothing_in_the_model(files: Path, tmp_path: Path) -> None:
+    for name, flags in (("plain", ()), ("told", ("--sensitivity",))):
+        result = invoke(files, tmp_path / name, *flags, method=("--method", "minmax"))
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "plain" / "model.onnx").read_bytes() == (tmp_path / "told" / "model.onnx").read_bytes()
+    report = report_of(tmp_path / "told")
+    assert "mixed_precision" not in report
+    assert {scale["kind"] for scale in report["sensitivity"]["scales"]} == {"weight", "activation"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("weight_bytes<=1", "cannot be met"),
+        ("weight_bites<=1M", "Did you mean 'weight_bytes'"),
+        ("weight_bytes=1M", "write for example"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_bad_input(files: Path, tmp_path: Path, budget: str, message: str) -> None:
+    result = invoke(files, tmp_path / "out", "--budget", budget, method=("--method", "minmax"))
+    assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "out").exists()
+
+
 # --- interruption and space ------------------------------------------------------------------------------------------
 
 

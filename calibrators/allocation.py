@@ -1,0 +1,170 @@
+"""Bits for every scale so that a network loses least within its budgets: an integer programme.
+
+    minimise    sum of loss[s, b] x[s, b]
+    subject to  sum over b of x[s, b] = 1 for every scale s, x in {0, 1}
+                cost of every limited quantity <= its limit
+
+Bit operations multiply the bits of a weight with those of the activation that it meets. For a layer where both are
+open, shares y[b, c] of the pairs of widths, whose sums over one side are the x of the other, keep that linear.
+
+Must not know: graphs, tensors, how losses are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+__all__ = ["Costs", "Layer", "Losses", "Widths", "allocate", "monotone"]
+
+Widths = Mapping[str, int]
+"""Bits by the name of a scale's site."""
+
+Losses = Mapping[str, Mapping[int, float]]
+"""Loss by scale and bits: of the scales whose bits are open, and the bits that they may have."""
+
+PREFERENCE = 1e-9
+"""Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted operator: multiply-accumulates for one sample, and the scales of its weight and its input."""
+
+    name: str
+    macs: int
+    weight: str
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """What widths cost.
+
+    sizes:  values of every weight, by site; stored: bytes of so many values of so many bits.
+    widths: bits of every weight and activation scale, where no other are given.
+    """
+
+    layers: Sequence[Layer]
+    sizes: Mapping[str, int]
+    widths: Widths
+    stored: Callable[[int, int], int]
+
+    def of(self, quantity: str, widths: Widths) -> float:
+        """A quantity of budgets.SIZES at these widths."""
+        bits = {**self.widths, **widths}
+        if quantity == "bops":
+            return float(sum(layer.macs * bits[layer.weight] * bits[layer.activation] for layer in self.layers))
+        return sum(self.of_weight(quantity, name, bits[name]) for name in self.sizes)
+
+    def of_weight(self, quantity: str, name: str, bits: int) -> float:
+        """What one weight adds to weight_bytes or avg_weight_bits."""
+        size = self.sizes[name]
+        return float(self.stored(size, bits)) if quantity == "weight_bytes" else size * bits / self.total
+
+    @cached_property
+    def total(self) -> int:
+        """Values of all weights."""
+        return sum(self.sizes.values())
+
+
+def allocate(losses: Losses, costs: Costs, limits: Mapping[str, float]) -> Widths | None:
+    """The bits of every open scale with the least sum of losses under all limits; None where nothing fits them."""
+    return _Programme(losses, costs).solve(limits)
+
+
+@dataclass
+class _Programme:
+    """Variables: one per open scale and width, then the shares of pairs; rows are added by what they say."""
+
+    losses: Losses
+    costs: Costs
+    index: dict[tuple[str, ...], int] = field(default_factory=dict)
+    rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, options in self.losses.items():
+            variables = [self._variable(name, str(bits)) for bits in options]
+            self.rows.append((dict.fromkeys(variables, 1.0), 1.0, 1.0))
+        self.binary = len(self.index)
+
+    def _variable(self, *key: str) -> int:
+        return self.index.setdefault(key, len(self.index))
+
+    def solve(self, limits: Mapping[str, float]) -> Widths | None:
+        for quantity, limit in limits.items():
+            coefficients, fixed = self._bops() if quantity == "bops" else self._of_weights(quantity)
+            self.rows.append((coefficients, -np.inf, limit - fixed))
+        objective = np.zeros(len(self.index))
+        worst = max((max(options.values()) for options in self.losses.values()), default=0.0) or 1.0
+        for name, options in self.losses.items():
+            for bits, loss in options.items():
+                objective[self.index[name, str(bits)]] = loss / worst - PREFERENCE * bits
+        solution = milp(
+            objective,
+            integrality=(np.arange(len(objective)) < self.binary).astype(np.int64),
+            bounds=Bounds(0.0, 1.0),
+            constraints=self._constraint(),
+            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+        )
+        if solution.x is None:
+            return None
+        return {n: next(b for b in o if solution.x[self.index[n, str(b)]] > 0.5) for n, o in self.losses.items()}
+
+    def _constraint(self) -> LinearConstraint:
+        lines = [(row, column, value) for row, (line, *_) in enumerate(self.rows) for column, value in line.items()]
+        rows, columns, values = zip(*lines, strict=True)
+        matrix = csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.index)))
+        return LinearConstraint(matrix, [lo for _, lo, _ in self.rows], [hi for *_, hi in self.rows])
+
+    def _of_weights(self, quantity: str) -> tuple[dict[int, float], float]:
+        """Coefficients of a quantity that is a sum over weights, and what the weights with given bits add."""
+        costs, coefficients, fixed = self.costs, {}, 0.0
+        for name in costs.sizes:
+            if name not in self.losses:
+                fixed += costs.of_weight(quantity, name, costs.widths[name])
+            for bits in self.losses.get(name, ()):
+                coefficients[self.index[name, str(bits)]] = costs.of_weight(quantity, name, bits)
+        return coefficients, fixed
+
+    def _bops(self) -> tuple[dict[int, float], float]:
+        coefficients: dict[int, float] = {}
+        fixed = 0.0
+        for layer in self.costs.layers:
+            open_scales = [name for name in (layer.weight, layer.activation) if name in self.losses]
+            if len(open_scales) == 2:
+                coefficients |= self._pairs(layer)
+                continue
+            widths = [self.costs.widths[name] for name in (layer.weight, layer.activation) if name not in self.losses]
+            work = float(layer.macs * np.prod(widths))
+            fixed += 0.0 if open_scales else work
+            for scale in open_scales:
+                for bits in self.losses[scale]:
+                    variable = self.index[scale, str(bits)]
+                    coefficients[variable] = coefficients.get(variable, 0.0) + work * bits
+        return coefficients, fixed
+
+    def _pairs(self, layer: Layer) -> dict[int, float]:
+        """Bit operations of the pairs of widths of a layer; their shares are tied to the widths of both scales."""
+        sides = [(name, self.losses[name]) for name in (layer.weight, layer.activation)]
+        pairs = {(b, c): self._variable(layer.name, str(b), str(c)) for b in sides[0][1] for c in sides[1][1]}
+        for side, (name, options) in enumerate(sides):
+            for bits in options:
+                shares = {variable: 1.0 for pair, variable in pairs.items() if pair[side] == bits}
+                self.rows.append((shares | {self.index[name, str(bits)]: -1.0}, 0.0, 0.0))
+        return {variable: float(layer.macs * b * c) for (b, c), variable in pairs.items()}
+
+
+def monotone(losses: Mapping[int, float]) -> dict[int, float]:
+    """Losses by bits that do not rise with the bits, none below 0: what noise of the measurement would make up."""
+    result: dict[int, float] = {}
+    floor = 0.0
+    for bits in sorted(losses, reverse=True):
+        floor = max(floor, losses[bits])
+        result[bits] = floor
+    return dict(sorted(result.items()))
