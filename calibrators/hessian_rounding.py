@@ -8,7 +8,8 @@ source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Gene
 algorithm 1; Frantar and Alistarh 2022, "Optimal Brain Compression", for the update it comes from.
 Departs: H is a mean over positions; weights of inputs that are always zero are rounded to nearest instead of zeroed,
 for other data may use them; the factor of the inverse comes from one Cholesky decomposition of H in reversed order; a
-channel whose error would be above that of nearest rounding keeps nearest rounding.
+channel whose error would be above that of nearest rounding keeps nearest rounding; scales of blocks stay as they were
+chosen for the original weight.
 
 Must not know: methods, how activations are computed and kept.
 """
@@ -26,8 +27,8 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from calibrators.graph import bind, shape_of
-from calibrators.numerics import dequantize, quantize, round_codes
-from calibrators.spec import QParams
+from calibrators.numerics import dequantize, grid_of, quantize, round_codes
+from calibrators.spec import QParams, QuantSpec
 
 __all__ = ["Columns", "Hessian", "Rounded", "round_weight"]
 
@@ -124,17 +125,20 @@ def round_weight(
 ) -> Rounded:
     """Codes under fixed parameters that lower the error of the output.
 
-    weight:    [out, ...], its elements in the order of the columns; qparams: per channel along axis 0, or per tensor.
+    weight:    [out, ...], its elements in the order of the columns; qparams: per tensor, or along axis 0.
     hessian:   [groups, columns, columns], finite.
     damping:   added to the diagonal, in units of its mean; tenfold while H is not positive definite, up to 1.
     act_order: columns in the order of their inputs' energy, the largest first.
     """
     matrix = hessian.double()
     groups, columns = matrix.shape[:2]
-    rows = weight.double().reshape(groups, -1, columns)  # [groups, out / groups, columns]
     order = _order(matrix, act_order)
     ordered = matrix.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    fed = _feed_errors(rows.take_along_dim(order[:, None], 2), qparams, _factor(ordered, damping))
+    rows, scale, zero_point = (
+        x.expand_as(weight).double().reshape(groups, -1, columns) for x in (weight, *grid_of(weight, qparams))
+    )  # [groups, out / groups, columns]
+    first, steps, zeros = (x.take_along_dim(order[:, None], 2) for x in (rows, scale, zero_point))
+    fed = _feed_errors(first, steps, zeros, qparams.spec, _factor(ordered, damping))
     nearest = quantize(weight, qparams)
     codes = fed.take_along_dim(order.argsort(1)[:, None], 2).reshape(weight.shape).to(nearest.dtype)
     before, after = (_energy(rows - dequantize(c, qparams).reshape(rows.shape), matrix) for c in (nearest, codes))
@@ -178,21 +182,17 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
         dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)
 
 
-def _feed_errors(rows: Tensor, qparams: QParams, factor: Tensor) -> Tensor:
+def _feed_errors(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, factor: Tensor) -> Tensor:
     """Codes of the rows, column after column, errors fed forward; integer-valued float64 [groups, rows, columns]."""
     groups, count, columns = rows.shape
-    spec = qparams.spec
-    scale, zero_point = (
-        x.double().expand(groups * count).reshape(groups, -1) for x in (qparams.scale, qparams.zero_point)
-    )
-    left = rows.mT.contiguous()  # [groups, columns, rows]
+    left, scale, zero_point = (x.mT.contiguous() for x in (rows, scale, zero_point))  # [groups, columns, rows]
     codes = torch.empty_like(left)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = left.new_empty(groups, end - start, count)
         for j in range(start, end):
-            codes[:, j] = round_codes(left[:, j], scale, zero_point, spec.qmin, spec.qmax)
-            errors[:, j - start] = (left[:, j] - (codes[:, j] - zero_point) * scale) / factor[:, j, j, None]
+            codes[:, j] = round_codes(left[:, j], scale[:, j], zero_point[:, j], spec.qmin, spec.qmax)
+            errors[:, j - start] = (left[:, j] - (codes[:, j] - zero_point[:, j]) * scale[:, j]) / factor[:, j, j, None]
             left[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
         left[:, end:] -= factor[:, start:end, end:].mT @ errors
     return codes.mT

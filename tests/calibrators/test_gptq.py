@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,16 @@ from calibrators.freeze import CalibrationResult
 from calibrators.hessian_rounding import BLOCK, Columns, Hessian, Rounded, round_weight
 from calibrators.methods import get_method, gptq
 from calibrators.methods.mse import MSE
-from calibrators.numerics import dequantize, quantize
+from calibrators.numerics import dequantize, grid_of, quantize
 from calibrators.place import PlacementOptions
 from calibrators.simulate import relative_errors
 from calibrators.spec import QParams, QuantSpec
 from calibrators.stream import Memory
 from exporter import export
 from exporter.capturing import capture
+from exporter.emission import needed_opset, to_onnx
 from exporter.folding import fold
+from runtime_tests.parity import parity
 from tests.architectures import construct
 from tests.networks import build, randomize
 
@@ -43,8 +46,8 @@ def oracle(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, hessia
     left, rows = weight.astype(np.float64).copy(), np.zeros(weight.shape)
     inverse = np.linalg.inv(hessian + damping * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
     for j in range(weight.shape[1]):
-        rows[:, j] = np.clip(np.round(left[:, j] / scale) + zero_point, -8, 7)
-        error = (left[:, j] - (rows[:, j] - zero_point) * scale) / inverse[j, j]
+        rows[:, j] = np.clip(np.round(left[:, j] / scale[:, j]) + zero_point[:, j], -8, 7)
+        error = (left[:, j] - (rows[:, j] - zero_point[:, j]) * scale[:, j]) / inverse[j, j]
         left[:, j:] -= np.outer(error, inverse[j, j:])
         inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # the column leaves the problem
     return rows
@@ -83,13 +86,15 @@ def checked(weight: Tensor, qparams: QParams, hessian: Tensor, **options: Any) -
 
 
 @pytest.mark.parametrize("columns", [1, 2, 12, BLOCK, 2 * BLOCK + 5])
-@pytest.mark.parametrize("per_tensor", [False, True], ids=["per-channel", "per-tensor"])
-def test_equals_the_algorithm_of_the_paper(columns: int, per_tensor: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    "grid", [{}, {"axis": None}, {"block_size": 16}], ids=["per-channel", "per-tensor", "per-block"]
+)
+def test_equals_the_algorithm_of_the_paper(columns: int, grid: dict[str, Any], generator: torch.Generator) -> None:
     weight = torch.randn(6, columns, generator=generator)
-    qparams = MSE().weight(weight, dataclasses.replace(W4, axis=None if per_tensor else 0))
+    qparams = MSE().weight(weight, dataclasses.replace(W4, **grid))
     hessian = hessian_of(inputs_of(columns, 3 * columns + 9, generator))
     rounded = checked(weight, qparams, hessian)
-    scale, zero_point = (x.double().expand(6).numpy() for x in (qparams.scale, qparams.zero_point))
+    scale, zero_point = (x.expand_as(weight).double().numpy() for x in grid_of(weight, qparams))
     expected = torch.from_numpy(oracle(weight.numpy(), scale, zero_point, hessian[0].double().numpy(), 0.01))
     better = objectives(weight, expected, qparams, hessian) <= objectives(
         weight, quantize(weight, qparams), qparams, hessian
@@ -262,6 +267,12 @@ def error(name: str, result: CalibrationResult) -> float:
     return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)
 
 
+def layer_errors(name: str, result: CalibrationResult) -> float:
+    """Sum of the relative squared errors of what all layers give."""
+    layers = [user for site in result.placement.sites if site.kind == "weight" for user in site.users]
+    return sum(relative_errors(result, layers, [network(name)[1]]).values())
+
+
 def same(one: CalibrationResult, other: CalibrationResult) -> bool:
     return all(torch.equal(coded.codes, other.weights[name].codes) for name, coded in one.weights.items())
 
@@ -283,17 +294,25 @@ def test_no_layer_is_worse_than_with_nearest_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["residual", "pooled", "transformer", "mlp"])
 def test_layers_come_closer_to_the_float_network(name: str) -> None:
-    def total(method: str) -> float:
-        result = calibrated(name, method)
-        layers = [user for site in result.placement.sites if site.kind == "weight" for user in site.users]
-        return sum(relative_errors(result, layers, [network(name)[1]]).values())
-
-    assert total("gptq") < 0.8 * total("mse")
+    errors = [layer_errors(name, calibrated(name, method)) for method in ("gptq", "mse")]
+    assert errors[0] < 0.8 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["residual", "transformer"])
 def test_eight_bits_lose_nothing(name: str) -> None:
     assert error(name, calibrated(name, bits=8)) < 1.02 * error(name, calibrated(name, "mse", bits=8))
+
+
+@pytest.mark.parametrize("block_size", [None, 16], ids=["per-channel", "per-block"])
+def test_layers_of_which_weights_only_are_quantized(block_size: int | None) -> None:
+    graph, (x,) = network("transformer")
+    placement = PlacementOptions(weight_bits=4, weight_only=True, block_size=block_size)
+    result, nearest = (calibrate(graph, [x], method=method, placement=placement) for method in ("gptq", "mse"))
+    assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
+    assert layer_errors("transformer", result) < 0.8 * layer_errors("transformer", nearest)
+    model = onnx_ir.to_proto(to_onnx(result.program, opset=needed_opset(result, "int8")))
+    found = parity(model, result.program, [(x,)], optimized=True).to_dict()
+    assert (found["kernel_mismatched"], found["violations"], found["unplanned"]) == (0, 0, {})
 
 
 def test_a_seed_decides_everything() -> None:
