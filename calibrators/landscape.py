@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -252,7 +252,7 @@ class Landscape:
         """Give every block the parameters of a point; what does not change stays as it is."""
         changed = {name for name in point if not _same(point[name], self.deployed.get(name))}
         for name in changed & self.quantizers.keys():
-            self.quantizers[name].reset(_to(point[name], self.device))
+            self.quantizers[name].reset(point[name].to(self.device))
         touched = [name for name, sources in self.wiring.reads.items() if changed & {name, *sources}]
         activations = {name: point[name] for name in self.quantizers}
         weights = widen(self.placement, activations, {name: point[name] for name in touched})
@@ -325,7 +325,3 @@ def _same(ours: QParams, other: QParams | None) -> bool:
         and torch.equal(ours.scale, other.scale)
         and torch.equal(ours.zero_point, other.zero_point)
     )
-
-
-def _to(qparams: QParams, device: torch.device) -> QParams:
-    return replace(qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device))

@@ -226,7 +226,7 @@ class Rounding:
         for index, qparams in enumerate(self.qparams):
             grid = self._view(values, index)
             codes = grid + _of(grid, qparams.zero_point, qparams)
-            coded.append(Coded(codes.to(qparams.spec.dtype).contiguous().cpu(), _cpu(qparams)))
+            coded.append(Coded(codes.to(qparams.spec.dtype).contiguous().cpu(), qparams.to("cpu")))
         return coded
 
     def undecided(self) -> float:
@@ -238,10 +238,6 @@ class Rounding:
 
 def _of(w: Tensor, values: Tensor, qparams: QParams) -> Tensor:
     return along_axis(values, w, qparams.spec.axis, qparams.spec.block_size)
-
-
-def _cpu(qparams: QParams) -> QParams:
-    return replace(qparams, scale=qparams.scale.cpu(), zero_point=qparams.zero_point.cpu())
 
 
 def _flat(w: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -27,24 +27,18 @@ from torch import Tensor
 from calibrators import granularity
 from calibrators.ahead import Ahead, FrozenUnits
 from calibrators.blocks import Block, extract, partition
+from calibrators.deployment import Deployment
 from calibrators.errors import DataError
-from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze, widen
-from calibrators.graph import bind
+from calibrators.freeze import CalibrationResult, widen
 from calibrators.methods import get_method
-from calibrators.numerics import dequantize, quantize
 from calibrators.options import check, option
 from calibrators.problem import Problem
-from calibrators.quantizers import ActivationQuantizer
 from calibrators.simulate import relative_errors
-from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
-from calibrators.stream import Cache, Memory
+from calibrators.stream import Cache, Recording
 from calibrators.training import Learned, Loss, RelativeError, Settings, Unit, train
 
 __all__ = ["Reconstruction", "Run"]
-
-CHUNK = 64
-"""Samples per forward pass over the whole calibration set."""
 
 SHRINKING = 4.0
 """How far training may lower an activation scale before a bias has to be coded on a coarser weight scale."""
@@ -59,8 +53,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 NARROW = 4
 """Bits of weights up to which the rounding errors of bfloat16 vanish beside those of quantization."""
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,57 +180,38 @@ def weighted_nodes(problem: Problem) -> list[str]:
     return [user for site in problem.placement.sites if site.kind == "weight" for user in site.users]
 
 
-class Run:
-    """One way through the network.
+class Run(Deployment):
+    """One way through the network, its blocks the units.
 
-    blocks:   the units; position: index of the one at work.
-    floats, quantized: caches of the values that cross into it and later ones, by fx name.
+    position: index of the unit at work.
+    floats:   caches of the float values that cross into it and later ones, by fx name.
     goals:    by end of the units that make them, what float values later ones are compared with.
     """
 
     def __init__(self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...]) -> None:
-        self.problem, self.method, self.blocks = problem, method, blocks
-        self.placement, self.device = problem.placement, problem.device
-        self.settings = method.settings()
-        self.frontier = Frontier(self.placement, blocks)
-        self.nodes = self.frontier.nodes
-        self.memory = Memory(problem.memory)
-        self.position = 0
-        self.floats: dict[str, Cache] = {}
-        self.quantized: dict[str, Cache] = {}
-        self.goals: dict[int, Floats] = {}
         activations = problem.activations(get_method(method.ranges))
         weights = problem.weights(get_method(method.weight_ranges))
-        grids = widen(self.placement, activations, weights, margin=SHRINKING)
-        by_name = self.placement.by_name
-        self.weights = {
-            name: Coded(quantize(problem.values(by_name[name]), grid), grid) for name, grid in grids.items()
-        }
-        self.biases: dict[str, Tensor] = {}
-        self.quantizers = {
-            name: ActivationQuantizer(_to(qparams, self.device), nonnegative=problem.statistics[name].lo >= 0)
-            for name, qparams in activations.items()
-        }
-        self._weight_of = {user: s.name for s in self.placement.sites if s.kind == "weight" for user in s.users}
+        grids = widen(problem.placement, activations, weights, margin=SHRINKING)
+        super().__init__(problem, blocks, activations, grids)
+        self.method, self.settings = method, method.settings()
+        self.position = 0
+        self.floats = dict(self.quantized)
+        self.goals: dict[int, Floats] = {}
         self._computed: dict[str, Any] = {}
         self._settled: set[str] = set()  # sites that an earlier unit has trained
 
     def result(self) -> CalibrationResult:
         """Train every unit; the calibrated network."""
-        self._read_inputs()
-        last = {name: index for index, block in enumerate(self.blocks) for name in block.inputs}
         report: list[dict[str, Any]] = []
         with self.problem.stage("reconstruct", len(self.blocks) * self.settings.iters) as bar:
             for index, block in enumerate(self.blocks):
                 self.position = index
                 start = time.perf_counter()
                 report.append(self._solve(block, bar.advance) | {"seconds": time.perf_counter() - start})
-                for name in [name for name in self.floats if last.get(name, -1) <= index]:
-                    _free(self.floats.pop(name), self.quantized.pop(name))
+                self.forget(index, self.floats, self.quantized)
                 if index + 1 in self.goals:
                     _free(*self.goals.pop(index + 1).caches.values())
-        activations = {name: _to(q.qparams, CPU) for name, q in self.quantizers.items()}
-        result = freeze(self.placement, activations, self.weights, self.biases)
+        result = super().result()
         record = {**result.record, "units": tuple(report), "spilled_bytes": self.memory.spilled}
         return replace(result, observed=self.problem.statistics, record=record)
 
@@ -279,28 +252,21 @@ class Run:
         return Ahead(units, own, passing, supervised, tuple(goal.caches[outputs[i]] for i in supervised),
                      tuple(goal.energy[outputs[i]] for i in supervised))  # fmt: skip
 
-    def _read_inputs(self) -> None:
-        names = [node.name for node in self.placement.graph.graph.nodes if node.op == "placeholder"]
-        for name, value in zip(names, self.problem.inputs(), strict=True):
-            self.floats[name] = self.quantized[name] = Cache(self.memory, len(value), value)
-            self.floats[name].write(0, value)
-
     # --- one unit ---------------------------------------------------------------------------------------------------
 
     def _solve(self, block: Block, advance: Callable[[int], None]) -> dict[str, Any]:
-        simulation = Simulation(self.placement, self.frontier, block, self.quantizers).to(self.device).eval()
+        simulation = self.simulation(block)
         floating = extract(self.placement.graph, block).to(self.device)
         float_inputs = tuple(self.floats[name] for name in block.inputs)
-        inputs = tuple(self.quantized[name] for name in block.inputs)
         floats = self._floats(floating, block.outputs, float_inputs)
         unit = Unit(
-            block, simulation, inputs, float_inputs,
+            block, simulation, self.inputs_of(block), float_inputs,
             targets=tuple(floats.caches[name] for name in floats.energy),
             supervised=tuple(block.outputs.index(name) for name in floats.energy),
             energy=tuple(floats.energy.values()),
             scales=self._new([n for n in simulation.quantizers if self.placement.by_name[n].fixed is None]),
             weights={name: self._weight(name) for name in self._new(list(simulation.weights))},
-            biases={n: self._bias(n).float().to(self.device) for n in simulation.biases},
+            biases={n: self.bias(n).float().to(self.device) for n in simulation.biases},
             reference=math.inf,
         )  # fmt: skip
         self._settled.update(unit.scales, unit.weights)
@@ -351,10 +317,7 @@ class Run:
 
     def _weight(self, name: str) -> tuple[Tensor, QParams]:
         values = self.problem.values(self.placement.by_name[name])
-        return values.to(self.device), _to(self.weights[name].qparams, self.device)
-
-    def _bias(self, name: str) -> Tensor:
-        return self.biases.get(name, self.problem.values(self.placement.by_name[name]).double())
+        return values.to(self.device), self.weights[name].qparams.to(self.device)
 
     def _harden(self, unit: Unit, learned: Learned) -> Callable[[], None]:
         """Make what was learned the unit's integers; what undoes it is returned."""
@@ -382,72 +345,38 @@ class Run:
 
     # --- passes over all samples ------------------------------------------------------------------------------------
 
-    def chunks(self, caches: tuple[Cache, ...]) -> Iterator[tuple[Tensor, ...]]:
-        """All samples in order, CHUNK at a time, on the device."""
-        for chunk in zip(*(cache.chunks(CHUNK) for cache in caches), strict=True):
-            yield tuple(x.to(self.device) for x in chunk)
-
     @torch.no_grad()
     def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
         """The outputs of a float network, called `names`, for the inputs of all samples."""
-        caches: dict[str, Cache] = {}
+        recording = Recording(self.memory, len(inputs[0]))
         squares: dict[str, float] = {}
-        start = 0
         for chunk in self.chunks(inputs):
             outputs = dict(zip(names, network(*chunk), strict=True))
-            if not caches:
-                caches = {
-                    n: Cache(self.memory, len(inputs[0]), y) for n, y in outputs.items() if _has_samples(y, chunk)
-                }
-                squares = {n: 0.0 for n in caches if outputs[n].is_floating_point()}
-            for name, cache in caches.items():
-                cache.write(start, outputs[name].cpu())
-            for name in squares:
-                squares[name] += float(outputs[name].double().square().sum())
-            start += len(chunk[0])
+            recording.append(outputs, len(chunk[0]))
+            for name in recording.caches:
+                if outputs[name].is_floating_point():
+                    squares[name] = squares.get(name, 0.0) + float(outputs[name].double().square().sum())
+        caches = recording.caches
         return Floats(caches, {name: max(total / _count(caches[name]), 1e-30) for name, total in squares.items()})
 
     @torch.no_grad()
     def _deploy(self, unit: Unit, loss: Loss) -> Deployed:
         """Run the unit as it would be exported."""
-        simulation, names = unit.simulation, unit.block.outputs
-        for name in simulation.weights:
-            coded = self.weights[name]
-            simulation.set(name, channels_last(dequantize(coded.codes, coded.qparams)).to(self.device))
-        for name in simulation.biases:
-            coded = self._coded_bias(name)
-            simulation.set(name, dequantize(coded.codes, coded.qparams).to(self.device))
-        caches: dict[str, Cache] = {}
+        self.fill(unit.simulation)
+        recording = self.recording(len(unit.inputs[0]))
         noise = [0.0] * len(unit.targets)
-        total, start = 0.0, 0
+        total = 0.0
         wanted = self.chunks(unit.targets) if unit.targets else itertools.repeat(())
         for chunk, targets in zip(self.chunks(unit.inputs), wanted, strict=False):
-            outputs = simulation(*chunk)
-            if not caches:
-                carried = {n: y for n, y in zip(names, outputs, strict=True) if _has_samples(y, chunk)}
-                caches = {n: Cache(self.memory, len(unit.inputs[0]), y, self._grid(n)) for n, y in carried.items()}
-            for name, cache in caches.items():
-                cache.write(start, outputs[names.index(name)].cpu())
+            outputs = unit.simulation(*chunk)
+            samples = torch.arange(recording.recorded, recording.recorded + len(chunk[0]))
+            recording.append(dict(zip(unit.block.outputs, outputs, strict=True)), len(samples))
             compared = [outputs[i] for i in unit.supervised]
             for i, (y, target) in enumerate(zip(compared, targets, strict=True)):
                 noise[i] += float((y - target).double().square().sum())
-            samples = torch.arange(start, start + len(chunk[0]))
             total += float(loss(compared, targets, samples)) * len(samples) if compared else 0.0
-            start += len(samples)
         errors = [n / _count(cache) / e for n, cache, e in zip(noise, unit.targets, unit.energy, strict=True)]
-        return Deployed(math.fsum(errors) / max(1, len(errors)), total / start, caches)
-
-    def _coded_bias(self, name: str) -> Coded:
-        site = self.placement.by_name[name]
-        node = self.nodes[site.users[0]]
-        source = self.placement.root(self.placement.activation_of[bind(node)["input"].name])
-        scale = self.quantizers[source.name].qparams.scale.cpu()
-        return code_bias(self._bias(name), scale, self.weights[self._weight_of[node.name]].qparams.scale, site)
-
-    def _grid(self, name: str) -> QParams | None:
-        """The grid on which a value crosses, None where it crosses in float."""
-        site = self.frontier.site(name)
-        return _to(self.quantizers[self.placement.root(site).name].qparams, CPU) if site else None
+        return Deployed(math.fsum(errors) / max(1, len(errors)), total / recording.recorded, recording.caches)
 
 
 def _gain_range(learned: Learned | None) -> dict[str, float]:
@@ -456,10 +385,6 @@ def _gain_range(learned: Learned | None) -> dict[str, float]:
         return {}
     gains = torch.cat([gain.flatten() for gain in learned.gains.values()])
     return {"gain_lo": float(gains.min()), "gain_hi": float(gains.max())}
-
-
-def _has_samples(y: Tensor, inputs: tuple[Tensor, ...]) -> bool:
-    return y.ndim > 0 and len(y) == len(inputs[0])
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
@@ -477,7 +402,3 @@ def _free(*caches: Cache) -> None:
 
 def _count(cache: Cache) -> int:
     return len(cache) * math.prod(cache.shape)
-
-
-def _to(qparams: QParams, device: torch.device) -> QParams:
-    return replace(qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device))

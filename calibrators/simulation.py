@@ -159,6 +159,22 @@ class Simulation(torch.nn.Module):
                 value = self.graph.graph.get_attr(names[site.name])
             replace_args(user, **{site.kind: value})
 
+    def reading(self, name: str) -> fx.GraphModule:
+        """The part of the block that makes what one of its weighted operators reads, with what is set now.
+
+        It takes block.inputs and returns a tensor.
+        """
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self.graph.graph, copies)
+        target = f"weighted_{self.block.weighted.index(name)}"
+        (operator,) = (node for node in self.graph.graph.nodes if node.target == target)
+        graph.output(copies[operator.args[0]])
+        part = fx.GraphModule(self.graph, graph)
+        part.graph.eliminate_dead_code()
+        part.recompile()
+        return part
+
     def train_in(self, precision: torch.dtype) -> None:
         """Training mode; operators that mix all channels compute in `precision`, grouped ones would only lose time."""
         self.train()

@@ -6,7 +6,7 @@ Must not know: graphs, ONNX, runtimes, methods.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -74,6 +74,10 @@ class QParams:
     scale: Tensor
     zero_point: Tensor
     spec: QuantSpec
+
+    def to(self, device: torch.device | str) -> QParams:
+        """The same on `device`."""
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from calibrators.numerics import dequantize, quantize
 from calibrators.spec import QParams
 
-__all__ = ["Cache", "Memory"]
+__all__ = ["Cache", "Memory", "Recording"]
 
 
 class Memory:
@@ -133,3 +133,24 @@ class Cache:
         """Give the memory back; the cache is empty afterwards."""
         self.memory.release(self.data)
         self.data = self.data[:0].clone()
+
+
+class Recording:
+    """Caches of those of some named values that come sample by sample, filled batch by batch.
+
+    grid: on which a value is kept as codes, by its name; None for one that is kept as it is.
+    """
+
+    def __init__(self, memory: Memory, samples: int, grid: Callable[[str], QParams | None] = lambda name: None) -> None:
+        self.memory, self.samples, self.grid = memory, samples, grid
+        self.caches: dict[str, Cache] = {}
+        self.recorded = 0
+
+    def append(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Put the values of the next `count` samples behind those that are there."""
+        if not self.recorded:
+            per_sample = {name: x for name, x in values.items() if x.ndim and len(x) == count}
+            self.caches = {n: Cache(self.memory, self.samples, x, self.grid(n)) for n, x in per_sample.items()}
+        for name, cache in self.caches.items():
+            cache.write(self.recorded, values[name].cpu())
+        self.recorded += count

@@ -237,3 +237,25 @@ def test_what_is_set_is_what_computes() -> None:
             assert quantizer.log_scale.grad is not None and bool(quantizer.log_scale.grad)
             learned.add(name)
     assert learned == set(result.activations)
+
+
+@pytest.mark.parametrize("name", ["mixed", "shared", "pooled", "transformer"])
+def test_what_an_operator_reads_can_be_had_without_running_it(name: str) -> None:
+    result = calibrated(name, 4, 4)
+    inputs = captured(name)[1]
+    for limits in LIMITS:
+        _, simulations = simulated(result, *limits)
+        values = values_of(simulations, inputs)
+        for simulation in simulations:
+            given = [values[x] for x in simulation.block.inputs]
+            for index, layer in enumerate(simulation.block.weighted):
+                seen: list[Tensor] = []
+                operator = getattr(simulation.graph, f"weighted_{index}")
+                hook = operator.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+                with torch.no_grad():
+                    simulation(*given)
+                    part = simulation.reading(layer)
+                    read = part(*given)
+                hook.remove()
+                assert torch.equal(read, seen[0])
+                assert f"weighted_{index}" not in {node.target for node in part.graph.nodes}

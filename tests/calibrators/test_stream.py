@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calibrators.spec import QParams, QuantSpec
-from calibrators.stream import Cache, Memory
+from calibrators.stream import Cache, Memory, Recording
 
 AMPLE = 1 << 20
 """Bytes that hold every cache of these tests."""
@@ -155,6 +155,20 @@ def test_values_outlive_the_folder() -> None:
 def test_ram_is_left_alone_when_everything_fits(folder: Path) -> None:
     filled(Memory(AMPLE), torch.zeros(4, 3))
     assert list(folder.iterdir()) == []
+
+
+def test_a_recording_holds_what_comes_sample_by_sample(memory: Memory, generator: torch.Generator) -> None:
+    x, table = torch.randint(0, 9, (10, 2, 3, 3), generator=generator) * 0.5, torch.randn(4, 3, generator=generator)
+    grid = QParams(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), QuantSpec())
+    recording = Recording(memory, 10, {"codes": grid}.get)
+    for part in x.split(3):
+        values = {"codes": part, "float": part + 0.1, "table": table, "number": torch.tensor(1.0)}
+        recording.append(values, len(part))
+    assert recording.recorded == 10
+    assert recording.caches.keys() == {"codes", "float"}
+    assert recording.caches["codes"].data.dtype == torch.uint8
+    for name, expected in (("codes", x), ("float", x + 0.1)):
+        assert torch.equal(recording.caches[name].gather(torch.arange(10)), expected)
 
 
 @pytest.mark.skipif(not TINY_FILESYSTEM.is_dir(), reason=f"no {TINY_FILESYSTEM}")

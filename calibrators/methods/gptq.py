@@ -1,0 +1,168 @@
+"""Hessian rounding: errors of rounded weights are fed into the weights that are still to be rounded.
+
+source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
+Departs: convolutions too, by the patches they see, one Hessian per group; inputs come from the network that is
+quantized so far, activations included; a sample of the positions of large inputs; what calibrators.hessian_rounding
+says. Of layers that share a weight the first one decides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.blocks import partition
+from calibrators.deployment import Deployment
+from calibrators.errors import DataError
+from calibrators.freeze import CalibrationResult, Coded, widen
+from calibrators.graph import bind, layer_name, shape_of
+from calibrators.hessian_rounding import Columns, Hessian, round_weight
+from calibrators.methods import get_method
+from calibrators.options import check, option
+from calibrators.problem import Problem
+from calibrators.reconstruct import weighted_nodes
+from calibrators.simulation import Simulation
+
+__all__ = ["GPTQ"]
+
+LARGEST = 8192
+"""Most columns of a Hessian: its factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Rounding layer by layer that makes later weights undo the errors of earlier ones, without training."""
+
+    damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
+    act_order: bool = option(False, "round the weights of strong inputs first")
+    positions: int = option(32768, "most positions that the Hessian of a layer is taken over", minimum=1)
+    ranges: str = option("mse", "range method for the activations")
+    weight_ranges: str = option("mse", "range method for the weights")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def fit(self, problem: Problem) -> CalibrationResult:
+        """The calibrated network; the record says for every layer what rounding left of its output's error."""
+        blocks = partition(problem.placement.graph, weighted_nodes(problem), chain=1, largest=1)
+        activations = problem.activations(get_method(self.ranges))
+        weights = problem.weights(get_method(self.weight_ranges))
+        grids = widen(problem.placement, activations, weights)
+        layers = _Layers(self, Deployment(problem, blocks, activations, grids))
+        with problem.stage("round", len(blocks)) as bar:
+            for index in range(len(blocks)):
+                layers.round(index)
+                bar.advance()
+        result = layers.deployment.result()
+        notes = (*result.record["notes"], *layers.notes)
+        units, spilled = tuple(layers.report), layers.deployment.memory.spilled
+        record = {**result.record, "notes": notes, "units": units, "spilled_bytes": spilled}
+        return replace(result, observed=problem.statistics, record=record)
+
+
+Reading = tuple[str, Columns]
+"""What a Hessian is of: a value, by fx name, and how layers cut it into columns."""
+
+
+class _Layers:
+    """The layers in order of execution.
+
+    hessians: that layers yet to come share; report: what rounding did to every layer; notes: what the user should know.
+    """
+
+    def __init__(self, method: GPTQ, deployment: Deployment) -> None:
+        self.method, self.deployment = method, deployment
+        self.report: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.hessians: dict[Reading, Tensor] = {}
+        self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
+        for name in (name for block in deployment.blocks for name in block.weighted):
+            if self._is_feasible(name):
+                self.sites.setdefault(deployment.weight_of[name], name)
+        self.readers = Counter(map(self._reading, self.sites.values()))
+
+    def _is_feasible(self, layer: str) -> bool:
+        node = self.deployment.nodes[layer]
+        columns = _columns(node)
+        if columns > LARGEST:
+            reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
+            self.notes.append(f"{layer_name(node)}: rounded to nearest, because {reason}")
+        return columns <= LARGEST
+
+    def _reading(self, layer: str) -> Reading:
+        node = self.deployment.nodes[layer]
+        return bind(node)["input"].name, Columns.of(node)
+
+    def round(self, index: int) -> None:
+        """Round the weights of a block, each with those before it rounded, and go on to what the block gives."""
+        block = self.deployment.blocks[index]
+        simulation = self.deployment.simulation(block)
+        for layer in block.weighted:
+            if self.sites.get(self.deployment.weight_of[layer]) == layer:
+                self.deployment.fill(simulation)
+                self._round(simulation, layer)
+        self.deployment.advance(simulation)
+        self.deployment.forget(index, self.deployment.quantized)
+
+    def _round(self, simulation: Simulation, layer: str) -> None:
+        start = time.perf_counter()
+        site = self.deployment.weight_of[layer]
+        qparams = self.deployment.weights[site].qparams
+        device = self.deployment.device
+        rounded = round_weight(
+            self._weight(layer).to(device),
+            qparams.to(device),
+            self._hessian(simulation, layer),
+            damping=self.method.damping,
+            act_order=self.method.act_order,
+        )
+        self.deployment.weights[site] = Coded(rounded.codes.cpu(), qparams)
+        self.report.append(
+            {
+                "name": layer_name(self.deployment.nodes[layer]),
+                "weights": 1,
+                "before": rounded.nearest,
+                "after": rounded.error,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+
+    def _weight(self, layer: str) -> Tensor:
+        deployment = self.deployment
+        return deployment.problem.values(deployment.placement.by_name[deployment.weight_of[layer]])
+
+    def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
+        """Second moments of what the layer reads in the network as it is quantized so far."""
+        reading = self._reading(layer)
+        if reading not in self.hessians:
+            self.hessians[reading] = self._measured(simulation, layer)
+        self.readers[reading] -= 1
+        return self.hessians[reading] if self.readers[reading] else self.hessians.pop(reading)
+
+    @torch.no_grad()
+    def _measured(self, simulation: Simulation, layer: str) -> Tensor:
+        node, columns = self.deployment.nodes[layer], Columns.of(self.deployment.nodes[layer])
+        hessian = Hessian(columns.groups, _columns(node), self.deployment.device)
+        inputs = self.deployment.inputs_of(simulation.block)
+        examples = len(self.deployment.placement.graph.meta["example"][0])
+        positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
+        share = self.method.positions / positions
+        generator = self.deployment.problem.generator(layer)
+        network = simulation.reading(layer)
+        for chunk in self.deployment.chunks(inputs):
+            for x in columns.take(network(*chunk), share, generator):
+                hessian.add(x)
+        if not hessian.matrix.isfinite().all():
+            raise DataError(f"layer {layer_name(node)} reads values that are not finite; look at the calibration data")
+        return hessian.matrix
+
+
+def _columns(node: fx.Node) -> int:
+    """Weights of one output channel."""
+    return math.prod(shape_of(bind(node)["weight"])[1:])
