@@ -1,12 +1,13 @@
-"""Latency of the shipped file against float and against onnxruntime's own static quantization of the same folded net.
+"""Latency of the shipped files against float and against onnxruntime's own static quantization of the same folded net.
 
     python benchmarks/latency.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration
     python benchmarks/latency.py
 
-Without models: RepVGG-like and MobileNet-like stacks at 224x224, random weights.
+Without models: RepVGG-like and MobileNet-like stacks at 224x224, and the MLPs of a transformer; random weights.
 Batch 1, one thread, all models interleaved in one process, order shuffled every round; medians, and ratios to float.
 `static` is onnxruntime's quantize_static (QDQ, uint8 activations, int8 weights per channel) on the file that plain
 torch.onnx.export writes for the folded net; `prepared` the same after its optional pre-processing of the float file.
+`w4a8` and `w4a4` are `intact` with fewer bits; their share of multiply-accumulates on integer kernels is told too.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibrators import calibrate
+from calibrators import PlacementOptions, calibrate
 from exporter import capture, emit, fold
 from exporter.capturing import quiet
 from exporter.data import open_data
 from exporter.emission import emit_float
 from exporter.load import load_model
 from exporter.reference import export_program
+from runtime_tests.coverage import coverage
 from runtime_tests.sessions import session
 
 BATCHES = 4
+LOW_BITS = {"w4a8": (4, 8), "w4a4": (4, 4)}
 
 
 class RepVGGLike(nn.Sequential):
@@ -89,12 +92,33 @@ class MobileNetLike(nn.Sequential):
         super().__init__(*layers, *head)
 
 
+class Mlp(nn.Module):
+    """The MLP of a transformer block, with its residual: 384 to 1536 and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(384), nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)  # type: ignore[no-any-return]
+
+
+class TransformerMlps(nn.Sequential):
+    """Four of them on 196 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+
+
 def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Path]:
-    """The three files of one network."""
+    """The files of one network."""
     graph = fold(capture(model, batches[0]))
-    paths = {name: folder / f"{name}.onnx" for name in ("float", "intact", "static", "prepared")}
+    paths = {name: folder / f"{name}.onnx" for name in ("float", "intact", *LOW_BITS, "static", "prepared")}
     emit_float(graph, paths["float"])
     emit(calibrate(graph, batches), paths["intact"])
+    for name, (weight, activation) in LOW_BITS.items():
+        options = PlacementOptions(weight_bits=weight, activation_bits=activation)
+        emit(calibrate(graph, batches, placement=options), paths[name])
     plain = folder / "plain.onnx"
     with quiet():
         program = torch.onnx.export(export_program(graph), verbose=False)
@@ -151,7 +175,7 @@ def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]
     float model, which leaves cold caches.
     """
     sessions = {name: session(path, threads=1) for name, path in paths.items()}
-    feeds = {name: {s.get_inputs()[0].name: x.numpy()} for name, s in sessions.items()}
+    feeds = {name: feed(path, x) for name, path in paths.items()}
     times: dict[str, list[float]] = {name: [] for name in paths}
     order = np.random.default_rng(0)
     for run in range(runs + 5):
@@ -163,13 +187,23 @@ def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def feed(path: Path, x: Tensor) -> dict[str, Any]:
+    """What the file of a network with one input is run on."""
+    return {session(path).get_inputs()[0].name: x.numpy()}
+
+
 def report(label: str, model: nn.Module, batches: list[Tensor], runs: int) -> None:
     """One line: medians and ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        median = medians_ms(files(model, batches, Path(folder)), batches[0][:1], runs)
+        paths = files(model, batches, Path(folder))
+        median = medians_ms(paths, batches[0][:1], runs)
+        shares = {
+            name: coverage(paths[name], sample=feed(paths[name], batches[0][:1])).integer_macs for name in LOW_BITS
+        }
     cells = [f"{name} {median[name]:6.2f} ms ({median[name] / median['float']:.2f})" for name in median]
     faster = ", ".join(f"{median[name] / median['intact']:.2f}x {name}" for name in median if name != "intact")
-    print(f"{label:<14} {'  '.join(cells)}  intact is {faster}", flush=True)
+    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    print(f"{label:<14} {'  '.join(cells)}  intact is {faster}; on integer kernels {told}", flush=True)
 
 
 def main() -> None:
@@ -180,9 +214,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if not arguments.models:
-        batches = [torch.randn(4, 3, 224, 224)]
-        for kind in (RepVGGLike, MobileNetLike):
-            report(kind.__name__, kind().eval(), batches, arguments.runs)
+        for kind, shape in ((RepVGGLike, (3, 224, 224)), (MobileNetLike, (3, 224, 224)), (TransformerMlps, (196, 384))):
+            report(kind.__name__, kind().eval(), [torch.randn(4, *shape)], arguments.runs)
         return
     batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)]
     for spec in arguments.models:
