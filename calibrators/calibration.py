@@ -95,7 +95,7 @@ def calibrate(
     if budgets:
         rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
         record |= found
-        problem = problem.with_bits(place(placed.graph, target, replace(placement, allocated=rules)))
+        problem = problem.variant(placement=place(placed.graph, target, replace(placement, allocated=rules)))
     elif sensitivity:
         record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
     result = method.fit(problem)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -156,7 +156,7 @@ class _Mixer:
         budgets: Sequence[Budget],
         stored: Callable[[int, int], int],
     ) -> None:
-        self.problem = replace(problem, memory=problem.memory // 2)  # two landscapes
+        self.problem = problem.variant(memory=problem.memory // 2)  # two landscapes
         self.limits = {budget.quantity: budget.limit for budget in budgets if budget.quantity != ACCURACY}
         self.accuracy = next((budget for budget in budgets if budget.quantity == ACCURACY), None)
         self.budgets = budgets

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,9 +76,9 @@ class Problem:
         with self.stage("calibrate", None) as bar:
             return observe(self.placement, self.batches, bar.advance)
 
-    def with_bits(self, placement: Placement) -> Problem:
-        """The same problem on grids of other bits: what was observed stands."""
-        other = replace(self, placement=placement)
+    def variant(self, **changes: Any) -> Problem:
+        """The same problem with other fields that leave what was observed as it is: memory, bits of the placement."""
+        other = replace(self, **changes)
         vars(other)["statistics"] = self.statistics
         return other
 

@@ -85,16 +85,17 @@ def _reading(loss: float) -> dict[str, Any]:
 
 
 def _sensitivity(size: int) -> dict[str, Any]:
-    """`size` weights and as many activations; every third has 3 bits, others 6."""
+    """`size` weights; every third has 3 bits, others 6."""
     scales = [
         {
-            "site": layer(i, kind)["site"],
-            "kind": kind,
+            "site": layer(i, "weight")["site"],
+            "kind": "weight",
             "bits": 3 if i % 3 == 0 else 6,
             "widths": [{"bits": bits, **_reading(0.01 + (i + 1) * 0.3 / 4.0**bits)} for bits in (2, 3, 4, 6, 8)],
-            **({"values": 1000 * (i + 1), "spread": 2.5, "spike": None if i % 2 else 31.0} if kind == "weight" else {}),
+            "values": 1000 * (i + 1),
+            "spread": 2.5,
+            "spike": None if i % 2 else 31.0,
         }
-        for kind in ("weight", "activation")
         for i in range(size)
     ]
     return {"loss": "kl", "samples": 256, "finest": _reading(0.01), "scales": scales}

@@ -220,7 +220,7 @@ def test_rendering_is_deterministic_and_leaves_the_report_alone() -> None:
 def test_plots_follow_the_theme_and_share_no_ids() -> None:
     html = render_html(sample_report(9))
     figures = re.findall(r'<svg class="figure".*?</svg>', html, flags=re.DOTALL)
-    assert len(figures) == 7
+    assert len(figures) == 6
     for figure in figures:
         assert "var(--accent)" in figure and "var(--muted)" in figure and "#0102" not in figure
         assert "font-family" not in figure
