@@ -55,8 +55,8 @@ class EagerRounding(nn.Module):
         super().__init__()
         spec = qparams.spec
         self.weight, self.qmin, self.qmax = weight.contiguous(), spec.qmin, spec.qmax
-        self.scale = along_axis(qparams.scale, weight.ndim, spec.axis)
-        self.zero_point = along_axis(qparams.zero_point, weight.ndim, spec.axis)
+        self.scale = along_axis(qparams.scale, weight, spec.axis)
+        self.zero_point = along_axis(qparams.zero_point, weight, spec.axis)
         rest = (self.weight / self.scale - torch.floor(self.weight / self.scale)).clamp(START, 1 - START)
         self.variable = nn.Parameter(-torch.log((UPPER - LOWER) / (rest - LOWER) - 1))
 

@@ -351,7 +351,8 @@ def _store_transposed(graph: ir.Graph) -> None:
         if not transposes or None in transposes:
             continue
         for value in dict.fromkeys(value for reader in readers for value in reader.inputs if value is not None):
-            _transpose_constant(value)
+            if value.const_value is not None and value.const_value.numpy().ndim > 1:
+                _transpose_constant(value)
         for reader, transpose in zip(readers, transposes, strict=True):
             assert transpose is not None
             if "axis" in reader.attributes:
@@ -369,7 +370,7 @@ def _transpose_behind(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
 
 
 def _transpose_constant(value: ir.Value) -> None:
-    """Codes, and parameters of blocks; those of channels have one dimension."""
+    """Codes, and parameters of blocks; others have one dimension or none."""
     assert value.const_value is not None
     array = np.ascontiguousarray(value.const_value.numpy().T)
     value.const_value = ir.tensor(array, name=value.name)

@@ -375,7 +375,7 @@ def test_what_keeps_a_product_from_fusing_directly_behind_it(between: str) -> No
 
 @pytest.mark.parametrize(("shared", "count"), [("w", 0), ("s", 0), ("z", 2), ("", 2)], ids=["w", "s", "z", "none"])
 def test_codes_and_scales_with_two_readers_do_not_fuse(shared: str, count: int) -> None:
-    constants = {"w": codes(4), "s": np.full(8, 0.1, np.float32), "z": np.zeros(8, codes(4).dtype)}
+    constants = {"w": codes(4), "s": np.linspace(0.1, 0.2, 8, dtype=np.float32), "z": np.zeros(8, codes(4).dtype)}
     behind = [
         helper.make_node("DequantizeLinear", [n if n == shared else f"{n}2" for n in constants], ["again"], axis=1),
         helper.make_node("Gemm", ["x", "again"], ["second"]),

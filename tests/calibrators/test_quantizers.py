@@ -282,18 +282,18 @@ def weights_and_grids(spec: QuantSpec, generator: torch.Generator) -> tuple[list
         grid = QParams(scale, zero_point * (not spec.symmetric), spec)
         steps = (torch.rand(shape, generator=generator) * 1.4 - 0.2) * levels + spec.qmin
         steps.flatten()[::7].round_()
-        weights.append((steps - along_axis(grid.zero_point, len(shape), spec.axis)) * _scale(grid, len(shape)))
+        weights.append((steps - along_axis(grid.zero_point, steps, spec.axis)) * _scale(grid, steps))
         grids.append(grid)
     return weights, grids
 
 
-def _scale(grid: QParams, ndim: int) -> Tensor:
-    return along_axis(grid.scale, ndim, grid.spec.axis)
+def _scale(grid: QParams, weight: Tensor) -> Tensor:
+    return along_axis(grid.scale, weight, grid.spec.axis)
 
 
 def positions(weight: Tensor, grid: QParams) -> Tensor:
     """Where weights lie in steps of their grid, with its zero point, float32."""
-    return weight / _scale(grid, weight.ndim) + along_axis(grid.zero_point, weight.ndim, grid.spec.axis)
+    return weight / _scale(grid, weight) + along_axis(grid.zero_point, weight, grid.spec.axis)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -337,8 +337,8 @@ def test_codes_are_the_two_next_to_the_weight(spec: QuantSpec, generator: torch.
         rounding.variable.neg_()
     down = [coded.codes for coded in rounding.codes()]
     for weight, grid, first, second in zip(weights, grids, up, down, strict=True):
-        at = weight / _scale(grid, weight.ndim)
-        below = at.floor() + along_axis(grid.zero_point, weight.ndim, spec.axis)
+        at = weight / _scale(grid, weight)
+        below = at.floor() + along_axis(grid.zero_point, weight, spec.axis)
         ends = torch.stack([below, below + 1]).clamp(spec.qmin, spec.qmax)
         for codes in (first, second):
             assert bool(((codes == ends[0]) | (codes == ends[1])).all())

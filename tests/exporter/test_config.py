@@ -121,7 +121,7 @@ def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
             ["layer rule 'a'", "unknown setting of layers 'weight_bit'", "Did you mean 'weight_bits'"],
             id="unknown key",
         ),
-        pytest.param('[[layers]]\nmatch = "a"\nmethod = "lp"', ["'method'", "Known: activation_bits"], id="method"),
+        pytest.param('[[layers]]\nmatch = "a"\npower = 2', ["'power'", "Known: activation_bits"], id="unknown key"),
         pytest.param('[[layers]]\nmatch = "a"\nweight_bits = 9', ["'a'", "weight_bits is 9", "2 to 8"], id="too wide"),
         pytest.param('[[layers]]\nmatch = "a"\nactivation_bits = "4"', ["activation_bits is '4'"], id="text"),
         pytest.param('[[layers]]\nmatch = "a"\ngranularity = "row"', ["'row'", "channel or block"], id="granularity"),
