@@ -382,7 +382,8 @@ def test_codes_and_scales_with_two_readers_do_not_fuse(shared: str, count: int) 
         helper.make_node("Sub", ["product", "second"], ["y"]),
     ]
     model = product(*constants.values(), *behind, axis=1)
-    model.graph.initializer.extend(numpy_helper.from_array(array, f"{n}2") for n, array in constants.items())
+    others = constants | {"s": constants["s"] * 2}  # equal scales would be merged
+    model.graph.initializer.extend(numpy_helper.from_array(array, f"{n}2") for n, array in others.items())
     assert len(kernels(model)) == count
 
 
