@@ -127,8 +127,7 @@ def types(model: onnx.ModelProto) -> dict[str, str]:
 # ---- what is emitted, and what runs
 
 
-@pytest.mark.parametrize("shape", [(), (3,)], ids=["matrix", "tokens"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("bias", "shape"), [(True, ()), (False, (3,))], ids=["bias-matrix", "no-bias-tokens"])
 @pytest.mark.parametrize(
     ("bits", "granularity"),
     [
@@ -243,8 +242,7 @@ def test_an_independent_reader_finds_the_same_weights(granularity: str) -> None:
             assert np.array_equal(numpy_helper.to_array(tensor).astype(np.int8), codes.numpy().T)
 
 
-@pytest.mark.parametrize("size", [None, 16], ids=["channel", "block"])
-@pytest.mark.parametrize("bits", [4, 8], ids=lambda bits: f"{bits}-bit")
+@pytest.mark.parametrize(("bits", "size"), [(8, None), (4, 16)], ids=["8-bit-channel", "4-bit-block"])
 def test_openvino_computes_it_too(bits: int, size: int | None) -> None:
     """By default it rounds activations as onnxruntime does, too; groups of size 0 turn that off."""
     model, x = build("transformer", batch=8)
