@@ -115,7 +115,9 @@ def _placed(
     placement = place(graph, target, options)
     if not options.split_skips:
         return placement, []
-    lowest = place(graph, target, replace(options, weight_bits=min(options.weight_bits, lowest_bits)))
+    lowest = placement
+    if lowest_bits < options.weight_bits:
+        lowest = place(graph, target, replace(options, weight_bits=lowest_bits))
     bits = {user: site.spec.bits for site in lowest.sites if site.kind == "weight" for user in site.users}
     split, skips = split_skips(graph, lambda node: bits.get(node.name))
     return (place(split, target, options) if skips else placement), skips

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from calibrators.blocks import Block
 from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze
-from calibrators.graph import bind
 from calibrators.numerics import dequantize, quantize
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
@@ -128,7 +127,7 @@ class Deployment:
     def _coded_bias(self, name: str) -> Coded:
         site = self.placement.by_name[name]
         node = self.nodes[site.users[0]]
-        source = self.placement.root(self.placement.activation_of[bind(node)["input"].name])
+        source = self.placement.input_of(node)
         scale = self.quantizers[source.name].qparams.scale.cpu()
         return code_bias(self.bias(name), scale, self.weights[self.weight_of[node.name]].qparams.scale, site)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.graph import bind, constant
+from calibrators.graph import constant
 from calibrators.numerics import dequantize, quantize
 from calibrators.place import Placement
 from calibrators.program import build_program
@@ -148,7 +148,7 @@ def _added_biases(
     added: dict[str, list[_Bias]] = {name: [] for name in weight_of.values()}
     for name, site in sites.items():
         (user,) = site.users
-        source = placement.root(placement.activation_of[bind(nodes[user])["input"].name])
+        source = placement.input_of(nodes[user])
         values = biases[name] if name in biases else constant(placement.graph, nodes[site.node])
         added[weight_of[user]].append(_Bias(site, values.detach().double(), activations[source.name].scale))
     return added

@@ -13,6 +13,7 @@ Must not know: quantization, folding, ONNX.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeGuard
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "add_constant",
     "bind",
     "constant",
+    "fan_in",
     "infer_shapes",
     "is_constant",
     "layer_name",
@@ -102,6 +104,11 @@ def where(node: fx.Node) -> str:
         parts.append(f"{file.split('/')[-1].strip().strip(chr(34))}:{line.split()[-1]}")
     detail = ", ".join(part for part in parts if part)
     return f"{node.name} ({detail})" if detail else node.name
+
+
+def fan_in(node: fx.Node) -> int:
+    """Weights of one output channel of a convolution or linear layer: its multiply-accumulates per output."""
+    return math.prod(shape_of(bind(node)["weight"])[1:])
 
 
 def infer_shapes(graph: fx.GraphModule) -> None:

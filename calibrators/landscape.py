@@ -23,7 +23,7 @@ from torch import Tensor
 
 from calibrators.blocks import partition
 from calibrators.freeze import code_bias, widen
-from calibrators.graph import bind, constant, shape_of
+from calibrators.graph import fan_in, shape_of
 from calibrators.losses import PredictionLoss
 from calibrators.numerics import dequantize, fake_quant
 from calibrators.place import Placement
@@ -142,7 +142,7 @@ class Landscape:
     def _work(self, name: str) -> int:
         """Multiply-accumulates of a convolution or linear layer, up to a factor that all share."""
         node = self.frontier.nodes[name]
-        return math.prod(shape_of(node)) * constant(self.placement.graph, bind(node)["weight"])[0].numel()
+        return math.prod(shape_of(node)) * fan_in(node)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class _Wiring:
         nodes = {node.name: node for node in placement.graph.graph.nodes}
 
         def read(user: str) -> str:
-            return placement.root(placement.activation_of[bind(nodes[user])["input"].name]).name
+            return placement.input_of(nodes[user]).name
 
         weights = [site for site in placement.sites if site.kind == "weight"]
         self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}

@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from calibrators.allocation import Costs, Layer, Losses, Widths, allocate, monotone
 from calibrators.budgets import ACCURACY, SIZES, Budget
 from calibrators.errors import InputError
-from calibrators.graph import bind, constant, shape_of
+from calibrators.graph import constant, fan_in, shape_of
 from calibrators.place import Placement, PlacementOptions
 from calibrators.problem import Bar, Problem
 from calibrators.ranges import RangeMethod
@@ -367,7 +367,5 @@ def _layers(placement: Placement) -> Iterable[Layer]:
     for site in (site for site in placement.sites if site.kind == "weight"):
         for user in site.users:
             node = nodes[user]
-            bound = bind(node)
-            macs = math.prod(shape_of(node)) * constant(placement.graph, bound["weight"])[0].numel() // samples
-            read = None if site.weight_only else placement.activation_of[bound["input"].name]
-            yield Layer(user, macs, site.name, placement.root(read).name if read else FLOAT)
+            macs = math.prod(shape_of(node)) * fan_in(node) // samples
+            yield Layer(user, macs, site.name, FLOAT if site.weight_only else placement.input_of(node).name)

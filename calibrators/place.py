@@ -16,7 +16,6 @@ Must not know: data, methods, ONNX.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from torch import fx
 
 from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
-from calibrators.graph import bind, constant, is_constant, layer_name, module_path, shape_of
+from calibrators.graph import bind, constant, fan_in, is_constant, layer_name, module_path, shape_of
 from calibrators.rules import DEFAULT_BLOCK, WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
 
@@ -110,9 +109,12 @@ class Placement:
         for site in (site for site in self.sites if site.kind == "weight"):
             found[site.name] = [*site.users]
             for user in () if site.weight_only else site.users:
-                scale = self.root(self.activation_of[bind(nodes[user])["input"].name])
-                found.setdefault(scale.name, []).append(user)
+                found.setdefault(self.input_of(nodes[user]).name, []).append(user)
         return {name: tuple(users) for name, users in found.items()}
+
+    def input_of(self, node: fx.Node) -> Site:
+        """The site that owns the scale of what a weighted operator reads."""
+        return self.root(self.activation_of[bind(node)["input"].name])
 
     def root(self, site: Site) -> Site:
         """The site that owns the scale and zero point of `site`."""
@@ -403,7 +405,7 @@ class _Placer:
 
 def _rescales(node: fx.Node) -> bool:
     """Whether a weight is one number per channel: its grid is the widest there is."""
-    return math.prod(shape_of(bind(node)["weight"])[1:]) == 1
+    return fan_in(node) == 1
 
 
 def _is_float(node: fx.Node) -> bool:

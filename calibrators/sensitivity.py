@@ -26,7 +26,7 @@ __all__ = ["CANDIDATES", "Grids", "Kind", "Knob", "Probe", "Reading", "knobs"]
 
 Kind = Literal["weight", "activation"]
 
-CANDIDATES: Mapping[Kind, tuple[int, ...]] = {"weight": (2, 3, 4, 5, 6, 8), "activation": (2, 3, 4, 5, 6, 8)}
+CANDIDATES = (2, 3, 4, 5, 6, 8)
 """Bits that are tried."""
 
 UNLIMITED = 1 << 40
@@ -61,7 +61,7 @@ def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kin
     found = []
     for kind in kinds:
         given = getattr(options, f"{kind}_bits")
-        changes = ({f"{kind}_bits": bits} for bits in {*CANDIDATES[kind], given})
+        changes = ({f"{kind}_bits": bits} for bits in {*CANDIDATES, given})
         placed = [place(placement.graph, placement.target, replace(options, **change)) for change in changes]
         for site in placement.sites:
             specs = {other.by_name[site.name].spec.bits: other.by_name[site.name].spec for other in placed}

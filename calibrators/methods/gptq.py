@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from calibrators.blocks import partition
 from calibrators.deployment import Deployment
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, Coded, widen
-from calibrators.graph import bind, layer_name, shape_of
+from calibrators.graph import bind, fan_in, layer_name, shape_of
 from calibrators.hessian_rounding import Columns, Hessian, round_weight
 from calibrators.methods import get_method
 from calibrators.options import check, option
@@ -89,7 +89,7 @@ class _Layers:
 
     def _is_feasible(self, layer: str) -> bool:
         node = self.deployment.nodes[layer]
-        columns = _columns(node)
+        columns = fan_in(node)
         if columns > LARGEST:
             reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
             self.notes.append(f"{layer_name(node)}: rounded to nearest, because {reason}")
@@ -148,7 +148,7 @@ class _Layers:
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Tensor:
         node, columns = self.deployment.nodes[layer], Columns.of(self.deployment.nodes[layer])
-        hessian = Hessian(columns.groups, _columns(node), self.deployment.device)
+        hessian = Hessian(columns.groups, fan_in(node), self.deployment.device)
         inputs = self.deployment.inputs_of(simulation.block)
         examples = len(self.deployment.placement.graph.meta["example"][0])
         positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
@@ -161,8 +161,3 @@ class _Layers:
         if not hessian.matrix.isfinite().all():
             raise DataError(f"layer {layer_name(node)} reads values that are not finite; look at the calibration data")
         return hessian.matrix
-
-
-def _columns(node: fx.Node) -> int:
-    """Weights of one output channel."""
-    return math.prod(shape_of(bind(node)["weight"])[1:])
