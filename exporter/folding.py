@@ -20,12 +20,12 @@ from calibrators.errors import ModelError
 from calibrators.graph import add_constant, bind, infer_shapes, module_path, shape_of, where
 from calibrators.norms import EXPECTED, Expected
 from exporter.expected import expected_output
-from exporter.regions import SUMS, TRANSPOSED, WEIGHTED, Analysis, interpret, is_computed, own_macs
+from exporter.regions import BATCH_NORM, SUMS, TRANSPOSED, WEIGHTED, Analysis, interpret, is_computed, own_macs
 from exporter.selection import Candidate, Rejected, Selection, refusals, regroup_sums, select
 from exporter.tapmap import TapMap, ungroup
 from exporter.tidy import fill_borders, fold_constants, remove_identities, with_own_attributes
 
-__all__ = ["FoldReport", "FoldedRegion", "Refusal", "fold"]
+__all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "Refusal", "fold"]
 
 aten = torch.ops.aten
 
@@ -40,6 +40,25 @@ CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.de
 
 
 @dataclass(frozen=True)
+class FoldedNorm:
+    """A batch norm that was folded in, and what it multiplies its branch by: |gamma| / sqrt(variance + eps).
+
+    A branch whose gain stands far above the others' dictates the range of the folded weight; that of an identity branch
+    does so where the variance it saw in training was small.
+
+    where:        its module.
+    gain:         of the median channel; largest_gain: of the largest.
+    least_variance: smallest running variance of a channel.
+    source: Ding et al. 2021, "RepVGG", section 3.3 (the factors of the folded kernels).
+    """
+
+    where: str
+    gain: float
+    largest_gain: float
+    least_variance: float
+
+
+@dataclass(frozen=True)
 class FoldedRegion:
     """One fold: the module it came from, how many operators it replaced by what, its proof and its cost per sample."""
 
@@ -49,6 +68,7 @@ class FoldedRegion:
     rel_error: float
     macs_before: int
     macs_after: int
+    norms: tuple[FoldedNorm, ...]
 
 
 @dataclass(frozen=True)
@@ -255,10 +275,19 @@ def _emit(analysis: Analysis, selection: Selection) -> tuple[FoldedRegion, ...]:
             new = _insert(graph, newest.get(source, source), made, meta)
         exit_.replace_all_uses_with(new)
         newest[exit_] = new
+        norms = tuple(_norm(analysis, node) for node in nodes if node.target is BATCH_NORM)
         for node in reversed(nodes):
             graph.graph.erase_node(node)
-        regions.append(FoldedRegion(module_path(new), len(nodes), made.kernel, made.rel_error, before, after))
+        regions.append(FoldedRegion(module_path(new), len(nodes), made.kernel, made.rel_error, before, after, norms))
     return tuple(regions)
+
+
+def _norm(analysis: Analysis, node: fx.Node) -> FoldedNorm:
+    bound = bind(node)
+    variance = analysis.exact(bound["running_var"])
+    gamma = torch.ones_like(variance) if bound["weight"] is None else analysis.exact(bound["weight"])
+    gain = gamma.abs() / (variance + bound["eps"]).sqrt()
+    return FoldedNorm(module_path(node), float(gain.median()), float(gain.max()), float(variance.min()))
 
 
 def _insert(graph: fx.GraphModule, source: fx.Node, made: _Replacement, meta: dict[str, Any]) -> fx.Node:

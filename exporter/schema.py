@@ -111,6 +111,16 @@ class Refused(TypedDict):
 
 
 @_MORE_WELCOME
+class FoldedNorm(TypedDict):
+    """A batch norm that was folded in: what it multiplied its branch by, and the smallest variance that it had seen."""
+
+    where: str
+    gain: float
+    largest_gain: float
+    least_variance: float
+
+
+@_MORE_WELCOME
 class Folded(TypedDict):
     """One region that became one operator, with its proof; MACs per sample."""
 
@@ -120,6 +130,7 @@ class Folded(TypedDict):
     rel_error: float
     macs_before: NotRequired[float]
     macs_after: NotRequired[float]
+    norms: NotRequired[list[FoldedNorm]]
 
 
 @_MORE_WELCOME

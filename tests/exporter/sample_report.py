@@ -188,6 +188,15 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                     "rel_error": 3.1e-15 / (index + 1),
                     "macs_before": 4.19e7,
                     "macs_after": 3.77e7,
+                    "norms": [
+                        {
+                            "where": f"stages.0.{index}.{branch}.bn",
+                            "gain": gain,
+                            "largest_gain": 3 * gain,
+                            "least_variance": 0.02 / gain,
+                        }
+                        for branch, gain in (("dense", 0.8), ("point", 0.4), ("identity", 6.5))
+                    ],
                 }
                 for index in range(3)
             ],

@@ -539,6 +539,23 @@ def test_regions_and_nodes_are_named_by_their_modules():
     assert "stem_0_weight" in dict(graph.named_buffers())
 
 
+def test_folded_norms_are_told_with_what_they_multiply_by():
+    """An identity branch that saw little variance stands out; what a norm makes of 1 and of 0 is the oracle."""
+    block = trained(Sum(conv_bn(4, 4, 3), bn(4), nn.BatchNorm2d(4, affine=False)))
+    block.branches[1].running_var.mul_(1e-4)
+    (region,) = folded(block).meta["fold"].regions
+    found = {norm.where: norm for norm in region.norms}
+    modules = {name: each for name, each in block.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    assert found.keys() == modules.keys() and len(found) == 3
+    for name, module in modules.items():
+        with torch.no_grad():
+            gains = (module(torch.ones(1, 4, 1, 1)) - module(torch.zeros(1, 4, 1, 1))).abs().flatten()
+        assert found[name].gain == pytest.approx(float(gains.median()), rel=1e-5)
+        assert found[name].largest_gain == pytest.approx(float(gains.max()), rel=1e-5)
+        assert found[name].least_variance == pytest.approx(float(module.running_var.min()))
+    assert found["branches.1"].gain > 10 * max(found[name].gain for name in found if name != "branches.1")
+
+
 def test_macs_are_counted_per_sample():
     graph = folded(trained(conv_bn(4, 6, 3)), 2, 4, 9, 9)
     report = graph.meta["fold"]
