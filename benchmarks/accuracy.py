@@ -223,7 +223,7 @@ class Run:
     network: str
     bits: str
     method: str
-    split_skips: bool
+    wide_taps: bool
     per_tensor_weights: bool
     seed: int
     float_top1: float
@@ -241,7 +241,7 @@ class Run:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        how = (self.split_skips, self.per_tensor_weights, self.prepare, self.budget)
+        how = (self.wide_taps, self.per_tensor_weights, self.prepare, self.budget)
         return (self.network, self.bits, self.method, *how, self.seed)
 
 
@@ -249,7 +249,7 @@ class Run:
 class Settings:
     """How every run is done."""
 
-    split_skips: bool
+    wide_taps: bool
     per_tensor_weights: bool
     prepare: str
     budget: tuple[str, ...]
@@ -261,7 +261,7 @@ class Settings:
         return PlacementOptions(
             weight_bits=bits.weight,
             activation_bits=bits.activation,
-            split_skips=self.split_skips,
+            wide_taps=self.wide_taps,
             per_tensor_weights=self.per_tensor_weights,
         )
 
@@ -313,7 +313,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         network=network.spec,
         bits=str(bits),
         method=chosen.text,
-        split_skips=how.split_skips,
+        wide_taps=how.wide_taps,
         per_tensor_weights=how.per_tensor_weights,
         prepare=how.prepare,
         budget=", ".join(how.budget),
@@ -400,7 +400,7 @@ def row(runs: Sequence[Run], nearest: float) -> str:
     """The line of one network, bits and method."""
     first, reached = runs[0], [run.top1 for run in runs]
     spread = f" ± {100 * statistics.stdev(reached):.2f}" if len(runs) > 1 else ""
-    told = ["skips whole" * (not first.split_skips), "per tensor" * first.per_tensor_weights]
+    told = ["uniform taps" * (not first.wide_taps), "per tensor" * first.per_tensor_weights]
     cells = [
         first.network.split(":")[-1],
         ", ".join(filter(None, [first.bits, *told, first.prepare, first.budget])),
@@ -440,7 +440,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     samples = Samples.of(arguments.data, arguments.eval)
     networks = [Network(spec, model, samples) for spec, model in models.items()]
     how = Settings(
-        arguments.split_skips,
+        arguments.wide_taps,
         arguments.per_tensor_weights,
         prepare,
         tuple(arguments.budget),
@@ -456,7 +456,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 spec,
                 str(width),
                 method,
-                how.split_skips,
+                how.wide_taps,
                 how.per_tensor_weights,
                 how.prepare,
                 ", ".join(how.budget),
@@ -480,7 +480,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/4"], help="weights/activations")
     parser.add_argument("--method", nargs="+", default=[NEAREST], help="name or name(key=value, ...)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method that draws at random")
-    parser.add_argument("--no-split-skips", dest="split_skips", action="store_false", help="keep kernels whole")
+    parser.add_argument("--no-wide-taps", dest="wide_taps", action="store_false", help="keep kernels whole")
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")

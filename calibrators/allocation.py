@@ -20,13 +20,19 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-__all__ = ["Costs", "Layer", "Losses", "Widths", "allocate", "monotone"]
+__all__ = ["Costs", "Layer", "Losses", "Stored", "Widths", "allocate", "monotone"]
 
 Widths = Mapping[str, int]
 """Bits by the name of a scale's site."""
 
 Losses = Mapping[str, Mapping[int, float]]
 """Loss by scale and bits: of the scales whose bits are open, and the bits that they may have."""
+
+Stored = Callable[[int, int, int], int]
+"""Bytes that weights take in the file: so many values of so many bits, so many of them wide taps."""
+
+WIDEST = 8
+"""Bits of wide taps."""
 
 PREFERENCE = 1e-9
 """Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
@@ -46,14 +52,16 @@ class Layer:
 class Costs:
     """What widths cost.
 
-    sizes:  values of every weight, by site; stored: bytes of so many values of so many bits.
+    sizes:  values of every weight, by site; taps: how many of them keep 8 bits (QuantSpec.tap_bits).
     widths: bits of every weight and activation scale, where no other are given.
+    stored: bytes of so many values of so many bits, so many of them taps.
     """
 
     layers: Sequence[Layer]
     sizes: Mapping[str, int]
+    taps: Mapping[str, int]
     widths: Widths
-    stored: Callable[[int, int], int]
+    stored: Stored
 
     def of(self, quantity: str, widths: Widths) -> float:
         """A quantity of budgets.SIZES at these widths."""
@@ -64,8 +72,10 @@ class Costs:
 
     def of_weight(self, quantity: str, name: str, bits: int) -> float:
         """What one weight adds to weight_bytes or avg_weight_bits."""
-        size = self.sizes[name]
-        return float(self.stored(size, bits)) if quantity == "weight_bytes" else size * bits / self.total
+        size, taps = self.sizes[name], self.taps.get(name, 0) if bits < WIDEST else 0
+        if quantity == "weight_bytes":
+            return float(self.stored(size, bits, taps))
+        return (size * bits + taps * (WIDEST - bits)) / self.total
 
     @cached_property
     def total(self) -> int:

@@ -5,13 +5,14 @@ Must not know: how models are loaded, ONNX, runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from calibrators.allocation import Stored
 from calibrators.budgets import Budget
 from calibrators.corrections import correct_biases
 from calibrators.errors import InputError, ModelError
@@ -20,13 +21,12 @@ from calibrators.freeze import CalibrationResult
 from calibrators.graph import constant, where
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
-from calibrators.mixed import SPLIT_BITS, allocate_bits, measure_sensitivity
-from calibrators.place import Placement, PlacementOptions, place
+from calibrators.mixed import allocate_bits, measure_sensitivity
+from calibrators.place import PlacementOptions, place
 from calibrators.prepare import prepare_graph
 from calibrators.problem import Problem, Stage, silent
 from calibrators.ranges import RangeMethod
 from calibrators.simulate import Batch
-from calibrators.skips import Skip, split_skips
 from calibrators.spec import Target
 from calibrators.targets import get_target
 
@@ -50,7 +50,7 @@ def calibrate(
     explain: bool = False,
     sensitivity: bool = False,
     budgets: Sequence[Budget] = (),
-    stored: Callable[[int, int], int] = lambda size, bits: size,
+    stored: Stored = lambda size, bits, taps: size,
     stage: Stage = silent,
 ) -> CalibrationResult:
     """Scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
@@ -66,7 +66,7 @@ def calibrate(
     explain:   also compute what explains the method's choice; it goes into the record.
     sensitivity: also measure what the bits of each layer cost; it goes into the record.
     budgets:   limits within which bits are allocated to the layers instead of the general ones (calibrators.mixed).
-    stored:    bytes that so many weights of so many bits take in the file; one each where it is not given.
+    stored:    bytes that weights take in the file, by size, bits and wide taps; one each where it is not given.
     stage:     opens a stage of work for a progress display.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
@@ -78,9 +78,8 @@ def calibrate(
     for rule in placement.layers:
         if rule.method is not None:
             range_method(rule.method)
-    placed, skips = _placed(prepared, target, placement, lowest_bits=SPLIT_BITS if budgets else 8)
     problem = Problem(
-        placement=placed,
+        placement=place(prepared, target, placement),
         batches=_Tuples(batches),
         labels=labels,
         seed=seed,
@@ -90,12 +89,12 @@ def calibrate(
         stage=stage,
     )
     torch.manual_seed(seed)
-    record: dict[str, Any] = {"preparation": preparation, "skips": tuple(skips)}
+    record: dict[str, Any] = {"preparation": preparation}
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     if budgets:
         rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
         record |= found
-        problem = problem.variant(placement=place(placed.graph, target, replace(placement, allocated=rules)))
+        problem = problem.variant(placement=place(prepared, target, replace(placement, allocated=rules)))
     elif sensitivity:
         record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
     result = method.fit(problem)
@@ -103,24 +102,6 @@ def calibrate(
     if bias_correction:
         result = correct_biases(result, problem.batches)
     return result
-
-
-def _placed(
-    graph: fx.GraphModule, target: Target, options: PlacementOptions, *, lowest_bits: int
-) -> tuple[Placement, list[Skip]]:
-    """The placement, after identity branches that the bits cannot hold were taken out of their kernels.
-
-    lowest_bits: what weights with the general bits may come down to later.
-    """
-    placement = place(graph, target, options)
-    if not options.split_skips:
-        return placement, []
-    lowest = placement
-    if lowest_bits < options.weight_bits:
-        lowest = place(graph, target, replace(options, weight_bits=lowest_bits))
-    bits = {user: site.spec.bits for site in lowest.sites if site.kind == "weight" for user in site.users}
-    split, skips = split_skips(graph, lambda node: bits.get(node.name))
-    return (place(split, target, options) if skips else placement), skips
 
 
 class _Tuples:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.graph import constant
-from calibrators.numerics import dequantize, quantize
+from calibrators.numerics import code_limits, dequantize, quantize
 from calibrators.place import Placement
 from calibrators.program import build_program
 from calibrators.spec import QParams, QuantSpec, Site
@@ -210,8 +210,8 @@ def _check_codes(coded: Coded, weight: Tensor, site: Site) -> None:
     """Raises InputError for codes or zero points off the grid of their site."""
     spec, codes, zero_point = site.spec, coded.codes, coded.qparams.zero_point
     ends = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
-    on_grid = _within(codes, spec.qmin, spec.qmax) and _within(zero_point, *ends)
-    if not on_grid or codes.shape != weight.shape or codes.dtype != spec.dtype:
+    fits = codes.shape == weight.shape and codes.dtype == spec.dtype
+    if not fits or not _within(codes, *code_limits(codes, coded.qparams)) or not _within(zero_point, *ends):
         raise InputError(
             f"the codes of weight {site.name!r} are {codes.dtype} {list(codes.shape)}, {codes.min()} to {codes.max()}, "
             f"with zero points {zero_point.min()} to {zero_point.max()}; its grid holds {spec.dtype} "
@@ -219,8 +219,8 @@ def _check_codes(coded: Coded, weight: Tensor, site: Site) -> None:
         )
 
 
-def _within(integers: Tensor, lowest: int, highest: int) -> bool:
-    return lowest <= int(integers.min()) and int(integers.max()) <= highest
+def _within(integers: Tensor, lowest: int | Tensor, highest: int | Tensor) -> bool:
+    return bool((integers >= lowest).all() and (integers <= highest).all())
 
 
 def code_bias(bias: Tensor, x_scale: Tensor, weight_scale: Tensor, site: Site) -> Coded:

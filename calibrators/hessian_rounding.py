@@ -17,7 +17,7 @@ Must not know: methods, how activations are computed and kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from calibrators.graph import bind, shape_of
-from calibrators.numerics import dequantize, grid_of, quantize, round_codes
-from calibrators.spec import QParams, QuantSpec
+from calibrators.numerics import code_limits, dequantize, grid_of, quantize, round_codes
+from calibrators.spec import QParams
 
 __all__ = ["Columns", "Hessian", "Rounded", "round_weight"]
 
@@ -134,11 +134,12 @@ def round_weight(
     groups, columns = matrix.shape[:2]
     order = _order(matrix, act_order)
     ordered = matrix.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    rows, scale, zero_point = (
-        x.expand_as(weight).double().reshape(groups, -1, columns) for x in (weight, *grid_of(weight, qparams))
+    limits = (torch.as_tensor(limit, device=weight.device) for limit in code_limits(weight, qparams))
+    rows, *grid = (
+        x.expand_as(weight).double().reshape(groups, -1, columns) for x in (weight, *grid_of(weight, qparams), *limits)
     )  # [groups, out / groups, columns]
-    first, steps, zeros = (x.take_along_dim(order[:, None], 2) for x in (rows, scale, zero_point))
-    fed = _feed_errors(first, steps, zeros, qparams.spec, _factor(ordered, damping))
+    first, *grid = (x.take_along_dim(order[:, None], 2) for x in (rows, *grid))
+    fed = _feed_errors(first, grid, _factor(ordered, damping))
     nearest = quantize(weight, qparams)
     codes = fed.take_along_dim(order.argsort(1)[:, None], 2).reshape(weight.shape).to(nearest.dtype)
     before, after = (_energy(rows - dequantize(c, qparams).reshape(rows.shape), matrix) for c in (nearest, codes))
@@ -182,16 +183,20 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
         dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)
 
 
-def _feed_errors(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, factor: Tensor) -> Tensor:
-    """Codes of the rows, column after column, errors fed forward; integer-valued float64 [groups, rows, columns]."""
+def _feed_errors(rows: Tensor, grid: Sequence[Tensor], factor: Tensor) -> Tensor:
+    """Codes of the rows, column after column, errors fed forward; integer-valued float64 [groups, rows, columns].
+
+    grid: scale, zero point, lowest and highest code of every element, in the shape of the rows.
+    """
     groups, count, columns = rows.shape
-    left, scale, zero_point = (x.mT.contiguous() for x in (rows, scale, zero_point))  # [groups, columns, rows]
+    left, *grid = (x.mT.contiguous() for x in (rows, *grid))  # [groups, columns, rows]
+    scale, zero_point, _, _ = grid
     codes = torch.empty_like(left)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = left.new_empty(groups, end - start, count)
         for j in range(start, end):
-            codes[:, j] = round_codes(left[:, j], scale[:, j], zero_point[:, j], spec.qmin, spec.qmax)
+            codes[:, j] = round_codes(left[:, j], *(x[:, j] for x in grid))
             errors[:, j - start] = (left[:, j] - (codes[:, j] - zero_point[:, j]) * scale[:, j]) / factor[:, j, j, None]
             left[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
         left[:, end:] -= factor[:, start:end, end:].mT @ errors

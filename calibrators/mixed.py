@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy.stats import spearmanr
 
-from calibrators.allocation import Costs, Layer, Losses, Widths, allocate, monotone
+from calibrators.allocation import Costs, Layer, Losses, Stored, Widths, allocate, monotone
 from calibrators.budgets import ACCURACY, SIZES, Budget
 from calibrators.errors import InputError
 from calibrators.graph import constant, fan_in, shape_of
@@ -31,12 +31,9 @@ from calibrators.problem import Bar, Problem
 from calibrators.ranges import RangeMethod
 from calibrators.rules import LayerRule, MatchedRule
 from calibrators.sensitivity import Grids, Kind, Knob, Probe, Reading, knobs
-from calibrators.skips import spike_of
+from calibrators.taps import spike_of
 
-__all__ = ["SPLIT_BITS", "allocate_bits", "measure_sensitivity", "network_costs"]
-
-SPLIT_BITS = 4
-"""Weight bits for which identity branches are taken out of kernels before bits are allocated: layers may get so few."""
+__all__ = ["allocate_bits", "measure_sensitivity", "network_costs"]
 
 SAMPLES = 256
 """Samples that sensitivities are read on: with all but one scale on the finest grid there is little noise."""
@@ -78,13 +75,13 @@ def allocate_bits(
     options: PlacementOptions,
     method: RangeMethod,
     budgets: Sequence[Budget],
-    stored: Callable[[int, int], int],
+    stored: Stored,
 ) -> tuple[tuple[MatchedRule, ...], dict[str, Any]]:
     """Rules with the bits that budgets leave every open scale, and what led to them, for the record.
 
     The bits of weights are open; those of activations where a budget limits bit operations, else they stay as given.
 
-    stored: bytes that so many weights of so many bits take in the file.
+    stored: bytes that weights take in the file.
     raises: InputError where the coarsest grids, or for a limit on accuracy the finest, do not meet a budget.
     """
     return _Mixer(problem, options, method, budgets, stored).run()
@@ -154,7 +151,7 @@ class _Mixer:
         options: PlacementOptions,
         method: RangeMethod,
         budgets: Sequence[Budget],
-        stored: Callable[[int, int], int],
+        stored: Stored,
     ) -> None:
         self.problem = problem.variant(memory=problem.memory // 2)  # two landscapes
         self.limits = {budget.quantity: budget.limit for budget in budgets if budget.quantity != ACCURACY}
@@ -162,8 +159,8 @@ class _Mixer:
         self.budgets = budgets
         self.axis = next(iter(self.limits), "weight_bytes")
         self.open: tuple[Kind, ...] = ("weight", "activation") if "bops" in self.limits else ("weight",)
-        self.costs = network_costs(problem.placement, stored)
         every = knobs(problem.placement, options, ("weight", "activation"))
+        self.costs = network_costs(problem.placement, stored, every)
         self.knobs = {knob.site: knob for knob in every if knob.kind in self.open}
         self.given = {knob.site: self.costs.widths[knob.site] for knob in every if knob.kind not in self.open}
         self._check_reach()
@@ -334,7 +331,7 @@ def _shape(problem: Problem, name: str) -> dict[str, Any]:
     """What makes a weight hard to quantize.
 
     spread: largest magnitude of a channel over that of the median channel; what one scale for all of them suffers.
-    spike:  how far a folded identity branch stands out (calibrators.skips), None where there cannot be one.
+    spike:  how far a folded identity branch stands out (calibrators.taps), None where there cannot be one.
     """
     site = problem.placement.by_name[name]
     values = problem.values(site)
@@ -351,13 +348,22 @@ def _nearest(knob: Knob, bits: int) -> int:
     return min(knob.specs, key=lambda width: (abs(width - bits), -width))
 
 
-def network_costs(placement: Placement, stored: Callable[[int, int], int]) -> Costs:
-    """What the bits of a network cost; stored: bytes that so many weights of so many bits take in the file."""
+def network_costs(placement: Placement, stored: Stored, knobs: Iterable[Knob] = ()) -> Costs:
+    """What the bits of a network cost.
+
+    stored: bytes that weights take in the file; knobs: scales whose bits are open.
+    """
     nodes = {node.name: node for node in placement.graph.graph.nodes}
-    weights = (site for site in placement.sites if site.kind == "weight")
-    sizes = {site.name: constant(placement.graph, nodes[site.node]).numel() for site in weights}
-    widths = {site.name: site.spec.bits for site in placement.sites if site.kind != "bias"}
-    return Costs(list(_layers(placement)), sizes, widths | {FLOAT: FLOAT_BITS}, stored)
+    grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
+    widths = {name: spec.bits for name, (spec,) in grids.items()}
+    for knob in knobs:
+        grids[knob.site] += knob.specs.values()
+    weights = {
+        site.name: constant(placement.graph, nodes[site.node]) for site in placement.sites if site.kind == "weight"
+    }
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    taps = {name: len(weight) for name, weight in weights.items() if any(spec.tap_bits for spec in grids[name])}
+    return Costs(list(_layers(placement)), sizes, taps, widths | {FLOAT: FLOAT_BITS}, stored)
 
 
 def _layers(placement: Placement) -> Iterable[Layer]:

@@ -8,12 +8,24 @@ Must not know: graphs, methods, targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from calibrators.spec import QParams, QuantSpec
 
-__all__ = ["along_axis", "dequantize", "fake_quant", "grid_of", "qparams_from_range", "quantize", "round_codes"]
+__all__ = [
+    "along_axis",
+    "code_limits",
+    "dequantize",
+    "fake_quant",
+    "grid_of",
+    "middle_diagonal",
+    "qparams_from_range",
+    "quantize",
+    "round_codes",
+]
 
 SMALLEST_SCALE = 2.0**-100
 """Floor of every scale: far below any real activation or weight, and products of two such scales with a third in the
@@ -37,15 +49,35 @@ def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
 
 
-def round_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Codes of `x` as integer-valued floats of x's dtype; scale and zero_point broadcast against x."""
-    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+def middle_diagonal(shape: Sequence[int]) -> tuple[Tensor | int, ...]:
+    """Index of the taps that add a channel to itself: [out, in / groups, ...] with odd kernels, out = in."""
+    channel = torch.arange(shape[0])
+    return channel, channel % shape[1], *(size // 2 for size in shape[2:])
+
+
+def code_limits(x: Tensor, qparams: QParams) -> tuple[int | Tensor, int | Tensor]:
+    """Lowest and highest code, of every element of `x` where they are not the same."""
+    spec = qparams.spec
+    if spec.tap_bits is None:
+        return spec.qmin, spec.qmax
+    container, reach = torch.iinfo(spec.dtype), (1 << (spec.tap_bits - 1)) - 1
+    middle = middle_diagonal(x.shape)
+    low, high = (torch.full(x.shape, float(code), device=x.device) for code in (spec.qmin, spec.qmax))
+    low[middle] = (qparams.zero_point - reach).clamp(min=container.min).to(low)
+    high[middle] = (qparams.zero_point + reach).clamp(max=container.max).to(high)
+    return low, high
+
+
+def round_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int | float | Tensor, qmax: int | float | Tensor
+) -> Tensor:
+    """Codes of `x` as integer-valued floats of x's dtype; the others are numbers or broadcast against x."""
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of `x` in the container dtype of the spec."""
-    spec = qparams.spec
-    return round_codes(x, *grid_of(x, qparams), spec.qmin, spec.qmax).to(spec.dtype)
+    return round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)).to(qparams.spec.dtype)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
@@ -56,9 +88,8 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
     """Round trip of `x` through the codes, without leaving floats; equals dequantize(quantize(x))."""
-    spec = qparams.spec
     scale, zero_point = grid_of(x, qparams)
-    return round_codes(x, scale, zero_point, spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
+    return round_codes(x, scale, zero_point, *code_limits(x, qparams)).sub_(zero_point).mul_(scale)
 
 
 def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:

@@ -30,6 +30,7 @@ from calibrators.forms import clip_bounds
 from calibrators.graph import bind, constant, fan_in, is_constant, layer_name, module_path, shape_of
 from calibrators.rules import DEFAULT_BLOCK, WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.spec import QuantSpec, Site, Target
+from calibrators.taps import needs_wide_taps
 
 __all__ = ["Placement", "PlacementOptions", "operator_name", "place"]
 
@@ -57,8 +58,8 @@ class PlacementOptions:
                      of products in 16 bits do not saturate.
     weight_only:     layers with a kernel for it (linear ones) have quantized weights, float inputs and float biases.
     block_size:      inputs of a channel that have one weight scale there; None: all.
-    split_skips:     take identity branches that folding hid in a kernel out again, where the bits cannot hold both
-                     (calibrators.skips).
+    wide_taps:       where the bits cannot hold an identity branch beside the other weights of a kernel that it was
+                     folded into, its codes keep 8 bits (7 with reduce_range; calibrators.taps).
     include:         globs on module path, operator or node name; only matching operators are quantized.
     exclude:         globs likewise; matching operators stay in float.
     layers:          rules for single layers, in order; they win over all of the above.
@@ -72,7 +73,7 @@ class PlacementOptions:
     weight_only: bool = False
     block_size: int | None = None
     reduce_range: bool = False
-    split_skips: bool = True
+    wide_taps: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
@@ -196,8 +197,7 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
         yield MatchedRule(rule, nodes)
     if options.first_last_bits is not None:
         bits = options.first_last_bits
-        edges = {_origin(weighted[0]), _origin(weighted[-1])}
-        nodes = frozenset(node.name for node in weighted if _origin(node) in edges)
+        nodes = frozenset({weighted[0].name, weighted[-1].name})
         yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first-last-bits")
 
 
@@ -300,17 +300,12 @@ def _notes_on_weight_only(
         yield f"weight_only does not apply to {', '.join(sorted(others))}: there is no such kernel, it stays as it was"
 
 
-def _origin(node: fx.Node) -> str:
-    """Name of the operator as the model has it: of the convolution for a branch taken out of it (calibrators.skips)."""
-    return str(node.meta.get("branch_of", node.name))
-
-
 def _labels(node: fx.Node) -> list[str]:
     """What a glob may match: node name, operator, and the module path with each of its parents."""
     path = module_path(node)
     parts = path.split(".") if path else []
     paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return [*dict.fromkeys((node.name, _origin(node), operator_name(node.target), *paths))]
+    return [*dict.fromkeys((node.name, operator_name(node.target), *paths))]
 
 
 class _Placer:
@@ -319,7 +314,7 @@ class _Placer:
     def __init__(
         self, graph: fx.GraphModule, target: Target, selected: frozenset[str], weighted: frozenset[fx.Node]
     ) -> None:
-        self.target, self.selected, self.weighted = target, selected, weighted
+        self.graph, self.target, self.selected, self.weighted = graph, target, selected, weighted
         self.nodes = [node for node in graph.graph.nodes if node.op in ("placeholder", "call_function")]
         self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel does it
         for node in self.nodes:
@@ -513,9 +508,15 @@ class _Sites:
                 f"{layer_name(nodes[0])}, whose weights have {bits} bits: only fewer can have a zero point; set "
                 f"weight_bits below {widest} there, or leave symmetric out."
             )
-        if all(symmetric) or bits == widest:
-            return replace(grid, bits=bits)
-        return replace(grid, bits=bits, symmetric=False, narrow=False)
+        if not all(symmetric) and bits < widest:
+            grid = replace(grid, symmetric=False, narrow=False)
+        return replace(grid, bits=bits, tap_bits=self._tap_bits(nodes, bits, widest))
+
+    def _tap_bits(self, nodes: list[fx.Node], bits: int, widest: int) -> int | None:
+        """Bits of the taps of an identity branch where they are more than the others'."""
+        weight, graph = bind(nodes[0])["weight"], self.placer.graph
+        wide = self.options.wide_taps and bits < widest and len(weight.users) == len(nodes)
+        return widest if wide and needs_wide_taps(graph, weight) else None
 
     def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
         """The grid of the target with what has one scale; blocks that hold a whole row are channels."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.freeze import Coded
-from calibrators.numerics import along_axis, fake_quant
+from calibrators.numerics import along_axis, code_limits, fake_quant
 from calibrators.spec import QParams
 
 __all__ = ["ActivationQuantizer", "Masks", "Rounding"]
@@ -159,14 +159,8 @@ class Rounding:
         zero = torch.cat(
             [_flat(_of(w, p.zero_point, p).float().expand_as(w)) for w, p in zip(weights, qparams, strict=True)]
         )
-        lo = (
-            torch.cat([torch.full((w.numel(),), p.spec.qmin) for w, p in zip(weights, qparams, strict=True)]).to(zero)
-            - zero
-        )
-        hi = (
-            torch.cat([torch.full((w.numel(),), p.spec.qmax) for w, p in zip(weights, qparams, strict=True)]).to(zero)
-            - zero
-        )
+        limits = zip(*(_flat_limits(w, p) for w, p in zip(weights, qparams, strict=True)), strict=True)
+        lo, hi = (torch.cat(ends) - zero for ends in limits)
         position = torch.cat(steps)
         floor = position.floor()
         free = (floor >= lo) & (floor < hi)
@@ -238,6 +232,11 @@ class Rounding:
 
 def _of(w: Tensor, values: Tensor, qparams: QParams) -> Tensor:
     return along_axis(values, w, qparams.spec.axis, qparams.spec.block_size)
+
+
+def _flat_limits(w: Tensor, qparams: QParams) -> list[Tensor]:
+    """Lowest and highest code of every element, in the order of `_flat`."""
+    return [_flat(torch.as_tensor(end, dtype=w.dtype, device=w.device).expand_as(w)) for end in code_limits(w, qparams)]
 
 
 def _flat(w: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.numerics import qparams_from_range
+from calibrators.numerics import code_limits, grid_of, middle_diagonal, qparams_from_range
 from calibrators.observe import Statistic
 from calibrators.options import check
 from calibrators.spec import QParams, QuantSpec
@@ -128,6 +128,8 @@ class RangeMethod(abc.ABC):
         if bad or not values.numel():
             seen = f"{bad} of its {values.numel()} values are NaN or infinite" if bad else "it is empty"
             raise ModelError(f"a weight of shape {list(weight.shape)} cannot be quantized: {seen}; load other weights")
+        if spec.tap_bits is not None:
+            return self._beside_taps(values, spec)
         if spec.axis is None and values.numel() > BLOCK:
             statistic = Statistic()
             statistic.update(values)
@@ -138,6 +140,21 @@ class RangeMethod(abc.ABC):
         rows = values.reshape(1, -1) if axis is None else values.movedim(axis, 0).flatten(1)  # [channels, n]
         lo, hi = self._bounds_of_rows(rows, spec)
         return qparams_from_range(lo[0], hi[0], spec) if axis is None else qparams_from_range(lo, hi, spec)
+
+    def _beside_taps(self, values: Tensor, spec: QuantSpec) -> QParams:
+        """Parameters for what is not on the middle diagonal, the scale raised where codes of the diagonal need it."""
+        middle = middle_diagonal(values.shape)
+        others = torch.ones(values.shape, dtype=torch.bool)
+        others[middle] = False
+        rest = values[others].reshape(len(values), -1)
+        chosen = replace(self.weight(rest, replace(spec, tap_bits=None)), spec=spec)
+        lowest, highest = code_limits(values, chosen)
+        zero_point = grid_of(values, chosen)[1]
+        room = torch.where(values < 0, zero_point - lowest, highest - zero_point)[middle]
+        needed = values[middle].abs() / room
+        if spec.axis is None:
+            needed = needed.max()
+        return replace(chosen, scale=torch.maximum(chosen.scale, needed))
 
     def _bounds_of_blocks(self, values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The bounds of every block of a matrix, [channels, blocks]: whole ones are rows, and so are the last parts."""

@@ -26,6 +26,8 @@ class QuantSpec:
     axis:      dimension that carries one scale per index, None for one scale per tensor.
     narrow:    the lowest signed code is not used, so that the grid is symmetric about 0.
     block_size: of matrices with axis 0: so many entries of a row have one scale, None for all; the last may be fewer.
+    tap_bits:  of kernels with a folded identity branch: width of the codes on their middle diagonal, which have the
+               scale and zero point of the others and lie within 2**(tap_bits - 1) - 1 of it. None: `bits`.
     """
 
     bits: int = 8
@@ -34,6 +36,7 @@ class QuantSpec:
     axis: int | None = None
     narrow: bool = False
     block_size: int | None = None
+    tap_bits: int | None = None
 
     @property
     def granularity(self) -> Literal["tensor", "channel", "block"]:

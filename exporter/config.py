@@ -59,7 +59,7 @@ class ExportConfig(BaseModel):
     weight_storage: Storage = Field(
         "auto", description="weights of few bits in the file: packed where they fit, or int8"
     )
-    split_skips: bool = Field(True, description="keep identity branches apart where low bits cannot hold them")
+    wide_taps: bool = Field(True, description="8 bits for the taps of identity branches that low bits cannot hold")
     include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
     exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
     layers: tuple[LayerRule, ...] = Field((), description="rules for single layers, later ones win")

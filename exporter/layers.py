@@ -37,6 +37,8 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
             entry = _entry(site, nodes[site.users[0]], result.weights[site.name].qparams, noise)
             if not site.weight_only:
                 entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
+            if site.spec.tap_bits is not None:
+                entry["tap_bits"] = site.spec.tap_bits
             if site.spec.block_size is not None:
                 entry["block_size"] = site.spec.block_size
             entries.append(entry | _weight_range(weight))

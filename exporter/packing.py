@@ -7,6 +7,11 @@ that unpack them while the session is made, and every session computes with the 
     int8 codes = Cast(packed codes)                                     where the packed codes are the codes
     int8 codes = Cast(Cast(packed codes) - Cast(packed zero point))     where channels are shifted into the packed range
 
+Wide taps, the one code per channel that an identity branch became (calibrators.taps), are stored as int8 and put into
+their places:
+
+    int8 codes = Reshape(ScatterElements(int8 codes of the others, place of the tap, tap))
+
 Float kernels of layers that have nothing but their weight quantized read packed codes themselves: there codes and zero
 points change their type, and nothing else changes.
 
@@ -17,13 +22,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibrators.numerics import middle_diagonal
 from runtime_tests.operands import consumers, operand
 from runtime_tests.sessions import loads
 
@@ -48,15 +54,25 @@ IR_VERSIONS: Final = {20: 10, 25: 13}
 OVERHEAD = 1024
 """Bytes that the nodes and names of unpacking take: weights that save less stay as they are."""
 
+WIDEST = 128
+"""Beyond every int8 code."""
+
+TAP_BYTES = 5
+"""Bytes of a wide tap and of its place."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A DequantizeLinear of constant int8 codes, and the axis of its scales, None for one scale."""
+    """A DequantizeLinear of constant int8 codes, and the axis of its scales, None for one scale.
+
+    taps: the codes that are not packed, bool in their shape: none, or all of the middle diagonal of a kernel.
+    """
 
     node: ir.Node
     codes: ir.Value
     array: Array
     axis: int | None
+    taps: NDArray[np.bool_]
 
     @functools.cached_property
     def reads_floats(self) -> bool:
@@ -67,13 +83,30 @@ class _Weight:
     @property
     def overhead(self) -> int:
         """Bytes that packing itself takes."""
-        return 0 if self.reads_floats else OVERHEAD
+        return 0 if self.reads_floats else OVERHEAD + TAP_BYTES * int(self.taps.sum())
+
+    def beside_taps(self) -> Iterator[_Weight]:
+        """The weight with the middle diagonal unpacked, if it is a kernel that may have wide taps."""
+        channels, inputs, *kernel = self.array.shape
+        if kernel and inputs > 1 and channels % inputs == 0 and all(size % 2 for size in kernel):
+            taps = np.zeros_like(self.taps)
+            taps[middle_diagonal(self.array.shape)] = True
+            yield replace(self, taps=taps)
+
+    def saving(self, widths: tuple[int, ...]) -> int:
+        """Bytes that packing takes off, 0 where the codes do not fit."""
+        width = self.width(widths)
+        return _saving(self.array.size, width) - self.overhead if width else 0
 
     @functools.cached_property
     def extremes(self) -> tuple[Array, Array]:
-        """Lowest and highest code under each scale, int64, shaped to be broadcast against the codes."""
+        """Lowest and highest code under each scale but for taps, int64, shaped to be broadcast against the codes."""
         others = tuple(axis for axis in range(self.array.ndim) if axis != self.axis)
-        return tuple(reduce(others, keepdims=True).astype(np.int64) for reduce in (self.array.min, self.array.max))
+        codes = self.array.astype(np.int64)
+        return (
+            codes.min(others, keepdims=True, where=~self.taps, initial=WIDEST),
+            codes.max(others, keepdims=True, where=~self.taps, initial=-WIDEST),
+        )
 
     def offsets(self, width: int) -> Array:
         """What to subtract under each scale, nearest to 0, so that the codes fit into `width` bits."""
@@ -157,14 +190,22 @@ def _ir_version(opset: int) -> int:
 def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, int]]:
     """The weights that are worth packing, and the bits that they are packed to."""
     widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
-    found = ((weight, weight.width(widths)) for weight in _weights(graph))
-    return [(weight, width) for weight, width in found if width and _saving(weight.array.size, width) > weight.overhead]
+    found = []
+    for plain in _weights(graph):
+        weight = max((plain, *plain.beside_taps()), key=lambda weight: weight.saving(widths))
+        width = weight.width(widths)
+        if width and weight.saving(widths) > 0:
+            found.append((weight, width))
+    return found
 
 
-def stored_bytes(size: int, bits: int, storage: str) -> int:
-    """Bytes that a weight of `size` codes of `bits` bits takes in the file, if an integer kernel reads it."""
+def stored_bytes(size: int, bits: int, taps: int, storage: str) -> int:
+    """Bytes that a weight of `size` codes of `bits` bits takes in the file, if an integer kernel reads it.
+
+    taps: how many of the codes are wide.
+    """
     width = next((width for width in STORAGES[storage] if bits <= width), 8)
-    saving = _saving(size, width)
+    saving = _saving(size, width) - TAP_BYTES * taps
     return size - saving if saving > OVERHEAD else size
 
 
@@ -187,23 +228,43 @@ def _weights(graph: ir.Graph) -> Iterator[_Weight]:
         if array.dtype != np.int8 or array.ndim < 2:
             continue
         axis = node.attributes.get("axis")
-        yield _Weight(node, codes, array, None if axis is None else axis.as_int())
+        yield _Weight(node, codes, array, None if axis is None else axis.as_int(), np.zeros(array.shape, np.bool_))
 
 
 def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:
-    offsets = weight.offsets(width)
+    offsets, flat = weight.offsets(width), weight.taps.any()
     name = str(weight.codes.name)
     del graph.initializers[name]
-    packed = _constant(graph, f"{name}_packed", weight.array - offsets, width)
+    low, high = weight.extremes
+    codes = weight.array.clip(low, high) - offsets  # taps are put into their places below
+    if flat:
+        codes, offsets = (each.reshape(len(each), -1) for each in (codes, offsets))
+    packed = _constant(graph, f"{name}_packed", codes, width)
     nodes = []
     if offsets.any():
         zeros = _constant(graph, f"{name}_packed_zero_point", -offsets, width)
         nodes += [_node("Cast", [value], f"{value.name}_int32", weight, ir.DataType.INT32) for value in (packed, zeros)]
         nodes.append(_node("Sub", [node.outputs[0] for node in nodes], f"{name}_int32", weight, ir.DataType.INT32))
     source = nodes[-1].outputs[0] if nodes else packed
-    nodes.append(_node("Cast", [source], name, weight, ir.DataType.INT8))
+    nodes.append(_node("Cast", [source], f"{name}_others" if flat else name, weight, ir.DataType.INT8))
+    if flat:
+        nodes += _put_taps(graph, weight, nodes[-1].outputs[0])
     graph.insert_before(weight.node, nodes)
     weight.node.replace_input_with(0, nodes[-1].outputs[0])
+
+
+def _put_taps(graph: ir.Graph, weight: _Weight, others: ir.Value) -> list[ir.Node]:
+    """What puts the taps among the other codes [channels, inputs x kernel] and gives all of them their shape."""
+    name, shape = str(weight.codes.name), weight.array.shape
+    rows = weight.taps.reshape(len(weight.taps), -1)
+    places = _initializer(graph, f"{name}_tap_places", rows.argmax(1)[:, None].astype(np.int32))
+    taps = _initializer(graph, f"{name}_taps", weight.array[weight.taps][:, None])
+    whole = _initializer(graph, f"{name}_shape", np.array(shape, np.int64))
+    scattered = _node("ScatterElements", [others, places, taps], f"{name}_flat", weight, ir.DataType.INT8)
+    scattered.attributes["axis"] = ir.AttrInt64("axis", 1)
+    reshaped = _node("Reshape", [scattered.outputs[0], whole], name, weight, ir.DataType.INT8)
+    reshaped.outputs[0].shape = ir.Shape(shape)
+    return [scattered, reshaped]
 
 
 def _retype(graph: ir.Graph, weight: _Weight, width: int) -> None:
@@ -218,8 +279,12 @@ def _retype(graph: ir.Graph, weight: _Weight, width: int) -> None:
 
 def _constant(graph: ir.Graph, name: str, codes: Array, width: int) -> ir.Value:
     """An initialiser of packed codes."""
-    tensor = ir.tensor(codes.astype(TYPES[width].numpy()), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(codes.shape), type=ir.TensorType(TYPES[width]), const_value=tensor)
+    return _initializer(graph, name, codes.astype(TYPES[width].numpy()))
+
+
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

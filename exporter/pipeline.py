@@ -222,7 +222,7 @@ class _Export:
             weight_only=config.weight_only,
             block_size=config.block_size,
             reduce_range=config.reduce_range,
-            split_skips=config.split_skips,
+            wide_taps=config.wide_taps,
             include=config.include,
             exclude=config.exclude,
             layers=config.layers,
@@ -249,12 +249,11 @@ class _Export:
                 stage=self.work.progress.stage,
             )
         self.work.warnings += [*result.placement.notes, *result.record.get("notes", ())]
-        if skips := result.record.get("skips"):
-            first, spike = skips[0]
+        if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
             self.work.warnings.append(
-                f"identity branches of {len(skips)} convolutions stand apart, because the bits of their weights cannot "
-                f"hold them beside the others ({first}: {spike:.0f} times larger); "
-                "--set split_skips=false keeps them in"
+                f"kernels of {len(wide)} convolutions keep {wide[0].spec.tap_bits} bits for the one tap per channel "
+                f"that was an identity branch, which fewer cannot hold ({wide[0].name}, ...); --set wide_taps=false "
+                "gives all taps the same bits"
             )
         return result
 

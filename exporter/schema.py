@@ -339,6 +339,7 @@ class LayerEntry(TypedDict):
     op: NotRequired[str]
     granularity: NotRequired[Literal["tensor", "channel", "block"]]
     block_size: NotRequired[int]
+    tap_bits: NotRequired[int]
     symmetric: NotRequired[bool]
     input_bits: NotRequired[int]
     scale_min: NotRequired[float]

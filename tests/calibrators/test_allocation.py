@@ -26,7 +26,7 @@ def problem(seed: int, *, activations: bool) -> tuple[Losses, Costs]:
     for name in open_scales:
         drawn = sorted((rng.random() for _ in range(2)), reverse=True)
         losses[name] = {2: drawn[0], 4: drawn[1], 8: 0.0}
-    return losses, Costs(layers, sizes, widths, lambda size, bits: math.ceil(size * STORED[bits]))
+    return losses, Costs(layers, sizes, {}, widths, lambda size, bits, taps: math.ceil(size * STORED[bits]))
 
 
 def best_of_all(losses: Losses, costs: Costs, limits: Mapping[str, float]) -> float | None:
@@ -71,11 +71,13 @@ def test_among_equal_losses_the_finest_grid_is_taken() -> None:
 
 def test_costs_follow_their_definitions() -> None:
     costs = Costs(
-        [Layer("l", 100, "w", "a"), Layer("m", 10, "v", "a")], {"w": 30, "v": 10}, {"w": 8, "v": 8, "a": 4},
-        lambda size, bits: size * bits // 8,
+        [Layer("l", 100, "w", "a"), Layer("m", 10, "v", "a")], {"w": 30, "v": 10}, {"v": 2},
+        {"w": 8, "v": 8, "a": 4}, lambda size, bits, taps: size * bits // 8 + taps * (bits < 8),
     )  # fmt: skip
     assert costs.of("avg_weight_bits", {"w": 4}) == (30 * 4 + 10 * 8) / 40
     assert costs.of("weight_bytes", {"w": 4}) == 15 + 10
+    assert costs.of("avg_weight_bits", {"v": 4}) == (30 * 8 + 8 * 4 + 2 * 8) / 40
+    assert costs.of("weight_bytes", {"v": 4}) == 30 + 5 + 2
     assert costs.of("bops", {"w": 4, "a": 2}) == 100 * 4 * 2 + 10 * 8 * 2
 
 

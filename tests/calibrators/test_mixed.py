@@ -153,12 +153,12 @@ def test_bytes_count_as_they_are_stored() -> None:
     model, _ = build("residual", batch=SAMPLES)
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
     result = mixed("residual", f"weight_bytes<={0.7 * total}", stored=_packed)
-    bytes_ = sum(_packed(coded.codes.numel(), bits_of) for (name, coded), bits_of in _with_bits(result))
+    bytes_ = sum(_packed(coded.codes.numel(), bits_of, 0) for (name, coded), bits_of in _with_bits(result))
     assert bytes_ <= 0.7 * total
     assert set(weight_bits(result).values()) <= {4, 8}, "what takes the same bytes has all the bits they hold"
 
 
-def _packed(size: int, bits: int) -> int:
+def _packed(size: int, bits: int, taps: int) -> int:
     return -(-size * (4 if bits <= 4 else 8) // 8)
 
 
@@ -177,7 +177,7 @@ def test_bit_operations_open_the_activations_too() -> None:
 
 
 def test_a_limit_on_accuracy_takes_the_fewest_bits_that_keep_it() -> None:
-    def exact(size: int, bits: int) -> int:
+    def exact(size: int, bits: int, taps: int) -> int:
         return -(-size * bits // 8)
 
     loose, tight = (mixed("pooled", f"accuracy_drop<={limit}", stored=exact) for limit in ("30%", "5%"))

@@ -194,8 +194,7 @@ def test_layers_with_one_weight_get_the_finest_grid_that_any_asks_for() -> None:
     assert (spec.bits, spec.axis, spec.symmetric) == (5, 0, False)
 
 
-def test_a_branch_taken_out_of_a_convolution_follows_its_rules() -> None:
-    """The identity branch reads what the convolution reads: named by its node, the convolution still narrows both."""
+def test_a_rule_for_a_kernel_with_an_identity_branch_leaves_its_taps_wide() -> None:
     model = randomize(nn.Sequential(RepVGGBlock(3, 8, 1), RepVGGBlock(8, 8, 1), RepVGGBlock(8, 12, 2)))
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -205,9 +204,9 @@ def test_a_branch_taken_out_of_a_convolution_follows_its_rules() -> None:
     convolutions = [n.name for n in to_integer_forms(graph).graph.nodes if n.target is torch.ops.aten.conv2d.default]
     options = PlacementOptions(layers=(rule(convolutions[1], weight_bits=3, activation_bits=4),))
     result = calibrate(graph, [x], placement=options)
-    assert [path for path, _ in result.record["skips"]] == ["1"]
-    assert weight_bits(result.placement) == {"0": 8, "1": 3, "1.skip": 8, "2": 8}
-    assert input_bits(result.placement) == {"0": 8, "1": 4, "1.skip": 4, "2": 8}
+    assert [site.name for site in result.placement.sites if site.spec.tap_bits == 8] == ["1.weight"]
+    assert weight_bits(result.placement) == {"0": 8, "1": 3, "2": 8}
+    assert input_bits(result.placement) == {"0": 8, "1": 4, "2": 8}
     assert result.placement.notes == ()
 
 

@@ -347,7 +347,7 @@ def test_methods_without_training_report_no_reconstruction() -> None:
     assert method_entries(record) == {}
 
 
-def test_split_identity_branches_are_told(tmp_path: Path) -> None:
+def test_wide_taps_are_told(tmp_path: Path) -> None:
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3)]
     with torch.no_grad():
@@ -355,8 +355,10 @@ def test_split_identity_branches_are_told(tmp_path: Path) -> None:
     model = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]).eval()
     settings = {"weight_bits": 2, "activation_bits": 4, "latency_runs": 0, "simplify": False}
     x = torch.randn(16, 3, 8, 8)
-    told = export(model, [x], out=tmp_path / "split", **settings)
-    whole = export(model, [x], out=tmp_path / "whole", split_skips=False, **settings)
-    assert any("identity branches of 1 convolutions" in warning for warning in told["warnings"])
-    assert not any("identity branches" in warning for warning in whole["warnings"])
-    assert (told["verdict"], whole["verdict"]) == ("pass", "pass")
+    told = export(model, [x], out=tmp_path / "wide", **settings)
+    narrow = export(model, [x], out=tmp_path / "narrow", wide_taps=False, **settings)
+    assert any("kernels of 1 convolutions keep 8 bits" in warning for warning in told["warnings"])
+    assert not any("identity branch" in warning for warning in narrow["warnings"])
+    assert (told["verdict"], narrow["verdict"]) == ("pass", "pass")
+    wide = {layer["site"]: layer["tap_bits"] for layer in told["layers"] if "tap_bits" in layer}
+    assert wide == {"2.weight": 8}
