@@ -1,7 +1,7 @@
 """Latency of the shipped files against float and against onnxruntime's own static quantization of the same folded net.
 
     python benchmarks/latency.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration
-    python benchmarks/latency.py
+    python benchmarks/latency.py [RepVGGLike MobileNetLike TransformerMlps]
 
 Without models: RepVGG-like and MobileNet-like stacks at 224x224, and the MLPs of a transformer; random weights.
 Batch 1, one thread, all models interleaved in one process, order shuffled every round; medians, and ratios to float.
@@ -206,21 +206,28 @@ def report(label: str, model: nn.Module, batches: list[Tensor], runs: int) -> No
     print(f"{label:<14} {'  '.join(cells)}  intact is {faster}; on integer kernels {told}", flush=True)
 
 
+STACKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "RepVGGLike": (RepVGGLike, (3, 224, 224)),
+    "MobileNetLike": (MobileNetLike, (3, 224, 224)),
+    "TransformerMlps": (TransformerMlps, (196, 384)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="file.py:factory")
+    parser.add_argument("models", nargs="*", default=[*STACKS], help="file.py:factory, or the name of a stack")
     parser.add_argument("--data", help="file.py:callable of calibration batches")
     parser.add_argument("--runs", type=int, default=300)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if not arguments.models:
-        for kind, shape in ((RepVGGLike, (3, 224, 224)), (MobileNetLike, (3, 224, 224)), (TransformerMlps, (196, 384))):
-            report(kind.__name__, kind().eval(), [torch.randn(4, *shape)], arguments.runs)
-        return
-    batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)]
     for spec in arguments.models:
+        if spec in STACKS:
+            kind, shape = STACKS[spec]
+            report(spec, kind().eval(), [torch.randn(4, *shape)], arguments.runs)
+            continue
         model = load_model(spec)
         assert isinstance(model, nn.Module)
+        batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)]
         report(spec.split(":")[-1], model, batches, arguments.runs)
 
 
