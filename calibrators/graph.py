@@ -29,6 +29,7 @@ __all__ = [
     "is_constant",
     "layer_name",
     "module_path",
+    "operator_name",
     "replace_args",
     "shape_of",
     "where",
@@ -92,6 +93,13 @@ def module_path(node: fx.Node) -> str:
 def layer_name(node: fx.Node) -> str:
     """Module path of an operator, or its name where no module made it."""
     return module_path(node) or node.name
+
+
+def operator_name(target: object) -> str:
+    """Short name of an operator: 'conv2d' for aten.conv2d.default."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
 
 
 def where(node: fx.Node) -> str:

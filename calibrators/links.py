@@ -20,8 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.forms import clip_bounds
-from calibrators.graph import add_constant, bind, constant, is_constant, layer_name, replace_args, shape_of
-from calibrators.place import operator_name
+from calibrators.graph import (
+    add_constant,
+    bind,
+    constant,
+    is_constant,
+    layer_name,
+    operator_name,
+    replace_args,
+    shape_of,
+)
 
 __all__ = ["Link", "Unlinked", "by_group", "find_links", "set_constants"]
 

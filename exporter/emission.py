@@ -28,8 +28,7 @@ from torch import fx
 
 from calibrators.errors import ExportError
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import where
-from calibrators.place import operator_name
+from calibrators.graph import operator_name, where
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from exporter.capturing import quiet
 from exporter.packing import SINCE, STORAGES, pack, set_opset

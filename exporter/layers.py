@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import bind, constant, module_path
-from calibrators.place import operator_name
+from calibrators.graph import bind, constant, module_path, operator_name
 from calibrators.simulate import Batch, sqnr
 from calibrators.spec import QParams, Site
 

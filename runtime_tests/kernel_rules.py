@@ -18,8 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from calibrators.forms import clip_bounds
-from calibrators.graph import bind, constant, is_constant
-from calibrators.place import operator_name
+from calibrators.graph import bind, constant, is_constant, operator_name
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from runtime_tests import kernels
 from runtime_tests.kernels import Grid
