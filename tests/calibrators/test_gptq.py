@@ -30,7 +30,7 @@ from exporter.capturing import capture
 from exporter.emission import needed_opset, to_onnx
 from exporter.folding import fold
 from runtime_tests.parity import parity
-from tests.architectures import construct
+from tests.folded import folded_network, output_error
 from tests.networks import build, randomize
 
 W4 = QuantSpec(bits=4, signed=True, axis=0)
@@ -238,18 +238,12 @@ def test_columns_times_the_weight_are_the_output(name: str, generator: torch.Gen
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The folded graph, and inputs for 64 samples."""
     if name in LAYERS:
         graph, x = single(name)
         return graph, (x,)
-    if name in ("residual", "pooled", "mlp", "transformer"):
-        model, x = build(name, batch=64)
-        inputs: tuple[Tensor, ...] = (x,)
-    else:
-        model, inputs = construct(name, batch=64)
-    return fold(capture(model, inputs)), inputs
+    return folded_network(name)
 
 
 def calibrated(name: str, method: str = "gptq", bits: int = 4, size: int = 16, **settings: Any) -> CalibrationResult:
@@ -257,14 +251,6 @@ def calibrated(name: str, method: str = "gptq", bits: int = 4, size: int = 16, *
     batches = [tuple(x[i : i + size] for x in inputs) for i in range(0, len(inputs[0]), size)]
     placement = PlacementOptions(weight_bits=bits, first_last_bits=None)
     return calibrate(graph, batches, method=method, placement=placement, **settings)
-
-
-def error(name: str, result: CalibrationResult) -> float:
-    """Relative squared error of the network's outputs."""
-    graph, inputs = network(name)
-    with torch.no_grad():
-        pairs = list(zip(graph(*inputs), result.program(*inputs), strict=True))
-    return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)
 
 
 def layer_errors(name: str, result: CalibrationResult) -> float:
@@ -279,7 +265,8 @@ def same(one: CalibrationResult, other: CalibrationResult) -> bool:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_of_layer(name: str) -> None:
-    assert error(name, calibrated(name)) < error(name, calibrated(name, "mse"))
+    graph, inputs = network(name)
+    assert output_error(calibrated(name), graph, inputs) < output_error(calibrated(name, "mse"), graph, inputs)
 
 
 @pytest.mark.parametrize("name", ["residual", "pooled", "mlp", "transformer", "unet", "densenet", "two-inputs"])
@@ -300,7 +287,8 @@ def test_layers_come_closer_to_the_float_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["residual", "transformer"])
 def test_eight_bits_lose_nothing(name: str) -> None:
-    assert error(name, calibrated(name, bits=8)) < 1.02 * error(name, calibrated(name, "mse", bits=8))
+    found, nearest = (output_error(calibrated(name, m, bits=8), *network(name)) for m in ("gptq", "mse"))
+    assert found < 1.02 * nearest
 
 
 @pytest.mark.parametrize("block_size", [None, 16], ids=["per-channel", "per-block"])

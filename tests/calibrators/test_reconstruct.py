@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,9 @@ from calibrators.reconstruct import Reconstruction, Run
 from calibrators.simulate import Watcher
 from calibrators.simulation import Simulation
 from calibrators.training import Unit
-from exporter.capturing import capture
 from exporter.emission import to_onnx
-from exporter.folding import fold
 from runtime_tests.parity import parity
-from tests.architectures import construct
-from tests.networks import build
+from tests.folded import folded_network, output_error
 
 METHODS = {
     "adaround": {},
@@ -46,19 +42,8 @@ OWN_ERROR = ("adaround", "brecq", "qdrop", "mrecg")
 """Methods whose loss is the squared error of the unit alone."""
 
 
-@functools.cache
-def network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """The folded graph, and inputs for 64 samples."""
-    if name in ("residual", "pooled", "mlp", "transformer"):
-        model, x = build(name, batch=64)
-        inputs: tuple[Tensor, ...] = (x,)
-    else:
-        model, inputs = construct(name, batch=64)
-    return fold(capture(model, inputs)), inputs
-
-
 def calibrated(name: str, method: Any, bits: tuple[int, int] = (4, 4), **settings: Any) -> CalibrationResult:
-    graph, inputs = network(name)
+    graph, inputs = folded_network(name)
     options = settings.pop("options", {})
     if isinstance(method, str):
         options = {"iters": 20, "batch": 16, **METHODS.get(method, {}), **options} if method in METHODS else options
@@ -68,25 +53,15 @@ def calibrated(name: str, method: Any, bits: tuple[int, int] = (4, 4), **setting
     return calibrate(graph, batches, method=method, options=options, placement=placement, **settings)
 
 
-def error(name: str, result: CalibrationResult) -> float:
-    """Relative squared error of the network's outputs."""
-    graph, inputs = network(name)
-    with torch.no_grad():
-        pairs = list(zip(graph(*inputs), result.program(*inputs), strict=True))
-    return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)
-
-
-def absolute_error(name: str, result: CalibrationResult) -> float:
+def absolute_error(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
     """Relative mean absolute error of the network's output."""
-    graph, inputs = network(name)
     with torch.no_grad():
         (wanted,), (y,) = graph(*inputs), result.program(*inputs)
     return float((y - wanted).abs().sum() / wanted.abs().sum())
 
 
-def divergence(name: str, result: CalibrationResult) -> float:
+def divergence(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
     """Mean KL divergence of the network's prediction from the float one."""
-    graph, inputs = network(name)
     with torch.no_grad():
         (wanted,), (y,) = graph(*inputs), result.program(*inputs)
     return float(torch.nn.functional.kl_div(y.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum"))
@@ -110,7 +85,10 @@ def same(one: CalibrationResult, other: CalibrationResult) -> bool:
 def test_every_method_is_proved_in_the_runtime(method: str) -> None:
     result = calibrated("residual", method)
     report = parity(
-        onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [network("residual")[1]], optimized=True
+        onnx_ir.to_proto(to_onnx(result.program, opset=20)),
+        result.program,
+        [folded_network("residual")[1]],
+        optimized=True,
     )
     assert (report.to_dict()["mismatched"], report.to_dict()["outputs_identical"]) == (0, True)
 
@@ -119,7 +97,7 @@ def test_every_method_is_proved_in_the_runtime(method: str) -> None:
 def test_every_kind_of_network_is_proved_in_the_runtime(name: str) -> None:
     result = calibrated(name, "qdrop")
     report = parity(
-        onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [network(name)[1]], optimized=True
+        onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [folded_network(name)[1]], optimized=True
     )
     assert report.to_dict()["kernel_mismatched"] == 0
 
@@ -127,9 +105,9 @@ def test_every_kind_of_network_is_proved_in_the_runtime(name: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["residual", "pooled", "mlp"])
 def test_training_improves_on_nearest_rounding(name: str, method: str) -> None:
-    measured = MEASURES.get(method, error)
-    nearest = measured(name, calibrated(name, "mse", (3, 4)))
-    assert measured(name, calibrated(name, method, (3, 4), options={"iters": 150})) < 0.9 * nearest
+    measured, network = MEASURES.get(method, output_error), folded_network(name)
+    nearest = measured(calibrated(name, "mse", (3, 4)), *network)
+    assert measured(calibrated(name, method, (3, 4), options={"iters": 150}), *network) < 0.9 * nearest
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,10 +121,10 @@ def test_units_never_get_worse_and_say_so(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_bits_lose_nothing_against_nearest_rounding(method: str) -> None:
-    options = {"iters": 100}
-    assert error("residual", calibrated("residual", method, (8, 8), options=options)) <= 1.02 * error(
-        "residual", calibrated("residual", "mse", (8, 8))
-    )
+    trained = calibrated("residual", method, (8, 8), options={"iters": 100})
+    nearest = calibrated("residual", "mse", (8, 8))
+    network = folded_network("residual")
+    assert output_error(trained, *network) <= 1.02 * output_error(nearest, *network)
 
 
 def test_same_seed_same_integers_other_seed_others() -> None:
@@ -185,7 +163,7 @@ SEEN: dict[str, Tensor] = {}
 def test_streamed_activations_equal_a_full_run_from_the_input(name: str) -> None:
     SEEN.clear()
     result = calibrated(name, _Spy(iters=5, batch=16))
-    inputs = network(name)[1]
+    inputs = folded_network(name)[1]
     values: dict[str, Tensor] = {}
     sites = result.placement.by_name
 
@@ -252,7 +230,7 @@ def test_divergence_is_one_message() -> None:
 
 
 def test_data_that_can_be_read_once_only() -> None:
-    graph, inputs = network("mlp")
+    graph, inputs = folded_network("mlp")
 
     def once() -> Iterator[tuple[Tensor, ...]]:
         yield inputs
