@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from calibrators.numerics import along_axis, dequantize
+from calibrators.numerics import along_axis, code_limits, dequantize
 from calibrators.reconstruct import Run
 from calibrators.simulation import Simulation
 from calibrators.spec import QParams
@@ -54,7 +54,7 @@ class EagerRounding(nn.Module):
     def __init__(self, weight: Tensor, qparams: QParams) -> None:
         super().__init__()
         spec = qparams.spec
-        self.weight, self.qmin, self.qmax = weight.contiguous(), spec.qmin, spec.qmax
+        self.weight, (self.qmin, self.qmax) = weight.contiguous(), code_limits(weight, qparams)
         self.scale = along_axis(qparams.scale, weight, spec.axis)
         self.zero_point = along_axis(qparams.zero_point, weight, spec.axis)
         rest = (self.weight / self.scale - torch.floor(self.weight / self.scale)).clamp(START, 1 - START)

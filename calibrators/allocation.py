@@ -31,9 +31,6 @@ Losses = Mapping[str, Mapping[int, float]]
 Stored = Callable[[int, int, int], int]
 """Bytes that weights take in the file: so many values of so many bits, so many of them wide taps."""
 
-WIDEST = 8
-"""Bits of wide taps."""
-
 PREFERENCE = 1e-9
 """Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
 
@@ -52,14 +49,14 @@ class Layer:
 class Costs:
     """What widths cost.
 
-    sizes:  values of every weight, by site; taps: how many of them keep 8 bits (QuantSpec.tap_bits).
+    sizes:  values of every weight, by site; taps: how many of them keep how many bits (QuantSpec.tap_bits).
     widths: bits of every weight and activation scale, where no other are given.
     stored: bytes of so many values of so many bits, so many of them taps.
     """
 
     layers: Sequence[Layer]
     sizes: Mapping[str, int]
-    taps: Mapping[str, int]
+    taps: Mapping[str, tuple[int, int]]
     widths: Widths
     stored: Stored
 
@@ -72,10 +69,10 @@ class Costs:
 
     def of_weight(self, quantity: str, name: str, bits: int) -> float:
         """What one weight adds to weight_bytes or avg_weight_bits."""
-        size, taps = self.sizes[name], self.taps.get(name, 0) if bits < WIDEST else 0
+        size, (taps, wide) = self.sizes[name], self.taps.get(name, (0, 0))
         if quantity == "weight_bytes":
-            return float(self.stored(size, bits, taps))
-        return (size * bits + taps * (WIDEST - bits)) / self.total
+            return float(self.stored(size, bits, taps if bits < wide else 0))
+        return (size * bits + taps * max(wide - bits, 0)) / self.total
 
     @cached_property
     def total(self) -> int:

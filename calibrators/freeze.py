@@ -211,7 +211,8 @@ def _check_codes(coded: Coded, weight: Tensor, site: Site) -> None:
     spec, codes, zero_point = site.spec, coded.codes, coded.qparams.zero_point
     ends = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
     fits = codes.shape == weight.shape and codes.dtype == spec.dtype
-    if not fits or not _within(codes, *code_limits(codes, coded.qparams)) or not _within(zero_point, *ends):
+    limits = code_limits(codes, replace(coded.qparams, spec=spec))
+    if not fits or not _within(codes, *limits) or not _within(zero_point, *ends):
         raise InputError(
             f"the codes of weight {site.name!r} are {codes.dtype} {list(codes.shape)}, {codes.min()} to {codes.max()}, "
             f"with zero points {zero_point.min()} to {zero_point.max()}; its grid holds {spec.dtype} "

@@ -362,7 +362,8 @@ def network_costs(placement: Placement, stored: Stored, knobs: Iterable[Knob] = 
         site.name: constant(placement.graph, nodes[site.node]) for site in placement.sites if site.kind == "weight"
     }
     sizes = {name: weight.numel() for name, weight in weights.items()}
-    taps = {name: len(weight) for name, weight in weights.items() if any(spec.tap_bits for spec in grids[name])}
+    wide = {name: max(spec.tap_bits or 0 for spec in grids[name]) for name in weights}
+    taps = {name: (len(weight), wide[name]) for name, weight in weights.items() if wide[name]}
     return Costs(list(_layers(placement)), sizes, taps, widths | {FLOAT: FLOAT_BITS}, stored)
 
 

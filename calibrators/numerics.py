@@ -16,6 +16,7 @@ from torch import Tensor
 from calibrators.spec import QParams, QuantSpec
 
 __all__ = [
+    "SMALLEST_SCALE",
     "along_axis",
     "code_limits",
     "dequantize",

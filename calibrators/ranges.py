@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.numerics import code_limits, grid_of, middle_diagonal, qparams_from_range
+from calibrators.numerics import SMALLEST_SCALE, code_limits, grid_of, middle_diagonal, qparams_from_range
 from calibrators.observe import Statistic
 from calibrators.options import check
 from calibrators.spec import QParams, QuantSpec
@@ -151,10 +151,12 @@ class RangeMethod(abc.ABC):
         lowest, highest = code_limits(values, chosen)
         zero_point = grid_of(values, chosen)[1]
         room = torch.where(values < 0, zero_point - lowest, highest - zero_point)[middle]
-        needed = values[middle].abs() / room
+        needed, found = values[middle].abs() / room, rest.any(1)
         if spec.axis is None:
-            needed = needed.max()
-        return replace(chosen, scale=torch.maximum(chosen.scale, needed))
+            needed, found = needed.max(), found.any()
+        alone = ~found & (needed > 0)  # nothing but taps
+        scale = torch.maximum(torch.where(alone, 0.0, chosen.scale), needed)
+        return replace(chosen, scale=scale.clamp(min=SMALLEST_SCALE))
 
     def _bounds_of_blocks(self, values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The bounds of every block of a matrix, [channels, blocks]: whole ones are rows, and so are the last parts."""

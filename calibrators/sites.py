@@ -97,9 +97,8 @@ class Sites:
 
     def _tap_bits(self, nodes: list[fx.Node], bits: int, widest: int) -> int | None:
         """Bits of the taps of an identity branch where they are more than the others'."""
-        weight, graph = bind(nodes[0])["weight"], self.placer.graph
-        wide = self.wide_taps and bits < widest and len(weight.users) == len(nodes)
-        return widest if wide and needs_wide_taps(graph, weight) else None
+        wide = self.wide_taps and bits < widest and needs_wide_taps(self.placer.graph, bind(nodes[0])["weight"])
+        return widest if wide else None
 
     def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
         """The grid of the target with what has one scale; blocks that hold a whole row are channels."""

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from calibrators.freeze import CalibrationResult
 from calibrators.graph import bind, constant, module_path, operator_name
+from calibrators.numerics import code_limits, grid_of
 from calibrators.simulate import Batch, sqnr
 from calibrators.spec import QParams, Site
 
@@ -37,7 +38,7 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
             if not site.weight_only:
                 entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
             if site.spec.tap_bits is not None:
-                entry["tap_bits"] = site.spec.tap_bits
+                entry |= {"tap_bits": site.spec.tap_bits, **_reach_with_taps(weight, result.weights[site.name].qparams)}
             if site.spec.block_size is not None:
                 entry["block_size"] = site.spec.block_size
             entries.append(entry | _weight_range(weight))
@@ -61,6 +62,13 @@ def _entry(site: Site, node: fx.Node, qparams: QParams, noise: dict[str, float])
         "hi": float((scale * (site.spec.qmax - zero_point)).max()),
         "sqnr_db": noise.get(site.name),
     }
+
+
+def _reach_with_taps(weight: Tensor, qparams: QParams) -> dict[str, float]:
+    """Ends of what the codes of a weight with wide taps reach."""
+    scale, zero_point = (values.double() for values in grid_of(weight, qparams))
+    low, high = (scale * (limit - zero_point) for limit in code_limits(weight, qparams))
+    return {"lo": float(low.min()), "hi": float(high.max())}
 
 
 def _observed(result: CalibrationResult, site: Site) -> dict[str, Any]:

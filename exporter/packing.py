@@ -57,8 +57,8 @@ OVERHEAD = 1024
 WIDEST = 128
 """Beyond every int8 code."""
 
-TAP_BYTES = 5
-"""Bytes of a wide tap and of its place."""
+TAP_BYTES, TAPS_OVERHEAD = 5, 1024
+"""Bytes of a wide tap and its place, and of the nodes and names that put all of a weight into their places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class _Weight:
     @property
     def overhead(self) -> int:
         """Bytes that packing itself takes."""
-        return 0 if self.reads_floats else OVERHEAD + TAP_BYTES * int(self.taps.sum())
+        return 0 if self.reads_floats else _overhead(int(self.taps.sum()))
 
     def beside_taps(self) -> Iterator[_Weight]:
         """The weight with the middle diagonal unpacked, if it is a kernel that may have wide taps."""
@@ -205,8 +205,13 @@ def stored_bytes(size: int, bits: int, taps: int, storage: str) -> int:
     taps: how many of the codes are wide.
     """
     width = next((width for width in STORAGES[storage] if bits <= width), 8)
-    saving = _saving(size, width) - TAP_BYTES * taps
-    return size - saving if saving > OVERHEAD else size
+    saving = _saving(size, width)
+    return size - saving + TAP_BYTES * taps if saving > _overhead(taps) else size
+
+
+def _overhead(taps: int) -> int:
+    """Bytes that packing itself takes, with so many wide taps."""
+    return OVERHEAD + bool(taps) * TAPS_OVERHEAD + TAP_BYTES * taps
 
 
 def _saving(size: int, width: int) -> int:
@@ -227,8 +232,15 @@ def _weights(graph: ir.Graph) -> Iterator[_Weight]:
         array = codes.const_value.numpy()
         if array.dtype != np.int8 or array.ndim < 2:
             continue
-        axis = node.attributes.get("axis")
-        yield _Weight(node, codes, array, None if axis is None else axis.as_int(), np.zeros(array.shape, np.bool_))
+        yield _Weight(node, codes, array, _axis(node), np.zeros(array.shape, np.bool_))
+
+
+def _axis(node: ir.Node) -> int | None:
+    """The axis of the scales of a DequantizeLinear, None for one scale, whatever its attribute says then."""
+    scale, axis = node.inputs[1], node.attributes.get("axis")
+    if scale is not None and scale.const_value is not None and not len(scale.const_value.shape):
+        return None
+    return 1 if axis is None else axis.as_int()
 
 
 def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:

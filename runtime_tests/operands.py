@@ -5,7 +5,7 @@ Must not know: which kernels a runtime has, what is good or bad about an edge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,31 @@ def array(value: ir.Value | None) -> Array | None:
 
 
 def _unpacked(node: ir.Node) -> Array | None:
-    """What Cast and Sub make of constant integers."""
-    if node.op_type == "Sub":
-        left, right = map(array, node.inputs[:2])
-        return None if left is None or right is None else np.asarray(left - right)
-    source = array(node.inputs[0]) if node.op_type == "Cast" else None
-    dtype = ir.DataType(node.attributes["to"].as_int()) if source is not None else None
-    return None if source is None or dtype is None else source.astype(dtype.numpy())
+    """What the operators that unpack codes (exporter.packing) make of constant integers."""
+    made = _UNPACKING.get(node.op_type)
+    if made is None:
+        return None
+    constants = [array(value) for value in node.inputs]
+    known = [each for each in constants if each is not None]
+    return made(node, *known) if len(known) == len(constants) else None
+
+
+def _cast(node: ir.Node, codes: Array) -> Array:
+    return codes.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+
+
+def _scatter(node: ir.Node, codes: Array, places: Array, updates: Array) -> Array:
+    scattered, axis = codes.copy(), node.attributes.get("axis")
+    np.put_along_axis(scattered, places, updates, 0 if axis is None else axis.as_int())
+    return scattered
+
+
+_UNPACKING: dict[str, Callable[..., Array]] = {
+    "Cast": _cast,
+    "Sub": lambda _, left, right: np.asarray(left - right),
+    "Reshape": lambda _, codes, shape: codes.reshape(shape),
+    "ScatterElements": _scatter,
+}
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:

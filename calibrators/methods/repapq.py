@@ -13,8 +13,8 @@ source: Zhang et al. 2024, "Towards Accurate Post-training Quantization for Repa
 the published code holds none of the three, so weights and schedules are ours.
 Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and one per weight
 scale (a weight with one scale for all channels has one gain: gains per channel could not be absorbed exactly there);
-weight ranges by squared error, for the absolute one clips what identity branches add to a kernel; stages end where
-shapes change.
+weight ranges by squared error, for the absolute one clips what identity branches add to a kernel where taps are not
+wide (calibrators.taps); stages end where shapes change.
 """
 
 from __future__ import annotations

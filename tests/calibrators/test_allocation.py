@@ -71,12 +71,13 @@ def test_among_equal_losses_the_finest_grid_is_taken() -> None:
 
 def test_costs_follow_their_definitions() -> None:
     costs = Costs(
-        [Layer("l", 100, "w", "a"), Layer("m", 10, "v", "a")], {"w": 30, "v": 10}, {"v": 2},
-        {"w": 8, "v": 8, "a": 4}, lambda size, bits, taps: size * bits // 8 + taps * (bits < 8),
+        [Layer("l", 100, "w", "a"), Layer("m", 10, "v", "a")], {"w": 30, "v": 10}, {"v": (2, 7)},
+        {"w": 8, "v": 8, "a": 4}, lambda size, bits, taps: size * bits // 8 + taps,
     )  # fmt: skip
     assert costs.of("avg_weight_bits", {"w": 4}) == (30 * 4 + 10 * 8) / 40
     assert costs.of("weight_bytes", {"w": 4}) == 15 + 10
-    assert costs.of("avg_weight_bits", {"v": 4}) == (30 * 8 + 8 * 4 + 2 * 8) / 40
+    assert costs.of("avg_weight_bits", {"v": 4}) == (30 * 8 + 8 * 4 + 2 * 7) / 40
+    assert costs.of("avg_weight_bits", {"v": 7}) == (30 * 8 + 10 * 7) / 40
     assert costs.of("weight_bytes", {"v": 4}) == 30 + 5 + 2
     assert costs.of("bops", {"w": 4, "a": 2}) == 100 * 4 * 2 + 10 * 8 * 2
 

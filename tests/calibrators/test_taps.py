@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -38,6 +39,7 @@ from exporter.packing import pack
 from runtime_tests.coverage import coverage
 from runtime_tests.lint import lint
 from runtime_tests.parity import parity
+from runtime_tests.saturation import saturation
 from runtime_tests.sessions import loads
 from tests.networks import NETWORKS, build, randomize
 from tests.published_nets import RepVGGBlock
@@ -127,7 +129,7 @@ NARROW: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "even": (lambda: spiked(nn.Conv2d(6, 6, 2, padding=1)), IMAGE),
     "more-outputs": (lambda: spiked(nn.Conv2d(6, 12, 3, padding=1)), IMAGE),
     "more-inputs-grouped": (lambda: spiked(nn.Conv2d(12, 6, 3, padding=1, groups=3)), (12, 5, 5)),
-    "linear": (lambda: nn.Linear(6, 6), (6,)),
+    "linear": (lambda: spiked(nn.Linear(6, 6)), (6,)),
     "elsewhere": (Elsewhere, IMAGE),
     "penalized": (Penalized, IMAGE),
 }
@@ -219,6 +221,23 @@ def test_the_scale_grows_where_a_tap_needs_it() -> None:
         assert read.abs().amax((1, 2, 3)).tolist() == [reach] * 6
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_channels_with_nothing_but_a_tap_keep_it(granularity: str) -> None:
+    """A pruned convolution beside a live identity branch."""
+    model = spiked(nn.Conv2d(6, 6, 3, padding=1))
+    others = torch.ones(model.weight.shape, dtype=torch.bool)
+    others[middle_diagonal(model.weight.shape)] = False
+    pruned = [1, 4] if granularity == "channel" else [*range(6)]
+    for channel in pruned:
+        model.weight.data[channel][others[channel]] = 0.0
+    graph = forms(model, *IMAGE)
+    options = at(4, 8, first_last_bits=None, per_tensor_weights=granularity == "tensor")
+    (coded,) = calibrate(graph, [graph.meta["example"][0]], placement=options).weights.values()
+    assert coded.qparams.spec.tap_bits == 8
+    error = (dequantize(coded.codes, coded.qparams) - model.weight).abs()[pruned]
+    assert error.max() < 0.01 * 0.02 * SPIKE
+
+
 def test_codes_off_the_grid_of_their_tap_are_refused() -> None:
     graph = forms(spiked(nn.Conv2d(6, 6, 3, padding=1)), *IMAGE)
     result = calibrate(
@@ -232,6 +251,9 @@ def test_codes_off_the_grid_of_their_tap_are_refused() -> None:
         if index[1]:
             with pytest.raises(InputError, match="the codes of weight"):
                 freeze(result.placement, result.activations, chosen)
+            finer = replace(coded.qparams, spec=replace(coded.qparams.spec, bits=8))
+            with pytest.raises(InputError, match="the codes of weight"):
+                freeze(result.placement, result.activations, {name: Coded(codes, finer)})
         else:
             assert torch.equal(freeze(result.placement, result.activations, chosen).weights[name].codes, codes)
 
@@ -322,6 +344,7 @@ OPTIONS: dict[str, PlacementOptions] = {
     "W3A3": at(3, 3),
     "per-tensor-reduced": at(3, 4, per_tensor_weights=True, reduce_range=True),
     "first-and-last": at(3, 4, first_last_bits=None),
+    "per-tensor": at(4, 8, per_tensor_weights=True),
 }
 
 
@@ -366,6 +389,7 @@ def test_wide_taps_are_worth_more_than_a_bit(name: str, bits: int) -> None:
 def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "OVERHEAD", 0)
     monkeypatch.setattr(packing, "TAP_BYTES", 0)
+    monkeypatch.setattr(packing, "TAPS_OVERHEAD", 0)
 
 
 def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
@@ -374,9 +398,22 @@ def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
     return onnx_ir.to_proto(model)
 
 
+def test_packing_says_what_it_takes() -> None:
+    """Bytes of the file follow stored_bytes, shift and taps included; what would grow stays as it is."""
+    for channels in (12, 64):
+        layers = (spiked(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        graph = forms(nn.Sequential(*layers), channels, 5, 5)
+        result = calibrate(graph, [graph.meta["example"][0]], placement=at(4, 8, first_last_bits=None))
+        size = 9 * channels**2
+        saved = len(stored(result, "int8").SerializeToString()) - len(stored(result, "int4").SerializeToString())
+        predicted = 2 * (size - packing.stored_bytes(size, 4, channels, "int4"))
+        assert (predicted > 0) == (channels == 64)
+        assert 0 <= predicted - saved <= 2 * (packing.OVERHEAD + packing.TAPS_OVERHEAD)
+
+
 @pytest.mark.skipif(not loads(opset=25, ir_version=13), reason="this onnxruntime does not load 2-bit types")
 @pytest.mark.usefixtures("small_weights")
-@pytest.mark.parametrize("options", ["W2A4", "W3A3", "per-tensor-reduced"])
+@pytest.mark.parametrize("options", ["W2A4", "W3A3", "per-tensor", "per-tensor-reduced"])
 @pytest.mark.parametrize("name", FOLDED)
 def test_packed_codes_with_wide_taps_are_the_same_network(name: str, options: str) -> None:
     """In the runtime, code by code, in the file as text, and in OpenVINO, which reads no 2-bit types."""
@@ -397,6 +434,7 @@ def test_packed_codes_with_wide_taps_are_the_same_network(name: str, options: st
         [read] = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
         assert np.array_equal(read, by_text)
         assert [finding for finding in lint(model) if finding.severity == "error"] == []
+        assert saturation(model) == saturation(plain)
     packed, whole = (in_openvino(stored(result, storage), x) for storage in ("int4", "int8"))
     assert np.allclose(packed, whole, rtol=0, atol=1e-6)
 
