@@ -30,7 +30,8 @@ from exporter.capturing import capture
 from exporter.folding import fold
 from tests.architectures import conv_bn
 from tests.calibrators.test_granularity import units as published_units
-from tests.calibrators.test_reconstruct import calibrated, error, network, same
+from tests.calibrators.test_reconstruct import calibrated, same
+from tests.folded import folded_network, output_error
 
 FLOAT_NOISE = 1e-5
 """Relative difference of one float32 network computed whole and in parts: other kernels, a few hundred roundings."""
@@ -62,7 +63,7 @@ def test_the_float_way_ahead_of_every_unit_ends_in_the_float_outputs(name: str) 
     ARRIVED.clear()
     FROZEN.clear()
     result = calibrated(name, _Traveller(iters=1, batch=16))
-    graph, inputs = network(name)
+    graph, inputs = folded_network(name)
     with torch.no_grad():
         outputs = graph(*inputs)
     assert len(ARRIVED) == len(result.record["units"])
@@ -153,7 +154,7 @@ def _units(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
 
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["per-channel", "per-tensor"])
 def test_gains_are_absorbed_into_scales(per_tensor: bool) -> None:
-    graph, inputs = network("residual")
+    graph, inputs = folded_network("residual")
     placement = PlacementOptions(weight_bits=4, activation_bits=8, per_tensor_weights=per_tensor)
     results = [
         calibrate(graph, [inputs], method=RepAPQ(iters=100, batch=16, affine=affine, across=0), placement=placement)
@@ -173,7 +174,7 @@ def test_gains_are_absorbed_into_scales(per_tensor: bool) -> None:
 
 
 def _output_error(result: CalibrationResult, inputs: tuple[Tensor, ...]) -> float:
-    graph, _ = network("residual")
+    graph, _ = folded_network("residual")
     with torch.no_grad():
         (wanted,), (y,) = graph(*inputs), result.program(*inputs)
     return float((y - wanted).square().sum() / wanted.square().sum())
@@ -274,7 +275,8 @@ def test_the_prediction_is_kept_better_than_by_the_units_error_alone() -> None:
     options = {"iters": 300, "batch": 16}
     ahead = {"prediction": 5.0, "distance": "mse", "share": 1.0}
     more = calibrated("residual", "pdquant", (2, 3), options=options | ahead)
-    assert error("residual", more) < 0.6 * error("residual", calibrated("residual", "qdrop", (2, 3), options=options))
+    base, network = calibrated("residual", "qdrop", (2, 3), options=options), folded_network("residual")
+    assert output_error(more, *network) < 0.6 * output_error(base, *network)
 
 
 def test_methods_compose_with_grouping() -> None:
