@@ -480,7 +480,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/4"], help="weights/activations")
     parser.add_argument("--method", nargs="+", default=[NEAREST], help="name or name(key=value, ...)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method that draws at random")
-    parser.add_argument("--no-wide-taps", dest="wide_taps", action="store_false", help="all taps of a kernel have the same bits")
+    parser.add_argument(
+        "--no-wide-taps", dest="wide_taps", action="store_false", help="all taps of a kernel have the same bits"
+    )
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
