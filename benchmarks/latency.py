@@ -219,7 +219,10 @@ def main() -> None:
     parser.add_argument("--data", help="file.py:callable of calibration batches")
     parser.add_argument("--runs", type=int, default=300)
     arguments = parser.parse_args()
+    if not arguments.data and not STACKS.keys() >= {*arguments.models}:
+        parser.error("models of files need --data")
     torch.manual_seed(0)
+    batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)] if arguments.data else []
     for spec in arguments.models:
         if spec in STACKS:
             kind, shape = STACKS[spec]
@@ -227,7 +230,6 @@ def main() -> None:
             continue
         model = load_model(spec)
         assert isinstance(model, nn.Module)
-        batches = [batch.inputs[0] for batch in open_data(arguments.data).take(BATCHES)]
         report(spec.split(":")[-1], model, batches, arguments.runs)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "dequantize",
     "fake_quant",
     "grid_of",
+    "has_middle_diagonal",
     "middle_diagonal",
     "qparams_from_range",
     "quantize",
@@ -48,6 +49,12 @@ def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every element of `x`, shaped to broadcast against it."""
     axis, block_size = qparams.spec.axis, qparams.spec.block_size
     return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
+
+
+def has_middle_diagonal(shape: Sequence[int]) -> bool:
+    """Whether a weight [out, in / groups, ...] is a kernel with taps that can add a channel to itself, one for each."""
+    channels, inputs, *kernel = shape
+    return bool(kernel) and inputs > 1 and channels % inputs == 0 and all(size % 2 for size in kernel)
 
 
 def middle_diagonal(shape: Sequence[int]) -> tuple[Tensor | int, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from calibrators.graph import bind, constant
-from calibrators.numerics import middle_diagonal
+from calibrators.numerics import has_middle_diagonal, middle_diagonal
 
 __all__ = ["needs_wide_taps", "spike_of"]
 
@@ -54,12 +54,12 @@ def _may_add_its_input(graph: fx.GraphModule, weight: fx.Node, user: fx.Node) ->
     """
     if user.target not in CONVOLUTIONS or bind(user)["weight"] is not weight:
         return False
-    bound, (channels, inputs, *kernel) = bind(user), constant(graph, weight).shape
+    bound, shape = bind(user), constant(graph, weight).shape
+    channels, inputs, *kernel = shape
     centred = [dilation * (size // 2) for dilation, size in zip(bound["dilation"], kernel, strict=True)]
     return (
-        channels == inputs * bound["groups"]
-        and inputs > 1
-        and all(size % 2 for size in kernel)
+        has_middle_diagonal(shape)
+        and channels == inputs * bound["groups"]
         and set(bound["stride"]) == {1}
         and list(bound["padding"]) == centred
     )

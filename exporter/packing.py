@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibrators.numerics import middle_diagonal
+from calibrators.numerics import has_middle_diagonal, middle_diagonal
 from runtime_tests.operands import consumers, operand
 from runtime_tests.sessions import loads
 
@@ -87,8 +87,7 @@ class _Weight:
 
     def beside_taps(self) -> Iterator[_Weight]:
         """The weight with the middle diagonal unpacked, if it is a kernel that may have wide taps."""
-        channels, inputs, *kernel = self.array.shape
-        if kernel and inputs > 1 and channels % inputs == 0 and all(size % 2 for size in kernel):
+        if has_middle_diagonal(self.array.shape):
             taps = np.zeros_like(self.taps)
             taps[middle_diagonal(self.array.shape)] = True
             yield replace(self, taps=taps)
@@ -193,8 +192,7 @@ def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, 
     found = []
     for plain in _weights(graph):
         weight = max((plain, *plain.beside_taps()), key=lambda weight: weight.saving(widths))
-        width = weight.width(widths)
-        if width and weight.saving(widths) > 0:
+        if weight.saving(widths) > 0 and (width := weight.width(widths)):
             found.append((weight, width))
     return found
 
