@@ -31,7 +31,7 @@ from calibrators.freeze import CalibrationResult
 from calibrators.graph import operator_name, where
 from calibrators.program import DEQUANTIZE, QUANTIZE
 from exporter.capturing import quiet
-from exporter.packing import SINCE, STORAGES, pack, set_opset
+from exporter.packing import pack, set_opset
 from exporter.reference import export_program
 
 __all__ = ["emit", "emit_float", "needed_opset", "save", "to_onnx"]
@@ -61,22 +61,20 @@ def emit(
     weight_storage: how codes of weights are stored (exporter.packing): auto, int8, int4, int2.
     raises:         ExportError naming the operator that has no ONNX form.
     """
-    model = to_onnx(result.program, opset=needed_opset(result, weight_storage), metadata=metadata)
+    model = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
     pack(model, weight_storage)
     save(model, path)
     return model
 
 
-def needed_opset(result: CalibrationResult, weight_storage: str) -> int:
-    """The target's opset, or the first that has what wide activations, blocks and packed weights need."""
+def needed_opset(result: CalibrationResult) -> int:
+    """The target's opset, or the first that has what wide activations and blocks need."""
     needed = [result.placement.target.opset]
     for site in result.placement.sites:
         if site.spec.is_wide:
             needed.append(WIDE_OPSET)
         if site.spec.block_size is not None:
             needed.append(BLOCK_OPSET)
-        if site.kind == "weight":
-            needed += [SINCE[width] for width in STORAGES[weight_storage] if site.spec.bits <= width][:1]
     return max(needed)
 
 

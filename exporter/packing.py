@@ -33,7 +33,7 @@ from calibrators.numerics import has_middle_diagonal, middle_diagonal
 from runtime_tests.operands import consumers, operand
 from runtime_tests.sessions import loads
 
-__all__ = ["SINCE", "STORAGES", "alternatives", "pack", "refused_opset", "set_opset", "stored_bytes"]
+__all__ = ["STORAGES", "alternatives", "pack", "refused_opset", "set_opset", "stored_bytes"]
 
 Array = NDArray[Any]
 
@@ -142,11 +142,12 @@ class _Weight:
 def pack(model: ir.Model, storage: str) -> dict[str, int]:
     """Pack the weights of `model` as STORAGES[storage] says; the bits of those that were packed, by name of the codes.
 
-    Types that the opset of the model does not have are left out.
+    The opset of the model becomes the first that has their types.
     """
-    packable = _packable(model.graph, storage, model.opset_imports[""])
+    packable = _packable(model.graph, storage)
     for weight, width in packable:
         (_retype if weight.reads_floats else _pack)(model.graph, weight, width)
+    set_opset(model, max([model.opset_imports[""], *(SINCE[width] for _, width in packable)]))
     return _widths(packable)
 
 
@@ -156,16 +157,14 @@ def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
     Left out are those equal to `storage` and those that the installed onnxruntime does not load.
     """
     proto = ir.to_proto(model)
-    known = [_widths(_packable(model.graph, storage, model.opset_imports[""]))]
+    known = [_widths(_packable(model.graph, storage))]
     others = {}
     for name in ("int8", "int4", "int2"):
-        opset = max([model.opset_imports[""], *(SINCE[width] for width in STORAGES[name])])
-        widths = _widths(_packable(model.graph, name, opset))
+        widths = _widths(_packable(model.graph, name))
         if widths in known or refused_opset(name) is not None:
             continue
         known.append(widths)
         others[name] = ir.from_proto(proto)
-        set_opset(others[name], opset)
         pack(others[name], name)
     return others
 
@@ -186,9 +185,9 @@ def _ir_version(opset: int) -> int:
     return max(version for first, version in IR_VERSIONS.items() if first <= opset)
 
 
-def _packable(graph: ir.Graph, storage: str, opset: int) -> list[tuple[_Weight, int]]:
+def _packable(graph: ir.Graph, storage: str) -> list[tuple[_Weight, int]]:
     """The weights that are worth packing, and the bits that they are packed to."""
-    widths = tuple(width for width in STORAGES[storage] if SINCE[width] <= opset)
+    widths = STORAGES[storage]
     found = []
     for plain in _weights(graph):
         weight = max((plain, *plain.beside_taps()), key=lambda weight: weight.saving(widths))

@@ -276,8 +276,8 @@ class _Export:
             }
             emit_float(folded, self.float_path)
             save_reference(result.program, self.folder / "reference.pt2")
-            opset = needed_opset(result, self.config.weight_storage)
-            model, simplifier = self._simplified(result, to_onnx(result.program, opset=opset, metadata=metadata))
+            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
+            model, simplifier = self._simplified(result, onnx_program)
             self._store(model)
             return simplifier
 

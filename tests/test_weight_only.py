@@ -99,7 +99,7 @@ def pair(
 
 
 def emitted(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result, storage))
+    model = to_onnx(result.program, opset=needed_opset(result))
     pack(model, storage)
     return ir.to_proto(model)
 

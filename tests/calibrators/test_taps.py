@@ -393,7 +393,7 @@ def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result, storage))
+    model = to_onnx(result.program, opset=needed_opset(result))
     pack(model, storage)
     return onnx_ir.to_proto(model)
 

@@ -67,7 +67,7 @@ def calibrated(op: str, bits: int, granularity: str) -> tuple[CalibrationResult,
 
 
 def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result, storage))
+    model = to_onnx(result.program, opset=needed_opset(result))
     pack(model, storage)
     return ir.to_proto(model)
 
@@ -126,27 +126,30 @@ def test_codes_beyond_the_width_stay_int8() -> None:
     result, _ = calibrated("conv", 4, "channel")
     wide, _ = calibrated("linear", 6, "channel")
     assert "INT4" not in types(stored(wide, "int4")) and "INT4" in types(stored(result, "auto"))
-    assert needed_opset(wide, "auto") == 20 and needed_opset(result, "auto") == 21
-    assert needed_opset(result, "int8") == 20 and needed_opset(calibrated("conv", 2, "channel")[0], "int2") == 25
 
 
-def test_a_type_that_the_opset_lacks_is_not_written() -> None:
-    result, _ = calibrated("conv", 2, "channel")
-    model = to_onnx(result.program, opset=21)
-    assert set(pack(model, "int2").values()) == {4}
+def test_the_opset_is_the_first_that_has_what_was_packed() -> None:
+    def opset(result: CalibrationResult, storage: str) -> tuple[int, int]:
+        model = stored(result, storage)
+        return model.opset_import[0].version, model.ir_version
+
+    two, four, six = (calibrated("conv", bits, "channel")[0] for bits in (2, 4, 6))
+    assert opset(six, "int4") == opset(two, "int8") == (20, 10)
+    assert opset(two, "auto") == opset(four, "int2") == (21, 10)
+    assert opset(two, "int2") == (25, 13)
 
 
 def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "OVERHEAD", 1024)
     result, _ = calibrated("conv", 4, "channel")
-    assert pack(to_onnx(result.program, opset=21), "int4") == {}
+    assert pack(to_onnx(result.program, opset=20), "int4") == {}
 
 
 def test_alternatives_differ_from_what_was_chosen_and_from_each_other() -> None:
     two, _ = calibrated("conv", 2, "channel")
     four, _ = calibrated("conv", 4, "channel")
-    assert set(alternatives(to_onnx(two.program, opset=21), "auto")) == {"int8", "int2"}
-    assert set(alternatives(to_onnx(four.program, opset=21), "auto")) == {"int8"}
+    assert set(alternatives(to_onnx(two.program, opset=20), "auto")) == {"int8", "int2"}
+    assert set(alternatives(to_onnx(four.program, opset=20), "auto")) == {"int8"}
     model = to_onnx(four.program, opset=20)
     assert set(alternatives(model, "int8")) == {"int4"} and types(ir.to_proto(model)).isdisjoint({"INT4"})
 
@@ -154,7 +157,7 @@ def test_alternatives_differ_from_what_was_chosen_and_from_each_other() -> None:
 def test_alternatives_that_the_runtime_does_not_load_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "loads", lambda opset, ir_version: (opset, ir_version) < (25, 13))
     two, _ = calibrated("conv", 2, "channel")
-    assert set(alternatives(to_onnx(two.program, opset=21), "auto")) == {"int8"}
+    assert set(alternatives(to_onnx(two.program, opset=20), "auto")) == {"int8"}
 
 
 @pytest.mark.parametrize("storage", STORAGES)
