@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from calibrators.forms import clip_bounds
-from calibrators.graph import constant, module_path, shape_of
+from calibrators.graph import constant, module_path, sample_values, shape_of
 
 __all__ = ["Block", "extract", "merge", "partition"]
 
@@ -175,6 +175,7 @@ class _Flow:
         self.weighted = weighted
         self.calls = _live_calls(graph)
         self.batch = _batch_size(graph)
+        self.samples = sample_values(graph)
         self.returned = frozenset(graph.graph.output_node().all_input_nodes)
         self.position = {node: index for index, node in enumerate(self.calls)}
         self.constants = {node for node in graph.graph.nodes if node.op == "get_attr"}
@@ -210,7 +211,7 @@ class _Flow:
 
     def counts_samples(self, node: fx.Node) -> bool:
         """Whether the value is a tensor that has its samples along the first dimension."""
-        return shape_of(node)[:1] == (self.batch,)
+        return node.name in self.samples
 
     @cached_property
     def spans(self) -> dict[fx.Node, tuple[int, int]]:

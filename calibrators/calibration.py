@@ -5,7 +5,7 @@ Must not know: how models are loaded, ONNX, runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from calibrators.allocation import Stored
 from calibrators.budgets import Budget
 from calibrators.corrections import correct_biases
-from calibrators.errors import InputError, ModelError
+from calibrators.errors import DataError, InputError, ModelError
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import constant, where
+from calibrators.graph import constant, operator_name, where
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed import allocate_bits, measure_sensitivity
@@ -72,7 +72,7 @@ def calibrate(
     """
     method = get_method(method, options or {}) if isinstance(method, str) else method
     target = get_target(target) if isinstance(target, str) else target
-    _check_weights(graph)
+    _check_constants(graph)
     prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
     placement = placement or PlacementOptions()
     for rule in placement.layers:
@@ -80,7 +80,7 @@ def calibrate(
             range_method(rule.method)
     problem = Problem(
         placement=place(prepared, target, placement),
-        batches=_Tuples(batches),
+        batches=_Batches(batches, graph),
         labels=labels,
         seed=seed,
         device=_device(device),
@@ -88,7 +88,6 @@ def calibrate(
         explain=explain,
         stage=stage,
     )
-    torch.manual_seed(seed)
     record: dict[str, Any] = {"preparation": preparation}
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     if budgets:
@@ -104,14 +103,32 @@ def calibrate(
     return result
 
 
-class _Tuples:
-    """Batches with every one a tuple."""
+class _Batches:
+    """Batches as tuples that fit the graph's inputs."""
 
-    def __init__(self, batches: Iterable[Batch | Tensor]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Iterable[Batch | Tensor], graph: fx.GraphModule) -> None:
+        self.batches, self.graph = batches, graph
 
-    def __iter__(self) -> Any:
-        return ((batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in self.batches)
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self.batches):
+            inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            self._check(inputs, f"calibration batch {index}")
+            yield inputs
+
+    def _check(self, inputs: Batch, where: str) -> None:
+        example: Batch = self.graph.meta["example"]
+        if len(inputs) != len(example):
+            raise DataError(
+                f"{where} has {len(inputs)} tensors, the model takes {len(example)}: give its inputs alone; labels go "
+                "into an argument of their own"
+            )
+        for x, like in zip(inputs, example, strict=True):
+            if not isinstance(x, Tensor) or x.dtype != like.dtype or x.shape[1:] != like.shape[1:] or not x.ndim:
+                seen = f"{list(x.shape)} {str(x.dtype)[6:]}" if isinstance(x, Tensor) else type(x).__name__
+                shape = ", ".join(map(str, ["n", *like.shape[1:]]))
+                raise DataError(f"{where} holds {seen}, the model takes [{shape}] {str(like.dtype)[6:]}: convert it")
+        if len({len(x) for x in inputs}) > 1:
+            raise DataError(f"{where} has inputs of different numbers of samples: {[len(x) for x in inputs]}")
 
 
 def _device(name: str) -> torch.device:
@@ -125,8 +142,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_weights(graph: fx.GraphModule) -> None:
+def _check_constants(graph: fx.GraphModule) -> None:
+    """Refuse NaN, and infinities in what convolutions, linear layers and norms read: masks are made of them."""
     for node in graph.graph.nodes:
-        if node.op == "get_attr" and not bool(torch.isfinite(constant(graph, node)).all()):
+        if node.op != "get_attr":
+            continue
+        value = constant(graph, node)
+        users = [operator_name(user.target) for user in node.users]
+        finite = any(kind in name for name in users for kind in ("conv", "linear", "norm"))
+        if bool((~torch.isfinite(value) if finite else torch.isnan(value)).any()):
             user = next(iter(node.users), node)
             raise ModelError(f"parameter {node.target!r} of {where(user)} holds NaN or infinity; load other weights")

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.errors import DataError
 from calibrators.freeze import BIAS_CODE_LIMIT, CalibrationResult, Coded
-from calibrators.simulate import Batch
+from calibrators.graph import batch_of
+from calibrators.simulate import EMPTY_AGAIN, Batch
 
 __all__ = ["correct_biases"]
 
@@ -28,9 +30,13 @@ def correct_biases(result: CalibrationResult, batches: Iterable[Batch], *, sampl
 
     Reads at most `samples` samples and holds only their live activations, so memory does not grow with the data.
     Operators without a bias are left as they are.
+
+    raises: DataError when the data cannot be read again.
     """
-    kept = _first_samples(batches, samples)
     placement = result.placement
+    kept = _first_samples(batches, samples, batch_of(placement.graph, 1))
+    if not kept:
+        raise DataError(EMPTY_AGAIN)
     bias_of = {site.users[0]: site for site in placement.sites if site.kind == "bias"}
     floats = _Frontier(placement.graph, kept)
     quantized = _Frontier(result.program, kept)
@@ -58,13 +64,16 @@ def _shifted(coded: Coded, shift: Tensor) -> Coded:
     return replace(coded, codes=codes.to(torch.int32))
 
 
-def _first_samples(batches: Iterable[Batch], samples: int) -> list[Batch]:
+def _first_samples(batches: Iterable[Batch], samples: int, multiple: int) -> list[Batch]:
+    """The first samples, at most so many, but one `multiple` at least; of every batch a number of multiples."""
     kept: list[Batch] = []
+    left = max(samples, multiple)
     for batch in batches:
-        kept.append(tuple(x[:samples] for x in batch))
-        samples -= len(batch[0])
-        if samples <= 0:
+        taken = min(left, len(batch[0])) // multiple * multiple
+        if not taken:
             break
+        kept.append(tuple(x[:taken] for x in batch))
+        left -= taken
     return kept
 
 

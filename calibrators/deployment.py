@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calibrators.blocks import Block
 from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze
+from calibrators.graph import batch_of
 from calibrators.numerics import dequantize, quantize
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
@@ -76,8 +77,7 @@ class Deployment:
 
     def chunks(self, caches: tuple[Cache, ...]) -> Iterator[tuple[Tensor, ...]]:
         """All samples in order, CHUNK at a time (or as many as the graph fixes), on the device."""
-        graph = self.placement.graph
-        size = CHUNK if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
+        size = batch_of(self.placement.graph, CHUNK)
         for chunk in zip(*(cache.chunks(size) for cache in caches), strict=True):
             yield tuple(x.to(self.device) for x in chunk)
 
@@ -107,7 +107,7 @@ class Deployment:
 
     def recording(self, samples: int) -> Recording:
         """Caches for values as they cross between blocks, quantized or not."""
-        return Recording(self.memory, samples, self._grid)
+        return Recording(self.memory, samples, self.problem.sample_values, self._grid)
 
     def forget(self, index: int, *families: dict[str, Cache]) -> None:
         """Free what no block behind the one at `index` reads."""

@@ -7,7 +7,8 @@ and the first of the next; the iteration ends where the three ranges of a channe
 
 Departs: where a channel is known to be almost constant (its mean is more than three deviations above zero), its range
 counts as if its deviation were a third of its mean: small weights would else let a factor grow that blows up the
-constant, and with it the range of the activation. A channel without weights on either side keeps its factor. ReLU6 is
+constant, and with it the range of the activation. Where no batch norm tells, the bias is taken for the mean and the
+range of the weights for the deviation. A channel without weights on either side keeps its factor. ReLU6 is
 not replaced by ReLU, which changes the function, but ends a chain (calibrators.links).
 
 The function is the same up to rounding: all factors are found and applied in float64, and rounded once.
@@ -50,7 +51,7 @@ def equalize(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
     weights = {node: constant(graph, bind(node)["weight"]).double() for node in layers}
     ranges = {node: by_group(weight.abs(), _groups(node)).amax(3) for node, weight in weights.items()}
     before = [_precision(link, ranges) for link in links]
-    factors, sweeps = _converge(links, ranges)
+    factors, sweeps = _converge(graph, links, ranges)
     for link, factor in zip(links, factors, strict=True):
         _divide(graph, link, factor, weights)
     for node, weight in weights.items():
@@ -78,23 +79,25 @@ def _groups(node: fx.Node) -> int:
     return int(bind(node).get("groups", 1))
 
 
-def _converge(links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Tensor], int]:
+def _converge(graph: fx.GraphModule, links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Tensor], int]:
     """The factor of every channel of every link, [channels] each, and the sweeps it took; `ranges` follow.
 
     ranges: [groups, outputs, inputs] largest magnitude of every kernel, by layer.
     """
     factors = [torch.ones(_channels(link.first, ranges), dtype=torch.float64) for link in links]
     constancies = [_constancy(link.first) for link in links]
+    least = [_least(graph, link.first) for link in links]
     for sweep in range(MAX_SWEEPS):
         largest = 0.0
-        for link, factor, constancy in zip(links, factors, constancies, strict=True):
+        for link, factor, constancy, floor in zip(links, factors, constancies, least, strict=True):
             written, read = _of_channels(link, ranges)
-            written = written * constancy
+            written = torch.maximum(written * constancy, floor.where(written > 0, 0.0))
             used = (written > 0) & (read > 0)
             step = torch.where(used, written / read.where(used, 1.0), 1.0).sqrt()
             ranges[link.first] /= step.reshape(len(ranges[link.first]), -1, 1)
             ranges[link.second] *= step[link.sources].reshape(len(ranges[link.second]), 1, -1)
             factor *= step
+            floor /= step
             largest = max(largest, float(step.log().abs().max()))
         if largest < CONVERGED:
             return factors, sweep + 1
@@ -103,11 +106,23 @@ def _converge(links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Te
 
 def _constancy(node: fx.Node) -> Tensor:
     """What the ranges of an operator's outputs are multiplied by, at least 1, [channels]; [] where nothing is known."""
-    expected: Expected | None = node.meta.get(EXPECTED)
-    if expected is None or expected.largest_std is None:
+    if not _is_known(node):
         return torch.ones((), dtype=torch.float64)
+    expected: Expected = node.meta[EXPECTED]
+    assert expected.largest_std is not None
     deviation = expected.largest_std.double().clamp(min=torch.finfo(torch.float32).tiny)
     return (expected.mean.double() / (HIGH_BIAS * deviation)).clamp(min=1.0)
+
+
+def _least(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """What the ranges of an operator's outputs count for at least, by its bias, [channels]; 0 where norms tell more."""
+    bias = constant(graph, bind(node)["bias"]).double().abs() / HIGH_BIAS
+    return torch.zeros_like(bias) if _is_known(node) else bias
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether batch norms tell the deviation of an operator's outputs."""
+    return EXPECTED in node.meta and node.meta[EXPECTED].largest_std is not None
 
 
 def _channels(node: fx.Node, ranges: dict[fx.Node, Tensor]) -> int:

@@ -68,7 +68,7 @@ def importances(
             for name, value, gradient in zip(interpreter.values, values, gradients, strict=True):
                 square = (torch.zeros_like(value) if gradient is None else gradient).square()
                 elements[name] = elements.get(name, torch.zeros(())) + square.sum(0)
-                samples[name].append(square.flatten(1).mean(1))
+                samples[name].append(square.reshape(len(square), -1).mean(1))
     return {name: Importance(_normal(elements[name]), _normal(torch.cat(samples[name]))) for name in elements}
 
 

@@ -174,8 +174,8 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
     if len(shape) < 3:
         return
     flat_shape = [-1, shape[-1]]
-    twins = (user for user in x.users if user.target is aten.reshape.default and list(user.args[1]) == flat_shape)
-    flat = next(twins, None)
+    reshapes = (user for user in x.users if user.target is aten.reshape.default and user < node)
+    flat = next((user for user in reshapes if list(user.args[1]) == flat_shape), None)
     if flat is None:
         with graph.inserting_after(x):
             flat = graph.call_function(aten.reshape.default, (x, flat_shape))

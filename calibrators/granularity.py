@@ -128,7 +128,7 @@ def parse_groups(text: str, units: int) -> Pairs:
     pairs: Pairs = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         ends = part.split("-")
-        if len(ends) not in (1, 2) or not all(end.strip().isdigit() for end in ends):
+        if len(ends) not in (1, 2) or not all(end.strip().isdecimal() for end in ends):
             raise InputError(f"groups {text!r}: {part!r} is no range of units; write for example groups=2-3,5-7")
         first, last = int(ends[0]), int(ends[-1])
         if not first <= last < units:

@@ -22,6 +22,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 __all__ = [
     "add_constant",
+    "batch_of",
     "bind",
     "constant",
     "fan_in",
@@ -31,6 +32,7 @@ __all__ = [
     "module_path",
     "operator_name",
     "replace_args",
+    "sample_values",
     "shape_of",
     "where",
 ]
@@ -119,10 +121,45 @@ def fan_in(node: fx.Node) -> int:
     return math.prod(shape_of(bind(node)["weight"])[1:])
 
 
+def batch_of(graph: fx.GraphModule, wanted: int) -> int:
+    """How many samples to run at a time: `wanted`, or the number that the graph fixes."""
+    return wanted if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
+
+
 def infer_shapes(graph: fx.GraphModule) -> None:
     """Run the example once and store every node's shape and dtype in node.meta["tensor_meta"]."""
     with torch.no_grad():
         ShapeProp(graph).propagate(*graph.meta["example"])
+
+
+def sample_values(graph: fx.GraphModule) -> frozenset[str]:
+    """Names of the values whose first dimension counts the samples.
+
+    Where the batch is free it is seen by running one sample more than the example has: sizes may agree by chance.
+    """
+    example: tuple[Tensor, ...] = graph.meta["example"]
+    batch = next((len(x) for x in example if x.ndim), 1)
+    names = {node.name for node in graph.graph.nodes if shape_of(node)[:1] == (batch,)}
+    if not graph.meta["dynamic_batch"]:
+        return frozenset(names)
+    longer = _Lengths(graph)
+    with torch.no_grad():
+        longer.run(*(torch.cat([x, x[:1]]) if x.ndim else x for x in example))
+    return frozenset(name for name in names if longer.found.get(name) == batch + 1)
+
+
+class _Lengths(fx.Interpreter):
+    """Finds the first dimension of every tensor."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.found: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.ndim:
+            self.found[n.name] = len(value)
+        return value
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from calibrators.blocks import partition
+from calibrators.errors import InputError
 from calibrators.freeze import code_bias, widen
-from calibrators.graph import fan_in, shape_of
+from calibrators.graph import batch_of, fan_in, shape_of
 from calibrators.losses import PredictionLoss
 from calibrators.numerics import dequantize, fake_quant
 from calibrators.place import Placement
@@ -33,7 +34,7 @@ from calibrators.simulation import Frontier, Simulation, channels_last
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Memory
 
-__all__ = ["Landscape", "Measured", "Point", "Spent", "draw_samples", "float_outputs"]
+__all__ = ["Landscape", "Measured", "Point", "Spent", "compared_outputs", "draw_samples", "float_outputs"]
 
 CHUNK = 32
 """Samples per forward pass: the activations of one block stay near the processor."""
@@ -96,10 +97,11 @@ class Landscape:
         self.wiring = _Wiring(self.placement)
         self.first = self._first_blocks()
         self.samples = len(inputs[0])
-        self.chunk = chunk_size(self.placement)
+        self.chunk = batch_of(self.placement.graph, CHUNK)
         self.memory = Memory(problem.memory)
         names = [node.name for node in self.frontier.nodes.values() if node.op == "placeholder"]
         self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
+        self.compared = [*compared_outputs(problem)]
         self.live = [self._live_at(index) for index in range(len(self.blocks) + 1)]
         work = [sum(map(self._work, block.weighted)) * self.samples for block in self.blocks]
         self.work_from = [sum(work[index:]) for index in range(len(work) + 1)]
@@ -132,11 +134,10 @@ class Landscape:
         return first
 
     def _live_at(self, index: int) -> list[str]:
-        """The values that cross into block `index`; behind the last block, the outputs."""
-        output = self.placement.graph.graph.output_node()
+        """The values that cross into block `index`; behind the last block, the outputs that are compared."""
         made = {*self.entry.caches, *(name for block in self.blocks[:index] for name in block.outputs)}
         read = [name for block in self.blocks[index:] for name in block.inputs]
-        read += [node.name for node in output.all_input_nodes]
+        read += self.compared
         return [name for name in dict.fromkeys(read) if name in made]
 
     def _work(self, name: str) -> int:
@@ -188,7 +189,7 @@ class Landscape:
         losses = torch.empty(0, dtype=torch.float64)
         for start, values in self._chunks(at):
             outputs = self._forward(values, at, len(self.blocks))
-            made = self.loss([outputs[name] for name in self.live[-1]], start)
+            made = self.loss([outputs[name] for name in self.compared], start)
             losses = torch.cat([losses, made])
             self.spent += self.work_from[at] * len(made) // self.samples
             if race and self._is_lost(losses):
@@ -296,25 +297,38 @@ class _Wiring:
         self.source = {name: read(site.users[0]) for name, site in self.biases.items()}
 
 
-def chunk_size(placement: Placement) -> int:
-    """Samples per forward pass: those of the example where the graph fixes their number."""
-    graph = placement.graph
-    return CHUNK if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
-
-
 def draw_samples(problem: Problem, total: int, samples: int, purpose: str) -> Tensor:
     """At most `samples` of `total` samples, int64 [n], ascending; whole batches where their size is fixed."""
-    chunk, wanted = chunk_size(problem.placement), min(total, samples)
-    if not problem.placement.graph.meta["dynamic_batch"]:
-        wanted = max(chunk, wanted - wanted % chunk)
+    wanted, batch = min(total, samples), batch_of(problem.placement.graph, 1)
+    wanted = max(batch, wanted - wanted % batch)
     return torch.randperm(total, generator=problem.generator(purpose))[:wanted].sort().values
 
 
-def float_outputs(placement: Placement, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of the float network for all samples, [samples, ...] each."""
-    size = chunk_size(placement)
+def compared_outputs(problem: Problem) -> dict[str, int]:
+    """The outputs that a loss compares, floats of every sample: their place among all outputs by fx name.
+
+    raises: InputError where there is none.
+    """
+    graph = problem.placement.graph
+    found: dict[str, int] = {}
+    for index, node in enumerate(graph.graph.output_node().args[0]):  # type: ignore[arg-type]
+        if node.name in problem.sample_values and node.meta["tensor_meta"].dtype.is_floating_point:
+            found.setdefault(node.name, index)
+    if not found:
+        raise InputError(
+            "the model has no output of floats with one row per sample, by which the effect of a grid could be "
+            "measured: use a method that looks at layers (mse, gptq, qdrop), and no budget or sensitivity"
+        )
+    return found
+
+
+def float_outputs(problem: Problem, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The compared outputs of the float network for all samples, [samples, ...] each."""
+    graph = problem.placement.graph
+    chunks = zip(*(torch.split(x, batch_of(graph, CHUNK)) for x in inputs), strict=True)
+    places = compared_outputs(problem).values()
     with torch.no_grad():
-        parts = [placement.graph(*chunk) for chunk in zip(*(torch.split(x, size) for x in inputs), strict=True)]
+        parts = [[outputs[place] for place in places] for outputs in (graph(*chunk) for chunk in chunks)]
     return [torch.cat(output) for output in zip(*parts, strict=True)]
 
 

@@ -2,7 +2,9 @@
 
 Two operators are linked when only the second reads the first, through operators f with f(a x) = a f(x) for a > 0: ReLU,
 leaky ReLU, pools, padding with zeros, and whatever moves values. Which channel of the first each input channel of the
-second holds is not derived from shapes but seen: images that are constant in every channel go through f.
+second holds is not derived from shapes but seen: images that are constant in every channel go through f, channel k
+with the value k and with 1 / k. For whatever mixes channels, averages and maxima alike, the product of both results
+is above 1 (Jensen's inequality).
 
 A clip such as ReLU6 links nothing: its bound would have to move along, one per channel, for which no integer kernel is.
 
@@ -184,15 +186,17 @@ def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | No
     shape = shape_of(first)
     ones = torch.ones(shape, dtype=torch.float64)
     number = torch.arange(1, shape[1] + 1, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
-    passed, numbers = (_by_channel(_run(between, x)) for x in (ones, number))  # [channels, rest]
+    probes = ones, number, 1 / number
+    passed, numbers, inverses = (_by_channel(_run(between, x)) for x in probes)  # [channels, rest]
     seen = passed > 0
     if not bool(seen.any(1).all()):
         return None
-    found = torch.where(seen, numbers / passed, 0.0)
-    sources = found.amax(1)
-    same = ~seen | ((found - sources[:, None]).abs() < ROUNDING * shape[1])
+    found, inverse = (torch.where(seen, values / passed, 0.0) for values in (numbers, inverses))
+    sources = found.amax(1).round()
+    one = (found - sources[:, None]).abs() < ROUNDING * shape[1]
+    unmixed = (found * inverse - 1).abs() < ROUNDING
     keeps = bool(((passed - 1).abs() < ROUNDING).all())
-    return (sources.round().long() - 1, keeps) if bool(same.all()) else None
+    return (sources.long() - 1, keeps) if bool((~seen | (one & unmixed)).all()) else None
 
 
 def _run(nodes: list[fx.Node], x: Tensor) -> Tensor:

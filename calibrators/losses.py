@@ -45,7 +45,7 @@ def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def relative_error(outputs: Tensor, targets: Tensor, energy: float) -> Tensor:
     """Mean squared error of every sample [n, ...] in units of `energy`, as [n]."""
-    return (outputs - targets).square().flatten(1).mean(1) / energy
+    return (outputs - targets).square().reshape(len(outputs), -1).mean(1) / energy
 
 
 class PredictionLoss(Protocol):

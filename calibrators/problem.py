@@ -17,12 +17,12 @@ from torch import Tensor
 
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, freeze
-from calibrators.graph import constant
+from calibrators.graph import constant, sample_values
 from calibrators.methods import range_method
 from calibrators.observe import Statistic
 from calibrators.place import Placement
 from calibrators.ranges import RangeMethod
-from calibrators.simulate import Batch, observe
+from calibrators.simulate import EMPTY_AGAIN, Batch, observe
 from calibrators.spec import QParams, Site
 
 __all__ = ["Bar", "Problem", "Stage", "silent"]
@@ -76,6 +76,11 @@ class Problem:
         with self.stage("calibrate", None) as bar:
             return observe(self.placement, self.batches, bar.advance)
 
+    @cached_property
+    def sample_values(self) -> frozenset[str]:
+        """Names of the graph's values whose first dimension counts the samples."""
+        return sample_values(self.placement.graph)
+
     def variant(self, **changes: Any) -> Problem:
         """The same problem with other fields that leave what was observed as it is: memory, bits of the placement."""
         other = replace(self, **changes)
@@ -124,7 +129,7 @@ class Problem:
         """
         batches = list(self.batches)
         if not batches:
-            raise DataError("the calibration data was empty when read again: give a list or another re-iterable")
+            raise DataError(EMPTY_AGAIN)
         return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -30,6 +30,7 @@ from calibrators.blocks import Block, extract, partition
 from calibrators.deployment import Deployment
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, widen
+from calibrators.graph import batch_of
 from calibrators.methods import get_method
 from calibrators.options import check, option
 from calibrators.problem import Problem
@@ -193,7 +194,8 @@ class Run(Deployment):
         weights = problem.weights(get_method(method.weight_ranges))
         grids = widen(problem.placement, activations, weights, margin=SHRINKING)
         super().__init__(problem, blocks, activations, grids)
-        self.method, self.settings = method, method.settings()
+        self.method, settings = method, method.settings()
+        self.settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
         self.position = 0
         self.floats = dict(self.quantized)
         self.goals: dict[int, Floats] = {}
@@ -268,6 +270,7 @@ class Run(Deployment):
             weights={name: self._weight(name) for name in self._new(list(simulation.weights))},
             biases={n: self.bias(n).float().to(self.device) for n in simulation.biases},
             reference=math.inf,
+            device=self.device,
         )  # fmt: skip
         self._settled.update(unit.scales, unit.weights)
         loss = self.method.loss(unit, self)
@@ -348,7 +351,7 @@ class Run(Deployment):
     @torch.no_grad()
     def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
         """The outputs of a float network, called `names`, for the inputs of all samples."""
-        recording = Recording(self.memory, len(inputs[0]))
+        recording = Recording(self.memory, len(inputs[0]), self.problem.sample_values)
         squares: dict[str, float] = {}
         for chunk in self.chunks(inputs):
             outputs = dict(zip(names, network(*chunk), strict=True))

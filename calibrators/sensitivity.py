@@ -118,7 +118,7 @@ class Probe:
         inputs = problem.inputs()
         rows = draw_samples(problem, len(inputs[0]), samples, "sensitivity")
         chosen = [x[rows] for x in inputs]
-        floats = float_outputs(problem.placement, chosen)
+        floats = float_outputs(problem, chosen)
         labels = None if problem.labels is None else problem.labels[rows]
         self.witness = _Witness(floats, labels)
         self.landscape = Landscape(problem, chosen, grids.given, self.witness, budget=UNLIMITED)

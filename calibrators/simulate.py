@@ -20,9 +20,11 @@ from calibrators.observe import Statistic
 from calibrators.place import Placement
 from calibrators.program import DEQUANTIZE
 
-__all__ = ["Batch", "observe", "relative_errors", "sqnr"]
+__all__ = ["EMPTY_AGAIN", "Batch", "observe", "relative_errors", "sqnr"]
 
 Batch = tuple[Tensor, ...]
+
+EMPTY_AGAIN = "the calibration data was empty when read again: give a list or another re-iterable"
 
 
 class Watcher(fx.Interpreter):

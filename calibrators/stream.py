@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -138,18 +138,25 @@ class Cache:
 class Recording:
     """Caches of those of some named values that come sample by sample, filled batch by batch.
 
-    grid: on which a value is kept as codes, by its name; None for one that is kept as it is.
+    names: of the values that do.
+    grid:  on which a value is kept as codes, by its name; None for one that is kept as it is.
     """
 
-    def __init__(self, memory: Memory, samples: int, grid: Callable[[str], QParams | None] = lambda name: None) -> None:
-        self.memory, self.samples, self.grid = memory, samples, grid
+    def __init__(
+        self,
+        memory: Memory,
+        samples: int,
+        names: Collection[str],
+        grid: Callable[[str], QParams | None] = lambda name: None,
+    ) -> None:
+        self.memory, self.samples, self.names, self.grid = memory, samples, names, grid
         self.caches: dict[str, Cache] = {}
         self.recorded = 0
 
     def append(self, values: Mapping[str, Tensor], count: int) -> None:
         """Put the values of the next `count` samples behind those that are there."""
         if not self.recorded:
-            per_sample = {name: x for name, x in values.items() if x.ndim and len(x) == count}
+            per_sample = {name: x for name, x in values.items() if name in self.names}
             self.caches = {n: Cache(self.memory, self.samples, x, self.grid(n)) for n, x in per_sample.items()}
         for name, cache in self.caches.items():
             cache.write(self.recorded, values[name].cpu())

@@ -39,6 +39,7 @@ class Unit:
     scales:       sites whose activation scale may be trained here.
     weights:      float weights and their grids by site; biases: float biases by site.
     reference:    the method's loss with nearest rounding.
+    device:       where it is trained: weights, biases and the simulation are there, caches are in memory.
     """
 
     block: Block
@@ -52,6 +53,7 @@ class Unit:
     weights: Mapping[str, tuple[Tensor, QParams]]
     biases: Mapping[str, Tensor]
     reference: float
+    device: torch.device
 
 
 class Loss(Protocol):
@@ -119,8 +121,7 @@ def train(
 
     raises: DataError when the loss stops being finite.
     """
-    device = next(iter(unit.simulation.parameters()), torch.empty(0)).device
-    trainer = _Trainer(unit, settings, generator, device)
+    trainer = _Trainer(unit, settings, generator)
     for step in range(settings.iters):
         value = trainer.step(loss, step)
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
@@ -139,10 +140,10 @@ def train(
 class _Trainer:
     """Variables, optimizer and one step."""
 
-    def __init__(self, unit: Unit, settings: Settings, generator: torch.Generator, device: torch.device) -> None:
-        self.unit, self.settings, self.device = unit, settings, device
-        self.masks = Masks(settings.keep, generator, device) if 0 < settings.keep < 1 else None
-        self.input_masks = Masks(settings.input_keep, generator, device) if settings.input_keep < 1 else None
+    def __init__(self, unit: Unit, settings: Settings, generator: torch.Generator) -> None:
+        self.unit, self.settings, self.device = unit, settings, unit.device
+        self.masks = Masks(settings.keep, generator, unit.device) if 0 < settings.keep < 1 else None
+        self.input_masks = Masks(settings.input_keep, generator, unit.device) if settings.input_keep < 1 else None
         unit.simulation.train_in(settings.precision)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []

@@ -57,6 +57,6 @@ class _Weighted:
             square = (y - target).square()
             if importance is not None:
                 square = square * importance.elements.to(y.device)
-                square = square.flatten(1).mean(1) * importance.samples[index].to(y.device)
+                square = square.reshape(len(square), -1).mean(1) * importance.samples[index].to(y.device)
             errors.append(square.mean() / energy)
         return torch.stack(errors).mean()

@@ -120,7 +120,7 @@ class _Search:
             if len(labels) != len(self.inputs[0]):
                 raise InputError(f"there are {len(labels)} labels for {len(self.inputs[0])} calibration samples.")
             labels = labels[rows]
-        floats = float_outputs(self.placement, inputs)
+        floats = float_outputs(self.problem, inputs)
         loss = prediction_loss(self.method.loss, floats, labels, self.method.temperature)
         return Landscape(self.problem, inputs, start, loss, budget=evaluations)
 

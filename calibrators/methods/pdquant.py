@@ -55,7 +55,8 @@ class PDQuant(QDrop):
         if not self.prediction:
             return own
         ahead = run.ahead(unit, len(run.blocks))
-        return _WithPrediction(own, ahead, self) if ahead.energy else own
+        share = self.share if run.placement.graph.meta["dynamic_batch"] else 1.0
+        return _WithPrediction(own, ahead, replace(self, share=share)) if ahead.energy else own
 
 
 @dataclass(frozen=True)

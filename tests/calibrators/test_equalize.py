@@ -39,13 +39,15 @@ Array = NDArray[np.float64]
 
 
 def uneven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights whose channels have very different ranges, in float64."""
+    """Random weights and biases whose channels have very different ranges, in float64."""
     model = randomize(model, seed).double()
     generator = torch.Generator().manual_seed(seed + 1)
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             rows = spread(len(module.weight), generator)
             module.weight.mul_(rows.reshape(-1, *[1] * (module.weight.ndim - 1)))
+            if module.bias is not None:
+                module.bias.mul_(rows)
     return model
 
 
@@ -169,9 +171,12 @@ def test_the_function_is_the_same(name: str) -> None:
     assert equalize(changed)[1]["sweeps"] == 1, "and it is done"
 
 
-def literal(weights: list[Array], groups: list[int], sources: list[list[int]]) -> list[Array]:
-    """Nagel et al., eq. 11, pair after pair and channel after channel, until all ranges agree to 1e-12."""
-    weights = [weight.copy() for weight in weights]
+def literal(weights: list[Array], biases: list[Array], groups: list[int], sources: list[list[int]]) -> list[Array]:
+    """Nagel et al., eq. 11, pair after pair and channel after channel, until all ranges agree to 1e-12.
+
+    A range is no less than a third of the channel's bias.
+    """
+    weights, biases = [weight.copy() for weight in weights], [bias.copy() for bias in biases]
     for _ in range(3000):
         worst = 1.0
         for index, source in enumerate(sources):
@@ -188,9 +193,11 @@ def literal(weights: list[Array], groups: list[int], sources: list[list[int]]) -
                     if origin == channel
                     for o in range(position // per_group * outputs, (position // per_group + 1) * outputs)
                 ]
-                r1, r2 = np.abs(first[channel]).max(), max(np.abs(part).max() for part in read)
+                r1 = max(np.abs(first[channel]).max(), abs(biases[index][channel]) / 3)
+                r2 = max(np.abs(part).max() for part in read)
                 s = np.sqrt(r1 * r2) / r2
                 first[channel] /= s
+                biases[index][channel] /= s
                 for part in read:
                     part *= s
                 worst = max(worst, s, 1 / s)
@@ -215,7 +222,9 @@ def literal(weights: list[Array], groups: list[int], sources: list[list[int]]) -
 def test_weights_are_those_of_the_literal_iteration(name: str, groups: list[int], sources: list[list[int]]) -> None:
     make, shape, _ = NETS[name]
     graph, _ = forms(uneven(make()), *shape)
-    expected = literal([weight_of(graph, index) for index in range(len(groups))], groups, sources)
+    layers = range(len(groups))
+    biases = [constant(graph, bind(weighted(graph)[index])["bias"]).numpy() for index in layers]
+    expected = literal([weight_of(graph, index) for index in layers], biases, groups, sources)
     changed, _ = equalize(graph)
     for index, weight in enumerate(expected):
         ratio = weight_of(changed, index) / weight
@@ -223,8 +232,12 @@ def test_weights_are_those_of_the_literal_iteration(name: str, groups: list[int]
 
 
 def test_the_ranges_of_a_depthwise_triple_agree() -> None:
-    """The closed form for triples: the geometric mean of the three."""
-    graph, _ = forms(uneven(NETS["triple"][0]()), *IMAGE)
+    """The closed form for triples whose biases do not matter: the geometric mean of the three."""
+    model = uneven(NETS["triple"][0]())
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.zero_()
+    graph, _ = forms(model, *IMAGE)
 
     def ranges(graph: fx.GraphModule) -> Array:
         one, two, three = (np.abs(weight_of(graph, index)) for index in range(3))
@@ -378,6 +391,51 @@ def test_an_almost_constant_channel_is_not_blown_up() -> None:
         read = np.abs(weight_of(changed, 1)[:, 2]).max()
         assert read / after == pytest.approx(grown, rel=1e-2), "the range of the first counts that many times"
         assert 0.1 < before / after < 10
+
+
+def test_nor_is_one_of_which_no_batch_norm_tells() -> None:
+    """The bias tells: three ranges of the weights are its share that may vary."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))).double()
+    first = model[0]
+    assert isinstance(first, nn.Conv2d) and first.bias is not None
+    first.weight[2] *= 1e-8 / first.weight[2].abs().max()
+    first.bias[2] = 1.0
+    graph, x = forms(model, *IMAGE)
+    changed, _ = equalize(graph)
+    assert difference(graph, changed, x) < SAME
+    after, read = np.abs(weight_of(changed, 0)[2]).max(), np.abs(weight_of(changed, 1)[:, 2]).max()
+    assert read / after == pytest.approx(1 / (3 * 1e-8), rel=1e-2)
+
+
+class Between(nn.Module):
+    """Two linear layers with a function between them that may mix channels."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(8, 12), nn.Linear(width, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.function(self.first(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("function", "width"),
+    [
+        (lambda x: x.reshape(-1, 6, 2).amax(-1), 6),
+        (lambda x: x.reshape(-1, 4, 3).amax(-1), 4),
+        (lambda x: x.reshape(-1, 4, 3).mean(-1), 4),
+        (lambda x: F.avg_pool1d(x.unsqueeze(1), 3).squeeze(1), 4),
+        (lambda x: F.max_pool1d(x.unsqueeze(1), 2).squeeze(1), 6),
+        (lambda x: F.adaptive_avg_pool1d(x.unsqueeze(1), 1).squeeze(1), 1),
+    ],
+    ids=["maxout-2", "maxout-3", "mean", "avg-pool", "max-pool", "global"],
+)
+def test_what_mixes_channels_ends_a_link(function: Callable[[Tensor], Tensor], width: int) -> None:
+    graph, x = forms(uneven(Between(function, width)), 8)
+    changed, record = equalize(graph)
+    assert record["pairs"] == [] and reasons(record)["first"] == "channels mix on the way"
+    assert difference(graph, changed, x) == 0
 
 
 def biased(*behind: nn.Module, width: int = 6, gamma: float = 0.1) -> tuple[fx.GraphModule, Tensor]:

@@ -160,7 +160,7 @@ def test_ram_is_left_alone_when_everything_fits(folder: Path) -> None:
 def test_a_recording_holds_what_comes_sample_by_sample(memory: Memory, generator: torch.Generator) -> None:
     x, table = torch.randint(0, 9, (10, 2, 3, 3), generator=generator) * 0.5, torch.randn(4, 3, generator=generator)
     grid = QParams(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), QuantSpec())
-    recording = Recording(memory, 10, {"codes": grid}.get)
+    recording = Recording(memory, 10, {"codes", "float"}, {"codes": grid}.get)
     for part in x.split(3):
         values = {"codes": part, "float": part + 0.1, "table": table, "number": torch.tensor(1.0)}
         recording.append(values, len(part))
