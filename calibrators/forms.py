@@ -24,6 +24,7 @@ Must not know: targets, scales, ONNX.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 import sys
@@ -107,6 +108,10 @@ def _spatial_mean(graph: fx.Graph, node: fx.Node) -> None:
 def _adaptive_pool(graph: fx.Graph, node: fx.Node) -> None:
     x, sizes = bind(node).values()
     before = shape_of(x)[-2:]
+    if len(shape_of(x)) == 3:  # without channels: samples are none
+        pool = (aten.adaptive_avg_pool2d.default, (..., sizes))
+        _substitute(graph, node, (aten.unsqueeze.default, (x, 1)), pool, (aten.squeeze.dim, (..., 1)))
+        return
     if list(sizes) == [1, 1] or len(shape_of(x)) != 4 or any(old % new for old, new in zip(before, sizes, strict=True)):
         return
     kernel = [old // new for old, new in zip(before, sizes, strict=True)]
@@ -115,6 +120,44 @@ def _adaptive_pool(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
     else:
         _substitute(graph, node, (aten.avg_pool2d.default, (x, kernel, kernel)))
+
+
+def _average_pool(graph: fx.Graph, node: fx.Node) -> None:
+    """Plain averages over two dimensions: what ceilings and divisors make of them is padded and multiplied."""
+    bound = bind(node)
+    x, shape, after = bound["self"], shape_of(bound["self"]), shape_of(node)
+    dims = 1 if node.target is aten.avg_pool1d.default else 2
+    include, divisor = bound["count_include_pad"], bound.get("divisor_override")
+    if len(shape) != dims + 2 or (dims == 2 and not bound["ceil_mode"] and divisor is None):
+        return
+
+    def pair(values: Any, missing: int) -> list[int]:
+        return [missing] * (2 - dims) + list(values) * (dims // len(values))
+
+    kernel, padding = pair(bound["kernel_size"], 1), pair(bound["padding"], 0)
+    stride = pair(bound["stride"] or bound["kernel_size"], 1)
+    sizes, made = pair(shape[2:], 1), pair(after[2:], 1)
+    along = list(zip(sizes, made, kernel, stride, padding, strict=True))
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(aten.unsqueeze.default, (x, 2))] if dims == 1 else []
+    source = ... if calls else x
+    if divisor is None and all((size + 2 * p - k) // s + 1 == out for size, out, k, s, p in along):
+        calls.append((aten.avg_pool2d.default, (source, kernel, stride, padding, False, include)))
+    else:
+        sides = ((p, max(0, (out - 1) * s + k - size - p)) for size, out, k, s, p in reversed(along))
+        widths = list(itertools.chain.from_iterable(sides))
+        ones = torch.ones(1, 1, *sizes, dtype=torch.float64)
+        plain = aten.avg_pool2d.default(aten.constant_pad_nd.default(ones, widths, 0), kernel, stride)
+        factor = aten.avg_pool2d.default(ones, kernel, stride, padding, bound["ceil_mode"], include, divisor) / plain
+        assert graph.owning_module is not None
+        name = add_constant(graph.owning_module, f"{node.name}_factor", factor.float())
+        with graph.inserting_before(node):
+            multiplier = graph.get_attr(name)
+        calls += [
+            (aten.constant_pad_nd.default, (source, widths, 0)),
+            (aten.avg_pool2d.default, (..., kernel, stride)),
+            (aten.mul.Tensor, (..., multiplier)),
+        ]
+    _substitute(graph, node, *calls, *([(aten.squeeze.dim, (..., 2))] if dims == 1 else []))
 
 
 def _pool_of_sequence(graph: fx.Graph, node: fx.Node) -> None:
@@ -379,6 +422,8 @@ _REWRITES: dict[Any, tuple[Callable[[fx.Graph, fx.Node], None], ...]] = {
     aten.silu.default: (_silu,),
     aten.mean.dim: (_spatial_mean,),
     aten.adaptive_avg_pool2d.default: (_adaptive_pool,),
+    aten.avg_pool1d.default: (_average_pool,),
+    aten.avg_pool2d.default: (_average_pool,),
     aten.adaptive_avg_pool1d.default: (_pool_of_sequence,),
     aten.adaptive_max_pool2d.default: (_plain_max,),
     aten.max_pool2d_with_indices.default: (_plain_max,),

@@ -6,6 +6,7 @@ Must not know: quantization, targets, ONNX.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import traceback
@@ -39,6 +40,18 @@ _RESHAPES = {
 }
 
 
+_RETURN_THEIR_INPUT = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout.default,
+}
+"""In evaluation, though their schemas do not say so."""
+
+SAME, SAME_IN_HALF = 1e-3, 5e-2
+"""Largest legal difference between the captured graph and the program it was made from, relative to its outputs."""
+
+
 def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
     """Flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
 
@@ -63,6 +76,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
     _check(graph)
+    _prove(program, graph)
     return graph
 
 
@@ -92,7 +106,7 @@ def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.E
     Tracing sees one batch size; a model that treats another one differently (`if len(x) == 1`) would be lost.
     """
     batch = torch.export.Dim("batch", min=1, max=2**20)
-    dynamic_shapes = tuple({0: batch} if x.ndim else None for x in inputs)
+    dynamic_shapes = _as_called(model, tuple({0: batch} if x.ndim else None for x in inputs))
     program = torch.export.export(model, _with_batch(inputs, 2), dynamic_shapes=dynamic_shapes, strict=False)
     traced = program.module()
     for size in (1, 2, 3):
@@ -103,6 +117,34 @@ def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.E
             if not torch.allclose(torch.as_tensor(left), torch.as_tensor(right), rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
     return program
+
+
+def _as_called(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One value per argument of forward; what goes into *args is one tuple."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return values
+    first = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(values))
+    return (*values[:first], values[first:]) if first < len(values) else values
+
+
+def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None:
+    """Refuse a graph that computes something else than the program on its own example."""
+    halves = any(x.dtype in _HALVES for x in (*program.state_dict.values(), *graph.meta["example"]))
+    limit = SAME_IN_HALF if halves else SAME
+    with torch.no_grad(), quiet():
+        original = program.module()
+        expected = pytree.tree_leaves(original(*(x.clone() for x in graph.meta["example"])))
+        found = graph(*(x.clone() for x in graph.meta["example"]))
+    for name, left, right in zip(graph.meta["output_names"], expected, found, strict=True):
+        left, right = torch.as_tensor(left).double(), torch.as_tensor(right).double()
+        largest = float(left[left.isfinite()].abs().max()) if bool(left.isfinite().any()) else 0.0
+        if left.shape != right.shape or not torch.allclose(right, left, limit, limit * largest, equal_nan=True):
+            raise ModelError(
+                f"the captured graph computes another {name!r} than the model: an operator that writes into memory of "
+                "another value may be the cause; write it without in-place operators"
+            )
 
 
 def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
@@ -153,9 +195,10 @@ def _flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     output.args = (tuple(outputs),)
     notes = _widen(flat)
     flat.recompile()
+    input_names = [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"]
     flat.meta = {
-        "input_names": [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"],
-        "output_names": _output_names(out_spec, len(outputs)),
+        "input_names": input_names,
+        "output_names": _unlike(_output_names(out_spec, len(outputs)), input_names),
         "notes": notes,
     }
     return flat
@@ -215,9 +258,10 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
+    """Whether what the call returns may be memory that it was given: of one of several results nothing says so."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    if not isinstance(target, torch._ops.OpOverload) or target in _RETURN_THEIR_INPUT:
+        return True
     return any(argument.alias_info is not None for argument in target._schema.arguments)
 
 
@@ -323,6 +367,16 @@ def _drop_empty_inputs(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _unlike(names: list[str], taken: list[str]) -> list[str]:
+    """The names, each with as many underscores behind it as make it new."""
+    found: list[str] = []
+    for name in names:
+        while name in taken or name in found:
+            name += "_"
+        found.append(name)
+    return found
+
+
 def _output_names(spec: Any, count: int) -> list[str]:
     """Keys of a dictionary of tensors, else 'output' or 'output_0', 'output_1', ..."""
     default = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
@@ -331,7 +385,7 @@ def _output_names(spec: Any, count: int) -> list[str]:
     structure = pytree.tree_unflatten(list(range(count)), spec)
     if not isinstance(structure, dict) or any(not isinstance(index, int) for index in structure.values()):
         return default
-    return [name for name, _ in sorted(structure.items(), key=lambda item: int(item[1]))]
+    return [str(name) for name, _ in sorted(structure.items(), key=lambda item: int(item[1]))]
 
 
 def _check(graph: fx.GraphModule) -> None:

@@ -241,12 +241,12 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
 
 
 def _clamp_tensor(x: Any, min: Any = None, max: Any = None) -> Any:
-    """What torch.onnx makes of a clamp of codes; its bounds are scalars."""
-
-    def bound(value: Any) -> Any:
-        return None if value is None else op.CastLike(value, x)
-
-    return op.Clip(x, bound(min), bound(max))
+    """What torch.onnx makes of a clamp of codes, whose bounds are scalars; and clamps by bounds of any shape."""
+    lo, hi = (None if bound is None else op.CastLike(bound, x) for bound in (min, max))
+    if all(bound is None or not len(bound.shape) for bound in (min, max)):
+        return op.Clip(x, lo, hi)
+    x = x if lo is None else op.Max(x, lo)
+    return x if hi is None else op.Min(x, hi)
 
 
 def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:

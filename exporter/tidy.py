@@ -6,6 +6,7 @@ Must not know: tap maps, quantization, ONNX.
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -268,6 +269,8 @@ def _written_sides(padding: fx.Node) -> tuple[set[tuple[int, int, int]], list[fx
         given = bind(writes[0])
         start, end, axis = given["start"] or 0, given["end"], given["dim"]
         low = start == 0
+        if not low and end is not None and end < sys.maxsize:  # not up to the border
+            return sides, values, last
         sides.add((axis, 0 if low else 1, end if low else -start))
         values.append(value)
         last = writes[0]

@@ -320,7 +320,7 @@ class _OutputTally:
         self.max_abs = max(self.max_abs, _distance(ours, theirs))
         distance = _distance(per_node, theirs)
         if distance:
-            largest = float(theirs.abs().max())
+            largest = float(theirs.double().abs().where(theirs.isfinite(), 0.0).max())
             self.relative = max(self.relative, distance / largest if largest > 0 else math.inf)
 
 
@@ -435,5 +435,7 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
         return 0.0
     if ours.shape != theirs.shape:
         return math.inf
-    distance = float((ours.double() - theirs.double()).abs().max())
+    ours, theirs = ours.double(), theirs.double()
+    differ = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
+    distance = float((ours - theirs)[differ].abs().amax()) if bool(differ.any()) else 0.0
     return math.inf if math.isnan(distance) else distance
