@@ -74,7 +74,13 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
     raises: InputError if DIR holds something, or if no folder can be made beside it.
     """
     with _os_errors(out):
-        _check_free(out.resolve(), overwrite=overwrite)
+        place = out.resolve()
+        if place == Path.cwd() or os.path.ismount(place):
+            what = "the current folder" if place == Path.cwd() else "a mount point"
+            raise InputError(
+                f"{out} is {what}, which cannot be replaced by a finished bundle; give --out a folder inside it."
+            )
+        _check_free(place, overwrite=overwrite)
         above = out.resolve().parent
         while not above.exists():
             above = above.parent

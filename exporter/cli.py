@@ -8,6 +8,7 @@ Must not know: how anything is computed.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -22,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from calibrators.errors import InputError, IntactError, UnknownNameError
+from exporter.number_text import compared
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig
-    from exporter.data import Data
 
 __all__ = ["app", "main"]
 
@@ -279,6 +280,31 @@ def verify(
     _finish(report, folder)
 
 
+@app.command(no_args_is_help=True)
+def lint(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, whoever wrote it.")],
+    target: Annotated[str, typer.Option(help="The runtime it is meant for.")] = "ort-cpu",
+    debug: Debug = False,
+) -> None:
+    """Look for what the runtime refuses, computes wrongly or runs in float. Ends with 1 where there is an error.
+
+    Example: [bold]intact lint model.onnx[/bold]
+    """
+    with _reported_errors(debug=debug):
+        from calibrators.targets import get_target
+        from runtime_tests.lint import lint as findings_of
+
+        get_target(target)
+        if not model.is_file():
+            raise InputError(f"{model} is no file; give an ONNX model.")
+        findings = findings_of(model)
+        table = Table("severity", "rule", "where", "what", box=None)
+        for finding in findings:
+            table.add_row(finding.severity, finding.rule, escape(finding.where), escape(finding.message))
+        Console().print(table if findings else "Nothing found.")
+    raise typer.Exit(any(finding.severity == "error" for finding in findings))
+
+
 @app.command()
 def demo(
     out: Out, method: Method = None, overwrite: Overwrite = False, quiet: Quiet = False, debug: Debug = False
@@ -344,6 +370,7 @@ def targets(debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how CI ends a job: to be cleaned up behind, as Ctrl-C
     app()
 
 
@@ -365,9 +392,10 @@ def _export(
     check_settings(settings)
     from exporter.load import input_names, load_model
     from exporter.pipeline import export as run
+    from exporter.pipeline import open_both
     from exporter.progress import console_progress
 
-    data, evaluation = _open(sources, settings)
+    data, evaluation = open_both(*sources, settings)
     network = load_model(model, checkpoint)
     names = input_names(network)
     report: Mapping[str, Any] = run(
@@ -381,20 +409,6 @@ def _export(
         overwrite=overwrite,
     )
     return report
-
-
-def _open(sources: tuple[str, str | None], settings: ExportConfig) -> tuple[Data, Data | None]:
-    """Both data sources; image settings go to those that are folders, and are an error if none is."""
-    from exporter.data import open_data
-
-    images: dict[str, Any] = {"image_size": settings.image_size, "mean": settings.mean, "std": settings.std}
-    some_folder = any(source is not None and Path(source).is_dir() for source in sources)
-    opened = [
-        open_data(source, batch=settings.batch_size, **(images if Path(source).is_dir() or not some_folder else {}))
-        for source in sources
-        if source is not None
-    ]
-    return opened[0], opened[1] if len(opened) > 1 else None
 
 
 @contextmanager
@@ -450,10 +464,11 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])
     if report["coverage"].get("weight_only_macs"):
         yield "weight-only MACs", _weight_only(report["coverage"])
-    yield "size", f"{size['bytes'] / 1000:,.0f} kB, {_ratio(size['float_bytes'], size['bytes'])} smaller than float"
+    shrink = compared(size["float_bytes"], size["bytes"], "smaller", "larger")
+    yield "size", f"{size['bytes'] / 1000:,.0f} kB, {shrink} than float"
     if latency is not None:
-        faster = _ratio(latency["float"], latency["quantized"])
-        yield "latency", f"{latency['quantized']:.2f} ms, {faster} faster than float"
+        speed = compared(latency["float"], latency["quantized"], "faster", "slower")
+        yield "latency", f"{latency['quantized']:.2f} ms, {speed} than float"
     for gate in report["gates"]:
         if not gate["passed"]:
             yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
@@ -482,10 +497,6 @@ def _parity(level: Mapping[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "not measured" if share is None else f"{100 * share:.2f} %"
-
-
-def _ratio(before: float | None, after: float | None) -> str:
-    return f"{before / after:.2f}x" if before and after else "?"
 
 
 def _number(value: float | None) -> str:

@@ -35,8 +35,8 @@ Positive = Annotated[int, Field(ge=1)]
 Storage = Literal["auto", "int8", "int4", "int2"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
-NO_EFFECT = frozenset({"cache_gib", "explain", "sensitivity"})
-"""Settings that change how an export is computed and told, and nothing in the model."""
+NO_EFFECT = frozenset({"cache_gib", "explain", "sensitivity", "gates", "parity_samples", "latency_runs", "threads"})
+"""Settings that change how an export is computed, proved and told, and nothing in the model."""
 
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 

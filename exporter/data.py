@@ -257,7 +257,7 @@ def open_data(
         return source
     if batch < 1:
         raise DataError(f"a batch of {batch} samples is empty; give a batch size of 1 or more.")
-    if isinstance(source, Path) or (isinstance(source, str) and ":" not in source):
+    if isinstance(source, Path) or (isinstance(source, str) and (":" not in source or Path(source).exists())):
         return _open_path(Path(source), ImageForm.of(image_size, mean, std), batch)
     if image_size is not None or mean is not None or std is not None:
         raise DataError("image size, mean and std belong to a folder of images; here the data comes preprocessed.")
@@ -283,14 +283,18 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     """
     if not any(x.dtype == torch.uint8 for x in batch.inputs):
         return
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
-            model(*(x[:1] for x in batch.inputs))
-    except RuntimeError as error:
+            model.eval()(*(x[:1] for x in batch.inputs))
+    except Exception as error:  # of the user's own code
         raise DataError(
-            f"{where} is uint8 and the model does not take that ({str(error).splitlines()[0]}); "
+            f"{where} is uint8 and the model does not take that ({(str(error) or repr(error)).splitlines()[0]}); "
             "give it as the model was trained: usually float32 in 0..1, normalised, channels first."
         ) from error
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _split(item: object, where: str) -> tuple[object, object]:
@@ -319,7 +323,7 @@ def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
         note = f"was converted from {_dtype(tensor)} to float32"
         tensor = tensor.to(torch.float32)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        finite = torch.isfinite(tensor).flatten(1).all(1)
+        finite = torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
         first = int((~finite).nonzero()[0])
         raise DataError(f"{where} holds NaN or infinite values (first in sample {first} of the batch); clean the data.")
     return tensor, note

@@ -226,7 +226,17 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
         raise ModelError(
             f"{path} does not fit the model: {_listed(shapes, '; ')}. Does the factory build the same variant?"
         )
+    codes = [name for name, value in expected.items() if name in state and _is_float(value) > _is_float(state[name])]
+    if codes:
+        raise ModelError(
+            f"{path} holds {str(state[codes[0]].dtype)[6:]} for {_listed(codes, ', ')}, where the model has floats: a "
+            "quantized checkpoint cannot be loaded into a float model; give the float weights."
+        )
     model.load_state_dict(state, strict=False)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _without_prefix(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
@@ -302,13 +312,16 @@ def _import_file(path: Path, error: type[InputError]) -> ModuleType:
 
 
 def _import_module(name: str, error: type[InputError]) -> ModuleType:
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError) as cause:
-        raise error(f"no module named {name!r} ({cause}); for a file write its path with .py.") from cause
-    if found is None:
-        raise error(f"no module named {name!r}; for a file write its path with .py.")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # as `python -m` has it; an installed command does not
     with users_code(name, "cannot be imported:", None, error):
+        try:
+            found = importlib.util.find_spec(name)
+        except (ModuleNotFoundError, ValueError) as cause:
+            raise error(f"no module named {name!r} ({cause}); for a file write its path with .py.") from cause
+        if found is None:
+            raise error(f"no module named {name!r}; for a file write its path with .py.")
         return importlib.import_module(name)
 
 

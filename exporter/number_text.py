@@ -11,6 +11,7 @@ from typing import Any, Final
 
 __all__ = [
     "compact",
+    "compared",
     "count",
     "decibel",
     "differ",
@@ -57,6 +58,15 @@ def percent(value: object, digits: int = 2) -> str:
     if 0 < number < 1:
         shown = min(max(shown, step), 100 - step)
     return f"{shown:.{digits}f} %"
+
+
+def compared(before: object, after: object, less: str, more: str) -> str:
+    """10, 4 -> 2.50x smaller; 4, 10 -> 2.50x larger."""
+    numbers = measured(before), measured(after)
+    if not numbers[0] or not numbers[1]:
+        return DASH
+    ratio = numbers[0] / numbers[1]
+    return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x {more}"
 
 
 def points(value: object) -> str:

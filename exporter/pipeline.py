@@ -9,7 +9,7 @@ import errno
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from calibrators.budgets import ACCURACY, parse_budgets
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult
+from calibrators.losses import is_logits
 from calibrators.methods import get_method
 from calibrators.place import PlacementOptions
 from calibrators.simulate import Batch
@@ -32,6 +33,7 @@ from exporter.bundle import check_out, read_golden, verify_manifest, write_bundl
 from exporter.capturing import capture
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
+from exporter.data import Batch as DataBatch
 from exporter.data import Data, check_takes_integers, open_data
 from exporter.emission import emit_float, needed_opset, save, to_onnx
 from exporter.entries import (
@@ -121,10 +123,10 @@ def export(
     check_out(out, overwrite=overwrite)
     check_settings(config)
     gates = [*DEFAULT_GATES, *map(parse, config.gates)]
-    evaluation = open_data(eval_data) if eval_data is not None else None
+    given, evaluation = open_both(data, eval_data, config)
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
-    calibration = _calibration_data(data, config)
+    calibration = _calibration_data(given, config)
     for opened in (calibration, evaluation):
         if opened is not None:
             opened.example()  # once more: what can be read only once is refused before the work
@@ -146,9 +148,27 @@ def export(
     return report
 
 
-def _calibration_data(data: object, config: ExportConfig) -> Data:
+def open_both(calibration: object, evaluation: object | None, config: ExportConfig) -> tuple[Data, Data | None]:
+    """Both data; image settings go to those that are folders, and are an error if none is.
+
+    raises: DataError, UnknownNameError.
+    """
+    images: dict[str, Any] = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
+    some_folder = _is_folder(calibration) or _is_folder(evaluation)
+
+    def opened(source: object) -> Data:
+        return open_data(source, batch=config.batch_size, **(images if _is_folder(source) or not some_folder else {}))
+
+    return opened(calibration), None if evaluation is None else opened(evaluation)
+
+
+def _is_folder(source: object) -> bool:
+    return isinstance(source, (str, Path)) and Path(source).is_dir()
+
+
+def _calibration_data(data: Data, config: ExportConfig) -> Data:
     """The calibration data, with labels where the method needs them or a budget can use them."""
-    opened = open_data(data).take(config.calibration_batches)
+    opened = data.take(config.calibration_batches)
     has_labels = opened.example().labels is not None
     if _needs_labels(config) and not has_labels:
         raise DataError(
@@ -177,6 +197,25 @@ class _Bundle:
             shutil.move(path, target / path.name)
         (target / REFERENCE).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(self.folder / "reference.pt2", target / REFERENCE)
+
+
+def _check_alike(calibration: DataBatch, evaluation: DataBatch, names: Sequence[str]) -> None:
+    """Refuse evaluation data that the model would not take, before any work."""
+    for name, x, y in zip(names, calibration.inputs, evaluation.inputs, strict=True):
+        if x.dtype != y.dtype or x.shape[1:] != y.shape[1:]:
+            texts = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
+            raise DataError(f"input {name!r} is {texts[0]} in --data and {texts[1]} in --eval: give both alike.")
+
+
+def _check_labels(graph: fx.GraphModule, evaluation: DataBatch) -> None:
+    """Refuse labels of classes that the model does not have, as far as the first batch shows them."""
+    with torch.no_grad():
+        output = graph(*_example(graph))[0]
+    if evaluation.labels is None or not is_logits(output):
+        return
+    highest = int(evaluation.labels.max())
+    if highest >= output.shape[1]:
+        raise DataError(f"--eval has label {highest}, and the model tells {output.shape[1]} classes, counted from 0.")
 
 
 class _Export:
@@ -208,7 +247,10 @@ class _Export:
         self.work.warnings += graph.meta["notes"]
         names = graph.meta["input_names"]
         self.work.calibration = self.work.calibration.named(names)
-        self.work.evaluation = self.work.evaluation.named(names) if self.work.evaluation else None
+        if self.work.evaluation:
+            self.work.evaluation = self.work.evaluation.named(names)
+            _check_alike(self.work.calibration.example(), self.work.evaluation.example(), names)
+            _check_labels(graph, self.work.evaluation.example())
         with self.work.step("fold", "fold"):
             return graph, fold(graph)
 
@@ -441,16 +483,19 @@ def _inputs(graph: fx.GraphModule, data: Data) -> Iterator[Batch]:
 
 
 def _labelled(graph: fx.GraphModule, data: Data) -> Iterator[tuple[Batch, Any]]:
-    """Batches of a pass; cut to the batch size the graph insists on, where it does (an incomplete rest is dropped)."""
+    """Batches of a pass; of the size that the graph insists on, where it does (an incomplete rest is dropped)."""
     fixed = None if graph.meta["dynamic_batch"] else _example(graph)[0].shape[0]
+    rest: tuple[Tensor, ...] = ()
     for batch in data:
-        labels = None if batch.labels is None else batch.labels.numpy()
-        if fixed is None:
-            yield batch.inputs, labels
-            continue
-        for start in range(0, len(batch) - fixed + 1, fixed):
-            part = slice(start, start + fixed)
-            yield tuple(x[part] for x in batch.inputs), None if labels is None else labels[part]
+        values = batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
+        if rest:
+            values = tuple(torch.cat(pair) for pair in zip(rest, values, strict=True))
+        size = len(values[0]) if fixed is None else fixed
+        for start in range(0, len(values[0]) - size + 1, size):
+            part = tuple(x[start : start + size] for x in values)
+            inputs, labels = part[: len(batch.inputs)], part[len(batch.inputs) :]
+            yield inputs, labels[0].numpy() if labels else None
+        rest = tuple(x[len(x) // size * size :] for x in values) if len(values[0]) % size else ()
 
 
 def _first(graph: fx.GraphModule, batches: Iterable[Batch], samples: int) -> Iterator[Batch]:

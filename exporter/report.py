@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from exporter.number_text import (
     compact,
+    compared,
     count,
     decibel,
     differ,
@@ -307,7 +308,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (count, compact, percent, points, decibel, size, duration, significant, differ, surprises)
+    filters = (count, compact, compared, percent, points, decibel, size, duration, significant, differ, surprises)
     environment.filters |= {function.__name__: function for function in filters}
     environment.tests["integer_kernel"] = is_integer_kernel
     return environment.get_template("report.html.j2")

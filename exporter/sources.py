@@ -8,6 +8,7 @@ Must not know: torch, models, what the batches are for.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def from_npz(path: Path, batch: int) -> Raw:
                 count = min(batch, next(iter(lengths.values())) - start)
                 inputs = {name: array.read(count) for name, array in arrays.items()}
                 yield inputs if labels is None else (inputs, labels.read(count))
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is no readable .npz file ({error}); save it again with numpy.savez.") from error
 
 

@@ -18,8 +18,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
+from calibrators.errors import ModelError
 from runtime_tests.operands import (
     DEQUANTIZE,
     QUANTIZE,
@@ -70,8 +72,13 @@ def lint(model: onnx.ModelProto | str | Path) -> list[Finding]:
     """Findings of every rule, errors first; external weights are read only where a rule needs their values.
 
     A file whose names are not unique is no graph: then only the rules on the file itself run.
+
+    raises: ModelError for what is no ONNX file.
     """
-    proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+    try:
+        proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"{model} cannot be read as an ONNX model: {error}. Export it again.") from error
     findings = [finding for rule in RULES.values() if rule.on_proto for finding in _apply(rule, proto)]
     if not any(finding.rule == "duplicate-name" for finding in findings):
         loaded = ir.from_proto(proto) if isinstance(model, onnx.ModelProto) else ir.load(model)
