@@ -390,12 +390,12 @@ def _export(
     out, overwrite = destination
     check_out(out, overwrite=overwrite)
     check_settings(settings)
+    from exporter.data import open_both
     from exporter.load import input_names, load_model
     from exporter.pipeline import export as run
-    from exporter.pipeline import open_both
     from exporter.progress import console_progress
 
-    data, evaluation = open_both(*sources, settings)
+    data, evaluation = open_both(*sources, **settings.data_form())
     network = load_model(model, checkpoint)
     names = input_names(network)
     report: Mapping[str, Any] = run(

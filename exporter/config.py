@@ -138,6 +138,10 @@ class ExportConfig(BaseModel):
             )
         return self
 
+    def data_form(self) -> dict[str, Any]:
+        """How data without batches is cut, and what images become (exporter.data.open_both)."""
+        return {"batch": self.batch_size, "image_size": self.image_size, "mean": self.mean, "std": self.std}
+
     def digest(self) -> str:
         """sha256 of the canonical JSON of all fields but those without effect on the model."""
         values = self.model_dump(mode="json", exclude=set(NO_EFFECT))

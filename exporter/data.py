@@ -22,7 +22,7 @@ from calibrators.errors import DataError, UnknownNameError
 from exporter.load import UserCallable, load_callable, users_code
 from exporter.sources import ImageForm, from_arrays, from_images, from_npz
 
-__all__ = ["Batch", "Data", "check_takes_integers", "open_data"]
+__all__ = ["Batch", "Data", "check_takes_integers", "open_both", "open_data"]
 
 KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
 """Dtypes that reach the model as they are; other real floats become float32, everything else is refused."""
@@ -274,6 +274,21 @@ def open_data(
     if isinstance(source, Iterable):
         return Data(label, lambda: iter(source))
     raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
+
+
+def open_both(
+    calibration: object, evaluation: object | None, *, batch: int = 64, **images: Any
+) -> tuple[Data, Data | None]:
+    """The data of an export; what images become goes to those that are folders, and is an error if none is.
+
+    raises: DataError, UnknownNameError.
+    """
+    folders = [isinstance(source, (str, Path)) and Path(source).is_dir() for source in (calibration, evaluation)]
+
+    def opened(source: object, is_folder: bool) -> Data:
+        return open_data(source, batch=batch, **(images if is_folder or not any(folders) else {}))
+
+    return opened(calibration, folders[0]), None if evaluation is None else opened(evaluation, folders[1])
 
 
 def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:

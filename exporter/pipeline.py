@@ -34,7 +34,7 @@ from exporter.capturing import capture
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.data import Batch as DataBatch
-from exporter.data import Data, check_takes_integers, open_data
+from exporter.data import Data, check_takes_integers, open_both
 from exporter.emission import emit_float, needed_opset, save, to_onnx
 from exporter.entries import (
     emission_entry,
@@ -123,7 +123,7 @@ def export(
     check_out(out, overwrite=overwrite)
     check_settings(config)
     gates = [*DEFAULT_GATES, *map(parse, config.gates)]
-    given, evaluation = open_both(data, eval_data, config)
+    given, evaluation = open_both(data, eval_data, **config.data_form())
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
     calibration = _calibration_data(given, config)
@@ -146,24 +146,6 @@ def export(
             overwrite=overwrite,
         )
     return report
-
-
-def open_both(calibration: object, evaluation: object | None, config: ExportConfig) -> tuple[Data, Data | None]:
-    """Both data; image settings go to those that are folders, and are an error if none is.
-
-    raises: DataError, UnknownNameError.
-    """
-    images: dict[str, Any] = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
-    some_folder = _is_folder(calibration) or _is_folder(evaluation)
-
-    def opened(source: object) -> Data:
-        return open_data(source, batch=config.batch_size, **(images if _is_folder(source) or not some_folder else {}))
-
-    return opened(calibration), None if evaluation is None else opened(evaluation)
-
-
-def _is_folder(source: object) -> bool:
-    return isinstance(source, (str, Path)) and Path(source).is_dir()
 
 
 def _calibration_data(data: Data, config: ExportConfig) -> Data:
@@ -215,7 +197,7 @@ def _check_labels(graph: fx.GraphModule, evaluation: DataBatch) -> None:
         return
     highest = int(evaluation.labels.max())
     if highest >= output.shape[1]:
-        raise DataError(f"--eval has label {highest}, and the model tells {output.shape[1]} classes, counted from 0.")
+        raise DataError(f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}.")
 
 
 class _Export:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calibrators.calibration import calibrate
 from calibrators.forms import clip_bounds, to_integer_forms
 from exporter.capturing import capture
+from exporter.emission import emit
+from runtime_tests.parity import validate
 from tests.networks import randomize
 
 aten = torch.ops.aten
@@ -203,3 +207,66 @@ def test_layer_scale_behind_a_gate_moves_onto_the_gate() -> None:
     [convolution] = [node for node in graph.graph.nodes if node.target is aten.conv2d.default]
     assert convolution.meta["tensor_meta"].shape[2:] == (1, 1)
     torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)
+
+
+POOLS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "resnet-d": (lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False), (4, 8, 8)),
+    "resnet-d-odd": (lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False), (4, 9, 7)),
+    "ceiling": (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), (4, 10, 9)),
+    "ceiling-uncounted": (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False), (4, 10, 9)),
+    "ceiling-cut": (lambda x: F.avg_pool2d(x, 2, 3, 1, ceil_mode=True), (4, 7, 8)),
+    "divisor": (lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=7), (4, 8, 8)),
+    "sequence": (lambda x: F.avg_pool1d(x, 3, 2), (4, 19)),
+    "sequence-ceiling": (lambda x: F.avg_pool1d(x, 3, 2, 1, True, False), (4, 20)),
+}
+
+
+class Pooled(nn.Module):
+    """An average pool between two convolutions."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], dims: int) -> None:
+        super().__init__()
+        make = nn.Conv2d if dims == 2 else nn.Conv1d
+        self.first, self.second, self.pool = make(4, 4, 3, padding=1), make(4, 3, 1), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.pool(F.relu(self.first(x))))
+        return y
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_average_pools_of_every_kind_are_plain_ones(name: str, tmp_path: Path) -> None:
+    """The runtime takes every average pool for a plain one, whatever its ceiling and divisor."""
+    pool, shape = POOLS[name]
+    model, x = randomize(Pooled(pool, len(shape) - 1)), torch.randn(5, *shape)
+    graph = capture(model, x)
+    with torch.no_grad():
+        assert torch.allclose(to_integer_forms(graph)(x)[0], model(x), atol=1e-5)
+    result = calibrate(graph, [x])
+    emit(result, tmp_path / "model.onnx")
+    report = validate(tmp_path / "model.onnx", reference=result, batches=[x])
+    report.raise_for_mismatch()
+
+
+def test_pooling_of_images_without_channels(tmp_path: Path) -> None:
+    model = randomize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3)))
+    x = torch.randn(5, 6, 8)
+    result = calibrate(capture(model, x), [x])
+    emit(result, tmp_path / "model.onnx")
+    validate(tmp_path / "model.onnx", reference=result, batches=[x]).raise_for_mismatch()
+
+
+def test_bounds_that_are_tensors(tmp_path: Path) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("least", torch.tensor([-0.1, 0.0, 0.1, 0.2]).reshape(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(self.conv(x), self.least, self.least + 0.5)
+
+    model, x = randomize(Clamped()), torch.randn(5, 3, 4, 4)
+    result = calibrate(capture(model, x), [x])
+    emit(result, tmp_path / "model.onnx")
+    validate(tmp_path / "model.onnx", reference=result, batches=[x]).raise_for_mismatch()

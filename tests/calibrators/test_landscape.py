@@ -36,7 +36,7 @@ def problem(name: str, bits: int = 4) -> Problem:
 
 def landscape(given: Problem, budget: int = 1000) -> Landscape:
     inputs = given.inputs()
-    loss = prediction_loss("kl", float_outputs(given.placement, inputs))
+    loss = prediction_loss("kl", float_outputs(given, inputs))
     return Landscape(given, inputs, mse(given), loss, budget=budget)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import ModelError
+from exporter import capturing
 from exporter.capturing import capture
 from tests.networks import NETWORKS, build, randomize
 
@@ -192,3 +194,68 @@ def test_output_that_is_no_tensor() -> None:
 
     with pytest.raises(ModelError, match="no tensor"):
         capture(Number(), torch.ones(2, 3))
+
+
+class Body(nn.Module):
+    """Two convolutions with a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.first(x))  # type: ignore[call-arg]
+
+
+def _in_chunk(body: Any, y: Tensor) -> Tensor:
+    half, _ = y.chunk(2, 1)
+    half.mul_(2)
+    result: Tensor = body.second(y)
+    return result
+
+
+def _in_split(body: Any, y: Tensor) -> Tensor:
+    left, right = y.split([3, 1], 1)
+    right.clamp_(0, 1)
+    left.sub_(0.5)
+    result: Tensor = body.second(y)
+    return result
+
+
+def _in_unbound(body: Any, y: Tensor) -> Tensor:
+    for plane in y.unbind(1):
+        plane.mul_(2)
+    result: Tensor = body.second(y)
+    return result
+
+
+@pytest.mark.parametrize("function", [_in_chunk, _in_split, _in_unbound])
+def test_in_place_on_one_of_several_views_reaches_their_source(function: Any) -> None:
+    model, x = Body(function).eval(), torch.randn(3, 4, 6, 6)
+    with torch.no_grad():
+        assert torch.allclose(capture(model, x)(x)[0], model(x), atol=1e-6)
+
+
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here because the rewrite of in-place operators is told that nothing is a view."""
+    monkeypatch.setattr(capturing, "_is_view", lambda node: False)
+    with pytest.raises(ModelError, match="captured graph computes another 'output' than the model"):
+        capture(Body(_in_chunk).eval(), torch.randn(2, 4, 6, 6))
+
+
+def test_arguments_without_names_have_a_free_batch() -> None:
+    class Sum(nn.Module):
+        def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+            return first + others[0] * others[1]
+
+    graph = capture(Sum(), (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)))
+    assert graph.meta["dynamic_batch"]
+    assert float(graph(*torch.ones(3, 5, 3))[0].sum()) == 30
+
+
+def test_names_of_outputs_are_texts_that_no_input_has() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"x": x + 1, 3: x * 2}
+
+    assert capture(Named(), torch.ones(2, 3)).meta["output_names"] == ["x_", "3"]

@@ -158,7 +158,9 @@ def test_a_bundle_verifies_until_somebody_changes_it(
     assert_one_error(bad, "model.onnx was changed")
 
 
-def test_ctrl_c_half_way_leaves_nothing(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_half_way_leaves_nothing(files: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C, and what ends a job that takes too long."""
     shutil.copy(files / "net.py", tmp_path)
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-c", MAIN, "export", "net.py:build", "--data", "net.py:slow_data", "--out", "out"]
@@ -168,7 +170,7 @@ def test_ctrl_c_half_way_leaves_nothing(files: Path, tmp_path: Path) -> None:
     limit = time.monotonic() + STARTED_AFTER_S
     while not (tmp_path / "running").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, stderr = process.communicate(timeout=STARTED_AFTER_S)
     assert process.returncode == INTERRUPTED, stderr
     assert "interrupted; nothing was written" in stderr and "Traceback" not in stderr
@@ -309,6 +311,67 @@ def test_bad_labels_exit_2(intact: Callable[..., Result], tmp_path: Path, kind: 
     assert result.exit_code == 2, result.output
     assert_one_error(result, message)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
+
+
+EVALUATION: dict[str, tuple[Any, str]] = {
+    "shape": (np.ones((4, 1, 7, 6), np.float32), "[n, 1, 6, 6] float32 in --data and [n, 1, 7, 6] float32 in --eval"),
+    "dtype": (np.ones((4, 1, 6, 6), np.int64), "[n, 1, 6, 6] float32 in --data and [n, 1, 6, 6] int64 in --eval"),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATION)
+def test_evaluation_data_that_does_not_fit_exits_2(intact: Callable[..., Result], tmp_path: Path, kind: str) -> None:
+    content, message = EVALUATION[kind]
+    result = intact("--eval", arrays(tmp_path / "bad.npz", x=content))
+    assert result.exit_code == 2, result.output
+    assert_one_error(result, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(
+    intact: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder, why in ((".", "the current folder"), ("/dev/shm", "a mount point")):
+        result = intact("--out", folder)
+        assert result.exit_code == 2, result.output
+        assert_one_error(result, why, "give --out a folder inside it")
+
+
+def test_a_folder_of_images_may_have_a_colon(intact: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    result = intact("--data", str(tmp_path / "a:b"))
+    assert result.exit_code == 2
+    assert_one_error(result, "a:b", "image")
+
+
+def test_a_package_beside_the_user_is_found(tmp_path: Path) -> None:
+    """An installed command has its own folder first on the path, not the current one."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "net.py").write_text(NETWORK)
+    np.savez(tmp_path / "x.npz", x=GOOD)
+    code = f"import sys; sys.path[0] = {str(Path(__file__).parents[2])!r}; from exporter.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", "package.net:build", "--data", "x.npz", "--out", "out", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lint_reads_any_file(shell: tuple[Any, Path], tmp_path: Path) -> None:
+    clean = CliRunner().invoke(app, ["lint", str(shell[1] / "model.onnx")])
+    assert (clean.exit_code, clean.stdout) == (0, "Nothing found.\n")
+    model = onnx.load(shell[1] / "model.onnx")
+    scale = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias_scale"))
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 2, scale.name))
+    onnx.save(model, tmp_path / "bad.onnx")
+    bad = CliRunner().invoke(app, ["lint", str(tmp_path / "bad.onnx")], env={"COLUMNS": "200"})
+    assert bad.exit_code == 1 and "error" in bad.stdout and "bias" in bad.stdout
+    (tmp_path / "text.onnx").write_text("no model")
+    for path, part in (("text.onnx", "cannot be read as an ONNX model"), ("none.onnx", "is no file")):
+        refused = CliRunner().invoke(app, ["lint", str(tmp_path / path)])
+        assert refused.exit_code == 2
+        assert_one_error(refused, part)
 
 
 @pytest.mark.parametrize(

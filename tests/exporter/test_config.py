@@ -193,7 +193,7 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     plain = ExportConfig()
     assert plain.digest() == make_config({"seed": 0, "method": "mse"}).digest()
     assert make_config({"options": {"a": 1, "b": 2}}).digest() == make_config({"options": {"b": 2, "a": 1}}).digest()
-    changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "gates": ("a<=1",), "mean": (0.5,), "threads": 2,
-               "device": "cuda"}  # fmt: skip
-    assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 8
-    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True}).digest()
+    changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "mean": (0.5,), "device": "cuda"}
+    assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 6
+    told = {"gates": ("a<=1",), "threads": 2, "parity_samples": 8, "latency_runs": 0}
+    assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True} | told).digest()

@@ -148,6 +148,28 @@ class PadWithBias(nn.Module):
         return y
 
 
+class PartlyFilled(nn.Module):
+    """The last row of the border is left as it was padded: no border of one value."""
+
+    def __init__(self, end: int | None) -> None:
+        super().__init__()
+        self.end = end
+        self.register_buffer("value", torch.full((1, 4, 1, 1), 0.3))
+
+    def forward(self, x):
+        y = F.pad(x, [2] * 4)
+        y[:, :, :2, :] = self.value
+        y[:, :, -2 : self.end, :] = self.value
+        y[:, :, :, :2] = self.value
+        y[:, :, :, -2:] = self.value
+        return y
+
+
+@pytest.mark.parametrize("end", [None, -1])
+def test_a_border_is_filled_up_to_its_end(end: int | None) -> None:
+    folded(nn.Sequential(conv_bn(4, 4, 3), PartlyFilled(end), nn.Conv2d(4, 4, 3)).eval())
+
+
 def diverse_branches(c: int) -> nn.Module:
     return Sum(
         conv_bn(c, c, 3),

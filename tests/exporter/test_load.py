@@ -277,6 +277,11 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             ["0.weight is [8, 3, 3, 3] in the checkpoint and [4, 3, 3, 3] in the model"],
             id="shape",
         ),
+        pytest.param(
+            lambda state: state | {"0.weight": torch.ones_like(state["0.weight"], dtype=torch.int8)},
+            ["int8 for 0.weight", "give the float weights"],
+            id="codes",
+        ),
         pytest.param(lambda state: {}, ["no tensors", "keys: none"], id="empty"),
         pytest.param(lambda state: {"epoch": 3}, ["no tensors", "epoch"], id="no tensors"),
         pytest.param(lambda state: [1, 2], ["holds a list"], id="list"),

@@ -149,6 +149,17 @@ def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
     assert verify(tmp_path / "out")["verdict"] == "pass"
 
 
+def test_fixed_batches_are_made_of_any_others(tmp_path: Path) -> None:
+    """Smaller and larger batches of data are put together; labels go along."""
+    model, x = build("residual", batch=5)
+    program = torch.export.export(model, (x,))
+    data = list(torch.randn(16, 3, 9, 9).split([2, 7, 1, 6]))
+    labels = [model(batch).argmax(1) for batch in data]
+    report = export(program, data, eval_data=list(zip(data, labels, strict=True)), out=tmp_path / "out", latency_runs=0)
+    assert report["data"]["calibration"]["samples"] == report["accuracy"]["samples"] == 15
+    assert report["accuracy"]["float"] == 1.0
+
+
 def test_fixed_batches_are_never_cut(tmp_path: Path) -> None:
     """Neither the samples to compare nor the golden ones divide a batch of five."""
     model, x = build("residual", batch=5)

@@ -148,7 +148,7 @@ def test_every_block_shows_its_numbers() -> None:
     for shown in (
         "90.35 %", "88.98 % … 91.57 %", "[−0.12, 0.32]", "99.10 %", "31.4 dB", "41 of 3,612,672", "99.87 %",
         "14 of 16 compute nodes", "head.norm", "kept in float by --exclude", "24.6 dB", "a ReLU stands between",
-        "3.1e-15", "7.62 MiB", "int8", "3.17× faster", "37.4 s", "61,200", "Needs VNNI", "bias scale was widened",
+        "3.1e-15", "7.62 MiB", "int8", "3.17x faster", "37.4 s", "61,200", "Needs VNNI", "bias scale was widened",
         "fell from 58 to 57", "avx512_vnni", "7,839,146", "float32[batch, 3, 64, 64]", "abababababababab…",
         '"grid": 80', "2 channels of stages.0.0.conv are dead", "1,024", "7 of 9 units improved", "stages.2.0",
         "0.0222", "0.0167", "75.0 %", "0.20 %", "1 min 52 s", "3.00 GiB of activations",
@@ -422,6 +422,21 @@ def test_without_labels_the_page_shows_agreement() -> None:
     text = _Page(render_html(report)).text
     assert "agreement with float" in text
     assert "in the runtime" not in text
+
+
+def test_without_classes_the_page_shows_decibels() -> None:
+    report = sample_report(3)
+    report["accuracy"].update(metric="sqnr_db", float=None, reference=38.5, runtime=38.3346, top5=None, drop_ci=None)
+    text = _Page(render_html(report)).text
+    assert "38.3 dB" in text and "3833" not in text
+
+
+def test_what_grew_and_slowed_down_is_said_so() -> None:
+    report = sample_report(3)
+    report["size"] |= {"float_bytes": 1000, "bytes": 2500}
+    report["latency_ms"] |= {"float": 1.0, "quantized": 4.0}
+    text = _Page(render_html(report)).text
+    assert "2.50x larger" in text and "4.00x slower" in text
 
 
 def test_junit_opens_with_one_suite_per_group() -> None:

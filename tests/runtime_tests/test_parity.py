@@ -318,6 +318,27 @@ def test_sums_of_agreements() -> None:
     assert Agreement(10, 1, 3) + Agreement(5, 2, 1) == Agreement(15, 3, 3)
 
 
+def test_infinities_do_not_hide_a_difference() -> None:
+    inf = float("inf")
+    cases = (
+        ([1.0, 2.0, -inf], [1.0, 2.0, -inf], 0.0),
+        ([1.0, 2.0, -inf], [1.0, 1.0, -inf], 1.0),
+        ([1.0, 2.0, -inf], [1.0, 2.0, inf], np.inf),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, inf], np.inf),
+        ([inf, inf, inf], [inf, inf, -inf], np.inf),
+    )
+    for ours, theirs, relative in cases:
+        tally = _OutputTally()
+        tally.add(torch.tensor(ours), torch.tensor(ours), torch.tensor(theirs))
+        assert tally.relative == relative
+
+
+def test_outputs_that_are_no_floats_are_compared() -> None:
+    tally = _OutputTally()
+    tally.add(torch.tensor([True]), torch.tensor([True]), torch.tensor([False]))
+    assert tally.relative == np.inf and not tally.identical
+
+
 def test_outputs_of_zeros_or_nan_do_not_hide_a_difference() -> None:
     zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), float("nan"))
     for ours, theirs, relative in ((ones, zeros, np.inf), (nan, nan, 0.0), (ones, nan, np.inf), (nan, ones, np.inf)):
