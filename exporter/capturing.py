@@ -20,7 +20,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError
-from calibrators.graph import bind, infer_shapes
+from calibrators.graph import bind, infer_shapes, is_constant
 
 __all__ = ["capture", "quiet"]
 
@@ -302,19 +302,50 @@ def _make_functional(node: fx.Node) -> None:
 
 
 def _restore_composite(node: fx.Node) -> None:
-    """Core-ATen batch norm back to the operator that modules call: one normal form for folding."""
-    if node.target is not torch.ops.aten._native_batch_norm_legit_no_training.default:
+    """Core-ATen operators back to those that modules call: one normal form for folding and kernels."""
+    aten: Any = torch.ops.aten
+    if node.target is aten._native_batch_norm_legit_no_training.default:
+        x, weight, bias, mean, variance, momentum, epsilon = node.args
+        whole = _call(node, aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, epsilon, False))
+        whole.meta = node.meta | {"val": node.meta["val"][0]} if "val" in node.meta else dict(node.meta)
+        for user in list(node.users):
+            if user.args[1] == 0:
+                user.replace_all_uses_with(whole)
+            node.graph.erase_node(user)
+    elif node.target is aten.convolution.default:
+        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
+        dims = len(stride)  # type: ignore[arg-type]
+        rest: tuple[Any, ...]
+        if transposed:
+            kinds = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+            rest = (stride, padding, output_padding, groups, dilation)
+        else:
+            kinds = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+            rest = (stride, padding, dilation, groups)
+        node.replace_all_uses_with(_call(node, kinds[dims - 1], (x, weight, bias, *rest)))
+    elif node.target in (aten.addmm.default, aten.mm.default):
+        bias, x, turned = node.args if node.target is aten.addmm.default else (None, *node.args)
+        if node.kwargs or not isinstance(turned, fx.Node) or not _is_transposed_constant(turned):
+            return
+        node.replace_all_uses_with(_call(node, aten.linear.default, (x, turned.args[0], bias)))
+    else:
         return
-    x, weight, bias, mean, variance, momentum, epsilon = node.args
-    with node.graph.inserting_before(node):
-        arguments = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
-        whole = node.graph.call_function(torch.ops.aten.batch_norm.default, arguments)
-    whole.meta = node.meta | {"val": node.meta["val"][0]} if "val" in node.meta else dict(node.meta)
-    for user in list(node.users):
-        if user.args[1] == 0:
-            user.replace_all_uses_with(whole)
-        node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _call(node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
+    """A call in front of `node`, which it is to replace."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, arguments)
+    made.meta = dict(node.meta)
+    return made
+
+
+def _is_transposed_constant(node: fx.Node) -> bool:
+    """Whether a call swaps the two dimensions of a constant matrix."""
+    aten: Any = torch.ops.aten
+    swaps = {aten.t.default: (), aten.permute.default: ([1, 0],), aten.transpose.int: (0, 1)}
+    return node.target in swaps and tuple(node.args[1:]) == swaps[node.target] and is_constant(node.args[0])
 
 
 def _settle_reshape(node: fx.Node) -> None:

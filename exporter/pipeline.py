@@ -6,6 +6,7 @@ Must not know: the command line, how pages look.
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import tempfile
 import time
@@ -23,14 +24,14 @@ from torch import Tensor, fx, nn
 
 from calibrators.budgets import ACCURACY, parse_budgets
 from calibrators.calibration import calibrate
-from calibrators.errors import DataError, InputError
+from calibrators.errors import DataError, InputError, ModelError
 from calibrators.freeze import CalibrationResult
 from calibrators.losses import is_logits
 from calibrators.methods import get_method
 from calibrators.place import PlacementOptions
 from calibrators.simulate import Batch
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
-from exporter.capturing import capture
+from exporter.capturing import SAME, capture
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.data import Batch as DataBatch
@@ -68,6 +69,7 @@ __all__ = ["export", "verify"]
 
 GOLDEN_SAMPLES = 4
 SQNR_SAMPLES = 128
+COMPARED_SAMPLES = 4
 REFERENCE = "golden/reference.pt2"
 """The reference program inside a bundle: what `verify` compares the runtime with."""
 
@@ -212,6 +214,7 @@ class _Export:
     def run(self, model: nn.Module | torch.export.ExportedProgram) -> _Bundle:
         graph, folded = self._graph(model)
         result = self._calibrated(folded)
+        self._check_forms(graph, result)
         simplifier = self._emitted(folded, result)
         kernels = plan(result.program)
         report = self._proved(graph, result, kernels)
@@ -235,6 +238,21 @@ class _Export:
             _check_labels(graph, self.work.evaluation.example())
         with self.work.step("fold", "fold"):
             return graph, fold(graph)
+
+    def _check_forms(self, graph: fx.GraphModule, result: CalibrationResult) -> None:
+        """Refuse what no proof against the reference program would find: that it is another network's."""
+        if "absorb" in self.config.prepare:  # which changes what stands below the constants
+            return
+        batch = next(_first(graph, _inputs(graph, self.work.calibration), COMPARED_SAMPLES))
+        with torch.no_grad():
+            pairs = list(zip(graph(*batch), result.placement.graph(*batch), strict=True))
+        for name, (ours, theirs) in zip(graph.meta["output_names"], pairs, strict=True):
+            largest = float(ours.abs().where(ours.isfinite(), 0.0).max()) if ours.is_floating_point() else math.inf
+            if largest < math.inf and not torch.allclose(theirs, ours, SAME, SAME * largest, equal_nan=True):
+                raise ModelError(
+                    f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
+                    "it must not: report this model, please"
+                )
 
     def _calibrated(self, graph: fx.GraphModule) -> CalibrationResult:
         config = self.config

@@ -259,3 +259,26 @@ def test_names_of_outputs_are_texts_that_no_input_has() -> None:
             return {"x": x + 1, 3: x * 2}
 
     assert capture(Named(), torch.ones(2, 3)).meta["output_names"] == ["x_", "3"]
+
+
+@pytest.mark.parametrize("name", ["residual", "mlp", "pooled"])
+def test_core_operators_are_those_that_modules_call(name: str) -> None:
+    """A program saved after its decompositions has the same layers."""
+    model, x = build(name)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    graph = capture(program.run_decompositions(), x)
+    targets = {node.target for node in graph.graph.nodes}
+    assert targets.isdisjoint({aten.convolution.default, aten.addmm.default, aten.mm.default})
+    layers = (aten.conv2d.default, aten.linear.default)
+    numbers = [sum(node.target in layers for node in each.graph.nodes) for each in (graph, capture(model, x))]
+    assert numbers[0] == numbers[1] > 0
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_convolutions_too() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, output_padding=1, groups=1, dilation=2)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    graph = capture(program, x)
+    assert aten.conv_transpose2d.input in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x)[0], model(x))
