@@ -65,11 +65,10 @@ class Deployment:
 
     def _inputs(self) -> dict[str, Cache]:
         names = [node.name for node in self.placement.graph.graph.nodes if node.op == "placeholder"]
-        caches = {}
-        for name, value in zip(names, self.problem.inputs(), strict=True):
-            caches[name] = Cache(self.memory, len(value), value)
-            caches[name].write(0, value)
-        return caches
+        recording = Recording(self.memory, self.problem.samples, names)
+        for batch in self.problem.batches:
+            recording.append(dict(zip(names, batch, strict=True)), len(batch[0]))
+        return recording.caches
 
     def inputs_of(self, block: Block) -> tuple[Cache, ...]:
         """What the block reads."""

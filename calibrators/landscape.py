@@ -297,9 +297,10 @@ class _Wiring:
         self.source = {name: read(site.users[0]) for name, site in self.biases.items()}
 
 
-def draw_samples(problem: Problem, total: int, samples: int, purpose: str) -> Tensor:
-    """At most `samples` of `total` samples, int64 [n], ascending; whole batches where their size is fixed."""
-    wanted, batch = min(total, samples), batch_of(problem.placement.graph, 1)
+def draw_samples(problem: Problem, samples: int, purpose: str) -> Tensor:
+    """At most `samples` of all samples, int64 [n], ascending; whole batches where their size is fixed."""
+    total, batch = problem.samples, batch_of(problem.placement.graph, 1)
+    wanted = min(total, samples)
     wanted = max(batch, wanted - wanted % batch)
     return torch.randperm(total, generator=problem.generator(purpose))[:wanted].sort().values
 

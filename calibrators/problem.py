@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from calibrators.errors import DataError
+from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult, freeze
 from calibrators.graph import constant, sample_values
 from calibrators.methods import range_method
@@ -122,15 +122,36 @@ class Problem:
         result = freeze(self.placement, self.activations(method), self.weights(method))
         return replace(result, observed=self.statistics)
 
-    def inputs(self) -> list[Tensor]:
-        """All samples of every model input, [samples, ...].
+    @cached_property
+    def samples(self) -> int:
+        """Samples of the calibration data.
 
         raises: DataError when the data cannot be read a second time.
         """
-        batches = list(self.batches)
-        if not batches:
+        found = sum(len(batch[0]) for batch in self.batches)
+        if not found:
             raise DataError(EMPTY_AGAIN)
-        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        return found
+
+    def select(self, rows: Tensor) -> list[Tensor]:
+        """Those samples of every model input, [rows, ...], from one pass; `rows` int64 [n], ascending."""
+        parts, start = [], 0
+        for batch in self.batches:
+            inside = rows[(rows >= start) & (rows < start + len(batch[0]))] - start
+            parts.append([x[inside] for x in batch])
+            start += len(batch[0])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def labels_of(self, rows: Tensor) -> Tensor | None:
+        """Labels of those samples, where there are any.
+
+        raises: InputError where there are not as many labels as samples.
+        """
+        if self.labels is None:
+            return None
+        if len(self.labels) != self.samples:
+            raise InputError(f"there are {len(self.labels)} labels for {self.samples} calibration samples.")
+        return self.labels[rows]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator that depends on the seed and the purpose alone."""

@@ -115,12 +115,10 @@ class Probe:
 
     def __init__(self, grids: Grids, samples: int) -> None:
         self.grids, problem = grids, grids.problem
-        inputs = problem.inputs()
-        rows = draw_samples(problem, len(inputs[0]), samples, "sensitivity")
-        chosen = [x[rows] for x in inputs]
+        rows = draw_samples(problem, samples, "sensitivity")
+        chosen = problem.select(rows)
         floats = float_outputs(problem, chosen)
-        labels = None if problem.labels is None else problem.labels[rows]
-        self.witness = _Witness(floats, labels)
+        self.witness = _Witness(floats, problem.labels_of(rows))
         self.landscape = Landscape(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
         self.readings: dict[tuple[int, ...], Reading] = {}
 

@@ -220,3 +220,11 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     expected = torch.get_rng_state()
     calibrate(graph, [torch.ones(4, 8)], method="qdrop", options=OPTIONS["qdrop"])
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_as_many_labels_as_samples() -> None:
+    graph = capture(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8))
+    wanted: dict[str, Any] = {"lapq": {"method": "lapq", "options": {"loss": "ce"}}, "budget": {"sensitivity": True}}
+    for options in wanted.values():
+        with pytest.raises(InputError, match="there are 3 labels for 8 calibration samples"):
+            calibrate(graph, [torch.randn(8, 8)], labels=torch.zeros(3, dtype=torch.int64), **options)

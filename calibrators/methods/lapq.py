@@ -104,7 +104,6 @@ class _Search:
     def __init__(self, problem: Problem, method: LAPQ) -> None:
         self.problem, self.method, self.placement = problem, method, problem.placement
         self.statistics = problem.statistics
-        self.inputs = problem.inputs()
         self.activations, self.weights = cache(problem.activations), cache(problem.weights)
         self.measure = cache(self._measure)
         self.rows = self._draw(method.samples)
@@ -112,14 +111,11 @@ class _Search:
         self.record: dict[str, Any] = {"optimizer": method.optimizer, "loss": method.loss, "samples": len(self.rows)}
 
     def _draw(self, samples: int) -> Tensor:
-        return draw_samples(self.problem, len(self.inputs[0]), samples, "lapq")
+        return draw_samples(self.problem, samples, "lapq")
 
     def _landscape(self, rows: Tensor, start: Point, evaluations: int) -> Landscape:
-        inputs, labels = [x[rows] for x in self.inputs], self.problem.labels
-        if self.method.loss == "ce" and labels is not None:
-            if len(labels) != len(self.inputs[0]):
-                raise InputError(f"there are {len(labels)} labels for {len(self.inputs[0])} calibration samples.")
-            labels = labels[rows]
+        inputs = self.problem.select(rows)
+        labels = self.problem.labels_of(rows) if self.method.loss == "ce" else None
         floats = float_outputs(self.problem, inputs)
         loss = prediction_loss(self.method.loss, floats, labels, self.method.temperature)
         return Landscape(self.problem, inputs, start, loss, budget=evaluations)

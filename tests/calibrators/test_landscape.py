@@ -35,7 +35,7 @@ def problem(name: str, bits: int = 4) -> Problem:
 
 
 def landscape(given: Problem, budget: int = 1000) -> Landscape:
-    inputs = given.inputs()
+    inputs = given.select(torch.arange(given.samples))
     loss = prediction_loss("kl", float_outputs(given, inputs))
     return Landscape(given, inputs, mse(given), loss, budget=budget)
 
@@ -51,7 +51,7 @@ def scaled(point: Mapping[str, QParams], name: str, factor: float) -> dict[str, 
 def of_program(given: Problem, surface: Landscape, point: Mapping[str, QParams]) -> float:
     activations = {name: point[name] for name in surface.quantizers}
     program = freeze(given.placement, activations, {n: q for n, q in point.items() if n not in activations}).program
-    (x,) = given.inputs()
+    (x,) = given.select(torch.arange(given.samples))
     with torch.no_grad():
         outputs = torch.cat([program(part)[0] for part in torch.split(x, CHUNK)])
     return float(surface.loss([outputs], 0).mean())

@@ -86,7 +86,7 @@ def test_readings_are_those_of_the_program(name: str) -> None:
     given = problem(name, labels=torch.arange(SAMPLES) % 3)
     found = knobs(given.placement, FREE, ("weight", "activation"))
     probe = Probe(Grids(given, found, MinMax()), SAMPLES)
-    (x,) = given.inputs()
+    (x,) = given.select(torch.arange(given.samples))
     floats = given.placement.graph(x)[0]
     assert given.labels is not None
     coarse = replace(FREE, weight_bits=4, activation_bits=4)

@@ -321,7 +321,7 @@ def test_labels_belong_to_their_samples_even_if_data_is_shuffled(
 ) -> None:
     monkeypatch.setattr(QDrop, "needs_labels", True, raising=False)
     problem = problem_of(monkeypatch, Shuffled(), tmp_path / "out")
-    (x,) = problem.inputs()
+    (x,) = problem.select(torch.arange(problem.samples))
     assert problem.labels is not None and problem.labels.dtype == torch.int64
     assert torch.equal(problem.labels, Shuffled.labels(x)) and len(x) == 32
     assert problem_of(monkeypatch, Shuffled(), tmp_path / "out", calibration_batches=2).labels.shape == (10,)  # type: ignore[union-attr]
