@@ -27,6 +27,9 @@ __all__ = ["CalibrationResult", "Coded", "code_bias", "freeze", "widen"]
 BIAS_CODE_LIMIT = 2**30
 """Largest bias code: half of int32, so that accumulator plus bias stays inside int32."""
 
+LARGEST_INPUT = 255
+"""Largest distance between an 8-bit code and its zero point."""
+
 ROUNDED = 1 + 2.0**-22
 """More than what rounding a weight scale and its product with an activation scale to float32 can take away."""
 
@@ -89,7 +92,7 @@ def freeze(
     bias_codes: dict[str, Coded] = {}
     notes: list[str] = []
     for site, weight in _weights(placement):
-        coded = _code(weights[site.name], weight, _least_scale(added[site.name], site), site)
+        coded = _code(weights[site.name], weight, _least_scale(added[site.name], weight, site), site)
         weight_codes[site.name] = coded
         notes += _notes(weights[site.name], coded, site)
         for bias in added[site.name]:
@@ -105,7 +108,7 @@ def widen(
     *,
     margin: float = 1.0,
 ) -> dict[str, QParams]:
-    """Weight parameters whose scale is raised where a bias code would leave half of int32.
+    """Weight parameters whose scale is raised where a bias code or a sum of products would leave half of int32.
 
     A channel without weights gets the smallest scale at which its bias fits, so that rounding does not show there.
 
@@ -114,7 +117,7 @@ def widen(
     """
     added = _added_biases(placement, activations, biases or {})
     return {
-        site.name: _fit(weights[site.name], weight, margin * _least_scale(added[site.name], site))
+        site.name: _fit(weights[site.name], weight, margin * _least_scale(added[site.name], weight, site))
         for site, weight in _weights(placement)
         if site.name in weights
     }
@@ -154,9 +157,15 @@ def _added_biases(
     return added
 
 
-def _least_scale(biases: list[_Bias], site: Site) -> Tensor:
-    """Smallest weight scale at which the codes of the biases keep to BIAS_CODE_LIMIT, float64 [] or [channels]."""
+def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
+    """Smallest weight scale at which the codes of the biases keep to BIAS_CODE_LIMIT, float64 [] or [channels].
+
+    And so do the sums of products, whatever is read: those of a hundred thousand inputs would not.
+    """
     least = torch.zeros((), dtype=torch.float64)
+    if biases:
+        sums = weight.flatten(1).abs().sum(1, dtype=torch.float64) * LARGEST_INPUT / BIAS_CODE_LIMIT
+        least = sums.max() if site.spec.axis is None else sums
     for bias in biases:
         needed = bias.values.abs() * ROUNDED / (bias.x_scale.double() * BIAS_CODE_LIMIT)
         least = torch.maximum(least, needed.max() if site.spec.axis is None else needed)
@@ -200,7 +209,7 @@ def _notes(chosen: QParams | Coded, coded: Coded, site: Site) -> list[str]:
     changed = int((coded.qparams.scale != scale).sum())
     if not changed:
         return []
-    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights or a large bias"
+    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights, a large bias or huge sums"
     if isinstance(chosen, Coded):
         note += f"; {int((coded.codes != chosen.codes).sum())} codes of the method changed with them"
     return [note]

@@ -14,6 +14,8 @@ from calibrators import PlacementOptions, calibrate
 from calibrators.errors import DataError, InputError, ModelError
 from exporter import capture, emit, fold
 from runtime_tests import validate
+from runtime_tests.lint import lint
+from runtime_tests.sessions import session
 from tests.networks import randomize
 
 TRAINING = ("adaround", "brecq", "qdrop", "mrecg", "pdquant", "repapq")
@@ -228,3 +230,17 @@ def test_as_many_labels_as_samples() -> None:
     for options in wanted.values():
         with pytest.raises(InputError, match="there are 3 labels for 8 calibration samples"):
             calibrate(graph, [torch.randn(8, 8)], labels=torch.zeros(3, dtype=torch.int64), **options)
+
+
+def test_sums_of_very_wide_layers_stay_in_int32(tmp_path: Any) -> None:
+    """150,000 products of codes near their ends are more than 32 bits hold."""
+    inputs = 150_528
+    model = nn.Sequential(nn.Linear(inputs, 2))
+    model[0].weight.data.fill_(1 / inputs)
+    x = 0.9 + 0.1 * torch.rand(4, inputs)
+    result = calibrate(capture(model, x), [x])
+    emit(result, tmp_path / "model.onnx")
+    validate(tmp_path / "model.onnx", reference=result, batches=[x]).raise_for_mismatch()
+    [found] = session(tmp_path / "model.onnx").run(None, {"input": x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(x), rtol=0.02)
+    assert [finding for finding in lint(tmp_path / "model.onnx") if finding.severity == "error"] == []
