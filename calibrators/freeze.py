@@ -27,8 +27,8 @@ __all__ = ["CalibrationResult", "Coded", "code_bias", "freeze", "widen"]
 BIAS_CODE_LIMIT = 2**30
 """Largest bias code: half of int32, so that accumulator plus bias stays inside int32."""
 
-LARGEST_INPUT = 255
-"""Largest distance between an 8-bit code and its zero point."""
+LARGEST_INPUT, LARGEST_WEIGHT = 255, 127
+"""Largest distances between an 8-bit code and its zero point."""
 
 ROUNDED = 1 + 2.0**-22
 """More than what rounding a weight scale and its product with an activation scale to float32 can take away."""
@@ -160,10 +160,10 @@ def _added_biases(
 def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
     """Smallest weight scale at which the codes of the biases keep to BIAS_CODE_LIMIT, float64 [] or [channels].
 
-    And so do the sums of products, whatever is read: those of a hundred thousand inputs would not.
+    And so do the sums of products, whatever is read, where there are enough inputs for more.
     """
     least = torch.zeros((), dtype=torch.float64)
-    if biases:
+    if biases and weight[0].numel() * LARGEST_INPUT * LARGEST_WEIGHT > BIAS_CODE_LIMIT:
         sums = weight.flatten(1).abs().sum(1, dtype=torch.float64) * LARGEST_INPUT / BIAS_CODE_LIMIT
         least = sums.max() if site.spec.axis is None else sums
     for bias in biases:
