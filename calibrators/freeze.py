@@ -209,7 +209,7 @@ def _notes(chosen: QParams | Coded, coded: Coded, site: Site) -> list[str]:
     changed = int((coded.qparams.scale != scale).sum())
     if not changed:
         return []
-    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights, a large bias or huge sums"
+    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights or a large bias"
     if isinstance(chosen, Coded):
         note += f"; {int((coded.codes != chosen.codes).sum())} codes of the method changed with them"
     return [note]

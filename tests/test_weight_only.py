@@ -35,9 +35,7 @@ from calibrators.targets import get_target
 from exporter.capturing import capture
 from exporter.cli import app
 from exporter.config import make_config
-from exporter.emission import needed_opset, to_onnx
 from exporter.layers import layer_entries
-from exporter.packing import pack
 from exporter.pipeline import export, verify
 from exporter.reference import load_reference, save_reference
 from runtime_tests.coverage import coverage
@@ -45,6 +43,7 @@ from runtime_tests.lint import lint
 from runtime_tests.parity import FLOAT_OUTPUT_ERROR, WEIGHT, ParityError, ParityReport, parity
 from runtime_tests.sessions import loads, optimized_model, session
 from tests.networks import build, randomize
+from tests.stored import stored
 
 FLOAT32_ERROR = 2e-6
 """Of a sum of up to 384 float32 products, relative to the largest of a matrix of sums: some ten roundings of 6e-8."""
@@ -98,12 +97,6 @@ def pair(
     return calibrated(model, x, rule), x
 
 
-def emitted(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result))
-    pack(model, storage)
-    return ir.to_proto(model)
-
-
 def compared(model: onnx.ModelProto, result: CalibrationResult, x: Tensor, *, optimized: bool = True) -> ParityReport:
     return parity(model, result.program, [(x,)], optimized=optimized)
 
@@ -140,10 +133,10 @@ def types(model: onnx.ModelProto) -> dict[str, str]:
 )
 def test_the_runtime_computes_the_reference(bits: int, granularity: str, bias: bool, shape: tuple[int, ...]) -> None:
     result, x = pair(bits, granularity, bias, shape)
-    model = emitted(result)
+    model = stored(result)
     onnx.checker.check_model(model, full_check=True)
-    stored = 4 if bits <= 4 else 8
-    assert [(k["bits"], k["accuracy_level"]) for k in kernels(model)] == [(stored, 0)] * 2
+    width = 4 if bits <= 4 else 8
+    assert [(k["bits"], k["accuracy_level"]) for k in kernels(model)] == [(width, 0)] * 2
     for optimized in (False, True):
         report = compared(model, result, x, optimized=optimized)
         assert found(report) == CLEAN
@@ -163,10 +156,10 @@ def test_level_0_is_float32_arithmetic_and_the_default_is_not(bits: int, rows: i
     exact = (x[:rows].double() @ weight.double().T + layer.bias.double()).detach().numpy()
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    by_default = ort.InferenceSession(emitted(result).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    by_default = ort.InferenceSession(stored(result).SerializeToString(), options, providers=["CPUExecutionProvider"])
     errors = [
         np.abs(runner.run(None, {"input": x[:rows].numpy()})[0] - exact).max() / np.abs(exact).max()
-        for runner in (session(emitted(result)), by_default)
+        for runner in (session(stored(result)), by_default)
     ]
     assert errors[0] < FLOAT32_ERROR < FLOAT_OUTPUT_ERROR < errors[1]
 
@@ -176,7 +169,7 @@ def test_all_linear_layers_of_networks(name: str) -> None:
     model, x = build(name, batch=32)
     result = calibrated(model, x, weight_only=True, weight_bits=4, block_size=16)
     linear = sum(node.target is torch.ops.aten.linear.default for node in result.program.graph.nodes)
-    emission = emitted(result)
+    emission = stored(result)
     assert len(kernels(emission)) == linear
     assert found(compared(emission, result, x)) == found(compared(emission, result, x, optimized=False)) == CLEAN
 
@@ -187,7 +180,7 @@ def test_among_integer_kernels(layer: str) -> None:
     model = randomize(Mixed())
     x = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     result = calibrated(model, x, LayerRule(layer, weight_only=True, weight_bits=4))
-    emission = emitted(result)
+    emission = stored(result)
     executed = Counter(node.op_type for node in optimized_model(emission).graph.node)
     assert (executed["MatMulNBits"], executed["QLinearConv"]) == (1, 1)
     assert found(compared(emission, result, x)) == found(compared(emission, result, x, optimized=False)) == CLEAN
@@ -198,13 +191,13 @@ def test_methods_that_train_take_it() -> None:
     placement = PlacementOptions(weight_only=True, weight_bits=3, block_size=16)
     options = {"iters": 20, "batch": 8}
     result = calibrate(capture(model, x), [x], method="qdrop", options=options, placement=placement)
-    assert found(compared(emitted(result), result, x)) == CLEAN
+    assert found(compared(stored(result), result, x)) == CLEAN
 
 
 def test_the_stored_reference_keeps_blocks(tmp_path: Path) -> None:
     result, x = pair(4, "block-32")
     save_reference(result.program, tmp_path / "reference.pt2")
-    report = parity(emitted(result), load_reference(tmp_path / "reference.pt2"), [(x,)], optimized=True)
+    report = parity(stored(result), load_reference(tmp_path / "reference.pt2"), [(x,)], optimized=True)
     assert found(report) == CLEAN and report.end_to_end.values == 24 * 200 + 5 * 24
 
 
@@ -221,10 +214,10 @@ def test_storage_decides_the_kernel(bits: int, storage: str, expected: list[str]
     if storage == "int2" and not loads(opset=25, ir_version=13):
         pytest.skip("this onnxruntime does not load 2-bit types")
     result, x = pair(bits, "block-32")
-    model = emitted(result, storage)
-    stored = types(model)
+    model = stored(result, storage)
+    found_types = types(model)
     for what in ("quantized", "zero_point"):
-        assert [stored[f"{layer}.weight_{what}"] for layer in ("first", "second")] == expected
+        assert [found_types[f"{layer}.weight_{what}"] for layer in ("first", "second")] == expected
     assert [f"INT{kernel['bits']}" for kernel in kernels(model)] == expected
     assert found(compared(model, result, x)) == CLEAN
 
@@ -232,7 +225,7 @@ def test_storage_decides_the_kernel(bits: int, storage: str, expected: list[str]
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_an_independent_reader_finds_the_same_weights(granularity: str) -> None:
     result, x = pair(4, granularity)
-    model = emitted(result)
+    model = stored(result)
     [by_text] = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
     [expected] = session(model, optimized=False).run(None, {"x": x.numpy()})
     assert np.abs(by_text - expected).max() <= FLOAT32_ERROR * np.abs(expected).max()
@@ -247,16 +240,16 @@ def test_openvino_computes_it_too(bits: int, size: int | None) -> None:
     """By default it rounds activations as onnxruntime does, too; groups of size 0 turn that off."""
     model, x = build("transformer", batch=8)
     result = calibrated(model, x, weight_only=True, weight_bits=bits, block_size=size)
-    network = openvino.Core().read_model(emitted(result).SerializeToString())
+    network = openvino.Core().read_model(stored(result).SerializeToString())
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     [found] = openvino.Core().compile_model(network, "CPU", exact)(x.numpy()).values()
-    [expected] = session(emitted(result), optimized=False).run(None, {"x": x.numpy()})
+    [expected] = session(stored(result), optimized=False).run(None, {"x": x.numpy()})
     assert np.abs(found - expected).max() <= FLOAT_OUTPUT_ERROR * np.abs(expected).max()
 
 
 def test_openvino_reads_no_block_that_is_cut_off() -> None:
     with pytest.raises(RuntimeError, match="cannot be divided by block_size"):
-        openvino.Core().read_model(emitted(pair(4, "block-32")[0]).SerializeToString())
+        openvino.Core().read_model(stored(pair(4, "block-32")[0]).SerializeToString())
 
 
 # ---- the proof finds what is wrong
@@ -289,7 +282,7 @@ def one_ulp_more(array: NDArray[Any]) -> NDArray[Any]:
 def test_a_changed_integer_in_the_file_is_found(what: str, edit: Any, mismatched: int) -> None:
     """However little it moves the output: an ulp of a scale moves nothing that a tolerance would show."""
     result, x = pair(4, "block-32")
-    report = compared(changed(emitted(result), f"first.weight_{what}", edit), result, x)
+    report = compared(changed(stored(result), f"first.weight_{what}", edit), result, x)
     [site] = [site for site in report.sites if not site.is_legal]
     assert (site.site, site.kernel, site.per_node.mismatched) == ("first.weight", WEIGHT, mismatched)
     with pytest.raises(ParityError, match=r"'first\.weight'"):
@@ -298,7 +291,7 @@ def test_a_changed_integer_in_the_file_is_found(what: str, edit: Any, mismatched
 
 def test_a_file_without_the_weight_belongs_to_another_program() -> None:
     result, x = pair(4, "block-32")
-    model = emitted(result)
+    model = stored(result)
     for node in model.graph.node:
         node.input[:] = [name.replace("first.weight_quantized", "other") for name in node.input]
     for tensor in model.graph.initializer:
@@ -310,7 +303,7 @@ def test_a_file_without_the_weight_belongs_to_another_program() -> None:
 def test_a_weight_that_is_not_fused_is_a_surprise() -> None:
     """The same network with its bias inside the product: the ReLU behind keeps the runtime from fusing."""
     result, x = pair(4, "channel")
-    model = emitted(result)
+    model = stored(result)
     [product, addition, *_] = [node for node in model.graph.node if node.op_type in ("Gemm", "Add")]
     product.input.append(addition.input[1])
     product.output[0] = addition.output[0]
@@ -575,7 +568,7 @@ def test_blocks_of_zeros_keep_zero_exactly() -> None:
 
 def test_coverage_counts_them_as_what_they_are() -> None:
     result, _ = pair(4, "block-32")
-    covered = coverage(emitted(result))
+    covered = coverage(stored(result))
     assert (covered.integer_macs, covered.weight_only_macs, covered.accuracy_level) == (0.0, 1.0, 0)
     assert {node.why for node in covered.float_nodes if node.macs} == {
         "weights only are quantized: a float kernel expands them, at accuracy level 0"

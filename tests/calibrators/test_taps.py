@@ -33,9 +33,8 @@ from calibrators.taps import LEAST_SPIKE, spike_of
 from calibrators.targets import get_target
 from exporter import packing
 from exporter.capturing import capture
-from exporter.emission import needed_opset, to_onnx
+from exporter.emission import to_onnx
 from exporter.folding import fold
-from exporter.packing import pack
 from runtime_tests.coverage import coverage
 from runtime_tests.lint import lint
 from runtime_tests.parity import parity
@@ -43,6 +42,7 @@ from runtime_tests.saturation import saturation
 from runtime_tests.sessions import loads
 from tests.networks import NETWORKS, build, randomize
 from tests.published_nets import RepVGGBlock
+from tests.stored import stored
 
 SPIKE = 40.0
 """Times that a spike exceeds the weights around it, as in trained networks."""
@@ -390,12 +390,6 @@ def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "OVERHEAD", 0)
     monkeypatch.setattr(packing, "TAP_BYTES", 0)
     monkeypatch.setattr(packing, "TAPS_OVERHEAD", 0)
-
-
-def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result))
-    pack(model, storage)
-    return onnx_ir.to_proto(model)
 
 
 def test_packing_says_what_it_takes() -> None:

@@ -25,12 +25,13 @@ from exporter import packing
 from exporter.capturing import capture
 from exporter.checks import check_settings
 from exporter.config import make_config
-from exporter.emission import emit, needed_opset, to_onnx
+from exporter.emission import emit, to_onnx
 from exporter.packing import STORAGES, alternatives, pack
 from runtime_tests.lint import lint
 from runtime_tests.parity import parity
 from runtime_tests.sessions import loads, optimized_model, session
 from runtime_tests.size import size_by_type
+from tests.stored import stored
 
 OPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 6, 6)),
@@ -64,12 +65,6 @@ def calibrated(op: str, bits: int, granularity: str) -> tuple[CalibrationResult,
     rules = (LayerRule("*", weight_bits=bits, **GRANULARITIES[granularity]),)  # type: ignore[arg-type]
     graph = capture(nn.Sequential(layer, nn.ReLU()), x)
     return calibrate(graph, [x], placement=PlacementOptions(first_last_bits=None, layers=rules)), x
-
-
-def stored(result: CalibrationResult, storage: str) -> onnx.ModelProto:
-    model = to_onnx(result.program, opset=needed_opset(result))
-    pack(model, storage)
-    return ir.to_proto(model)
 
 
 def kernels(model: onnx.ModelProto) -> Counter[str]:
