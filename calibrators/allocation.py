@@ -31,6 +31,9 @@ Losses = Mapping[str, Mapping[int, float]]
 Stored = Callable[[int, int, int], int]
 """Bytes that weights take in the file: so many values of so many bits, so many of them wide taps."""
 
+NODES = 100_000
+"""Where the search of the programme ends at the latest: counted, so that a slow machine finds the same."""
+
 PREFERENCE = 1e-9
 """Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
 
@@ -117,7 +120,7 @@ class _Programme:
             integrality=(np.arange(len(objective)) < self.binary).astype(np.int64),
             bounds=Bounds(0.0, 1.0),
             constraints=self._constraint(),
-            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+            options={"mip_rel_gap": 1e-6, "node_limit": NODES},
         )
         if solution.x is None:
             return None
