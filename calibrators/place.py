@@ -254,8 +254,8 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
 
 
 def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
-    """One sentence for every layer that has not the bits of a rule of the user, or is float by a rule for another."""
-    bits = {(site.kind, user): site.spec.bits for site in sites for user in site.users}
+    """One sentence for every layer that has not what a rule of the user asks for."""
+    specs = {(site.kind, user): site.spec for site in sites for user in site.users}
 
     def missed(setting: str, node: fx.Node, found: int) -> bool:
         decider = rules.decider(setting, node.name)
@@ -263,11 +263,13 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
         return told and found > rules.value(setting, node.name)
 
     for node in weighted:
-        of_weight, of_input = bits["weight", node.name], bits.get(("activation", node.name), 0)
-        if missed("weight_bits", node, of_weight) and not rescales(node):
-            yield f"{layer_name(node)}: its weight keeps {of_weight} bits, because another layer shares the weight"
-        if missed("activation_bits", node, of_input):
-            yield f"{layer_name(node)}: its input keeps {of_input} bits, because another layer shares value or scale"
+        name, weight, read = layer_name(node), specs["weight", node.name], specs.get(("activation", node.name))
+        if missed("weight_bits", node, weight.bits) and not rescales(node):
+            yield f"{name}: its weight keeps {weight.bits} bits, because another layer shares the weight"
+        if read is not None and missed("activation_bits", node, read.bits):
+            yield f"{name}: its input keeps {read.bits} bits, because another layer shares value or scale"
+        if weight.symmetric and rules.value("symmetric", node.name) is False:
+            yield f"{name}: its weight stays symmetric, because only fewer than {weight.bits} bits have a zero point"
 
 
 def _notes_on_weight_only(

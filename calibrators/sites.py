@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from calibrators.errors import InputError
 from calibrators.forms import clip_bounds
-from calibrators.graph import bind, fan_in, layer_name, module_path, operator_name, shape_of
+from calibrators.graph import bind, fan_in, module_path, operator_name, shape_of
 from calibrators.placer import Placer
-from calibrators.rules import DEFAULT_BLOCK, WIDE, LayerRule, RuleList
+from calibrators.rules import DEFAULT_BLOCK, WIDE, RuleList
 from calibrators.spec import QuantSpec, Site
 from calibrators.taps import needs_wide_taps
 
@@ -84,14 +83,7 @@ class Sites:
         bits = min(max(self._settings("weight_bits", nodes)), widest)
         if rescales(nodes[0]):  # nothing to save
             return replace(grid, bits=widest)
-        symmetric = self._settings("symmetric", nodes)
-        if False in symmetric and bits == widest:
-            raise InputError(
-                f"--layer pattern {self._decider('symmetric', nodes).match!r} asks for symmetric = false at "
-                f"{layer_name(nodes[0])}, whose weights have {bits} bits: only fewer can have a zero point; set "
-                f"weight_bits below {widest} there, or leave symmetric out."
-            )
-        if not all(symmetric) and bits < widest:
+        if not all(self._settings("symmetric", nodes)) and bits < widest:
             grid = replace(grid, symmetric=False, narrow=False)
         return replace(grid, bits=bits, tap_bits=self._tap_bits(nodes, bits, widest))
 
@@ -109,10 +101,6 @@ class Sites:
         inputs = shape_of(bind(nodes[0])["weight"])[1]
         blocked = "block" in granularities and not self.placer.is_weighted(nodes[0]) and min(sizes) < inputs
         return replace(grid, block_size=min(sizes) if blocked else None)
-
-    def _decider(self, setting: str, nodes: list[fx.Node]) -> LayerRule:
-        found = (self.rules.decider(setting, node.name) for node in nodes)
-        return next(matched.rule for matched in found if matched is not None and not getattr(matched.rule, setting))
 
     def _activations(self) -> list[Site]:
         placer = self.placer

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibrators import PlacementOptions, calibrate
+from calibrators import LayerRule, PlacementOptions, calibrate
+from calibrators.budgets import parse_budgets
 from calibrators.errors import DataError, InputError, ModelError
 from exporter import capture, emit, fold
 from runtime_tests import validate
@@ -244,3 +245,12 @@ def test_sums_of_very_wide_layers_stay_in_int32(tmp_path: Any) -> None:
     [found] = session(tmp_path / "model.onnx").run(None, {"input": x.numpy()})
     assert torch.allclose(torch.from_numpy(found), model(x), rtol=0.02)
     assert [finding for finding in lint(tmp_path / "model.onnx") if finding.severity == "error"] == []
+
+
+def test_zero_points_by_a_rule_where_bits_are_open() -> None:
+    """Eight bits, which are tried as well, cannot have one."""
+    graph = capture(randomize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))), torch.randn(2, 8))
+    options = PlacementOptions(weight_bits=4, first_last_bits=None, layers=(LayerRule("2", symmetric=False),))
+    budget = parse_budgets(["avg_weight_bits<=4.5"])
+    result = calibrate(graph, [torch.randn(32, 8)], placement=options, budgets=budget)
+    assert result.record["sensitivity"]
