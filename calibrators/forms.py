@@ -3,7 +3,8 @@
 - SiLU            -> x * sigmoid(x)
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
 - adaptive average pooling to a divisor of the size -> average pooling
-- average pooling of a whole sequence -> the same of an image of height 1
+- average pooling of a sequence -> the same of an image of height 1
+- average pooling with a ceiling or a divisor of its own -> padding, plain average pooling, a factor per position
 - max pooling with indices that nobody reads -> max pooling
 - ReLU6, hardtanh -> clamp
 - convolution or linear without bias -> with a bias of zeros: the form that every runtime fuses, and corrections need
