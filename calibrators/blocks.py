@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from calibrators.forms import clip_bounds
-from calibrators.graph import constant, module_path, sample_values, shape_of
+from calibrators.graph import constant, example_batch, module_path, sample_values, shape_of
 
 __all__ = ["Block", "extract", "merge", "partition"]
 
@@ -91,7 +91,7 @@ def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
     if not nodes or tuple(order[start : start + len(nodes)]) != nodes:
         raise ValueError(f"not consecutive blocks of the graph: {', '.join(b.name for b in blocks) or 'none'}")
     inside, outside = set(nodes), set(order) - set(nodes)
-    batch = _batch_size(graph)
+    batch = example_batch(graph)
 
     def leaves(name: str) -> bool:
         users = [user for user in source[name].users if not _is_batch_size(user, batch)]
@@ -115,7 +115,7 @@ def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
     are copied from where they are made; the batch size is taken from the block's own inputs. There is no example.
     """
     source = {node.name: node for node in graph.graph.nodes}
-    batch = _batch_size(graph)
+    batch = example_batch(graph)
     new = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
 
@@ -154,11 +154,6 @@ def _live_calls(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node in reached and node.op == "call_function"]
 
 
-def _batch_size(graph: fx.GraphModule) -> int:
-    """First dimension of the example, which marks a dimension that counts samples."""
-    return next((len(x) for x in graph.meta["example"] if x.ndim), 1)
-
-
 def _is_batch_size(node: fx.Node, batch: int) -> bool:
     """Whether the call asks a tensor for the number of samples, which any other tensor can tell as well."""
     if node.target is not torch.ops.aten.sym_size.int:
@@ -174,7 +169,7 @@ class _Flow:
     def __init__(self, graph: fx.GraphModule, weighted: frozenset[str]) -> None:
         self.weighted = weighted
         self.calls = _live_calls(graph)
-        self.batch = _batch_size(graph)
+        self.batch = example_batch(graph)
         self.samples = sample_values(graph)
         self.returned = frozenset(graph.graph.output_node().all_input_nodes)
         self.position = {node: index for index, node in enumerate(self.calls)}

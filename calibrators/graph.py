@@ -25,6 +25,7 @@ __all__ = [
     "batch_of",
     "bind",
     "constant",
+    "example_batch",
     "fan_in",
     "infer_shapes",
     "is_constant",
@@ -123,7 +124,12 @@ def fan_in(node: fx.Node) -> int:
 
 def batch_of(graph: fx.GraphModule, wanted: int) -> int:
     """How many samples to run at a time: `wanted`, or the number that the graph fixes."""
-    return wanted if graph.meta["dynamic_batch"] else len(graph.meta["example"][0])
+    return wanted if graph.meta["dynamic_batch"] else example_batch(graph)
+
+
+def example_batch(graph: fx.GraphModule) -> int:
+    """Samples of the example."""
+    return next((len(x) for x in graph.meta["example"] if x.ndim), 1)
 
 
 def infer_shapes(graph: fx.GraphModule) -> None:
@@ -137,14 +143,13 @@ def sample_values(graph: fx.GraphModule) -> frozenset[str]:
 
     Where the batch is free it is seen by running one sample more than the example has: sizes may agree by chance.
     """
-    example: tuple[Tensor, ...] = graph.meta["example"]
-    batch = next((len(x) for x in example if x.ndim), 1)
+    batch = example_batch(graph)
     names = {node.name for node in graph.graph.nodes if shape_of(node)[:1] == (batch,)}
     if not graph.meta["dynamic_batch"]:
         return frozenset(names)
     longer = _Lengths(graph)
     with torch.no_grad():
-        longer.run(*(torch.cat([x, x[:1]]) if x.ndim else x for x in example))
+        longer.run(*(torch.cat([x, x[:1]]) if x.ndim else x for x in graph.meta["example"]))
     return frozenset(name for name in names if longer.found.get(name) == batch + 1)
 
 

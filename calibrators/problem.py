@@ -84,7 +84,7 @@ class Problem:
     def variant(self, **changes: Any) -> Problem:
         """The same problem with other fields that leave what was observed as it is: memory, bits of the placement."""
         other = replace(self, **changes)
-        vars(other)["statistics"] = self.statistics
+        vars(other).update(statistics=self.statistics, samples=self.samples)
         return other
 
     def activations(self, method: RangeMethod) -> dict[str, QParams]:

@@ -81,7 +81,7 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
                 f"{out} is {what}, which cannot be replaced by a finished bundle; give --out a folder inside it."
             )
         _check_free(place, overwrite=overwrite)
-        above = out.resolve().parent
+        above = place.parent
         while not above.exists():
             above = above.parent
         tempfile.TemporaryDirectory(dir=above, prefix=".intact-").cleanup()

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from calibrators.errors import ModelError
 from calibrators.graph import bind, infer_shapes, is_constant
 
-__all__ = ["capture", "quiet"]
+__all__ = ["SAME", "alike", "capture", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
 
@@ -138,13 +138,19 @@ def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None
         expected = pytree.tree_leaves(original(*(x.clone() for x in graph.meta["example"])))
         found = graph(*(x.clone() for x in graph.meta["example"]))
     for name, left, right in zip(graph.meta["output_names"], expected, found, strict=True):
-        left, right = torch.as_tensor(left).double(), torch.as_tensor(right).double()
-        largest = float(left[left.isfinite()].abs().max()) if bool(left.isfinite().any()) else 0.0
-        if left.shape != right.shape or not torch.allclose(right, left, limit, limit * largest, equal_nan=True):
+        if not alike(torch.as_tensor(left), torch.as_tensor(right), limit):
             raise ModelError(
                 f"the captured graph computes another {name!r} than the model: an operator that writes into memory of "
                 "another value may be the cause; write it without in-place operators"
             )
+
+
+def alike(expected: Tensor, found: Tensor, limit: float = SAME) -> bool:
+    """Whether an output is what it should be, up to `limit` of its largest finite value."""
+    expected, found = expected.double(), found.double()
+    finite = expected[expected.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return expected.shape == found.shape and torch.allclose(found, expected, limit, limit * largest, equal_nan=True)
 
 
 def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ Must not know: the command line, how pages look.
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 import tempfile
 import time
@@ -26,12 +25,13 @@ from calibrators.budgets import ACCURACY, parse_budgets
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, ModelError
 from calibrators.freeze import CalibrationResult
+from calibrators.graph import batch_of
 from calibrators.losses import is_logits
 from calibrators.methods import get_method
 from calibrators.place import PlacementOptions
 from calibrators.simulate import Batch
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
-from exporter.capturing import SAME, capture
+from exporter.capturing import SAME, alike, capture
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.data import Batch as DataBatch
@@ -193,12 +193,12 @@ def _check_alike(calibration: DataBatch, evaluation: DataBatch, names: Sequence[
 
 def _check_labels(graph: fx.GraphModule, evaluation: DataBatch) -> None:
     """Refuse labels of classes that the model does not have, as far as the first batch shows them."""
+    if evaluation.labels is None:
+        return
     with torch.no_grad():
         output = graph(*_example(graph))[0]
-    if evaluation.labels is None or not is_logits(output):
-        return
     highest = int(evaluation.labels.max())
-    if highest >= output.shape[1]:
+    if is_logits(output) and highest >= output.shape[1]:
         raise DataError(f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}.")
 
 
@@ -247,8 +247,7 @@ class _Export:
         with torch.no_grad():
             pairs = list(zip(graph(*batch), result.placement.graph(*batch), strict=True))
         for name, (ours, theirs) in zip(graph.meta["output_names"], pairs, strict=True):
-            largest = float(ours.abs().where(ours.isfinite(), 0.0).max()) if ours.is_floating_point() else math.inf
-            if largest < math.inf and not torch.allclose(theirs, ours, SAME, SAME * largest, equal_nan=True):
+            if ours.is_floating_point() and not alike(ours, theirs):
                 raise ModelError(
                     f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
                     "it must not: report this model, please"
@@ -484,13 +483,12 @@ def _inputs(graph: fx.GraphModule, data: Data) -> Iterator[Batch]:
 
 def _labelled(graph: fx.GraphModule, data: Data) -> Iterator[tuple[Batch, Any]]:
     """Batches of a pass; of the size that the graph insists on, where it does (an incomplete rest is dropped)."""
-    fixed = None if graph.meta["dynamic_batch"] else _example(graph)[0].shape[0]
     rest: tuple[Tensor, ...] = ()
     for batch in data:
         values = batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
         if rest:
             values = tuple(torch.cat(pair) for pair in zip(rest, values, strict=True))
-        size = len(values[0]) if fixed is None else fixed
+        size = batch_of(graph, len(values[0]))
         for start in range(0, len(values[0]) - size + 1, size):
             part = tuple(x[start : start + size] for x in values)
             inputs, labels = part[: len(batch.inputs)], part[len(batch.inputs) :]

@@ -89,7 +89,7 @@ def select(analysis: Analysis, accept: Callable[[Candidate], Any]) -> Selection:
     for exit_ in reversed(analysis.graph.graph.nodes):
         if exit_ in selection.folded:
             continue
-        for root in sorted(analysis.inherited(exit_), key=lambda root: (analysis.position[root.node], root.spatial)):
+        for root in _in_order(analysis, analysis.inherited(exit_)):
             if root.node in pending and root.node.target not in TRANSPOSED:
                 continue
             nodes = between(analysis, root, [exit_])
@@ -233,7 +233,7 @@ def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
     computed = [term for term in terms if is_computed(term.operand) and shape_of(term.operand) == shape_of(top)]
     groups: list[list[_Term]] = []
     left = computed
-    for root in sorted(_roots(analysis, computed), key=lambda root: (analysis.position[root.node], root.spatial)):
+    for root in _in_order(analysis, _roots(analysis, computed)):
         group = _mergeable(analysis, root, [term for term in left if root in analysis.values[term.operand]], sums)
         if len(group) >= 2:
             groups.append(group)
@@ -246,6 +246,11 @@ def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
 
 def _content(terms: list[_Term]) -> Counter[tuple[float, Any]]:
     return Counter((term.factor, term.operand) for term in terms)
+
+
+def _in_order(analysis: Analysis, roots: Iterable[Root]) -> list[Root]:
+    """Roots by their place in the graph, those of one node by their dimensions: always the same order."""
+    return sorted(roots, key=lambda root: (analysis.position[root.node], root.spatial))
 
 
 def _roots(analysis: Analysis, terms: list[_Term]) -> set[Root]:

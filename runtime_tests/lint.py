@@ -18,10 +18,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
-from calibrators.errors import ModelError
 from runtime_tests.operands import (
     DEQUANTIZE,
     QUANTIZE,
@@ -35,7 +33,7 @@ from runtime_tests.operands import (
     type_range,
     where,
 )
-from runtime_tests.sessions import loads
+from runtime_tests.sessions import loads, readable
 
 __all__ = ["RULES", "Finding", "Rule", "lint"]
 
@@ -75,10 +73,11 @@ def lint(model: onnx.ModelProto | str | Path) -> list[Finding]:
 
     raises: ModelError for what is no ONNX file.
     """
-    try:
-        proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"{model} cannot be read as an ONNX model: {error}. Export it again.") from error
+    if isinstance(model, onnx.ModelProto):
+        proto = model
+    else:
+        with readable(model):
+            proto = onnx.load(model, load_external_data=False)
     findings = [finding for rule in RULES.values() if rule.on_proto for finding in _apply(rule, proto)]
     if not any(finding.rule == "duplicate-name" for finding in findings):
         loaded = ir.from_proto(proto) if isinstance(model, onnx.ModelProto) else ir.load(model)

@@ -18,7 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError
 
-__all__ = ["loads", "optimized_file", "optimized_model", "session", "value_names"]
+__all__ = ["loads", "optimized_file", "optimized_model", "readable", "session", "value_names"]
 
 PINNED = {
     "session.disable_double_qdq_remover": "1",
@@ -151,9 +151,16 @@ def _source(model: onnx.ModelProto | str | Path, options: ort.SessionOptions, ta
     if not taps:
         return str(model)
     options.add_session_config_entry(MODEL_FOLDER, str(Path(model).resolve().parent))
-    try:
+    with readable(model):
         content = Path(model).read_bytes()
         return content + _extra_outputs(onnx.ModelProto.FromString(content), taps)
+
+
+@contextmanager
+def readable(model: str | Path) -> Iterator[None]:
+    """What cannot be read as an ONNX model inside becomes a ModelError."""
+    try:
+        yield
     except (OSError, DecodeError) as error:
         raise ModelError(f"{model} cannot be read as an ONNX model: {error}. Export it again.") from error
 
