@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -185,7 +186,8 @@ class _Trainer:
             self.unit.simulation.set(name, bias)
         if biases:
             size = float(torch.cat([bias.detach().abs().flatten() for bias in biases.values()]).mean())
-            self._add([*biases.values()], self.settings.bias_lr * size)
+            typical = fmean(math.sqrt(energy) for energy in self.unit.energy)  # where the network has no biases
+            self._add([*biases.values()], self.settings.bias_lr * (size or typical))
         return biases
 
     def _scales(self) -> list[Tensor]:

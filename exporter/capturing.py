@@ -20,7 +20,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError
-from calibrators.graph import bind, infer_shapes, is_constant
+from calibrators.graph import bind, infer_shapes, is_constant, where
 
 __all__ = ["SAME", "alike", "capture", "quiet"]
 
@@ -426,7 +426,13 @@ def _output_names(spec: Any, count: int) -> list[str]:
 
 
 def _check(graph: fx.GraphModule) -> None:
-    """Run the captured graph once: it must return tensors and mark every shape."""
+    """Run the captured graph once: it must return tensors, mark every shape, and have one way through."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ModelError(
+                f"{where(node)} chooses between subgraphs at run time ({node.target.name()}), which no integer runtime "
+                "executes; export one branch, or compute both and select with torch.where"
+            )
     try:
         infer_shapes(graph)
     except Exception as error:

@@ -123,7 +123,7 @@ def _evaluate(gate: Gate, report: Report) -> GateResult:
     return {
         "name": gate.name,
         "limit": gate.limit,
-        "value": None if value is None or math.isnan(value) else value,
+        "value": value if value is not None and math.isfinite(value) else None,
         "passed": passed,
         "expression": gate.expression,
     }
@@ -185,6 +185,11 @@ def _float_mismatch_rate(report: Report) -> float | None:
     return mismatched / values if values else 0.0
 
 
+def _sqnr(report: Report) -> float | None:
+    found = _leaf(report, "accuracy.sqnr_db")
+    return math.inf if found is None and report.get("accuracy") else found
+
+
 def _kernel_surprises(report: Report) -> float | None:
     unplanned = report["parity"]["optimized"].get("unplanned")
     return None if unplanned is None else float(sum(map(abs, unplanned.values())))
@@ -219,7 +224,9 @@ METRICS: dict[str, Metric] = {
         needs_eval=True,
     ),
     "sqnr_db": Metric(
-        "signal over quantization noise at the outputs, in dB", _path("accuracy.sqnr_db"), needs_eval=True
+        "signal over quantization noise at the outputs, in dB; infinite where they are identical",
+        _sqnr,
+        needs_eval=True,
     ),
     "mismatched": Metric("differing values end to end, optimisations on", _path("parity.optimized.mismatched")),
     "kernel_mismatched": Metric(

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
@@ -24,9 +24,11 @@ from calibrators.reconstruct import Reconstruction, Run
 from calibrators.simulate import Watcher
 from calibrators.simulation import Simulation
 from calibrators.training import Unit
+from exporter.capturing import capture
 from exporter.emission import to_onnx
 from runtime_tests.parity import parity
 from tests.folded import folded_network, output_error
+from tests.networks import randomize
 
 METHODS = {
     "adaround": {},
@@ -181,6 +183,14 @@ def test_streamed_activations_equal_a_full_run_from_the_input(name: str) -> None
     assert crossing
     for node in crossing:
         assert torch.equal(SEEN[node], values[node]), node
+
+
+def test_biases_are_learned_where_the_network_has_none() -> None:
+    model = randomize(nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)))
+    x = torch.randn(64, 8)
+    options = PlacementOptions(weight_bits=2, first_last_bits=None)
+    result = calibrate(capture(model, x), [x], method="qdrop", options={"iters": 20}, placement=options)
+    assert any(bool(coded.codes.any()) for coded in result.biases.values())
 
 
 def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,3 +282,13 @@ def test_transposed_convolutions_too() -> None:
     graph = capture(program, x)
     assert aten.conv_transpose2d.input in {node.target for node in graph.graph.nodes}
     torch.testing.assert_close(graph(x)[0], model(x))
+
+
+def test_branches_chosen_at_run_time_are_refused() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen: Tensor = torch.cond(x.sum() > 0, lambda y: y.relu(), lambda y: 2 * y, (x,))
+            return chosen
+
+    with pytest.raises(ModelError, match=r"cond.*chooses between subgraphs.*torch\.where"):
+        capture(Branching(), torch.ones(2, 3))

@@ -89,6 +89,16 @@ def test_short_metrics_equal_what_the_report_says() -> None:
     assert {name: metric.value(report) for name, metric in METRICS.items()} == expected
 
 
+def test_identical_outputs_have_no_noise_at_all() -> None:
+    report = sample_report(9)
+    report["accuracy"]["sqnr_db"] = None
+    [result] = evaluate([parse("sqnr_db>=60")], report)
+    assert (result["passed"], result["value"]) == (True, None)
+    report["accuracy"] = None
+    [result] = evaluate([parse("sqnr_db>=60")], report)
+    assert not result["passed"]
+
+
 def test_float_mismatch_rate_is_counted_from_the_nodes_if_need_be() -> None:
     report = sample_report(9)
     del report["parity"]["optimized"]["float_values"]

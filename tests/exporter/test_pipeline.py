@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,16 +105,33 @@ def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
     onnx.save(model, out / "model.onnx")
     with pytest.raises(InputError, match=r"model\.onnx"):
         verify(out)
-    manifest = json.loads((out / "manifest.json").read_text())
-    entry = manifest["files"]["model.onnx"]
-    import hashlib
-
-    content = (out / "model.onnx").read_bytes()
-    entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    reseal(out, "model.onnx")
     report = verify(out)
     assert report["verdict"] == "fail"
     assert report["parity"]["optimized"]["kernel_mismatched"] > 0
+
+
+def test_verify_notices_golden_outputs_of_something_else(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(bundle, out)
+    name = "golden/test_data_set_0/output_0.pb"
+    tensor = onnx.TensorProto.FromString((out / name).read_bytes())
+    values = onnx.numpy_helper.to_array(tensor)
+    (out / name).write_bytes(onnx.numpy_helper.from_array(values * 1.01, tensor.name).SerializeToString())
+    reseal(out, name)
+    assert verify(out)["verdict"] == "fail"
+    (out / name).write_bytes(onnx.numpy_helper.from_array(values, "another").SerializeToString())
+    reseal(out, name)
+    with pytest.raises(InputError, match="golden outputs"):
+        verify(out)
+
+
+def reseal(out: Path, name: str) -> None:
+    """Make the manifest say that a changed file is as it should be."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    content = (out / name).read_bytes()
+    manifest["files"][name].update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (out / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_failed_gate_writes_the_bundle_and_says_so(tmp_path: Path) -> None:
