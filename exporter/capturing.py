@@ -430,7 +430,7 @@ def _check(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise ModelError(
-                f"{where(node)} chooses between subgraphs at run time ({node.target.name()}), which no integer runtime "
+                f"{where(node)} chooses between subgraphs at run time ({node.target}), which no integer runtime "
                 "executes; export one branch, or compute both and select with torch.where"
             )
     try:
