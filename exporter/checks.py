@@ -14,6 +14,7 @@ from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.gates import parse
 from exporter.packing import STORAGES, refused_opset
+from runtime_tests.second_runtime import check_installed
 
 __all__ = ["check_settings"]
 
@@ -31,6 +32,8 @@ def check_settings(config: ExportConfig) -> None:
     check_preparations(config.prepare)
     for expression in config.gates:
         parse(expression)
+    if config.openvino:
+        check_installed()
     _check_device(config.device)
     _check_storage(config)
 

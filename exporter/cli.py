@@ -202,6 +202,9 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         list[str] | None,
         _option("Condition for exit code 0, repeatable: `accuracy_drop<=0.01`.", PROOF, metavar="EXPR"),
     ] = None,
+    openvino: Annotated[
+        bool | None, _option("Prove the model in OpenVINO too, kernel by kernel; it has to be installed.", PROOF)
+    ] = None,
     parity_samples: Annotated[
         int | None, _option("Samples compared integer by integer. [256]", PROOF, metavar="N")
     ] = None,
@@ -246,6 +249,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         "gates": gate or None,
         "batch_size": batch_size,
         "calibration_batches": calibration_batches,
+        "openvino": openvino,
         "parity_samples": parity_samples,
         "seed": seed,
         "device": device,
@@ -461,6 +465,8 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if accuracy is not None:
         yield accuracy["metric"], _accuracy(accuracy)
     yield "parity", _parity(report["parity"]["optimized"])
+    if "openvino" in report["parity"]:
+        yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])
     if report["coverage"].get("weight_only_macs"):
         yield "weight-only MACs", _weight_only(report["coverage"])
@@ -493,6 +499,15 @@ def _parity(level: Mapping[str, Any]) -> str:
     if level["float_values"]:
         text += f", {level['float_mismatched']:,} of {level['float_values']:,} behind float operators"
     return f"{text} (node by node; largest step {level['forced']['max_lsb']})"
+
+
+def _second(level: Mapping[str, Any]) -> str:
+    differ, most = level["forced"]["mismatched"], level["forced"]["max_lsb"]
+    text = (
+        f"{differ:,} of {level['values']:,} integers differ kernel by kernel{f', by {most} at most' if differ else ''}"
+    )
+    alike = f"; as deployed it decides as the reference in {_percent(level['agreement'])} of the samples"
+    return text if level["agreement"] is None else text + alike
 
 
 def _percent(share: float | None) -> str:

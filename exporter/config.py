@@ -35,7 +35,9 @@ Positive = Annotated[int, Field(ge=1)]
 Storage = Literal["auto", "int8", "int4", "int2"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
-NO_EFFECT = frozenset({"cache_gib", "explain", "sensitivity", "gates", "parity_samples", "latency_runs", "threads"})
+NO_EFFECT = frozenset(
+    {"cache_gib", "explain", "sensitivity", "gates", "openvino", "parity_samples", "latency_runs", "threads"}
+)
 """Settings that change how an export is computed, proved and told, and nothing in the model."""
 
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
@@ -78,6 +80,7 @@ class ExportConfig(BaseModel):
     mean: Channels | None = Field(None, description="mean per channel of images in 0..1")
     std: Channels | None = Field(None, description="standard deviation per channel of images in 0..1")
     calibration_batches: Positive | None = Field(None, description="use only the first batches; none: all")
+    openvino: bool = Field(False, description="prove the model in OpenVINO too, kernel by kernel")
     parity_samples: Positive = Field(256, description="samples whose integers are compared with the runtime")
     latency_runs: int = Field(50, ge=0, description="timed runs per model; 0: no timing")
     threads: Positive = Field(1, description="threads of the runtime while timing")

@@ -9,7 +9,7 @@ import errno
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -48,7 +48,7 @@ from exporter.entries import (
     version,
 )
 from exporter.folding import fold
-from exporter.gates import DEFAULT_GATES, check_measurable, evaluate, parse, verdict
+from exporter.gates import DEFAULT_GATES, Gate, check_measurable, evaluate, parse, verdict
 from exporter.layers import layer_entries
 from exporter.packing import alternatives, pack, stored_bytes
 from exporter.progress import Progress
@@ -59,8 +59,9 @@ from runtime_tests.coverage import coverage
 from runtime_tests.integer_reference import KernelPlan, plan, run
 from runtime_tests.latency import latency
 from runtime_tests.lint import lint
-from runtime_tests.parity import FLOAT_OUTPUT_ERROR, ParityReport, parity
+from runtime_tests.parity import FLOAT_OUTPUT_ERROR, parity
 from runtime_tests.saturation import saturation
+from runtime_tests.second_runtime import check_installed, second_parity
 from runtime_tests.sessions import session
 from runtime_tests.simplify import simplify
 from runtime_tests.size import size_by_type
@@ -124,7 +125,7 @@ def export(
     out = Path(out)
     check_out(out, overwrite=overwrite)
     check_settings(config)
-    gates = [*DEFAULT_GATES, *map(parse, config.gates)]
+    gates = _gates(config.gates, openvino=config.openvino)
     given, evaluation = open_both(data, eval_data, **config.data_form())
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
@@ -360,7 +361,7 @@ class _Export:
             "bits": {"weight": self.config.weight_bits, "activation": self.config.activation_bits},
             "fold": fold_entry(result.placement.graph.meta["fold"]),
             "accuracy": accuracy,
-            "parity": {"unoptimized": levels[False].to_dict(), "optimized": levels[True].to_dict()},
+            "parity": levels,
             "coverage": covered.to_dict(),
             "size": {"float_bytes": size_by_type(self.float_path).file_bytes, **size.to_dict()},
             "latency_ms": timing,
@@ -384,14 +385,11 @@ class _Export:
     def _held_out(self, program: fx.GraphModule) -> Iterator[Batch]:
         return _inputs(program, self.work.evaluation or self.work.calibration)
 
-    def _parity(self, program: fx.GraphModule) -> dict[bool, ParityReport]:
+    def _parity(self, program: fx.GraphModule) -> dict[str, Any]:
         def batches() -> Iterator[Batch]:
             return _first(program, self._held_out(program), self.config.parity_samples)
 
-        return {
-            optimized: parity(self.model_path, program, batches(), optimized=optimized, threads=torch.get_num_threads())
-            for optimized in (False, True)
-        }
+        return _levels(self.model_path, program, batches, openvino=self.config.openvino)
 
     def _accuracy(self, graph: fx.GraphModule, program: fx.GraphModule, kernels: KernelPlan) -> Any:
         """Float graph, reference program and runtime on the held-out data; the first output counts."""
@@ -519,6 +517,26 @@ def _feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
     return {name: x.numpy() for name, x in zip(graph.meta["input_names"], batch, strict=True)}
 
 
+def _levels(
+    path: Path, program: fx.GraphModule, batches: Callable[[], Iterable[Batch]], *, openvino: bool
+) -> dict[str, Any]:
+    """The "parity" part of report.json."""
+    threads = torch.get_num_threads()
+    levels: dict[str, Any] = {
+        "unoptimized": parity(path, program, batches(), optimized=False, threads=threads).to_dict(),
+        "optimized": parity(path, program, batches(), optimized=True, threads=threads).to_dict(),
+    }
+    if openvino:
+        levels["openvino"] = second_parity(path, program, batches(), threads=threads).to_dict()
+    return levels
+
+
+def _gates(expressions: Iterable[str], *, openvino: bool) -> list[Gate]:
+    """Those of every export, of a second runtime where it is asked for, and the user's."""
+    second = [parse("parity.openvino.violations==0")] if openvino else []
+    return [*DEFAULT_GATES, *second, *map(parse, expressions)]
+
+
 def _outputs(kernels: KernelPlan, batch: Batch) -> tuple[Tensor, ...]:
     return run(kernels, batch)[1]
 
@@ -532,12 +550,15 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
     quantized value. Accuracy and latency keep the numbers of the export; nothing is written.
 
-    raises: InputError for a missing, damaged or changed file.
+    raises: InputError for a missing, damaged or changed file, or where OpenVINO was asked for and is not installed.
     """
     folder, progress = Path(folder), progress or Progress()
     with progress.stage("manifest"):
         verify_manifest(folder)
     report = read_report(folder / "report.json")
+    openvino = "openvino" in report["parity"]
+    if openvino:
+        check_installed()
     program = load_reference(folder / REFERENCE)
     inputs, expected = read_golden(folder)
     for kind, arrays in (("input", inputs), ("output", expected)):
@@ -548,7 +569,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     batch = tuple(torch.from_numpy(np.array(inputs[name])) for name in program.meta["input_names"])
     model_path = folder / "model.onnx"
     with progress.stage("compare"):
-        levels = {on: parity(model_path, program, [batch], optimized=on) for on in (False, True)}
+        levels = _levels(model_path, program, lambda: [batch], openvino=openvino)
         found = session(model_path).run(list(expected), inputs)
     with progress.stage("measure"):
         saturating = saturation(model_path)
@@ -557,18 +578,17 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     pairs = [
         (torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), found, strict=True)
     ]
-    proved = {on: level.to_dict() for on, level in levels.items()}
-    proved[True]["outputs_identical"] &= all(alike(a, b, 0.0) for a, b in pairs)
-    proved[True]["violations"] += sum(not alike(a, b, FLOAT_OUTPUT_ERROR) for a, b in pairs)
+    levels["optimized"]["outputs_identical"] &= all(alike(a, b, 0.0) for a, b in pairs)
+    levels["optimized"]["violations"] += sum(not alike(a, b, FLOAT_OUTPUT_ERROR) for a, b in pairs)
     changes: dict[str, Any] = {
-        "parity": {"unoptimized": proved[False], "optimized": proved[True]},
+        "parity": levels,
         "coverage": covered.to_dict(),
         "lint": [asdict(finding) for finding in findings],
         "environment": environment(saturating, report["config"]["threads"]),
         "saturation": saturation_entry(saturating),
     }
     report = cast(Report, {**report, **changes})
-    gates = [*DEFAULT_GATES, *map(parse, report["config"]["gates"])]
+    gates = _gates(report["config"]["gates"], openvino=openvino)
     report["gates"] = evaluate(gates, report)
     report["verdict"] = verdict(report["gates"])
     return report

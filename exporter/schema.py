@@ -218,12 +218,26 @@ class Level(TypedDict):
     nodes: NotRequired[list[NodeParity]]
 
 
+class SecondLevel(Level):
+    """OpenVINO against reference; `violations` counts sites with more than rare single steps, node by node.
+
+    executed:  layers of the file as it is deployed, by type and precision.
+    relative:  its largest difference of an output there, as a share of the largest; agreement: same decisions.
+    """
+
+    version: str
+    executed: dict[str, int]
+    relative: Real
+    agreement: Real | None
+
+
 @_MORE_WELCOME
 class Parity(TypedDict):
-    """The two levels of optimisation of the runtime."""
+    """The two levels of optimisation of the runtime, and OpenVINO where it was asked for."""
 
     unoptimized: Level
     optimized: Level
+    openvino: NotRequired[SecondLevel]
 
 
 @_MORE_WELCOME

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +35,15 @@ from runtime_tests.stored_weights import differing_weights
 
 __all__ = [
     "Agreement",
+    "Comparison",
     "OutputParity",
     "ParityError",
     "ParityReport",
+    "Runtime",
     "SiteParity",
     "Validation",
+    "distance",
+    "legal_rate",
     "parity",
     "unplanned",
     "validate",
@@ -96,7 +100,7 @@ class SiteParity:
     """One quantized value.
 
     kernel: the runtime's operator that writes it, "float" for float arithmetic; reason says why it is float.
-    bits:   of the container of its codes.
+    rate:   legal share of codes that are one step off; 0: none may differ.
     """
 
     site: str
@@ -104,16 +108,15 @@ class SiteParity:
     reason: str
     per_node: Agreement
     end_to_end: Agreement
-    bits: int = 8
+    rate: float = 0.0
 
     @property
     def is_legal(self) -> bool:
         """Whether the node computes what the reference computes, from the same inputs."""
         found = self.per_node
-        if self.kernel != FLOAT:
+        if not self.rate:
             return found.mismatched == 0
-        rate = FLOAT_RATE * 2 ** (self.bits - 8)
-        return found.max_lsb <= FLOAT_LSB and found.mismatched <= FLOAT_CHANCE + rate * found.values
+        return found.max_lsb <= FLOAT_LSB and found.mismatched <= FLOAT_CHANCE + self.rate * found.values
 
     def to_dict(self) -> dict[str, Any]:
         """Per node; what travelled through the network is under end_to_end."""
@@ -161,7 +164,7 @@ class OutputParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Everything that was compared at one optimisation level, sites in the order of computation.
+    """Everything that was compared in one runtime at one optimisation level, sites in the order of computation.
 
     unplanned: kernels executed minus kernels planned, by operator, where they differ; nothing with optimisations off.
     """
@@ -171,6 +174,7 @@ class ParityReport:
     sites: tuple[SiteParity, ...]
     outputs: tuple[OutputParity, ...]
     unplanned: Mapping[str, int] = field(default_factory=dict)
+    runtime: str = "onnxruntime"
 
     @property
     def end_to_end(self) -> Agreement:
@@ -222,13 +226,13 @@ class ParityReport:
 
         raises: ParityError naming the first node that does not, and how far off it is.
         """
-        level = "on" if self.optimized else "off"
+        level = f"in {self.runtime} with optimisations {'on' if self.optimized else 'off'}"
         illegal = [site for site in self.sites if not site.is_legal]
         if illegal:
             first, found = illegal[0], illegal[0].per_node
             raise ParityError(
                 f"{found.mismatched} of {found.values} codes of {first.site!r} ({first.kernel}) differ from the "
-                f"reference by up to {found.max_lsb}, on the runtime's own input codes and with optimisations {level}; "
+                f"reference by up to {found.max_lsb}, on the runtime's own input codes, {level}; "
                 f"{len(illegal)} of {len(self.sites)} sites are affected. The file and the program disagree there "
                 "(scale, zero point, weight or bias), or this runtime computes otherwise: compare its version and CPU."
             )
@@ -236,7 +240,7 @@ class ParityReport:
             if not output.is_legal:
                 raise ParityError(
                     f"output {output.name!r} differs from the reference by {output.relative:.3g} of its largest value "
-                    f"with optimisations {level}, though all codes before it agree: look at the operators behind "
+                    f"{level}, though all codes before it agree: look at the operators behind "
                     f"{self.sites[-1].site!r}."
                 )
         if self.unplanned:
@@ -279,7 +283,7 @@ def validate(
     batches: tensors or tuples with one tensor per input; read once.
     raises:  DataError for no batches.
     """
-    levels = [_Comparison(path, reference.program, optimized=on, threads=1) for on in (False, True)]
+    levels = [_in_onnxruntime(path, reference.program, optimized=on, threads=1) for on in (False, True)]
     for batch in batches:
         inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         for level in levels:
@@ -301,10 +305,53 @@ def parity(
     raises:  DataError for no batches or a wrong number of inputs; ModelError if the runtime refuses the model;
              UnknownNameError if the model lacks one of the program's quantized values.
     """
-    comparison = _Comparison(model, program, optimized=optimized, threads=threads)
+    comparison = _in_onnxruntime(model, program, optimized=optimized, threads=threads)
     for batch in batches:
         comparison.add(tuple(batch))
     return comparison.report()
+
+
+class Runtime(Protocol):
+    """A file loaded into a runtime, with some of its values made visible.
+
+    input_names, output_names: of the model itself.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def input_names(self) -> list[str]: ...
+    @property
+    def output_names(self) -> list[str]: ...
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's outputs and the values made visible."""
+
+
+class _OnnxRuntime:
+    name = "onnxruntime"
+
+    def __init__(
+        self, model: onnx.ModelProto | str | Path, taps: Sequence[str], *, optimized: bool, threads: int
+    ) -> None:
+        self.session = session(model, optimized=optimized, threads=threads, taps=taps)
+        names = [info.name for info in self.session.get_outputs()]
+        self.input_names = [info.name for info in self.session.get_inputs()]
+        self.output_names, self.taps = [name for name in names if name not in set(taps)], list(taps)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True)}
+        results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.taps], feeds)]
+        count = len(self.output_names)
+        return results[:count], results[count:]
+
+
+def _in_onnxruntime(
+    model: onnx.ModelProto | str | Path, program: fx.GraphModule, *, optimized: bool, threads: int
+) -> Comparison:
+    def load(taps: Sequence[str]) -> Runtime:
+        return _OnnxRuntime(model, taps, optimized=optimized, threads=threads)
+
+    return Comparison(load, model, program, optimized=optimized)
 
 
 @dataclass
@@ -317,47 +364,58 @@ class _OutputTally:
     def add(self, ours: Tensor, per_node: Tensor, theirs: Tensor) -> None:
         self.identical &= _same_bits(ours, theirs)
         self.per_node_identical &= _same_bits(per_node, theirs)
-        self.max_abs = max(self.max_abs, _distance(ours, theirs))
-        distance = _distance(per_node, theirs)
-        if distance:
+        self.max_abs = max(self.max_abs, distance(ours, theirs))
+        difference = distance(per_node, theirs)
+        if difference:
             largest = float(theirs.double().abs().where(theirs.isfinite(), 0.0).max())
-            self.relative = max(self.relative, distance / largest if largest > 0 else math.inf)
+            self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
 
-class _Comparison:
-    """Running totals of one optimisation level."""
+class Comparison:
+    """Running totals of one runtime at one optimisation level.
+
+    load:        the model in the runtime, given the names of values to be made visible.
+    optimized:   whether integer kernels are the reference, or QDQ taken literally.
+    kernel_rate: legal share of codes that an integer kernel may have one step off; 0: none.
+    """
 
     def __init__(
-        self, model: onnx.ModelProto | str | Path, program: fx.GraphModule, *, optimized: bool, threads: int
+        self,
+        load: Callable[[Sequence[str]], Runtime],
+        model: onnx.ModelProto | str | Path,
+        program: fx.GraphModule,
+        *,
+        optimized: bool = True,
+        kernel_rate: float = 0.0,
     ) -> None:
         self.plan = plan(program, integer=optimized)
-        self.taps = [f"{site}_quantized" for site in self.plan.sites]
-        self.session = session(model, optimized=optimized, threads=threads, taps=self.taps)
-        self.input_names = [info.name for info in self.session.get_inputs()]
-        self.output_names = [info.name for info in self.session.get_outputs() if info.name not in set(self.taps)]
-        self.unplanned = unplanned(model, self.plan) if optimized else {}
+        self.runtime = load([f"{site}_quantized" for site in self.plan.sites])
+        self.kernel_rate = kernel_rate
+        self.unplanned = unplanned(model, self.plan) if optimized and not kernel_rate else {}
         self.weights = {site: _of_weight(site, found) for site, found in differing_weights(model, program).items()}
         self.optimized, self.samples = optimized, 0
         self.per_node = dict.fromkeys(self.plan.sites, Agreement())
         self.end_to_end = dict.fromkeys(self.plan.sites, Agreement())
-        self.outputs = [_OutputTally() for _ in self.output_names]
+        self.outputs = [_OutputTally() for _ in self.runtime.output_names]
 
-    def add(self, inputs: tuple[Tensor, ...]) -> None:
-        """One batch on both sides."""
-        if len(inputs) != len(self.input_names):
-            names = ", ".join(self.input_names)
+    def add(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One batch on both sides; the reference's outputs, end to end, none for no samples."""
+        names = self.runtime.input_names
+        if len(inputs) != len(names):
             raise DataError(
-                f"a batch holds {len(inputs)} tensors, the model has {len(self.input_names)} inputs: {names}"
+                f"a batch holds {len(inputs)} tensors, the model has {len(names)} inputs: {', '.join(names)}"
             )
         samples = len(inputs[0])
         size = min(samples, LARGEST_BATCH) if self.plan.program.meta["dynamic_batch"] else samples
-        if samples:
-            self.samples += samples
-            for part in zip(*(torch.split(x, size) for x in inputs), strict=True):
-                self._compare(part)
+        if not samples:
+            return ()
+        self.samples += samples
+        parts = [self._compare(part) for part in zip(*(torch.split(x, size) for x in inputs), strict=True)]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def _compare(self, inputs: tuple[Tensor, ...]) -> None:
-        outputs, theirs = self._runtime(inputs)
+    def _compare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        outputs, taps = self.runtime.run(inputs)
+        theirs = dict(zip(self.plan.sites, taps, strict=True))
         codes, ours = run(self.plan, inputs)
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
@@ -369,12 +427,7 @@ class _Comparison:
             self.per_node[site] += per_node[site]
         for tally, *values in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
             tally.add(*values)
-
-    def _runtime(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-        feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True)}
-        results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.taps], feeds)]
-        count = len(self.output_names)
-        return results[:count], dict(zip(self.plan.sites, results[count:], strict=True))
+        return ours
 
     def report(self) -> ParityReport:
         """What all batches together say."""
@@ -383,15 +436,23 @@ class _Comparison:
         weights = (SiteParity(site, WEIGHT, "", found, found) for site, found in self.weights.items())
         sites = (*weights, *(self._site(site) for site in self.plan.sites))
         outputs = tuple(
-            OutputParity(name, exact, t.identical, t.per_node_identical, t.max_abs, t.relative)
-            for name, exact, t in zip(self.output_names, self.plan.exact_outputs, self.outputs, strict=True)
+            OutputParity(name, exact and not self.kernel_rate, t.identical, t.per_node_identical, t.max_abs, t.relative)
+            for name, exact, t in zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         )
-        return ParityReport(self.optimized, self.samples, sites, outputs, self.unplanned)
+        return ParityReport(self.optimized, self.samples, sites, outputs, self.unplanned, self.runtime.name)
 
     def _site(self, site: str) -> SiteParity:
         step = self.plan.by_site[site]
-        agreements = self.per_node[site], self.end_to_end[site]
-        return SiteParity(site, step.kernel, step.reason, *agreements, self.plan.container_bits[site])
+        rate = legal_rate(step.kernel, self.plan.container_bits[site], self.kernel_rate)
+        return SiteParity(site, step.kernel, step.reason, self.per_node[site], self.end_to_end[site], rate)
+
+
+def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
+    """Share of the codes of a site that may be one step off: behind float operators, or where kernels may as well.
+
+    bits: of the container of the codes.
+    """
+    return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
 
 
 def unplanned(model: onnx.ModelProto | str | Path, plan: KernelPlan) -> dict[str, int]:
@@ -430,12 +491,13 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     return alike and ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> float:
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference of two tensors; infinite where shapes differ, or one is finite and the other is not."""
     if _same_bits(ours, theirs):
         return 0.0
     if ours.shape != theirs.shape:
         return math.inf
     ours, theirs = ours.double(), theirs.double()
     differ = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
-    distance = float((ours - theirs)[differ].abs().amax()) if bool(differ.any()) else 0.0
-    return math.inf if math.isnan(distance) else distance
+    largest = float((ours - theirs)[differ].abs().amax()) if bool(differ.any()) else 0.0
+    return math.inf if math.isnan(largest) else largest

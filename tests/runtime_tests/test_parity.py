@@ -26,6 +26,7 @@ from runtime_tests.parity import (
     ParityReport,
     SiteParity,
     _OutputTally,
+    legal_rate,
     parity,
     validate,
 )
@@ -280,7 +281,7 @@ def test_a_file_of_another_program_is_refused() -> None:
     ids=["integer", "integer-one-off", "few", "too-many-of-few", "rare", "two-steps", "too-many"],
 )
 def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
-    site = SiteParity("s", kernel, "", found, Agreement(found.values))
+    site = SiteParity("s", kernel, "", found, Agreement(found.values), legal_rate(kernel))
     report = ParityReport(optimized=True, samples=1, sites=(site,), outputs=())
     assert site.is_legal == site.to_dict()["legal"] == legal
     assert report.violations == report.to_dict()["violations"] == (not legal)
@@ -301,8 +302,8 @@ def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
     ids=["dense-ties", "too-many", "two-steps"],
 )
 def test_a_grid_of_16_bits_has_256_times_the_ties(found: Agreement, legal: bool) -> None:
-    assert SiteParity("s", FLOAT, "", found, found, bits=16).is_legal == legal
-    assert not SiteParity("s", FLOAT, "", found, found).is_legal
+    assert SiteParity("s", FLOAT, "", found, found, legal_rate(FLOAT, bits=16)).is_legal == legal
+    assert not SiteParity("s", FLOAT, "", found, found, legal_rate(FLOAT)).is_legal
 
 
 @pytest.mark.parametrize(
