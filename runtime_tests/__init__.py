@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime_tests.parity import ParityError, validate
+    from runtime_tests.second_runtime import second_parity
 
-__all__ = ["ParityError", "validate"]
+__all__ = ["ParityError", "second_parity", "validate"]
+
+_HOMES = {"ParityError": "parity", "second_parity": "second_runtime", "validate": "parity"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.parity"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -83,13 +83,13 @@ class SecondParity:
 def second_parity(
     model: onnx.ModelProto | str | Path,
     program: fx.GraphModule,
-    batches: Iterable[Sequence[Tensor]],
+    batches: Iterable[Sequence[Tensor] | Tensor],
     *,
     threads: int = 1,
 ) -> SecondParity:
     """`model` in OpenVINO against `program`, the integer kernels of which are the reference.
 
-    batches: tuples with one tensor per input; memory does not grow with their number.
+    batches: tensors or tuples with one tensor per input; memory does not grow with their number.
     raises:  InputError where OpenVINO is not installed; ModelError where it refuses the file; else as `parity`.
     """
     check_installed()
@@ -98,7 +98,7 @@ def second_parity(
     differences, largest = [0.0] * len(deployed.output_names), [0.0] * len(deployed.output_names)
     decisions: list[Tensor] = []  # whether they are the same, [n] per batch
     for batch in batches:
-        inputs = tuple(batch)
+        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         ours = comparison.add(inputs)
         theirs = deployed.run(inputs)[0] if ours else []
         for index, (y, t) in enumerate(zip(ours, theirs, strict=True)):
