@@ -22,11 +22,11 @@ from calibrators.graph import constant, operator_name, where
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed import allocate_bits, measure_sensitivity
+from calibrators.passes import Batch
 from calibrators.place import PlacementOptions, place
 from calibrators.prepare import prepare_graph
 from calibrators.problem import Problem, Stage, silent
 from calibrators.ranges import RangeMethod
-from calibrators.simulate import Batch
 from calibrators.spec import Target
 from calibrators.targets import get_target
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from calibrators.freeze import BIAS_CODE_LIMIT, CalibrationResult, Coded
 from calibrators.graph import batch_of
-from calibrators.simulate import EMPTY_AGAIN, Batch
+from calibrators.passes import EMPTY_AGAIN, Batch
 
 __all__ = ["correct_biases"]
 

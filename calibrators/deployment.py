@@ -37,7 +37,6 @@ class Deployment:
     quantizers: of activations, by name of the site that owns the scale.
     weights:    integers by site name, rounded to nearest until something better is put there.
     biases:     float64 by site name, where they are not the graph's.
-    weight_of:  site of the weight by name of the node that reads it.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Deployment:
         self.problem, self.blocks = problem, blocks
         self.placement, self.device = problem.placement, problem.device
         self.frontier = Frontier(self.placement, blocks)
-        self.nodes = self.frontier.nodes
         self.memory = Memory(problem.memory)
         self.quantized = self._inputs()
         by_name = self.placement.by_name
@@ -60,7 +58,6 @@ class Deployment:
             name: ActivationQuantizer(qparams.to(self.device), nonnegative=problem.statistics[name].lo >= 0)
             for name, qparams in activations.items()
         }
-        self.weight_of = {user: s.name for s in self.placement.sites if s.kind == "weight" for user in s.users}
         self._last_reader = {name: index for index, block in enumerate(blocks) for name in block.inputs}
 
     def _inputs(self) -> dict[str, Cache]:
@@ -125,10 +122,10 @@ class Deployment:
 
     def _coded_bias(self, name: str) -> Coded:
         site = self.placement.by_name[name]
-        node = self.nodes[site.users[0]]
-        source = self.placement.input_of(node)
+        (user,) = site.users
+        source = self.placement.input_of(self.placement.nodes[user])
         scale = self.quantizers[source.name].qparams.scale.cpu()
-        return code_bias(self.bias(name), scale, self.weights[self.weight_of[node.name]].qparams.scale, site)
+        return code_bias(self.bias(name), scale, self.weights[self.placement.weight_of[user].name].qparams.scale, site)
 
     def _grid(self, name: str) -> QParams | None:
         """The grid on which a value crosses, None where it crosses in float."""

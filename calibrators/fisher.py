@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.losses import is_logits
-from calibrators.simulate import Batch
+from calibrators.passes import Batch
 
 __all__ = ["Importance", "importances"]
 

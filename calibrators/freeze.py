@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.graph import constant
 from calibrators.numerics import code_limits, dequantize, quantize
 from calibrators.place import Placement
 from calibrators.program import build_program
@@ -134,26 +133,25 @@ class _Bias:
 
 def _weights(placement: Placement) -> Iterator[tuple[Site, Tensor]]:
     """Weight sites and their float values."""
-    nodes = {node.name: node for node in placement.graph.graph.nodes}
-    return ((site, constant(placement.graph, nodes[site.node])) for site in placement.sites if site.kind == "weight")
+    return ((site, placement.values(site)) for site in placement.sites if site.kind == "weight")
 
 
 def _added_biases(
     placement: Placement, activations: Mapping[str, QParams], biases: Mapping[str, Tensor]
 ) -> dict[str, list[_Bias]]:
     """The biases behind each weight, by its site name; `biases` go before the graph's."""
-    nodes = {node.name: node for node in placement.graph.graph.nodes}
     sites = {site.name: site for site in placement.sites if site.kind == "bias"}
-    weight_of = {user: site.name for site in placement.sites if site.kind == "weight" for user in site.users}
     for name in biases:
         if name not in sites:
             raise UnknownNameError("bias", name, sites)
-    added: dict[str, list[_Bias]] = {name: [] for name in weight_of.values()}
+    added: dict[str, list[_Bias]] = {site.name: [] for site in placement.weight_of.values()}
     for name, site in sites.items():
         (user,) = site.users
-        source = placement.input_of(nodes[user])
-        values = biases[name] if name in biases else constant(placement.graph, nodes[site.node])
-        added[weight_of[user]].append(_Bias(site, values.detach().double(), activations[source.name].scale))
+        source = placement.input_of(placement.nodes[user])
+        values = biases[name] if name in biases else placement.values(site)
+        added[placement.weight_of[user].name].append(
+            _Bias(site, values.detach().double(), activations[source.name].scale)
+        )
     return added
 
 

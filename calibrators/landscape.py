@@ -99,7 +99,7 @@ class Landscape:
         self.samples = len(inputs[0])
         self.chunk = batch_of(self.placement.graph, CHUNK)
         self.memory = Memory(problem.memory)
-        names = [node.name for node in self.frontier.nodes.values() if node.op == "placeholder"]
+        names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
         self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
         self.compared = [*compared_outputs(problem)]
         self.live = [self._live_at(index) for index in range(len(self.blocks) + 1)]
@@ -142,7 +142,7 @@ class Landscape:
 
     def _work(self, name: str) -> int:
         """Multiply-accumulates of a convolution or linear layer, up to a factor that all share."""
-        node = self.frontier.nodes[name]
+        node = self.placement.nodes[name]
         return math.prod(shape_of(node)) * fan_in(node)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
@@ -284,16 +284,13 @@ class _Wiring:
     """
 
     def __init__(self, placement: Placement) -> None:
-        nodes = {node.name: node for node in placement.graph.graph.nodes}
-
         def read(user: str) -> str:
-            return placement.input_of(nodes[user]).name
+            return placement.input_of(placement.nodes[user]).name
 
         weights = [site for site in placement.sites if site.kind == "weight"]
         self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}
-        weight_of = {user: site.name for site in weights for user in site.users}
         self.biases = {site.name: site for site in placement.sites if site.kind == "bias"}
-        self.weight = {name: weight_of[site.users[0]] for name, site in self.biases.items()}
+        self.weight = {name: placement.weight_of[site.users[0]].name for name, site in self.biases.items()}
         self.source = {name: read(site.users[0]) for name, site in self.biases.items()}
 
 

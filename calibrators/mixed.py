@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from calibrators.allocation import Costs, Layer, Losses, Stored, Widths, allocate, monotone
 from calibrators.budgets import ACCURACY, SIZES, Budget
 from calibrators.errors import InputError
-from calibrators.graph import constant, fan_in, shape_of
+from calibrators.graph import fan_in, shape_of
 from calibrators.place import Placement, PlacementOptions
 from calibrators.problem import Bar, Problem
 from calibrators.ranges import RangeMethod
@@ -337,7 +337,8 @@ def _shape(problem: Problem, name: str) -> dict[str, Any]:
     values = problem.values(site)
     reach = values.movedim(problem.placement.target.weight.axis or 0, 0).flatten(1).abs().amax(1)
     spread = float(reach.max() / reach.median().clamp(min=1e-30))
-    return {"values": values.numel(), "spread": spread, "spike": spike_of(problem.placement.graph, problem.node(site))}
+    spike = spike_of(problem.placement.graph, problem.placement.nodes[site.node])
+    return {"values": values.numel(), "spread": spread, "spike": spike}
 
 
 def _rule(kind: Kind, bits: int) -> LayerRule:
@@ -353,14 +354,11 @@ def network_costs(placement: Placement, stored: Stored, knobs: Iterable[Knob] = 
 
     stored: bytes that weights take in the file; knobs: scales whose bits are open.
     """
-    nodes = {node.name: node for node in placement.graph.graph.nodes}
     grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
     widths = {name: spec.bits for name, (spec,) in grids.items()}
     for knob in knobs:
         grids[knob.site] += knob.specs.values()
-    weights = {
-        site.name: constant(placement.graph, nodes[site.node]) for site in placement.sites if site.kind == "weight"
-    }
+    weights = {site.name: placement.values(site) for site in placement.sites if site.kind == "weight"}
     sizes = {name: weight.numel() for name, weight in weights.items()}
     wide = {name: max(spec.tap_bits or 0 for spec in grids[name]) for name in weights}
     taps = {name: (len(weight), wide[name]) for name, weight in weights.items() if wide[name]}
@@ -369,10 +367,9 @@ def network_costs(placement: Placement, stored: Stored, knobs: Iterable[Knob] = 
 
 def _layers(placement: Placement) -> Iterable[Layer]:
     """Every weighted operator with its scales and its multiply-accumulates for one sample."""
-    nodes = {node.name: node for node in placement.graph.graph.nodes}
     samples = len(placement.graph.meta["example"][0])
     for site in (site for site in placement.sites if site.kind == "weight"):
         for user in site.users:
-            node = nodes[user]
+            node = placement.nodes[user]
             macs = math.prod(shape_of(node)) * fan_in(node) // samples
             yield Layer(user, macs, site.name, FLOAT if site.weight_only else placement.input_of(node).name)

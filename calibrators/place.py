@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from calibrators.errors import InputError
 from calibrators.graph import bind, constant, is_constant, layer_name, module_path, operator_name
@@ -95,6 +95,16 @@ class Placement:
         return {site.name: site for site in self.sites}
 
     @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """Nodes of the graph by fx name."""
+        return {node.name: node for node in self.graph.graph.nodes}
+
+    @cached_property
+    def weight_of(self) -> dict[str, Site]:
+        """Weight site by the fx name of each operator that reads it."""
+        return {user: site for site in self.sites if site.kind == "weight" for user in site.users}
+
+    @cached_property
     def activation_of(self) -> dict[str, Site]:
         """Activation site by the fx name of its node."""
         return {site.node: site for site in self.sites if site.kind == "activation"}
@@ -103,12 +113,15 @@ class Placement:
     def readers(self) -> dict[str, tuple[str, ...]]:
         """Weighted operators that read each weight and each activation scale, by the name of the site that owns it."""
         found: dict[str, list[str]] = {}
-        nodes = {node.name: node for node in self.graph.graph.nodes}
         for site in (site for site in self.sites if site.kind == "weight"):
             found[site.name] = [*site.users]
             for user in () if site.weight_only else site.users:
-                found.setdefault(self.input_of(nodes[user]).name, []).append(user)
+                found.setdefault(self.input_of(self.nodes[user]).name, []).append(user)
         return {name: tuple(users) for name, users in found.items()}
+
+    def values(self, site: Site) -> Tensor:
+        """The float weight or bias of a site."""
+        return constant(self.graph, self.nodes[site.node])
 
     def input_of(self, node: fx.Node) -> Site:
         """The site that owns the scale of what a weighted operator reads."""

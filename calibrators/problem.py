@@ -17,12 +17,12 @@ from torch import Tensor
 
 from calibrators.errors import DataError, InputError
 from calibrators.freeze import CalibrationResult, freeze
-from calibrators.graph import constant, sample_values
+from calibrators.graph import sample_values
 from calibrators.methods import range_method
 from calibrators.observe import Statistic
+from calibrators.passes import EMPTY_AGAIN, Batch, observe
 from calibrators.place import Placement
 from calibrators.ranges import RangeMethod
-from calibrators.simulate import EMPTY_AGAIN, Batch, observe
 from calibrators.spec import QParams, Site
 
 __all__ = ["Bar", "Problem", "Stage", "silent"]
@@ -111,11 +111,7 @@ class Problem:
 
     def values(self, site: Site) -> Tensor:
         """The float weight or bias of a site."""
-        return constant(self.placement.graph, self.node(site))
-
-    def node(self, site: Site) -> torch.fx.Node:
-        """The node of a site."""
-        return self._nodes[site.node]
+        return self.placement.values(site)
 
     def solve(self, method: RangeMethod) -> CalibrationResult:
         """The result of a range method: every tensor on its own, weights rounded to nearest."""
@@ -157,10 +153,6 @@ class Problem:
         """A random generator that depends on the seed and the purpose alone."""
         digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-    @cached_property
-    def _nodes(self) -> dict[str, torch.fx.Node]:
-        return {node.name: node for node in self.placement.graph.graph.nodes}
 
 
 def _fixed(site: Site) -> QParams:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrators import granularity
+from calibrators import grouping
 from calibrators.ahead import Ahead, FrozenUnits
 from calibrators.blocks import Block, extract, partition
 from calibrators.deployment import Deployment
@@ -33,8 +33,8 @@ from calibrators.freeze import CalibrationResult, widen
 from calibrators.graph import batch_of
 from calibrators.methods import get_method
 from calibrators.options import check, option
+from calibrators.passes import relative_errors
 from calibrators.problem import Problem
-from calibrators.simulate import relative_errors
 from calibrators.spec import QParams
 from calibrators.stream import Cache, Recording
 from calibrators.training import Learned, Loss, RelativeError, Settings, Unit, train
@@ -112,7 +112,7 @@ class Reconstruction:
         blocks = self._joined(problem, units, record)
         result = Run(problem, self, blocks).result()
         if len(blocks) < len(units):
-            record["groups"] = granularity.members(units, blocks)
+            record["groups"] = grouping.members(units, blocks)
             errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
             record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
         return replace(result, record={**result.record, "grouping": record})
@@ -121,22 +121,21 @@ class Reconstruction:
         """The units with neighbours joined; what they were chosen by goes into the record."""
         graph = problem.placement.graph
         if self.groups:
-            pairs = granularity.parse_groups(self.groups, len(units))
+            pairs = grouping.parse_groups(self.groups, len(units))
         elif self.granularity == "boundary":
-            pairs = granularity.by_boundary(graph, units)
+            pairs = grouping.by_boundary(graph, units)
         elif self.granularity == "modcap":
-            sites = [site for site in problem.placement.sites if site.kind == "weight"]
-            bits = {user: site.spec.bits for site in sites for user in site.users}
-            record["capacities"] = granularity.capacities(graph, units, bits)
-            pairs = granularity.by_capacity(record["capacities"], self.joined)
+            bits = {user: site.spec.bits for user, site in problem.placement.weight_of.items()}
+            record["capacities"] = grouping.capacities(graph, units, bits)
+            pairs = grouping.by_capacity(record["capacities"], self.joined)
         elif self.granularity == "loss":
             record["losses"] = self._probe(problem, units)
-            pairs = granularity.by_loss(record["losses"], self.joined)
+            pairs = grouping.by_loss(record["losses"], self.joined)
         else:
             return units
         if problem.explain and "losses" not in record:
             record["losses"] = self._probe(problem, units)
-        return granularity.join(graph, units, pairs, len(units) if self.groups else self.group)
+        return grouping.join(graph, units, pairs, len(units) if self.groups else self.group)
 
     def _probe(self, problem: Problem, units: tuple[Block, ...]) -> list[float]:
         """Errors of the units after a shorter run in which each is trained alone."""
@@ -148,7 +147,7 @@ class Reconstruction:
 
     def blocks(self, problem: Problem) -> tuple[Block, ...]:
         """The units, in order."""
-        return partition(problem.placement.graph, weighted_nodes(problem), chain=self.chain)
+        return partition(problem.placement.graph, problem.placement.weight_of, chain=self.chain)
 
     def settings(self) -> Settings:
         """How every unit is trained: weights and activations quantized together."""
@@ -174,11 +173,6 @@ class Reconstruction:
     def loss(self, unit: Unit, run: Run) -> Loss:
         """What the unit is trained to make small."""
         return RelativeError(unit.energy)
-
-
-def weighted_nodes(problem: Problem) -> list[str]:
-    """Nodes with quantized weights."""
-    return [user for site in problem.placement.sites if site.kind == "weight" for user in site.users]
 
 
 class Run(Deployment):

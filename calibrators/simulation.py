@@ -30,7 +30,6 @@ class Frontier:
 
     def __init__(self, placement: Placement, blocks: tuple[Block, ...]) -> None:
         self.placement = placement
-        self.nodes = {node.name: node for node in placement.graph.graph.nodes}
         self.home = {name: block.name for block in blocks for name in block.nodes}
 
     def site(self, name: str) -> Site | None:
@@ -38,7 +37,7 @@ class Frontier:
         site = self.placement.activation_of.get(name)
         if site is None or name not in self.home:  # model inputs cross as they are
             return None
-        outside = [user for user in self.nodes[name].users if self.home.get(user.name) != self.home[name]]
+        outside = [user for user in self.placement.nodes[name].users if self.home.get(user.name) != self.home[name]]
         return site if all(user.name in site.users for user in outside) else None
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import bind, constant, module_path, operator_name
+from calibrators.graph import bind, module_path, operator_name
 from calibrators.numerics import code_limits, grid_of
-from calibrators.simulate import Batch, sqnr
+from calibrators.passes import Batch, sqnr
 from calibrators.spec import QParams, Site
 
 __all__ = ["layer_entries"]
@@ -26,14 +26,14 @@ HISTOGRAM_BINS = 64
 def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """One entry per weight and activation site, in graph order; `batches` are what the noise is measured on."""
     noise = sqnr(result, batches)
-    nodes = {node.name: node for node in result.placement.graph.graph.nodes}
+    nodes = result.placement.nodes
     read = {site.node: site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     entries = []
     for site in result.placement.sites:
         if site.kind == "activation":
             entries.append(_entry(site, nodes[site.node], result.qparams_of(site), noise) | _observed(result, site))
         elif site.kind == "weight":
-            weight = constant(result.placement.graph, nodes[site.node])
+            weight = result.placement.values(site)
             entry = _entry(site, nodes[site.users[0]], result.weights[site.name].qparams, noise)
             if not site.weight_only:
                 entry["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)

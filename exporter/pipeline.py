@@ -28,8 +28,8 @@ from calibrators.freeze import CalibrationResult
 from calibrators.graph import batch_of
 from calibrators.losses import is_logits
 from calibrators.methods import get_method
+from calibrators.passes import Batch
 from calibrators.place import PlacementOptions
-from calibrators.simulate import Batch
 from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
 from exporter.capturing import SAME, alike, capture
 from exporter.checks import check_settings

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
 from calibrators.freeze import CalibrationResult
+from calibrators.passes import sqnr
 from calibrators.place import PlacementOptions
 from calibrators.rules import LayerRule
-from calibrators.simulate import sqnr
 from exporter.capturing import capture
 from exporter.emission import WIDE_OPSET, emit, to_onnx
 from runtime_tests.coverage import coverage

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from calibrators.blocks import Block, partition
 from calibrators.problem import Problem
-from calibrators.reconstruct import Reconstruction, weighted_nodes
+from calibrators.reconstruct import Reconstruction
 from calibrators.training import Settings
 
 __all__ = ["AdaRound"]
@@ -22,7 +22,7 @@ class AdaRound(Reconstruction):
     """Learned rounding per layer; activation scales stay as the range method chose them."""
 
     def blocks(self, problem: Problem) -> tuple[Block, ...]:
-        return partition(problem.placement.graph, weighted_nodes(problem), chain=1, largest=1)
+        return partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
 
     def settings(self) -> Settings:
         return replace(super().settings(), keep=0.0)

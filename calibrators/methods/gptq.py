@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.blocks import partition
 from calibrators.deployment import Deployment
@@ -26,8 +26,8 @@ from calibrators.hessian_rounding import Columns, Hessian, round_weight
 from calibrators.methods import get_method
 from calibrators.options import check, option
 from calibrators.problem import Problem
-from calibrators.reconstruct import weighted_nodes
 from calibrators.simulation import Simulation
+from calibrators.spec import Site
 
 __all__ = ["GPTQ"]
 
@@ -50,7 +50,7 @@ class GPTQ:
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """The calibrated network; the record says for every layer what rounding left of its output's error."""
-        blocks = partition(problem.placement.graph, weighted_nodes(problem), chain=1, largest=1)
+        blocks = partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
         activations = problem.activations(get_method(self.ranges))
         weights = problem.weights(get_method(self.weight_ranges))
         grids = widen(problem.placement, activations, weights)
@@ -84,11 +84,18 @@ class _Layers:
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
         for name in (name for block in deployment.blocks for name in block.weighted):
             if self._is_feasible(name):
-                self.sites.setdefault(deployment.weight_of[name], name)
+                self.sites.setdefault(self._site(name).name, name)
         self.readers = Counter(map(self._reading, self.sites.values()))
 
+    def _node(self, layer: str) -> fx.Node:
+        return self.deployment.placement.nodes[layer]
+
+    def _site(self, layer: str) -> Site:
+        """Of the layer's weight."""
+        return self.deployment.placement.weight_of[layer]
+
     def _is_feasible(self, layer: str) -> bool:
-        node = self.deployment.nodes[layer]
+        node = self._node(layer)
         columns = fan_in(node)
         if columns > LARGEST:
             reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
@@ -96,7 +103,7 @@ class _Layers:
         return columns <= LARGEST
 
     def _reading(self, layer: str) -> Reading:
-        node = self.deployment.nodes[layer]
+        node = self._node(layer)
         return bind(node)["input"].name, Columns.of(node)
 
     def round(self, index: int) -> None:
@@ -104,7 +111,7 @@ class _Layers:
         block = self.deployment.blocks[index]
         simulation = self.deployment.simulation(block)
         for layer in block.weighted:
-            if self.sites.get(self.deployment.weight_of[layer]) == layer:
+            if self.sites.get(self._site(layer).name) == layer:
                 self.deployment.fill(simulation)
                 self._round(simulation, layer)
         self.deployment.advance(simulation)
@@ -112,7 +119,7 @@ class _Layers:
 
     def _round(self, simulation: Simulation, layer: str) -> None:
         start = time.perf_counter()
-        site = self.deployment.weight_of[layer]
+        site = self._site(layer).name
         qparams = self.deployment.weights[site].qparams
         device = self.deployment.device
         rounded = round_weight(
@@ -125,7 +132,7 @@ class _Layers:
         self.deployment.weights[site] = Coded(rounded.codes.cpu(), qparams)
         self.report.append(
             {
-                "name": layer_name(self.deployment.nodes[layer]),
+                "name": layer_name(self._node(layer)),
                 "weights": 1,
                 "before": rounded.nearest,
                 "after": rounded.error,
@@ -134,8 +141,7 @@ class _Layers:
         )
 
     def _weight(self, layer: str) -> Tensor:
-        deployment = self.deployment
-        return deployment.problem.values(deployment.placement.by_name[deployment.weight_of[layer]])
+        return self.deployment.placement.values(self._site(layer))
 
     def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
         """Second moments of what the layer reads in the network as it is quantized so far."""
@@ -147,7 +153,7 @@ class _Layers:
 
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Tensor:
-        node, columns = self.deployment.nodes[layer], Columns.of(self.deployment.nodes[layer])
+        node, columns = self._node(layer), Columns.of(self._node(layer))
         hessian = Hessian(columns.groups, fan_in(node), self.deployment.device)
         inputs = self.deployment.inputs_of(simulation.block)
         examples = len(self.deployment.placement.graph.meta["example"][0])

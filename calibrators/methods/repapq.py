@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calibrators.ahead import Ahead
-from calibrators.granularity import stage_ends
+from calibrators.grouping import stage_ends
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
 from calibrators.reconstruct import Run

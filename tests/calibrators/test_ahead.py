@@ -15,7 +15,7 @@ from calibrators.distribution import Correction, Descent
 from calibrators.errors import InputError
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
-from calibrators.granularity import stage_ends
+from calibrators.grouping import stage_ends
 from calibrators.methods import get_method
 from calibrators.methods.mrecg import MRECG
 from calibrators.methods.pdquant import PDQuant

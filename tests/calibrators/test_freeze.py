@@ -16,9 +16,9 @@ from calibrators.errors import DataError, InputError, ModelError
 from calibrators.freeze import BIAS_CODE_LIMIT, CalibrationResult, Coded, freeze, widen
 from calibrators.graph import constant
 from calibrators.numerics import dequantize, quantize
+from calibrators.passes import sqnr
 from calibrators.place import PlacementOptions
 from calibrators.program import DEQUANTIZE, QUANTIZE
-from calibrators.simulate import sqnr
 from exporter.capturing import capture
 from tests.networks import NETWORKS, build, randomize
 

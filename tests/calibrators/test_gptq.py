@@ -21,8 +21,8 @@ from calibrators.hessian_rounding import BLOCK, Columns, Hessian, Rounded, round
 from calibrators.methods import get_method, gptq
 from calibrators.methods.mse import MSE
 from calibrators.numerics import dequantize, grid_of, quantize
+from calibrators.passes import relative_errors
 from calibrators.place import PlacementOptions
-from calibrators.simulate import relative_errors
 from calibrators.spec import QParams, QuantSpec
 from calibrators.stream import Memory
 from exporter import export

@@ -17,11 +17,11 @@ from calibrators.fisher import importances
 from calibrators.freeze import CalibrationResult
 from calibrators.methods import get_method, list_methods
 from calibrators.methods.qdrop import QDrop
+from calibrators.passes import Watcher
 from calibrators.place import PlacementOptions
 from calibrators.program import DEQUANTIZE
 from calibrators.quantizers import Rounding
 from calibrators.reconstruct import Reconstruction, Run
-from calibrators.simulate import Watcher
 from calibrators.simulation import Simulation
 from calibrators.training import Unit
 from exporter.capturing import capture

@@ -17,10 +17,10 @@ from calibrators.calibration import calibrate
 from calibrators.freeze import CalibrationResult
 from calibrators.graph import module_path
 from calibrators.numerics import dequantize
+from calibrators.passes import Watcher
 from calibrators.place import PlacementOptions
 from calibrators.program import DEQUANTIZE
 from calibrators.quantizers import ActivationQuantizer
-from calibrators.simulate import Watcher
 from calibrators.simulation import Frontier, Simulation
 from exporter.capturing import capture
 from exporter.folding import fold

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult
-from calibrators.graph import constant, where
+from calibrators.graph import where
 from calibrators.numerics import dequantize
 from calibrators.observe import Statistic
 from calibrators.place import Placement
@@ -77,10 +77,9 @@ def sqnr(result: CalibrationResult, batches: Iterable[Batch]) -> dict[str, float
     """
     placement = result.placement
     powers = {placement.activation_of[n].name: p for n, p in _powers(result, placement.activation_of, batches).items()}
-    constants = {node.name: node for node in placement.graph.graph.nodes if node.op == "get_attr"}
     for site in placement.sites:
         if site.kind == "weight":
-            weight = constant(placement.graph, constants[site.node])
+            weight = placement.values(site)
             error = dequantize(result.weights[site.name].codes, result.weights[site.name].qparams) - weight
             powers[site.name] = (float(weight.square().sum()), float(error.square().sum()))
     return {name: _decibel(*power) for name, power in powers.items()}

@@ -13,8 +13,8 @@ from calibrators.calibration import calibrate
 from calibrators.errors import InputError
 from calibrators.forms import to_integer_forms
 from calibrators.freeze import CalibrationResult
-from calibrators.granularity import by_boundary, by_capacity, by_loss, capacities, join, parse_groups
 from calibrators.graph import constant
+from calibrators.grouping import by_boundary, by_capacity, by_loss, capacities, join, parse_groups
 from calibrators.numerics import quantize
 from calibrators.place import PlacementOptions, place
 from calibrators.targets import get_target
