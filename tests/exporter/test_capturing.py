@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import ModelError
-from exporter import capturing
+from exporter import normal_forms
 from exporter.capturing import capture
 from tests.networks import NETWORKS, build, randomize
 
@@ -238,7 +238,7 @@ def test_in_place_on_one_of_several_views_reaches_their_source(function: Any) ->
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because the rewrite of in-place operators is told that nothing is a view."""
-    monkeypatch.setattr(capturing, "_is_view", lambda node: False)
+    monkeypatch.setattr(normal_forms, "_is_view", lambda node: False)
     with pytest.raises(ModelError, match="captured graph computes another 'output' than the model"):
         capture(Body(_in_chunk).eval(), torch.randn(2, 4, 6, 6))
 
