@@ -137,7 +137,9 @@ class _OpenVino:
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's outputs and the taps."""
-        found = self.compiled([x.numpy(force=True) for x in inputs])
+        read = {name for port in self.compiled.inputs for name in port.names}  # those that nobody reads are gone
+        feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True) if name in read}
+        found = self.compiled(feeds)
         values = [torch.from_numpy(np.array(found[index])) for index in range(len(self.compiled.outputs))]
         count = len(self.output_names)
         return values[:count], values[count:]

@@ -12,13 +12,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, ModelError
 from calibrators.freeze import CalibrationResult
 from calibrators.place import PlacementOptions
+from exporter.capturing import capture
 from exporter.cli import app
 from exporter.pipeline import export, verify
 from runtime_tests import second_runtime
@@ -94,6 +95,38 @@ def test_a_file_that_openvino_does_not_read(monkeypatch: pytest.MonkeyPatch) -> 
     result, inputs = calibrated("residual", 2)
     with pytest.raises(ModelError, match=r"OpenVINO \d+.* refuses the model: .*--openvino"):
         second_parity(stored(result, "int2"), result.program, [inputs])
+
+
+def test_inputs_of_several_kinds_and_one_that_nobody_reads() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(6, 5), nn.Linear(4, 5), nn.Embedding(7, 5)
+
+        def forward(self, z: Tensor, unused: Tensor, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x).relu() + self.b(z) + self.table(index), x
+
+    inputs = (torch.randn(16, 4), torch.randn(16, 3), torch.randn(16, 6), torch.randint(0, 7, (16,)))
+    result = calibrate(capture(Mixed(), inputs), [inputs])
+    assert second_parity(stored(result), result.program, [inputs]).tapped.violations == 0
+
+
+def test_a_fixed_batch() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            head: Tensor = self.head(self.conv(x).relu().mean((2, 3)))
+            return head.reshape(1, 4)
+
+    x = torch.randn(8, 3, 6, 6)
+    graph = capture(One(), x[:1])
+    result = calibrate(graph, x.split(1))
+    found = second_parity(stored(result), result.program, x.split(1))
+    assert not graph.meta["dynamic_batch"]
+    assert (found.tapped.violations, found.tapped.samples) == (0, 8)
 
 
 def test_no_batches() -> None:
