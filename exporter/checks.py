@@ -46,6 +46,11 @@ def _check_storage(config: ExportConfig) -> None:
             f"weight_storage is {config.weight_storage!r} and no weight has {max(asked)} bits or fewer; give "
             f"--weight-bits {max(asked)}, or leave --weight-storage out."
         )
+    if config.openvino and 2 in asked:
+        raise InputError(
+            f"weight_storage is {config.weight_storage!r}, whose 2-bit types OpenVINO does not read; give "
+            "--weight-storage auto, or leave --openvino out."
+        )
     opset = refused_opset(config.weight_storage)
     if opset is not None:
         raise InputError(

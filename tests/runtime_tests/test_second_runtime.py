@@ -20,7 +20,9 @@ from calibrators.errors import DataError, InputError, ModelError
 from calibrators.freeze import CalibrationResult
 from calibrators.place import PlacementOptions
 from exporter.capturing import capture
+from exporter.checks import check_settings
 from exporter.cli import app
+from exporter.config import make_config
 from exporter.pipeline import export, verify
 from runtime_tests import second_runtime
 from runtime_tests.second_runtime import second_parity
@@ -95,6 +97,11 @@ def test_a_file_that_openvino_does_not_read(monkeypatch: pytest.MonkeyPatch) -> 
     result, inputs = calibrated("residual", 2)
     with pytest.raises(ModelError, match=r"OpenVINO \d+.* refuses the model: .*--openvino"):
         second_parity(stored(result, "int2"), result.program, [inputs])
+
+
+def test_two_bit_types_are_refused_before_the_work() -> None:
+    with pytest.raises(InputError, match="2-bit types OpenVINO does not read"):
+        check_settings(make_config({"weight_storage": "int2", "weight_bits": 2, "openvino": True}))
 
 
 def test_inputs_of_several_kinds_and_one_that_nobody_reads() -> None:
