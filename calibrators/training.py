@@ -22,7 +22,7 @@ from calibrators.simulation import Simulation
 from calibrators.spec import QParams
 from calibrators.stream import Cache
 
-__all__ = ["Learned", "Loss", "RelativeError", "Settings", "Unit", "train"]
+__all__ = ["Apart", "Learned", "Loss", "RelativeError", "Settings", "Sum", "Unit", "train"]
 
 CHECK_EVERY = 100
 """Steps between two looks at whether the loss is still finite."""
@@ -79,6 +79,21 @@ class RelativeError:
         mean = torch.nn.functional.l1_loss if self.power == 1 else torch.nn.functional.mse_loss
         triples = zip(outputs, targets, self.energy, strict=True)
         return torch.stack([mean(y, t) / e ** (self.power / 2) for y, t, e in triples]).mean()
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Two losses."""
+
+    first: Loss
+    second: Loss
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+        return self.first(outputs, targets, index) + self.second(outputs, targets, index)
+
+
+class Apart(Sum):
+    """Two losses, of which activation scales alone follow the second."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +225,9 @@ class _Trainer:
             self.rounding.soften()
             self._apply_gains()
         outputs = unit.simulation(*inputs)
-        value = loss([outputs[i] for i in unit.supervised], targets, index)
+        value = self._descend(loss, [outputs[i] for i in unit.supervised], targets, index)
         if self.optimizer is None:
-            return value.detach()
-        value.backward()  # type: ignore[no-untyped-call]
+            return value
         if self.rounding is not None:
             progress = (step - self.warm) / max(1, settings.iters - self.warm)
             self.rounding.backward(self.strength if progress >= 0 else 0.0, 20 - 18 * max(progress, 0.0))
@@ -223,6 +237,19 @@ class _Trainer:
         self.optimizer.step()
         for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
             parameter.grad = None
+        return value
+
+    def _descend(self, loss: Loss, outputs: list[Tensor], targets: list[Tensor], index: Tensor) -> Tensor:
+        """Gradients of what is trained; the loss, detached."""
+        value = (loss.first if isinstance(loss, Apart) else loss)(outputs, targets, index)
+        if self.optimizer is None:
+            return value.detach()
+        if isinstance(loss, Apart) and self.scales:
+            besides = loss.second(outputs, targets, index)
+            gradients = torch.autograd.grad(besides, self.scales, retain_graph=True, materialize_grads=True)
+            for scale, gradient in zip(self.scales, gradients, strict=True):
+                scale.grad = gradient.clone()
+        value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     def _apply_gains(self) -> None:

@@ -3,8 +3,9 @@
 source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (CVPR).
 Departs: the prediction is that of the mixed inputs which reconstruction sees, not of a second pass, and for a share of
 every minibatch, so that the network behind the unit is not the price of the method; outputs that are no logits are
-compared by their relative squared error; correction is off by default, for it costs more than training and, like the
-prediction, served calibration images better than others on the networks measured.
+compared by their relative squared error; the prediction trains activation scales alone: where rounding follows it too,
+as published (reach=all), calibration images gain what others lose; correction is off by default, for it costs more than
+training and served calibration images better than others as well.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from calibrators.methods.qdrop import QDrop
 from calibrators.norms import expected_outputs
 from calibrators.options import option
 from calibrators.reconstruct import Run
-from calibrators.training import Loss, RelativeError, Unit
+from calibrators.training import Apart, Loss, RelativeError, Sum, Unit
 
 __all__ = ["PDQuant"]
 
 DISTANCES = ("auto", "kl", "mse")
+
+REACHES = ("scales", "all")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class PDQuant(QDrop):
     """QDrop whose units also keep the network's prediction, through the float network behind them."""
 
     prediction: float = option(1.0, "weight of the difference of predictions beside the unit's own error", minimum=0)
+    reach: str = option(
+        "scales", "what follows the prediction: activation scales, or all that is trained", choices=REACHES
+    )
     distance: str = option("auto", "kl or mse; auto: kl for outputs [n, classes]", choices=DISTANCES)
     temperature: float = option(4.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
     correct: int = option(0, "steps of distribution correction of every sample; 0: none", minimum=0)
@@ -56,25 +62,26 @@ class PDQuant(QDrop):
             return own
         ahead = run.ahead(unit, len(run.blocks))
         share = self.share if run.placement.graph.meta["dynamic_batch"] else 1.0
-        return _WithPrediction(own, ahead, replace(self, share=share)) if ahead.energy else own
+        if not ahead.energy:
+            return own
+        prediction = _Prediction(ahead, replace(self, share=share))
+        return Apart(own, prediction) if self.reach == "scales" else Sum(own, prediction)
 
 
 @dataclass(frozen=True)
-class _WithPrediction:
-    """Error of the unit plus the difference of the predictions it leads to."""
+class _Prediction:
+    """Difference of the predictions that the unit's outputs lead to, weighted."""
 
-    own: RelativeError
     ahead: Ahead
     method: PDQuant
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        error = self.own(outputs, targets, index)
         compared = max(1, round(self.method.share * len(index))) if torch.is_grad_enabled() else len(index)
         arriving = self.ahead.arriving([y[:compared] for y in outputs], index[:compared])
-        wanted = self.ahead.wanted(index[:compared], error.device)
+        wanted = self.ahead.wanted(index[:compared], arriving[0].device)
         pairs = zip(arriving, wanted, self.ahead.energy, strict=True)
         differences = torch.stack([self._difference(y, t, energy) for y, t, energy in pairs])
-        return error + self.method.prediction * differences.mean()
+        return self.method.prediction * differences.mean()
 
     def _difference(self, y: Tensor, wanted: Tensor, energy: float) -> Tensor:
         distance = self.method.distance

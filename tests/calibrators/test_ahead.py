@@ -23,13 +23,14 @@ from calibrators.methods.qdrop import QDrop
 from calibrators.methods.repapq import RepAPQ
 from calibrators.norms import expected_outputs
 from calibrators.place import PlacementOptions
+from calibrators.quantizers import Rounding
 from calibrators.reconstruct import Run
 from calibrators.stream import Cache
 from calibrators.training import Loss, RelativeError, Unit
 from exporter.capturing import capture
 from exporter.folding import fold
 from tests.architectures import conv_bn
-from tests.calibrators.test_granularity import units as published_units
+from tests.calibrators.test_grouping import units as published_units
 from tests.calibrators.test_reconstruct import calibrated, same
 from tests.folded import folded_network, output_error
 
@@ -273,10 +274,33 @@ def test_at_eight_bits_there_is_next_to_nothing_to_lose() -> None:
 def test_the_prediction_is_kept_better_than_by_the_units_error_alone() -> None:
     """Trained on what is measured: the squared error of the outputs, which a divergence need not lower."""
     options = {"iters": 300, "batch": 16}
-    ahead = {"prediction": 5.0, "distance": "mse", "share": 1.0}
+    ahead = {"prediction": 5.0, "distance": "mse", "share": 1.0, "reach": "all"}
     more = calibrated("residual", "pdquant", (2, 3), options=options | ahead)
     base, network = calibrated("residual", "qdrop", (2, 3), options=options), folded_network("residual")
     assert output_error(more, *network) < 0.6 * output_error(base, *network)
+
+
+def test_what_follows_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of the weights are those of QDrop, unless all is to follow; those of activation scales are not."""
+    gradients: list[Tensor] = []
+    backward = Rounding.backward
+
+    def watched(rounding: Rounding, strength: float, beta: float) -> None:
+        gradients.append(rounding.grad.clone())
+        backward(rounding, strength, beta)
+
+    monkeypatch.setattr(Rounding, "backward", watched)
+
+    def first(method: str, **options: Any) -> tuple[Tensor, CalibrationResult]:
+        gradients.clear()
+        result = calibrated("residual", method, (2, 3), options={"iters": 20, "batch": 16, **options})
+        return gradients[0], result
+
+    plain, base = first("qdrop")
+    scales, own = first("pdquant", prediction=10.0)
+    everything, _ = first("pdquant", prediction=10.0, reach="all")
+    assert torch.equal(scales, plain) and not torch.allclose(everything, plain)
+    assert not all(torch.equal(own.activations[name].scale, base.activations[name].scale) for name in base.activations)
 
 
 def test_methods_compose_with_grouping() -> None:
@@ -291,6 +315,7 @@ def test_methods_compose_with_grouping() -> None:
         ("pdquant", {"distance": "cosine"}),
         ("pdquant", {"share": 0.0}),
         ("pdquant", {"prediction": -1.0}),
+        ("pdquant", {"reach": "weights"}),
         ("repapq", {"measure": "huber"}),
         ("repapq", {"across": -0.5}),
     ],

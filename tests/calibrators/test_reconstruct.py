@@ -38,7 +38,8 @@ METHODS = {
     "mrecg": {},
     "repapq": {},
     "repapq squares": {"measure": "mse", "affine": False},
-    "pdquant": {"prediction": 10.0},
+    "pdquant": {},
+    "pdquant all": {"prediction": 10.0, "reach": "all"},
 }
 OWN_ERROR = ("adaround", "brecq", "qdrop", "mrecg")
 """Methods whose loss is the squared error of the unit alone."""
@@ -69,7 +70,7 @@ def divergence(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[T
     return float(torch.nn.functional.kl_div(y.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum"))
 
 
-MEASURES = {"repapq": absolute_error, "pdquant": divergence}
+MEASURES = {"repapq": absolute_error, "pdquant all": divergence}
 """What a method sets out to make small, where that is not the squared error."""
 
 
