@@ -340,7 +340,7 @@ def step_ms(result: CalibrationResult, method: Method) -> float | None:
         return None
     units = result.record["units"]
     seconds = float(sum(unit["seconds"] for unit in units))
-    return 1e3 * seconds / (len(units) * method.settings().iters)
+    return 1e3 * seconds / sum(unit["steps"] for unit in units)
 
 
 # All runs ------------------------------------------------------------------------------------------------------------

@@ -112,12 +112,12 @@ def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: 
 
 
 def members(units: Sequence[Block], blocks: Sequence[Block]) -> list[list[int]]:
-    """The indices of the units that each block holds, for blocks of more than one."""
+    """The indices of the units that each block holds."""
     home = {name: index for index, block in enumerate(blocks) for name in block.nodes}
     groups: list[list[int]] = [[] for _ in blocks]
     for index, unit in enumerate(units):
         groups[home[unit.nodes[0]]].append(index)
-    return [group for group in groups if len(group) > 1]
+    return groups
 
 
 def parse_groups(text: str, units: int) -> Pairs:

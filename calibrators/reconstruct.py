@@ -81,7 +81,7 @@ class Reconstruction:
     """Base of the methods that train rounding unit by unit: the options they share, and what a method may change."""
 
     preset: str = option("fast", "steps per unit: fast 500, best 5000", choices=tuple(PRESETS))
-    iters: int = option(0, "steps per unit; 0: as the preset says", minimum=0)
+    iters: int = option(0, "steps per unit, for each of those that are joined; 0: as the preset says", minimum=0)
     batch: int = option(32, "samples per step", minimum=1)
     lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
     scale_lr: float = option(0.0, "learning rate of log activation scales; 0: 1 / iters", minimum=0)
@@ -110,9 +110,10 @@ class Reconstruction:
         units = self.blocks(problem)
         record: dict[str, Any] = {"granularity": self.granularity, "units_before": [unit.name for unit in units]}
         blocks = self._joined(problem, units, record)
-        result = Run(problem, self, blocks).result()
+        members = grouping.members(units, blocks)
+        result = Run(problem, self, blocks, [len(group) for group in members]).result()
         if len(blocks) < len(units):
-            record["groups"] = grouping.members(units, blocks)
+            record["groups"] = [group for group in members if len(group) > 1]
             errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
             record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
         return replace(result, record={**result.record, "grouping": record})
@@ -140,7 +141,7 @@ class Reconstruction:
     def _probe(self, problem: Problem, units: tuple[Block, ...]) -> list[float]:
         """Errors of the units after a shorter run in which each is trained alone."""
         steps = max(1, round(self.probe * self.settings().iters))
-        probe = Run(problem, replace(self, iters=steps), units).result()
+        probe = Run(problem, replace(self, iters=steps), units, [1] * len(units)).result()
         return [unit["after"] for unit in probe.record["units"]]
 
     # What a method may change.
@@ -149,9 +150,9 @@ class Reconstruction:
         """The units, in order."""
         return partition(problem.placement.graph, problem.placement.weight_of, chain=self.chain)
 
-    def settings(self) -> Settings:
-        """How every unit is trained: weights and activations quantized together."""
-        iters = self.iters or PRESETS[self.preset]
+    def settings(self, size: int = 1) -> Settings:
+        """How a unit that `size` units were joined to is trained: weights and activations quantized together."""
+        iters = (self.iters or PRESETS[self.preset]) * size
         return Settings(
             iters=iters,
             batch=self.batch,
@@ -178,18 +179,20 @@ class Reconstruction:
 class Run(Deployment):
     """One way through the network, its blocks the units.
 
+    sizes:    how many units were joined to each.
     position: index of the unit at work.
     floats:   caches of the float values that cross into it and later ones, by fx name.
     goals:    by end of the units that make them, what float values later ones are compared with.
     """
 
-    def __init__(self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...]) -> None:
+    def __init__(
+        self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...], sizes: Sequence[int]
+    ) -> None:
         activations = problem.activations(get_method(method.ranges))
         weights = problem.weights(get_method(method.weight_ranges))
         grids = widen(problem.placement, activations, weights, margin=SHRINKING)
         super().__init__(problem, blocks, activations, grids)
-        self.method, settings = method, method.settings()
-        self.settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
+        self.method, self.sizes = method, sizes
         self.position = 0
         self.floats = dict(self.quantized)
         self.goals: dict[int, Floats] = {}
@@ -199,7 +202,8 @@ class Run(Deployment):
     def result(self) -> CalibrationResult:
         """Train every unit; the calibrated network."""
         report: list[dict[str, Any]] = []
-        with self.problem.stage("reconstruct", len(self.blocks) * self.settings.iters) as bar:
+        steps = sum(self.method.settings(size).iters for size in self.sizes)
+        with self.problem.stage("reconstruct", steps) as bar:
             for index, block in enumerate(self.blocks):
                 self.position = index
                 start = time.perf_counter()
@@ -284,6 +288,7 @@ class Run(Deployment):
         return {
             "name": block.name,
             "weights": len(simulation.block.weighted),
+            "steps": self.settings_of(unit).iters,
             "before": before.error,
             "after": kept.error,
             "loss_before": before.loss,
@@ -295,7 +300,7 @@ class Run(Deployment):
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
         """Train the unit on what the method makes of it; one without floats to compare stays as it is."""
         if not unit.targets:
-            advance(self.settings.iters)
+            advance(self.settings_of(unit).iters)
             return Learned(None, {}, {})
         lesson = self.method.prepare(replace(unit, reference=reference), self)
         learned = train(lesson, loss, self.settings_of(unit), self.problem.generator(unit.block.name), advance)
@@ -304,10 +309,12 @@ class Run(Deployment):
         return learned
 
     def settings_of(self, unit: Unit) -> Settings:
-        """How the unit is trained: in bfloat16 where that is fast and does not show."""
+        """How the unit at work is trained: in bfloat16 where that is fast and does not show."""
+        settings = self.method.settings(self.sizes[self.position])
+        settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
         bits = [grid.spec.bits for _, grid in unit.weights.values()]
         fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and _computes_bfloat16(self.device)
-        return replace(self.settings, precision=torch.bfloat16) if fast else self.settings
+        return replace(settings, precision=torch.bfloat16) if fast else settings
 
     def _new(self, names: list[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name not in self._settled)

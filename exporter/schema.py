@@ -370,6 +370,7 @@ class ReconstructedUnit(TypedDict):
     """A part of the network that was worked on as one: error of its output relative to the output's energy.
 
     before, after: with weights rounded to nearest, and as the method left them; all units before it already quantized.
+    steps:         of training; a unit that others were joined to has theirs as well.
     weights:       layers with weights; undecided: share of roundings that training left between 0 and 1.
     loss_before, loss_after: what the method makes small, likewise; where it did not fall, nearest rounding was kept.
     gain_lo, gain_hi: smallest and largest factor by which weight scales were learned to change.
@@ -377,6 +378,7 @@ class ReconstructedUnit(TypedDict):
 
     name: str
     weights: int
+    steps: NotRequired[int]
     before: float | None
     after: float | None
     undecided: NotRequired[float | None]

@@ -24,5 +24,5 @@ class AdaRound(Reconstruction):
     def blocks(self, problem: Problem) -> tuple[Block, ...]:
         return partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
 
-    def settings(self) -> Settings:
-        return replace(super().settings(), keep=0.0)
+    def settings(self, size: int = 1) -> Settings:
+        return replace(super().settings(size), keep=0.0)

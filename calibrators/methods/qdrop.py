@@ -20,5 +20,5 @@ class QDrop(Reconstruction):
 
     keep: float = option(0.5, "probability that an activation is quantized while training", minimum=0, maximum=1)
 
-    def settings(self) -> Settings:
-        return replace(super().settings(), keep=self.keep, input_keep=self.keep)
+    def settings(self, size: int = 1) -> Settings:
+        return replace(super().settings(size), keep=self.keep, input_keep=self.keep)
