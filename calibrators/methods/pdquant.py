@@ -36,7 +36,7 @@ REACHES = ("scales", "all")
 class PDQuant(QDrop):
     """QDrop whose units also keep the network's prediction, through the float network behind them."""
 
-    prediction: float = option(1.0, "weight of the difference of predictions beside the unit's own error", minimum=0)
+    prediction: float = option(0.1, "weight of the difference of predictions beside the unit's own error", minimum=0)
     reach: str = option(
         "scales", "what follows the prediction: activation scales, or all that is trained", choices=REACHES
     )
