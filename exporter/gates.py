@@ -186,8 +186,9 @@ def _float_mismatch_rate(report: Report) -> float | None:
 
 
 def _sqnr(report: Report) -> float | None:
-    found = _leaf(report, "accuracy.sqnr_db")
-    return math.inf if found is None and report.get("accuracy") else found
+    accuracy: Mapping[str, Any] = report["accuracy"] or {}
+    identical = "sqnr_db" in accuracy and accuracy["sqnr_db"] is None
+    return math.inf if identical else _leaf(report, "accuracy.sqnr_db")
 
 
 def _kernel_surprises(report: Report) -> float | None:

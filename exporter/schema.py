@@ -218,6 +218,7 @@ class Level(TypedDict):
     nodes: NotRequired[list[NodeParity]]
 
 
+@_MORE_WELCOME
 class SecondLevel(Level):
     """OpenVINO against reference; `violations` counts sites with more than rare single steps, node by node.
 

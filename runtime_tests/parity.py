@@ -43,6 +43,7 @@ __all__ = [
     "SiteParity",
     "Validation",
     "distance",
+    "largest_finite",
     "legal_rate",
     "parity",
     "unplanned",
@@ -367,7 +368,7 @@ class _OutputTally:
         self.max_abs = max(self.max_abs, distance(ours, theirs))
         difference = distance(per_node, theirs)
         if difference:
-            largest = float(theirs.double().abs().where(theirs.isfinite(), 0.0).max())
+            largest = largest_finite(theirs)
             self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
 
@@ -489,6 +490,11 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Equal shape, dtype and bits; NaN equals NaN, 0.0 does not equal -0.0."""
     alike = ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return alike and ours.numpy().tobytes() == theirs.numpy().tobytes()
+
+
+def largest_finite(x: Tensor) -> float:
+    """Largest absolute value, infinities and NaN left out."""
+    return float(x.double().abs().where(x.isfinite(), 0.0).max())
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

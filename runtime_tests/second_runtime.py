@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError, ModelError
 from calibrators.losses import is_logits
-from runtime_tests.parity import Comparison, ParityReport, distance
+from runtime_tests.parity import Comparison, ParityReport, distance, largest_finite
 
 __all__ = ["SecondParity", "check_installed", "second_parity"]
 
@@ -103,7 +103,7 @@ def second_parity(
         theirs = deployed.run(inputs)[0] if ours else []
         for index, (y, t) in enumerate(zip(ours, theirs, strict=True)):
             differences[index] = max(differences[index], distance(y, t))
-            largest[index] = max(largest[index], float(y.abs().max()))
+            largest[index] = max(largest[index], largest_finite(y))
         if ours and is_logits(ours[0]):
             decisions.append(ours[0].argmax(1) == theirs[0].argmax(1))
     relative = max(d / max(most, TINY) if d else 0.0 for d, most in zip(differences, largest, strict=True))
@@ -119,8 +119,11 @@ class _OpenVino:
     def __init__(self, source: onnx.ModelProto | str | Path, taps: Sequence[str], threads: int) -> None:
         import openvino
 
-        model = onnx.ModelProto()
-        model.CopyFrom(source if isinstance(source, onnx.ModelProto) else onnx.load(source))
+        if isinstance(source, onnx.ModelProto):
+            model = onnx.ModelProto()
+            model.CopyFrom(source)
+        else:
+            model = onnx.load(source)
         self.input_names = [value.name for value in model.graph.input]
         self.output_names = [value.name for value in model.graph.output]
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(tap) for tap in taps)
