@@ -68,18 +68,18 @@ class Ahead:
     goals: tuple[Cache, ...]
     energy: tuple[float, ...]
 
-    def arriving(self, outputs: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-        """The later values of the samples `index` [n], given the unit's supervised outputs [n, ...] for them."""
-        if self.units is None:
-            return list(outputs)
-        device = outputs[0].device
-        inputs = [
-            outputs[self.own[name]] if name in self.own else self.passing[name].gather(index).to(device)
-            for name in self.units.block.inputs
-        ]
-        made = self.units(*inputs)
-        return [made[i] for i in self.supervised]
+    def reads(self, index: Tensor) -> list[Tensor]:
+        """What passes the unit by, and the float values that should arrive, of the samples `index` [n]."""
+        return [cache.gather(index) for cache in (*self.passing.values(), *self.goals)]
 
-    def wanted(self, index: Tensor, device: torch.device) -> list[Tensor]:
-        """The same values of the float network."""
-        return [goal.gather(index).to(device) for goal in self.goals]
+    def arriving(self, outputs: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The later values [n, ...] and what they are in the float network.
+
+        outputs: the unit's supervised outputs; read: what it `reads` of the same samples, on the same device.
+        """
+        passing, goals = read[: len(self.passing)], list(read[len(self.passing) :])
+        if self.units is None:
+            return list(outputs), goals
+        values = dict(zip(self.passing, passing, strict=True)) | {name: outputs[i] for name, i in self.own.items()}
+        made = self.units(*(values[name] for name in self.units.block.inputs))
+        return [made[i] for i in self.supervised], goals

@@ -27,21 +27,31 @@ INSIDE = 0.5001
 """A value less than this many steps from its code was rounded, farther away it was clipped."""
 
 
-class Masks:
-    """Random 0/1 masks that keep an element with probability `keep`, cut out of one random pool.
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """A generator for random numbers on a device: the given one on the CPU, else one that it seeds."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
 
-    Drawing a pool once and starting at a random place in it costs next to nothing per mask.
+
+class Masks:
+    """Random 0/1 masks that keep an element with probability `keep`, drawn with a generator of the device.
+
+    On the CPU they are cut out of one random pool: drawing it once and starting at a random place in it costs next to
+    nothing per mask. A GPU draws every mask.
     """
 
     def __init__(self, keep: float, generator: torch.Generator, device: torch.device) -> None:
         self.keep, self.generator, self.device = keep, generator, device
-        self.pool = torch.empty(0, device=device)
+        self.pool = torch.empty(0)
 
     def like(self, x: Tensor) -> Tensor:
         """A mask of x's shape, dense, in the memory layout that results of x have."""
+        if self.device.type != "cpu":
+            return torch.empty_like(x).bernoulli_(self.keep, generator=self.generator)
         if len(self.pool) < 2 * x.numel():
             uniform = torch.rand(2 * x.numel() + (1 << 16), generator=self.generator)
-            self.pool = (uniform < self.keep).to(torch.float32).to(self.device)
+            self.pool = (uniform < self.keep).to(torch.float32)
         room = len(self.pool) - x.numel()
         start = int(torch.randint(room, (), generator=self.generator))
         stride = torch.empty_like(x, device="meta").stride()
@@ -105,11 +115,14 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(qparams.scale.log(), requires_grad=False)
         self.masks: Masks | None = None
         self.bypass = False
+        self.bounds = 0, 0
 
     def learn(self, masks: Masks | None, *, scale: bool, bypass: bool = False) -> None:
         """Run differentiably from here on, dropping as `masks` says (None: never), or not quantizing at all."""
         self.train()
         self.masks, self.bypass = masks, bypass
+        spec, zero_point = self.qparams.spec, int(self.qparams.zero_point)
+        self.bounds = spec.qmin - zero_point, spec.qmax - zero_point
         self.log_scale.requires_grad_(scale)
 
     def harden(self) -> None:
@@ -132,10 +145,8 @@ class ActivationQuantizer(nn.Module):
             return fake_quant(x, self.qparams)
         if self.bypass:
             return x
-        spec, zero_point = self.qparams.spec, int(self.qparams.zero_point)
         mask = self.masks.like(x) if self.masks is not None else None
-        bounds = spec.qmin - zero_point, spec.qmax - zero_point
-        y: Tensor = _FakeQuantize.apply(x, self.log_scale, bounds, mask, self.nonnegative)  # type: ignore[no-untyped-call]
+        y: Tensor = _FakeQuantize.apply(x, self.log_scale, self.bounds, mask, self.nonnegative)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -196,8 +207,8 @@ class Rounding:
             torch.addcmul(self.offset, up, self.step, out=self.soft)
             self.grad.zero_()
 
-    def backward(self, strength: float, beta: float) -> None:
-        """Gradient of v from that of the weights, plus `strength` * d/dv of sum(1 - |2h - 1|**beta)."""
+    def backward(self, strength: float, beta: Tensor) -> None:
+        """Gradient of v from that of the weights, plus `strength` * d/dv of sum(1 - |2h - 1|**beta), beta []."""
         assert self.variable.grad is not None
         with torch.no_grad():
             grad = self.variable.grad
@@ -205,7 +216,7 @@ class Rounding:
             if strength:
                 side = self.up.mul(2).sub_(1)
                 push = side.abs().pow_(beta - 1).copysign_(side)
-                grad.sub_(push.mul_(self.free), alpha=2 * beta * strength)
+                grad.addcmul_(push.mul_(self.free), (beta * (2 * strength)).to(push.dtype), value=-1)
             inside = (self.up > 0) & (self.up < 1)
             slope = self.sigmoid.mul(STRETCH)
             slope.addcmul_(self.sigmoid, self.sigmoid, value=-STRETCH).mul_(inside)

@@ -378,7 +378,9 @@ class Run(Deployment):
             compared = [outputs[i] for i in unit.supervised]
             for i, (y, target) in enumerate(zip(compared, targets, strict=True)):
                 noise[i] += float((y - target).double().square().sum())
-            total += float(loss(compared, targets, samples)) * len(samples) if compared else 0.0
+            if compared:
+                read = [x.to(self.device) for x in loss.reads(samples)]
+                total += float(loss(compared, targets, read)) * len(samples)
         errors = [n / _count(cache) / e for n, cache, e in zip(noise, unit.targets, unit.energy, strict=True)]
         return Deployed(math.fsum(errors) / max(1, len(errors)), total / recording.recorded, recording.caches)
 

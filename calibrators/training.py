@@ -6,8 +6,9 @@ Must not know: which methods there are, how units follow each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from calibrators.blocks import Block
 from calibrators.errors import DataError
 from calibrators.numerics import along_axis
-from calibrators.quantizers import Masks, Rounding
+from calibrators.quantizers import Masks, Rounding, generator_on
+from calibrators.recorded import Recorded
 from calibrators.simulation import Simulation
 from calibrators.spec import QParams
 from calibrators.stream import Cache
@@ -60,8 +62,11 @@ class Unit:
 class Loss(Protocol):
     """What a unit is trained to make small."""
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        """Loss [] of a minibatch: outputs and targets [n, ...] of the unit, `index` [n] of its samples."""
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
+        """What it has to know of the samples `index` [n] besides outputs and targets, on any device."""
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+        """Loss [] of a minibatch: outputs and targets [n, ...] of the unit and what it `reads`, on one device."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,10 @@ class RelativeError:
     energy: tuple[float, ...]
     power: int = 2
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
+        return ()
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Tensor:
         mean = torch.nn.functional.l1_loss if self.power == 1 else torch.nn.functional.mse_loss
         triples = zip(outputs, targets, self.energy, strict=True)
         return torch.stack([mean(y, t) / e ** (self.power / 2) for y, t, e in triples]).mean()
@@ -85,11 +93,14 @@ class RelativeError:
 class Sum:
     """Two losses."""
 
-    first: Loss
+    first: RelativeError
     second: Loss
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        return self.first(outputs, targets, index) + self.second(outputs, targets, index)
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
+        return self.second.reads(index)
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+        return self.first(outputs, targets) + self.second(outputs, targets, read)
 
 
 class Apart(Sum):
@@ -137,9 +148,9 @@ def train(
 
     raises: DataError when the loss stops being finite.
     """
-    trainer = _Trainer(unit, settings, generator)
+    trainer = _Trainer(unit, loss, settings, generator)
     for step in range(settings.iters):
-        value = trainer.step(loss, step)
+        value = trainer.step(step)
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
             raise DataError(
                 f"the loss of unit {unit.block.name} became {float(value)} in step {step}: training diverged; "
@@ -156,25 +167,33 @@ def train(
 class _Trainer:
     """Variables, optimizer and one step."""
 
-    def __init__(self, unit: Unit, settings: Settings, generator: torch.Generator) -> None:
-        self.unit, self.settings, self.device = unit, settings, unit.device
-        self.masks = Masks(settings.keep, generator, unit.device) if 0 < settings.keep < 1 else None
-        self.input_masks = Masks(settings.input_keep, generator, unit.device) if settings.input_keep < 1 else None
+    def __init__(self, unit: Unit, loss: Loss, settings: Settings, generator: torch.Generator) -> None:
+        self.unit, self.loss, self.settings, self.device = unit, loss, settings, unit.device
+        drawing = generator_on(unit.device, generator)
+        self.masks = Masks(settings.keep, drawing, unit.device) if 0 < settings.keep < 1 else None
+        self.input_masks = Masks(settings.input_keep, drawing, unit.device) if settings.input_keep < 1 else None
+        pairs = zip(unit.inputs, unit.float_inputs, strict=True)
+        self.mixed = [settings.input_keep < 1 and q is not f and q.dtype.is_floating_point for q, f in pairs]
         unit.simulation.train_in(settings.precision)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []
+        self.fades: list[bool] = []
         self.rounding = self._rounding()
         self.gains = self._gains()
         self.biases = self._biases()
         self.scales = self._scales()
-        self.optimizer = torch.optim.Adam(self.groups, fused=True) if self.groups else None
+        self.lr = [group["lr"] for group in self.groups]
+        adam = partial(torch.optim.Adam, fused=True, capturable=unit.device.type != "cpu")
+        self.optimizer = adam(self.groups) if self.groups else None
         free = float(self.rounding.free.sum()) if self.rounding else 0.0
         self.strength = settings.strength * unit.reference / max(free, 1.0)
         self.warm = int(settings.warmup * settings.iters)
+        self.descend = Recorded(self._descend, unit.device, [drawing])
 
     def _add(self, parameters: list[Tensor], lr: float, *, fades: bool = True) -> None:
         if parameters and lr:
-            self.groups.append({"params": parameters, "lr": lr, "first_lr": lr, "fades": fades})
+            self.groups.append({"params": parameters, "lr": lr})
+            self.fades.append(fades)
 
     def _rounding(self) -> Rounding | None:
         if not self.unit.weights or not self.settings.lr:
@@ -214,38 +233,56 @@ class _Trainer:
         self._add(scales, self.settings.scale_lr)
         return scales
 
-    def step(self, loss: Loss, step: int) -> Tensor:
-        """One descent; the loss before it, []."""
-        unit, settings = self.unit, self.settings
+    def step(self, step: int) -> Tensor:
+        """One descent; the loss before it, [], until the next."""
+        unit = self.unit
         index = next(self.minibatches)
-        pairs = zip(unit.inputs, unit.float_inputs, strict=True)
-        inputs = [self._mixed(quantized, floating, index) for quantized, floating in pairs]
-        targets = [cache.gather(index).to(self.device) for cache in unit.targets]
+        floats = [cache.gather(index) for cache, mixed in zip(unit.float_inputs, self.mixed, strict=True) if mixed]
+        progress = (step - self.warm) / max(1, self.settings.iters - self.warm)
+        return self.descend(
+            progress >= 0,
+            [self._schedule(step, progress)],
+            [cache.gather(index) for cache in unit.inputs],
+            floats,
+            [cache.gather(index) for cache in unit.targets],
+            self.loss.reads(index),
+        )
+
+    def _schedule(self, step: int, progress: float) -> Tensor:
+        """What changes from step to step: beta of the rounding regularizer, learning rates of the groups."""
+        beta = 20 - 18 * max(progress, 0.0)
+        fade = 0.5 * (1 + math.cos(math.pi * step / self.settings.iters))
+        rates = [lr * (fade if fades else 1.0) for lr, fades in zip(self.lr, self.fades, strict=True)]
+        # a GPU's optimizer reads float32
+        return torch.tensor([beta, *rates], dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+
+    def _descend(self, regular: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
+        """The step, a function of its minibatch; `regular`: whether the regularizer acts."""
+        (schedule,), quantized, floats, targets, read = groups
+        beta, *rates = schedule.unbind()
+        for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
+            parameter.grad = None
         if self.rounding is not None:
             self.rounding.soften()
             self._apply_gains()
-        outputs = unit.simulation(*inputs)
-        value = self._descend(loss, [outputs[i] for i in unit.supervised], targets, index)
-        if self.optimizer is None:
-            return value
-        if self.rounding is not None:
-            progress = (step - self.warm) / max(1, settings.iters - self.warm)
-            self.rounding.backward(self.strength if progress >= 0 else 0.0, 20 - 18 * max(progress, 0.0))
-        fade = 0.5 * (1 + math.cos(math.pi * step / settings.iters))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["first_lr"] * (fade if group["fades"] else 1.0)
-        self.optimizer.step()
-        for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
-            parameter.grad = None
+        outputs = self.unit.simulation(*self._mix(quantized, floats))
+        value = self._backward([outputs[i] for i in self.unit.supervised], targets, read)
+        if self.optimizer is not None:
+            if self.rounding is not None:
+                self.rounding.backward(self.strength if regular else 0.0, beta)
+            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+            self.optimizer.step()
         return value
 
-    def _descend(self, loss: Loss, outputs: list[Tensor], targets: list[Tensor], index: Tensor) -> Tensor:
+    def _backward(self, outputs: list[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         """Gradients of what is trained; the loss, detached."""
-        value = (loss.first if isinstance(loss, Apart) else loss)(outputs, targets, index)
+        loss = self.loss
+        value = loss.first(outputs, targets) if isinstance(loss, Apart) else loss(outputs, targets, read)
         if self.optimizer is None:
             return value.detach()
         if isinstance(loss, Apart) and self.scales:
-            besides = loss.second(outputs, targets, index)
+            besides = loss.second(outputs, targets, read)
             gradients = torch.autograd.grad(besides, self.scales, retain_graph=True, materialize_grads=True)
             for scale, gradient in zip(self.scales, gradients, strict=True):
                 scale.grad = gradient.clone()
@@ -259,11 +296,12 @@ class _Trainer:
                 factor = along_axis(self.gains[name].exp(), leaf, grid.spec.axis, grid.spec.block_size)
                 self.unit.simulation.set(name, leaf * factor)
 
-    def _mixed(self, quantized: Cache, floating: Cache, index: Tensor) -> Tensor:
-        x = quantized.gather(index).to(self.device)
-        if self.input_masks is None or quantized is floating or not x.is_floating_point():
-            return x
-        return torch.lerp(floating.gather(index).to(self.device), x, self.input_masks.like(x))
+    def _mix(self, quantized: Sequence[Tensor], floats: Sequence[Tensor]) -> list[Tensor]:
+        if self.input_masks is None:
+            return list(quantized)
+        rest, like = iter(floats), self.input_masks.like
+        pairs = zip(quantized, self.mixed, strict=True)
+        return [torch.lerp(next(rest), x, like(x)) if mixed else x for x, mixed in pairs]
 
 
 def _minibatches(samples: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

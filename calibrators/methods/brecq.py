@@ -8,7 +8,7 @@ computed as calibrators.fisher says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class BRECQ(Reconstruction):
             return RelativeError(unit.energy)
         crossing = [name for block in run.blocks for name in block.outputs]
         weights = run.once("fisher", lambda: _importances(run, crossing))
-        return _Weighted(unit.energy, [weights.get(unit.block.outputs[i]) for i in unit.supervised])
+        found = [weights.get(unit.block.outputs[i]) for i in unit.supervised]
+        return _Weighted(unit.energy, [replace(w, elements=w.elements.to(run.device)) if w else None for w in found])
 
 
 def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
@@ -51,12 +52,15 @@ class _Weighted:
     energy: tuple[float, ...]
     importance: Sequence[Importance | None]
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        errors = []
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
+        return [importance.samples[index] for importance in self.importance if importance is not None]
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+        errors, samples = [], iter(read)
         for y, target, energy, importance in zip(outputs, targets, self.energy, self.importance, strict=True):
             square = (y - target).square()
             if importance is not None:
-                square = square * importance.elements.to(y.device)
-                square = square.reshape(len(square), -1).mean(1) * importance.samples[index].to(y.device)
+                square = square * importance.elements
+                square = square.reshape(len(square), -1).mean(1) * next(samples)
             errors.append(square.mean() / energy)
         return torch.stack(errors).mean()

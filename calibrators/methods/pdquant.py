@@ -75,10 +75,13 @@ class _Prediction:
     ahead: Ahead
     method: PDQuant
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
         compared = max(1, round(self.method.share * len(index))) if torch.is_grad_enabled() else len(index)
-        arriving = self.ahead.arriving([y[:compared] for y in outputs], index[:compared])
-        wanted = self.ahead.wanted(index[:compared], arriving[0].device)
+        return self.ahead.reads(index[:compared])
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+        compared = len(read[-1])
+        arriving, wanted = self.ahead.arriving([y[:compared] for y in outputs], read)
         pairs = zip(arriving, wanted, self.ahead.energy, strict=True)
         differences = torch.stack([self._difference(y, t, energy) for y, t, energy in pairs])
         return self.method.prediction * differences.mean()

@@ -65,7 +65,9 @@ class _AcrossBlocks:
     later: RelativeError
     weight: float
 
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor) -> Tensor:
-        arriving = self.ahead.arriving(outputs, index)
-        wanted = self.ahead.wanted(index, arriving[0].device)
-        return self.own(outputs, targets, index) + self.weight * self.later(arriving, wanted, index)
+    def reads(self, index: Tensor) -> Sequence[Tensor]:
+        return self.ahead.reads(index)
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+        arriving, wanted = self.ahead.arriving(outputs, read)
+        return self.own(outputs, targets) + self.weight * self.later(arriving, wanted)

@@ -49,7 +49,7 @@ class _Traveller(QDrop):
         floats = [cache.gather(EVERYTHING) for cache in unit.targets]
         ahead = replace(ahead, passing={name: run.floats[name] for name in ahead.passing})
         with torch.no_grad():
-            ARRIVED.append((ahead.arriving(floats, EVERYTHING), ahead.wanted(EVERYTHING, floats[0].device)))
+            ARRIVED.append(ahead.arriving(floats, ahead.reads(EVERYTHING)))
         if ahead.units is not None:
             FROZEN.extend(p.requires_grad for p in ahead.units.parameters())
         return RelativeError(unit.energy)
@@ -85,7 +85,7 @@ def test_the_way_ahead_lets_gradients_through_to_the_unit_alone() -> None:
         def loss(self, unit: Unit, run: Run) -> Loss:
             ahead = run.ahead(unit, len(run.blocks))
             outputs = [cache.gather(EVERYTHING).requires_grad_() for cache in unit.targets]
-            sum(y.square().sum() for y in ahead.arriving(outputs, EVERYTHING)).backward()
+            sum(y.square().sum() for y in ahead.arriving(outputs, ahead.reads(EVERYTHING))[0]).backward()
             seen.append(all(y.grad is not None and bool(y.grad.any()) for y in outputs))
             return RelativeError(unit.energy)
 
@@ -285,7 +285,7 @@ def test_what_follows_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[Tensor] = []
     backward = Rounding.backward
 
-    def watched(rounding: Rounding, strength: float, beta: float) -> None:
+    def watched(rounding: Rounding, strength: float, beta: Tensor) -> None:
         gradients.append(rounding.grad.clone())
         backward(rounding, strength, beta)
 

@@ -365,7 +365,7 @@ def test_gradient_of_the_rounding(strength: float, beta: float, generator: torch
     for _ in range(2):  # gradients do not add up over the steps
         rounding.soften()
         sum((soft * factor).sum() for soft, factor in zip(rounding.weights, factors, strict=True)).backward()  # type: ignore[union-attr]
-        rounding.backward(strength, beta)
+        rounding.backward(strength, torch.tensor(beta))
     variable = rounding.variable.detach().double().requires_grad_()
     soft, regularizer = written_out(rounding, variable, strength, beta)
     flat = torch.cat([(f.permute(0, 2, 3, 1) if f.ndim == 4 else f).reshape(-1) for f in factors])
@@ -382,7 +382,7 @@ def test_a_weight_on_a_code_can_still_leave_it() -> None:
     rounding = Rounding([torch.tensor([[-3.0, 0.0, 2.0], [5.0, -8.0, 1.0]])], [grid])
     rounding.soften()
     rounding.weights[0].sum().backward()
-    rounding.backward(0.0, 2.0)
+    rounding.backward(0.0, torch.tensor(2.0))
     assert rounding.variable.grad is not None and bool((rounding.variable.grad > 0).all())
 
 
@@ -400,7 +400,7 @@ def test_training_moves_the_soft_weights_downhill(generator: torch.Generator) ->
             nn.functional.mse_loss(w, t, reduction="sum") for w, t in zip(rounding.weights, targets, strict=True)
         )
         loss.backward()  # type: ignore[union-attr]
-        rounding.backward(0.0 if step < 50 else 3.0, 2.0)
+        rounding.backward(0.0 if step < 50 else 3.0, torch.tensor(2.0))
         optimizer.step()
         losses.append(float(loss.detach()))  # type: ignore[union-attr]
     assert losses[49] < 0.9 * losses[0]

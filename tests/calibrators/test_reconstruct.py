@@ -198,8 +198,8 @@ def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch)
     seen: list[tuple[float, float]] = []
     backward = Rounding.backward
 
-    def spy(self: Rounding, strength: float, beta: float) -> None:
-        seen.append((strength, beta))
+    def spy(self: Rounding, strength: float, beta: Tensor) -> None:
+        seen.append((strength, float(beta)))
         backward(self, strength, beta)
 
     monkeypatch.setattr(Rounding, "backward", spy)

@@ -1,0 +1,90 @@
+"""Calibrate a case on the CPU, on the pretend device, and there with recorded steps; prints what came out as JSON.
+
+A program of its own: the device has to be there before the first backward pass of the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from calibrators import PlacementOptions, calibrate, recorded, training
+from calibrators.freeze import CalibrationResult
+from calibrators.methods import get_method
+from tests.calibrators.pretend_device import NAME, Tape, pretend_device
+from tests.folded import folded_network
+
+STEPS = 12
+
+SAMPLES = 16
+
+CASES: dict[str, tuple[str, str, dict[str, object]]] = {
+    "brecq": ("residual", "brecq", {"fisher": True}),
+    "qdrop": ("residual", "qdrop", {"precision": "bfloat16"}),
+    "pdquant": ("residual", "pdquant", {"correct": 3}),
+    "repapq": ("residual", "repapq", {}),
+    "mrecg": ("residual", "mrecg", {"granularity": "block", "groups": "1-2"}),
+    "attention": ("transformer", "qdrop", {}),
+    "gptq": ("residual", "gptq", {}),
+    "lapq": ("mlp", "lapq", {"max_evals": 11}),
+}
+"""Network, method and its options."""
+
+NOT_TRAINED = {"gptq", "lapq"}
+
+
+def outcome(result: CalibrationResult) -> dict[str, Any]:
+    """A digest of all integers and scales, errors of the units, and how many calls were replayed."""
+    digest = hashlib.sha256()
+    for coded in result.weights.values():
+        digest.update(coded.codes.numpy().tobytes() + coded.qparams.scale.numpy().tobytes())
+    for qparams in result.activations.values():
+        digest.update(qparams.scale.numpy().tobytes())
+    units = result.record.get("units", ())
+    return {
+        "digest": digest.hexdigest(),
+        "errors": [unit["after"] for unit in units],
+        "steps": [unit.get("steps", 0) for unit in units],
+        "replays": Tape.replays,
+    }
+
+
+def outcomes(network: str, method: str, options: dict[str, object]) -> dict[str, Any]:
+    """Of all ways."""
+    graph, inputs = folded_network(network)
+    if method not in NOT_TRAINED:
+        ranges = {"ranges": "minmax", "weight_ranges": "minmax"}
+        options = {"iters": STEPS, "batch": 8, "warmup": 0.5, **ranges, **options}
+    found = {}
+    for way in ("cpu", "plain", "recorded") if method not in NOT_TRAINED else ("cpu", "plain"):
+        recorded.RECORDERS.clear()
+        if way == "recorded":
+            recorded.RECORDERS[NAME] = Tape
+        Tape.replays = 0
+        with nullcontext() if way == "cpu" else pretend_device():
+            result = calibrate(
+                graph,
+                [tuple(x[:SAMPLES] for x in inputs)],
+                method=get_method(method, options),
+                placement=PlacementOptions(weight_bits=4, activation_bits=4),
+                device="cpu" if way == "cpu" else NAME,
+            )
+        found[way] = outcome(result)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with pretend_device():  # it has to be there before the first backward pass
+        pass
+    training.generator_on = lambda device, generator: generator  # type: ignore[assignment] # there are none on the device
+    print(json.dumps(outcomes(*CASES[sys.argv[1]])))
+
+
+if __name__ == "__main__":
+    main()
