@@ -11,8 +11,10 @@ Must not know: training, what is computed.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -41,21 +43,18 @@ class Recorder(Protocol):
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
         """Call without recording, where it can be recorded later."""
 
-    def record(self, call: Callable[[], Tensor]) -> Tensor:
-        """Record a call without computing anything; the tensor that holds the result after a replay."""
+    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record a call without computing anything: what computes it, on the values that its tensors have then, and
+        the tensor that holds the result afterwards.
+        """
 
-    def replay(self) -> None:
-        """Compute what was recorded, on the values that its tensors have now."""
 
-
-class CudaGraph:
+class CudaGraphs:
     """A recorder for CUDA; `generators` are those that the calls draw from."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
+        self.generators = generators
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
         """Call on the stream that records."""
@@ -67,33 +66,33 @@ class CudaGraph:
         outside.wait_stream(self.stream)
         return result
 
-    def record(self, call: Callable[[], Tensor]) -> Tensor:
-        """Capture."""
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            return call()
+    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """A graph, launched as a whole."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = call()
+        return graph.replay, result
 
-    def replay(self) -> None:
-        """One launch."""
-        self.graph.replay()
 
-
-RECORDERS: dict[str, Callable[[torch.device, Sequence[torch.Generator]], Recorder]] = {"cuda": CudaGraph}
+RECORDERS: dict[str, Callable[[torch.device, Sequence[torch.Generator]], Recorder]] = {"cuda": CudaGraphs}
 """By type of device; one that is not here is called plainly."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Recording:
-    """A recorded call: its arguments, whose memory is read again, and its result."""
+    """A recorded call: its arguments, whose memory is read again, what computes it, its result."""
 
-    recorder: Recorder
     arguments: Sequence[Sequence[Tensor]]
+    compute: Callable[[], None]
     result: Tensor
 
     def replay(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         for old, new in zip(self.arguments, groups, strict=True):
             for memory, values in zip(old, new, strict=True):
                 memory.copy_(values, non_blocking=True)
-        self.recorder.replay()
+        self.compute()
         return self.result
 
 
@@ -104,27 +103,28 @@ class Recorded:
     """
 
     def __init__(self, function: Function, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self.function, self.device, self.generators = function, device, generators
-        self.factory = RECORDERS.get(device.type)
+        self.function, self.device = function, device
+        factory = RECORDERS.get(device.type)
+        self.recorder = factory(device, generators) if factory else None
         self.recordings: dict[Hashable, _Recording] = {}
-        self.warming: dict[Hashable, tuple[Recorder, int]] = {}
+        self.calls: Counter[Hashable] = Counter()
 
     def __call__(self, kind: Hashable, *groups: Sequence[Tensor]) -> Tensor:
         """The result of function(kind, *groups), until the next call."""
         if kind in self.recordings:
             return self.recordings[kind].replay(groups)
         arguments = [[x.to(self.device) for x in group] for group in groups]
-        if self.factory is None:
-            return self.function(kind, *arguments)
-        recorder, calls = self.warming.get(kind) or (self.factory(self.device, self.generators), 0)
-        if calls < WARM:
-            self.warming[kind] = recorder, calls + 1
-            return recorder.warm(lambda: self.function(kind, *arguments))
+        call = partial(self.function, kind, *arguments)
+        if self.recorder is None:
+            return call()
+        self.calls[kind] += 1
+        if self.calls[kind] <= WARM:
+            return self.recorder.warm(call)
         try:
-            result = recorder.record(lambda: self.function(kind, *arguments))
+            compute, result = self.recorder.record(call)
         except RuntimeError as error:
             warnings.warn(f"steps are launched kernel by kernel, which is slow: {error}", stacklevel=2)
-            self.factory = None
-            return self.function(kind, *arguments)
-        self.recordings[kind] = _Recording(recorder, arguments, result)
+            self.recorder = None
+            return call()
+        self.recordings[kind] = _Recording(arguments, compute, result)
         return self.recordings[kind].replay(groups)

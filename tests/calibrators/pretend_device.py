@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -81,18 +81,18 @@ class Tape:
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
         return call()
 
-    def record(self, call: Callable[[], Tensor]) -> Tensor:
+    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         states = [generator.get_state() for generator in self.generators]
-        Tape.current = self
+        self.steps, self.kept, Tape.current = [], {}, self
         try:
-            return call()
+            result = call()
         finally:
             Tape.current = None
             for generator, state in zip(self.generators, states, strict=True):
                 generator.set_state(state)
             for memory, before in self.kept.values():
                 memory.copy_(before)
-            self.kept.clear()
+        return partial(_replay, self.steps), result
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep what the operator is going to overwrite."""
@@ -103,15 +103,16 @@ class Tape:
                     memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())  # type: ignore[call-overload]
                     self.kept.setdefault(memory.data_ptr(), (memory, memory.clone()))
 
-    def replay(self) -> None:
-        Tape.replays += 1
-        for func, args, kwargs, made in self.steps:
-            again = func(*args, **kwargs)
-            for argument, old, new in zip(func._schema.returns, _listed(made), _listed(again), strict=False):
-                if argument.alias_info is None:  # neither a view nor changed in place
-                    for memory, values in zip(tree_leaves(old), tree_leaves(new), strict=True):
-                        if isinstance(memory, Tensor):
-                            memory.copy_(values)
+
+def _replay(steps: Sequence[Step]) -> None:
+    Tape.replays += 1
+    for func, args, kwargs, made in steps:
+        again = func(*args, **kwargs)
+        for argument, old, new in zip(func._schema.returns, _listed(made), _listed(again), strict=False):
+            if argument.alias_info is None:  # neither a view nor changed in place
+                for memory, values in zip(tree_leaves(old), tree_leaves(new), strict=True):
+                    if isinstance(memory, Tensor):
+                        memory.copy_(values)
 
 
 def _listed(result: Any) -> Sequence[Any]:
