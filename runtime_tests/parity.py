@@ -316,10 +316,13 @@ class Runtime(Protocol):
     """A file loaded into a runtime, with some of its values made visible.
 
     input_names, output_names: of the model itself.
+    kernel_rate: legal share of codes that one of its integer kernels may have one step off; 0: none.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def kernel_rate(self) -> float: ...
     @property
     def input_names(self) -> list[str]: ...
     @property
@@ -327,13 +330,18 @@ class Runtime(Protocol):
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's outputs and the values made visible."""
 
+    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
+        """Kernels that it executes minus those of the plan, by operator, where they differ and are known."""
+
 
 class _OnnxRuntime:
     name = "onnxruntime"
+    kernel_rate = 0.0
 
     def __init__(
         self, model: onnx.ModelProto | str | Path, taps: Sequence[str], *, optimized: bool, threads: int
     ) -> None:
+        self.model, self.optimized = model, optimized
         self.session = session(model, optimized=optimized, threads=threads, taps=taps)
         names = [info.name for info in self.session.get_outputs()]
         self.input_names = [info.name for info in self.session.get_inputs()]
@@ -344,6 +352,10 @@ class _OnnxRuntime:
         results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.taps], feeds)]
         count = len(self.output_names)
         return results[:count], results[count:]
+
+    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
+        """Those of the file as it is deployed, all optimisations on."""
+        return unplanned(self.model, plan) if self.optimized else {}
 
 
 def _in_onnxruntime(
@@ -375,9 +387,8 @@ class _OutputTally:
 class Comparison:
     """Running totals of one runtime at one optimisation level.
 
-    load:        the model in the runtime, given the names of values to be made visible.
-    optimized:   whether integer kernels are the reference, or QDQ taken literally.
-    kernel_rate: legal share of codes that an integer kernel may have one step off; 0: none.
+    load:      the model in the runtime, given the names of values to be made visible.
+    optimized: whether integer kernels are the reference, or QDQ taken literally.
     """
 
     def __init__(
@@ -387,12 +398,10 @@ class Comparison:
         program: fx.GraphModule,
         *,
         optimized: bool = True,
-        kernel_rate: float = 0.0,
     ) -> None:
         self.plan = plan(program, integer=optimized)
         self.runtime = load([f"{site}_quantized" for site in self.plan.sites])
-        self.kernel_rate = kernel_rate
-        self.unplanned = unplanned(model, self.plan) if optimized and not kernel_rate else {}
+        self.unplanned = self.runtime.unplanned(self.plan)
         self.weights = {site: _of_weight(site, found) for site, found in differing_weights(model, program).items()}
         self.optimized, self.samples = optimized, 0
         self.per_node = dict.fromkeys(self.plan.sites, Agreement())
@@ -436,15 +445,16 @@ class Comparison:
             raise DataError("no batch to compare runtime and reference on: a proof needs at least one sample")
         weights = (SiteParity(site, WEIGHT, "", found, found) for site, found in self.weights.items())
         sites = (*weights, *(self._site(site) for site in self.plan.sites))
+        same = not self.runtime.kernel_rate
         outputs = tuple(
-            OutputParity(name, exact and not self.kernel_rate, t.identical, t.per_node_identical, t.max_abs, t.relative)
+            OutputParity(name, exact and same, t.identical, t.per_node_identical, t.max_abs, t.relative)
             for name, exact, t in zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         )
         return ParityReport(self.optimized, self.samples, sites, outputs, self.unplanned, self.runtime.name)
 
     def _site(self, site: str) -> SiteParity:
         step = self.plan.by_site[site]
-        rate = legal_rate(step.kernel, self.plan.container_bits[site], self.kernel_rate)
+        rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate)
         return SiteParity(site, step.kernel, step.reason, self.per_node[site], self.end_to_end[site], rate)
 
 

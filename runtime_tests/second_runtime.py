@@ -11,7 +11,7 @@ Must not know: how the model was made, reports.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError, ModelError
 from calibrators.losses import is_logits
+from runtime_tests.integer_reference import KernelPlan
 from runtime_tests.parity import Comparison, ParityReport, distance, largest_finite
 
 __all__ = ["SecondParity", "check_installed", "second_parity"]
@@ -70,7 +71,7 @@ class SecondParity:
 
     def to_dict(self) -> dict[str, Any]:
         tapped = self.tapped.to_dict()
-        del tapped["unplanned"]  # there is no plan of OpenVINO's kernels
+        del tapped["unplanned"]
         return {
             **tapped,
             "version": self.version,
@@ -94,7 +95,7 @@ def second_parity(
     """
     check_installed()
     deployed = _OpenVino(model, (), threads)
-    comparison = Comparison(lambda taps: _OpenVino(model, taps, threads), model, program, kernel_rate=KERNEL_RATE)
+    comparison = Comparison(lambda taps: _OpenVino(model, taps, threads), model, program)
     differences, largest = [0.0] * len(deployed.output_names), [0.0] * len(deployed.output_names)
     decisions: list[Tensor] = []  # whether they are the same, [n] per batch
     for batch in batches:
@@ -115,6 +116,7 @@ class _OpenVino:
     """A model compiled for the CPU, values called `taps` made visible; everything that changes a number is pinned."""
 
     name = NAME
+    kernel_rate = KERNEL_RATE
 
     def __init__(self, source: onnx.ModelProto | str | Path, taps: Sequence[str], threads: int) -> None:
         import openvino
@@ -146,6 +148,10 @@ class _OpenVino:
         values = [torch.from_numpy(np.array(found[index])) for index in range(len(self.compiled.outputs))]
         count = len(self.output_names)
         return values[:count], values[count:]
+
+    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
+        """Nothing: there is no plan of its kernels."""
+        return {}
 
     def kernels(self) -> dict[str, int]:
         """The layers that OpenVINO made of the file."""

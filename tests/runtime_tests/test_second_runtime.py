@@ -188,7 +188,7 @@ def test_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_violation_fails_the_export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(second_runtime, "KERNEL_RATE", 1e-12)
+    monkeypatch.setattr(second_runtime._OpenVino, "kernel_rate", 1e-12)
     monkeypatch.setattr("runtime_tests.parity.FLOAT_CHANCE", -1)
     model, x = build("residual")
     report = export(model, [x], out=tmp_path / "out", openvino=True, latency_runs=0)
