@@ -62,7 +62,8 @@ def calibrate(
     prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
-    cache_gib: memory for activations kept between steps; what does not fit goes to temporary files.
+    cache_gib: memory of the device for activations kept between steps, of a GPU at most a quarter of what is free; what
+               does not fit goes to temporary files.
     explain:   also compute what explains the method's choice; it goes into the record.
     sensitivity: also measure what the bits of each layer cost; it goes into the record.
     budgets:   limits within which bits are allocated to the layers instead of the general ones (calibrators.mixed).

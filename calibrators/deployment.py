@@ -49,7 +49,7 @@ class Deployment:
         self.problem, self.blocks = problem, blocks
         self.placement, self.device = problem.placement, problem.device
         self.frontier = Frontier(self.placement, blocks)
-        self.memory = Memory(problem.memory)
+        self.memory = Memory(problem.memory, problem.device)
         self.quantized = self._inputs()
         by_name = self.placement.by_name
         self.weights = {name: Coded(quantize(problem.values(by_name[name]), q), q) for name, q in weights.items()}

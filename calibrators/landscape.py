@@ -98,7 +98,7 @@ class Landscape:
         self.first = self._first_blocks()
         self.samples = len(inputs[0])
         self.chunk = batch_of(self.placement.graph, CHUNK)
-        self.memory = Memory(problem.memory)
+        self.memory = Memory(problem.memory, problem.device)
         names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
         self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
         self.compared = [*compared_outputs(problem)]
@@ -233,7 +233,7 @@ class Landscape:
                 if name not in held.caches:
                     if name not in caches:
                         caches[name] = Cache(self.memory, self.samples, value, self._grid(name, point))
-                    caches[name].write(start, value.cpu())
+                    caches[name].write(start, value)
         self._drop(held, caches)
         self.prefix = _Prefix(to, caches, dict(point))
         self.spent += self.work_from[at] - self.work_from[to]

@@ -231,7 +231,7 @@ class Run(Deployment):
         for chunk in self.chunks(unit.float_inputs):
             inputs, outputs = change(chunk)
             for cache, values in zip(new, (*inputs, *(outputs[i] for i in unit.supervised)), strict=True):
-                cache.write(start, values.cpu())
+                cache.write(start, values)
             start += len(chunk[0])
         return tuple(new[: len(unit.float_inputs)]), tuple(new[len(unit.float_inputs) :])
 

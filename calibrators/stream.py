@@ -27,15 +27,22 @@ from calibrators.spec import QParams
 __all__ = ["Cache", "Memory", "Recording"]
 
 
-class Memory:
-    """Where caches live: RAM up to a budget, then files in a temporary folder that vanish with it.
+GPU_SHARE = 4
+"""Caches take at most one part in so many of what a GPU has free when they are opened: training needs the rest."""
 
-    budget:  bytes of RAM that all live caches together may take.
-    used:    bytes of RAM that they take.
+
+class Memory:
+    """Where caches live: memory of the device up to a budget, then files in a temporary folder that vanish with it.
+
+    budget:  bytes of the device's memory that all live caches together may take.
+    used:    bytes of it that they take.
     spilled: bytes that went to files so far.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
+            budget = min(budget, torch.cuda.mem_get_info(self.device)[0] // GPU_SHARE)
         self.budget, self.used, self.spilled = budget, 0, 0
         self._folder: Path | None = None
         self._files = 0
@@ -48,7 +55,7 @@ class Memory:
         size = rows * columns * dtype.itemsize
         if self.used + size <= self.budget:
             self.used += size
-            return torch.empty(rows, columns, dtype=dtype)
+            return torch.empty(rows, columns, dtype=dtype, device=self.device)
         data = self._mapped(size, dtype).view(rows, columns)
         self.spilled += size
         return data
@@ -70,7 +77,8 @@ class Memory:
 
     def release(self, data: Tensor) -> None:
         """Count what `allocate` gave as free again; a spilled one frees its disk space when it is dropped."""
-        if data.untyped_storage().filename is None:  # torch knows the file behind a shared mapping
+        # torch knows the file behind a shared mapping
+        if data.device.type != "cpu" or data.untyped_storage().filename is None:
             self.used -= data.numel() * data.element_size()
 
 
@@ -114,7 +122,7 @@ class Cache:
 
     def gather(self, index: Tensor) -> Tensor:
         """The samples at `index`, [n, ...]."""
-        return self._values(self.data.index_select(0, index))
+        return self._values(self.data.index_select(0, index.to(self.data.device)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """All samples in order, `size` at a time; what is not kept as codes is the cache's own memory, to be read."""
@@ -159,5 +167,5 @@ class Recording:
             per_sample = {name: x for name, x in values.items() if name in self.names}
             self.caches = {n: Cache(self.memory, self.samples, x, self.grid(n)) for n, x in per_sample.items()}
         for name, cache in self.caches.items():
-            cache.write(self.recorded, values[name].cpu())
+            cache.write(self.recorded, values[name])
         self.recorded += count

@@ -70,7 +70,9 @@ class ExportConfig(BaseModel):
     simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: str = Field("cpu", description="where methods that train or search compute: cpu, cuda or cuda:N")
-    cache_gib: float = Field(4.0, gt=0, description="memory for cached activations; what does not fit goes to disk")
+    cache_gib: float = Field(
+        4.0, gt=0, description="memory of the device for cached activations; what does not fit goes to disk"
+    )
     explain: bool = Field(False, description="compute and draw what explains the method's choice")
     budget: tuple[str, ...] = Field((), description="limits within which every layer gets bits of its own")
     sensitivity: bool = Field(False, description="measure and draw what the bits of each layer cost")

@@ -12,10 +12,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibrators import PlacementOptions, calibrate, recorded, training
 from calibrators.freeze import CalibrationResult
 from calibrators.methods import get_method
+from calibrators.stream import Cache
 from tests.calibrators.pretend_device import NAME, Tape, pretend_device
 from tests.folded import folded_network
 
@@ -38,8 +40,12 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
 NOT_TRAINED = {"gptq", "lapq"}
 
 
+CACHED: set[str] = set()
+"""Devices whose memory activations were read from."""
+
+
 def outcome(result: CalibrationResult) -> dict[str, Any]:
-    """A digest of all integers and scales, errors of the units, and how many calls were replayed."""
+    """A digest of all integers and scales, errors of the units, how many calls were replayed, where caches were."""
     digest = hashlib.sha256()
     for coded in result.weights.values():
         digest.update(coded.codes.numpy().tobytes() + coded.qparams.scale.numpy().tobytes())
@@ -51,6 +57,7 @@ def outcome(result: CalibrationResult) -> dict[str, Any]:
         "errors": [unit["after"] for unit in units],
         "steps": [unit.get("steps", 0) for unit in units],
         "replays": Tape.replays,
+        "cached": sorted(CACHED),
     }
 
 
@@ -66,6 +73,7 @@ def outcomes(network: str, method: str, options: dict[str, object]) -> dict[str,
         if way == "recorded":
             recorded.RECORDERS[NAME] = Tape
         Tape.replays = 0
+        CACHED.clear()
         with nullcontext() if way == "cpu" else pretend_device():
             result = calibrate(
                 graph,
@@ -82,6 +90,13 @@ def main() -> None:
     torch.set_num_threads(1)
     with pretend_device():  # it has to be there before the first backward pass
         pass
+    values = Cache._values
+
+    def watched(cache: Cache, rows: Tensor) -> Tensor:
+        CACHED.add(rows.device.type)
+        return values(cache, rows)
+
+    Cache._values = watched  # type: ignore[method-assign]
     training.generator_on = lambda device, generator: generator  # type: ignore[assignment] # there are none on the device
     print(json.dumps(outcomes(*CASES[sys.argv[1]])))
 

@@ -33,6 +33,7 @@ def test_methods_on_a_device(case: str) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     cpu, plain = found["cpu"], found["plain"]
+    assert cpu["cached"] == ["cpu"] and plain["cached"] == ["pretend"]
     if CASES[case][1] in {"brecq", *NOT_TRAINED}:
         assert plain["digest"] == cpu["digest"]
     else:

@@ -48,6 +48,12 @@ def mapped_files() -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "intact-cache-" in line]
 
 
+def test_caches_leave_a_gpu_room_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 1000))
+    budgets = [Memory(budget, torch.device("cuda")).budget for budget in (1000, 60)]
+    assert budgets == [100, 60]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool], ids=str)
 def test_what_was_written_comes_back(memory: Memory, shape: tuple[int, ...], dtype: torch.dtype) -> None:
