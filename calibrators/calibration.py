@@ -6,6 +6,7 @@ Must not know: how models are loaded, ONNX, runtimes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -91,13 +92,14 @@ def calibrate(
     )
     record: dict[str, Any] = {"preparation": preparation}
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
-    if budgets:
-        rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
-        record |= found
-        problem = problem.variant(placement=place(prepared, target, replace(placement, allocated=rules)))
-    elif sensitivity:
-        record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
-    result = method.fit(problem)
+    with _float32_convolutions():
+        if budgets:
+            rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
+            record |= found
+            problem = problem.variant(placement=place(prepared, target, replace(placement, allocated=rules)))
+        elif sensitivity:
+            record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
+        result = method.fit(problem)
     result = replace(result, record={**result.record, **record})
     if bias_correction:
         result = correct_biases(result, problem.batches)
@@ -130,6 +132,17 @@ class _Batches:
                 raise DataError(f"{where} holds {seen}, the model takes [{shape}] {str(like.dtype)[6:]}: convert it")
         if len({len(x) for x in inputs}) > 1:
             raise DataError(f"{where} has inputs of different numbers of samples: {[len(x) for x in inputs]}")
+
+
+@contextmanager
+def _float32_convolutions() -> Iterator[None]:
+    """Convolutions of a GPU compute in float32; by default cuDNN cuts operands to 10 bits (TF32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibrators.blocks import Block
 from calibrators.freeze import CalibrationResult, Coded, code_bias, freeze
-from calibrators.graph import batch_of
+from calibrators.graph import batch_of, to_device
 from calibrators.numerics import dequantize, quantize
 from calibrators.problem import Problem
 from calibrators.quantizers import ActivationQuantizer
@@ -79,7 +79,7 @@ class Deployment:
 
     def simulation(self, block: Block) -> Simulation:
         """The block to be run; `fill` gives it its weights and biases."""
-        return Simulation(self.placement, self.frontier, block, self.quantizers).to(self.device).eval()
+        return to_device(Simulation(self.placement, self.frontier, block, self.quantizers), self.device).eval()
 
     def fill(self, simulation: Simulation) -> None:
         """Let a block compute with the weights and biases that would be exported now."""

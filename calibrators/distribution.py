@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.blocks import Block, extract
+from calibrators.graph import to_device
 from calibrators.losses import relative_error
 from calibrators.norms import Expected
 
@@ -82,7 +83,7 @@ class Correction:
         }
         self.outputs = len(block.outputs)
         watched = replace(block, outputs=(*block.outputs, *self.statistics))
-        self.graph = extract(graph, watched).to(device).requires_grad_(False)
+        self.graph = to_device(extract(graph, watched), device).requires_grad_(False)
         self.descent = descent
 
     def mismatch(self, inputs: Sequence[Tensor]) -> Tensor:

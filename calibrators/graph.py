@@ -14,7 +14,7 @@ Must not know: quantization, folding, ONNX.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -35,8 +35,11 @@ __all__ = [
     "replace_args",
     "sample_values",
     "shape_of",
+    "to_device",
     "where",
 ]
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
@@ -171,3 +174,18 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value for the example; () where it is no single tensor."""
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
+
+
+def to_device(module: Module, device: torch.device) -> Module:
+    """The module, moved: its parameters and buffers, and what the calls of graphs in it make."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args = tuple(map(moved, node.args))
+                node.kwargs = {name: moved(argument) for name, argument in node.kwargs.items()}
+            part.recompile()
+    return module.to(device)

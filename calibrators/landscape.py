@@ -24,7 +24,7 @@ from torch import Tensor
 from calibrators.blocks import partition
 from calibrators.errors import InputError
 from calibrators.freeze import code_bias, widen
-from calibrators.graph import batch_of, fan_in, shape_of
+from calibrators.graph import batch_of, fan_in, shape_of, to_device
 from calibrators.losses import PredictionLoss
 from calibrators.numerics import dequantize, fake_quant
 from calibrators.place import Placement
@@ -91,7 +91,7 @@ class Landscape:
         owners = [s.name for s in self.placement.sites if s.kind == "activation" and s.shares is None]
         self.quantizers = {name: ActivationQuantizer(start[name], nonnegative=False) for name in owners}
         self.simulations = [
-            Simulation(self.placement, self.frontier, block, self.quantizers).to(self.device).eval()
+            to_device(Simulation(self.placement, self.frontier, block, self.quantizers), self.device).eval()
             for block in self.blocks
         ]
         self.wiring = _Wiring(self.placement)

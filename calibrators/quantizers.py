@@ -115,14 +115,13 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(qparams.scale.log(), requires_grad=False)
         self.masks: Masks | None = None
         self.bypass = False
-        self.bounds = 0, 0
+        self.bounds = _bounds(qparams)
 
     def learn(self, masks: Masks | None, *, scale: bool, bypass: bool = False) -> None:
         """Run differentiably from here on, dropping as `masks` says (None: never), or not quantizing at all."""
         self.train()
         self.masks, self.bypass = masks, bypass
-        spec, zero_point = self.qparams.spec, int(self.qparams.zero_point)
-        self.bounds = spec.qmin - zero_point, spec.qmax - zero_point
+        self.bounds = _bounds(self.qparams)
         self.log_scale.requires_grad_(scale)
 
     def harden(self) -> None:
@@ -148,6 +147,12 @@ class ActivationQuantizer(nn.Module):
         mask = self.masks.like(x) if self.masks is not None else None
         y: Tensor = _FakeQuantize.apply(x, self.log_scale, self.bounds, mask, self.nonnegative)  # type: ignore[no-untyped-call]
         return y
+
+
+def _bounds(qparams: QParams) -> tuple[int, int]:
+    """Lowest and highest code of one scale, counted from zero."""
+    zero_point = int(qparams.zero_point)
+    return qparams.spec.qmin - zero_point, qparams.spec.qmax - zero_point
 
 
 class Rounding:

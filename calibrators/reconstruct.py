@@ -30,7 +30,7 @@ from calibrators.blocks import Block, extract, partition
 from calibrators.deployment import Deployment
 from calibrators.errors import DataError
 from calibrators.freeze import CalibrationResult, widen
-from calibrators.graph import batch_of
+from calibrators.graph import batch_of, to_device
 from calibrators.methods import get_method
 from calibrators.options import check, option
 from calibrators.passes import relative_errors
@@ -240,7 +240,7 @@ class Run(Deployment):
         own = {unit.block.outputs[index]: i for i, index in enumerate(unit.supervised)}
         if end == self.position + 1:
             return Ahead(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
-        units = FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]).to(self.device)
+        units = to_device(FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]), self.device)
         units.train_in(self.settings_of(unit).precision)
         names, outputs = units.block.inputs, units.block.outputs
         if end not in self.goals:
@@ -256,7 +256,7 @@ class Run(Deployment):
 
     def _solve(self, block: Block, advance: Callable[[int], None]) -> dict[str, Any]:
         simulation = self.simulation(block)
-        floating = extract(self.placement.graph, block).to(self.device)
+        floating = to_device(extract(self.placement.graph, block), self.device)
         float_inputs = tuple(self.floats[name] for name in block.inputs)
         floats = self._floats(floating, block.outputs, float_inputs)
         unit = Unit(

@@ -54,25 +54,35 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()  # of all graphs: they take turns and keep nothing for each other
         self.generators = generators
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
         """Call on the stream that records."""
         outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True.*")  # an optimizer that is not captured yet
+        with torch.cuda.stream(self.stream):
             result = call()
         outside.wait_stream(self.stream)
         return result
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """A graph, launched as a whole."""
+        outside = torch.cuda.current_stream(self.stream.device)
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=self.stream):
-            result = call()
+        before = [(generator, generator.clone_state()) for generator in self.generators]
+        try:
+            with torch.cuda.device(self.stream.device):
+                for generator in self.generators:
+                    graph.register_generator_state(generator)
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    result = call()
+        except RuntimeError as error:  # a capture that failed leaves its stream, and generators in the state they had
+            torch.cuda.set_stream(outside)
+            for generator, state in before:
+                generator.graphsafe_set_state(state)
+            cause = error.__context__  # of ending the capture, when the call has failed already
+            raise (cause if isinstance(cause, RuntimeError) else error) from None
         return graph.replay, result
 
 
@@ -113,18 +123,21 @@ class Recorded:
         """The result of function(kind, *groups), until the next call."""
         if kind in self.recordings:
             return self.recordings[kind].replay(groups)
-        arguments = [[x.to(self.device) for x in group] for group in groups]
+        record = self.recorder is not None and self.calls[kind] == WARM  # into memory of its own
+        arguments = [[x.to(self.device, copy=record) for x in group] for group in groups]
         call = partial(self.function, kind, *arguments)
         if self.recorder is None:
             return call()
-        self.calls[kind] += 1
-        if self.calls[kind] <= WARM:
+        if not record:
+            self.calls[kind] += 1
             return self.recorder.warm(call)
+        refused = ""
         try:
-            compute, result = self.recorder.record(call)
+            self.recordings[kind] = _Recording(arguments, *self.recorder.record(call))
         except RuntimeError as error:
-            warnings.warn(f"steps are launched kernel by kernel, which is slow: {error}", stacklevel=2)
-            self.recorder = None
-            return call()
-        self.recordings[kind] = _Recording(arguments, compute, result)
-        return self.recordings[kind].replay(groups)
+            refused = str(error)  # and nothing else: its traceback holds the memory of the call
+        if not refused:
+            return self.recordings[kind].replay(groups)
+        warnings.warn(f"steps are launched kernel by kernel, which is slow: {refused}", stacklevel=2)
+        self.recorder = None
+        return call()

@@ -42,7 +42,9 @@ class Memory:
     def __init__(self, budget: int, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         if self.device.type == "cuda":
-            budget = min(budget, torch.cuda.mem_get_info(self.device)[0] // GPU_SHARE)
+            reserved, used = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + reserved - used
+            budget = min(budget, free // GPU_SHARE)
         self.budget, self.used, self.spilled = budget, 0, 0
         self._folder: Path | None = None
         self._files = 0
@@ -122,7 +124,7 @@ class Cache:
 
     def gather(self, index: Tensor) -> Tensor:
         """The samples at `index`, [n, ...]."""
-        return self._values(self.data.index_select(0, index.to(self.data.device)))
+        return self._values(self.data.index_select(0, index.to(self.data.device, non_blocking=True)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """All samples in order, `size` at a time; what is not kept as codes is the cache's own memory, to be read."""

@@ -149,8 +149,11 @@ def train(
     raises: DataError when the loss stops being finite.
     """
     trainer = _Trainer(unit, loss, settings, generator)
+    descend = Recorded(
+        trainer.descend, unit.device, [trainer.drawing]
+    )  # not the trainer's own, or they outlive the unit
     for step in range(settings.iters):
-        value = trainer.step(step)
+        value = descend(*trainer.minibatch(step))
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
             raise DataError(
                 f"the loss of unit {unit.block.name} became {float(value)} in step {step}: training diverged; "
@@ -169,9 +172,10 @@ class _Trainer:
 
     def __init__(self, unit: Unit, loss: Loss, settings: Settings, generator: torch.Generator) -> None:
         self.unit, self.loss, self.settings, self.device = unit, loss, settings, unit.device
-        drawing = generator_on(unit.device, generator)
-        self.masks = Masks(settings.keep, drawing, unit.device) if 0 < settings.keep < 1 else None
-        self.input_masks = Masks(settings.input_keep, drawing, unit.device) if settings.input_keep < 1 else None
+        self.drawing = generator_on(unit.device, generator)
+        masks = partial(Masks, generator=self.drawing, device=unit.device)
+        self.masks = masks(settings.keep) if 0 < settings.keep < 1 else None
+        self.input_masks = masks(settings.input_keep) if settings.input_keep < 1 else None
         pairs = zip(unit.inputs, unit.float_inputs, strict=True)
         self.mixed = [settings.input_keep < 1 and q is not f and q.dtype.is_floating_point for q, f in pairs]
         unit.simulation.train_in(settings.precision)
@@ -188,7 +192,6 @@ class _Trainer:
         free = float(self.rounding.free.sum()) if self.rounding else 0.0
         self.strength = settings.strength * unit.reference / max(free, 1.0)
         self.warm = int(settings.warmup * settings.iters)
-        self.descend = Recorded(self._descend, unit.device, [drawing])
 
     def _add(self, parameters: list[Tensor], lr: float, *, fades: bool = True) -> None:
         if parameters and lr:
@@ -233,13 +236,13 @@ class _Trainer:
         self._add(scales, self.settings.scale_lr)
         return scales
 
-    def step(self, step: int) -> Tensor:
-        """One descent; the loss before it, [], until the next."""
+    def minibatch(self, step: int) -> tuple[Any, ...]:
+        """The arguments of `descend` in a step."""
         unit = self.unit
         index = next(self.minibatches)
         floats = [cache.gather(index) for cache, mixed in zip(unit.float_inputs, self.mixed, strict=True) if mixed]
         progress = (step - self.warm) / max(1, self.settings.iters - self.warm)
-        return self.descend(
+        return (
             progress >= 0,
             [self._schedule(step, progress)],
             [cache.gather(index) for cache in unit.inputs],
@@ -256,8 +259,8 @@ class _Trainer:
         # a GPU's optimizer reads float32
         return torch.tensor([beta, *rates], dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
 
-    def _descend(self, regular: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
-        """The step, a function of its minibatch; `regular`: whether the regularizer acts."""
+    def descend(self, regular: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
+        """One step; the loss before it, []. `regular`: whether the regularizer acts."""
         (schedule,), quantized, floats, targets, read = groups
         beta, *rates = schedule.unbind()
         for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):

@@ -1,4 +1,6 @@
-"""Calibrate a case on the CPU, on the pretend device, and there with recorded steps; prints what came out as JSON.
+"""Calibrate a case on the CPU and on the pretend device: plainly, with recorded steps, and where recording fails.
+
+Prints what came out as JSON.
 
 A program of its own: the device has to be there before the first backward pass of the process.
 """
@@ -12,13 +14,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from calibrators import PlacementOptions, calibrate, recorded, training
 from calibrators.freeze import CalibrationResult
 from calibrators.methods import get_method
 from calibrators.stream import Cache
-from tests.calibrators.pretend_device import NAME, Tape, pretend_device
+from exporter import capture, fold
+from tests.calibrators.pretend_device import NAME, Refusing, Tape, pretend_device
 from tests.folded import folded_network
 
 STEPS = 12
@@ -32,6 +35,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "repapq": ("residual", "repapq", {}),
     "mrecg": ("residual", "mrecg", {"granularity": "block", "groups": "1-2"}),
     "attention": ("transformer", "qdrop", {}),
+    "padded": ("padded", "qdrop", {}),
     "gptq": ("residual", "gptq", {}),
     "lapq": ("mlp", "lapq", {"max_evals": 11}),
 }
@@ -39,6 +43,10 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
 
 NOT_TRAINED = {"gptq", "lapq"}
 
+
+RECORDERS = {"recorded": Tape, "refused": Refusing}
+
+WAYS = ("cpu", "plain", *RECORDERS)
 
 CACHED: set[str] = set()
 """Devices whose memory activations were read from."""
@@ -61,17 +69,36 @@ def outcome(result: CalibrationResult) -> dict[str, Any]:
     }
 
 
+class Padded(nn.Module):
+    """Makes zeros for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        y: Tensor = self.second(torch.cat([h, torch.zeros(x.shape[0], 8)], 1))
+        return y
+
+
+def padded() -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The network above and inputs."""
+    x = torch.randn(SAMPLES, 6)
+    return fold(capture(Padded().eval(), x)), (x,)
+
+
 def outcomes(network: str, method: str, options: dict[str, object]) -> dict[str, Any]:
     """Of all ways."""
-    graph, inputs = folded_network(network)
+    graph, inputs = padded() if network == "padded" else folded_network(network)
     if method not in NOT_TRAINED:
         ranges = {"ranges": "minmax", "weight_ranges": "minmax"}
         options = {"iters": STEPS, "batch": 8, "warmup": 0.5, **ranges, **options}
     found = {}
-    for way in ("cpu", "plain", "recorded") if method not in NOT_TRAINED else ("cpu", "plain"):
+    for way in WAYS if method not in NOT_TRAINED else ("cpu", "plain"):
         recorded.RECORDERS.clear()
-        if way == "recorded":
-            recorded.RECORDERS[NAME] = Tape
+        if way in RECORDERS:
+            recorded.RECORDERS[NAME] = RECORDERS[way]
         Tape.replays = 0
         CACHED.clear()
         with nullcontext() if way == "cpu" else pretend_device():

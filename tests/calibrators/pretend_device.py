@@ -22,6 +22,9 @@ NAME = "pretend"
 
 aten = torch.ops.aten
 
+DEPENDENT = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+"""Operators whose results the host has to look at."""
+
 Step = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
 
@@ -96,12 +99,21 @@ class Tape:
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep what the operator is going to overwrite."""
-        given = zip(func._schema.arguments, (*args, *kwargs.values()), strict=False)
-        for argument, value in given:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            value = given.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in tree_leaves(value):
                     memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())  # type: ignore[call-overload]
                     self.kept.setdefault(memory.data_ptr(), (memory, memory.clone()))
+
+
+class Refusing(Tape):
+    """A recorder that finds out while it records that it cannot."""
+
+    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        super().record(call)
+        raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def _replay(steps: Sequence[Step]) -> None:
@@ -133,7 +145,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif func is aten.copy_.default:
         crosses = here and there
     else:
-        crosses = func is aten._local_scalar_dense.default and here
+        looks = func in DEPENDENT or (func is aten.index.Tensor and any(x.dtype is torch.bool for x in operands[1:]))
+        crosses = here and (looks or there)
         if here and any(not isinstance(x, OnDevice) and x.ndim for x in operands):
             raise RuntimeError(f"{func}: operands on two devices")
     if crosses and Tape.current is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from calibrators import training
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
 from calibrators.fisher import importances
@@ -192,6 +195,25 @@ def test_biases_are_learned_where_the_network_has_none() -> None:
     options = PlacementOptions(weight_bits=2, first_last_bits=None)
     result = calibrate(capture(model, x), [x], method="qdrop", options={"iters": 20}, placement=options)
     assert any(bool(coded.codes.any()) for coded in result.biases.values())
+
+
+def test_a_unit_is_gone_when_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector: what it holds may be memory of a GPU, and graphs that must not go at any time."""
+    alive: list[weakref.ref[Any]] = []
+    create = training._Trainer.__init__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        assert not [trainer for trainer in alive if trainer() is not None]
+        alive.append(weakref.ref(self))
+        create(self, *arguments)
+
+    monkeypatch.setattr(training._Trainer, "__init__", watched)
+    gc.disable()
+    try:
+        calibrated("residual", "qdrop")
+    finally:
+        gc.enable()
+    assert len(alive) > 1
 
 
 def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ def test_methods_on_a_device(case: str) -> None:
         recorded = found["recorded"]
         assert recorded["digest"] == plain["digest"]
         assert recorded["replays"] == sum(steps - KINDS * WARM for steps in recorded["steps"]) > 0
+        assert found["refused"]["digest"] == plain["digest"]
+        assert found["refused"]["replays"] == 0 and "slow: operation failed due to a previous error" in done.stderr
 
 
 class Notes:
@@ -95,11 +97,26 @@ def test_what_cannot_be_recorded_is_called_plainly(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("method", ["qdrop", "repapq", "pdquant"])
-def test_cuda_graphs_give_what_plain_steps_give(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, inputs = folded_network("residual")
-    options = {"iters": 50, "batch": 8, "precision": "float32"}
+@pytest.mark.parametrize(
+    ("method", "network", "settings"),
+    [
+        ("qdrop", "residual", {}),
+        ("qdrop", "transformer", {"precision": "bfloat16"}),
+        ("brecq", "residual", {"fisher": True}),
+        ("repapq", "residual", {}),
+        ("pdquant", "residual", {}),
+        ("mrecg", "residual", {"groups": "1-2"}),
+    ],
+)
+def test_cuda_graphs_give_what_plain_steps_give(
+    method: str, network: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, inputs = folded_network(network)
+    options = {"iters": 50, "batch": 8, **settings}
     errors = []
+    launched = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: launched.append(replay(graph)))
     for recorders in (RECORDERS, {}):
         monkeypatch.setattr("calibrators.recorded.RECORDERS", recorders)
         result = calibrate(
@@ -110,5 +127,7 @@ def test_cuda_graphs_give_what_plain_steps_give(method: str, monkeypatch: pytest
             device="cuda",
         )
         errors.append(sum(unit["after"] for unit in result.record["units"]))
+    steps = [unit["steps"] for unit in result.record["units"]]
+    assert len(launched) == sum(steps) - KINDS * WARM * len(steps)
     graphs, plain = errors
     assert graphs == pytest.approx(plain, rel=0.1)  # atomic sums have no order on a GPU

@@ -49,7 +49,9 @@ def mapped_files() -> list[str]:
 
 
 def test_caches_leave_a_gpu_room_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 250)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 150)
     budgets = [Memory(budget, torch.device("cuda")).budget for budget in (1000, 60)]
     assert budgets == [100, 60]
 
