@@ -137,12 +137,15 @@ class _Batches:
 @contextmanager
 def _float32_convolutions() -> Iterator[None]:
     """Convolutions of a GPU compute in float32; by default cuDNN cuts operands to 10 bits (TF32)."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn: Any = torch.backends.cudnn
+    per_operator = hasattr(cudnn, "conv")  # from torch 2.9 on, where the older flag cannot be read once both are in use
+    flags, name, exact = (cudnn.conv, "fp32_precision", "ieee") if per_operator else (cudnn, "allow_tf32", False)
+    before = getattr(flags, name)
+    setattr(flags, name, exact)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        setattr(flags, name, before)
 
 
 def _device(name: str) -> torch.device:

@@ -216,6 +216,24 @@ def test_a_unit_is_gone_when_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(alive) > 1
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older flag alone")
+@pytest.mark.parametrize("given", ["tf32", "ieee"])
+def test_a_gpu_convolves_in_float32(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a method is at work, whatever stands there; afterwards it stands there again."""
+    conv: Any = torch.backends.cudnn.conv
+    seen = []
+    fit = QDrop.fit
+    monkeypatch.setattr(QDrop, "fit", lambda *given: seen.append(conv.fp32_precision) or fit(*given))
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = given
+        calibrated("mlp", "qdrop", options={"iters": 1})
+        assert conv.fp32_precision == given
+    finally:
+        conv.fp32_precision = before
+    assert seen == ["ieee"]
+
+
 def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, float]] = []
     backward = Rounding.backward
