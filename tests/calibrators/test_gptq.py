@@ -398,8 +398,8 @@ def test_no_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     memories: list[Memory] = []
     begin = Memory.__init__
 
-    def note(self: Memory, budget: int) -> None:
-        begin(self, budget)
+    def note(self: Memory, *arguments: Any) -> None:
+        begin(self, *arguments)
         memories.append(self)
 
     monkeypatch.setattr(Memory, "__init__", note)
