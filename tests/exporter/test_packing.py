@@ -61,6 +61,7 @@ def _pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def calibrated(op: str, bits: int, granularity: str) -> tuple[CalibrationResult, Tensor]:
     torch.manual_seed(0)
     layer, shape = OPS[op]
+    layer.reset_parameters()  # type: ignore[operator]
     x = torch.randn(shape)
     rules = (LayerRule("*", weight_bits=bits, **GRANULARITIES[granularity]),)  # type: ignore[arg-type]
     graph = capture(nn.Sequential(layer, nn.ReLU()), x)
