@@ -184,8 +184,14 @@ def to_device(module: Module, device: torch.device) -> Module:
 
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
+            calls = [node for node in part.graph.nodes if _names_a_device(node)]
+            for node in calls:
                 node.args = tuple(map(moved, node.args))
                 node.kwargs = {name: moved(argument) for name, argument in node.kwargs.items()}
-            part.recompile()
+            if calls:
+                part.recompile()
     return module.to(device)
+
+
+def _names_a_device(node: fx.Node) -> bool:
+    return any(isinstance(argument, torch.device) for argument in (*node.args, *node.kwargs.values()))

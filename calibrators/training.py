@@ -149,9 +149,8 @@ def train(
     raises: DataError when the loss stops being finite.
     """
     trainer = _Trainer(unit, loss, settings, generator)
-    descend = Recorded(
-        trainer.descend, unit.device, [trainer.drawing]
-    )  # not the trainer's own, or they outlive the unit
+    # held here, not by the trainer: in a cycle of references both would outlive the unit
+    descend = Recorded(trainer.descend, unit.device, [trainer.drawing])
     for step in range(settings.iters):
         value = descend(*trainer.minibatch(step))
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
@@ -181,12 +180,11 @@ class _Trainer:
         unit.simulation.train_in(settings.precision)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []
-        self.fades: list[bool] = []
+        self.rates: list[tuple[float, bool]] = []  # first learning rate of every group, and whether it fades
         self.rounding = self._rounding()
         self.gains = self._gains()
         self.biases = self._biases()
         self.scales = self._scales()
-        self.lr = [group["lr"] for group in self.groups]
         adam = partial(torch.optim.Adam, fused=True, capturable=unit.device.type != "cpu")
         self.optimizer = adam(self.groups) if self.groups else None
         free = float(self.rounding.free.sum()) if self.rounding else 0.0
@@ -196,7 +194,7 @@ class _Trainer:
     def _add(self, parameters: list[Tensor], lr: float, *, fades: bool = True) -> None:
         if parameters and lr:
             self.groups.append({"params": parameters, "lr": lr})
-            self.fades.append(fades)
+            self.rates.append((lr, fades))
 
     def _rounding(self) -> Rounding | None:
         if not self.unit.weights or not self.settings.lr:
@@ -255,7 +253,7 @@ class _Trainer:
         """What changes from step to step: beta of the rounding regularizer, learning rates of the groups."""
         beta = 20 - 18 * max(progress, 0.0)
         fade = 0.5 * (1 + math.cos(math.pi * step / self.settings.iters))
-        rates = [lr * (fade if fades else 1.0) for lr, fades in zip(self.lr, self.fades, strict=True)]
+        rates = [lr * (fade if fades else 1.0) for lr, fades in self.rates]
         # a GPU's optimizer reads float32
         return torch.tensor([beta, *rates], dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
 

@@ -43,7 +43,6 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
 
 NOT_TRAINED = {"gptq", "lapq"}
 
-
 RECORDERS = {"recorded": Tape, "refused": Refusing}
 
 WAYS = ("cpu", "plain", *RECORDERS)

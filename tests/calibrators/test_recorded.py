@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ KINDS = 2
 def test_methods_on_a_device(case: str) -> None:
     """What the CPU gives where nothing is dropped at random, else as good; recorded steps give the same bit for bit."""
     command = [sys.executable, "-m", "tests.calibrators.on_pretend_device", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     cpu, plain = found["cpu"], found["plain"]
