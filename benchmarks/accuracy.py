@@ -38,20 +38,20 @@ import torch
 from torch import Tensor, fx
 
 from calibrators import CalibrationResult, PlacementOptions, calibrate
-from calibrators.allocation import Costs
-from calibrators.budgets import Budget
 from calibrators.errors import InputError, IntactError
 from calibrators.methods import Method, RangeMethod, get_method
-from calibrators.mixed import network_costs
-from calibrators.prepare import check_preparations
-from calibrators.reconstruct import Reconstruction
+from calibrators.mixed_precision.budgets import Budget
+from calibrators.mixed_precision.ilp import Costs
+from calibrators.mixed_precision.mixed import network_costs
+from calibrators.reconstruction.reconstruct import Reconstruction
+from calibrators.rewrites.prepare import check_preparations
 from exporter import capture, emit, fold
-from exporter.data import Batch, Data, open_data
-from exporter.load import Model, load_model
-from exporter.packing import STORAGES, stored_bytes
+from exporter.emission.packing import STORAGES, stored_bytes
+from exporter.frontend.load import Model, load_model
+from exporter.inputs.data import Batch, Data, open_data
 from exporter.progress import Progress, console_progress
-from runtime_tests.parity import parity
-from runtime_tests.sessions import session
+from runtime_tests.ort.sessions import session
+from runtime_tests.parity.compare import parity
 
 PARITY_SAMPLES = 256
 NEAREST = "mse"

@@ -25,8 +25,8 @@ import onnx
 import torch
 
 from exporter import export
-from tests.architectures import ARCHITECTURES, construct
-from tests.networks import NETWORKS, build
+from tests.support.architectures import ARCHITECTURES, construct
+from tests.support.networks import NETWORKS, build
 
 Settings = dict[str, Any]
 

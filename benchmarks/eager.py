@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from calibrators.numerics import along_axis, code_limits, dequantize
-from calibrators.reconstruct import Run
-from calibrators.simulation import Simulation
-from calibrators.spec import QParams
-from calibrators.stream import Cache
-from calibrators.training import Unit
+from calibrators.execution.activation_cache import Cache
+from calibrators.execution.simulation import Simulation
+from calibrators.grid.numerics import along_axis, code_limits, dequantize
+from calibrators.grid.spec import QParams
+from calibrators.reconstruction.reconstruct import Run
+from calibrators.reconstruction.training import Unit
 
 __all__ = ["EagerUnit", "given"]
 

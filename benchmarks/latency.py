@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from calibrators import PlacementOptions, calibrate
 from exporter import capture, emit, fold
-from exporter.capturing import quiet
-from exporter.data import open_data
-from exporter.emission import emit_float
-from exporter.load import load_model
-from exporter.reference import export_program
-from runtime_tests.coverage import coverage
-from runtime_tests.sessions import session
+from exporter.emission.translate import emit_float
+from exporter.frontend.capture import quiet
+from exporter.frontend.load import load_model
+from exporter.frontend.reference import export_program
+from exporter.inputs.data import open_data
+from runtime_tests.ort.coverage import coverage
+from runtime_tests.ort.sessions import session
 
 BATCHES = 4
 LOW_BITS = {"w4a8": (4, 8), "w4a4": (4, 4)}

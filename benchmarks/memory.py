@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from calibrators import calibrate
 from exporter import capture, fold
-from exporter.data import open_data
-from exporter.load import load_model
+from exporter.frontend.load import load_model
+from exporter.inputs.data import open_data
 
 
 def measure(model: str, data: str, batches: int, result: Connection) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrators.observe import BINS, Statistic
+from calibrators.ranges.histogram import BINS, Statistic
 
 
 def inputs(elements: int) -> dict[str, Tensor]:

@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from calibrators import PlacementOptions, calibrate
 from calibrators.errors import InputError, IntactError
+from calibrators.execution.quantizers import ActivationQuantizer, Rounding
+from calibrators.execution.simulation import Simulation
+from calibrators.grid.spec import QParams
 from calibrators.methods.qdrop import QDrop
-from calibrators.quantizers import ActivationQuantizer, Rounding
-from calibrators.reconstruct import Run
-from calibrators.simulation import Simulation
-from calibrators.spec import QParams
-from calibrators.training import Unit
+from calibrators.reconstruction.reconstruct import Run
+from calibrators.reconstruction.training import Unit
 from exporter import capture, fold
-from exporter.data import open_data
-from exporter.load import load_model
+from exporter.frontend.load import load_model
+from exporter.inputs.data import open_data
 
 BATCH, KEEP = 32, 0.5
 WARM = 3

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from exporter import export
-from exporter.data import open_data
-from exporter.load import load_model
+from exporter.frontend.load import load_model
+from exporter.inputs.data import open_data
 
 COLUMNS = (
     "network", "float", "runtime", "codes compared", "differ in kernels", "differ in float operators", "outputs",

@@ -1,30 +1,26 @@
-"""What the integers mean, and how they are chosen.
+"""Choose what the integers mean: scales, zero points, codes and biases.
 
-The names below are imported on first use, so that the command line answers `--help` without loading torch.
+The public names are imported on first use, so that the command line answers `--help` without loading torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
-    from calibrators.calibration import calibrate
-    from calibrators.freeze import CalibrationResult
-    from calibrators.place import PlacementOptions
-    from calibrators.rules import LayerRule
+    from calibrators.calibration import calibrate as calibrate
+    from calibrators.placement.layer_rules import LayerRule as LayerRule
+    from calibrators.placement.place import PlacementOptions as PlacementOptions
+    from calibrators.program.freeze import CalibrationResult as CalibrationResult
 
-__all__ = ["CalibrationResult", "LayerRule", "PlacementOptions", "calibrate"]
-
-_HOME = {
-    "CalibrationResult": "freeze",
-    "LayerRule": "rules",
-    "PlacementOptions": "place",
-    "calibrate": "calibration",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "calibration": ["calibrate"],
+        "placement.layer_rules": ["LayerRule"],
+        "placement.place": ["PlacementOptions"],
+        "program.freeze": ["CalibrationResult"],
+    },
+)

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.allocation import Stored
-from calibrators.budgets import Budget
-from calibrators.corrections import correct_biases
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.forms import to_integer_forms
-from calibrators.freeze import CalibrationResult
-from calibrators.graph import constant, operator_name, where
+from calibrators.execution.measure import Batch
+from calibrators.execution.task import Problem, Stage, silent
+from calibrators.graph.aten import constant, operator_name, where
+from calibrators.graph.canonical import to_integer_forms
+from calibrators.grid.spec import Target
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
-from calibrators.mixed import allocate_bits, measure_sensitivity
-from calibrators.passes import Batch
-from calibrators.place import PlacementOptions, place
-from calibrators.prepare import prepare_graph
-from calibrators.problem import Problem, Stage, silent
-from calibrators.ranges import RangeMethod
-from calibrators.spec import Target
+from calibrators.mixed_precision.budgets import Budget
+from calibrators.mixed_precision.ilp import Stored
+from calibrators.mixed_precision.mixed import allocate_bits, measure_sensitivity
+from calibrators.placement.place import PlacementOptions, place
+from calibrators.program.freeze import CalibrationResult
+from calibrators.ranges.range_method import RangeMethod
+from calibrators.rewrites.bias_correction import correct_biases
+from calibrators.rewrites.prepare import prepare_graph
 from calibrators.targets import get_target
 
 __all__ = ["calibrate"]
@@ -56,18 +56,18 @@ def calibrate(
 ) -> CalibrationResult:
     """Scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
-    graph:     captured and folded (exporter.capturing, exporter.folding).
+    graph:     captured and folded (exporter.frontend.capture, exporter.folding.fold_regions).
     batches:   tensors, or tuples with one tensor per model input, [samples, ...]; range methods read them once, other
                methods and bias_correction again.
     method:    a name (see `intact methods`) with its options, or a method object.
-    prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.prepare).
+    prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.rewrites.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
     cache_gib: memory of the device for activations kept between steps, of a GPU at most a quarter of what is free; what
                does not fit goes to temporary files.
     explain:   also compute what explains the method's choice; it goes into the record.
     sensitivity: also measure what the bits of each layer cost; it goes into the record.
-    budgets:   limits within which bits are allocated to the layers instead of the general ones (calibrators.mixed).
+    budgets:   limits within which bits are allocated to the layers instead of the general ones (mixed_precision.mixed).
     stored:    bytes that weights take in the file, by size, bits and wide taps; one each where it is not given.
     stage:     opens a stage of work for a progress display.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.

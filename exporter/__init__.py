@@ -1,29 +1,31 @@
-"""From model to artifact.
+"""Turn a trained PyTorch model into a verified QDQ ONNX file.
 
     graph = fold(capture(model, example))                  # torch in
     emit(calibrate(graph, batches), "model.onnx")          # ONNX out
     export(model, batches, out="build/")                   # all of it, with the bundle
 
-The names below are imported on first use, so that the command line answers `--help` without loading torch.
+The public names are imported on first use, so that the command line answers `--help` without loading torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
-    from exporter.capturing import capture
-    from exporter.emission import emit
-    from exporter.folding import fold
-    from exporter.pipeline import export, verify
+    from exporter.emission.translate import emit as emit
+    from exporter.folding.fold_regions import fold as fold
+    from exporter.frontend.capture import capture as capture
+    from exporter.pipeline import export as export
+    from exporter.pipeline import verify as verify
 
-__all__ = ["capture", "emit", "export", "fold", "verify"]
-
-_HOME = {"capture": "capturing", "emit": "emission", "export": "pipeline", "fold": "folding", "verify": "pipeline"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "emission.translate": ["emit"],
+        "folding.fold_regions": ["fold"],
+        "frontend.capture": ["capture"],
+        "pipeline": ["export", "verify"],
+    },
+)

@@ -9,12 +9,12 @@ import torch
 
 from calibrators.errors import InputError
 from calibrators.methods import get_method, range_method
-from calibrators.prepare import check_preparations
+from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
-from exporter.gates import parse
-from exporter.packing import STORAGES, refused_opset
-from runtime_tests.second_runtime import check_installed
+from exporter.emission.packing import STORAGES, refused_opset
+from exporter.reporting.gates import parse
+from runtime_tests.parity.openvino import check_installed
 
 __all__ = ["check_settings"]
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibrators.errors import InputError, IntactError, UnknownNameError
-from exporter.number_text import compared
+from exporter.reporting.number_format import compared
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig
@@ -296,7 +296,7 @@ def lint(
     """
     with _reported_errors(debug=debug):
         from calibrators.targets import get_target
-        from runtime_tests.lint import lint as findings_of
+        from runtime_tests.ort.lint import lint as findings_of
 
         get_target(target)
         if not model.is_file():
@@ -388,14 +388,14 @@ def _export(
     quiet: bool,
 ) -> Mapping[str, Any]:
     """The report of an export; everything that can be wrong with the input is checked before the work starts."""
-    from exporter.bundle import check_out
     from exporter.checks import check_settings
+    from exporter.reporting.bundle import check_out
 
     out, overwrite = destination
     check_out(out, overwrite=overwrite)
     check_settings(settings)
-    from exporter.data import open_both
-    from exporter.load import input_names, load_model
+    from exporter.frontend.load import input_names, load_model
+    from exporter.inputs.data import open_both
     from exporter.pipeline import export as run
     from exporter.progress import console_progress
 

@@ -24,9 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from calibrators.budgets import parse_budgets
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.rules import LEAST_BLOCK, SETTINGS, LayerRule
+from calibrators.mixed_precision.budgets import parse_budgets
+from calibrators.placement.layer_rules import LEAST_BLOCK, SETTINGS, LayerRule
 
 __all__ = ["ExportConfig", "load_config", "make_config"]
 
@@ -144,7 +144,7 @@ class ExportConfig(BaseModel):
         return self
 
     def data_form(self) -> dict[str, Any]:
-        """How data without batches is cut, and what images become (exporter.data.open_both)."""
+        """How data without batches is cut, and what images become (exporter.inputs.data.open_both)."""
         return {"batch": self.batch_size, "image_size": self.image_size, "mean": self.mean, "std": self.std}
 
     def digest(self) -> str:

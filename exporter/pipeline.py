@@ -21,23 +21,30 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from calibrators.budgets import ACCURACY, parse_budgets
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.freeze import CalibrationResult
-from calibrators.graph import batch_of
-from calibrators.losses import is_logits
+from calibrators.execution.losses import is_logits
+from calibrators.execution.measure import Batch
+from calibrators.graph.aten import batch_of
 from calibrators.methods import get_method
-from calibrators.passes import Batch
-from calibrators.place import PlacementOptions
-from exporter.bundle import check_out, read_golden, verify_manifest, write_bundle
-from exporter.capturing import SAME, alike, capture
+from calibrators.mixed_precision.budgets import ACCURACY, parse_budgets
+from calibrators.placement.place import PlacementOptions
+from calibrators.program.freeze import CalibrationResult
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
-from exporter.data import Batch as DataBatch
-from exporter.data import Data, check_takes_integers, open_both
-from exporter.emission import emit_float, needed_opset, save, to_onnx
-from exporter.entries import (
+from exporter.emission.packing import alternatives, pack, stored_bytes
+from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
+from exporter.folding.fold_regions import fold
+from exporter.frontend.capture import SAME, alike, capture
+from exporter.frontend.reference import load_reference, save_reference
+from exporter.inputs.data import Batch as DataBatch
+from exporter.inputs.data import Data, check_takes_integers, open_both
+from exporter.progress import Progress
+from exporter.reporting.bundle import check_out, read_golden, verify_manifest, write_bundle
+from exporter.reporting.gates import DEFAULT_GATES, Gate, check_measurable, evaluate, parse, verdict
+from exporter.reporting.layer_sections import layer_entries
+from exporter.reporting.schema import Report, read_report
+from exporter.reporting.sections import (
     emission_entry,
     environment,
     fold_entry,
@@ -47,24 +54,17 @@ from exporter.entries import (
     storage_entry,
     version,
 )
-from exporter.folding import fold
-from exporter.gates import DEFAULT_GATES, Gate, check_measurable, evaluate, parse, verdict
-from exporter.layers import layer_entries
-from exporter.packing import alternatives, pack, stored_bytes
-from exporter.progress import Progress
-from exporter.reference import load_reference, save_reference
-from exporter.schema import Report, read_report
-from runtime_tests.accuracy import Accuracy
-from runtime_tests.coverage import coverage
-from runtime_tests.integer_reference import KernelPlan, plan, run
-from runtime_tests.latency import latency
-from runtime_tests.lint import lint
-from runtime_tests.parity import FLOAT_OUTPUT_ERROR, parity
-from runtime_tests.saturation import saturation
-from runtime_tests.second_runtime import check_installed, second_parity
-from runtime_tests.sessions import session
-from runtime_tests.simplify import simplify
-from runtime_tests.size import size_by_type
+from runtime_tests.measure.accuracy import Accuracy
+from runtime_tests.measure.latency import latency
+from runtime_tests.measure.size import size_by_type
+from runtime_tests.ort.coverage import coverage
+from runtime_tests.ort.lint import lint
+from runtime_tests.ort.saturation import saturation
+from runtime_tests.ort.sessions import session
+from runtime_tests.ort.simplify import simplify
+from runtime_tests.parity.compare import FLOAT_OUTPUT_ERROR, parity
+from runtime_tests.parity.openvino import check_installed, second_parity
+from runtime_tests.reference.execute import KernelPlan, plan, run
 
 __all__ = ["export", "verify"]
 
@@ -115,7 +115,7 @@ def export(
 ) -> Report:
     """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; returns its report.
 
-    data, eval_data: batches of x, (x, labels) or ({name: x}, labels), or an exporter.data.Data. Calibration reads no
+    data, eval_data: batches of x, (x, labels) or ({name: x}, labels), or an inputs.data.Data. Calibration reads no
                      labels; evaluation uses them where they are.
     config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do

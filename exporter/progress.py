@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from exporter.number_text import duration
+from exporter.reporting.number_format import duration
 
 __all__ = ["Bar", "Progress", "console_progress"]
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.options import Option, build, list_options
-from calibrators.ranges import RangeMethod
+from calibrators.ranges.range_method import RangeMethod
 
 if TYPE_CHECKING:
-    from calibrators.freeze import CalibrationResult
-    from calibrators.problem import Problem
+    from calibrators.execution.task import Problem
+    from calibrators.program.freeze import CalibrationResult
 
 __all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods", "range_method"]
 

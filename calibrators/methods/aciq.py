@@ -19,9 +19,9 @@ from scipy.optimize import brentq
 from scipy.special import erfc, lambertw
 from torch import Tensor
 
+from calibrators.grid.spec import QuantSpec
 from calibrators.options import option
-from calibrators.ranges import RangeMethod, Samples
-from calibrators.spec import QuantSpec
+from calibrators.ranges.range_method import RangeMethod, Samples
 
 __all__ = ["ACIQ"]
 

@@ -2,17 +2,17 @@
 
 source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3.
 Departs: layers see inputs that are quantized already (activations inside a layer, and its target, are float as in the
-paper); loss and regularizer are relative (calibrators.reconstruct).
+paper); loss and regularizer are relative (calibrators.reconstruction.reconstruct).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from calibrators.blocks import Block, partition
-from calibrators.problem import Problem
-from calibrators.reconstruct import Reconstruction
-from calibrators.training import Settings
+from calibrators.execution.blocks import Block, partition
+from calibrators.execution.task import Problem
+from calibrators.reconstruction.reconstruct import Reconstruction
+from calibrators.reconstruction.training import Settings
 
 __all__ = ["AdaRound"]
 

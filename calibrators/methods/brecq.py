@@ -2,7 +2,7 @@
 
 source: Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction".
 Departs: rounding and activation scales are trained together, as later work compares with it; the Fisher weights are
-computed as calibrators.fisher says.
+computed as calibrators.reconstruction.fisher says.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibrators.fisher import Importance, importances
 from calibrators.options import option
-from calibrators.reconstruct import Reconstruction, Run
-from calibrators.training import Loss, RelativeError, Unit
+from calibrators.reconstruction.fisher import Importance, importances
+from calibrators.reconstruction.reconstruct import Reconstruction, Run
+from calibrators.reconstruction.training import Loss, RelativeError, Unit
 
 __all__ = ["BRECQ"]
 
@@ -33,7 +33,9 @@ class BRECQ(Reconstruction):
         crossing = [name for block in run.blocks for name in block.outputs]
         weights = run.once("fisher", lambda: _importances(run, crossing))
         found = [weights.get(unit.block.outputs[i]) for i in unit.supervised]
-        return _Weighted(unit.energy, [replace(w, elements=w.elements.to(run.device)) if w else None for w in found])
+        return _FisherWeightedLoss(
+            unit.energy, [replace(w, elements=w.elements.to(run.device)) if w else None for w in found]
+        )
 
 
 def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
@@ -46,7 +48,7 @@ def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
 
 
 @dataclass(frozen=True)
-class _Weighted:
+class _FisherWeightedLoss:
     """Relative squared error, every element weighed by its importance; outputs of the network itself are not."""
 
     energy: tuple[float, ...]

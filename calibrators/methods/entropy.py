@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrators.observe import BINS
+from calibrators.grid.spec import QuantSpec
 from calibrators.options import option
-from calibrators.ranges import BLOCK, RangeMethod, Samples
-from calibrators.search import RangeError, in_blocks, search_bounds
-from calibrators.spec import QuantSpec
+from calibrators.ranges.histogram import BINS
+from calibrators.ranges.range_method import BLOCK, RangeMethod, Samples
+from calibrators.ranges.range_search import RangeError, in_blocks, search_bounds
 
 __all__ = ["Entropy"]
 

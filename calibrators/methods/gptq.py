@@ -2,7 +2,7 @@
 
 source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
 Departs: convolutions too, by the patches they see, one Hessian per group; inputs come from the network that is
-quantized so far, activations included; a sample of the positions of large inputs; what calibrators.hessian_rounding
+quantized so far, activations included; a sample of the positions of large inputs; what reconstruction.hessian_rounding
 says. Of layers that share a weight the first one decides.
 """
 
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.blocks import partition
-from calibrators.deployment import Deployment
 from calibrators.errors import DataError
-from calibrators.freeze import CalibrationResult, Coded, widen
-from calibrators.graph import bind, fan_in, layer_name, shape_of
-from calibrators.hessian_rounding import Columns, Hessian, round_weight
+from calibrators.execution.blocks import partition
+from calibrators.execution.simulation import Simulation
+from calibrators.execution.streamed_network import Deployment
+from calibrators.execution.task import Problem
+from calibrators.graph.aten import bind, fan_in, layer_name, shape_of
+from calibrators.grid.spec import Site
 from calibrators.methods import get_method
 from calibrators.options import check, option
-from calibrators.problem import Problem
-from calibrators.simulation import Simulation
-from calibrators.spec import Site
+from calibrators.program.freeze import CalibrationResult, QuantizedTensor, widen
+from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
 
 __all__ = ["GPTQ"]
 
@@ -66,7 +66,7 @@ class GPTQ:
         return replace(result, observed=problem.statistics, record=record)
 
 
-Reading = tuple[str, Columns]
+Reading = tuple[str, Im2col]
 """What a Hessian is of: a value, by fx name, and how layers cut it into columns."""
 
 
@@ -104,7 +104,7 @@ class _Layers:
 
     def _reading(self, layer: str) -> Reading:
         node = self._node(layer)
-        return bind(node)["input"].name, Columns.of(node)
+        return bind(node)["input"].name, Im2col.of(node)
 
     def round(self, index: int) -> None:
         """Round the weights of a block, each with those before it rounded, and go on to what the block gives."""
@@ -129,7 +129,7 @@ class _Layers:
             damping=self.method.damping,
             act_order=self.method.act_order,
         )
-        self.deployment.weights[site] = Coded(rounded.codes.cpu(), qparams)
+        self.deployment.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
         self.report.append(
             {
                 "name": layer_name(self._node(layer)),
@@ -153,7 +153,7 @@ class _Layers:
 
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Tensor:
-        node, columns = self._node(layer), Columns.of(self._node(layer))
+        node, columns = self._node(layer), Im2col.of(self._node(layer))
         hessian = Hessian(columns.groups, fan_in(node), self.deployment.device)
         inputs = self.deployment.inputs_of(simulation.block)
         examples = len(self.deployment.placement.graph.meta["example"][0])

@@ -25,19 +25,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from calibrators.curvature import coupling, hessian, hessian_evaluations
 from calibrators.errors import InputError
-from calibrators.freeze import CalibrationResult, freeze
-from calibrators.joint import STEP, Found, Vector, cobyqa, coordinate_sweep, fit_parabola, powell
-from calibrators.landscape import Landscape, Measured, Point, Spent, draw_samples, float_outputs
-from calibrators.losses import LOSSES, prediction_loss
+from calibrators.execution.losses import LOSSES, prediction_loss
+from calibrators.execution.network_loss import BudgetExhausted, Landscape, Measured, Point, draw_samples, float_outputs
+from calibrators.execution.task import Problem
+from calibrators.grid.spec import QParams, Site
 from calibrators.methods.lp import Lp
 from calibrators.methods.minmax import MinMax
 from calibrators.methods.percentile import Percentile
+from calibrators.optimize.derivative_free import STEP, Found, Vector, cobyqa, coordinate_sweep, fit_parabola, powell
+from calibrators.optimize.hessian import coupling, hessian, hessian_evaluations
 from calibrators.options import check, option
-from calibrators.problem import Problem
-from calibrators.ranges import RangeMethod
-from calibrators.spec import QParams, Site
+from calibrators.program.freeze import CalibrationResult, freeze
+from calibrators.ranges.range_method import RangeMethod
 
 __all__ = ["LAPQ"]
 
@@ -128,10 +128,10 @@ class _Search:
             self._compare()
             if self.method.max_seconds:
                 self.landscape.deadline = started + self.method.max_seconds
-            with suppress(Spent):
+            with suppress(BudgetExhausted):
                 self._split()
             start = self._best()
-            with suppress(Spent):
+            with suppress(BudgetExhausted):
                 self._joint(start)
         best = self._best()
         self.record |= {

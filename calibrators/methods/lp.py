@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from calibrators.grid.spec import QuantSpec
 from calibrators.options import option
-from calibrators.ranges import RangeMethod, Samples
-from calibrators.search import lp_bounds
-from calibrators.spec import QuantSpec
+from calibrators.ranges.range_method import RangeMethod, Samples
+from calibrators.ranges.range_search import lp_bounds
 
 __all__ = ["Lp"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibrators.ranges import RangeMethod, Samples
-from calibrators.spec import QuantSpec
+from calibrators.grid.spec import QuantSpec
+from calibrators.ranges.range_method import RangeMethod, Samples
 
 __all__ = ["MinMax"]
 

@@ -1,7 +1,7 @@
 """Mixed reconstruction granularity: neighbours whose error oscillates are reconstructed jointly.
 
 source: Ma et al. 2023, "Solving Oscillation Problem in Post-Training Quantization Through a Theoretical Perspective".
-Departs: the groups are selected (calibrators.grouping), by the losses of a short run by default.
+Departs: the groups are selected (calibrators.reconstruction.grouping), by the losses of a short run by default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruct import GRANULARITIES
+from calibrators.reconstruction.reconstruct import GRANULARITIES
 
 __all__ = ["MRECG"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibrators.ranges import RangeMethod, Samples
-from calibrators.search import lp_bounds
-from calibrators.spec import QuantSpec
+from calibrators.grid.spec import QuantSpec
+from calibrators.ranges.range_method import RangeMethod, Samples
+from calibrators.ranges.range_search import lp_bounds
 
 __all__ = ["MSE"]
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibrators.ahead import Ahead
-from calibrators.distribution import Correction, Descent
-from calibrators.losses import is_logits, kl_divergence, relative_error
+from calibrators.execution.losses import is_logits, kl_divergence, relative_error
+from calibrators.graph.batch_norm import expected_outputs
 from calibrators.methods.qdrop import QDrop
-from calibrators.norms import expected_outputs
 from calibrators.options import option
-from calibrators.reconstruct import Run
-from calibrators.training import Apart, Loss, RelativeError, Sum, Unit
+from calibrators.reconstruction.downstream import DownstreamTarget
+from calibrators.reconstruction.input_correction import Correction, Descent
+from calibrators.reconstruction.reconstruct import Run
+from calibrators.reconstruction.training import Loss, RelativeError, ScaleOnlyLoss, Sum, Unit
 
 __all__ = ["PDQuant"]
 
@@ -65,14 +65,14 @@ class PDQuant(QDrop):
         if not ahead.energy:
             return own
         prediction = _Prediction(ahead, replace(self, share=share))
-        return Apart(own, prediction) if self.reach == "scales" else Sum(own, prediction)
+        return ScaleOnlyLoss(own, prediction) if self.reach == "scales" else Sum(own, prediction)
 
 
 @dataclass(frozen=True)
 class _Prediction:
     """Difference of the predictions that the unit's outputs lead to, weighted."""
 
-    ahead: Ahead
+    ahead: DownstreamTarget
     method: PDQuant
 
     def reads(self, index: Tensor) -> Sequence[Tensor]:

@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from calibrators.grid.spec import QuantSpec
 from calibrators.options import option
-from calibrators.ranges import RangeMethod, Samples
-from calibrators.spec import QuantSpec
+from calibrators.ranges.range_method import RangeMethod, Samples
 
 __all__ = ["Percentile"]
 

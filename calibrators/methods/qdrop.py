@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from calibrators.options import option
-from calibrators.reconstruct import Reconstruction
-from calibrators.training import Settings
+from calibrators.reconstruction.reconstruct import Reconstruction
+from calibrators.reconstruction.training import Settings
 
 __all__ = ["QDrop"]
 

@@ -14,7 +14,7 @@ the published code holds none of the three, so weights and schedules are ours.
 Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and one per weight
 scale (a weight with one scale for all channels has one gain: gains per channel could not be absorbed exactly there);
 weight ranges by squared error, for the absolute one clips what identity branches add to a kernel where taps are not
-wide (calibrators.taps); stages end where shapes change.
+wide (calibrators.placement.identity_taps); stages end where shapes change.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibrators.ahead import Ahead
-from calibrators.grouping import stage_ends
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruct import Run
-from calibrators.training import Loss, RelativeError, Unit
+from calibrators.reconstruction.downstream import DownstreamTarget
+from calibrators.reconstruction.grouping import stage_ends
+from calibrators.reconstruction.reconstruct import Run
+from calibrators.reconstruction.training import Loss, RelativeError, Unit
 
 __all__ = ["RepAPQ"]
 
@@ -61,7 +61,7 @@ class _AcrossBlocks:
     """Error of the unit plus `weight` times the error it makes at the end of its stage."""
 
     own: RelativeError
-    ahead: Ahead
+    ahead: DownstreamTarget
     later: RelativeError
     weight: float
 

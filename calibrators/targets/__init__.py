@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from calibrators.errors import UnknownNameError
-from calibrators.spec import Target
+from calibrators.grid.spec import Target
 
 __all__ = ["get_target", "list_targets"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from calibrators.spec import QuantSpec, Target
+from calibrators.grid.spec import QuantSpec, Target
 
 aten = torch.ops.aten
 

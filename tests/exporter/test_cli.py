@@ -16,11 +16,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from calibrators.errors import ExportError, InputError
-from calibrators.rules import LayerRule
+from calibrators.placement.layer_rules import LayerRule
 from exporter.checks import check_settings
 from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
 from exporter.config import ExportConfig
-from exporter.data import Data
+from exporter.inputs.data import Data
 from exporter.progress import Progress, console_progress
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
@@ -279,7 +279,7 @@ def test_a_missing_device_exits_2_and_leaves_nothing(
     run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("exporter.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.frontend.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--device", "cuda")
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: device 'cuda' is not there: torch ")
@@ -299,7 +299,7 @@ def test_a_taken_folder_is_refused_before_any_work(
     run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr("exporter.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.frontend.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     for extra in ([], ["--overwrite"]):  # a folder that is no bundle is not overwritten either
         result = run("export", *ARGUMENTS, "--out", str(tmp_path), *extra)
         assert result.exit_code == 2, result.output

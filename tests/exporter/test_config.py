@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from calibrators.errors import InputError
-from calibrators.rules import LayerRule
+from calibrators.placement.layer_rules import LayerRule
 from exporter.config import ExportConfig, load_config, make_config
 
 

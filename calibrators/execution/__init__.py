@@ -1,0 +1,1 @@
+"""Execute the graph in blocks: streamed activations, simulated quantization, losses."""

@@ -1,0 +1,173 @@
+"""Activations of all calibration samples at the frontier of a network that is worked through block by block.
+
+A value is written once, read by random samples many times, and dropped when no later block reads it. Values beyond the
+memory budget go to memory-mapped files; quantized values are kept as integer codes, which loses nothing.
+
+Must not know: methods, blocks, how values are computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrators.grid.numerics import dequantize, quantize
+from calibrators.grid.spec import QParams
+
+__all__ = ["Cache", "Memory", "Recording"]
+
+
+GPU_SHARE = 4
+"""Caches take at most one part in so many of what a GPU has free when they are opened: training needs the rest."""
+
+
+class Memory:
+    """Where caches live: memory of the device up to a budget, then files in a temporary folder that vanish with it.
+
+    budget:  bytes of the device's memory that all live caches together may take.
+    used:    bytes of it that they take.
+    spilled: bytes that went to files so far.
+    """
+
+    def __init__(self, budget: int, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
+            reserved, used = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + reserved - used
+            budget = min(budget, free // GPU_SHARE)
+        self.budget, self.used, self.spilled = budget, 0, 0
+        self._folder: Path | None = None
+        self._files = 0
+
+    def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor [rows, columns].
+
+        raises: OSError when the disk cannot hold a spilled one.
+        """
+        size = rows * columns * dtype.itemsize
+        if self.used + size <= self.budget:
+            self.used += size
+            return torch.empty(rows, columns, dtype=dtype, device=self.device)
+        data = self._mapped(size, dtype).view(rows, columns)
+        self.spilled += size
+        return data
+
+    def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of `size` bytes in a file that lasts as long as the tensor."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="intact-cache-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{self._files}.bin"
+        self._files += 1
+        try:
+            with path.open("wb") as file:
+                _reserve(file.fileno(), path, size)
+            return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+        finally:
+            with contextlib.suppress(PermissionError):  # where a mapped file has to stay, it goes with the folder
+                path.unlink(missing_ok=True)  # elsewhere the mapping keeps the data until it is dropped
+
+    def release(self, data: Tensor) -> None:
+        """Count what `allocate` gave as free again; a spilled one frees its disk space when it is dropped."""
+        # torch knows the file behind a shared mapping
+        if data.device.type != "cpu" or data.untyped_storage().filename is None:
+            self.used -= data.numel() * data.element_size()
+
+
+def _reserve(descriptor: int, path: Path, size: int) -> None:
+    """Give a file its size on disk now, so that a full disk is an error here and not a signal later.
+
+    raises: OSError, ENOSPC for a full disk.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif size <= shutil.disk_usage(path.parent).free:
+            os.truncate(descriptor, size)
+        else:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+class Cache:
+    """One tensor of every sample, [samples, ...], four dimensions kept channels last.
+
+    like:    any batch of it: says shape and dtype.
+    qparams: where given, values lie on that grid and are kept as its codes; those of one tensor only, no channels.
+    """
+
+    def __init__(self, memory: Memory, samples: int, like: Tensor, qparams: QParams | None = None) -> None:
+        self.shape, self.dtype, self.qparams = tuple(like.shape[1:]), like.dtype, qparams
+        self.data = memory.allocate(samples, math.prod(self.shape), qparams.spec.dtype if qparams else like.dtype)
+        self.memory = memory
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Put the samples [n, ...] at `start`."""
+        values = quantize(values, self.qparams) if self.qparams else values
+        ordered = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
+        self.data[start : start + len(values)] = ordered.reshape(len(values), -1)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The samples at `index`, [n, ...]."""
+        return self._values(self.data.index_select(0, index.to(self.data.device, non_blocking=True)))
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All samples in order, `size` at a time; what is not kept as codes is the cache's own memory, to be read."""
+        for rows in torch.split(self.data, size):
+            yield self._values(rows)
+
+    def _values(self, rows: Tensor) -> Tensor:
+        if len(self.shape) == 3:
+            channels, height, width = self.shape
+            rows = rows.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
+        else:
+            rows = rows.view(len(rows), *self.shape)
+        return dequantize(rows, self.qparams) if self.qparams else rows
+
+    def free(self) -> None:
+        """Give the memory back; the cache is empty afterwards."""
+        self.memory.release(self.data)
+        self.data = self.data[:0].clone()
+
+
+class Recording:
+    """Caches of those of some named values that come sample by sample, filled batch by batch.
+
+    names: of the values that do.
+    grid:  on which a value is kept as codes, by its name; None for one that is kept as it is.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        samples: int,
+        names: Collection[str],
+        grid: Callable[[str], QParams | None] = lambda name: None,
+    ) -> None:
+        self.memory, self.samples, self.names, self.grid = memory, samples, names, grid
+        self.caches: dict[str, Cache] = {}
+        self.recorded = 0
+
+    def append(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Put the values of the next `count` samples behind those that are there."""
+        if not self.recorded:
+            per_sample = {name: x for name, x in values.items() if name in self.names}
+            self.caches = {n: Cache(self.memory, self.samples, x, self.grid(n)) for n, x in per_sample.items()}
+        for name, cache in self.caches.items():
+            cache.write(self.recorded, values[name])
+        self.recorded += count

@@ -1,0 +1,339 @@
+"""The loss of the deployed network as a function of all its scales, evaluated as cheaply as exactness allows.
+
+A point gives the parameters of every activation site that owns its scale and of every weight, by site name; biases
+follow from them. The network runs block by block as it will be deployed. What crosses into the first block that a
+point changes is kept for all samples, so that points which differ late in the network run its end only; a point that
+is clearly worse than the best one is given up early.
+
+Work is counted in evaluations: the multiply-accumulates of weighted operators over all samples of one full pass are
+one evaluation; a part of the network or of the samples counts by its share.
+
+Must not know: how points are chosen, which methods there are, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrators.errors import InputError
+from calibrators.execution.activation_cache import Cache, Memory
+from calibrators.execution.blocks import partition
+from calibrators.execution.losses import PredictionLoss
+from calibrators.execution.quantizers import ActivationQuantizer
+from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
+from calibrators.execution.task import Problem
+from calibrators.graph.aten import batch_of, fan_in, shape_of, to_device
+from calibrators.grid.numerics import dequantize, fake_quant
+from calibrators.grid.spec import QParams
+from calibrators.placement.place import Placement
+from calibrators.program.freeze import code_bias, widen
+
+__all__ = ["BudgetExhausted", "Landscape", "Measured", "Point", "compared_outputs", "draw_samples", "float_outputs"]
+
+CHUNK = 32
+"""Samples per forward pass: the activations of one block stay near the processor."""
+
+FIRST_LOOK = 0.25
+"""Share of the samples after which a point may be given up."""
+
+MARGIN = 0.25
+"""It is given up when its loss over the samples seen exceeds that of the best point by this share."""
+
+Point = Mapping[str, QParams]
+
+
+class BudgetExhausted(Exception):
+    """The budget does not hold another evaluation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A point and the loss of every sample under it, float64 [samples]."""
+
+    point: Point
+    losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """What crosses into block `at` under `point`, for all samples."""
+
+    at: int
+    caches: Mapping[str, Cache]
+    point: Point
+
+
+class Landscape:
+    """Mean loss over the samples at points, and the best point so far.
+
+    inputs: one tensor per model input, [samples, ...].
+    start:  parameters of every site; loss: of the outputs of these samples; budget: evaluations that may be spent.
+    """
+
+    def __init__(
+        self, problem: Problem, inputs: Sequence[Tensor], start: Point, loss: PredictionLoss, *, budget: int
+    ) -> None:
+        self.placement, self.device = problem.placement, problem.device
+        self.loss, self.problem = loss, problem
+        weighted = [user for site in self.placement.sites if site.kind == "weight" for user in site.users]
+        self.blocks = partition(self.placement.graph, weighted, chain=1, largest=1)
+        self.boundary = BlockBoundary(self.placement, self.blocks)
+        owners = [s.name for s in self.placement.sites if s.kind == "activation" and s.shares is None]
+        self.quantizers = {name: ActivationQuantizer(start[name], nonnegative=False) for name in owners}
+        self.simulations = [
+            to_device(Simulation(self.placement, self.boundary, block, self.quantizers), self.device).eval()
+            for block in self.blocks
+        ]
+        self.wiring = _Wiring(self.placement)
+        self.first = self._first_blocks()
+        self.samples = len(inputs[0])
+        self.chunk = batch_of(self.placement.graph, CHUNK)
+        self.memory = Memory(problem.memory, problem.device)
+        names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
+        self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
+        self.compared = [*compared_outputs(problem)]
+        self.live = [self._live_at(index) for index in range(len(self.blocks) + 1)]
+        work = [sum(map(self._work, block.weighted)) * self.samples for block in self.blocks]
+        self.work_from = [sum(work[index:]) for index in range(len(work) + 1)]
+        self.budget, self.spent = budget * self.work_from[0], 0
+        self.deadline = math.inf
+        self.best: Measured | None = None
+        self.deployed: dict[str, QParams] = {}
+        self.widened: dict[str, QParams] = {}
+        self.watch: Callable[[], None] = lambda: None
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def evaluations(self) -> float:
+        """Work done, in full evaluations."""
+        return self.spent / self.work_from[0]
+
+    def _cached(self, values: Tensor) -> Cache:
+        cache = Cache(self.memory, self.samples, values)
+        cache.write(0, values)
+        return cache
+
+    def _first_blocks(self) -> dict[str, int]:
+        """The first block in which the parameters of each site act, by the site's name."""
+        first: dict[str, int] = {}
+        for index, simulation in enumerate(self.simulations):
+            sources = [self.wiring.source[name] for name in simulation.biases]
+            for name in (*simulation.quantizers, *simulation.weights, *sources):
+                first.setdefault(name, index)
+        return first
+
+    def _live_at(self, index: int) -> list[str]:
+        """The values that cross into block `index`; behind the last block, the outputs that are compared."""
+        made = {*self.entry.caches, *(name for block in self.blocks[:index] for name in block.outputs)}
+        read = [name for block in self.blocks[index:] for name in block.inputs]
+        read += self.compared
+        return [name for name in dict.fromkeys(read) if name in made]
+
+    def _work(self, name: str) -> int:
+        """Multiply-accumulates of a convolution or linear layer, up to a factor that all share."""
+        node = self.placement.nodes[name]
+        return math.prod(shape_of(node)) * fan_in(node)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, point: Point, *, whole: bool = False) -> float:
+        """Mean loss at a point; of a point clearly worse than the best one an estimate from some samples.
+
+        whole:  use all samples whatever they show.
+        raises: BudgetExhausted, before any work, if the budget does not hold a whole evaluation.
+        """
+        if self.best and self._agree_until(point, self.best.point) == len(self.blocks):
+            return self.best.loss
+        at = self.prefix.at if self._agree_until(point, self.prefix.point) >= self.prefix.at else 0
+        if self.spent + self.work_from[at] > self.budget or time.perf_counter() > self.deadline:
+            raise BudgetExhausted
+        shared = [self.deployed, self.best.point] if self.best else [self.deployed]
+        to = max(at, *(self._agree_until(point, other) for other in shared))
+        self._deploy(point)
+        with torch.no_grad():
+            if to > at:
+                self._advance(at, to, point)
+            losses = self._losses(to, race=not whole)
+        self.watch()
+        return self._judge(point, losses)
+
+    def _agree_until(self, point: Point, other: Point) -> int:
+        """The first block in which two points differ; the number of blocks if they do not."""
+        differ = (self.first[name] for name in point if name in self.first and not _same(point[name], other.get(name)))
+        return min(differ, default=len(self.blocks))
+
+    def _judge(self, point: Point, losses: Tensor) -> float:
+        if len(losses) < self.samples:
+            assert self.best is not None
+            return self.best.loss + float(losses.mean() - self.best.losses[: len(losses)].mean())
+        measured = Measured(dict(point), losses)
+        if math.isnan(measured.loss):
+            return math.inf
+        if self.best is None or measured.loss < self.best.loss:
+            self.best = measured
+        return measured.loss
+
+    def _losses(self, at: int, *, race: bool) -> Tensor:
+        """Loss of each sample from block `at` on, or of the first samples where they show enough."""
+        losses = torch.empty(0, dtype=torch.float64)
+        for start, values in self._chunks(at):
+            outputs = self._forward(values, at, len(self.blocks))
+            made = self.loss([outputs[name] for name in self.compared], start)
+            losses = torch.cat([losses, made])
+            self.spent += self.work_from[at] * len(made) // self.samples
+            if race and self._is_lost(losses):
+                break
+        return losses
+
+    def _is_lost(self, losses: Tensor) -> bool:
+        seen = len(losses)
+        if self.best is None or seen < FIRST_LOOK * self.samples or seen == self.samples:
+            return False
+        return bool(losses.sum() > (1 + MARGIN) * self.best.losses[:seen].sum())
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def _chunks(self, at: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """First sample and the values that cross into block `at`, which the prefix holds, chunk by chunk."""
+        names = self.live[at]
+        caches = (self.prefix if at else self.entry).caches
+        streams = [caches[name].chunks(self.chunk) for name in names]
+        for index, parts in enumerate(zip(*streams, strict=True)):
+            yield index * self.chunk, {name: x.to(self.device) for name, x in zip(names, parts, strict=True)}
+
+    def _forward(self, values: dict[str, Tensor], at: int, to: int) -> dict[str, Tensor]:
+        """Values that cross into block `to`, from those that cross into block `at`."""
+        for index in range(at, to):
+            block = self.blocks[index]
+            made = self.simulations[index](*(values[name] for name in block.inputs))
+            values |= dict(zip(block.outputs, made, strict=True))
+            values = {name: values[name] for name in self.live[index + 1]}
+        return values
+
+    def _advance(self, at: int, to: int, point: Point) -> None:
+        """Move the prefix from block `at`, its own or the first, to block `to`."""
+        held = self.prefix if at else self.entry
+        if held is not self.prefix:
+            self._drop(self.prefix, {})
+            self.prefix = held
+        caches = {name: held.caches[name] for name in self.live[to] if name in held.caches}
+        for start, values in self._chunks(at):
+            for name, value in self._forward(values, at, to).items():
+                if name not in held.caches:
+                    if name not in caches:
+                        caches[name] = Cache(self.memory, self.samples, value, self._grid(name, point))
+                    caches[name].write(start, value)
+        self._drop(held, caches)
+        self.prefix = _Prefix(to, caches, dict(point))
+        self.spent += self.work_from[at] - self.work_from[to]
+
+    def _drop(self, prefix: _Prefix, kept: Mapping[str, Cache]) -> None:
+        for name, cache in prefix.caches.items():
+            if name not in kept and name not in self.entry.caches:
+                cache.free()
+
+    def _grid(self, name: str, point: Point) -> QParams | None:
+        site = self.boundary.site(name)
+        return point[self.placement.root(site).name] if site else None
+
+    # --- deploying --------------------------------------------------------------------------------------------------
+
+    def _deploy(self, point: Point) -> None:
+        """Give every block the parameters of a point; what does not change stays as it is."""
+        changed = {name for name in point if not _same(point[name], self.deployed.get(name))}
+        for name in changed & self.quantizers.keys():
+            self.quantizers[name].reset(point[name].to(self.device))
+        touched = [name for name, sources in self.wiring.reads.items() if changed & {name, *sources}]
+        activations = {name: point[name] for name in self.quantizers}
+        weights = widen(self.placement, activations, {name: point[name] for name in touched})
+        for name, qparams in weights.items():
+            if not _same(qparams, self.widened.get(name)):
+                self.widened[name] = qparams
+                weight = self.problem.values(self.placement.by_name[name])
+                self._set("weights", name, channels_last(fake_quant(weight, qparams)))
+        for name, site in self.wiring.biases.items():
+            weight_site, source = self.wiring.weight[name], self.wiring.source[name]
+            if weight_site in weights:
+                bias = self.problem.values(site).double()
+                coded = code_bias(bias, point[source].scale, self.widened[weight_site].scale, site)
+                self._set("biases", name, dequantize(coded.codes, coded.qparams))
+        self.deployed = dict(point)
+
+    def _set(self, kind: str, name: str, value: Tensor) -> None:
+        for simulation in self.simulations:
+            if name in getattr(simulation, kind):
+                simulation.set(name, value.to(self.device))
+
+
+class _Wiring:
+    """Which scales meet: those of a weight, of the activation it multiplies, and of the bias that is added.
+
+    reads:  activation sites (owners) by weight site, none where weights only are quantized.
+    source, weight: the two sites by bias site.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        def read(user: str) -> str:
+            return placement.input_of(placement.nodes[user]).name
+
+        weights = [site for site in placement.sites if site.kind == "weight"]
+        self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}
+        self.biases = {site.name: site for site in placement.sites if site.kind == "bias"}
+        self.weight = {name: placement.weight_of[site.users[0]].name for name, site in self.biases.items()}
+        self.source = {name: read(site.users[0]) for name, site in self.biases.items()}
+
+
+def draw_samples(problem: Problem, samples: int, purpose: str) -> Tensor:
+    """At most `samples` of all samples, int64 [n], ascending; whole batches where their size is fixed."""
+    total, batch = problem.samples, batch_of(problem.placement.graph, 1)
+    wanted = min(total, samples)
+    wanted = max(batch, wanted - wanted % batch)
+    return torch.randperm(total, generator=problem.generator(purpose))[:wanted].sort().values
+
+
+def compared_outputs(problem: Problem) -> dict[str, int]:
+    """The outputs that a loss compares, floats of every sample: their place among all outputs by fx name.
+
+    raises: InputError where there is none.
+    """
+    graph = problem.placement.graph
+    found: dict[str, int] = {}
+    for index, node in enumerate(graph.graph.output_node().args[0]):  # type: ignore[arg-type]
+        if node.name in problem.sample_values and node.meta["tensor_meta"].dtype.is_floating_point:
+            found.setdefault(node.name, index)
+    if not found:
+        raise InputError(
+            "the model has no output of floats with one row per sample, by which the effect of a grid could be "
+            "measured: use a method that looks at layers (mse, gptq, qdrop), and no budget or sensitivity"
+        )
+    return found
+
+
+def float_outputs(problem: Problem, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The compared outputs of the float network for all samples, [samples, ...] each."""
+    graph = problem.placement.graph
+    chunks = zip(*(torch.split(x, batch_of(graph, CHUNK)) for x in inputs), strict=True)
+    places = compared_outputs(problem).values()
+    with torch.no_grad():
+        parts = [[outputs[place] for place in places] for outputs in (graph(*chunk) for chunk in chunks)]
+    return [torch.cat(output) for output in zip(*parts, strict=True)]
+
+
+def _same(ours: QParams, other: QParams | None) -> bool:
+    return ours is other or (
+        other is not None
+        and ours.spec == other.spec
+        and torch.equal(ours.scale, other.scale)
+        and torch.equal(ours.zero_point, other.zero_point)
+    )

@@ -1,0 +1,164 @@
+"""What a method is given to solve: a placed network, calibration data, and the means to work with.
+
+Must not know: which methods there are, ONNX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from calibrators.errors import DataError, InputError
+from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
+from calibrators.graph.aten import sample_values
+from calibrators.grid.spec import QParams, Site
+from calibrators.methods import range_method
+from calibrators.placement.place import Placement
+from calibrators.program.freeze import CalibrationResult, freeze
+from calibrators.ranges.histogram import Statistic
+from calibrators.ranges.range_method import RangeMethod
+
+__all__ = ["Bar", "Problem", "Stage", "silent"]
+
+
+class Bar(Protocol):
+    """Progress of one stage of work."""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+
+
+Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
+"""Opens a stage of work under a name with a number of steps, None where it is not known."""
+
+
+class _Silent:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def silent(name: str, total: int | None = None) -> Iterator[Bar]:
+    """A stage that nobody watches."""
+    yield _Silent()
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One calibration to be done.
+
+    batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it anew.
+    labels:  int64 [samples] in the order of the batches, None where there are none.
+    device:  where heavy steps run.
+    memory:  bytes of RAM that cached activations may take.
+    explain: whether to compute what explains the choice, for the record.
+    """
+
+    placement: Placement
+    batches: Iterable[Batch]
+    labels: Tensor | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory: int = 4 << 30
+    explain: bool = False
+    stage: Stage = silent
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistic]:
+        """Statistics of every activation site that owns its scale, from one float pass."""
+        with self.stage("calibrate", None) as bar:
+            return observe(self.placement, self.batches, bar.advance)
+
+    @cached_property
+    def sample_values(self) -> frozenset[str]:
+        """Names of the graph's values whose first dimension counts the samples."""
+        return sample_values(self.placement.graph)
+
+    def variant(self, **changes: Any) -> Problem:
+        """The same problem with other fields that leave what was observed as it is: memory, bits of the placement."""
+        other = replace(self, **changes)
+        vars(other).update(statistics=self.statistics, samples=self.samples)
+        return other
+
+    def activations(self, method: RangeMethod) -> dict[str, QParams]:
+        """Parameters of every activation site that owns its scale, by the site's name."""
+        return {
+            site.name: self.qparams(site, method)
+            for site in self.placement.sites
+            if site.kind == "activation" and site.shares is None
+        }
+
+    def weights(self, method: RangeMethod) -> dict[str, QParams]:
+        """Parameters of every weight site, by the site's name."""
+        return {site.name: self.qparams(site, method) for site in self.placement.sites if site.kind == "weight"}
+
+    def qparams(self, site: Site, method: RangeMethod) -> QParams:
+        """Parameters of one activation site that owns its scale, or of one weight site, on the grid of its spec.
+
+        A rule for the layer that names a range method wins over `method`.
+        """
+        method = range_method(site.method) if site.method else method
+        if site.kind == "weight":
+            return method.weight(self.values(site), site.spec)
+        return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
+
+    def values(self, site: Site) -> Tensor:
+        """The float weight or bias of a site."""
+        return self.placement.values(site)
+
+    def solve(self, method: RangeMethod) -> CalibrationResult:
+        """The result of a range method: every tensor on its own, weights rounded to nearest."""
+        result = freeze(self.placement, self.activations(method), self.weights(method))
+        return replace(result, observed=self.statistics)
+
+    @cached_property
+    def samples(self) -> int:
+        """Samples of the calibration data.
+
+        raises: DataError when the data cannot be read a second time.
+        """
+        found = sum(len(batch[0]) for batch in self.batches)
+        if not found:
+            raise DataError(EMPTY_AGAIN)
+        return found
+
+    def select(self, rows: Tensor) -> list[Tensor]:
+        """Those samples of every model input, [rows, ...], from one pass; `rows` int64 [n], ascending."""
+        parts, start = [], 0
+        for batch in self.batches:
+            inside = rows[(rows >= start) & (rows < start + len(batch[0]))] - start
+            parts.append([x[inside] for x in batch])
+            start += len(batch[0])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def labels_of(self, rows: Tensor) -> Tensor | None:
+        """Labels of those samples, where there are any.
+
+        raises: InputError where there are not as many labels as samples.
+        """
+        if self.labels is None:
+            return None
+        if len(self.labels) != self.samples:
+            raise InputError(f"there are {len(self.labels)} labels for {self.samples} calibration samples.")
+        return self.labels[rows]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator that depends on the seed and the purpose alone."""
+        digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _fixed(site: Site) -> QParams:
+    assert site.fixed is not None
+    scale, zero_point = site.fixed
+    levels = 1 << (8 - site.spec.bits)  # a narrower grid over the same known range
+    return QParams(
+        torch.tensor(scale * levels, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32), site.spec
+    )

@@ -1,0 +1,197 @@
+"""Reading and editing the one graph: the flat ATen `GraphModule` that capture produces and everything shares.
+
+The contract of that graph:
+- nodes are placeholder (one per model input), get_attr (parameters, buffers, constants), call_function (ATen overloads
+  and operator.getitem) and output; no call_module, no pytrees: it takes tensors and returns a tuple of tensors;
+- `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
+- `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
+- `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known;
+- `node.meta["expected"]` says what batch norms knew of a value, where any did (calibrators.graph.batch_norm).
+
+Must not know: quantization, folding, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp
+
+__all__ = [
+    "add_constant",
+    "batch_of",
+    "bind",
+    "constant",
+    "example_batch",
+    "fan_in",
+    "infer_shapes",
+    "is_constant",
+    "layer_name",
+    "module_path",
+    "operator_name",
+    "replace_args",
+    "sample_values",
+    "shape_of",
+    "to_device",
+    "where",
+]
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def replace_args(node: fx.Node, **changes: Any) -> None:
+    """Set arguments of an ATen call by schema name."""
+    bound = bind(node) | changes
+    positional = [a for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    keywords = [a for a in node.target._schema.arguments if a.kwarg_only]  # type: ignore[union-attr]
+    node.args = tuple(bound[a.name] for a in positional)
+    node.kwargs = {a.name: bound[a.name] for a in keywords if bound[a.name] != a.default_value}
+
+
+def is_constant(node: object) -> TypeGuard[fx.Node]:
+    """Whether an argument is a get_attr node: a parameter, buffer or constant."""
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def constant(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a get_attr node."""
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> str:
+    """Register `value` as a buffer under a free name near `name` (dots become underscores); returns the name."""
+    base = name.replace(".", "_") or "constant"
+    free, count = base, 0
+    while hasattr(graph, free):
+        count += 1
+        free = f"{base}_{count}"
+    graph.register_buffer(free, value.detach().clone())
+    return free
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that made the node ('' for the root or unknown)."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def layer_name(node: fx.Node) -> str:
+    """Module path of an operator, or its name where no module made it."""
+    return module_path(node) or node.name
+
+
+def operator_name(target: object) -> str:
+    """Short name of an operator: 'conv2d' for aten.conv2d.default."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
+
+
+def where(node: fx.Node) -> str:
+    """Node, module path and source line, for error messages: `conv2d_3 (stages.0.conv, zoo.py:31)`."""
+    parts = [module_path(node)]
+    lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in lines if "/torch/" not in line] or lines
+    if own:
+        file, line = own[-1].split(",")[:2]
+        parts.append(f"{file.split('/')[-1].strip().strip(chr(34))}:{line.split()[-1]}")
+    detail = ", ".join(part for part in parts if part)
+    return f"{node.name} ({detail})" if detail else node.name
+
+
+def fan_in(node: fx.Node) -> int:
+    """Weights of one output channel of a convolution or linear layer: its multiply-accumulates per output."""
+    return math.prod(shape_of(bind(node)["weight"])[1:])
+
+
+def batch_of(graph: fx.GraphModule, wanted: int) -> int:
+    """How many samples to run at a time: `wanted`, or the number that the graph fixes."""
+    return wanted if graph.meta["dynamic_batch"] else example_batch(graph)
+
+
+def example_batch(graph: fx.GraphModule) -> int:
+    """Samples of the example."""
+    return next((len(x) for x in graph.meta["example"] if x.ndim), 1)
+
+
+def infer_shapes(graph: fx.GraphModule) -> None:
+    """Run the example once and store every node's shape and dtype in node.meta["tensor_meta"]."""
+    with torch.no_grad():
+        ShapeProp(graph).propagate(*graph.meta["example"])
+
+
+def sample_values(graph: fx.GraphModule) -> frozenset[str]:
+    """Names of the values whose first dimension counts the samples.
+
+    Where the batch is free it is seen by running one sample more than the example has: sizes may agree by chance.
+    """
+    batch = example_batch(graph)
+    names = {node.name for node in graph.graph.nodes if shape_of(node)[:1] == (batch,)}
+    if not graph.meta["dynamic_batch"]:
+        return frozenset(names)
+    longer = _Lengths(graph)
+    with torch.no_grad():
+        longer.run(*(torch.cat([x, x[:1]]) if x.ndim else x for x in graph.meta["example"]))
+    return frozenset(name for name in names if longer.found.get(name) == batch + 1)
+
+
+class _Lengths(fx.Interpreter):
+    """Finds the first dimension of every tensor."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.found: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.ndim:
+            self.found[n.name] = len(value)
+        return value
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value for the example; () where it is no single tensor."""
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
+
+
+def to_device(module: Module, device: torch.device) -> Module:
+    """The module, moved: its parameters and buffers, and what the calls of graphs in it make."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            calls = [node for node in part.graph.nodes if _names_a_device(node)]
+            for node in calls:
+                node.args = tuple(map(moved, node.args))
+                node.kwargs = {name: moved(argument) for name, argument in node.kwargs.items()}
+            if calls:
+                part.recompile()
+    return module.to(device)
+
+
+def _names_a_device(node: fx.Node) -> bool:
+    return any(isinstance(argument, torch.device) for argument in (*node.args, *node.kwargs.values()))

@@ -1,0 +1,120 @@
+"""The quantize/dequantize formula: the only copy in the project.
+
+ONNX order: divide by scale in float32, round half to even, add zero_point, saturate. `torch.fake_quantize_*` multiplies
+by 1/scale and differs from ONNX in rare codes; adding the zero point before rounding breaks ties the other way.
+
+Must not know: graphs, methods, targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calibrators.grid.spec import QParams, QuantSpec
+
+__all__ = [
+    "SMALLEST_SCALE",
+    "along_axis",
+    "code_limits",
+    "dequantize",
+    "fake_quant",
+    "grid_of",
+    "has_middle_diagonal",
+    "middle_diagonal",
+    "qparams_from_range",
+    "quantize",
+    "round_codes",
+]
+
+SMALLEST_SCALE = 2.0**-100
+"""Floor of every scale: far below any real activation or weight, and products of two such scales with a third in the
+denominator stay normal float32 numbers."""
+
+
+def along_axis(values: Tensor, x: Tensor, axis: int | None, block_size: int | None = None) -> Tensor:
+    """`values` ([], [channels] or, of blocks, [channels, blocks]) shaped to broadcast against `x` along `axis`."""
+    if block_size is not None:
+        return values.repeat_interleave(block_size, 1)[:, : x.shape[1]]  # [channels, inputs]
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every element of `x`, shaped to broadcast against it."""
+    axis, block_size = qparams.spec.axis, qparams.spec.block_size
+    return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
+
+
+def has_middle_diagonal(shape: Sequence[int]) -> bool:
+    """Whether a weight [out, in / groups, ...] is a kernel with taps that can add a channel to itself, one for each."""
+    channels, inputs, *kernel = shape
+    return bool(kernel) and inputs > 1 and channels % inputs == 0 and all(size % 2 for size in kernel)
+
+
+def middle_diagonal(shape: Sequence[int]) -> tuple[Tensor | int, ...]:
+    """Index of the taps that add a channel to itself: [out, in / groups, ...] with odd kernels, out = in."""
+    channel = torch.arange(shape[0])
+    return channel, channel % shape[1], *(size // 2 for size in shape[2:])
+
+
+def code_limits(x: Tensor, qparams: QParams) -> tuple[int | Tensor, int | Tensor]:
+    """Lowest and highest code, of every element of `x` where they are not the same."""
+    spec = qparams.spec
+    if spec.tap_bits is None:
+        return spec.qmin, spec.qmax
+    container, reach = torch.iinfo(spec.dtype), (1 << (spec.tap_bits - 1)) - 1
+    middle = middle_diagonal(x.shape)
+    low, high = (torch.full(x.shape, float(code), device=x.device) for code in (spec.qmin, spec.qmax))
+    low[middle] = (qparams.zero_point - reach).clamp(min=container.min).to(low)
+    high[middle] = (qparams.zero_point + reach).clamp(max=container.max).to(high)
+    return low, high
+
+
+def round_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int | float | Tensor, qmax: int | float | Tensor
+) -> Tensor:
+    """Codes of `x` as integer-valued floats of x's dtype; the others are numbers or broadcast against x."""
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # type: ignore[arg-type]
+
+
+def quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Codes of `x` in the container dtype of the spec."""
+    return round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)).to(qparams.spec.dtype)
+
+
+def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
+    """Float32 values of `codes`: f32(f32(code - zero_point) * scale)."""
+    scale, zero_point = grid_of(codes, qparams)
+    return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
+
+
+def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
+    """Round trip of `x` through the codes, without leaving floats; equals dequantize(quantize(x))."""
+    scale, zero_point = grid_of(x, qparams)
+    return round_codes(x, scale, zero_point, *code_limits(x, qparams)).sub_(zero_point).mul_(scale)
+
+
+def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
+    """Scale and zero point of the range [lo, hi], widened to contain 0 so that zero is a code exactly.
+
+    lo, hi:  [], [channels] or [channels, blocks], any float dtype; lo <= hi, finite. Ranges of width zero get scale 1.
+    returns: symmetric: scale = max(|lo|, |hi|) / qmax, zero_point 0.
+             asymmetric: scale = (hi - lo) / (qmax - qmin), zero_point = clamp(round(qmin - lo / scale)).
+    source:  the convention of onnxruntime (a / 127 for signed symmetric 8 bit).
+    """
+    lo = lo.to(torch.float64).clamp(max=0.0)
+    hi = hi.to(torch.float64).clamp(min=0.0)
+    width = torch.maximum(-lo, hi) if spec.symmetric else hi - lo
+    steps = spec.qmax if spec.symmetric else spec.qmax - spec.qmin
+    scale = torch.where(width > 0, (width / steps).clamp(min=SMALLEST_SCALE), torch.ones_like(width)).to(torch.float32)
+    if spec.symmetric:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero_point = (spec.qmin - lo / scale.double()).round().clamp(spec.qmin, spec.qmax).to(torch.int32)
+    return QParams(scale, zero_point, spec)

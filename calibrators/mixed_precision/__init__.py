@@ -1,0 +1,1 @@
+"""Choose bits per layer within a budget."""

@@ -1,0 +1,375 @@
+"""Mixed precision: how sensitive the network is to the bits of each scale, and the bits that budgets leave it.
+
+1. Sensitivity: the loss with one scale on a coarser grid and all others on their finest.
+2. An integer programme picks the bits with the least sum of losses within the budgets (mixed_precision.ilp).
+3. Its choice is deployed and read. What each scale really costs there, the loss that its finest grid would take off,
+   corrects the sensitivities; the programme runs again, and what reads best is kept.
+4. For a limit on accuracy the smallest budget whose choice keeps it is found by bisection, each step by a reading.
+
+source: the additive model and its programme are those of HAWQ-V3 (Yao et al. 2021, section 3.4).
+Departs: losses of the prediction are measured, not derived from Hessian traces, and corrected by measurement.
+
+Must not know: ONNX, how reports look.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from calibrators.errors import InputError
+from calibrators.execution.task import Bar, Problem
+from calibrators.graph.aten import fan_in, shape_of
+from calibrators.mixed_precision.budgets import ACCURACY, SIZES, Budget
+from calibrators.mixed_precision.ilp import Costs, Layer, Losses, Stored, Widths, allocate, monotone
+from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, Reading, TunableScale, knobs
+from calibrators.placement.identity_taps import spike_of
+from calibrators.placement.layer_rules import LayerRule, MatchedRule
+from calibrators.placement.place import Placement, PlacementOptions
+from calibrators.ranges.range_method import RangeMethod
+
+__all__ = ["allocate_bits", "measure_sensitivity", "network_costs"]
+
+SAMPLES = 256
+"""Samples that sensitivities are read on: with all but one scale on the finest grid there is little noise."""
+
+CHECKED = 512
+"""Samples that choices are read on."""
+
+ROUNDS = 2
+"""Corrections of the sensitivities by what the scales cost in the network that was found."""
+
+STRETCH = 4.0
+"""Most that one correction changes a sensitivity, either way: single readings are noisy."""
+
+FRONT = 7
+"""Budgets, evenly spread over what bits can be had, whose best choice is read for the front."""
+
+HALVINGS = 6
+"""Readings of the bisection for a limit on accuracy."""
+
+FLOAT, FLOAT_BITS = "", 32
+"""What stands for the scale of an input that is not quantized, and its bits."""
+
+MATCH = "budget"
+"""What stands for a glob in the rules that budgets led to."""
+
+
+def measure_sensitivity(problem: Problem, options: PlacementOptions, method: RangeMethod) -> dict[str, Any]:
+    """The loss by bits of every open weight and activation scale, for the record."""
+    kinds: tuple[Kind, ...] = ("weight", "activation")
+    grids = Grids(problem, knobs(problem.placement, options, kinds), method)
+    probe = Probe(grids, SAMPLES)
+    with problem.stage("sensitivity", _readings(probe, kinds)) as bar:
+        table = _Table(probe, kinds, bar)
+    return table.record()
+
+
+def allocate_bits(
+    problem: Problem,
+    options: PlacementOptions,
+    method: RangeMethod,
+    budgets: Sequence[Budget],
+    stored: Stored,
+) -> tuple[tuple[MatchedRule, ...], dict[str, Any]]:
+    """Rules with the bits that budgets leave every open scale, and what led to them, for the record.
+
+    The bits of weights are open; those of activations where a budget limits bit operations, else they stay as given.
+
+    stored: bytes that weights take in the file.
+    raises: InputError where the coarsest grids, or for a limit on accuracy the finest, do not meet a budget.
+    """
+    return _BitAllocator(problem, options, method, budgets, stored).run()
+
+
+def _readings(probe: Probe, kinds: Iterable[Kind]) -> int:
+    return 1 + sum(len(knob.specs) - 1 for knob in probe.grids.knobs.values() if knob.kind in kinds)
+
+
+class _Table:
+    """Readings with one scale at a time on a coarser grid."""
+
+    def __init__(self, probe: Probe, kinds: Sequence[Kind], bar: Bar) -> None:
+        self.probe = probe
+        self.finest = probe.read({})
+        bar.advance()
+        self.readings: dict[str, dict[int, Reading]] = {}
+        for name in probe.order:
+            knob = probe.grids.knobs[name]
+            if knob.kind in kinds:
+                self.readings[name] = {}
+                for bits in knob.specs:
+                    self.readings[name][bits] = probe.read({name: bits})
+                    bar.advance(bits != knob.finest)
+
+    @property
+    def losses(self) -> dict[str, dict[int, float]]:
+        """What every scale adds to the loss, by bits."""
+        base = self.finest.loss
+        return {name: monotone({b: r.loss - base for b, r in rs.items()}) for name, rs in self.readings.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Everything that was read."""
+        problem, knobs = self.probe.grids.problem, self.probe.grids.knobs
+        scales = [
+            {
+                "site": name,
+                "kind": knobs[name].kind,
+                "widths": [{"bits": bits, **asdict(reading)} for bits, reading in readings.items()],
+                **(_shape(problem, name) if knobs[name].kind == "weight" else {}),
+            }
+            for name, readings in self.readings.items()
+        ]
+        return {
+            "loss": self.probe.witness.loss_name,
+            "samples": self.probe.samples,
+            "finest": asdict(self.finest),
+            "scales": scales,
+        }
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Bits of the open scales, the loss that the sensitivities predict, and the network with them."""
+
+    widths: Widths
+    predicted: float
+    reading: Reading
+
+
+class _BitAllocator:
+    """One allocation."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: PlacementOptions,
+        method: RangeMethod,
+        budgets: Sequence[Budget],
+        stored: Stored,
+    ) -> None:
+        self.problem = problem.variant(memory=problem.memory // 2)  # two landscapes
+        self.limits = {budget.quantity: budget.limit for budget in budgets if budget.quantity != ACCURACY}
+        self.accuracy = next((budget for budget in budgets if budget.quantity == ACCURACY), None)
+        self.budgets = budgets
+        self.axis = next(iter(self.limits), "weight_bytes")
+        self.open: tuple[Kind, ...] = ("weight", "activation") if "bops" in self.limits else ("weight",)
+        every = knobs(problem.placement, options, ("weight", "activation"))
+        self.costs = network_costs(problem.placement, stored, every)
+        self.knobs = {knob.site: knob for knob in every if knob.kind in self.open}
+        self.given = {knob.site: self.costs.widths[knob.site] for knob in every if knob.kind not in self.open}
+        self._check_reach()
+        grids = Grids(self.problem, every, method)
+        self.probe, self.check = Probe(grids, SAMPLES), Probe(grids, CHECKED)
+        if self.accuracy and self.check.read({}).accuracy_drop is None:
+            raise InputError(
+                f"budget '{self.accuracy}' needs an output of shape [n, classes]; limit {self.axis} instead."
+            )
+
+    def _check_reach(self) -> None:
+        """Raises InputError where no choice is within the limits on size."""
+        if not self.knobs:
+            raise InputError("there is a budget, and rules for layers decide the bits of all of them; leave one out.")
+        coarsest = {name: min(knob.specs) for name, knob in self.knobs.items()}
+        for quantity, limit in self.limits.items():
+            least = self.costs.of(quantity, coarsest)
+            if least > limit:
+                raise InputError(
+                    f"budget '{Budget(quantity, limit)}' cannot be met: the fewest bits that may be chosen take "
+                    f"{least:.10g}; raise it, or let --first-last-bits and --layer rules give fewer bits."
+                )
+
+    def run(self) -> tuple[tuple[MatchedRule, ...], dict[str, Any]]:
+        started = time.perf_counter()
+        with self.problem.stage("sensitivity", _readings(self.probe, self.open)) as bar:
+            self.table = _Table(self.probe, self.open, bar)
+        self.losses: Losses = self.table.losses
+        with self.problem.stage("allocate", None) as self.bar:
+            best = self._cheapest() if self.accuracy else self._within(self.limits)
+            mixed = {
+                "budgets": [str(budget) for budget in self.budgets],
+                "axis": self.axis,
+                "samples": self.check.samples,
+                "rank_correlation": self._rank_correlation(best),
+                "found": self._entry(best),
+                "front": self._front(),
+                "seconds": time.perf_counter() - started,
+            }
+        sensitivity = self.table.record()
+        for scale in sensitivity["scales"]:
+            scale["bits"] = best.widths[scale["site"]]
+        return self._rules(best.widths), {"sensitivity": sensitivity, "mixed_precision": mixed}
+
+    # --- choices ------------------------------------------------------------------------------------------------------
+
+    def _choice(self, widths: Widths) -> _Choice:
+        reading = self.check.read({**self.given, **widths})
+        self.bar.advance()
+        return _Choice(widths, sum(self.table.losses[name][bits] for name, bits in widths.items()), reading)
+
+    def _allocated(self, losses: Losses, limits: Mapping[str, float]) -> _Choice:
+        widths = allocate(losses, self.costs, limits)
+        if widths is None:
+            texts = ", ".join(f"'{Budget(*limit)}'" for limit in limits.items())
+            raise InputError(f"the budgets {texts} cannot be met together; raise one of them.")
+        return self._choice(widths)
+
+    def _within(self, limits: Mapping[str, float]) -> _Choice:
+        """The choice within limits on size that reads best, of those that corrected sensitivities lead to."""
+        best = choice = self._allocated(self.losses, limits)
+        tried, losses = [best.widths], self.losses
+        for _ in range(ROUNDS):
+            losses = self._corrected(losses, choice)
+            choice = self._allocated(losses, limits)
+            if choice.widths in tried:
+                break
+            tried.append(choice.widths)
+            best = min(best, choice, key=lambda choice: choice.reading.loss)
+        return best
+
+    def _corrected(self, losses: Losses, choice: _Choice) -> Losses:
+        """Losses of every scale stretched so that they say what its bits cost in the network of a choice."""
+        corrected = dict(losses)
+        for name, cost in self._costs_within(choice).items():
+            expected = losses[name][choice.widths[name]]
+            factor = min(max(cost / expected, 1 / STRETCH), STRETCH) if expected > 0 else 1.0
+            corrected[name] = {bits: loss * factor for bits, loss in losses[name].items()}
+        return corrected
+
+    def _costs_within(self, choice: _Choice) -> dict[str, float]:
+        """Loss that the finest grid of one scale takes off in the network of a choice, by scale not yet on it.
+
+        Scales whose bits are not open have their finest grid, for the noise of theirs would drown the differences.
+        """
+        widths = choice.widths
+        loss = self.probe.read(widths).loss
+        coarse = [name for name in self.probe.order if widths.get(name, math.inf) < self.probe.grids.knobs[name].finest]
+        costs = {}
+        for name in coarse:
+            costs[name] = loss - self.probe.read({**widths, name: self.knobs[name].finest}).loss
+            self.bar.advance()
+        return costs
+
+    def _rank_correlation(self, choice: _Choice) -> float | None:
+        """Spearman's, of what scales cost alone and what they cost in the network of a choice."""
+        costs = self._costs_within(choice)
+        alone = [self.losses[name][choice.widths[name]] for name in costs]
+        if len(set(alone)) < 2 or len(set(costs.values())) < 2:
+            return None
+        return float(spearmanr(alone, [*costs.values()]).statistic)
+
+    def _cheapest(self) -> _Choice:
+        """The smallest choice that keeps the limit on accuracy: by bisection of the budget on the axis."""
+        assert self.accuracy is not None
+        low, high = self._reach()
+        high = min(high, self.limits.get(self.axis, math.inf))
+        best = self._within({**self.limits, self.axis: high})
+        if not self._keeps_accuracy(best):
+            cost, drop = self.costs.of(self.axis, best.widths), best.reading.accuracy_drop
+            raise InputError(
+                f"budget '{self.accuracy}' cannot be met: with {self.axis}={cost:.10g} the drop is {drop:.4g} on "
+                f"{self.check.samples} calibration samples; allow more, or give activations more bits."
+            )
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            choice = self._allocated(self.losses, {**self.limits, self.axis: middle})
+            if self._keeps_accuracy(choice):
+                best, high = choice, self.costs.of(self.axis, choice.widths)
+            else:
+                low = middle
+        return best
+
+    def _keeps_accuracy(self, choice: _Choice) -> bool:
+        assert self.accuracy is not None
+        drop = choice.reading.accuracy_drop
+        return drop is not None and drop <= self.accuracy.limit
+
+    # --- what is told -------------------------------------------------------------------------------------------------
+
+    def _reach(self) -> tuple[float, float]:
+        """Least and most that can be spent on the axis."""
+        ends = (min, max)
+        least, most = (
+            self.costs.of(self.axis, {name: end(knob.specs) for name, knob in self.knobs.items()}) for end in ends
+        )
+        return least, most
+
+    def _front(self) -> list[dict[str, Any]]:
+        """Choices for budgets over the whole reach, and uniform bits beside them."""
+        least, most = self._reach()
+        budgets = [least + (most - least) * (index / (FRONT - 1)) ** 2 for index in range(FRONT)]  # denser where small
+        widths = [allocate(self.losses, self.costs, {self.axis: budget * (1 + 1e-9)}) for budget in budgets]
+        mixed = [self._entry(self._choice(chosen)) for chosen in widths if chosen is not None]
+        candidates = sorted({bits for knob in self.knobs.values() for bits in knob.specs})
+        uniform = [
+            {**self._entry(self._choice({n: _nearest(k, bits) for n, k in self.knobs.items()})), "uniform": bits}
+            for bits in candidates
+        ]
+        return [*mixed, *uniform]
+
+    def _entry(self, choice: _Choice) -> dict[str, Any]:
+        widths = {**self.given, **choice.widths}
+        sizes = {quantity: self.costs.of(quantity, widths) for quantity in SIZES}
+        return {**sizes, "predicted": choice.predicted, **asdict(choice.reading)}
+
+    def _rules(self, widths: Widths) -> tuple[MatchedRule, ...]:
+        """One rule per kind and bits, for the operators that read the scales."""
+        found: dict[tuple[Kind, int], list[str]] = {}
+        for name, knob in self.knobs.items():
+            found.setdefault((knob.kind, widths[name]), []).extend(knob.layers)
+        return tuple(
+            MatchedRule(_rule(kind, bits), frozenset(layers), MATCH) for (kind, bits), layers in sorted(found.items())
+        )
+
+
+def _shape(problem: Problem, name: str) -> dict[str, Any]:
+    """What makes a weight hard to quantize.
+
+    spread: largest magnitude of a channel over that of the median channel; what one scale for all of them suffers.
+    spike:  how far a folded identity branch stands out (placement.identity_taps), None where there cannot be one.
+    """
+    site = problem.placement.by_name[name]
+    values = problem.values(site)
+    reach = values.movedim(problem.placement.target.weight.axis or 0, 0).flatten(1).abs().amax(1)
+    spread = float(reach.max() / reach.median().clamp(min=1e-30))
+    spike = spike_of(problem.placement.graph, problem.placement.nodes[site.node])
+    return {"values": values.numel(), "spread": spread, "spike": spike}
+
+
+def _rule(kind: Kind, bits: int) -> LayerRule:
+    return LayerRule(MATCH, weight_bits=bits) if kind == "weight" else LayerRule(MATCH, activation_bits=bits)
+
+
+def _nearest(knob: TunableScale, bits: int) -> int:
+    return min(knob.specs, key=lambda width: (abs(width - bits), -width))
+
+
+def network_costs(placement: Placement, stored: Stored, knobs: Iterable[TunableScale] = ()) -> Costs:
+    """What the bits of a network cost.
+
+    stored: bytes that weights take in the file; knobs: scales whose bits are open.
+    """
+    grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
+    widths = {name: spec.bits for name, (spec,) in grids.items()}
+    for knob in knobs:
+        grids[knob.site] += knob.specs.values()
+    weights = {site.name: placement.values(site) for site in placement.sites if site.kind == "weight"}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    wide = {name: max(spec.tap_bits or 0 for spec in grids[name]) for name in weights}
+    taps = {name: (len(weight), wide[name]) for name, weight in weights.items() if wide[name]}
+    return Costs(list(_layers(placement)), sizes, taps, widths | {FLOAT: FLOAT_BITS}, stored)
+
+
+def _layers(placement: Placement) -> Iterable[Layer]:
+    """Every weighted operator with its scales and its multiply-accumulates for one sample."""
+    samples = len(placement.graph.meta["example"][0])
+    for site in (site for site in placement.sites if site.kind == "weight"):
+        for user in site.users:
+            node = placement.nodes[user]
+            macs = math.prod(shape_of(node)) * fan_in(node) // samples
+            yield Layer(user, macs, site.name, FLOAT if site.weight_only else placement.input_of(node).name)

@@ -1,0 +1,182 @@
+"""What coarser grids cost the network's prediction, measured at its end, for any bits of its scales.
+
+The samples that do not reach the first changed block are not computed again (calibrators.execution.network_loss).
+
+Must not know: budgets, how bits are allocated, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calibrators.execution.losses import is_logits, prediction_loss
+from calibrators.execution.network_loss import Landscape, Point, draw_samples, float_outputs
+from calibrators.execution.task import Problem
+from calibrators.grid.spec import QParams, QuantSpec
+from calibrators.placement.place import Placement, PlacementOptions, place
+from calibrators.ranges.range_method import RangeMethod
+
+__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "Reading", "TunableScale", "knobs"]
+
+Kind = Literal["weight", "activation"]
+
+CANDIDATES = (2, 3, 4, 5, 6, 8)
+"""Bits that are tried."""
+
+UNLIMITED = 1 << 40
+"""Evaluations that a landscape may take."""
+
+SILENCE = 1e-30
+"""Least energy of noise, relative to the signal, that decibels are taken of."""
+
+
+@dataclass(frozen=True, eq=False)
+class TunableScale:
+    """A scale whose bits are open: of a weight, or of an activation with all that share it.
+
+    layers: names of the weighted operators that read it; specs: its grids by bits, ascending.
+    """
+
+    site: str
+    kind: Kind
+    layers: tuple[str, ...]
+    specs: Mapping[int, QuantSpec]
+
+    @property
+    def finest(self) -> int:
+        return max(self.specs)
+
+
+def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kind]) -> list[TunableScale]:
+    """The scales of these kinds that follow the general bits of `options`, with the grids that they get by them.
+
+    A scale that a rule for single layers decides does not follow, nor one where coarser grids save nothing.
+    """
+    found = []
+    for kind in kinds:
+        given = getattr(options, f"{kind}_bits")
+        changes = ({f"{kind}_bits": bits} for bits in {*CANDIDATES, given})
+        placed = [place(placement.graph, placement.target, replace(options, **change)) for change in changes]
+        for site in placement.sites:
+            specs = {other.by_name[site.name].spec.bits: other.by_name[site.name].spec for other in placed}
+            layers = placement.readers.get(site.name, ())
+            if site.kind == kind and layers and len(specs) > 1:
+                found.append(TunableScale(site.name, kind, layers, dict(sorted(specs.items()))))
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The network at some widths.
+
+    loss:          mean over the samples: kl where every output is [samples, classes], else mse (execution.losses).
+    sqnr_db:       energy of the outputs over that of their error, in dB.
+    accuracy_drop: of top-1 against the float network's; without labels the share of predictions that change, which is
+                   never less. None where the output is no [samples, classes].
+    """
+
+    loss: float
+    sqnr_db: float
+    accuracy_drop: float | None
+
+
+class Grids:
+    """Parameters of every scale at any bits of the knobs, each computed once."""
+
+    def __init__(self, problem: Problem, knobs: Sequence[TunableScale], method: RangeMethod) -> None:
+        self.problem, self.method = problem, method
+        self.knobs = {knob.site: knob for knob in knobs}
+        self.given = {**problem.activations(method), **problem.weights(method)}
+        self.found: dict[tuple[str, int], QParams] = {}
+
+    def widths(self, chosen: Mapping[str, int]) -> dict[str, int]:
+        """Bits of every knob: those that are not chosen have their finest grid."""
+        return {name: chosen.get(name, knob.finest) for name, knob in self.knobs.items()}
+
+    def point(self, widths: Mapping[str, int]) -> Point:
+        """All parameters with these bits of the knobs."""
+        return {**self.given, **{name: self._grid(name, bits) for name, bits in widths.items()}}
+
+    def _grid(self, name: str, bits: int) -> QParams:
+        if (name, bits) not in self.found:
+            site = replace(self.problem.placement.by_name[name], spec=self.knobs[name].specs[bits])
+            self.found[name, bits] = self.problem.qparams(site, self.method)
+        return self.found[name, bits]
+
+
+class Probe:
+    """Reads the network on some calibration samples, each choice of bits once; weights are rounded to nearest."""
+
+    def __init__(self, grids: Grids, samples: int) -> None:
+        self.grids, problem = grids, grids.problem
+        rows = draw_samples(problem, samples, "sensitivity")
+        chosen = problem.select(rows)
+        floats = float_outputs(problem, chosen)
+        self.witness = _OutputMetrics(floats, problem.labels_of(rows))
+        self.landscape = Landscape(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
+        self.readings: dict[tuple[int, ...], Reading] = {}
+
+    @property
+    def samples(self) -> int:
+        """Samples that are read."""
+        return self.landscape.samples
+
+    @property
+    def order(self) -> list[str]:
+        """The knobs in order of execution: neighbours in it are cheap to read one after the other."""
+        return sorted(self.grids.knobs, key=self.landscape.first.__getitem__)
+
+    def read(self, chosen: Mapping[str, int]) -> Reading:
+        """The network with these bits; knobs that are not named have their finest grid."""
+        widths = self.grids.widths(chosen)
+        key = tuple(widths.values())
+        if key not in self.readings:
+            self.witness.reset()
+            loss = self.landscape.evaluate(self.grids.point(widths), whole=True)
+            self.readings[key] = self.witness.reading(loss)
+        return self.readings[key]
+
+
+class _OutputMetrics:
+    """A loss that also keeps what else the outputs say."""
+
+    def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
+        self.floats, self.labels = floats, labels
+        self.energy = [max(float(y.square().sum(dtype=torch.float64)), SILENCE) for y in floats]
+        self.loss_name = "kl" if all(map(is_logits, floats)) else "mse"
+        self.loss = prediction_loss(self.loss_name, floats)
+        self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
+        self.reset()
+
+    def reset(self) -> None:
+        self.noise = [0.0] * len(self.floats)
+        self.changed = self.hits = self.float_hits = self.seen = 0
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        losses = self.loss(outputs, start)
+        rows = slice(start, start + len(losses))
+        made = [y.cpu() for y in outputs]
+        for index, (y, t) in enumerate(zip(made, self.floats, strict=True)):
+            self.noise[index] += float((y - t[rows]).square().sum(dtype=torch.float64))
+        self.seen += len(losses)
+        if self.classes is not None:
+            found, expected = made[0].argmax(1), self.classes[rows]
+            self.changed += int((found != expected).sum())
+            if self.labels is not None:
+                self.hits += int((found == self.labels[rows]).sum())
+                self.float_hits += int((expected == self.labels[rows]).sum())
+        return losses
+
+    def reading(self, loss: float) -> Reading:
+        noise = sum(n / e for n, e in zip(self.noise, self.energy, strict=True)) / len(self.noise)
+        drop = None
+        if self.classes is not None:
+            lost = self.changed if self.labels is None else self.float_hits - self.hits
+            drop = lost / self.seen
+        return Reading(loss, -10 * math.log10(max(noise, SILENCE)), drop)

@@ -1,0 +1,65 @@
+"""Identity branches that folding hid in a kernel: how far they stand out, and where low bits cannot hold both.
+
+A reparameterized block adds its input to the result of its convolution; folded, that is a spike in the middle of every
+kernel, tens of times larger than the weights around it. A grid of few bits that reaches the spike rounds everything
+else to zero. The containers of integer kernels have 8 bits, whatever the grid: where it matters, the one code per
+channel that the branch became keeps all of them (QuantSpec.tap_bits), on the scale that suits the other weights.
+
+Must not know: methods, ONNX, runtimes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from calibrators.graph.aten import bind, constant
+from calibrators.grid.numerics import has_middle_diagonal, middle_diagonal
+
+__all__ = ["needs_wide_taps", "spike_of"]
+
+aten = torch.ops.aten
+
+LEAST_SPIKE = 10.0
+"""Times the root mean square of the other weights, which reach three times that themselves."""
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+
+
+def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:
+    """How many times the diagonal of a weight exceeds the root mean square of its other values, in the median channel.
+
+    None for a weight whose convolutions cannot add their input to their output.
+    """
+    if not all(_may_add_its_input(graph, weight, user) for user in weight.users):
+        return None
+    values = constant(graph, weight)
+    middle = middle_diagonal(values.shape)
+    rest = values.clone()
+    rest[middle] = 0.0
+    others = rest.square().flatten(1).sum(1) / (rest[0].numel() - 1)
+    return float((values[middle].abs() / others.sqrt().clamp(min=1e-30)).median())
+
+
+def needs_wide_taps(graph: fx.GraphModule, weight: fx.Node) -> bool:
+    """Whether the diagonal of a weight dictates a step that is too coarse for its other values."""
+    spike = spike_of(graph, weight)
+    return spike is not None and spike > LEAST_SPIKE
+
+
+def _may_add_its_input(graph: fx.GraphModule, weight: fx.Node, user: fx.Node) -> bool:
+    """Whether the user is a convolution whose middle tap lies on the output's place, one input channel per output.
+
+    Depthwise ones are left alone, for a channel's range is its own there.
+    """
+    if user.target not in CONVOLUTIONS or bind(user)["weight"] is not weight:
+        return False
+    bound, shape = bind(user), constant(graph, weight).shape
+    channels, inputs, *kernel = shape
+    centred = [dilation * (size // 2) for dilation, size in zip(bound["dilation"], kernel, strict=True)]
+    return (
+        has_middle_diagonal(shape)
+        and channels == inputs * bound["groups"]
+        and set(bound["stride"]) == {1}
+        and list(bound["padding"]) == centred
+    )

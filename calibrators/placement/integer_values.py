@@ -1,0 +1,155 @@
+"""Which values of a graph are integers on a target: what has kernels that read and write codes, and what is wanted so.
+
+Must not know: rules, bits, names of sites, methods, ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from calibrators.graph.aten import bind, is_constant, shape_of
+from calibrators.graph.canonical import clip_bounds
+from calibrators.grid.spec import Target
+
+__all__ = ["Placer", "is_float"]
+
+aten = torch.ops.aten
+
+
+class Placer:
+    """Decides node by node: what can be an integer, and what is wanted as one."""
+
+    def __init__(
+        self, graph: fx.GraphModule, target: Target, selected: frozenset[str], weighted: frozenset[fx.Node]
+    ) -> None:
+        self.graph, self.target, self.selected, self.weighted = graph, target, selected, weighted
+        self.nodes = [node for node in graph.graph.nodes if node.op in ("placeholder", "call_function")]
+        self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel does it
+        for node in self.nodes:
+            self._absorb_clip(node)
+        self.available: dict[fx.Node, bool] = {}
+        for node in self.nodes:
+            self.available[node] = self._is_available(node)
+        self.is_quantized: dict[fx.Node, bool] = {}
+        for node in reversed(self.nodes):
+            self.is_quantized[node] = self._find_is_quantized(node)
+
+    def _absorb_clip(self, node: fx.Node) -> None:
+        user = next(iter(node.users), None)
+        if not (self.is_weighted(node) or self._is_integer_op(node)) or len(node.users) != 1:
+            return
+        if isinstance(user, fx.Node) and user.name in self.selected and clip_bounds(user) is not None:
+            self.absorbed[user] = node
+
+    def is_weighted(self, node: fx.Node) -> bool:
+        """An operator with constant weight that the target runs on integers."""
+        return node in self.weighted
+
+    def _is_integer_op(self, node: fx.Node) -> bool:
+        if node.target not in self.target.integer_ops or node.name not in self.selected or not is_float(node):
+            return False
+        check = _FORM_OF_INTEGER_OP.get(node.target)
+        return all(not is_constant(x) for x in _inputs(node)) and (check is None or check(node))
+
+    def _moves_codes(self, node: fx.Node) -> bool:
+        """Reshapes, max pools and stand-alone clips: output codes are input codes, moved or saturated."""
+        if node.name not in self.selected or not is_float(node) or node in self.absorbed:
+            return False
+        is_move = node.target in self.target.same_scale_ops | self.target.on_codes_ops
+        check = _FORM_OF_MOVE.get(node.target)
+        return (is_move and (check is None or check(node))) or clip_bounds(node) is not None
+
+    def _is_available(self, node: fx.Node) -> bool:
+        """Whether the value can be had as integers without forcing a float operator's result into codes."""
+        if node.op == "placeholder":
+            return is_float(node)
+        if node in self.absorbed:
+            return self.available[self.absorbed[node]]
+        if self.is_weighted(node):
+            return node.target in self.target.weighted_to_codes or self.available[bind(node)["input"]]
+        if self._is_integer_op(node) or self._moves_codes(node):
+            inputs = [x for x in _inputs(node) if isinstance(x, fx.Node)]
+            return bool(inputs) and all(self.available.get(x, False) for x in inputs)
+        return False
+
+    def reads_codes(self, user: fx.Node, value: fx.Node) -> bool:
+        """Whether `user` runs an integer kernel on `value`."""
+        if user.op != "call_function":
+            return False
+        if self.is_weighted(user):
+            return bind(user)["input"] is value
+        return self.runs_on_integers(user)
+
+    def runs_on_integers(self, node: fx.Node) -> bool:
+        """Whether a weightless operator is executed on codes: its result is a site and its inputs can be."""
+        if not (self._is_integer_op(node) or self._moves_codes(node)) or not self.available[node]:
+            return False
+        carrier = next(iter(node.users)) if self._carried(node) else node
+        return self.is_quantized[carrier]
+
+    def _carried(self, node: fx.Node) -> bool:
+        return len(node.users) == 1 and self.absorbed.get(next(iter(node.users))) is node
+
+    def _find_is_quantized(self, node: fx.Node) -> bool:
+        if not is_float(node) or self._carried(node):
+            return False
+        origin = self.absorbed.get(node, node)
+        if origin.target in self.target.weighted_to_codes and self.is_weighted(origin):
+            return True
+        return any(self.reads_codes(user, node) for user in node.users)
+
+    def writes_codes(self, node: fx.Node) -> bool:
+        """Whether the value comes out of an integer kernel, so that only its dequantized form exists."""
+        origin = self.absorbed.get(node, node)
+        if origin.op != "call_function":
+            return False
+        return self.is_quantized[node] and self.available[node]
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a value is a float32 tensor."""
+    meta = node.meta.get("tensor_meta")
+    return getattr(meta, "dtype", None) == torch.float32
+
+
+def _inputs(node: fx.Node) -> list[object]:
+    """Tensor operands of a weightless operator, constants and numbers included."""
+    first = node.args[0]
+    if isinstance(first, (list, tuple)):
+        return list(first)
+    return list(node.args[:2]) if node.target in (aten.add.Tensor, aten.mul.Tensor) else [first]
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    return bind(node).get("alpha", 1) == 1 and all(isinstance(x, fx.Node) and is_float(x) for x in node.args[:2])
+
+
+def _is_global_pool(node: fx.Node) -> bool:
+    return list(bind(node)["output_size"]) == [1, 1] and len(shape_of(node)) == 4
+
+
+def _is_plain_average(node: fx.Node) -> bool:
+    bound = bind(node)
+    return not bound["ceil_mode"] and bound["divisor_override"] is None and len(shape_of(node)) == 4
+
+
+_FORM_OF_INTEGER_OP = {
+    aten.add.Tensor: _is_plain_sum,
+    aten.mul.Tensor: _is_plain_sum,
+    aten.adaptive_avg_pool2d.default: _is_global_pool,
+    aten.avg_pool2d.default: _is_plain_average,
+}
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    bound = bind(node)
+    return bound.get("mode", "constant") != "constant" or not bound["value"]
+
+
+_FORM_OF_MOVE: dict[object, Callable[[fx.Node], bool]] = {
+    aten.constant_pad_nd.default: _pads_with_zeros,
+    aten.pad.default: _pads_with_zeros,
+}

@@ -1,0 +1,313 @@
+"""Where quantizers stand: the graph and a target's rules become sites.
+
+A value is quantized when an integer kernel writes it or reads it:
+- operators with a weight read codes; convolutions write codes too, so a quantizer stands on both sides;
+- a linear layer writes codes only between integer neighbours, else floats (the faster and exact form in transformers);
+- add, mul, concat, pools and the like run on integers when all their inputs do and somebody reads their integers;
+- a reshape or max pool moves codes and shares the scale of its input;
+- a ReLU or clip behind an integer kernel is part of that kernel: the codes saturate at its bounds;
+- a layer of which weights only are quantized reads and writes floats.
+
+How fine a grid is, the layers that read it say (layer_rules). Where several read one value, scale or weight, the
+most demanding decides: most bits, a scale per channel, a zero point.
+
+Must not know: data, methods, ONNX.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.errors import InputError
+from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
+from calibrators.grid.spec import Site, Target
+from calibrators.placement.integer_values import Placer, is_float
+from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.placement.sites import Sites, rescales
+
+__all__ = ["Placement", "PlacementOptions", "place"]
+
+aten = torch.ops.aten
+
+FIRST_LAST = "first and last layer"
+"""What stands for a glob in the rule that first_last_bits implies."""
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """What the user may decide about placement.
+
+    weight_bits:     bits of weights. Below the widest grid (8, or 7 with reduce_range) a weight is asymmetric, for a
+                     symmetric grid would lose one of its few levels.
+    activation_bits: bits of the values that operators with weights read, and of all that share a scale with them. What
+                     only sums, products, pools and outputs read keeps the bits of the target: the result of a residual
+                     branch does, the sum that the next convolution reads does not.
+    first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception. It
+                     is the first rule of all, so that any of `layers` takes precedence.
+    reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
+                     of products in 16 bits do not saturate.
+    weight_only:     layers with a kernel for it (linear ones) have quantized weights, float inputs and float biases.
+    block_size:      inputs of a channel that have one weight scale there; None: all.
+    wide_taps:       where the bits cannot hold an identity branch beside the other weights of a kernel that it was
+                     folded into, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
+    include:         globs on module path, operator or node name; only matching operators are quantized.
+    exclude:         globs likewise; matching operators stay in float.
+    layers:          rules for single layers, in order; they win over all of the above.
+    allocated:       rules that calibrators.mixed_precision.mixed found for operators by name; `layers` win over them.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    first_last_bits: int | None = 8
+    per_tensor_weights: bool = False
+    weight_only: bool = False
+    block_size: int | None = None
+    reduce_range: bool = False
+    wide_taps: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
+    allocated: tuple[MatchedRule, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The graph in integer forms and its sites, in topological order of the values.
+
+    rules: which layers the rules decided; notes: which of their settings could not be kept, and why.
+    """
+
+    graph: fx.GraphModule
+    target: Target
+    sites: tuple[Site, ...]
+    rules: tuple[AppliedRule, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """Nodes of the graph by fx name."""
+        return {node.name: node for node in self.graph.graph.nodes}
+
+    @cached_property
+    def weight_of(self) -> dict[str, Site]:
+        """Weight site by the fx name of each operator that reads it."""
+        return {user: site for site in self.sites if site.kind == "weight" for user in site.users}
+
+    @cached_property
+    def activation_of(self) -> dict[str, Site]:
+        """Activation site by the fx name of its node."""
+        return {site.node: site for site in self.sites if site.kind == "activation"}
+
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Weighted operators that read each weight and each activation scale, by the name of the site that owns it."""
+        found: dict[str, list[str]] = {}
+        for site in (site for site in self.sites if site.kind == "weight"):
+            found[site.name] = [*site.users]
+            for user in () if site.weight_only else site.users:
+                found.setdefault(self.input_of(self.nodes[user]).name, []).append(user)
+        return {name: tuple(users) for name, users in found.items()}
+
+    def values(self, site: Site) -> Tensor:
+        """The float weight or bias of a site."""
+        return constant(self.graph, self.nodes[site.node])
+
+    def input_of(self, node: fx.Node) -> Site:
+        """The site that owns the scale of what a weighted operator reads."""
+        return self.root(self.activation_of[bind(node)["input"].name])
+
+    def root(self, site: Site) -> Site:
+        """The site that owns the scale and zero point of `site`."""
+        while site.shares is not None:
+            site = self.by_name[site.shares]
+        return site
+
+
+def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | None = None) -> Placement:
+    """Sites of a graph in integer forms (calibrators.graph.canonical) for a target.
+
+    raises: UnknownNameError for a pattern that matches nothing, InputError when nothing is left to quantize.
+    """
+    options = options or PlacementOptions()
+    given = _matched(graph, options)
+    floats = RuleList(given)
+    operators = [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    selected = frozenset(name for name in operators if not floats.value("float", name))
+    weighted = [node for node in graph.graph.nodes if node.name in selected and _has_weight(graph, target, node)]
+    if not weighted:
+        raise InputError(
+            f"nothing to quantize: target {target.name!r} has integer kernels for "
+            f"{', '.join(sorted(operator_name(op) for op in target.weighted))} with constant weights, and the model "
+            "(after --include, --exclude and float layers) has none of them"
+        )
+    _check_reach(given, weighted)
+    rules = RuleList([*_implied(options, target, weighted), *options.allocated, *given])
+    weight_only = _weight_only(rules, target, weighted)
+    _check_blocks(rules, weighted)
+    placer = Placer(graph, target, selected, frozenset(weighted) - weight_only)
+    sites = Sites(placer, rules, weighted, reduce_range=options.reduce_range, wide_taps=options.wide_taps).build()
+    notes = *_notes(rules, sites, weighted), *_notes_on_weight_only(rules, target, weighted, weight_only)
+    return Placement(graph, target, sites, _applied(graph, rules, weighted), notes)
+
+
+def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRule]:
+    """The rules that the user gave, in order, with what they match: include, exclude, single layers."""
+    labels = {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
+    rules = [("include", LayerRule(glob, float=False)) for glob in options.include]
+    rules += [("exclude", LayerRule(glob, float=True)) for glob in options.exclude]
+    rules += [("layer", rule) for rule in options.layers]
+    everything = [MatchedRule(LayerRule("*", float=True), frozenset(labels))] if options.include else []
+    return [*everything, *(MatchedRule.by_glob(rule, labels, flag) for flag, rule in rules)]
+
+
+def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
+    """An operator with a constant float32 weight for which the target has a kernel."""
+    if node.target not in target.weighted or not is_float(node):
+        return False
+    bound = bind(node)
+    if is_constant(bound["input"]) or not is_constant(bound["weight"]):
+        return False
+    bias_ok = bound["bias"] is None or is_constant(bound["bias"])
+    return bias_ok and constant(graph, bound["weight"]).dtype == torch.float32
+
+
+def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:
+    """The rules that come before all others: for every layer, for weight-only ones, for the first and the last."""
+    everywhere = LayerRule(
+        "*",
+        weight_bits=options.weight_bits,
+        activation_bits=options.activation_bits,
+        granularity="tensor" if options.per_tensor_weights else "channel",
+    )
+    yield MatchedRule(everywhere, frozenset(node.name for node in weighted))
+    if options.weight_only:
+        nodes = frozenset(node.name for node in weighted if node.target in target.weight_only)
+        if not nodes:
+            raise InputError(f"weight_only: {_no_weight_only(target, weighted)}.")
+        granularity: Any = None if options.block_size is None else "block"
+        rule = LayerRule("*", weight_only=True, granularity=granularity, block_size=options.block_size)
+        yield MatchedRule(rule, nodes)
+    if options.first_last_bits is not None:
+        bits = options.first_last_bits
+        nodes = frozenset({weighted[0].name, weighted[-1].name})
+        yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first-last-bits")
+
+
+def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> None:
+    """Raises InputError for a rule that says more than float and meets no layer to which that applies."""
+    names = {node.name for node in weighted}
+    for matched in rules:
+        if matched.rule.settings.keys() != {"float"} and not matched.nodes & names:
+            first = next(iter(matched.rule.settings))
+            raise InputError(
+                f"--layer pattern {matched.rule.match!r} sets {first} and matches no quantized layer with weights, the "
+                f"only ones that have it; they are {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
+            )
+
+
+def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The layers of which weights only are quantized: told so, with such a kernel and a weight that no other reads.
+
+    raises: InputError for a rule that says so of no layer with such a kernel.
+    """
+    able = {node.name for node in weighted if node.target in target.weight_only}
+    for matched in rules.rules:
+        if matched.rule.weight_only and not matched.nodes & able:
+            reached = [node for node in weighted if node.name in matched.nodes]
+            raise InputError(f"--layer pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}.")
+    readers = Counter(bind(node)["weight"].name for node in weighted)
+    told = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
+    return frozenset(node for node in told if readers[bind(node)["weight"].name] == 1)
+
+
+def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
+    """That none of the layers has a kernel that reads codes of the weight alone."""
+    kernels = ", ".join(sorted(map(operator_name, target.weight_only))) or "no operator"
+    found = ", ".join(sorted({operator_name(node.target) for node in layers}))
+    return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
+
+
+def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
+    """Raises InputError for scales per block in integer kernels."""
+    for node in weighted:
+        decider = rules.decider("granularity", node.name)
+        if decider is None or decider.rule.granularity != "block" or rules.value("weight_only", node.name):
+            continue
+        raise InputError(
+            f"--layer pattern {decider.rule.match!r} gives {layer_name(node)} one weight scale per block, which "
+            "integer kernels do not have; set weight_only = true there or another granularity."
+        )
+
+
+def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
+    """What the rules decided, without the one that holds for every layer."""
+    with_weights = {node.name for node in weighted}
+
+    def decides(matched: MatchedRule, node: fx.Node) -> bool:
+        settings = matched.rule.settings if node.name in with_weights else {"float": None}
+        return any(rules.decider(setting, node.name) is matched for setting in settings)
+
+    def layers(matched: MatchedRule) -> tuple[str, ...]:
+        nodes = (node for node in graph.graph.nodes if node.name in matched.nodes and decides(matched, node))
+        return tuple(dict.fromkeys(map(layer_name, nodes)))
+
+    told = [matched for matched in rules.rules if matched.flag]
+    return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in told)
+
+
+def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
+    """One sentence for every layer that has not what a rule of the user asks for."""
+    specs = {(site.kind, user): site.spec for site in sites for user in site.users}
+
+    def missed(setting: str, node: fx.Node, found: int) -> bool:
+        decider = rules.decider(setting, node.name)
+        told = decider is not None and (decider.flag == "layer" or found == WIDE)
+        return told and found > rules.value(setting, node.name)
+
+    for node in weighted:
+        name, weight, read = layer_name(node), specs["weight", node.name], specs.get(("activation", node.name))
+        if missed("weight_bits", node, weight.bits) and not rescales(node):
+            yield f"{name}: its weight keeps {weight.bits} bits, because another layer shares the weight"
+        if read is not None and missed("activation_bits", node, read.bits):
+            yield f"{name}: its input keeps {read.bits} bits, because another layer shares value or scale"
+        if weight.symmetric and rules.value("symmetric", node.name) is False:
+            yield f"{name}: its weight stays symmetric, because only fewer than {weight.bits} bits have a zero point"
+
+
+def _notes_on_weight_only(
+    rules: RuleList, target: Target, weighted: Sequence[fx.Node], weight_only: Collection[fx.Node]
+) -> Iterator[str]:
+    """One sentence for every layer that is not weight-only although a rule says so, or whose rules do not show."""
+    for node in weighted:
+        if node in weight_only:
+            decider = rules.decider("activation_bits", node.name)
+            if decider is not None and decider.flag == "layer":
+                yield f"{layer_name(node)}: activation_bits has no effect, because it is weight_only"
+        elif rules.value("weight_only", node.name):
+            if node.target in target.weight_only:
+                yield f"{layer_name(node)}: not weight_only, because another layer shares its weight"
+            else:
+                yield f"{layer_name(node)}: not weight_only, because {operator_name(node.target)} has no such kernel"
+    others = {operator_name(node.target) for node in weighted if node.target not in target.weight_only}
+    everywhere = any(matched.rule.weight_only and not matched.flag for matched in rules.rules)
+    if everywhere and others:
+        yield f"weight_only does not apply to {', '.join(sorted(others))}: there is no such kernel, it stays as it was"
+
+
+def _labels(node: fx.Node) -> list[str]:
+    """What a glob may match: node name, operator, and the module path with each of its parents."""
+    path = module_path(node)
+    parts = path.split(".") if path else []
+    paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return [*dict.fromkeys((node.name, operator_name(node.target), *paths))]

@@ -1,0 +1,165 @@
+"""Quantizers by name: the grid of every weight, bias and activation as the rules for layers have it.
+
+Must not know: how rules were written, methods, ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from calibrators.graph.aten import bind, fan_in, module_path, operator_name, shape_of
+from calibrators.graph.canonical import clip_bounds
+from calibrators.grid.spec import QuantSpec, Site
+from calibrators.placement.identity_taps import needs_wide_taps
+from calibrators.placement.integer_values import Placer
+from calibrators.placement.layer_rules import DEFAULT_BLOCK, WIDE, RuleList
+
+__all__ = ["Sites", "rescales"]
+
+REDUCED_BITS = 7
+"""Widest symmetric weights whose pairs of products with uint8 codes fit 16 bits: 2 * 255 * 63 < 2**15."""
+
+
+def rescales(node: fx.Node) -> bool:
+    """Whether a weight is one number per channel: its grid is the widest there is."""
+    return fan_in(node) == 1
+
+
+@dataclass
+class Sites:
+    """Turns the placer's decisions into named sites."""
+
+    placer: Placer
+    rules: RuleList
+    weighted: list[fx.Node]
+    reduce_range: bool
+    wide_taps: bool
+    names: set[str] = field(default_factory=set)
+
+    def build(self) -> tuple[Site, ...]:
+        activations = self._activations()
+        readers: dict[str, list[fx.Node]] = {}  # of each weight: tied layers share one site
+        for node in self.weighted:
+            readers.setdefault(bind(node)["weight"].name, []).append(node)
+        weights = [self._weight(name, nodes) for name, nodes in readers.items()]
+        integer = [node for node in self.weighted if self.placer.is_weighted(node)]
+        biases = [self._bias(node) for node in integer if bind(node)["bias"] is not None]
+        return (*activations, *weights, *biases)
+
+    def _weight(self, name: str, nodes: list[fx.Node]) -> Site:
+        users = tuple(node.name for node in nodes)
+        weight_only = not self.placer.is_weighted(nodes[0])
+        label = self._name(nodes[0], "weight")
+        method = next(filter(None, self._settings("method", nodes)), None)
+        return Site(label, "weight", name, users, self._weight_spec(nodes), method=method, weight_only=weight_only)
+
+    def _bias(self, node: fx.Node) -> Site:
+        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
+        return Site(self._name(node, "bias"), "bias", bind(node)["bias"].name, (node.name,), spec)
+
+    def _name(self, node: fx.Node, what: str) -> str:
+        """`module.path.what`, numbered where that is taken."""
+        path = module_path(node)
+        readable = f"{path}.{what}" if path else what
+        name, count = readable, 0
+        while name in self.names:
+            count += 1
+            name = f"{readable}_{count}"
+        self.names.add(name)
+        return name
+
+    def _settings(self, setting: str, nodes: Iterable[fx.Node]) -> list[Any]:
+        return [self.rules.value(setting, node.name) for node in nodes]
+
+    def _weight_spec(self, nodes: list[fx.Node]) -> QuantSpec:
+        """The grid of a weight: of all that its readers ask for the finest."""
+        grid = self._grid(nodes)
+        reduced = self.reduce_range and self.placer.is_weighted(nodes[0])
+        widest = min(grid.bits, REDUCED_BITS) if reduced else grid.bits
+        bits = min(max(self._settings("weight_bits", nodes)), widest)
+        if rescales(nodes[0]):  # nothing to save
+            return replace(grid, bits=widest)
+        if not all(self._settings("symmetric", nodes)) and bits < widest:
+            grid = replace(grid, symmetric=False, narrow=False)
+        return replace(grid, bits=bits, tap_bits=self._tap_bits(nodes, bits, widest))
+
+    def _tap_bits(self, nodes: list[fx.Node], bits: int, widest: int) -> int | None:
+        """Bits of the taps of an identity branch where they are more than the others'."""
+        wide = self.wide_taps and bits < widest and needs_wide_taps(self.placer.graph, bind(nodes[0])["weight"])
+        return widest if wide else None
+
+    def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
+        """The grid of the target with what has one scale; blocks that hold a whole row are channels."""
+        grid, granularities = self.placer.target.weight, set(self._settings("granularity", nodes))
+        if granularities == {"tensor"}:
+            return replace(grid, axis=None)
+        sizes = [size or DEFAULT_BLOCK for size in self._settings("block_size", nodes)]
+        inputs = shape_of(bind(nodes[0])["weight"])[1]
+        blocked = "block" in granularities and not self.placer.is_weighted(nodes[0]) and min(sizes) < inputs
+        return replace(grid, block_size=min(sizes) if blocked else None)
+
+    def _activations(self) -> list[Site]:
+        placer = self.placer
+        sites: dict[fx.Node, Site] = {}
+        for node in placer.nodes:
+            if not placer.is_quantized[node]:
+                continue
+            origin = placer.absorbed.get(node, node)
+            users = list(node.users)
+            if not placer.writes_codes(node):
+                users = [user for user in users if placer.reads_codes(user, node)]
+            what = node.name if node.op == "placeholder" else operator_name(node.target)
+            site = Site(
+                name=self._name(node, what),
+                kind="activation",
+                node=node.name,
+                users=tuple(user.name for user in users),
+                spec=placer.target.activation,
+                fixed=placer.target.fixed_outputs.get(node.target),
+                clip=clip_bounds(node) if node in placer.absorbed else None,
+            )
+            if origin is node and node.op == "call_function" and placer.runs_on_integers(node):
+                site = self._share(site, node, sites)
+            sites[node] = site
+        return self._with_bits(sites)
+
+    def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
+        """A reshape, pad or stand-alone clip takes the scale of its input's site."""
+        target = self.placer.target
+        if node.target in target.same_scale_ops | target.on_codes_ops:
+            of_codes = node.target in target.on_codes_ops
+            return replace(site, shares=sites[node.args[0]].name, of_codes=of_codes)  # type: ignore[index]
+        bounds = clip_bounds(node)
+        if bounds is not None:
+            return replace(site, shares=sites[node.args[0]].name, clip=bounds, of_codes=True)  # type: ignore[index]
+        return site
+
+    def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
+        """Sites with the bits of their readers with weights, of the widest; sites that share a scale have the same."""
+        by_name = {site.name: site for site in sites.values()}
+
+        def root(site: Site) -> str:
+            while site.shares is not None:
+                site = by_name[site.shares]
+            return site.name
+
+        bits: dict[str, int] = {}
+        methods: dict[str, str | None] = {}  # of the first reader with one
+        for node in filter(self.placer.is_weighted, self.weighted):
+            scale = root(sites[bind(node)["input"]])
+            bits[scale] = max(bits.get(scale, 0), self.rules.value("activation_bits", node.name))
+            methods[scale] = methods.get(scale) or self.rules.value("method", node.name)
+        return [
+            replace(self._at_bits(site, bits.get(root(site), site.spec.bits)), method=methods.get(root(site)))
+            for site in by_name.values()
+        ]
+
+    def _at_bits(self, site: Site, bits: int) -> Site:
+        """The site on a grid of that width; a wide one is made from floats, whatever stands before it."""
+        if bits == WIDE:
+            return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
+        return replace(site, spec=replace(site.spec, bits=bits))

@@ -1,0 +1,1 @@
+"""The reference program: the graph with quantize and dequantize operators, and the frozen codes."""

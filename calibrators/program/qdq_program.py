@@ -1,0 +1,265 @@
+"""The reference program: the graph with explicit quantize and dequantize operators, one step before ONNX.
+
+Emission translates it one operator to one; `runtime_tests.reference.execute` executes it as the runtime's integer
+kernels; called as a module it executes as QDQ: float arithmetic between dequantize and quantize.
+
+Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
+- an activation site is `dequantize(quantize(x, ...), ...)`; scale and zero_point are get_attr buffers, float32 [] and
+  uint8 [] (int16 for wide grids); [qmin, qmax] of quantize may be narrower than the container;
+- a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
+  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
+- a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
+  asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
+- the weight of a layer with float inputs keeps codes and zero points, for both are stored in few bits; its scales may
+  stand for blocks of `block_size` entries of a row; its bias is a float buffer, of zeros where the model has none;
+- a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
+- `program.meta["names"]` maps buffer names to readable ones for the file.
+
+Must not know: ONNX, runtimes, how the parameters were chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
+from calibrators.grid.numerics import along_axis, grid_of, round_codes
+from calibrators.grid.spec import QParams, Site
+from calibrators.placement.place import Placement
+
+__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program"]
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("intact::quantize", mutates_args=())
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str
+) -> Tensor:
+    scale_b, zero_point_b = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    return round_codes(x, scale_b, zero_point_b, qmin, qmax).to(zero_point.dtype)
+
+
+@_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("intact::dequantize", mutates_args=())
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
+) -> Tensor:
+    scale_b, zero_point_b = (along_axis(values, codes, axis, block_size) for values in (scale, zero_point))
+    return (codes.to(torch.int32) - zero_point_b.to(torch.int32)).to(torch.float32) * scale_b
+
+
+@_dequantize.register_fake
+def _(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
+) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+QUANTIZE = torch.ops.intact.quantize.default
+DEQUANTIZE = torch.ops.intact.dequantize.default
+
+
+QUANTIZED_BY_RUNTIMES = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.linear.default,
+)
+"""Operators whose float weights onnxruntime quantizes on its own between dequantize and quantize."""
+
+
+class _QuantizedTensor(Protocol):
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def qparams(self) -> QParams: ...
+
+
+def build_program(
+    placement: Placement,
+    qparams_of: Callable[[Site], QParams],
+    weights: Mapping[str, _QuantizedTensor],
+    biases: Mapping[str, _QuantizedTensor],
+) -> fx.GraphModule:
+    """The placed graph with explicit quantize and dequantize operators in the form this module's docstring gives.
+
+    Node names of the placed graph are kept, so that the two can be compared value by value.
+    """
+    builder = _Builder(placement, qparams_of)
+    for site in placement.sites:
+        if site.kind == "activation":
+            builder.activation(site)
+        else:
+            builder.constant(site, (weights if site.kind == "weight" else biases)[site.name])
+    return builder.finish()
+
+
+class _Builder:
+    """Edits a copy of the placed graph, one site at a time."""
+
+    def __init__(self, placement: Placement, qparams_of: Callable[[Site], QParams]) -> None:
+        self.placement, self.qparams_of = placement, qparams_of
+        self.program = copy.deepcopy(placement.graph)
+        self.graph = self.program.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.names: dict[str, str] = {}
+        self.codes: dict[str, fx.Node] = {}  # codes of each activation site
+        self.parameters: dict[str, tuple[str, str]] = {}  # buffers of each site that owns its scale
+        self.weight_only = {user for site in placement.sites if site.weight_only for user in site.users}
+
+    def _buffer(self, readable: str, value: Tensor) -> str:
+        name = add_constant(self.program, readable, value)
+        self.names[name] = readable
+        return name
+
+    def _scale_and_zero_point(self, site: Site, qparams: QParams) -> tuple[fx.Node, fx.Node]:
+        root = self.placement.root(site)
+        if root.name not in self.parameters:
+            zero_point = qparams.zero_point.to(root.spec.dtype)
+            scale_name = self._buffer(f"{root.name}_scale", qparams.scale)
+            self.parameters[root.name] = scale_name, self._buffer(f"{root.name}_zero_point", zero_point)
+        scale, zero_point_name = self.parameters[root.name]
+        return self.graph.get_attr(scale), self.graph.get_attr(zero_point_name)
+
+    def activation(self, site: Site) -> None:
+        """Quantize and dequantize behind the value, for the readers the site names."""
+        node, qparams = self.nodes[site.node], self.qparams_of(site)
+        readers = [user for user in node.users if user.name in set(site.users)]
+        lo, hi = _code_bounds(site, qparams)
+        before = node
+        if site.clip is not None and not site.of_codes:
+            before = self._source_of_clip(node, site, qparams, readers)
+        with self.graph.inserting_after(node):
+            anchor = self.graph.call_function(aten.alias.default, (node,))  # keeps the insertion order below simple
+        with self.graph.inserting_before(anchor):
+            scale, zero_point = self._scale_and_zero_point(site, qparams)
+            if site.of_codes:
+                source = self.codes[site.shares or ""]
+                target, arguments = _on_codes(node, qparams, (lo, hi))
+                codes = self.graph.call_function(target, (source, *arguments))
+            else:
+                codes = self.graph.call_function(QUANTIZE, (before, scale, zero_point, lo, hi, None, site.name))
+            value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
+        self.graph.erase_node(anchor)
+        for made in (codes, value):
+            made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        self.codes[site.name] = codes
+        for user in readers:
+            user.replace_input_with(node, value)
+
+    def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
+        """What the quantizer reads: the ReLU or clip while saturation at the container's ends equals it, for then the
+        runtime removes it, or where it is float anyway; else its input, because the integer bounds do its work.
+        """
+        container = torch.iinfo(site.spec.dtype)
+        lo, hi = _code_bounds(site, qparams)
+        saturates = site.spec.is_wide or (lo, hi) == (container.min, container.max)
+        if saturates or len(readers) != len(node.users):
+            return node
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def constant(self, site: Site, coded: _QuantizedTensor) -> None:
+        """A weight or bias as dequantize of its codes; those of integer kernels are moved to the zero point 0.
+
+        Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
+        """
+        qparams, codes = coded.qparams, coded.codes
+        zero_point = qparams.zero_point.to(site.spec.dtype)
+        if not site.weight_only:
+            codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1]).to(site.spec.dtype)
+            zero_point = torch.zeros_like(zero_point)
+        buffers = [
+            self._buffer(f"{site.name}_{what}", value)
+            for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))
+        ]
+        for user in map(self.nodes.__getitem__, site.users):
+            with self.graph.inserting_before(user):
+                constants = tuple(self.graph.get_attr(name) for name in buffers)
+                axis = None if qparams.scale.ndim == 0 else 0
+                block = () if site.spec.block_size is None else (site.spec.block_size,)
+                value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
+            value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
+            if site.weight_only and bind(user)["bias"] is None:
+                self._add_zero_bias(user, site, len(codes))
+
+    def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
+        """What keeps a quantizer or ReLU from standing directly behind a product, where runtimes do not fuse it."""
+        name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
+        with self.graph.inserting_before(user):
+            replace_args(user, bias=self.graph.get_attr(name))
+
+    def _shield(self, node: fx.Node) -> None:
+        """Keep a weighted operator in float that was left there, or that has nothing but its weight quantized.
+
+        onnxruntime quantizes float weights by itself when codes stand directly before and behind the operator; a clip
+        at the bounds of the grid changes no value and hides the codes from it.
+        """
+        weight, source = bind(node)["weight"], node.args[0]
+        coded = source
+        while isinstance(coded, fx.Node) and coded.target in self.placement.target.same_scale_ops:
+            coded = coded.args[0]  # codes are moved through these, too
+        in_integers = weight.target is DEQUANTIZE and node.name not in self.weight_only
+        if in_integers or not isinstance(coded, fx.Node) or coded.target is not DEQUANTIZE:
+            return
+        assert isinstance(source, fx.Node)
+        step, zero = (constant(self.program, node) for node in coded.args[1:3] if is_constant(node))
+        grid = torch.iinfo(zero.dtype)
+        lo, hi = ((torch.tensor(code) - zero.to(torch.int32)).float() * step for code in (grid.min, grid.max))
+        with self.graph.inserting_before(node):
+            clipped = self.graph.call_function(aten.clamp.default, (source, float(lo), float(hi)))
+        clipped.meta = dict(source.meta)
+        node.replace_input_with(source, clipped)
+
+    def finish(self) -> fx.GraphModule:
+        for node in list(self.graph.nodes):
+            if node.target in QUANTIZED_BY_RUNTIMES:
+                self._shield(node)
+        self.graph.eliminate_dead_code()
+        self.program.delete_all_unused_submodules()
+        used = {str(node.target).split(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        for name in [*self.program._parameters, *self.program._buffers]:
+            if name not in used:
+                delattr(self.program, name)
+        self.program.recompile()
+        self.program.meta = {**self.placement.graph.meta, "names": self.names}
+        infer_shapes(self.program)
+        return self.program
+
+
+def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that does to codes what `node` does to values, and its arguments behind the codes."""
+    if node.target is aten.constant_pad_nd.default:
+        return node.target, (node.args[1], int(qparams.zero_point))
+    return aten.clamp.default, bounds
+
+
+def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
+    """First and last code of a site: its grid cut at the codes of the clip's bounds, where codes can be clipped."""
+    spec = site.spec
+    if site.clip is None or spec.is_wide:
+        return spec.qmin, spec.qmax
+    zero_point = qparams.zero_point
+
+    def code(bound: float, otherwise: int) -> int:
+        if math.isinf(bound):
+            return otherwise
+        return int(round_codes(torch.tensor(bound), qparams.scale, zero_point, spec.qmin, spec.qmax))
+
+    return code(site.clip[0], spec.qmin), code(site.clip[1], spec.qmax)

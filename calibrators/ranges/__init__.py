@@ -1,0 +1,1 @@
+"""Choose scales and zero points from streamed statistics."""

@@ -1,0 +1,136 @@
+"""The range that minimises an error: a grid over the fractions of the observed range, then golden section.
+
+An error is piecewise smooth at best in the ends of the range, so the grid finds the valley and golden section only
+refines inside it. All rows (channels) and many candidates are evaluated at once. Errors are summed in float64 and
+compared in float32, so that the order of a sum, which threads and vector width decide, does not choose the range.
+
+Must not know: methods, statistics, graphs.
+source: grid and golden section, as in BRECQ's and Brevitas' searches. Departs: both, one after the other; two free ends
+are searched in turn, each over all its fractions, instead of over their product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calibrators.grid.numerics import fake_quant, qparams_from_range
+from calibrators.grid.spec import QParams, QuantSpec
+from calibrators.ranges.range_method import BLOCK, Samples
+
+__all__ = ["FRACTIONS", "RangeError", "in_blocks", "lp_bounds", "lp_error", "search_bounds"]
+
+RangeError = Callable[[Tensor, Tensor], Tensor]
+"""Error of the ranges [lo, hi], both float64 [candidates, rows], as float64 [candidates, rows]."""
+
+FRACTIONS = torch.cat(
+    [
+        torch.linspace(1.0, 0.1, 91, dtype=torch.float64),
+        torch.logspace(-1.0, math.log10(0.005), 17, dtype=torch.float64)[1:],
+    ]
+)
+"""Candidate ends as fractions of the observed ones, widest first so that the widest of equals is kept: steps of one
+percent, then down to 1/200 in steps of a sixth for heavy tails."""
+
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+REFINEMENTS = 12
+"""Golden section steps: they narrow a bracket of two grid steps to 1/300 of it."""
+
+ROUNDS = 3
+"""Times that each of two free ends is searched; a round that changes nothing ends the search."""
+
+
+def lp_bounds(samples: Samples, spec: QuantSpec, p: float) -> tuple[Tensor, Tensor]:
+    """Ends of the range that minimises the mean of |fake_quant(x) - x| ** p, float64 [rows] each."""
+    return search_bounds(lp_error(samples, spec, p), samples, symmetric=spec.symmetric, refinements=REFINEMENTS)
+
+
+def lp_error(samples: Samples, spec: QuantSpec, p: float) -> RangeError:
+    """Error of a range: mean of (|fake_quant(x) - x| / reach) ** p on the grid that the range really gives."""
+    rows, n = samples.values.shape
+    reach = torch.where(samples.reach > 0.0, samples.reach, 1.0).to(samples.values.dtype)[:, None]
+
+    def error(lo: Tensor, hi: Tensor) -> Tensor:
+        qparams = qparams_from_range(lo, hi, replace(spec, axis=0))  # [candidates, rows]
+        flat = QParams(qparams.scale.flatten(), qparams.zero_point.flatten(), qparams.spec)
+        values = samples.values.expand(len(lo), rows, n).reshape(-1, n)  # [candidates * rows, n]
+        distance = fake_quant(values, flat).sub_(values).view(len(lo), rows, n).div_(reach)
+        powered = distance.square_() if p == 2.0 else distance.abs_()
+        if p not in (1.0, 2.0):
+            powered = powered.to(torch.float64).pow_(p)  # a float32 power would depend on the vector width
+        return samples.sum(powered) / samples.total
+
+    return in_blocks(error, max(1, BLOCK // (rows * n)))
+
+
+def search_bounds(
+    error: RangeError, samples: Samples, *, symmetric: bool, refinements: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Ends of the range with the smallest error that was met, the observed range included; float64 [rows] each.
+
+    symmetric: both ends shrink together. Otherwise that is where each end starts on its own.
+    """
+    lo, hi = samples.lo.clamp(max=0.0), samples.hi.clamp(min=0.0)
+
+    def of_ends(lower: Tensor, upper: Tensor) -> Tensor:
+        candidates = (lower + upper).shape  # one of them may be [rows], the other is [candidates, rows]
+        return error((lower * lo).expand(candidates), (upper * hi).expand(candidates)).to(torch.float32)
+
+    both = _line_search(lambda f: of_ends(f, f), torch.ones_like(lo), refinements)
+    lower, upper = both, both
+    if symmetric or not bool(samples.crosses_zero.any()):
+        return lower * lo, upper * hi
+    for _ in range(ROUNDS):
+        before = torch.stack([lower, upper])
+        upper = _line_search(partial(of_ends, lower), upper, refinements)
+        lower = _line_search(partial(of_ends, upper=upper), lower, refinements)
+        if torch.equal(before, torch.stack([lower, upper])):
+            break
+    return lower * lo, upper * hi
+
+
+def _line_search(error: Callable[[Tensor], Tensor], start: Tensor, refinements: int) -> Tensor:
+    """Fraction with the smallest error, [rows]; `start` [rows] unless one is strictly better."""
+    grid = FRACTIONS[:, None].expand(-1, len(start))  # [candidates, rows]
+    errors = error(grid)
+    best = errors.argmin(0)
+    found, found_error = FRACTIONS[best], errors.amin(0)
+    if refinements:
+        left, right = FRACTIONS[(best + 1).clamp(max=len(FRACTIONS) - 1)], FRACTIONS[(best - 1).clamp(min=0)]
+        found, found_error = _golden_section(error, left, right, (found, found_error), refinements)
+    return torch.where(found_error < error(start[None])[0], found, start)
+
+
+def _golden_section(
+    error: Callable[[Tensor], Tensor], left: Tensor, right: Tensor, best: tuple[Tensor, Tensor], steps: int
+) -> tuple[Tensor, Tensor]:
+    """The best of `best` (fraction, error) and of what the bracket (left, right) narrows down to; everything [rows]."""
+    found, found_error = best
+    low, high = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
+    low_error, high_error = error(torch.stack([low, high]))
+    for _ in range(steps):
+        lower = low_error < high_error  # the valley is left of `high`
+        left, right = torch.where(lower, left, low), torch.where(lower, high, right)
+        probe = torch.where(lower, right - GOLDEN * (right - left), left + GOLDEN * (right - left))
+        probe_error = error(probe[None])[0]
+        inner, inner_error = torch.where(lower, low, high), torch.where(lower, low_error, high_error)
+        low, low_error = torch.where(lower, probe, inner), torch.where(lower, probe_error, inner_error)
+        high, high_error = torch.where(lower, inner, probe), torch.where(lower, inner_error, probe_error)
+        better = inner_error < found_error
+        found, found_error = torch.where(better, inner, found), torch.where(better, inner_error, found_error)
+    return found, found_error
+
+
+def in_blocks(error: RangeError, height: int) -> RangeError:
+    """The same error, `height` candidates at a time."""
+
+    def blocked(lo: Tensor, hi: Tensor) -> Tensor:
+        pairs = zip(torch.split(lo, height), torch.split(hi, height), strict=True)
+        return torch.cat([error(*pair) for pair in pairs])
+
+    return blocked

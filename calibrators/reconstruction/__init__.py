@@ -1,0 +1,1 @@
+"""Train or round weights unit by unit."""

@@ -1,0 +1,410 @@
+"""Reconstruction: units of the network learn, one after the other, to give their float output.
+
+Float and quantized activations of all calibration samples advance together from unit to unit; each unit is trained on
+inputs that everything before it has already quantized, then hardened, and run once to make the next unit's inputs.
+
+source: Nagel et al. 2020 (AdaRound); Li et al. 2021 (BRECQ); Wei et al. 2022 (QDrop).
+Departs: the loss is relative to the energy of the output and the regularizer to the loss of nearest rounding, so that
+one set of options serves every architecture; learning rates follow from the number of steps; activation scales are
+trained as logarithms; biases are trained as well; a unit that training did not improve keeps nearest rounding.
+
+Must not know: which methods there are, ONNX, runtimes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibrators.errors import DataError
+from calibrators.execution.activation_cache import Cache, Recording
+from calibrators.execution.blocks import Block, extract, partition
+from calibrators.execution.measure import relative_errors
+from calibrators.execution.streamed_network import Deployment
+from calibrators.execution.task import Problem
+from calibrators.graph.aten import batch_of, to_device
+from calibrators.grid.spec import QParams
+from calibrators.methods import get_method
+from calibrators.options import check, option
+from calibrators.program.freeze import CalibrationResult, widen
+from calibrators.reconstruction import grouping
+from calibrators.reconstruction.downstream import DownstreamTarget, FrozenUnits
+from calibrators.reconstruction.training import Learned, Loss, RelativeError, Settings, Unit, train
+
+__all__ = ["Reconstruction", "Run"]
+
+SHRINKING = 4.0
+"""How far training may lower an activation scale before a bias has to be coded on a coarser weight scale."""
+
+PRESETS = {"fast": 500, "best": 5000}
+"""Training steps per unit."""
+
+GRANULARITIES = ("block", "loss", "modcap", "boundary")
+"""Every unit alone; or joined where the loss falls, where capacities differ, where shapes change."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+NARROW = 4
+"""Bits of weights up to which the rounding errors of bfloat16 vanish beside those of quantization."""
+
+
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """What units give in the float network.
+
+    caches: of all outputs that have samples, by fx name; energy: mean squares of the floating ones.
+    """
+
+    caches: dict[str, Cache]
+    energy: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Deployed:
+    """A unit as it would be exported: mean relative error of its outputs, the method's loss, its outputs by fx name."""
+
+    error: float
+    loss: float
+    caches: dict[str, Cache]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Base of the methods that train rounding unit by unit: the options they share, and what a method may change."""
+
+    preset: str = option("fast", "steps per unit: fast 500, best 5000", choices=tuple(PRESETS))
+    iters: int = option(0, "steps per unit, for each of those that are joined; 0: as the preset says", minimum=0)
+    batch: int = option(32, "samples per step", minimum=1)
+    lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
+    scale_lr: float = option(0.0, "learning rate of log activation scales; 0: 1 / iters", minimum=0)
+    bias_lr: float = option(0.0, "learning rate of biases, in mean biases; 0: 1 / iters", minimum=0)
+    affine: bool = option(False, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
+    affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
+    strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
+    warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
+    chain: int = option(3, "layers of a plain chain that form one unit", minimum=1)
+    ranges: str = option("mse", "range method for the first activation scales")
+    weight_ranges: str = option("mse", "range method for the weights")
+    precision: str = option(
+        "auto", "while training; auto: bfloat16 where fast and weights are narrow", choices=PRECISIONS
+    )
+    granularity: str = option("block", "which neighbours are trained jointly", choices=GRANULARITIES)
+    joined: int = option(0, "pairs of neighbours to join; 0: all that stand out", minimum=0)
+    group: int = option(3, "most units that are trained jointly", minimum=1)
+    probe: float = option(0.25, "share of iters for the run that measures losses", minimum=0.01, maximum=1)
+    groups: str = option("", "units to train jointly, such as 2-3,5-7 (counted from 0), instead")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def fit(self, problem: Problem) -> CalibrationResult:
+        """The calibrated network."""
+        units = self.blocks(problem)
+        record: dict[str, Any] = {"granularity": self.granularity, "units_before": [unit.name for unit in units]}
+        blocks = self._joined(problem, units, record)
+        members = grouping.members(units, blocks)
+        result = Run(problem, self, blocks, [len(group) for group in members]).result()
+        if len(blocks) < len(units):
+            record["groups"] = [group for group in members if len(group) > 1]
+            errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
+            record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
+        return replace(result, record={**result.record, "grouping": record})
+
+    def _joined(self, problem: Problem, units: tuple[Block, ...], record: dict[str, Any]) -> tuple[Block, ...]:
+        """The units with neighbours joined; what they were chosen by goes into the record."""
+        graph = problem.placement.graph
+        if self.groups:
+            pairs = grouping.parse_groups(self.groups, len(units))
+        elif self.granularity == "boundary":
+            pairs = grouping.by_boundary(graph, units)
+        elif self.granularity == "modcap":
+            bits = {user: site.spec.bits for user, site in problem.placement.weight_of.items()}
+            record["capacities"] = grouping.capacities(graph, units, bits)
+            pairs = grouping.by_capacity(record["capacities"], self.joined)
+        elif self.granularity == "loss":
+            record["losses"] = self._probe(problem, units)
+            pairs = grouping.by_loss(record["losses"], self.joined)
+        else:
+            return units
+        if problem.explain and "losses" not in record:
+            record["losses"] = self._probe(problem, units)
+        return grouping.join(graph, units, pairs, len(units) if self.groups else self.group)
+
+    def _probe(self, problem: Problem, units: tuple[Block, ...]) -> list[float]:
+        """Errors of the units after a shorter run in which each is trained alone."""
+        steps = max(1, round(self.probe * self.settings().iters))
+        probe = Run(problem, replace(self, iters=steps), units, [1] * len(units)).result()
+        return [unit["after"] for unit in probe.record["units"]]
+
+    # What a method may change.
+
+    def blocks(self, problem: Problem) -> tuple[Block, ...]:
+        """The units, in order."""
+        return partition(problem.placement.graph, problem.placement.weight_of, chain=self.chain)
+
+    def settings(self, size: int = 1) -> Settings:
+        """How a unit that `size` units were joined to is trained: weights and activations quantized together."""
+        iters = (self.iters or PRESETS[self.preset]) * size
+        return Settings(
+            iters=iters,
+            batch=self.batch,
+            lr=self.lr or 10 / iters,
+            scale_lr=self.scale_lr or 1 / iters,
+            bias_lr=self.bias_lr or 1 / iters,
+            gain_lr=(self.affine_lr or 1 / iters) if self.affine else 0.0,
+            strength=self.strength,
+            warmup=self.warmup,
+            keep=1.0,
+            input_keep=1.0,
+            precision=torch.bfloat16 if self.precision == "bfloat16" else torch.float32,
+        )
+
+    def prepare(self, unit: Unit, run: Run) -> Unit:
+        """The unit with other float inputs or targets."""
+        return unit
+
+    def loss(self, unit: Unit, run: Run) -> Loss:
+        """What the unit is trained to make small."""
+        return RelativeError(unit.energy)
+
+
+class Run(Deployment):
+    """One way through the network, its blocks the units.
+
+    sizes:    how many units were joined to each.
+    position: index of the unit at work.
+    floats:   caches of the float values that cross into it and later ones, by fx name.
+    goals:    by end of the units that make them, what float values later ones are compared with.
+    """
+
+    def __init__(
+        self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...], sizes: Sequence[int]
+    ) -> None:
+        activations = problem.activations(get_method(method.ranges))
+        weights = problem.weights(get_method(method.weight_ranges))
+        grids = widen(problem.placement, activations, weights, margin=SHRINKING)
+        super().__init__(problem, blocks, activations, grids)
+        self.method, self.sizes = method, sizes
+        self.position = 0
+        self.floats = dict(self.quantized)
+        self.goals: dict[int, Floats] = {}
+        self._computed: dict[str, Any] = {}
+        self._settled: set[str] = set()  # sites that an earlier unit has trained
+
+    def result(self) -> CalibrationResult:
+        """Train every unit; the calibrated network."""
+        report: list[dict[str, Any]] = []
+        steps = sum(self.method.settings(size).iters for size in self.sizes)
+        with self.problem.stage("reconstruct", steps) as bar:
+            for index, block in enumerate(self.blocks):
+                self.position = index
+                start = time.perf_counter()
+                report.append(self._solve(block, bar.advance) | {"seconds": time.perf_counter() - start})
+                self.forget(index, self.floats, self.quantized)
+                if index + 1 in self.goals:
+                    _free(*self.goals.pop(index + 1).caches.values())
+        result = super().result()
+        record = {**result.record, "units": tuple(report), "spilled_bytes": self.memory.spilled}
+        return replace(result, observed=self.problem.statistics, record=record)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed once per run."""
+        if name not in self._computed:
+            self._computed[name] = compute()
+        return self._computed[name]
+
+    def rewritten(
+        self, unit: Unit, change: Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+    ) -> tuple[tuple[Cache, ...], tuple[Cache, ...]]:
+        """New float inputs and targets of a unit; `change` makes inputs and all outputs of the samples it is given."""
+        old = (*unit.float_inputs, *unit.targets)
+        new = [Cache(self.memory, len(cache), cache.gather(torch.arange(1))) for cache in old]
+        start = 0
+        for chunk in self.chunks(unit.float_inputs):
+            inputs, outputs = change(chunk)
+            for cache, values in zip(new, (*inputs, *(outputs[i] for i in unit.supervised)), strict=True):
+                cache.write(start, values)
+            start += len(chunk[0])
+        return tuple(new[: len(unit.float_inputs)]), tuple(new[len(unit.float_inputs) :])
+
+    def ahead(self, unit: Unit, end: int) -> DownstreamTarget:
+        """The way from the unit at work to the outputs of unit `end` - 1, and what these are in the float network."""
+        own = {unit.block.outputs[index]: i for i, index in enumerate(unit.supervised)}
+        if end == self.position + 1:
+            return DownstreamTarget(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
+        units = to_device(FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]), self.device)
+        units.train_in(self.settings_of(unit).precision)
+        names, outputs = units.block.inputs, units.block.outputs
+        if end not in self.goals:
+            floats = self.floats | {name: unit.targets[i] for name, i in own.items()}
+            self.goals[end] = self._floats(units, outputs, tuple(floats[name] for name in names))
+        goal = self.goals[end]
+        passing = {name: self.quantized[name] for name in names if name not in own}
+        supervised = tuple(i for i, name in enumerate(outputs) if name in goal.energy)
+        return DownstreamTarget(units, own, passing, supervised, tuple(goal.caches[outputs[i]] for i in supervised),
+                     tuple(goal.energy[outputs[i]] for i in supervised))  # fmt: skip
+
+    # --- one unit ---------------------------------------------------------------------------------------------------
+
+    def _solve(self, block: Block, advance: Callable[[int], None]) -> dict[str, Any]:
+        simulation = self.simulation(block)
+        floating = to_device(extract(self.placement.graph, block), self.device)
+        float_inputs = tuple(self.floats[name] for name in block.inputs)
+        floats = self._floats(floating, block.outputs, float_inputs)
+        unit = Unit(
+            block, simulation, self.inputs_of(block), float_inputs,
+            targets=tuple(floats.caches[name] for name in floats.energy),
+            supervised=tuple(block.outputs.index(name) for name in floats.energy),
+            energy=tuple(floats.energy.values()),
+            scales=self._new([n for n in simulation.quantizers if self.placement.by_name[n].fixed is None]),
+            weights={name: self._weight(name) for name in self._new(list(simulation.weights))},
+            biases={n: self.bias(n).float().to(self.device) for n in simulation.biases},
+            reference=math.inf,
+            device=self.device,
+        )  # fmt: skip
+        self._settled.update(unit.scales, unit.weights)
+        loss = self.method.loss(unit, self)
+        before = self._deploy(unit, loss)
+        learned = self._learn(unit, loss, before.loss, advance)
+        nearest = self._harden(unit, learned)
+        after = self._deploy(unit, loss)
+        if not math.isfinite(after.error):
+            raise DataError(f"unit {block.name} gives values that are not finite; look at the calibration data")
+        kept, dropped = after, before
+        if after.loss > before.loss:
+            nearest()
+            kept, dropped = before, after
+        _free(*dropped.caches.values())
+        self.floats |= floats.caches
+        self.quantized |= kept.caches
+        return {
+            "name": block.name,
+            "weights": len(simulation.block.weighted),
+            "steps": self.settings_of(unit).iters,
+            "before": before.error,
+            "after": kept.error,
+            "loss_before": before.loss,
+            "loss_after": kept.loss,
+            "undecided": learned.rounding.undecided() if learned.rounding else 0.0,
+            **_gain_range(learned if kept is after else None),
+        }
+
+    def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
+        """Train the unit on what the method makes of it; one without floats to compare stays as it is."""
+        if not unit.targets:
+            advance(self.settings_of(unit).iters)
+            return Learned(None, {}, {})
+        lesson = self.method.prepare(replace(unit, reference=reference), self)
+        learned = train(lesson, loss, self.settings_of(unit), self.problem.generator(unit.block.name), advance)
+        own = {*unit.float_inputs, *unit.targets}
+        _free(*(cache for cache in (*lesson.float_inputs, *lesson.targets) if cache not in own))
+        return learned
+
+    def settings_of(self, unit: Unit) -> Settings:
+        """How the unit at work is trained: in bfloat16 where that is fast and does not show."""
+        settings = self.method.settings(self.sizes[self.position])
+        settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
+        bits = [grid.spec.bits for _, grid in unit.weights.values()]
+        fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and _computes_bfloat16(self.device)
+        return replace(settings, precision=torch.bfloat16) if fast else settings
+
+    def _new(self, names: list[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name not in self._settled)
+
+    def _weight(self, name: str) -> tuple[Tensor, QParams]:
+        values = self.problem.values(self.placement.by_name[name])
+        return values.to(self.device), self.weights[name].qparams.to(self.device)
+
+    def _harden(self, unit: Unit, learned: Learned) -> Callable[[], None]:
+        """Make what was learned the unit's integers; what undoes it is returned."""
+        weights = {name: self.weights[name] for name in unit.weights}
+        biases = {name: self.biases[name] for name in unit.biases if name in self.biases}
+        scales = {name: self.quantizers[name].qparams for name in unit.scales}
+        for quantizer in unit.simulation.quantizers.values():
+            quantizer.harden()
+        unit.simulation.eval()
+        if learned.rounding is not None:
+            for name, coded in zip(unit.weights, learned.rounding.codes(), strict=True):
+                gain = learned.gains.get(name, torch.ones(())).cpu()
+                self.weights[name] = replace(coded, qparams=replace(coded.qparams, scale=coded.qparams.scale * gain))
+        self.biases.update(learned.biases)
+
+        def undo() -> None:
+            for name in learned.biases:
+                del self.biases[name]
+            self.biases.update(biases)
+            self.weights.update(weights)
+            for name, qparams in scales.items():
+                self.quantizers[name].reset(qparams)
+
+        return undo
+
+    # --- passes over all samples ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
+        """The outputs of a float network, called `names`, for the inputs of all samples."""
+        recording = Recording(self.memory, len(inputs[0]), self.problem.sample_values)
+        squares: dict[str, float] = {}
+        for chunk in self.chunks(inputs):
+            outputs = dict(zip(names, network(*chunk), strict=True))
+            recording.append(outputs, len(chunk[0]))
+            for name in recording.caches:
+                if outputs[name].is_floating_point():
+                    squares[name] = squares.get(name, 0.0) + float(outputs[name].double().square().sum())
+        caches = recording.caches
+        return Floats(caches, {name: max(total / _count(caches[name]), 1e-30) for name, total in squares.items()})
+
+    @torch.no_grad()
+    def _deploy(self, unit: Unit, loss: Loss) -> Deployed:
+        """Run the unit as it would be exported."""
+        self.fill(unit.simulation)
+        recording = self.recording(len(unit.inputs[0]))
+        noise = [0.0] * len(unit.targets)
+        total = 0.0
+        wanted = self.chunks(unit.targets) if unit.targets else itertools.repeat(())
+        for chunk, targets in zip(self.chunks(unit.inputs), wanted, strict=False):
+            outputs = unit.simulation(*chunk)
+            samples = torch.arange(recording.recorded, recording.recorded + len(chunk[0]))
+            recording.append(dict(zip(unit.block.outputs, outputs, strict=True)), len(samples))
+            compared = [outputs[i] for i in unit.supervised]
+            for i, (y, target) in enumerate(zip(compared, targets, strict=True)):
+                noise[i] += float((y - target).double().square().sum())
+            if compared:
+                read = [x.to(self.device) for x in loss.reads(samples)]
+                total += float(loss(compared, targets, read)) * len(samples)
+        errors = [n / _count(cache) / e for n, cache, e in zip(noise, unit.targets, unit.energy, strict=True)]
+        return Deployed(math.fsum(errors) / max(1, len(errors)), total / recording.recorded, recording.caches)
+
+
+def _gain_range(learned: Learned | None) -> dict[str, float]:
+    """Smallest and largest factor that weight scales were learned to have; empty where none was."""
+    if learned is None or not learned.gains:
+        return {}
+    gains = torch.cat([gain.flatten() for gain in learned.gains.values()])
+    return {"gain_lo": float(gains.min()), "gain_hi": float(gains.max())}
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _free(*caches: Cache) -> None:
+    for cache in {id(cache): cache for cache in caches}.values():
+        cache.free()
+
+
+def _count(cache: Cache) -> int:
+    return len(cache) * math.prod(cache.shape)

@@ -1,0 +1,1 @@
+"""Rewrite the float model before calibration, and correct biases after it."""

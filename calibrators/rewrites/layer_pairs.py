@@ -1,0 +1,210 @@
+"""Pairs of weighted operators between which a factor per channel can move, and a constant where borders allow it.
+
+Two operators are linked when only the second reads the first, through operators f with f(a x) = a f(x) for a > 0: ReLU,
+leaky ReLU, pools, padding with zeros, and whatever moves values. Which channel of the first each input channel of the
+second holds is not derived from shapes but seen: images that are constant in every channel go through f, channel k
+with the value k and with 1 / k. For whatever mixes channels, averages and maxima alike, the product of both results
+is above 1 (Jensen's inequality).
+
+A clip such as ReLU6 links nothing: its bound would have to move along, one per channel, for which no integer kernel is.
+
+Must not know: what moves between the operators, targets, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import (
+    add_constant,
+    bind,
+    constant,
+    is_constant,
+    layer_name,
+    operator_name,
+    replace_args,
+    shape_of,
+)
+from calibrators.graph.canonical import clip_bounds
+
+__all__ = ["Link", "Unlinked", "by_group", "find_links", "set_constants"]
+
+aten = torch.ops.aten
+
+WEIGHTED = frozenset({aten.conv1d.default, aten.conv2d.default, aten.linear.default})
+
+HOMOGENEOUS = frozenset(
+    {
+        aten.leaky_relu.default,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.amax.default,
+        aten.avg_pool1d.default,
+        aten.avg_pool2d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.mean.dim,
+        aten.reshape.default,
+        aten.view.default,
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.clone.default,
+        aten.contiguous.default,
+    }
+)
+"""Besides clips at zero and pads, of which the arguments decide. Sums and products of values are none of these."""
+
+PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+
+ROUNDING = 1e-9
+"""Float64 rounding of averages of channel numbers; two channels differ by 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """Two operators with weights, and what stands between them.
+
+    sources:         [input channels of the second] the output channel of the first that each holds.
+    keeps_constants: a constant channel passes unchanged, so that f(x + c) = f(x) + c where no activation bends it.
+    """
+
+    first: fx.Node
+    second: fx.Node
+    between: tuple[fx.Node, ...]
+    sources: Tensor
+    keeps_constants: bool
+
+    @property
+    def has_activation(self) -> bool:
+        """Whether an activation stands between."""
+        return any(node.target is aten.leaky_relu.default or clip_bounds(node) is not None for node in self.between)
+
+
+@dataclass(frozen=True)
+class Unlinked:
+    """An operator with weights that is the first of no link, and why."""
+
+    where: str
+    why: str
+
+
+def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Unlinked]]:
+    """All links in topological order, and the operators with weights that begin none.
+
+    graph: in integer forms (calibrators.graph.canonical), with shapes.
+    """
+    weighted = [node for node in graph.graph.nodes if _is_weighted(graph, node)]
+    reads = Counter(str(x.target) for node in graph.graph.nodes for x in node.all_input_nodes if is_constant(x))
+    free = {node for node in weighted if reads[str(bind(node)["weight"].target)] == 1}
+    links, unlinked = [], []
+    for node in weighted:
+        found = _follow(node, free) if node in free else "its weight is read elsewhere as well"
+        if isinstance(found, Link):
+            links.append(found)
+        else:
+            unlinked.append(Unlinked(layer_name(node), found))
+    return links, unlinked
+
+
+def by_group(weight: Tensor, groups: int) -> Tensor:
+    """[groups, outputs of a group, inputs of a group, taps] of a weight [outputs, inputs of a group, ...]."""
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> None:
+    """Give an operator other constants, in the dtype of those that it has; whoever shares the old ones keeps them."""
+    before = bind(node)
+    for name, value in values.items():
+        dtype = constant(graph, before[name]).dtype
+        made = add_constant(graph, f"{layer_name(node)}.{name}", value.to(dtype))
+        with graph.graph.inserting_before(node):
+            replace_args(node, **{name: graph.graph.get_attr(made)})
+
+
+def _is_weighted(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """A convolution or linear layer with constant weight and bias, channels on axis 1."""
+    if node.op != "call_function" or node.target not in WEIGHTED:
+        return False
+    bound = bind(node)
+    if not is_constant(bound["weight"]) or not is_constant(bound["bias"]) or is_constant(bound["input"]):
+        return False
+    weight = constant(graph, bound["weight"])
+    return weight.is_floating_point() and weight.ndim == len(shape_of(node))
+
+
+def _follow(first: fx.Node, free: set[fx.Node]) -> Link | str:
+    """The link that begins at an operator, or why there is none."""
+    node, between = first, list[fx.Node]()
+    while True:
+        if len(node.users) != 1:
+            return f"its result has {len(node.users)} readers"
+        node_before, node = node, next(iter(node.users))
+        if node in free and bind(node)["input"] is node_before:
+            break
+        if not _is_homogeneous(node):
+            return _barrier(node)
+        between.append(node)
+    found = _sources(first, between)
+    return "channels mix on the way" if found is None else Link(first, node, tuple(between), *found)
+
+
+def _is_homogeneous(node: fx.Node) -> bool:
+    """Whether f(a x) = a f(x) for a > 0, each value of the result being of one channel."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        return False
+    if node.target in PADS:
+        return not bind(node)["value"]
+    bounds = clip_bounds(node)
+    return node.target in HOMOGENEOUS if bounds is None else all(b == 0 or math.isinf(b) for b in bounds)
+
+
+def _barrier(node: fx.Node) -> str:
+    if node.op == "output":
+        return "its result is an output of the model"
+    if node.target in WEIGHTED:
+        return f"{layer_name(node)} behind it shares its weight"
+    if (bounds := clip_bounds(node)) is not None:
+        return f"the clip to {bounds[0]:g} ... {bounds[1]:g} behind it has the same bounds for all channels"
+    return f"{operator_name(node.target)} stands behind it"
+
+
+def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | None:
+    """Which channel each channel behind `between` holds, and whether constants pass; None where channels mix."""
+    shape = shape_of(first)
+    ones = torch.ones(shape, dtype=torch.float64)
+    number = torch.arange(1, shape[1] + 1, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
+    probes = ones, number, 1 / number
+    passed, numbers, inverses = (_by_channel(_run(between, x)) for x in probes)  # [channels, rest]
+    seen = passed > 0
+    if not bool(seen.any(1).all()):
+        return None
+    found, inverse = (torch.where(seen, values / passed, 0.0) for values in (numbers, inverses))
+    sources = found.amax(1).round()
+    one = (found - sources[:, None]).abs() < ROUNDING * shape[1]
+    unmixed = (found * inverse - 1).abs() < ROUNDING
+    keeps = bool(((passed - 1).abs() < ROUNDING).all())
+    return (sources.long() - 1, keeps) if bool((~seen | (one & unmixed)).all()) else None
+
+
+def _run(nodes: list[fx.Node], x: Tensor) -> Tensor:
+    for node in nodes:
+        values: Any = {node.all_input_nodes[0]: x}
+        x = node.target(*fx.map_arg(node.args, values.get), **node.kwargs)  # type: ignore[operator]
+    return x
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(1)

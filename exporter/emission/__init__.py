@@ -1,0 +1,1 @@
+"""Write the reference program as QDQ ONNX."""

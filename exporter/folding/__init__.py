@@ -1,0 +1,1 @@
+"""Fold linear branches and batch norms into single operators, with proof."""

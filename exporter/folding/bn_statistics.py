@@ -1,0 +1,83 @@
+"""What the batch norms of a folded region say of its output, which the folded operator computes without them.
+
+Behind its last norms a region is affine: it is executed, in float64, on images in which every norm has its mean
+everywhere, and once per norm with that one moved up by its deviation.
+
+Must not know: how regions are found or emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import bind, is_constant
+from calibrators.graph.batch_norm import Expected, of_batch_norm
+from exporter.folding.interpret import BATCH_NORM, WEIGHTED, Analysis
+from exporter.folding.select import Candidate
+
+__all__ = ["expected_output"]
+
+
+def expected_output(analysis: Analysis, candidate: Candidate, sizes: Sequence[int]) -> Expected | None:
+    """What is known of the output of a region, in float64.
+
+    sizes:   of an input of the region that is larger than its kernel.
+    returns: None where a part of the output passes no batch norm, or where the norms stand in front of all of the
+             region's convolutions: then they describe the input.
+    """
+    source, nodes = candidate.region
+    behind = _behind_norms(source, candidate.exit)
+    if behind is None:
+        return None
+    norms = [node for node in nodes if node in behind and node.target is BATCH_NORM]
+    rest = [node for node in nodes if node in behind and node.target is not BATCH_NORM]
+    mixes = any(node.target in WEIGHTED for node in rest)
+    if mixes and all(norm.args[0] is source for norm in norms):
+        return None
+    own = {norm: _of_norm(analysis, norm) for norm in norms}
+    values = analysis.run(nodes, {source: torch.zeros(*sizes, dtype=torch.float64)})
+    cell: tuple[int | slice, ...] = (0, slice(None), *_interior(candidate, sizes))
+
+    def response(moved: fx.Node | None = None) -> Tensor:
+        """The output where every norm has its mean all over the image, `moved` one deviation more."""
+        images = {
+            norm: (each.mean + (each.gains[0] if norm is moved else 0.0))
+            .reshape(-1, *[1] * (values[norm].ndim - 2))
+            .expand_as(values[norm])
+            for norm, each in own.items()
+        }
+        return analysis.run(rest, values | images)[candidate.exit][cell]
+
+    mean = response()
+    return Expected(mean, () if mixes else tuple((response(norm) - mean).abs() for norm in norms))
+
+
+def _behind_norms(source: fx.Node, exit_: fx.Node) -> set[fx.Node] | None:
+    """The last norms before the exit and all behind them; None where the region's input passes beside them."""
+    found: set[fx.Node] = set()
+    waiting = [exit_]
+    while waiting:
+        node = waiting.pop()
+        if node is source:
+            return None
+        if node not in found and not is_constant(node):
+            found.add(node)
+            waiting += [] if node.target is BATCH_NORM else node.all_input_nodes
+    return found
+
+
+def _of_norm(analysis: Analysis, norm: fx.Node) -> Expected:
+    bound = bind(norm)
+    gamma, beta = (None if bound[name] is None else analysis.exact(bound[name]) for name in ("weight", "bias"))
+    return of_batch_norm(gamma, beta, analysis.exact(bound["running_var"]), bound["eps"])
+
+
+def _interior(candidate: Candidate, sizes: Sequence[int]) -> tuple[int, ...]:
+    """An output cell that reads the middle of the input; any one behind a transposed convolution."""
+    if candidate.ends_transposed:
+        return (0,) * candidate.root.spatial
+    low, stride = candidate.map.geometry().low, candidate.map.stride
+    return tuple((size // 2 + before) // step for size, before, step in zip(sizes[2:], low, stride, strict=True))

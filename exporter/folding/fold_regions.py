@@ -1,0 +1,331 @@
+"""A graph whose linear regions are single convolutions and linear layers: batch norms, branches, scales folded away.
+
+The algebra is folding.affine_map's, in float64; what is folded is folding.select's choice. Every fold is proved when
+it is made: region and replacement run in float64 on random inputs of odd and even sizes, border included, and a fold
+that differs is dropped and listed. What the folded norms knew of outputs is kept in their nodes (bn_statistics).
+
+Must not know: model families, module or parameter names, quantization, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.errors import ModelError
+from calibrators.graph.aten import add_constant, bind, infer_shapes, module_path, shape_of, where
+from calibrators.graph.batch_norm import EXPECTED, Expected
+from exporter.folding.affine_map import AffineMap, ungroup
+from exporter.folding.bn_statistics import expected_output
+from exporter.folding.interpret import (
+    BATCH_NORM,
+    SUMS,
+    TRANSPOSED,
+    WEIGHTED,
+    Analysis,
+    interpret,
+    is_computed,
+    own_macs,
+)
+from exporter.folding.select import Candidate, Rejected, Selection, refusals, regroup_sums, select
+from exporter.folding.simplify import fill_borders, fold_constants, remove_identities, with_own_attributes
+
+__all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "Refusal", "fold"]
+
+aten = torch.ops.aten
+
+MAX_REL_ERROR = 1e-9
+"""A right fold differs by float64 rounding, 1e-12 at worst with near-dead channels; a wrong one by 1e-3 or more."""
+CHANNEL_FLOOR = 1e-6
+"""A channel's error is relative to its own largest value, but to no less than this share of the tensor's: branches that
+cancel leave a channel with rounding noise only."""
+MAX_REGROUPINGS = 4
+"""Rounds of reordering sums: one settles all of them unless a regrouped sum is itself an operand of another."""
+CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A batch norm that was folded in, and what it multiplies its branch by: |gamma| / sqrt(variance + eps).
+
+    A branch whose gain stands far above the others' dictates the range of the folded weight; that of an identity branch
+    does so where the variance it saw in training was small.
+
+    where:        its module.
+    gain:         of the median channel; largest_gain: of the largest.
+    least_variance: smallest running variance of a channel.
+    source: Ding et al. 2021, "RepVGG", section 3.3 (the factors of the folded kernels).
+    """
+
+    where: str
+    gain: float
+    largest_gain: float
+    least_variance: float
+
+
+@dataclass(frozen=True)
+class FoldedRegion:
+    """One fold: the module it came from, how many operators it replaced by what, its proof and its cost per sample."""
+
+    where: str
+    nodes: int
+    kernel: str
+    rel_error: float
+    macs_before: int
+    macs_after: int
+    norms: tuple[FoldedNorm, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that looks foldable and was left, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """All folds and refusals of a graph; MACs are those of one sample of the whole graph."""
+
+    regions: tuple[FoldedRegion, ...]
+    refused: tuple[Refusal, ...]
+    max_rel_error: float
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """The operator that stands for a region: target(padded x, weight, bias, *arguments), all tensors in float64."""
+
+    target: Any
+    weight: Tensor
+    bias: Tensor
+    arguments: tuple[Any, ...]
+    padding: tuple[int, ...]
+    kernel: str
+    rel_error: float = math.inf
+    expected: Expected | None = None
+
+
+def fold(graph: fx.GraphModule) -> fx.GraphModule:
+    """A folded copy of `graph`; meta["fold"] holds the FoldReport.
+
+    graph: as in calibrators.graph.aten, in eval mode; it is not touched.
+    raises: ModelError if the graph writes into its own values.
+    """
+    graph = with_own_attributes(graph)
+    _require_functional(graph)
+    infer_shapes(graph)
+    macs_before = _macs(graph)
+    analysis = _tidy(graph)
+    for _ in range(MAX_REGROUPINGS):
+        if not regroup_sums(analysis):
+            break
+        analysis = interpret(graph, analysis.constants)
+    selection = select(analysis, lambda candidate: _replace(analysis, candidate))
+    refused = tuple(Refusal(where(node), why) for node, why in refusals(analysis, selection).items())
+    regions = _emit(analysis, selection)
+    graph.graph.eliminate_dead_code()
+    folded = with_own_attributes(graph)
+    folded.recompile()
+    infer_shapes(folded)
+    worst = max((region.rel_error for region in regions), default=0.0)
+    folded.meta["fold"] = FoldReport(regions, refused, worst, macs_before, _macs(folded))
+    return folded
+
+
+def _require_functional(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise ModelError(f"{where(node)} writes into its input ({node.target}); capture the model with capture()")
+
+
+def _tidy(graph: fx.GraphModule) -> Analysis:
+    remove_identities(graph)
+    constants = fold_constants(graph)
+    fill_borders(graph, constants)
+    return interpret(graph, constants)
+
+
+def _macs(graph: fx.GraphModule) -> int:
+    return sum(own_macs(node) for node in graph.graph.nodes if node.op == "call_function")
+
+
+# One region --------------------------------------------------------------------------------------------------------
+
+
+def _replace(analysis: Analysis, candidate: Candidate) -> _Replacement:
+    """The proved replacement of a region.
+    raises: Rejected if its weights do not fit the model's dtype or the proof fails.
+    """
+    made = _transposed(analysis, candidate) if candidate.ends_transposed else _operator(candidate.map)
+    dtype = candidate.exit.meta["tensor_meta"].dtype
+    if not all(bool(value.to(dtype).isfinite().all()) for value in (made.weight, made.bias)):
+        raise Rejected("its weights or statistics are not finite, or their product overflows the model's dtype")
+    rel_error = max(_prove(analysis, candidate, made))
+    if not rel_error <= MAX_REL_ERROR:
+        raise Rejected(f"the proof failed: the folded operator differs by {rel_error:.1e} relative in float64")
+    expected = expected_output(analysis, candidate, _proof_sizes(candidate)[0])
+    return replace(made, rel_error=rel_error, expected=expected)
+
+
+def _operator(f: AffineMap) -> _Replacement:
+    """The linear layer or convolution that is the map; unequal or negative padding becomes an explicit pad."""
+    if not f.stride:
+        return _Replacement(
+            aten.linear.default, ungroup(f).kernel(), f.bias_or_zero(), (), (), f"linear {f.inputs}->{f.outputs}"
+        )
+    shape = f.geometry()
+    is_plain = shape.low == shape.high and min(shape.low) >= 0
+    widths = [width for low, high in zip(shape.low[::-1], shape.high[::-1], strict=True) for width in (low, high)]
+    own = list(shape.low) if is_plain else [0] * len(f.stride)
+    return _Replacement(
+        target=CONVOLUTION[len(f.stride)],
+        weight=f.kernel(),
+        bias=f.bias_or_zero(),
+        arguments=(list(f.stride), own, list(shape.dilation), f.groups),
+        padding=() if is_plain else tuple(widths),
+        kernel=_describe(f"conv{len(f.stride)}d", shape.kernel, f.stride, shape.dilation, f.groups),
+    )
+
+
+def _describe(name: str, kernel: Any, stride: Any, dilation: Any, groups: int) -> str:
+    """`conv2d 3x3 s1 g1`; unequal strides as s1x2, a dilation only if there is one."""
+
+    def short(values: Any) -> str:
+        return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+    dilated = f" d{short(dilation)}" if max(dilation) > 1 else ""
+    return f"{name} {'x'.join(map(str, kernel))} s{short(stride)}{dilated} g{groups}"
+
+
+def _transposed(analysis: Analysis, candidate: Candidate) -> _Replacement:
+    """The transposed convolution at the root with its output channels scaled and shifted."""
+    node, f = candidate.root.node, candidate.map
+    bound = bind(node)
+    weight, groups, spatial = analysis.exact(bound["weight"]), bound["groups"], candidate.root.spatial
+    (diagonal,) = f.matrices({}).values()
+    rows = diagonal.reshape(groups, 1, -1, *[1] * spatial)
+    scaled = weight.reshape(groups, -1, *weight.shape[1:]) * rows
+    bias = f.bias_or_zero()
+    if bound["bias"] is not None:
+        bias = bias + diagonal.flatten() * analysis.exact(bound["bias"])
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    return _Replacement(
+        target=node.target,
+        weight=scaled.reshape(weight.shape),
+        bias=bias,
+        arguments=tuple(bound[name] for name in names),
+        padding=(),
+        kernel=_describe(f"conv_transpose{spatial}d", weight.shape[2:], bound["stride"], bound["dilation"], groups),
+    )
+
+
+def _prove(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list[float]:
+    """Largest relative difference per channel, for each of the proof's inputs."""
+    source, nodes = candidate.region
+    errors = []
+    generator = torch.Generator().manual_seed(0)
+    for sizes in _proof_sizes(candidate):
+        x = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        before = analysis.run(nodes, {source: x})[candidate.exit]
+        with torch.no_grad():
+            padded = aten.constant_pad_nd(x, list(made.padding)) if made.padding else x
+            after = made.target(padded, made.weight, made.bias, *made.arguments)
+        if before.shape != after.shape:
+            return [math.inf]
+        channels = 1 if candidate.root.spatial else before.ndim - 1
+        errors.append(_relative_error(before.movedim(channels, 0).flatten(1), after.movedim(channels, 0).flatten(1)))
+    return errors
+
+
+def _proof_sizes(candidate: Candidate) -> list[list[int]]:
+    """Shapes of the proof's inputs: an interior beside the border, odd and even, both parities if strides round."""
+    shape, spatial = shape_of(candidate.region[0]), candidate.root.spatial
+    if spatial == 0:
+        return [[1, *[3] * (len(shape) - 2), shape[-1]]]
+    shape_of_map, stride = candidate.map.geometry(), candidate.map.stride
+    axes = zip(shape_of_map.kernel, shape_of_map.dilation, stride, strict=True)
+    odd = [2 * (d * (k - 1) + s) + 3 for k, d, s in axes]
+    rounds = range(2 if max(stride) > 1 else 1)
+    return [[1, shape[1], *(size + (axis + turn) % 2 for axis, size in enumerate(odd))] for turn in rounds]
+
+
+def _relative_error(before: Tensor, after: Tensor) -> float:
+    """Largest |difference| per row over the row's largest value, with the floor of CHANNEL_FLOOR."""
+    largest = before.abs().amax(1)
+    floor = CHANNEL_FLOOR * largest.amax()
+    difference = (before - after).abs().amax(1)
+    return float((difference / torch.maximum(largest, floor).clamp(min=torch.finfo(torch.float64).tiny)).amax())
+
+
+# Emission ----------------------------------------------------------------------------------------------------------
+
+
+def _emit(analysis: Analysis, selection: Selection) -> tuple[FoldedRegion, ...]:
+    """Put every replacement at the place of its region's exit."""
+    graph, regions = analysis.graph, []
+    newest: dict[fx.Node, fx.Node] = {}
+    for candidate, made in selection.accepted:
+        source, nodes = candidate.region
+        exit_ = candidate.exit
+        meta = _meta(nodes)
+        if made.expected is not None:
+            meta[EXPECTED] = made.expected.to(meta["tensor_meta"].dtype)
+        before = sum(own_macs(node) for node in nodes)
+        after = own_macs(candidate.root.node) if candidate.ends_transposed else candidate.macs_after
+        with graph.graph.inserting_before(exit_):
+            new = _insert(graph, newest.get(source, source), made, meta)
+        exit_.replace_all_uses_with(new)
+        newest[exit_] = new
+        norms = tuple(_norm(analysis, node) for node in nodes if node.target is BATCH_NORM)
+        for node in reversed(nodes):
+            graph.graph.erase_node(node)
+        regions.append(FoldedRegion(module_path(new), len(nodes), made.kernel, made.rel_error, before, after, norms))
+    return tuple(regions)
+
+
+def _norm(analysis: Analysis, node: fx.Node) -> FoldedNorm:
+    bound = bind(node)
+    variance = analysis.exact(bound["running_var"])
+    gamma = torch.ones_like(variance) if bound["weight"] is None else analysis.exact(bound["weight"])
+    gain = gamma.abs() / (variance + bound["eps"]).sqrt()
+    return FoldedNorm(module_path(node), float(gain.median()), float(gain.max()), float(variance.min()))
+
+
+def _insert(graph: fx.GraphModule, source: fx.Node, made: _Replacement, meta: dict[str, Any]) -> fx.Node:
+    stack = meta.get("nn_module_stack") or {"": ("", "")}
+    path = list(stack.values())[-1][0]
+    dtype = meta["tensor_meta"].dtype
+    parameters = []
+    for name, value in (("weight", made.weight), ("bias", made.bias)):
+        parameters.append(graph.graph.get_attr(add_constant(graph, f"{path}.{name}".lstrip("."), value.to(dtype))))
+    if made.padding:
+        source = graph.graph.call_function(aten.constant_pad_nd.default, (source, list(made.padding)))
+        source.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
+    new = graph.graph.call_function(made.target, (source, *parameters, *made.arguments))
+    new.meta = meta
+    return new
+
+
+def _meta(nodes: tuple[fx.Node, ...]) -> dict[str, Any]:
+    """Meta of the exit, told to come from the one weighted operator of a chain, else from the common module."""
+    weighted = [node for node in nodes if node.target in WEIGHTED or node.target in TRANSPOSED]
+    branches = any(node.target in SUMS and sum(map(is_computed, node.all_input_nodes)) > 1 for node in nodes)
+    meta = dict(nodes[-1].meta)
+    if len(weighted) == 1 and not branches:
+        origin = {key: weighted[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in weighted[0].meta}
+        return meta | origin
+    stacks = [list(node.meta["nn_module_stack"].items()) for node in nodes if node.meta.get("nn_module_stack")]
+    shared = []
+    for level in zip(*stacks, strict=False):
+        if any(item != level[0] for item in level):
+            break
+        shared.append(level[0])
+    return meta | {"nn_module_stack": dict(shared)}

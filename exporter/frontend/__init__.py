@@ -1,0 +1,1 @@
+"""Load a model and capture it as one ATen graph."""

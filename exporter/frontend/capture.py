@@ -1,0 +1,226 @@
+"""A trained PyTorch model becomes the one ATen graph (contract in calibrators.graph.aten).
+
+Must not know: quantization, targets, ONNX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from calibrators.errors import ModelError
+from calibrators.graph.aten import infer_shapes, where
+from exporter.frontend.functionalize import HALVES, flatten
+
+__all__ = ["SAME", "alike", "capture", "quiet"]
+
+Example = Tensor | Sequence[Tensor]
+
+SAME, SAME_IN_HALF = 1e-3, 5e-2
+"""Largest legal difference between the captured graph and the program it was made from, relative to its outputs."""
+
+
+def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
+    """Flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
+
+    model:   a module, or a program made by torch.export (a .pt2 file).
+    example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do.
+    returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
+             meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured).
+    raises:  ModelError naming the module and the line that cannot be captured.
+    """
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if isinstance(model, torch.export.ExportedProgram):
+        notes: list[str] = []
+        program, dynamic = model, _has_free_batch(model)
+        inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model)
+    else:
+        program, dynamic, notes = _export(model, inputs)
+        inputs = _with_batch(inputs, 2 if dynamic else 1)
+    with quiet():
+        graph = flatten(program)
+    notes += graph.meta["notes"]
+    graph.meta |= {"example": inputs, "dynamic_batch": dynamic, "notes": notes}
+    if isinstance(model, torch.export.ExportedProgram) and not dynamic:
+        notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
+    _check(graph)
+    _prove(program, graph)
+    return graph
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
+    """The exported program, whether its batch is free, and notes; a fixed batch of 1 where the model insists."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), quiet():
+            try:
+                return _export_free(model, inputs), True, []
+            except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
+                reason = _first_line(free)
+            try:
+                program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
+            except Exception as fixed:
+                raise ModelError(_refusal(model, inputs, fixed)) from fixed
+            return program, False, [f"the batch is fixed at 1: no free batch can be exported ({reason})"]
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The program with a free batch, checked against the model at batches of 1, 2 and 3.
+
+    Tracing sees one batch size; a model that treats another one differently (`if len(x) == 1`) would be lost.
+    """
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    dynamic_shapes = _as_called(model, tuple({0: batch} if x.ndim else None for x in inputs))
+    program = torch.export.export(model, _with_batch(inputs, 2), dynamic_shapes=dynamic_shapes, strict=False)
+    traced = program.module()
+    for size in (1, 2, 3):
+        sample = _with_batch(inputs, size)
+        expected = pytree.tree_leaves(model(*(x.clone() for x in sample)))
+        found = pytree.tree_leaves(traced(*(x.clone() for x in sample)))
+        for left, right in zip(expected, found, strict=True):
+            if not torch.allclose(torch.as_tensor(left), torch.as_tensor(right), rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
+    return program
+
+
+def _as_called(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One value per argument of forward; what goes into *args is one tuple."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return values
+    first = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(values))
+    return (*values[:first], values[first:]) if first < len(values) else values
+
+
+def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None:
+    """Refuse a graph that computes something else than the program on its own example."""
+    halves = any(x.dtype in HALVES for x in (*program.state_dict.values(), *graph.meta["example"]))
+    limit = SAME_IN_HALF if halves else SAME
+    with torch.no_grad(), quiet():
+        original = program.module()
+        expected = pytree.tree_leaves(original(*(x.clone() for x in graph.meta["example"])))
+        found = graph(*(x.clone() for x in graph.meta["example"]))
+    for name, left, right in zip(graph.meta["output_names"], expected, found, strict=True):
+        if not alike(torch.as_tensor(left), torch.as_tensor(right), limit):
+            raise ModelError(
+                f"the captured graph computes another {name!r} than the model: an operator that writes into memory of "
+                "another value may be the cause; write it without in-place operators"
+            )
+
+
+def alike(expected: Tensor, found: Tensor, limit: float = SAME) -> bool:
+    """Whether an output is what it should be, up to `limit` of its largest finite value."""
+    expected, found = expected.double(), found.double()
+    finite = expected[expected.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return expected.shape == found.shape and torch.allclose(found, expected, limit, limit * largest, equal_nan=True)
+
+
+def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """The inputs cut or repeated to `size` samples."""
+    return tuple(torch.cat([x] * size)[:size].clone() if x.ndim and len(x) else x for x in inputs)
+
+
+def _has_free_batch(program: torch.export.ExportedProgram) -> bool:
+    shapes = [node.meta["val"].shape for node in _user_inputs(program)]
+    return bool(shapes) and all(len(shape) and isinstance(shape[0], torch.SymInt) for shape in shapes)
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
+    names = set(program.graph_signature.user_inputs)
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _declared_example(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
+    """Zero tensors of the shapes a static program was exported with."""
+    values = [node.meta["val"] for node in _user_inputs(program)]
+    return tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in values)
+
+
+def _check(graph: fx.GraphModule) -> None:
+    """Run the captured graph once: it must return tensors, mark every shape, and have one way through."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ModelError(
+                f"{where(node)} chooses between subgraphs at run time ({node.target}), which no integer runtime "
+                "executes; export one branch, or compute both and select with torch.where"
+            )
+    try:
+        infer_shapes(graph)
+    except Exception as error:
+        raise ModelError(f"the captured graph does not run on its own example: {_first_line(error)}") from error
+    output = next(iter(reversed(graph.graph.nodes)))
+    for value in output.args[0]:
+        if not isinstance(value, fx.Node):
+            raise ModelError(f"the model returns {value!r}, which is no tensor; return tensors only")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
+    """What failed, in which module, at which line, and what to do."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in _frames(error):
+        file = frame.f_code.co_filename
+        arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        owner = id(frame.f_locals.get(arguments[0])) if arguments else 0
+        if owner in names and "/torch/" not in file:
+            module = names[owner] or type(model).__name__
+            line = f"{file}:{number}"
+    shapes = ", ".join(str(list(x.shape)) for x in inputs)
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as eager:
+        return (
+            f"the model does not run on inputs of shape {shapes}: {type(eager).__name__}: {_first_line(eager)}"
+            f"{f' (in {module!r}, {line})' if line else ''}; check that the data fits the model's forward()"
+        )
+    return (
+        f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "
+        f"{type(error).__name__}: {_first_line(error)}; make the control flow there independent of tensor values, or "
+        "export the model yourself with torch.export.save and pass the .pt2 file"
+    )
+
+
+def _frames(error: BaseException | None) -> Iterator[tuple[Any, int]]:
+    """Frames of the error and then of what it came from."""
+    while error is not None:
+        yield from traceback.walk_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's own chatter (deprecations inside torch, graph dumps) off the user's terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

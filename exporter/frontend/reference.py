@@ -1,0 +1,51 @@
+"""The reference program as a file, so that a bundle can be proved again where it lands.
+
+Must not know: ONNX, runtimes.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from calibrators.errors import ModelError
+from exporter.frontend.capture import capture, quiet
+from exporter.frontend.load import load_model
+
+__all__ = ["export_program", "load_reference", "save_reference"]
+
+
+def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
+    """A flat graph as an ExportedProgram with the same inputs and the same free batch."""
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    example: tuple[torch.Tensor, ...] = program.meta["example"]
+    shapes: Any = tuple({0: batch} if x.ndim else None for x in example) if program.meta["dynamic_batch"] else None
+    return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+
+
+def save_reference(program: fx.GraphModule, path: Path) -> None:
+    """Write the reference program as .pt2: same program, same bytes, nothing of the machine that wrote it."""
+    with quiet(), torch.no_grad():
+        exported = export_program(program)
+        for node in exported.graph.nodes:
+            for key in ("stack_trace", "from_node", "nn_module_stack", "custom"):
+                node.meta.pop(key, None)
+        exported._guards_code = []  # shape checks as Python source, which loading refuses to run
+        content = io.BytesIO()  # torch's own writer takes the process down when the disk fills
+        torch.export.save(exported, content)
+    path.write_bytes(content.getvalue())
+
+
+def load_reference(path: Path) -> fx.GraphModule:
+    """The program of `save_reference`.
+
+    raises: ModelError if the file is missing or damaged.
+    """
+    program = load_model(str(path))
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise ModelError(f"{path} holds no reference program; export the bundle again")
+    return capture(program, tuple(program.example_inputs[0]) if program.example_inputs else ())

@@ -1,0 +1,1 @@
+"""Read calibration and evaluation data."""

@@ -1,0 +1,462 @@
+"""Calibration and evaluation data from what the user gave: .npz, a folder of images, a callable, any Python iterable.
+
+Every pass streams and every batch is checked while it streams, so a fault is one sentence with its place, whatever the
+source. Nothing is kept but the batch at hand.
+
+Must not know: models (beyond the names of their inputs), quantization, ONNX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import DataError, UnknownNameError
+from exporter.frontend.load import UserCallable, load_callable, users_code
+from exporter.inputs.sources import ImageForm, from_arrays, from_images, from_npz
+
+__all__ = ["Batch", "Data", "check_takes_integers", "open_both", "open_data"]
+
+KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
+"""Dtypes that reach the model as they are; other real floats become float32, everything else is refused."""
+
+Raw = Iterator[object]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples along the first dimension of every tensor.
+
+    inputs: one tensor per model input, in the model's order.
+    labels: [n] int64, or None.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+@dataclass
+class _Seen:
+    """What earlier passes over one source have shown, shared by all views of it."""
+
+    notes: list[str] = field(default_factory=list)
+    digests: dict[tuple[object, ...], str] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Re-iterable batches: each `iter()` is a fresh, checked pass.
+
+    label:       what the user gave, for messages.
+    start:       begins a pass over the source's own items.
+    names:       the model's input names, by which named inputs are ordered; () while unknown.
+    by_position: named inputs that match none of `names` are taken in order (.npz files).
+    limit:       batches of a pass; None for all.
+    labelled:    a batch without labels is an error.
+    """
+
+    label: str
+    start: Callable[[], Raw]
+    names: tuple[str, ...] = ()
+    by_position: bool = False
+    limit: int | None = None
+    labelled: bool = False
+    _seen: _Seen = field(default_factory=_Seen, repr=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._pass()
+
+    def named(self, names: Sequence[str]) -> Data:
+        """The same data with named inputs put in the order of the model's input names."""
+        return replace(self, names=tuple(names))
+
+    def take(self, batches: int | None) -> Data:
+        """The first `batches` batches of every pass; all of them for None."""
+        return replace(self, limit=batches)
+
+    def with_labels(self) -> Data:
+        """The same data, in which a batch without labels is an error."""
+        return replace(self, labelled=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What passes so far showed that the user should know: conversions, changing data."""
+        return tuple(self._seen.notes)
+
+    def example(self) -> Batch:
+        """The first batch."""
+        return next(iter(self.take(1)))
+
+    def digest(self) -> str:
+        """sha256 over bytes, shapes and dtypes of everything a pass yields, whatever the batch size.
+
+        Computed while a complete pass streams; makes a pass of its own only if there was none.
+        """
+        if self._key() not in self._seen.digests:
+            for _ in self:
+                pass
+        return self._seen.digests[self._key()]
+
+    def _key(self) -> tuple[object, ...]:
+        return (self.limit, self.names)
+
+    def _pass(self) -> Iterator[Batch]:
+        items = self.start()
+        digest, index = _Digest(), -1
+        contract: _Contract | None = None
+        while self.limit is None or index + 1 < self.limit:
+            try:
+                item = next(items)
+            except StopIteration:
+                break
+            index += 1
+            batch, names = self._read(item, f"{self.label}: batch {index}")
+            if contract is None:
+                contract = _Contract.of(batch, names)
+            contract.check(batch, f"{self.label}: batch {index}")
+            digest.update(batch)
+            yield batch
+        if index < 0:
+            raise DataError(
+                f"{self.label} yielded no batches; a callable must return fresh data every time it is called."
+            )
+        self._remember(digest.hexdigest())
+
+    def _remember(self, digest: str) -> None:
+        if self._seen.digests.setdefault(self._key(), digest) != digest:
+            self._seen.note(
+                f"{self.label} differs from pass to pass (shuffled or augmented): results depend on the pass"
+            )
+
+    def _read(self, item: object, where: str) -> tuple[Batch, tuple[str, ...]]:
+        """The checked batch of one item of the source, and the names of its inputs for messages."""
+        raw_inputs, raw_labels = _split(item, where)
+        named = self._ordered(raw_inputs, where)
+        if not named:
+            raise DataError(f"{where} has no inputs; yield x or {{name: x}}.")
+        inputs = []
+        for name, value in named.items():
+            tensor, note = _input_tensor(value, f"{where}: input {name!r}")
+            inputs.append(tensor)
+            if note:
+                self._seen.note(f"{self.label}: input {name!r} {note}")
+        sizes = {len(tensor) for tensor in inputs}
+        if len(sizes) > 1:
+            raise DataError(f"{where}: inputs have different numbers of samples: {_sizes(named, inputs)}.")
+        labels = None if raw_labels is None else _label_tensor(raw_labels, len(inputs[0]), where)
+        if labels is None and self.labelled:
+            raise DataError(f"{where} has no labels; yield (x, labels), or name them 'labels' in the .npz.")
+        return Batch(tuple(inputs), labels), tuple(named)
+
+    def _ordered(self, inputs: object, where: str) -> dict[str, object]:
+        """Inputs by name in the model's order; inputs without names get the model's, or their position."""
+        if not isinstance(inputs, Mapping):
+            values = inputs if isinstance(inputs, tuple | list) else (inputs,)
+            return {self._name(index): value for index, value in enumerate(values)}
+        given = {str(name): value for name, value in inputs.items()}
+        unknown = [name for name in given if name not in self.names]
+        if not self.names or (self.by_position and len(unknown) == len(given)):
+            return given
+        if unknown:
+            raise DataError(f"{where}: {UnknownNameError('model input', unknown[0], self.names)}")
+        ordered = {name: given[name] for name in self.names if name in given}
+        if tuple(ordered) != self.names[: len(ordered)]:
+            missing = next(name for name in self.names if name not in given)
+            raise DataError(f"{where}: input {missing!r} is missing; the model takes {', '.join(self.names)}.")
+        return ordered
+
+    def _name(self, index: int) -> str:
+        return self.names[index] if index < len(self.names) else f"input_{index}"
+
+
+@dataclass(frozen=True)
+class _Contract:
+    """What the first batch fixes for all later ones."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    labelled: bool
+
+    @classmethod
+    def of(cls, batch: Batch, names: tuple[str, ...]) -> _Contract:
+        shapes = tuple(tuple(x.shape[1:]) for x in batch.inputs)
+        return cls(names, shapes, tuple(x.dtype for x in batch.inputs), batch.labels is not None)
+
+    def check(self, batch: Batch, where: str) -> None:
+        if len(batch.inputs) != len(self.names):
+            raise DataError(f"{where} has {len(batch.inputs)} inputs, the first batch has {len(self.names)}.")
+        for name, shape, dtype, x in zip(self.names, self.shapes, self.dtypes, batch.inputs, strict=True):
+            if tuple(x.shape[1:]) != shape:
+                raise DataError(
+                    f"{where}: samples of input {name!r} have shape {list(x.shape[1:])}, those of the first batch "
+                    f"{list(shape)}; bring them to one shape (--image-size does it for a folder of images)."
+                )
+            if x.dtype != dtype:
+                raise DataError(f"{where}: input {name!r} is {_dtype(x)}, in the first batch {str(dtype)[6:]}.")
+        if (batch.labels is not None) != self.labelled:
+            has, had = ("has", "has none") if batch.labels is not None else ("has no", "has some")
+            raise DataError(f"{where} {has} labels, the first batch {had}; label all batches or none.")
+
+
+class _Digest:
+    """sha256 of each stream of samples, then of those together with shapes and dtypes: independent of batch sizes."""
+
+    def __init__(self) -> None:
+        self._streams: list[Any] = []
+        self._forms: list[str] = []
+        self._samples = 0
+
+    def update(self, batch: Batch) -> None:
+        tensors = [*batch.inputs, *([] if batch.labels is None else [batch.labels])]
+        if not self._streams:
+            self._streams = [hashlib.sha256() for _ in tensors]
+            self._forms = [f"{_dtype(x)}{list(x.shape[1:])}" for x in tensors]
+            self._forms.append(f"labels={batch.labels is not None}")
+        for stream, tensor in zip(self._streams, tensors, strict=True):
+            stream.update(np.ascontiguousarray(tensor.numpy()).data)
+        self._samples += len(batch)
+
+    def hexdigest(self) -> str:
+        parts = [str(self._samples), *self._forms, *(stream.hexdigest() for stream in self._streams)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_data(
+    source: object,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch: int = 64,
+) -> Data:
+    """The data that `source` names or is; nothing is read before the first pass.
+
+    source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
+            of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
+            any iterable of batches. Batches are x, (x, labels), ({name: x}, labels) or ((x1, x2), labels).
+    image_size, mean, std: for a folder of images only, see exporter.inputs.sources.
+    batch:  samples per batch where the source has no batches of its own.
+    raises: DataError, UnknownNameError.
+    """
+    if isinstance(source, Data):
+        return source
+    if batch < 1:
+        raise DataError(f"a batch of {batch} samples is empty; give a batch size of 1 or more.")
+    if isinstance(source, Path) or (isinstance(source, str) and (":" not in source or Path(source).exists())):
+        return _open_path(Path(source), ImageForm.of(image_size, mean, std), batch)
+    if image_size is not None or mean is not None or std is not None:
+        raise DataError("image size, mean and std belong to a folder of images; here the data comes preprocessed.")
+    if isinstance(source, str):
+        function = load_callable(source, error=DataError)
+        return Data(source, lambda: _guarded(function, batch))
+    label = f"data ({type(source).__name__})"
+    if _is_array(source) or _is_pair_of_arrays(source) or isinstance(source, Mapping):
+        return Data(label, lambda: from_arrays(source, label, batch))
+    if callable(source) and not isinstance(source, Iterable):
+        return Data(label, lambda: _items(source(), label, batch))
+    if isinstance(source, Iterator):
+        return Data(label, _one_shot(source, label))
+    if isinstance(source, Iterable):
+        return Data(label, lambda: iter(source))
+    raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
+
+
+def open_both(
+    calibration: object, evaluation: object | None, *, batch: int = 64, **images: Any
+) -> tuple[Data, Data | None]:
+    """The data of an export; what images become goes to those that are folders, and is an error if none is.
+
+    raises: DataError, UnknownNameError.
+    """
+    folders = [isinstance(source, (str, Path)) and Path(source).is_dir() for source in (calibration, evaluation)]
+
+    def opened(source: object, is_folder: bool) -> Data:
+        return open_data(source, batch=batch, **(images if is_folder or not any(folders) else {}))
+
+    return opened(calibration, folders[0]), None if evaluation is None else opened(evaluation, folders[1])
+
+
+def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
+    """Nothing, if the model runs on the uint8 inputs of `batch`, or if it has none.
+
+    raises: DataError if raw images go to a model that expects preprocessed floats.
+    """
+    if not any(x.dtype == torch.uint8 for x in batch.inputs):
+        return
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()(*(x[:1] for x in batch.inputs))
+    except Exception as error:  # of the user's own code
+        raise DataError(
+            f"{where} is uint8 and the model does not take that ({(str(error) or repr(error)).splitlines()[0]}); "
+            "give it as the model was trained: usually float32 in 0..1, normalised, channels first."
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _split(item: object, where: str) -> tuple[object, object]:
+    """(inputs, labels or None) of one item."""
+    if not isinstance(item, tuple | list):
+        return item, None
+    if len(item) == 1:
+        return item[0], None
+    if len(item) == 2:
+        return item[0], item[1]
+    raise DataError(
+        f"{where} has {len(item)} parts; yield x, (x, labels), ({{name: x}}, labels) or ((x1, x2), labels)."
+    )
+
+
+def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
+    """A CPU tensor in a dtype that models take, and a note on the conversion if there was one."""
+    tensor = _tensor(value, where)
+    if tensor.ndim == 0 or len(tensor) == 0:
+        what = "a single number" if tensor.ndim == 0 else "empty (no samples)"
+        raise DataError(f"{where} is {what}; the first dimension counts the samples of a batch.")
+    note = ""
+    if tensor.dtype not in KEPT_DTYPES:
+        if not tensor.is_floating_point():
+            raise DataError(f"{where} is {_dtype(tensor)}; models take floats or integers: convert it.")
+        note = f"was converted from {_dtype(tensor)} to float32"
+        tensor = tensor.to(torch.float32)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        finite = torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
+        first = int((~finite).nonzero()[0])
+        raise DataError(f"{where} holds NaN or infinite values (first in sample {first} of the batch); clean the data.")
+    return tensor, note
+
+
+def _label_tensor(value: object, samples: int, where: str) -> Tensor:
+    labels = _tensor(value, f"{where}: labels")
+    if labels.is_floating_point() and not bool((labels == labels.round()).all()):
+        raise DataError(
+            f"{where}: labels are not integers; labels are class indices. If this is a second model input, yield "
+            "({name: x, name: x}, labels or None)."
+        )
+    if labels.is_complex() or tuple(labels.shape) != (samples,):
+        raise DataError(
+            f"{where}: labels have shape {list(labels.shape)} for {samples} samples; give one index per sample."
+        )
+    labels = labels.to(torch.int64)
+    if bool((labels < 0).any()):
+        raise DataError(f"{where}: label {int(labels.min())} is negative; labels are class indices from 0.")
+    return labels
+
+
+def _tensor(value: object, where: str) -> Tensor:
+    """`value` on the CPU, sharing its memory where torch allows."""
+    if isinstance(value, Tensor):
+        if value.is_sparse or value.is_quantized or value.is_meta:
+            raise DataError(f"{where} is a sparse, quantized or meta tensor; give a dense one.")
+        return value.detach().cpu()
+    if isinstance(value, list | tuple | int | float):
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise DataError(f"{where} is a ragged list ({error}); give an array.") from error
+    if not isinstance(value, np.ndarray | np.generic):
+        raise DataError(f"{where} is a {type(value).__name__}; give a torch tensor or a NumPy array.")
+    array = np.asarray(value)
+    if array.dtype.byteorder not in "=|":
+        array = array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise DataError(f"{where} is {array.dtype}, not numbers that torch knows; convert it to float32.") from error
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sizes(names: Iterable[str], tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"{name} {len(tensor)}" for name, tensor in zip(names, tensors, strict=True))
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_pair_of_arrays(value: object) -> bool:
+    """(x, labels) or ({name: x}, labels): everything at once. A list of two is two batches."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and (_is_array(value[0]) or isinstance(value[0], Mapping))
+        and (_is_array(value[1]) or value[1] is None)
+    )
+
+
+def _guarded(function: UserCallable, batch: int) -> Raw:
+    """A pass over what the user's callable returns; its exceptions become DataErrors with their place."""
+    end = object()
+    items = _items(function(), function.label, batch)
+    while True:
+        with users_code(function.label, "raised", function.folder, DataError):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
+def _items(result: object, label: str, batch: int) -> Raw:
+    """Items of what a callable returned: arrays are cut into batches, iterables pass through."""
+    if _is_array(result) or _is_pair_of_arrays(result) or isinstance(result, Mapping):
+        return from_arrays(result, label, batch)
+    if isinstance(result, Iterable) and not isinstance(result, str | bytes):
+        return iter(result)
+    raise DataError(
+        f"{label} returned a {type(result).__name__}; return arrays, or an iterable of batches such as a DataLoader."
+    )
+
+
+def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
+    """Starts one pass; a second one is an error with advice."""
+    used = False
+
+    def start() -> Raw:
+        nonlocal used
+        if used:
+            raise DataError(
+                f"{label} can be read only once and a second pass is needed; give a list, a DataLoader, or the "
+                "function that makes the generator instead of the generator."
+            )
+        used = True
+        return source
+
+    return start
+
+
+def _open_path(path: Path, form: ImageForm, batch: int) -> Data:
+    if path.is_dir():
+        return Data(str(path), lambda: from_images(path, form, batch))
+    if form != ImageForm():
+        raise DataError(f"image size, mean and std belong to a folder of images; {path} is none.")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give a .npz file, a folder of images or file.py:callable.")
+    if path.suffix != ".npz":
+        advice = (
+            "name its callable: " + f"{path}:calibration" if path.suffix == ".py" else "save arrays with numpy.savez"
+        )
+        raise DataError(f"{path} is not a .npz file or a folder of images; {advice}.")
+    return Data(str(path), lambda: from_npz(path, batch), by_position=True)

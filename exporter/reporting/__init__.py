@@ -1,0 +1,1 @@
+"""The report, its gates, and the bundle."""

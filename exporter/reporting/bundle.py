@@ -1,0 +1,314 @@
+"""The folder that is handed over: written whole or not at all, and checkable afterwards.
+
+Everything is written into a staging folder beside DIR (same file system) and renamed at the end, so DIR is never half a
+bundle. manifest.json holds the sha256 of every other file and no time of day: the same inputs give the same bytes.
+
+Must not know: graphs, torch, how the model or the report came to be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import numpy_helper
+
+from calibrators.errors import InputError
+from exporter.config import NO_EFFECT
+from exporter.reporting.html import render_html, render_junit
+from exporter.reporting.schema import Report, dump_json, validate_report
+
+__all__ = ["Arrays", "Files", "check_out", "read_golden", "verify_manifest", "write_bundle"]
+
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+# A function that writes the model into a folder, or name -> content or file to copy.
+Files: TypeAlias = Callable[[Path], object] | Mapping[str, bytes | Path]
+
+_MANIFEST = "manifest.json"
+_GOLDEN = "golden/test_data_set_0"
+_MANIFEST_VERSION = 1
+_LIBRARIES = ("python", "torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy")
+
+
+def write_bundle(
+    out: Path,
+    *,
+    files: Files,
+    report: Report,
+    golden: tuple[Arrays, Arrays],
+    config: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """The absolute path of the finished bundle.
+
+    files:     what writes model.onnx (and its external data) into the folder it is given, or its files by name.
+    golden:    inputs and outputs of the model by name, in the order of its signature.
+    overwrite: replace a bundle that is already there; a folder with anything else in it is never replaced.
+    raises:    InputError if DIR is taken or cannot be written; then, as on Ctrl-C, nothing is left and DIR untouched.
+    """
+    validate_report(report)
+    with _staging(out, overwrite=overwrite) as folder:
+        _put_files(files, folder)
+        _write(folder, "report.json", dump_json(report).encode())
+        _write(folder, "report.html", render_html(report).encode())
+        _write(folder, "junit.xml", render_junit(report).encode())
+        _put_golden(golden, folder)
+        _write(folder, _MANIFEST, dump_json(_manifest(folder, report, config)).encode())
+    return out.resolve()
+
+
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Nothing, if a bundle can be written to DIR: call it before the work starts.
+
+    raises: InputError if DIR holds something, or if no folder can be made beside it.
+    """
+    with _os_errors(out):
+        place = out.resolve()
+        if place == Path.cwd() or os.path.ismount(place):
+            what = "the current folder" if place == Path.cwd() else "a mount point"
+            raise InputError(
+                f"{out} is {what}, which cannot be replaced by a finished bundle; give --out a folder inside it."
+            )
+        _check_free(place, overwrite=overwrite)
+        above = place.parent
+        while not above.exists():
+            above = above.parent
+        tempfile.TemporaryDirectory(dir=above, prefix=".intact-").cleanup()
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; give --out a folder that does not exist yet.")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{out} exists and is not empty; choose another --out, or replace the bundle with --overwrite."
+        )
+    if not (out / _MANIFEST).is_file():
+        raise InputError(
+            f"{out} is not a bundle (no {_MANIFEST}), so --overwrite will not replace it; choose another --out."
+        )
+    strangers = sorted(set(_walk(out)) - set(_read_manifest(out)["files"]) - {_MANIFEST})
+    if strangers:
+        raise InputError(
+            f"{out} also holds {strangers[0]}, which this tool did not write; move it away, then --overwrite."
+        )
+
+
+@contextmanager
+def _os_errors(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one message."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write the bundle {out}: {reason}. Nothing was left there; free space or "
+                         "rights, or another --out, will do.") from error  # fmt: skip
+
+
+@contextmanager
+def _staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its place if the body succeeds and vanishes if not."""
+    out = out.resolve()
+    with _os_errors(out):
+        _check_free(out, overwrite=overwrite)
+        made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]  # innermost first
+        finished, stage = False, None
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".intact-"))
+            (stage / "new").mkdir()  # with the rights of the user's umask, which mkdtemp does not give
+            yield stage / "new"
+            _check_free(out, overwrite=overwrite)  # minutes may have passed
+            _swap(stage / "new", out, stage / "old")
+            finished = True
+        finally:
+            if stage is not None:
+                shutil.rmtree(stage, ignore_errors=True)  # an error here would hide the first one
+            if not finished:
+                _remove_empty(made)
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    """Rename `new` to `out`; what was there goes to `old`, and comes back if the second rename fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    try:
+        out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the parents this run made, innermost first, as far as nobody else has put something there."""
+    for folder in folders:
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()
+
+
+def _put_files(files: Files, folder: Path) -> None:
+    if callable(files):
+        files(folder)
+    else:
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, _inside(folder, name))
+            else:
+                _write(folder, name, content)
+    if not (folder / "model.onnx").is_file():
+        raise ValueError("`files` must write model.onnx into the folder it is given")
+
+
+def _put_golden(golden: tuple[Arrays, Arrays], folder: Path) -> None:
+    for kind, arrays in zip(("input", "output"), golden, strict=True):
+        for index, (name, array) in enumerate(arrays.items()):
+            tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            _write(folder, f"{_GOLDEN}/{kind}_{index}.pb", tensor.SerializeToString(deterministic=True))
+
+
+def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
+    """Inputs and outputs of the golden set by name, in the order of the model's signature.
+
+    raises: InputError if a file is missing or is no ONNX tensor.
+    """
+    inputs, outputs = (_read_arrays(bundle / _GOLDEN, kind) for kind in ("input", "output"))
+    return inputs, outputs
+
+
+def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
+    paths = sorted(folder.glob(f"{kind}_*.pb"), key=lambda path: (len(path.name), path.name))  # 10 after 9
+    if not paths:
+        raise InputError(f"no golden {kind} in {folder}; the bundle is incomplete, export the model again.")
+    arrays = {}
+    for path in paths:
+        try:
+            tensor = onnx.TensorProto.FromString(path.read_bytes())
+            arrays[tensor.name] = numpy_helper.to_array(tensor)
+        except (OSError, DecodeError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is not an ONNX tensor: {error}; export the model again.") from error
+    return arrays
+
+
+def _manifest(folder: Path, report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What manifest.json says; `artifact_sha256` covers what a rebuild must reproduce: the model and the golden set."""
+    files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
+    report_files = ("report.json", "report.html", "junit.xml")  # these hold measured times
+    artifact = {name: entry["sha256"] for name, entry in files.items() if name not in report_files}
+    environment = report.get("environment", {})
+    return {
+        "schema": _MANIFEST_VERSION,
+        "tool": report.get("tool"),
+        "libraries": {name: environment[name] for name in _LIBRARIES if name in environment},  # type: ignore[literal-required]
+        "target": report["target"],
+        "method": report["method"],
+        "seed": config.get("seed"),
+        "config": dict(config),
+        "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
+        "data": report.get("data", {}),
+        "artifact_sha256": _digest(artifact),
+        "files": files,
+    }
+
+
+def _digest(value: object) -> str:
+    """Hash of a JSON value that does not depend on the order of its keys."""
+    canonical = json.dumps(json.loads(dump_json(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def verify_manifest(bundle: Path) -> dict[str, Any]:
+    """The manifest, once every file it lists is there unchanged and there is no other.
+
+    raises: InputError naming the first file that is missing, changed, extra or not contained in the folder.
+    """
+    manifest = _read_manifest(bundle)
+    here, listed = set(_walk(bundle)) - {_MANIFEST}, manifest["files"]
+    for name, entry in sorted(listed.items()):
+        if name not in here:
+            raise InputError(f"{bundle} is not intact: {name} is missing; take the bundle from its source again.")
+        if _entry(_inside(bundle, name)) != {"bytes": entry.get("bytes"), "sha256": entry.get("sha256")}:
+            raise InputError(
+                f"{bundle} is not intact: {name} was changed after the export; take it from its source again."
+            )
+    if here - set(listed):
+        raise InputError(f"{bundle} is not intact: {min(here - set(listed))} is not in its {_MANIFEST}; remove it.")
+    return manifest
+
+
+def _read_manifest(bundle: Path) -> dict[str, Any]:
+    """The manifest with its shape and its file names checked, the files themselves not."""
+    path = bundle / _MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{bundle} is not a readable bundle: {path.name}: {error}; give the folder `export` wrote."
+        ) from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise InputError(f"{path} is not a manifest of this tool: it lists no files; give the folder `export` wrote.")
+    if manifest.get("schema") != _MANIFEST_VERSION:
+        raise InputError(f"{path} has schema {manifest.get('schema')!r}, this version reads {_MANIFEST_VERSION}; "
+                         "use the version of intact that wrote it.")  # fmt: skip
+    for name in files:
+        _inside(bundle, name)
+    return manifest
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of the bundle.
+
+    raises: InputError if the name leads out of the folder.
+    """
+    pure = PurePosixPath(name)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+        raise InputError(f"the file name {name!r} leads out of the bundle {folder}; do not trust this bundle.")
+    return folder / pure
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """POSIX names of every file below, relative to the folder.
+
+    raises: InputError at a symbolic link or anything else that is neither file nor folder.
+    """
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise InputError(f"{path} is not a plain file or folder; a bundle holds nothing else. Remove it.")
+            if not path.is_dir():
+                yield path.relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    path = _inside(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

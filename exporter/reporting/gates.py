@@ -1,0 +1,269 @@
+"""Conditions on the report that decide the verdict: `accuracy_drop<=0.01`.
+
+A metric is a short name (METRICS) or the dotted path of a number in report.json. What was not measured never passes.
+
+Must not know: how a number was measured, files, the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from calibrators.errors import InputError, UnknownNameError
+from exporter.reporting.schema import GateResult, Report, is_integer_kernel, metric_paths
+
+__all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "verdict"]
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]+)\s*")
+# Scores are counts over samples: their difference carries float noise of 1e-16, which must not decide a gate.
+_DECIMALS = 12
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A short name: one line of help, and its value in a report (None: not measured)."""
+
+    help: str
+    value: Callable[[Report], float | None]
+    needs_eval: bool = False
+    needs_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One parsed condition; `expression` is its normal form."""
+
+    name: str
+    compare: str
+    limit: float
+
+    @property
+    def expression(self) -> str:
+        return f"{self.name}{self.compare}{self.limit:.15g}"
+
+
+def parse(expression: str) -> Gate:
+    """The gate that a text such as `accuracy_drop<=0.01`, `accuracy_drop<=1%` or `outputs_identical==true` means.
+
+    raises: InputError if the text is no condition on a finite number, UnknownNameError if nothing measures the metric.
+    """
+    match = _EXPRESSION.fullmatch(expression)
+    if match is None:
+        raise InputError(f"gate {expression!r} is not METRIC OP NUMBER; write for instance 'accuracy_drop<=0.01', "
+                         f"with one of {', '.join(_COMPARE)}.")  # fmt: skip
+    name, compare, limit = match.groups()
+    if name not in METRICS and not _is_path(name):
+        near = difflib.get_close_matches(name, metric_paths(), n=3)
+        raise UnknownNameError("gate metric", name, {*METRICS, *near})
+    return Gate(name, compare, _limit(limit, expression))
+
+
+def _limit(text: str, expression: str) -> float:
+    number = f"{text[:-1]}e-2" if text.endswith("%") else text  # not a division: 0.3 / 100 is not 0.003
+    try:
+        limit = _WORDS[text.lower()] if text.lower() in _WORDS else float(number)
+    except ValueError as error:
+        raise InputError(f"gate {expression!r}: the limit {text!r} is not a number.") from error
+    if not math.isfinite(limit):
+        raise InputError(f"gate {expression!r}: the limit {text!r} is not finite, so the gate would prove nothing.")
+    return limit
+
+
+def _is_path(name: str) -> bool:
+    """Whether a dotted path leads to a number; the last part is free below counts by operator or type."""
+    return name in metric_paths() or ("." in name and f"{name.rpartition('.')[0]}.*" in metric_paths())
+
+
+def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool) -> None:
+    """Nothing, if the data at hand can answer every gate: call it before the work starts.
+
+    raises: InputError naming the gate and the data it needs.
+    """
+    for gate in gates:
+        needs_eval, needs_labels = _needs(gate.name)
+        if needs_eval and not has_eval:
+            raise InputError(f"gate {gate.expression!r} needs held-out data; give it with --eval, or drop the gate.")
+        if needs_labels and not has_labels:
+            raise InputError(
+                f"gate {gate.expression!r} needs labels in the --eval data; add them (`labels` in an .npz, or "
+                "(x, labels) pairs), or gate on agreement or sqnr_db instead."
+            )
+
+
+def _needs(name: str) -> tuple[bool, bool]:
+    if name in METRICS:
+        return METRICS[name].needs_eval, METRICS[name].needs_labels
+    free_of_labels = ("accuracy.agreement", "accuracy.sqnr_db", "accuracy.samples")
+    needs_eval = name.startswith(("accuracy.", "data.evaluation."))
+    return needs_eval, name.startswith("accuracy.") and name not in free_of_labels
+
+
+def evaluate(gates: Iterable[Gate], report: Report) -> list[GateResult]:
+    """One entry of report["gates"] per gate; an unmeasured or NaN value does not pass."""
+    return [_evaluate(gate, report) for gate in gates]
+
+
+def _evaluate(gate: Gate, report: Report) -> GateResult:
+    value = METRICS[gate.name].value(report) if gate.name in METRICS else _leaf(report, gate.name)
+    passed = value is not None and _COMPARE[gate.compare](value, gate.limit)  # every comparison with NaN is False
+    return {
+        "name": gate.name,
+        "limit": gate.limit,
+        "value": value if value is not None and math.isfinite(value) else None,
+        "passed": passed,
+        "expression": gate.expression,
+    }
+
+
+def verdict(results: Iterable[GateResult]) -> Literal["pass", "fail"]:
+    """Pass if every gate passed."""
+    return "pass" if all(result["passed"] for result in results) else "fail"
+
+
+def _leaf(report: Report, path: str) -> float | None:
+    """The number at a dotted path, None where the report has none; a kind that was never counted counts 0."""
+    *parents, last = path.split(".")
+    here: Any = report
+    for part in parents:
+        here = _step(here, part)
+    if isinstance(here, Mapping) and last not in here and f"{'.'.join(parents)}.*" in metric_paths():
+        return 0.0
+    found = _step(here, last)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def _step(here: Any, part: str) -> Any:
+    if isinstance(here, Mapping):
+        return here.get(part)
+    if isinstance(here, Sequence) and part.isdigit() and int(part) < len(here):
+        return here[int(part)]
+    return None
+
+
+def _path(path: str) -> Callable[[Report], float | None]:
+    return lambda report: _leaf(report, path)
+
+
+def _minus(minuend: str, subtrahend: str) -> Callable[[Report], float | None]:
+    def value(report: Report) -> float | None:
+        left, right = _leaf(report, minuend), _leaf(report, subtrahend)
+        return None if left is None or right is None else round(left - right, _DECIMALS)
+
+    return value
+
+
+def _over(numerator: str, denominator: str) -> Callable[[Report], float | None]:
+    def value(report: Report) -> float | None:
+        top, bottom = _leaf(report, numerator), _leaf(report, denominator)
+        return None if top is None or not bottom else top / bottom
+
+    return value
+
+
+def _float_mismatch_rate(report: Report) -> float | None:
+    """Differing share of the values that float arithmetic computed; 0 where there are none."""
+    level = report["parity"]["optimized"]
+    mismatched, values = level.get("float_mismatched"), level.get("float_values")
+    if values is None and "nodes" in level:
+        values = sum(node["values"] for node in level["nodes"] if not is_integer_kernel(node))
+    if mismatched is None or values is None or mismatched > values:
+        return None
+    return mismatched / values if values else 0.0
+
+
+def _sqnr(report: Report) -> float | None:
+    accuracy: Mapping[str, Any] = report["accuracy"] or {}
+    identical = "sqnr_db" in accuracy and accuracy["sqnr_db"] is None
+    return math.inf if identical else _leaf(report, "accuracy.sqnr_db")
+
+
+def _kernel_surprises(report: Report) -> float | None:
+    unplanned = report["parity"]["optimized"].get("unplanned")
+    return None if unplanned is None else float(sum(map(abs, unplanned.values())))
+
+
+def _lint_errors(report: Report) -> float:
+    return float(sum(entry["severity"] == "error" for entry in report.get("lint", ())))
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy_drop": Metric(
+        "score of the float model minus score in the runtime (0.01 is one point)",
+        _minus("accuracy.float", "accuracy.runtime"),
+        needs_eval=True,
+        needs_labels=True,
+    ),
+    "accuracy_drop_upper": Metric(
+        "upper end of the 95 % interval of accuracy_drop: few samples do not pass by luck",
+        _path("accuracy.drop_ci.1"),
+        needs_eval=True,
+        needs_labels=True,
+    ),
+    "reference_drop": Metric(
+        "score of the float model minus score of the reference program",
+        _minus("accuracy.float", "accuracy.reference"),
+        needs_eval=True,
+        needs_labels=True,
+    ),
+    "agreement": Metric(
+        "share of held-out samples where float model and runtime decide the same",
+        _path("accuracy.agreement"),
+        needs_eval=True,
+    ),
+    "sqnr_db": Metric(
+        "signal over quantization noise at the outputs, in dB; infinite where they are identical",
+        _sqnr,
+        needs_eval=True,
+    ),
+    "mismatched": Metric("differing values end to end, optimisations on", _path("parity.optimized.mismatched")),
+    "kernel_mismatched": Metric(
+        "differing values of integer kernels on the runtime's own inputs, optimisations on",
+        _path("parity.optimized.kernel_mismatched"),
+    ),
+    "parity_violations": Metric(
+        "sites and outputs that are not what the reference computes from the runtime's own inputs, optimisations on",
+        _path("parity.optimized.violations"),
+    ),
+    "kernel_surprises": Metric(
+        "kernels on codes that the runtime executes and the plan does not hold, or the other way round",
+        _kernel_surprises,
+    ),
+    "float_mismatch_rate": Metric(
+        "differing share of the values that float operators compute, on the runtime's own inputs", _float_mismatch_rate
+    ),
+    "max_lsb": Metric("largest difference end to end, in steps of the grid", _path("parity.optimized.max_lsb")),
+    "outputs_identical": Metric(
+        "1 if the outputs are bit-identical, else 0", _path("parity.optimized.outputs_identical")
+    ),
+    "integer_macs": Metric("share of the multiply-accumulates in integer kernels", _path("coverage.integer_macs")),
+    "weight_only_macs": Metric(
+        "share of the multiply-accumulates in float kernels with quantized weights", _path("coverage.weight_only_macs")
+    ),
+    "integer_nodes": Metric("number of compute nodes in integer kernels", _path("coverage.integer_nodes")),
+    "latency_ratio": Metric(
+        "time of the quantized model over time of the float model", _over("latency_ms.quantized", "latency_ms.float")
+    ),
+    "size_ratio": Metric(
+        "bytes of the quantized model over bytes of the float model", _over("size.bytes", "size.float_bytes")
+    ),
+    "lint_errors": Metric("findings of severity error against the rules of the target", _lint_errors),
+}
+
+DEFAULT_GATES = tuple(
+    parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "kernel_surprises", "lint_errors")
+)
+"""Conditions of every export. With optimisations off all arithmetic is float: that level is reported, not gated."""

@@ -1,0 +1,311 @@
+"""The plots of the page as inline SVG: small strips written by hand, the overview by Matplotlib.
+
+They carry no colours of their own but the variables of the page, and depend on the numbers only.
+
+Must not know: the page around them, where a number comes from.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Final
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from exporter.reporting.number_format import measured
+from exporter.reporting.schema import LayerEntry, MixedPrecision, ScaleSensitivity
+
+__all__ = [
+    "error_plot",
+    "front_plot",
+    "interval_plot",
+    "loss_plot",
+    "matrix_plot",
+    "range_plot",
+    "sensitivity_plot",
+    "sqnr_plot",
+]
+
+# Matplotlib only knows colours: these are exchanged for CSS variables afterwards, so that plots follow the theme.
+_THEME: Final = {
+    "#010203": "var(--muted)",
+    "#010204": "var(--line)",
+    "#010205": "var(--accent)",
+    "#010206": "var(--warn)",
+}
+_MUTED, _LINE, _ACCENT, _WARN = _THEME
+_WIDTH, _HEIGHT = 256, 26  # viewBox of the plots inside table rows
+_SHADES = 12  # of a cell in a matrix
+
+
+def interval_plot(value: float, interval: tuple[float, float], domain: tuple[float, float]) -> Markup:
+    """Dot and whisker on a shared axis, for a table cell."""
+    span = (domain[1] - domain[0]) or 1.0
+    x, low, high = (8 + (v - domain[0]) / span * (_WIDTH - 16) for v in (value, *interval))
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 {_WIDTH} 18" aria-hidden="true">'
+        f'<path class="whisker" d="M{low:.1f} 9H{high:.1f}M{low:.1f} 5v8M{high:.1f} 5v8"/>'
+        f'<circle class="dot" cx="{x:.1f}" cy="9" r="4.5"/></svg>'
+    )
+
+
+def range_plot(layer: LayerEntry) -> Markup:
+    """Histogram of the observed values (log height) over the chosen range; what lies outside is drawn as clipped."""
+    lo, hi = layer["lo"], layer["hi"]
+    seen_lo, seen_hi = (measured(layer.get(key)) for key in ("observed_lo", "observed_hi"))
+    left = lo if seen_lo is None else min(lo, seen_lo)
+    right = hi if seen_hi is None else max(hi, seen_hi)
+    unit = (_WIDTH - 4) / ((right - left) or 1.0)
+    start, end = 2 + (lo - left) * unit, 2 + (hi - left) * unit
+    outlines = ""
+    bins = layer.get("histogram") or []
+    if bins and seen_lo is not None and seen_hi is not None:
+        width = (seen_hi - seen_lo) / len(bins)
+        inside = [lo - width / 2 <= seen_lo + (i + 0.5) * width <= hi + width / 2 for i in range(len(bins))]
+        for css, keep in (("seen", True), ("cut", False)):
+            kept = [n if here is keep else 0 for n, here in zip(bins, inside, strict=True)]
+            outlines += (
+                f'<path class="{css}" d="{_outline(kept, max(bins), 2 + (seen_lo - left) * unit, width * unit)}"/>'
+            )
+    bracket = f'<path class="chosen" d="M{start:.1f} 20v6M{start:.1f} 23H{end:.1f}M{end:.1f} 20v6"/>'
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
+        f"{outlines}{bracket}</svg>"
+    )
+
+
+def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
+    """SVG path of a histogram on the line y = 19; empty bins leave no ink, others at least one unit."""
+    path, height_before = "", 0.0
+    for index, number in enumerate([*bins, 0]):
+        height = 1 + 17 * math.log1p(number) / math.log1p(top) if number else 0.0
+        if height == height_before == 0:
+            continue
+        if height_before == 0:
+            path += f"M{x + index * width:.1f} 19"
+        path += f"V{19 - height:.1f}" + (f"h{width:.1f}" if height else "z")
+        height_before = height
+    return path
+
+
+def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str) -> Markup:
+    """Bars of SQNR in graph order; the worst ones carry the number under which the caption names them."""
+    values = [measured(layer.get("sqnr_db")) for layer in layers]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < 2:
+        return Markup()
+    heights = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
+    marks = {index: worst[layer["site"]] for index, layer in enumerate(layers) if layer["site"] in worst}
+    return _figure(salt, lambda axes: _bars(axes, heights, marks))
+
+
+def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> None:
+    """One bar per height; those in `marks` (index -> number) stand out."""
+    colors = [_WARN if index in marks else _ACCENT for index in range(len(heights))]
+    width = min(0.16 + 0.03 * len(heights), 0.8)  # few bars stay slim, many leave a gap
+    axes.bar(range(1, len(heights) + 1), heights, width=width, color=colors, linewidth=0)
+    top = max(*heights, 1.0)
+    for index, number in marks.items():
+        axes.vlines(index + 1, heights[index], top * 1.06, color=_WARN, linewidth=0.8, linestyle=":")
+        axes.annotate(str(number), (index + 1, top * 1.06), (0, 1), textcoords="offset points",
+                      ha="center", color=_WARN, fontsize=9, weight="bold")  # fmt: skip
+    axes.set(xlim=(0.3, len(heights) + 0.7), ylim=(min(0.0, *heights), top * 1.18))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    _label(axes, "site, in graph order", "SQNR, dB")
+
+
+def error_plot(
+    *curves: Sequence[float | None], salt: str, groups: Sequence[Sequence[int]] = (), labels: Sequence[str] = ()
+) -> Markup:
+    """Relative errors of units in order, of one state or before and after, on a logarithmic axis; zeros are gaps.
+
+    groups: indices of neighbouring units that are shaded together; labels: of the curves.
+    """
+    shown = [[_positive(error) for error in curve] for curve in curves]
+    count = max(map(len, shown))
+    if count < 2 or not any(math.isfinite(error) for curve in shown for error in curve):
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        for group in groups:
+            axes.axvspan(group[0] + 0.6, group[-1] + 1.4, color=_MUTED, alpha=0.18, linewidth=0)
+        styles = ((_MUTED, "s"), (_ACCENT, "o")) if len(shown) > 1 else ((_ACCENT, "o"),)
+        for (color, marker), curve in zip(styles, shown, strict=True):
+            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker=marker, markersize=3.5)
+        if labels:
+            axes.legend(axes.lines, labels, frameon=False, fontsize=8, labelcolor=_MUTED)
+        axes.set(yscale="log", xlim=(0.7, count + 0.3))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        _label(axes, "unit, in graph order", "relative error")
+
+    return _figure(salt, paint)
+
+
+def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vertex: float | None, salt: str) -> Markup:
+    """Loss over p, the parabola fitted to it (drawn where it is not above all losses), and its vertex."""
+    finite = {p: loss for p, loss in sorted(powers.items()) if math.isfinite(loss)}
+    if len(finite) < 2:
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        if len(coefficients) == 3:
+            grid = np.linspace(min(finite), max(finite), 401)
+            curve = np.polyval(coefficients, grid)
+            axes.plot(grid, np.where(curve <= max(finite.values()), curve, np.nan), color=_WARN, linewidth=1.4)
+        if vertex is not None:
+            axes.axvline(vertex, color=_WARN, linewidth=0.8, linestyle=":")
+        axes.plot([*finite], [*finite.values()], color=_ACCENT, linewidth=0, marker="o", markersize=5)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        _label(axes, "p", "loss")
+
+    return _figure(salt, paint)
+
+
+def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: str) -> Markup:
+    """What every scale adds to the loss, one line per bits, paler for more; rings mark the bits that a budget left."""
+    added = [{w["bits"]: _added(w["loss"], finest) for w in scale["widths"]} for scale in scales]
+    widths = sorted({bits for losses in added for bits in losses})[:-1]  # the finest adds nothing
+    if len(scales) < 2 or not any(math.isfinite(losses.get(b, math.nan)) for losses in added for b in widths):
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        places = range(1, len(scales) + 1)
+        for index, bits in enumerate(widths):
+            curve = [losses.get(bits, math.nan) for losses in added]
+            shade = 1.0 - 0.75 * index / max(1, len(widths) - 1)
+            axes.plot(places, curve, color=_ACCENT, alpha=shade, linewidth=1.2, marker="o", markersize=2.5)
+            axes.annotate(f"{bits} bit", (len(scales), curve[-1]), (6, -3), textcoords="offset points",
+                          color=_MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        chosen = [losses.get(scale.get("bits", 0), math.nan) for scale, losses in zip(scales, added, strict=True)]
+        axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=7, markerfacecolor="none")
+        axes.set(yscale="log", xlim=(0.3, len(scales) + 0.7))
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        _label(axes, "scale, in graph order", "added loss")
+
+    return _figure(salt, paint)
+
+
+def _added(loss: object, finest: float) -> float:
+    number = measured(loss)
+    return math.nan if number is None else _positive(number - finest)
+
+
+def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
+    """Loss of mixed and of uniform bits over what they take, as measured; a ring marks the choice."""
+    axis = mixed["axis"]
+    finite = [choice for choice in mixed["front"] if math.isfinite(_positive(choice["loss"]))]
+    if len(finite) < 2:
+        return Markup()
+    uniform = [choice for choice in finite if "uniform" in choice]
+    front = sorted((choice for choice in finite if "uniform" not in choice), key=lambda choice: choice[axis])
+
+    def paint(axes: Axes) -> None:
+        for choices, color, marker, label in (
+            (uniform, _MUTED, "s", "uniform bits"),
+            (front, _ACCENT, "o", "mixed bits"),
+        ):
+            places, losses = [c[axis] for c in choices], [_positive(c["loss"]) for c in choices]
+            axes.plot(places, losses, color=color, linewidth=1.4, marker=marker, markersize=5, label=label)
+        for choice in uniform:
+            axes.annotate(f"{choice['uniform']}", (choice[axis], _positive(choice["loss"])), (5, 4),
+                          textcoords="offset points", color=_MUTED, fontsize=8)  # fmt: skip
+        found = mixed["found"]
+        axes.plot([found[axis]], [_positive(found["loss"])], color=_WARN, linewidth=0, marker="o", markersize=10,
+                  markerfacecolor="none", markeredgewidth=1.8, label="chosen")  # fmt: skip
+        axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
+        axes.set(yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+        _label(axes, {"weight_bytes": "bytes of weights", "avg_weight_bits": "mean bits of a weight",
+                      "bops": "bit operations per sample"}[axis], "loss")  # fmt: skip
+
+    return _figure(salt, paint)
+
+
+def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
+    """A square matrix as cells, shaded by the square root of the magnitude; negative ones have a colour of their own.
+
+    Cells of one shade are one path, neighbours in a row one rectangle, so that large matrices stay small.
+    """
+    values = np.array([[measured(value) for value in row] for row in matrix], dtype=np.float64)  # None: NaN
+    values[~np.isfinite(values)] = 0.0
+    top = float(np.abs(values).max(initial=0.0)) or 1.0
+    shades = np.sign(values) * np.round(_SHADES * np.sqrt(np.abs(values) / top))
+    paths: dict[int, str] = {}
+    for y, row in enumerate(shades.astype(int).tolist()):
+        x = 0
+        for shade, run in groupby(row):
+            width = len(list(run))
+            if shade:
+                paths[shade] = paths.get(shade, "") + f"M{x} {y}h{width}v1h-{width}z"
+            x += width
+    cells = "".join(
+        f'<path class="{"plus" if shade > 0 else "minus"}" opacity="{abs(shade) / _SHADES:.2f}" d="{path}"/>'
+        for shade, path in sorted(paths.items())
+    )
+    return Markup(f'<svg class="matrix" viewBox="0 0 {len(values)} {len(values)}" aria-hidden="true">{cells}</svg>')
+
+
+def _positive(value: object) -> float:
+    """The number, NaN for one that a logarithmic axis cannot show."""
+    number = measured(value)
+    return number if number is not None and 0 < number < math.inf else math.nan
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Names of the axes, and the look that all figures share."""
+    axes.set_xlabel(x, color=_MUTED, fontsize=9)
+    axes.set_ylabel(y, color=_MUTED, fontsize=9)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_MUTED)
+
+
+def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
+    """The SVG of what `paint` draws; ids come from the salt."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever style the user's own matplotlib has
+        mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
+        figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
+        paint(figure.add_subplot(facecolor="none"))
+        return _inline(figure)
+
+
+def _inline(figure: Figure) -> Markup:
+    """The figure as SVG for a page: theme colours, the page's font, no metadata, ids from the salt alone."""
+    stream = io.StringIO()
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)  # type: ignore[no-untyped-call]
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
+    text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
+    text = re.sub(r" font-family: [^;\"]*;", "", text)
+    text = text.replace("font-weight: ;", "").replace("<svg ", '<svg class="figure" role="img" ', 1)
+    text = re.sub(
+        r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+    for color, variable in _THEME.items():
+        text = text.replace(color, variable)
+    return Markup(re.sub(r"\n\s*", "\n", text))

@@ -1,0 +1,117 @@
+"""How long models take beside each other, measured so that a busy machine disturbs all of them alike.
+
+Must not know: what the models are, which of them should be faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from calibrators.errors import InputError
+from runtime_tests.ort.sessions import session
+
+__all__ = ["Latency", "interleave", "latency"]
+
+Array = NDArray[Any]
+
+RUNS, WARMUP = 50, 5
+NANOSECONDS_PER_MS = 1e6
+
+
+@dataclass(frozen=True, eq=False)
+class Latency:
+    """Times of several models, one column per model, one row per round.
+
+    names:    the models; the first is the baseline of `speedup`.
+    times_ms: [rounds, models] float64.
+    threads:  intra-op threads of every session.
+    """
+
+    names: tuple[str, ...]
+    times_ms: Array
+    threads: int = 1
+
+    def median_ms(self, name: str) -> float:
+        return float(np.median(self._column(name)))
+
+    def iqr_ms(self, name: str) -> float:
+        """Interquartile range: the spread of the middle half of the runs."""
+        low, high = np.percentile(self._column(name), [25, 75])
+        return float(high - low)
+
+    def speedup(self, name: str) -> float:
+        """Median over the rounds of baseline time / time of `name`: a slow spell hits both sides of each ratio."""
+        return float(np.median(self._column(self.names[0]) / self._column(name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The "latency_ms" part of report.json: medians by name, then spread, speedups and conditions."""
+        return {
+            **{name: self.median_ms(name) for name in self.names},
+            "iqr": {name: self.iqr_ms(name) for name in self.names},
+            "speedup": {name: self.speedup(name) for name in self.names[1:]},
+            "runs": len(self.times_ms),
+            "threads": self.threads,
+        }
+
+    def _column(self, name: str) -> Array:
+        return np.asarray(self.times_ms[:, self.names.index(name)])
+
+
+def latency(
+    models: Mapping[str, onnx.ModelProto | str | Path],
+    inputs: Mapping[str, Array],
+    *,
+    threads: int = 1,
+    runs: int = RUNS,
+    warmup: int = WARMUP,
+) -> Latency:
+    """Latency of every model on the same inputs, all optimisations on; report.json wants {"float": , "quantized": }.
+
+    raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
+    """
+    sessions = {name: session(model, threads=threads) for name, model in models.items()}
+    for name, each in sessions.items():
+        if {value.name for value in each.get_inputs()} != set(inputs):
+            wanted = ", ".join(value.name for value in each.get_inputs())
+            raise InputError(f"model {name!r} takes the inputs {wanted}; got {', '.join(inputs) or 'none'}.")
+    calls = {name: _call(each, inputs) for name, each in sessions.items()}
+    return Latency(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    runs: int,
+    warmup: int = WARMUP,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Array:
+    """Milliseconds of each call, [runs, calls]: every round calls each once, odd rounds in reverse order.
+
+    clock: nanoseconds, monotonic.
+    """
+    if runs < 1 or not calls:
+        raise InputError(f"latency needs at least one model and one run; got {len(calls)} models, {runs} runs.")
+    ordered = list(enumerate(calls.values()))
+    for _ in range(warmup):
+        for _, call in ordered:
+            call()
+    times = np.empty((runs, len(ordered)))
+    for round_index in range(runs):
+        for column, call in ordered[:: -1 if round_index % 2 else 1]:
+            begin = clock()
+            call()
+            times[round_index, column] = (clock() - begin) / NANOSECONDS_PER_MS
+    return times
+
+
+def _call(runner: Any, inputs: Mapping[str, Array]) -> Callable[[], object]:
+    feed = dict(inputs)
+    return lambda: runner.run(None, feed)

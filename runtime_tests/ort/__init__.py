@@ -1,0 +1,1 @@
+"""onnxruntime: sessions, executed kernels, lint rules, the simplifier."""

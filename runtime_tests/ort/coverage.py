@@ -1,0 +1,348 @@
+"""How much of a network onnxruntime computes in integers: counted on the graph that it executes.
+
+Every number comes from the optimised graph itself: shapes and types from running it once, reductions from the shapes of
+its weights. Nothing is matched by name with the file, so nothing can be matched wrongly.
+
+Must not know: how the file was made, what its codes should be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from calibrators.errors import DataError
+from runtime_tests.ort.operands import QUANTIZE, Operand, array, consumers, inputs, operand, stated_type, where
+from runtime_tests.ort.sessions import optimized_file, session
+
+__all__ = ["Coverage", "FloatNode", "coverage"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FloatNode:
+    """A node that computes in float.
+
+    name: node name in the optimised graph.
+    op:   operator type.
+    why:  the reason, as far as the graph shows it.
+    macs: multiply-accumulates of one run; 0 for operators without a reduction over weights.
+    """
+
+    name: str
+    op: str
+    why: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What onnxruntime computes in integer kernels.
+
+    integer_nodes, compute_nodes: counts over the nodes that compute (no data movement, Q/DQ, shape arithmetic).
+    macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default).
+    integer_macs: share of them in integer kernels, 0..1; 1 where there are none.
+    weight_only_macs: share of them in float kernels that read codes of the weight alone.
+    accuracy_level: what those kernels may round their other operand to, the coarsest of all: 0 (unset) and 1 float32,
+                  2 float16, 3 bfloat16, 4 int8; None where there are none.
+    float_nodes:  the rest by name and reason, most expensive first.
+    uncounted:    fused nodes whose multiply-accumulates are not counted (attention kernels), by name.
+    by_op:        how often each operator type occurs in the optimised graph.
+    """
+
+    integer_nodes: int
+    compute_nodes: int
+    macs: int
+    integer_macs: float
+    weight_only_macs: float
+    accuracy_level: int | None
+    float_nodes: tuple[FloatNode, ...]
+    uncounted: tuple[str, ...]
+    by_op: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "float_nodes": [asdict(node) for node in self.float_nodes],
+            "uncounted": list(self.uncounted),
+        }
+
+
+def coverage(model: onnx.ModelProto | str | Path, *, sample: Mapping[str, Array] | None = None) -> Coverage:
+    """Integer coverage of `model` in the installed onnxruntime with all optimisations on.
+
+    sample: inputs for the one run that yields shapes; zeros of batch 1 if None.
+    raises: ModelError if onnxruntime refuses the model; DataError if it needs a sample and has none.
+    """
+    with optimized_file(model, layouts=False) as path:
+        graph = ir.load(path).graph
+        nodes = [node for node in graph if _computes(node)]
+        values = _run(path, graph, nodes, sample)
+        computing = [node for node in nodes if not _is_shape_arithmetic(node, values)]
+        macs = {node: _macs(node, values) for node in computing}
+        integer = {node for node in computing if _is_integer(node, values)}
+        weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
+        total = sum(macs.values())
+        rest = [
+            FloatNode(where(node), node.op_type, _why(node), macs[node]) for node in computing if node not in integer
+        ]
+        return Coverage(
+            integer_nodes=len(integer),
+            compute_nodes=len(computing),
+            macs=total,
+            integer_macs=sum(macs[node] for node in integer) / total if total else 1.0,
+            weight_only_macs=sum(macs[node] for node in weight_only) / total if total else 0.0,
+            accuracy_level=max((_accuracy_level(node) for node in weight_only), default=None),
+            float_nodes=tuple(sorted(rest, key=lambda node: -node.macs)),
+            uncounted=tuple(where(node) for node in computing if "Attention" in node.op_type),
+            by_op=dict(Counter(node.op_type for node in graph).most_common()),
+        )
+
+
+# ---- which nodes count
+
+MOVEMENT = frozenset((
+    "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout", "Constant", "ConstantOfShape", "Shape", "Size",
+    "Range", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "Slice", "Split",
+    "DepthToSpace", "SpaceToDepth", "ReorderInput", "ReorderOutput",
+))  # fmt: skip
+"""Operators that move, convert or describe data; what is left computes."""
+
+INTEGER_INSIDE = frozenset(("QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul"))
+"""Integer kernels whose output may be wider than a code; all others write int8 or uint8."""
+
+CODES = (np.dtype(np.int8), np.dtype(np.uint8))
+INDICES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_))
+
+
+def _computes(node: ir.Node) -> bool:
+    return node.op_type not in MOVEMENT
+
+
+def _is_shape_arithmetic(node: ir.Node, values: Mapping[str, Array]) -> bool:
+    """Whether a node makes indices or conditions only."""
+    return node.op_type not in INTEGER_INSIDE and _output(node, values).dtype in INDICES
+
+
+def _is_integer(node: ir.Node, values: Mapping[str, Array]) -> bool:
+    return node.op_type in INTEGER_INSIDE or _output(node, values).dtype in CODES
+
+
+def _output(node: ir.Node, values: Mapping[str, Array]) -> Array:
+    return values[_first_name(node)]
+
+
+# ---- shapes
+
+
+def _run(path: Path, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[str, Array] | None) -> dict[str, Array]:
+    """What one run makes of the nodes' first outputs and non-constant second operands, by value name."""
+    feed = dict(sample) if sample is not None else {value.name or "": _zeros(value) for value in graph.inputs}
+    taps = {_first_name(node): None for node in nodes}
+    operands = (node.inputs[_weight_index(node)] for node in nodes if node.op_type in WEIGHT_INDEX)
+    taps |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
+    runner = session(path, optimized=False, taps=list(taps))
+    names = [output.name for output in runner.get_outputs()]
+    return feed | dict(zip(names, runner.run(names, feed), strict=True))
+
+
+def _first_name(node: ir.Node) -> str:
+    return str(next(value.name for value in node.outputs if value.name))
+
+
+def _zeros(value: ir.Value) -> Array:
+    """Zeros for a graph input, its free first dimension set to 1."""
+    dims = list(value.shape.dims) if value.shape is not None else [None]
+    sizes = [dim if isinstance(dim, int) else None for dim in dims]
+    if sizes and sizes[0] is None:
+        sizes[0] = 1
+    fixed = [size for size in sizes if size is not None]
+    if value.shape is None or len(fixed) < len(sizes) or value.dtype is None:
+        raise DataError(
+            f"input {value.name!r} of the model has shape {value.shape}: only the first dimension may be free. "
+            "Pass a sample of every input."
+        )
+    return np.zeros(fixed, value.dtype.numpy())
+
+
+# ---- multiply-accumulates
+
+WEIGHT_ONLY = "MatMulNBits"
+WEIGHT_INDEX = {
+    **dict.fromkeys(("Conv", "FusedConv", "ConvInteger", "ConvTranspose", "NhwcFusedConv"), 1),
+    **dict.fromkeys(("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), 1),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "GemmFastGelu"), 1),
+    **dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3),
+}
+"""Which input of an operator holds its weights (or the second matrix)."""
+
+
+def _weight_index(node: ir.Node) -> int:
+    return WEIGHT_INDEX[node.op_type]
+
+
+def _macs(node: ir.Node, values: Mapping[str, Array]) -> int:
+    """Multiply-accumulates of one node: output elements times the length of the reduction behind each.
+
+    Conv: prod(weight.shape[1:]) per output; ConvTranspose: the same per input; matrix products: rows of the second
+    matrix. MatMulNBits states its reduction as attribute K.
+    """
+    output = _output(node, values).size
+    if node.op_type == WEIGHT_ONLY:
+        return output * node.attributes["K"].as_int()
+    if node.op_type not in WEIGHT_INDEX:
+        return 0
+    weight = _shape(node.inputs[_weight_index(node)], values)
+    if node.op_type == "ConvTranspose":
+        return math.prod(_shape(node.inputs[0], values)) * math.prod(weight[1:])
+    if "Conv" in node.op_type:
+        return output * math.prod(weight[1:])
+    if len(weight) == 1:
+        return output * weight[0]
+    transposed = node.attributes.get("transB")
+    return output * weight[-1 if transposed is not None and transposed.as_int() else -2]
+
+
+def _shape(value: ir.Value | None, values: Mapping[str, Array]) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if value.const_value is not None:
+        return tuple(value.const_value.shape.numpy())
+    return values[str(value.name)].shape
+
+
+# ---- reasons
+
+NO_KERNEL = "onnxruntime has no integer kernel for this operator"
+NOT_FUSED = "onnxruntime did not fuse it"
+WIDE = "16-bit activations have no integer kernels"
+SIGNED = "int8 activations: on x86 only chains without fan-out are moved to the uint8 kernels"
+WEIGHTED = frozenset(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
+ELEMENTWISE = frozenset(
+    ("Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax", "Concat", "GlobalAveragePool", "AveragePool", "MaxPool")
+)
+INSTEAD = {
+    "ReduceMean": "ReduceMean has no integer kernel; GlobalAveragePool has",
+}
+"""Operators with a better form than 'no integer kernel'."""
+
+
+def _why(node: ir.Node) -> str:
+    """The first reason the graph shows for a node being in float."""
+    if node.op_type == WEIGHT_ONLY:
+        return f"weights only are quantized: a float kernel expands them, at accuracy level {_accuracy_level(node)}"
+    if node.op_type in INSTEAD:
+        return INSTEAD[node.op_type]
+    if node.op_type in WEIGHTED:
+        return _why_weighted(node)
+    if node.op_type in ELEMENTWISE:
+        return _why_elementwise(node)
+    return NO_KERNEL
+
+
+def _accuracy_level(node: ir.Node) -> int:
+    stated = node.attributes.get("accuracy_level")
+    return 0 if stated is None else stated.as_int()
+
+
+def _why_weighted(node: ir.Node) -> str:
+    x, weight, bias = (operand(value) for value in inputs(node, 3))
+    if node.op_type == "ConvTranspose":
+        return NO_KERNEL
+    if x is None:
+        return "its input is not quantized"
+    if weight is None:
+        return (
+            "its weights are not stored as codes" if array(node.inputs[1]) is not None else "its second input is float"
+        )
+    reasons = (
+        _why_types(node, x, weight),
+        _why_bias(node, x, weight, bias),
+        _why_activation(node),
+        "Conv" in node.op_type and not _is_quantized(node) and "its output is not quantized",
+    )
+    return next((reason for reason in reasons if reason), NOT_FUSED)
+
+
+def _why_types(node: ir.Node, x: Operand, weight: Operand) -> str | None:
+    if weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return f"{weight.dtype} weights have no integer kernel: they are expanded to float at every run"
+    if _touches(WIDE_TYPES, node, x):
+        return WIDE
+    if _touches(SIGNED_TYPES, node, x):
+        return SIGNED
+    if x.dtype != ir.DataType.UINT8:
+        return f"{x.dtype} activations have no integer kernel"
+    return None
+
+
+def _why_activation(node: ir.Node) -> str | None:
+    """Why the activation function fused into a float convolution is there."""
+    stated = node.attributes.get("activation")
+    if stated is None:
+        return None
+    name = stated.as_string()
+    if name not in ("Relu", "Clip"):
+        return f"its output is not quantized before {name}"
+    return (
+        f"{name} cannot be merged into the quantizer behind it: the zero point there is not the lowest code, "
+        "or the range is wider than the activation's"
+    )
+
+
+def _why_bias(node: ir.Node, x: Operand, weight: Operand, bias: Operand | None) -> str | None:
+    value = inputs(node, 3)[2]
+    if value is None:
+        return None
+    if bias is None:
+        return (
+            None if "Conv" in node.op_type or _is_quantized(node) else "its bias is float and its output not quantized"
+        )
+    if bias.dtype != ir.DataType.INT32:
+        return f"its bias has codes of type {bias.dtype}, not INT32"
+    if x.scale is None or weight.scale is None or bias.scale is None:
+        return "a scale is computed, not constant"
+    if not np.array_equal(np.float32(x.scale) * weight.scale, bias.scale):
+        return "the scale of its bias is not exactly float32(input scale * weight scale)"
+    return None
+
+
+def _why_elementwise(node: ir.Node) -> str:
+    operands = [each for each in (operand(value) for value in node.inputs) if each is not None]
+    if len(operands) < sum(value is not None for value in node.inputs):
+        return "not all of its inputs are quantized"
+    if not _is_quantized(node):
+        return "its output is not quantized"
+    if _touches(WIDE_TYPES, node, *operands):
+        return WIDE
+    if _touches(SIGNED_TYPES, node, *operands):
+        return SIGNED
+    if node.op_type == "MaxPool":
+        return "the quantizers before and behind it have different parameters"
+    return NOT_FUSED
+
+
+SIGNED_TYPES = (ir.DataType.INT8,)
+WIDE_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
+
+
+def _touches(types: tuple[ir.DataType, ...], node: ir.Node, *operands: Operand) -> bool:
+    """Whether an operand or a quantizer behind the node holds codes of one of these types."""
+    behind = [stated_type(reader.outputs[0]) for reader in consumers(node.outputs[0]) if reader.op_type == QUANTIZE]
+    return any(dtype in types for dtype in (*behind, *(each.dtype for each in operands)))
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether every reader of the node's output quantizes it."""
+    readers = consumers(node.outputs[0])
+    return bool(readers) and all(reader.op_type == QUANTIZE for reader in readers)

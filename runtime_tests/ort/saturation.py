@@ -1,0 +1,171 @@
+"""Which layers give wrong sums on x86 CPUs that have AVX2 but no VNNI.
+
+There the kernels multiply uint8 activations with int8 weights by VPMADDUBSW, which adds two neighbouring products in a
+saturating int16. The sum of a pair stays exact exactly when, with `a` the highest activation code,
+
+    a * (max(w0, 0) + max(w1, 0)) <= 32767   and   a * (min(w0, 0) + min(w1, 0)) >= -32768.
+
+Pairs: the reduction is packed from its start in steps of two (2k, 2k + 1), an odd rest alone. A matrix product reduces
+over the rows of its second operand, a convolution over (channel, row, column) in NCHW layout and over (row, column,
+channel) in the NHWC layout that integer networks get; which of them runs depends on the neighbours, so both are checked
+and a layer is reported if either can saturate. Depthwise convolutions have kernels of their own, which are exact.
+
+Must not know: how codes were chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from runtime_tests.ort.operands import inputs, operand, where
+
+__all__ = ["Cpu", "Saturation", "SaturationRisk", "cpu_from", "pair_sums", "saturation", "this_cpu"]
+
+Array = NDArray[Any]
+
+INT16_MAX, INT16_MIN = 2**15 - 1, -(2**15)
+
+REPORTED_FLAGS = (
+    "sse4_1", "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx_vnni_int8",
+    "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+"""Instruction sets that decide which integer kernels run, in the spelling of Linux."""
+
+EXACT_FLAGS = ("avx512_vnni", "avx_vnni")
+
+
+@dataclass(frozen=True)
+class SaturationRisk:
+    """A layer that can saturate.
+
+    name, op:       the node.
+    activation_max: highest code its activations can hold.
+    worst:          largest magnitude that a pair of products can reach; beyond 32767 it is cut.
+    pairs:          how many pairs of weights can saturate, of `pairs_total`.
+    """
+
+    name: str
+    op: str
+    activation_max: int
+    worst: int
+    pairs: int
+    pairs_total: int
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A machine: architecture, brand, and those of REPORTED_FLAGS it has."""
+
+    arch: str
+    brand: str
+    flags: tuple[str, ...]
+
+    @property
+    def saturates(self) -> bool:
+        """Whether its u8 x s8 kernels add pairs in int16: AVX2 without VNNI. Older x86 and Arm are exact."""
+        return "avx2" in self.flags and not any(flag in self.flags for flag in EXACT_FLAGS)
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Layers that can saturate on CPUs without VNNI, and whether this one is such a CPU.
+
+    checked: layers with uint8 activations and int8 weights that were looked at.
+    """
+
+    checked: int
+    risks: tuple[SaturationRisk, ...]
+    cpu: Cpu
+
+    @property
+    def affects_this_cpu(self) -> bool:
+        return bool(self.risks) and self.cpu.saturates
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "checked": self.checked,
+            "layers": [asdict(risk) for risk in self.risks],
+            "cpu": {**asdict(self.cpu), "flags": list(self.cpu.flags), "saturates": self.cpu.saturates},
+            "affects_this_cpu": self.affects_this_cpu,
+        }
+
+
+def saturation(model: onnx.ModelProto | str | Path, *, cpu: Cpu | None = None) -> Saturation:
+    """Layers of a QDQ model that can saturate without VNNI; `cpu` is this machine's if None."""
+    loaded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
+    layers = [layer for node in loaded.graph if (layer := _layer(node)) is not None]
+    risks = tuple(risk for layer in layers if (risk := _risk(*layer)) is not None)
+    return Saturation(len(layers), risks, cpu or this_cpu())
+
+
+@functools.cache
+def this_cpu() -> Cpu:
+    """Architecture and instruction sets of this machine, as far as the operating system tells."""
+    return cpu_from(cpuinfo.get_cpu_info())
+
+
+def cpu_from(info: Mapping[str, Any]) -> Cpu:
+    """Cpu of what py-cpuinfo reports; flags are compared without underscores, which systems place differently."""
+    present = {str(flag).replace("_", "").lower() for flag in info.get("flags", ())}
+    flags = tuple(flag for flag in REPORTED_FLAGS if flag.replace("_", "") in present)
+    return Cpu(str(info.get("arch", "unknown")), str(info.get("brand_raw", "unknown")), flags)
+
+
+def pair_sums(weights: Array) -> tuple[Array, Array]:
+    """Sums of the positive and of the negative parts of each pair (2k, 2k + 1).
+
+    weights: [channels, reduction] integers.
+    returns: two arrays [channels, ceil(reduction / 2)] int64.
+    """
+    padded = np.pad(weights.astype(np.int64), ((0, 0), (0, weights.shape[1] % 2)))
+    pairs = padded.reshape(len(padded), -1, 2)
+    return np.maximum(pairs, 0).sum(2), np.minimum(pairs, 0).sum(2)
+
+
+def _layer(node: ir.Node) -> tuple[ir.Node, int, list[Array]] | None:
+    """Node, highest activation code and weights [channels, reduction] by layout; None where nothing can saturate."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return None
+    x, weight = (operand(value) for value in inputs(node, 2))
+    if x is None or weight is None or weight.data is None or weight.dtype != ir.DataType.INT8:
+        return None
+    if x.dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
+        return None
+    highest = x.hi - (-128 if x.dtype == ir.DataType.INT8 else 0)  # int8 codes run as uint8, moved up by 128
+    matrices = _matrices(node, weight.data)
+    return (node, highest, matrices) if matrices else None
+
+
+def _matrices(node: ir.Node, weight: Array) -> list[Array]:
+    if node.op_type == "Conv":
+        group = node.attributes.get("group")
+        if group is not None and group.as_int() == weight.shape[0] > 1 and weight.shape[1] == 1:
+            return []  # depthwise
+        return [weight.reshape(len(weight), -1), np.moveaxis(weight, 1, -1).reshape(len(weight), -1)]
+    transposed = node.attributes.get("transB")
+    if node.op_type == "Gemm" and transposed is not None and transposed.as_int():
+        return [weight]  # [channels, reduction]
+    if weight.ndim < 2:
+        return [weight.reshape(1, -1)]
+    return [np.moveaxis(weight, -2, -1).reshape(-1, weight.shape[-2])]
+
+
+def _risk(node: ir.Node, highest: int, matrices: list[Array]) -> SaturationRisk | None:
+    risks = []
+    for weights in matrices:
+        positive, negative = (highest * sums for sums in pair_sums(weights))
+        count = int(np.sum((positive > INT16_MAX) | (negative < INT16_MIN)))
+        worst = int(max(positive.max(initial=0), -negative.min(initial=0)))
+        risks.append(SaturationRisk(where(node), node.op_type, highest, worst, count, positive.size))
+    worst_risk = max(risks, key=lambda risk: (risk.pairs, risk.worst))
+    return worst_risk if worst_risk.pairs else None

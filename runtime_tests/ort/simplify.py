@@ -1,0 +1,167 @@
+"""onnxsim as a guarded stage: its result is used only if nothing that matters changed, and something got simpler.
+
+It drops the metadata of nodes and of the graph; they are put back by output value name, which it keeps.
+
+Must not know: which simplifications there are, what the metadata say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from runtime_tests.ort.sessions import session
+
+__all__ = ["SimplifyReport", "changes", "simplify"]
+
+Array = NDArray[Any]
+
+MAX_BYTES = 1_500_000_000
+"""Above this onnxsim's own copies come near the 2 GB that protobuf can write."""
+
+CODE_TYPES = frozenset(
+    getattr(onnx.TensorProto, name) for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "INT16", "UINT16")
+) | {onnx.TensorProto.INT32}
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass(frozen=True)
+class SimplifyReport:
+    """What became of the stage.
+
+    applied: whether the simplified model is the one returned.
+    why:     the reason if not, else what was gained.
+    """
+
+    applied: bool
+    why: str
+    nodes_before: int
+    nodes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, SimplifyReport]:
+    """`model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
+
+    sample_inputs: inputs on which the optimised outputs of both models must agree bit for bit.
+    """
+    before = len(model.graph.node)
+
+    def kept(why: str, after: int = before) -> tuple[onnx.ModelProto, SimplifyReport]:
+        return model, SimplifyReport(False, why, before, after)
+
+    if model.ByteSize() > MAX_BYTES:
+        return kept(
+            f"skipped: the model has {model.ByteSize() / 1e9:.1f} GB, the stage takes up to {MAX_BYTES / 1e9:.1f}"
+        )
+    try:
+        candidate = _run_onnxsim(model)
+    except Exception as error:  # a third-party stage may fail in any way: the model goes on without it, and says so
+        return kept(f"dropped: onnxsim failed with {type(error).__name__}: {error}")
+    _restore(candidate, model)
+    after = len(candidate.graph.node)
+    if found := changes(model, candidate):
+        return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
+    if not _same_outputs(model, candidate, sample_inputs):
+        return kept("dropped: the outputs on the sample inputs are not the same bits", after)
+    if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
+        return kept("nothing to simplify", after)
+    gained = (
+        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initialisers less"
+    )
+    return candidate, SimplifyReport(True, gained, before, after)
+
+
+def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
+    """What of the things that must not change did: one phrase each, empty if nothing."""
+    guards = {
+        "the number of QuantizeLinear or DequantizeLinear nodes": _quantizer_counts,
+        "the codes, scales or zero points of a quantizer": _quantizer_contents,
+        "the integer initialisers": _integer_initializers,
+        "the opsets or the IR version": _versions,
+        "the names, types or shapes of inputs or outputs": _signature,
+        "the metadata of the model or graph": _metadata,
+    }
+    found = [name for name, read in guards.items() if read(model) != read(candidate)]
+    lost = sum(1 for node in candidate.graph.node if not node.metadata_props)
+    if lost > sum(1 for node in model.graph.node if not node.metadata_props):
+        found.append(f"the output names of {lost} nodes, whose metadata are lost")
+    return found
+
+
+def _run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim  # takes more than a second, and only this stage needs it
+
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    result: tuple[onnx.ModelProto, bool] = onnxsim.simplify(copy)
+    return result[0]
+
+
+def _restore(candidate: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Put back what onnxsim drops, and take out what it adds: metadata, and shapes of inner values."""
+    del candidate.metadata_props[:]
+    candidate.metadata_props.extend(model.metadata_props)
+    del candidate.graph.metadata_props[:]
+    candidate.graph.metadata_props.extend(model.graph.metadata_props)
+    del candidate.graph.value_info[:]
+    made = {name for node in candidate.graph.node for name in node.output}
+    candidate.graph.value_info.extend(info for info in model.graph.value_info if info.name in made)
+    sources = {node.output[0]: node for node in model.graph.node if node.output}
+    for node in candidate.graph.node:
+        source = sources.get(node.output[0]) if node.output else None
+        if source is not None and source.op_type == node.op_type:
+            del node.metadata_props[:]
+            node.metadata_props.extend(source.metadata_props)
+
+
+def _quantizers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    return (node for node in model.graph.node if node.op_type in QUANTIZERS)
+
+
+def _quantizer_counts(model: onnx.ModelProto) -> list[int]:
+    ops = [node.op_type for node in _quantizers(model)]
+    return [ops.count(name) for name in QUANTIZERS]
+
+
+def _quantizer_contents(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """Digests of the constant inputs of each quantizer, by the value it makes."""
+    digests = {tensor.name: _digest(tensor) for tensor in model.graph.initializer}
+    return {node.output[0]: tuple(digests.get(name, "computed") for name in node.input) for node in _quantizers(model)}
+
+
+def _integer_initializers(model: onnx.ModelProto) -> set[str]:
+    """Contents of all integer initialisers that can hold codes; equal ones may be merged."""
+    return {_digest(tensor) for tensor in model.graph.initializer if tensor.data_type in CODE_TYPES}
+
+
+def _digest(tensor: onnx.TensorProto) -> str:
+    """SHA-256 of type, shape, values and the way they are stored (raw or typed)."""
+    raw = tensor.raw_data or np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).tobytes()
+    return hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} {bool(tensor.raw_data)} ".encode() + raw).hexdigest()
+
+
+def _versions(model: onnx.ModelProto) -> tuple[int, dict[str, int]]:
+    return model.ir_version, {entry.domain: entry.version for entry in model.opset_import}
+
+
+def _signature(model: onnx.ModelProto) -> list[bytes]:
+    """Inputs and outputs in order, as bytes: names, types, shapes and the symbols of free dimensions."""
+    return [info.SerializeToString(deterministic=True) for info in (*model.graph.input, *model.graph.output)]
+
+
+def _metadata(model: onnx.ModelProto) -> tuple[dict[str, str], ...]:
+    return tuple({entry.key: entry.value for entry in part.metadata_props} for part in (model, model.graph))
+
+
+def _same_outputs(model: onnx.ModelProto, candidate: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> bool:
+    feed = dict(sample_inputs)
+    pairs = zip(session(model).run(None, feed), session(candidate).run(None, feed), strict=True)
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)

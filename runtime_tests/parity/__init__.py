@@ -1,0 +1,1 @@
+"""Compare a runtime with the reference at every quantized value."""

@@ -1,0 +1,70 @@
+"""Weights of the file against those of the reference, for layers that compute in float: integer by integer.
+
+The codes of integer kernels show in what these write. Float kernels round, so that a wrong code could hide in a
+tolerance: here the codes, zero points and scales are compared as the file holds them.
+
+Must not know: sessions, what a kernel computes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from calibrators.graph.aten import bind, constant
+from calibrators.grid.numerics import along_axis
+from runtime_tests.ort.operands import DEQUANTIZE, Operand, operand
+from runtime_tests.reference.kernel_rules import is_weight_only
+
+__all__ = ["differing_weights"]
+
+Array = NDArray[Any]
+
+
+def differing_weights(model: onnx.ModelProto | str | Path, program: fx.GraphModule) -> dict[str, Tensor | None]:
+    """How far each weight of a float kernel is from the reference, by its site; None where the file lacks it.
+
+    returns: int32 [out, in]: |code - zero point| apart in steps, at least 1 where a zero point or scale differs.
+    """
+    weights = [bind(node)["weight"] for node in program.graph.nodes if is_weight_only(node)]
+    if not weights:
+        return {}
+    graph = (ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)).graph
+    stored = {
+        str(node.inputs[0].name): operand(node.outputs[0])
+        for node in graph
+        if node.op_type == DEQUANTIZE and node.inputs[0] is not None
+    }
+    return {
+        str(bind(weight)["site"]): _distance(program, weight, stored.get(f"{bind(weight)['site']}_quantized"))
+        for weight in weights
+    }
+
+
+def _distance(program: fx.GraphModule, weight: fx.Node, stored: Operand | None) -> Tensor | None:
+    bound = bind(weight)
+    codes, scale, zero_point = (constant(program, bound[name]) for name in ("codes", "scale", "zero_point"))
+    if stored is None or stored.data is None or stored.scale is None or stored.zero_point is None:
+        return None
+    arrays = (stored.data.astype(np.int32), stored.scale, stored.zero_point.astype(np.int32))
+    theirs = [torch.from_numpy(np.array(array.T, order="C")) for array in arrays]  # [in, out] in the file
+    ours = codes.to(torch.int32), scale, zero_point.to(torch.int32)
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return None
+    steps, other = (
+        (
+            code - along_axis(zero, codes, bound["axis"], bound["block_size"]),
+            along_axis(step.view(torch.int32), codes, bound["axis"], bound["block_size"]),
+            along_axis(zero, codes, bound["axis"], bound["block_size"]),
+        )
+        for code, step, zero in (ours, theirs)
+    )
+    changed = (steps[1] != other[1]) | (steps[2] != other[2])
+    return torch.maximum((steps[0] - other[0]).abs(), changed.to(torch.int32))

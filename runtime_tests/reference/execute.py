@@ -1,0 +1,145 @@
+"""The reference program executed as the integer kernels that onnxruntime fuses it into, or literally as QDQ.
+
+`plan` decides which kernel computes each value; `run` executes the plan. One interpreter serves both ways: without
+kernels it is QDQ.
+
+Must not know: ONNX, sessions, how parameters were chosen, which kernels a runtime has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import bind, constant
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
+from runtime_tests.reference.kernel_rules import LISTS, MOVES, Kernel, source
+
+__all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
+
+_ON_FLOATS = (torch.ops.aten.max_pool1d.default, torch.ops.aten.upsample_nearest2d.vec)
+
+
+@dataclass(frozen=True, eq=False)
+class _QuantizedTensor:
+    """Codes that stand for the floats of a dequantize node; floats only when somebody asks for them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+    site: str
+    block_size: int | None
+
+    @property
+    def values(self) -> Tensor:
+        result: Tensor = DEQUANTIZE(self.codes, self.scale, self.zero_point, self.axis, self.site, self.block_size)
+        return result
+
+
+def run(
+    plan: KernelPlan, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Codes of every site and the outputs of the program.
+
+    forced:  codes by site that replace the computed ones downstream, after these have been recorded: with the runtime's
+             own codes, every site shows what its own kernel did to the inputs which the runtime had.
+    returns: codes in their container dtype by site name, and the outputs in order.
+    """
+    forced = forced or {}
+    pending = iter(inputs)
+    values: dict[fx.Node, Any] = {}
+    codes: dict[str, Tensor] = {}
+    outputs: tuple[Tensor, ...] = ()
+    with torch.no_grad(), _full_float32():
+        for node in plan.program.graph.nodes:
+            if node in plan.skipped:
+                continue
+            if node.op == "placeholder":
+                values[node] = next(pending)
+            elif node.op == "output":
+                outputs = tuple(fx.map_arg(node.args[0], lambda n: _floats(values[n])))
+            else:
+                values[node] = _evaluate(plan, node, values)
+            if node.target is QUANTIZE:
+                site = site_of(node)
+                codes[site] = values[node]
+                values[node] = forced.get(site, values[node])
+            for dead in plan.freed.get(node, ()):
+                values.pop(dead, None)
+    return codes, outputs
+
+
+def run_qdq(
+    program: fx.GraphModule, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """The same with float arithmetic between dequantize and quantize: what the text of the ONNX file says."""
+    return run(plan(program, integer=False), inputs, forced)
+
+
+def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return constant(plan.program, node)
+    if node in plan.kernels:
+        return _run_kernel(plan.kernels[node], values)
+    if node.target is DEQUANTIZE:
+        return _QuantizedTensor(*fx.map_arg(tuple(bind(node).values()), values.__getitem__))
+    if node.target in MOVES and isinstance(values[source(node)], _QuantizedTensor):
+        return _move_codes(node, values)
+    return _call(node, values, {})
+
+
+def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """A move evaluated on codes, or on floats where the scale follows an axis that may move too."""
+    coded: _QuantizedTensor = values[source(node)]
+    if coded.axis is not None:
+        return _call(node, values, {})
+    moved = _moved(node, values, coded.codes)
+    if node.target in LISTS:
+        return [replace(coded, codes=part) for part in moved]
+    return replace(coded, codes=moved)
+
+
+def _run_kernel(kernel: Kernel, values: Mapping[fx.Node, Any]) -> Tensor:
+    result = kernel.compute(*(values[node].codes for node in kernel.inputs))
+    for move in kernel.moves:
+        result = _moved(move, values, result)
+    return result
+
+
+def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
+    """What a move makes of codes; integer-valued floats stand for them where torch has no such operator on integers."""
+    if node.target in _ON_FLOATS:
+        return _call(node, values, {source(node): codes.to(torch.float32)}).to(codes.dtype)
+    return _call(node, values, {source(node): codes})
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
+    """The operator itself on floats, `instead` replacing some operands."""
+
+    def operand(n: fx.Node) -> Any:
+        return instead[n] if n in instead else _floats(values[n])
+
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), operand)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _floats(value: Any) -> Any:
+    return value.values if isinstance(value, _QuantizedTensor) else value
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No reduced-precision products, whatever the caller chose: integers in float32 need all 24 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,278 @@
+"""Which kernels onnxruntime's optimiser makes of a program: what runs on integers, and why the rest does not.
+
+An operator becomes an integer kernel when everything it reads is dequantized codes and its result is read by one
+quantizer alone. What stands between the two is absorbed: a ReLU or clip whose bounds are the ends of the container, and
+reshapes, transposes, slices and max pools, through which the runtime moves the quantizer. A linear layer or matrix
+product without a quantizer behind it has an integer kernel too, which writes floats.
+
+Must not know: ONNX, sessions, how parameters were chosen, how a kernel computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from calibrators.graph.aten import bind
+from calibrators.graph.canonical import clip_bounds
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from runtime_tests.reference.kernel_rules import (
+    MOVES,
+    PROPAGATED,
+    RULES,
+    WEIGHTED,
+    Kernel,
+    StaysFloat,
+    check_container,
+    is_coded,
+    is_weight_only,
+    output_grid,
+    reason_without_rule,
+    source,
+)
+from runtime_tests.reference.kernels import Grid
+
+__all__ = ["COUNTED", "FLOAT", "KernelPlan", "Step", "plan", "site_of"]
+
+FLOAT = "float"
+"""Kernel name of what no integer kernel computes."""
+
+WEIGHT_ONLY = "MatMulNBits"
+"""Float kernel that reads codes of its weight alone."""
+
+COUNTED = (
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "QLinearAdd",
+    "QLinearMul",
+    "QLinearConcat",
+    "QLinearAveragePool",
+    "QLinearGlobalAveragePool",
+    "QLinearSigmoid",
+    "QLinearLeakyRelu",
+    "QLinearSoftmax",
+    WEIGHT_ONLY,
+)
+"""Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How one quantized value, or one float result of a weighted operator, comes about.
+
+    site:     name of the site; of the node for a float result.
+    kernel:   the runtime's operator, or FLOAT.
+    reason:   why it is float; '' otherwise.
+    op:       the operator that computes the value.
+    absorbed: nodes behind it that are part of the kernel, in order, the quantizer aside.
+    quantized: whether the value is a site's codes.
+    """
+
+    site: str
+    kernel: str
+    reason: str
+    op: fx.Node
+    absorbed: tuple[fx.Node, ...] = ()
+    quantized: bool = True
+
+    @property
+    def is_integer(self) -> bool:
+        return self.kernel != FLOAT
+
+
+@dataclass(frozen=True, eq=False)
+class KernelPlan:
+    """A program and the way each of its values is computed.
+
+    steps:   one per quantizer, and one per weighted operator with a float result.
+    kernels: by the node at which they run: the quantizer, or the operator itself for a float result.
+    skipped: nodes that no one evaluates, because a kernel covers them.
+    """
+
+    program: fx.GraphModule
+    steps: tuple[Step, ...]
+    kernels: Mapping[fx.Node, Kernel]
+    skipped: frozenset[fx.Node]
+
+    @cached_property
+    def by_site(self) -> dict[str, Step]:
+        """The step of every quantized value."""
+        return {step.site: step for step in self.steps if step.quantized}
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Names of all quantized activations, in the order in which they are computed."""
+        return tuple(site_of(node) for node in self.program.graph.nodes if node.target is QUANTIZE)
+
+    @cached_property
+    def container_bits(self) -> dict[str, int]:
+        """Bits of the container of every site's codes."""
+        quantizers = (node for node in self.program.graph.nodes if node.target is QUANTIZE)
+        return {site_of(node): torch.iinfo(output_grid(self.program, node).dtype).bits for node in quantizers}
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How often each kernel of COUNTED is planned, zeros included."""
+        found = Counter(step.kernel for step in self.steps)
+        found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes))
+        return {name: found[name] for name in COUNTED}
+
+    @cached_property
+    def exact_outputs(self) -> tuple[bool, ...]:
+        """Whether an integer kernel or a dequantizer writes each output of the program."""
+        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
+        writers = map(_writer, output.args[0])
+        return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
+
+    @cached_property
+    def freed(self) -> dict[fx.Node, list[fx.Node]]:
+        """Nodes whose values nobody reads after the key has been evaluated."""
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.program.graph.nodes:
+            if node in self.skipped:
+                continue
+            last[node] = node
+            reads = self.kernels[node].reads if node in self.kernels else node.all_input_nodes
+            last.update(dict.fromkeys(reads, node))
+        freed: dict[fx.Node, list[fx.Node]] = {}
+        for node, user in last.items():
+            freed.setdefault(user, []).append(node)
+        return freed
+
+
+def site_of(quantizer: fx.Node) -> str:
+    """Name of the site whose codes a quantize node writes."""
+    return str(bind(quantizer)["site"])
+
+
+def _writer(node: fx.Node) -> fx.Node:
+    """The node that computes a value, moves aside."""
+    while node.target in MOVES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
+    """Which integer kernels the runtime makes of `program`; with integer=False none, as with optimisations off."""
+    planner = _Planner(program, integer)
+    for node in program.graph.nodes:
+        if node.target is QUANTIZE:
+            planner.quantizer(node)
+    for node in program.graph.nodes:
+        if node.target in WEIGHTED and node not in planner.covered:
+            planner.float_result(node)
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    steps = sorted(planner.steps, key=lambda step: order[step.op])
+    return KernelPlan(program, tuple(steps), planner.kernels, frozenset(planner.skipped))
+
+
+@dataclass
+class _Planner:
+    program: fx.GraphModule
+    integer: bool
+    steps: list[Step] = field(default_factory=list)
+    kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
+    covered: set[fx.Node] = field(default_factory=set)
+    skipped: set[fx.Node] = field(default_factory=set)
+
+    def quantizer(self, node: fx.Node) -> None:
+        """The step of one quantize node."""
+        y, site = output_grid(self.program, node), site_of(node)
+        op, absorbed, moves = _chain(node, y)
+        if op.op != "call_function":
+            kernel = "QuantizeLinear" if op.op == "placeholder" else FLOAT
+            reason = "" if op.op == "placeholder" else "a constant is quantized at every run"
+            self.steps.append(Step(site, kernel, reason, op))
+            return
+        self.covered.add(op)
+        try:
+            made = self._kernel(op, y)
+        except StaysFloat as why:
+            self.steps.append(Step(site, FLOAT, str(why), op))
+            return
+        self.kernels[node] = replace(made, moves=moves)
+        if op.target not in MOVES:
+            self.skipped |= {op, *absorbed}
+        self.steps.append(Step(site, made.name, "", op, absorbed))
+
+    def _kernel(self, op: fx.Node, y: Grid) -> Kernel:
+        rule = RULES.get(op.target)
+        if not self.integer:
+            raise StaysFloat(_OPTIMISATIONS_OFF)
+        if rule is None:
+            raise StaysFloat(reason_without_rule(op))
+        if len(op.users) > 1 and op.target not in MOVES:
+            raise StaysFloat(_BOTH)
+        check_container(y)
+        return rule(self.program, op, y)
+
+    def float_result(self, node: fx.Node) -> None:
+        """The step of a weighted operator whose result is read as floats."""
+        try:
+            if not self.integer:
+                raise StaysFloat(_OPTIMISATIONS_OFF)
+            if len(node.users) > 1 and any(map(_feeds_quantizer, node.users)):
+                raise StaysFloat(_BOTH)
+            if _is_clipped(node):
+                raise StaysFloat(_CLIPPED)
+            made = WEIGHTED[node.target](self.program, node, None)
+        except StaysFloat as why:
+            self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))
+            return
+        self.kernels[node] = made
+        self.steps.append(Step(node.name, made.name, "", node, quantized=False))
+
+
+_OPTIMISATIONS_OFF = "optimisations are off"
+_BOTH = "its result is read both by a quantizer and as floats"
+_CLIPPED = "a ReLU or clip stands between its result and a float operator"
+
+
+def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """The operator that computes what `quantizer` reads, all nodes between the two, and the moves among them."""
+    node = source(quantizer)
+    moves: list[fx.Node] = []
+    while node.target in PROPAGATED and len(node.users) == 1 and not is_coded(node):
+        moves.insert(0, node)
+        node = source(node)
+    if len(node.users) == 1 and _saturates(node, y):
+        origin = source(node)
+        if len(origin.users) == 1 and origin.target in RULES and not is_coded(origin):
+            return origin, (node, *moves), tuple(moves)
+    return node, tuple(moves), tuple(moves)
+
+
+def _saturates(node: fx.Node, y: Grid) -> bool:
+    """Whether a ReLU or clip does what the ends of the container do anyway."""
+    bounds = clip_bounds(node)
+    if bounds is None:
+        return False
+    low, high = y.container
+    codes = [
+        bound if math.isinf(bound) else float(torch.round(torch.tensor(bound) / y.scale)) + y.zero_point
+        for bound in bounds
+    ]
+    return codes[0] <= low and codes[1] >= high
+
+
+def _is_clipped(node: fx.Node) -> bool:
+    """Whether a ReLU or clip alone reads the result, and one float operator that: the runtime takes it for the part of
+    a kernel that writes codes, finds no quantizer behind it and makes no kernel at all.
+    """
+    clip = next(iter(node.users))
+    readers = list(clip.users)
+    return len(node.users) == 1 and clip_bounds(clip) is not None and len(readers) == 1 and readers[0].op != "output"
+
+
+def _feeds_quantizer(user: fx.Node) -> bool:
+    while user.target in PROPAGATED and len(user.users) == 1:
+        user = next(iter(user.users))
+    return user.target is QUANTIZE

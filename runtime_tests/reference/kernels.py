@@ -1,0 +1,366 @@
+"""The integer kernels of onnxruntime's CPU provider as functions on codes: codes in, the very same codes out.
+
+Every formula is the order of float32 roundings that the x86 kernels (AVX2 and newer) execute; a different but
+algebraically equal order gives other codes at ties. Accumulators are integers held in float32, which is exact while
+they stay below 2**24: a longer reduction is cut into the fewest parts that do, and the parts are added in float64.
+
+    QLinearConv, QGemm, QLinearMatMul   y = sat(rint(clamp(f32(f32(acc) * m))) + zp), m = f32(f32(xs * ws) / ys)
+    QGemm and MatMulIntegerToFloat      y = f32(f32(acc) * f32(xs * ws))
+    QLinearAdd                          y = sat(rint(fma(a, as/ys, fma(b, bs/ys, fix)))), on codes, zp before rounding
+    QLinearMul                          y = sat(rint(f32(f32((a - za)(b - zb) * r) + zc))), r = f32(f32(as * bs) / ys)
+    QLinearGlobalAveragePool            y = sat(rint(f32(sum * f32(xs / f32(ys * n)))) + zp)
+    QLinearAveragePool                  y = sat(rint(f32(f32(mean / ys) + zp))), mean of float32 values in window order
+    QLinearSigmoid, LeakyRelu, Concat   a table: quantize(f(dequantize(code))) of every code
+    QLinearSoftmax                      y = sat(rint(f32(p * floor(1 / ys))) + zp)
+
+Must not know: graphs, programs, sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibrators.grid.numerics import round_codes
+
+__all__ = [
+    "ConvGeometry",
+    "Grid",
+    "PoolGeometry",
+    "Weights",
+    "add_table",
+    "adds_swapped",
+    "average_pool",
+    "conv",
+    "global_average_pool",
+    "integer_clip",
+    "linear",
+    "linear_float",
+    "lookup",
+    "lookup_pair",
+    "matmul",
+    "matmul_float",
+    "mul_table",
+    "prepare_weights",
+    "quantize_bias",
+    "softmax",
+    "unary_table",
+]
+
+EXACT_FLOAT32 = 2**24
+"""Integers of at most this magnitude, and all sums of them that stay below it, are exact in float32."""
+
+INT32 = torch.iinfo(torch.int32)
+CODES = 256
+"""Codes of an 8-bit container."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the codes of one activation live.
+
+    scale:      float32, [].
+    qmin, qmax: range of the codes, which may be narrower than the container.
+    dtype:      container: torch.uint8 or torch.int8.
+    """
+
+    scale: Tensor
+    zero_point: int
+    qmin: int
+    qmax: int
+    dtype: torch.dtype
+
+    @property
+    def container(self) -> tuple[int, int]:
+        limits = torch.iinfo(self.dtype)
+        return limits.min, limits.max
+
+    @property
+    def reach(self) -> int:
+        """Largest |code - zero_point|."""
+        return max(abs(self.qmin - self.zero_point), abs(self.qmax - self.zero_point))
+
+    def every_code(self) -> Tensor:
+        """All codes of the container in ascending order, float32 [256]."""
+        low, high = self.container
+        return torch.arange(low, high + 1, dtype=torch.float32)
+
+    def centred(self, codes: Tensor) -> Tensor:
+        """`codes` - zero_point as integer-valued float32."""
+        return codes.to(torch.float32).sub_(self.zero_point)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Float32 values of `codes`."""
+        return self.centred(codes).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How the window moves; padding is a tuple or torch's 'same' / 'valid'."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class PoolGeometry:
+    """How a two-dimensional averaging window moves."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    count_include_pad: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Constant operand of a convolution or linear layer, made ready for exact accumulation.
+
+    parts: (range of the reduction axis, integer-valued weight [out, part, ...]); float32 where sums are exact in it.
+    bias:  int32 [out] or None.
+    scale: float32, [] or [out].
+    wide:  the accumulator may leave float32's exact integers once the parts and the bias are added.
+    wraps: it may even leave int32.
+    """
+
+    parts: tuple[tuple[slice, Tensor], ...]
+    bias: Tensor | None
+    scale: Tensor
+    wide: bool
+    wraps: bool
+
+
+def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Int32 codes that onnxruntime gives a float bias: rint(f32(b / scale)), saturated; scale is f32(xs * ws)."""
+    return torch.round(bias / scale).double().clamp(INT32.min, INT32.max).to(torch.int32)
+
+
+def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | None, x: Grid) -> Weights:
+    """Weights split along the reduction axis into the fewest parts whose sums are exact in float32.
+
+    codes:      int8 or uint8 [out, in, ...].
+    zero_point: [] or [out].
+    """
+    centred = codes.to(torch.int64) - zero_point.to(torch.int64).reshape(-1, *[1] * (codes.ndim - 1))
+    size = centred.abs().flatten(2).sum(2) if codes.ndim > 2 else centred.abs()  # [out, in]
+    bound = size.sum(1) * x.reach + (bias.to(torch.int64).abs() if bias is not None else 0)  # [out]
+    largest = int(bound.max())
+    ranges = _split(size * x.reach)
+    if ranges:
+        parts = tuple((cut, centred[:, cut].to(torch.float32)) for cut in ranges)
+    else:
+        parts = ((slice(0, codes.shape[1]), centred.to(torch.float64)),)
+    return Weights(parts, bias, scale, wide=largest >= EXACT_FLOAT32, wraps=largest > INT32.max)
+
+
+def _split(bound: Tensor) -> list[slice]:
+    """Fewest ranges of the reduction axis whose bounds stay exact; empty if one index alone exceeds them.
+
+    bound: [out, in], what each index can add to the accumulator.
+    """
+    total = bound.cumsum(1)  # [out, in]
+    ranges: list[slice] = []
+    start, done = 0, torch.zeros(len(bound), 1, dtype=bound.dtype)
+    while start < bound.shape[1]:
+        fitting = int(((total[:, start:] - done).amax(0) < EXACT_FLOAT32).sum())
+        if fitting == 0:
+            return []
+        ranges.append(slice(start, start + fitting))
+        start += fitting
+        done = total[:, start - 1 : start]
+    return ranges
+
+
+def _accumulate(
+    pick: Callable[[slice], Tensor], weights: Weights, product: Callable[[Tensor, Tensor], Tensor], shape: list[int]
+) -> Tensor:
+    """Accumulators, rounded once to float32.
+
+    pick:  the part of the centred input that meets a range of the reduction axis.
+    shape: of the bias against the accumulators.
+    """
+    bias = None if weights.bias is None else weights.bias.reshape(shape)
+    if not weights.wide:
+        ((cut, part),) = weights.parts
+        accumulators = product(pick(cut), part)
+        return accumulators if bias is None else accumulators.add_(bias)
+    sums = sum(product(pick(cut).to(part.dtype), part).double() for cut, part in weights.parts)
+    accumulators = cast(Tensor, sums) if bias is None else cast(Tensor, sums) + bias
+    if weights.wraps:
+        accumulators = accumulators.to(torch.int64).to(torch.int32)
+    return accumulators.to(torch.float32)
+
+
+def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
+    """Codes of float32 accumulators, which are overwritten."""
+    low, high = y.container
+    codes = accumulators.mul_(multiplier).clamp_(low - y.zero_point, high - y.zero_point).round_().add_(y.zero_point)
+    return codes.clamp_(y.qmin, y.qmax).to(y.dtype)
+
+
+def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry) -> Tensor:
+    """QLinearConv.
+
+    codes:   [batch, channels, *space], one or two dimensions of space.
+    returns: codes [batch, out, *space].
+    """
+    centred = x.centred(codes)
+    convolve = {1: functional.conv1d, 2: functional.conv2d}[codes.ndim - 2]
+
+    def pick(cut: slice) -> Tensor:
+        batch, channels, *space = centred.shape
+        grouped = centred.reshape(batch, geometry.groups, channels // geometry.groups, *space)
+        return grouped[:, :, cut].flatten(1, 2)
+
+    def product(part: Tensor, weight: Tensor) -> Tensor:
+        return convolve(part, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+    shape = [-1] + [1] * (codes.ndim - 2)
+    accumulators = _accumulate(pick, weights, product, shape)
+    return _requantize(accumulators, ((x.scale * weights.scale) / y.scale).reshape(shape), y)
+
+
+def _linear_accumulators(codes: Tensor, x: Grid, weights: Weights) -> Tensor:
+    centred = x.centred(codes)
+    return _accumulate(lambda cut: centred[..., cut], weights, functional.linear, [-1])
+
+
+def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid) -> Tensor:
+    """QGemm, or QLinearMatMul without a bias: codes [..., in] -> codes [..., out]."""
+    return _requantize(_linear_accumulators(codes, x, weights), (x.scale * weights.scale) / y.scale, y)
+
+
+def linear_float(codes: Tensor, x: Grid, weights: Weights) -> Tensor:
+    """QGemm with float output, or MatMulIntegerToFloat without a bias: codes [..., in] -> float32 [..., out]."""
+    return _linear_accumulators(codes, x, weights).mul_(x.scale * weights.scale)
+
+
+def _matmul_accumulators(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid) -> Tensor:
+    left, right = a.centred(a_codes), b.centred(b_codes)
+    length = left.shape[-1]
+    step = max((EXACT_FLOAT32 - 1) // max(a.reach * b.reach, 1), 1)
+    if length <= step:
+        return left @ right
+    starts = range(0, length, step)
+    sums = sum((left[..., i : i + step] @ right[..., i : i + step, :]).double() for i in starts)
+    return cast(Tensor, sums).to(torch.float32)
+
+
+def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid) -> Tensor:
+    """QLinearMatMul of two activations: codes [..., m, k], [..., k, n] -> codes [..., m, n]."""
+    return _requantize(_matmul_accumulators(a_codes, b_codes, a, b), (a.scale * b.scale) / y.scale, y)
+
+
+def matmul_float(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid) -> Tensor:
+    """MatMulIntegerToFloat of two activations: codes [..., m, k], [..., k, n] -> float32 [..., m, n]."""
+    return _matmul_accumulators(a_codes, b_codes, a, b).mul_(a.scale * b.scale)
+
+
+def _saturate(values: Tensor, y: Grid) -> Tensor:
+    """Codes of float values that already carry the zero point."""
+    low, high = y.container
+    return torch.round(values).clamp(low, high).clamp(y.qmin, y.qmax).to(y.dtype)
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """f32(a * b + c): the float64 product of two float32 numbers is exact."""
+    return (a.double() * b.double() + c.double()).to(torch.float32)
+
+
+def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
+    """QLinearAdd of every pair of codes, [256, 256]."""
+    ra, rb = a.scale / y.scale, b.scale / y.scale
+    za, zb, zy = (torch.tensor(float(grid.zero_point)) for grid in (a, b, y))
+    fix = zy - _fma(ra, za, rb * zb)
+    return _saturate(_fma(a.every_code()[:, None], ra, _fma(b.every_code(), rb, fix)), y)
+
+
+def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
+    """QLinearMul of every pair of codes, [256, 256]."""
+    product = (a.every_code() - a.zero_point)[:, None] * (b.every_code() - b.zero_point)
+    return _saturate(product * ((a.scale * b.scale) / y.scale) + y.zero_point, y)
+
+
+def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_last: bool) -> bool:
+    """Whether QLinearAdd computes b + a: it does when the innermost run of `a` is one element and that of `b` is not.
+
+    channels_last: the runtime holds both tensors with the axis 1 innermost.
+    """
+
+    def innermost_first(shape: Sequence[int]) -> list[int]:
+        return [shape[1], *reversed(shape[2:]), shape[0]] if channels_last else list(reversed(shape))
+
+    for a, b in zip_longest(innermost_first(a_shape), innermost_first(b_shape), fillvalue=1):
+        if (a, b) != (1, 1):
+            return a == 1
+    return False
+
+
+def lookup_pair(table: Tensor, a_codes: Tensor, b_codes: Tensor) -> Tensor:
+    """`table`[a, b], with the broadcasting of an addition."""
+    index = (a_codes.to(torch.int32) - torch.iinfo(a_codes.dtype).min) * CODES
+    index = index + (b_codes.to(torch.int32) - torch.iinfo(b_codes.dtype).min)
+    return table.flatten().index_select(0, index.flatten()).view(index.shape)
+
+
+def unary_table(function: Callable[[Tensor], Tensor], x: Grid, y: Grid) -> Tensor:
+    """quantize(function(dequantize(code))) of every code, [256]; the identity function gives QLinearConcat's table."""
+    values = function(x.values(x.every_code()))
+    zero_point = torch.tensor(float(y.zero_point))
+    return round_codes(values, y.scale, zero_point, *y.container).clamp(y.qmin, y.qmax).to(y.dtype)
+
+
+def lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """`table`[code]."""
+    index = codes.to(torch.int32) - torch.iinfo(codes.dtype).min
+    return table.index_select(0, index.flatten()).view(codes.shape)
+
+
+def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
+    """QLinearSoftmax, which multiplies by floor(1 / scale)."""
+    probabilities = torch.softmax(x.values(codes), dim)
+    return _saturate(torch.round(probabilities * torch.floor(1.0 / y.scale)) + y.zero_point, y)
+
+
+def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
+    """QLinearGlobalAveragePool: codes [batch, channels, *space] -> codes [batch, channels, 1...]."""
+    space = tuple(range(2, codes.ndim))
+    count = codes[0, 0].numel()
+    sums = codes.sum(space, keepdim=True, dtype=torch.int64) - count * x.zero_point
+    multiplier = x.scale / (y.scale * torch.tensor(float(count)))
+    return _requantize(sums.to(torch.float32), multiplier, y)
+
+
+def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Tensor:
+    """QLinearAveragePool: codes [batch, channels, height, width] -> codes, the window moved without ceiling."""
+    (kh, kw), (sh, sw), (ph, pw) = geometry.kernel, geometry.stride, geometry.padding
+    values = functional.pad(x.values(codes), (pw, pw, ph, ph))
+    height = (values.shape[-2] - kh) // sh + 1
+    width = (values.shape[-1] - kw) // sw + 1
+
+    def window_sum(image: Tensor) -> Tensor:
+        total = torch.zeros(*image.shape[:-2], height, width)
+        for i in range(kh):
+            for j in range(kw):
+                total += image[..., i : i + sh * (height - 1) + 1 : sh, j : j + sw * (width - 1) + 1 : sw]
+        return total
+
+    inside = torch.ones(codes.shape[-2:])
+    count = torch.tensor(float(kh * kw))
+    if not geometry.count_include_pad:
+        count = window_sum(functional.pad(inside, (pw, pw, ph, ph)))
+    return _saturate((window_sum(values) / count) / y.scale + y.zero_point, y)
+
+
+def integer_clip(codes: Tensor, y: Grid) -> Tensor:
+    """Clip on the codes: what is left of a kernel that only moves or selects codes."""
+    low, high = y.container
+    return codes if (y.qmin, y.qmax) == (low, high) else codes.clamp(y.qmin, y.qmax)

@@ -1,0 +1,437 @@
+"""Hessian rounding: against a plain loop, on every kind of layer and of input, and through to the runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from calibrators.calibration import calibrate
+from calibrators.errors import DataError, InputError
+from calibrators.execution.activation_cache import Memory
+from calibrators.execution.measure import relative_errors
+from calibrators.grid.numerics import dequantize, grid_of, quantize
+from calibrators.grid.spec import QParams, QuantSpec
+from calibrators.methods import get_method, gptq
+from calibrators.methods.mse import MSE
+from calibrators.placement.place import PlacementOptions
+from calibrators.program.freeze import CalibrationResult
+from calibrators.reconstruction.hessian_rounding import BLOCK, Hessian, Im2col, Rounded, round_weight
+from exporter import export
+from exporter.emission.translate import needed_opset, to_onnx
+from exporter.folding.fold_regions import fold
+from exporter.frontend.capture import capture
+from runtime_tests.parity.compare import parity
+from tests.support.folded import folded_network, output_error
+from tests.support.networks import build, randomize
+
+W4 = QuantSpec(bits=4, signed=True, axis=0)
+ROUNDING = 1e-9
+"""Relative float64 noise of sums that are taken in two orders."""
+
+
+# One weight -----------------------------------------------------------------------------------------------------------
+
+
+def oracle(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, hessian: np.ndarray, damping: float) -> Any:
+    """Algorithm 1 of the paper for one group, column by column, with the inverse eliminated step by step; W4 codes."""
+    left, rows = weight.astype(np.float64).copy(), np.zeros(weight.shape)
+    inverse = np.linalg.inv(hessian + damping * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
+    for j in range(weight.shape[1]):
+        rows[:, j] = np.clip(np.round(left[:, j] / scale[:, j]) + zero_point[:, j], -8, 7)
+        error = (left[:, j] - (rows[:, j] - zero_point[:, j]) * scale[:, j]) / inverse[j, j]
+        left[:, j:] -= np.outer(error, inverse[j, j:])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # the column leaves the problem
+    return rows
+
+
+def inputs_of(columns: int, positions: int, generator: torch.Generator, groups: int = 1) -> Tensor:
+    """Correlated nonnegative inputs, [groups, columns, positions]."""
+    mixing = torch.randn(groups, columns, columns, generator=generator) / columns**0.5
+    return (mixing @ torch.randn(groups, columns, positions, generator=generator) + 0.3).relu()
+
+
+def hessian_of(x: Tensor, pieces: int = 1) -> Tensor:
+    hessian = Hessian(x.shape[0], x.shape[1], x.device)
+    for piece in x.chunk(pieces, 2):
+        hessian.add(piece)
+    return hessian.matrix
+
+
+def objectives(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor) -> Tensor:
+    """Error of every output channel, float64 [out]."""
+    groups, columns = hessian.shape[:2]
+    error = (weight - dequantize(codes, qparams)).double().reshape(groups, -1, columns)
+    return torch.einsum("grk,gkl,grl->gr", error, hessian.double(), error).flatten()
+
+
+def checked(weight: Tensor, qparams: QParams, hessian: Tensor, **options: Any) -> Rounded:
+    """The rounding, after what holds of every rounding was found to hold."""
+    rounded = round_weight(weight, qparams, hessian, **options)
+    codes, spec = rounded.codes, qparams.spec
+    assert codes.shape == weight.shape and codes.dtype == spec.dtype
+    assert spec.qmin <= int(codes.min()) and int(codes.max()) <= spec.qmax
+    nearest = objectives(weight, quantize(weight, qparams), qparams, hessian)
+    assert (objectives(weight, codes, qparams, hessian) <= nearest * (1 + ROUNDING)).all()
+    assert rounded.error <= rounded.nearest
+    return rounded
+
+
+@pytest.mark.parametrize("columns", [1, 2, 12, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize(
+    "grid", [{}, {"axis": None}, {"block_size": 16}], ids=["per-channel", "per-tensor", "per-block"]
+)
+def test_equals_the_algorithm_of_the_paper(columns: int, grid: dict[str, Any], generator: torch.Generator) -> None:
+    weight = torch.randn(6, columns, generator=generator)
+    qparams = MSE().weight(weight, dataclasses.replace(W4, **grid))
+    hessian = hessian_of(inputs_of(columns, 3 * columns + 9, generator))
+    rounded = checked(weight, qparams, hessian)
+    scale, zero_point = (x.expand_as(weight).double().numpy() for x in grid_of(weight, qparams))
+    expected = torch.from_numpy(oracle(weight.numpy(), scale, zero_point, hessian[0].double().numpy(), 0.01))
+    better = objectives(weight, expected, qparams, hessian) <= objectives(
+        weight, quantize(weight, qparams), qparams, hessian
+    )
+    assert better.float().mean() > 0.5 or columns == 1
+    assert int(rounded.codes.ne(expected)[better].sum()) == 0
+    assert torch.equal(rounded.codes[~better], quantize(weight, qparams)[~better])
+    assert rounded.kept == int((~better).sum())
+
+
+def test_comes_near_the_best_of_all_roundings(generator: torch.Generator) -> None:
+    weight = torch.randn(16, 4, generator=generator)
+    qparams = MSE().weight(weight, dataclasses.replace(W4, bits=2))
+    hessian = hessian_of(inputs_of(4, 64, generator))
+    grid = torch.cartesian_prod(*[torch.arange(-2, 2)] * 4)
+    every = torch.stack([objectives(weight, c.expand(16, 4), qparams, hessian) for c in grid])
+    nearest = objectives(weight, quantize(weight, qparams), qparams, hessian)
+    reached = objectives(weight, checked(weight, qparams, hessian).codes, qparams, hessian)
+    best = every.min(0).values
+    assert (reached >= best * (1 - ROUNDING)).all()
+    assert (reached - best).sum() < 0.5 * (nearest - best).sum()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12], ids=["one-group", "grouped", "depthwise"])
+def test_groups_are_rounded_each_on_its_own(groups: int, generator: torch.Generator) -> None:
+    weight = torch.randn(12, 3, 3, 3, generator=generator)
+    qparams = MSE().weight(weight, W4)
+    hessian = hessian_of(inputs_of(27, 100, generator, groups))
+    rounded = checked(weight, qparams, hessian)
+    for group, rows in enumerate(torch.arange(12).chunk(groups)):
+        part = QParams(qparams.scale[rows], qparams.zero_point[rows], W4)
+        alone = round_weight(weight[rows], part, hessian[group : group + 1])
+        assert torch.equal(rounded.codes[rows], alone.codes)
+
+
+def test_strong_inputs_come_first(generator: torch.Generator) -> None:
+    weight = torch.randn(8, 20, generator=generator)
+    qparams = MSE().weight(weight, W4)
+    hessian = hessian_of(inputs_of(20, 90, generator) * torch.logspace(-1, 1, 20)[:, None])
+    order = hessian[0].diagonal().argsort(descending=True)
+    sorted_ = round_weight(weight[:, order], qparams, hessian[:, order][:, :, order])
+    assert torch.equal(checked(weight, qparams, hessian, act_order=True).codes[:, order], sorted_.codes)
+
+
+def test_weights_of_dead_inputs_are_rounded_to_nearest(generator: torch.Generator) -> None:
+    weight = torch.randn(8, 20, generator=generator)
+    qparams = MSE().weight(weight, W4)
+    x = inputs_of(20, 90, generator)
+    x[:, ::3] = 0
+    codes = checked(weight, qparams, hessian_of(x)).codes
+    alive = torch.arange(20) % 3 > 0
+    assert torch.equal(codes[:, ~alive], quantize(weight, qparams)[:, ~alive])
+    assert torch.equal(codes[:, alive], round_weight(weight[:, alive], qparams, hessian_of(x[:, alive])).codes)
+
+
+def test_without_any_input_rounding_is_nearest(generator: torch.Generator) -> None:
+    weight = torch.randn(4, 6, generator=generator)
+    qparams = MSE().weight(weight, W4)
+    rounded = checked(weight, qparams, torch.zeros(2, 6, 6))
+    assert torch.equal(rounded.codes, quantize(weight, qparams))
+    assert (rounded.nearest, rounded.error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_singular_hessians(positions: int, generator: torch.Generator) -> None:
+    weight = torch.randn(8, 32, generator=generator)
+    checked(weight, MSE().weight(weight, W4), hessian_of(inputs_of(32, positions, generator)))
+
+
+def test_damping_grows_until_the_hessian_is_positive_definite(generator: torch.Generator) -> None:
+    weight = torch.randn(8, 16, generator=generator)
+    hessian = hessian_of(inputs_of(16, 4, generator)) - 0.05 * torch.eye(16)
+    qparams = MSE().weight(weight, W4)
+    mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
+    damping = 1e-6
+    while np.linalg.eigvalsh(hessian[0].numpy())[0] + damping * mean <= 0:
+        damping *= 10
+    assert 1e-6 < damping < 1
+    grown, chosen = (round_weight(weight, qparams, hessian, damping=d) for d in (1e-6, damping))
+    assert torch.equal(grown.codes, chosen.codes)
+    with pytest.raises(DataError, match="not positive"):
+        round_weight(weight, qparams, torch.full((1, 16, 16), 100.0) - 99 * torch.eye(16))
+
+
+def test_a_hessian_does_not_depend_on_how_inputs_are_cut(generator: torch.Generator) -> None:
+    x = inputs_of(12, 100, generator, groups=2)
+    expected = 2 * x.double() @ x.double().mT / 100
+    for pieces in (1, 3, 7):
+        torch.testing.assert_close(hessian_of(x, pieces).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# Inputs as columns ----------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "conv": (nn.Conv2d(4, 6, 3, padding=1), (4, 7, 6)),
+    "strided": (nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(0, 1)), (4, 9, 8)),
+    "dilated": (nn.Conv2d(4, 6, 3, padding=2, dilation=(2, 1)), (4, 8, 8)),
+    "grouped": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 6, 6)),
+    "depthwise": (nn.Conv2d(4, 8, 3, padding=1, groups=4), (4, 6, 6)),
+    "patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 8, 8)),
+    "point": (nn.Conv2d(4, 6, 1), (4, 5, 5)),
+    "same": (nn.Conv2d(4, 6, 3, padding="same"), (4, 5, 5)),
+    "conv1d": (nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2), (4, 17)),
+    "linear": (nn.Linear(7, 5), (7,)),
+    "tokens": (nn.Linear(7, 5), (6, 7)),
+}
+
+
+def smooth(x: Tensor) -> Tensor:
+    """Nonnegative values, alike where they are neighbours."""
+    for axis in range(1, x.ndim):
+        x = x + x.roll(1, axis)
+    return x.relu()
+
+
+@functools.cache
+def single(name: str) -> tuple[fx.GraphModule, Tensor]:
+    layer, shape = LAYERS[name]
+    x = smooth(torch.randn(64, *shape, generator=torch.Generator().manual_seed(3)))
+    return fold(capture(randomize(nn.Sequential(layer)), x)), x
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "same"])
+def test_columns_times_the_weight_are_the_output(name: str, generator: torch.Generator) -> None:
+    graph, x = single(name)
+    (node,) = (n for n in graph.graph.nodes if "conv" in str(n.target) or "linear" in str(n.target))
+    (layer,) = LAYERS[name][:1]
+    columns = Im2col.of(node)
+    seen = torch.cat([*columns.take(x, 1.0, generator)], 2)
+    rows = layer.weight.detach().reshape(seen.shape[0], -1, seen.shape[1])
+    with torch.no_grad():
+        y = layer(x) - (layer.bias.reshape(-1, *[1] * (x.ndim - 2)) if columns.kernel else layer.bias)
+    expected = y.movedim(1, -1) if columns.kernel else y
+    torch.testing.assert_close((rows @ seen).flatten(0, 1).mT, expected.reshape(-1, len(layer.weight)))
+    some = torch.cat([*columns.take(x, 0.25, generator)], 2)
+    assert some.shape == (*seen.shape[:2], -(-seen.shape[2] // 4))
+    everything = {tuple(column) for column in seen[0].mT.tolist()}
+    assert all(tuple(column) in everything for column in some[0].mT.tolist())
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The folded graph, and inputs for 64 samples."""
+    if name in LAYERS:
+        graph, x = single(name)
+        return graph, (x,)
+    return folded_network(name)
+
+
+def calibrated(name: str, method: str = "gptq", bits: int = 4, size: int = 16, **settings: Any) -> CalibrationResult:
+    graph, inputs = network(name)
+    batches = [tuple(x[i : i + size] for x in inputs) for i in range(0, len(inputs[0]), size)]
+    placement = PlacementOptions(weight_bits=bits, first_last_bits=None)
+    return calibrate(graph, batches, method=method, placement=placement, **settings)
+
+
+def layer_errors(name: str, result: CalibrationResult) -> float:
+    """Sum of the relative squared errors of what all layers give."""
+    layers = [user for site in result.placement.sites if site.kind == "weight" for user in site.users]
+    return sum(relative_errors(result, layers, [network(name)[1]]).values())
+
+
+def same(one: CalibrationResult, other: CalibrationResult) -> bool:
+    return all(torch.equal(coded.codes, other.weights[name].codes) for name, coded in one.weights.items())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_kind_of_layer(name: str) -> None:
+    graph, inputs = network(name)
+    assert output_error(calibrated(name), graph, inputs) < output_error(calibrated(name, "mse"), graph, inputs)
+
+
+@pytest.mark.parametrize("name", ["residual", "pooled", "mlp", "transformer", "unet", "densenet", "two-inputs"])
+def test_no_layer_is_worse_than_with_nearest_rounding(name: str) -> None:
+    result = calibrated(name)
+    units = result.record["units"]
+    assert len(units) == len(result.weights)
+    assert all(unit["after"] <= unit["before"] for unit in units)
+    assert sum(unit["after"] < unit["before"] for unit in units) > len(units) / 2
+    assert result.biases.keys() == calibrated(name, "mse").biases.keys()
+
+
+@pytest.mark.parametrize("name", ["residual", "pooled", "transformer", "mlp"])
+def test_layers_come_closer_to_the_float_network(name: str) -> None:
+    errors = [layer_errors(name, calibrated(name, method)) for method in ("gptq", "mse")]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_eight_bits_lose_nothing(name: str) -> None:
+    found, nearest = (output_error(calibrated(name, m, bits=8), *network(name)) for m in ("gptq", "mse"))
+    assert found < 1.02 * nearest
+
+
+@pytest.mark.parametrize("block_size", [None, 16], ids=["per-channel", "per-block"])
+def test_layers_of_which_weights_only_are_quantized(block_size: int | None) -> None:
+    graph, (x,) = network("transformer")
+    placement = PlacementOptions(weight_bits=4, weight_only=True, block_size=block_size)
+    result, nearest = (calibrate(graph, [x], method=method, placement=placement) for method in ("gptq", "mse"))
+    assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
+    assert layer_errors("transformer", result) < 0.8 * layer_errors("transformer", nearest)
+    model = onnx_ir.to_proto(to_onnx(result.program, opset=needed_opset(result)))
+    found = parity(model, result.program, [(x,)], optimized=True).to_dict()
+    assert (found["kernel_mismatched"], found["violations"], found["unplanned"]) == (0, 0, {})
+
+
+def test_a_seed_decides_everything() -> None:
+    few = {"positions": 200}
+    one, again = (calibrated("residual", options=few) for _ in range(2))
+    assert same(one, again)
+    assert not same(one, calibrated("residual", options=few, seed=1))
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_batches_may_be_cut_anywhere(name: str) -> None:
+    whole = calibrated(name, size=64)
+    assert all(same(whole, calibrated(name, size=size)) for size in (7, 16))
+
+
+class Attention(nn.Module):
+    """Query, key and value from one input, of which two convolutions see another view; input [n, 6, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.left, self.right, self.wide = nn.Conv1d(8, 4, 3), nn.Conv1d(8, 4, 3), nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)).transpose(1, 2)
+        return torch.cat([self.left(x).relu(), self.right(x).relu()], 1) + self.wide(x).relu()[:, :, :4]
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Hessian]]:
+    """The Hessians that are made, in order."""
+    made: list[Hessian] = []
+    begin = Hessian.__init__
+
+    def note(self: Hessian, *args: Any) -> None:
+        begin(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Hessian, "__init__", note)
+    yield made
+
+
+def test_layers_that_read_the_same_share_a_hessian(updates: list[Hessian]) -> None:
+    x = torch.randn(48, 6, 8, generator=torch.Generator().manual_seed(0))
+    graph = fold(capture(randomize(Attention()), x))
+    result = calibrate(graph, [x], method="gptq", placement=PlacementOptions(weight_bits=4, first_last_bits=None))
+    assert len(result.weights) == 6
+    assert [tuple(hessian.matrix.shape) for hessian in updates] == [(1, 8, 8), (1, 24, 24), (1, 8, 8)]
+
+
+class OneByOne(nn.Module):
+    """A network that takes one sample at a time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.reshape(1, *x.shape[1:]))
+
+
+class Tied(nn.Module):
+    """One weight, read twice; input [n, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(x).relu()).relu())
+
+
+def test_of_layers_that_share_a_weight_the_first_decides(updates: list[Hessian]) -> None:
+    x = torch.randn(48, 8, generator=torch.Generator().manual_seed(0))
+    graph = fold(capture(randomize(Tied()), x))
+    result = calibrate(graph, [x], method="gptq", placement=PlacementOptions(weight_bits=4))
+    assert len(updates) == len(result.weights) == 2
+
+
+def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Hessian]) -> None:
+    calibrated("residual", options={"positions": 500})
+    assert [hessian.count for hessian in updates] == [500, 500, 500, 64]
+
+
+def test_layers_with_too_many_inputs_keep_nearest_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "LARGEST", 10)
+    result, nearest = calibrated("residual"), calibrated("residual", "mse")
+    (note,) = result.record["notes"]
+    assert note == "stem: rounded to nearest, because gptq takes at most 10 inputs per output, and it has 27"
+    assert [unit["name"] for unit in result.record["units"]] == ["depthwise", "point", "head"]
+    assert torch.equal(result.weights["stem.weight"].codes, nearest.weights["stem.weight"].codes)
+
+
+def test_no_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    memories: list[Memory] = []
+    begin = Memory.__init__
+
+    def note(self: Memory, *arguments: Any) -> None:
+        begin(self, *arguments)
+        memories.append(self)
+
+    monkeypatch.setattr(Memory, "__init__", note)
+    calibrated("pooled")
+    assert [memory.used for memory in memories] == [0]
+
+
+def test_a_network_that_takes_one_sample_at_a_time() -> None:
+    model, x = build("residual", batch=16)
+    graphs = [fold(capture(network, x[:1])) for network in (model, OneByOne(model))]
+    assert [graph.meta["dynamic_batch"] for graph in graphs] == [True, False]
+    placement = PlacementOptions(weight_bits=4)
+    free, fixed = (calibrate(graph, [*x.split(1)], method="gptq", placement=placement) for graph in graphs)
+    pairs = zip(free.weights.values(), fixed.weights.values(), strict=True)
+    assert all(torch.equal(a.codes, b.codes) for a, b in pairs)
+
+
+@pytest.mark.parametrize("options", [{"act_order": True}, {"damping": 0.1}, {"weight_ranges": "minmax"}], ids=str)
+def test_options(options: dict[str, object]) -> None:
+    result = calibrated("residual", options=options)
+    assert not same(result, calibrated("residual"))
+    assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
+
+
+def test_values_that_are_refused() -> None:
+    with pytest.raises(InputError, match="option 'damping' of method 'gptq' is 0"):
+        get_method("gptq", {"damping": 0})
+
+
+def test_an_export_is_proved(tmp_path: Any) -> None:
+    model, x = build("residual", batch=64)
+    report = export(model, [x], method="gptq", weight_bits=4, out=tmp_path / "out")
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["mismatched"] == 0
+    assert [unit["name"] for unit in report["reconstruction"]["units"]] == ["stem", "depthwise", "point", "head"]

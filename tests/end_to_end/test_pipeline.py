@@ -1,0 +1,286 @@
+"""The whole way on small networks: bundle, proof, determinism, verification, and what bad input leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import DataError, InputError, ModelError
+from exporter import pipeline
+from exporter.pipeline import export, verify
+from exporter.reporting.bundle import read_golden, verify_manifest
+from runtime_tests.ort.sessions import session
+from tests.support.networks import NETWORKS, build, randomize
+
+EXACT = ("residual", "pooled", "mlp")
+"""Networks in which every operator between quantizers has an integer kernel."""
+
+
+def batches(name: str, count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Labelled batches; the labels are the float model's own answers."""
+    model, _ = build(name)
+    data = [build(name, seed=seed)[1] for seed in range(count)]
+    return [(x, model(x).argmax(1)) for x in data]
+
+
+def run(name: str, out: Path, **settings: Any) -> Any:
+    settings = {"latency_runs": 3, "parity_samples": 24} | settings
+    return export(build(name)[0], batches(name), eval_data=batches(name), out=out, **settings)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "out"
+    run("pooled", out)
+    return out
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_runtime_computes_the_reference(name: str, bits: int, tmp_path: Path) -> None:
+    report = run(name, tmp_path / "out", weight_bits=bits, activation_bits=bits)
+    optimized = report["parity"]["optimized"]
+    assert report["verdict"] == "pass"
+    assert optimized["kernel_mismatched"] == 0 and optimized["kernel_values"] > 0
+    if name in EXACT:
+        assert optimized["mismatched"] == 0 and optimized["outputs_identical"]
+        assert report["coverage"]["integer_macs"] == 1.0
+    assert report["lint"] == []
+    assert report["accuracy"]["samples"] == 24 and report["accuracy"]["metric"] == "top1"
+
+
+def test_bundle_holds_what_it_promises(bundle: Path) -> None:
+    names = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    assert {"model.onnx", "report.json", "report.html", "junit.xml", "manifest.json"} <= names
+    assert "golden/test_data_set_0/input_0.pb" in names and "golden/reference.pt2" in names
+    verify_manifest(bundle)
+    inputs, outputs = read_golden(bundle)
+    found = session(bundle / "model.onnx").run(list(outputs), inputs)
+    assert all(np.array_equal(a, b) for a, b in zip(outputs.values(), found, strict=True))
+
+
+def test_report_is_complete(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    assert report["schema"] == 1
+    assert set(report["time_s"]) == {"capture", "fold", "calibrate", "emit", "validate"}
+    assert {gate["name"] for gate in report["gates"]} >= {"kernel_mismatched", "lint_errors"}
+    assert report["data"]["calibration"]["samples"] == 24
+    sites = {entry["site"] for entry in report["layers"]}
+    assert {"x", "stem.weight", "sigmoid"} <= sites
+    assert all(sum(e["histogram"]) > 0 for e in report["layers"] if e.get("histogram"))
+
+
+def test_same_input_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    run("pooled", tmp_path / "again")
+    for file in ("model.onnx", "golden/reference.pt2", "golden/test_data_set_0/output_0.pb"):
+        assert (bundle / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_verify_proves_again(bundle: Path) -> None:
+    report = verify(bundle)
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["values"] > 0
+    assert report["parity"]["optimized"]["mismatched"] == 0
+
+
+def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
+    """Even when the manifest was made to match: the reference program still knows the right codes."""
+    out = tmp_path / "out"
+    run("residual", out)
+    model = onnx.load(out / "model.onnx")
+    tensor = next(t for t in model.graph.initializer if t.name == "stem.weight_quantized")
+    codes = onnx.numpy_helper.to_array(tensor).copy()
+    codes[0, 0, 0, 0] ^= 1
+    tensor.raw_data = codes.tobytes()
+    onnx.save(model, out / "model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx"):
+        verify(out)
+    reseal(out, "model.onnx")
+    report = verify(out)
+    assert report["verdict"] == "fail"
+    assert report["parity"]["optimized"]["kernel_mismatched"] > 0
+
+
+def test_verify_notices_golden_outputs_of_something_else(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(bundle, out)
+    name = "golden/test_data_set_0/output_0.pb"
+    tensor = onnx.TensorProto.FromString((out / name).read_bytes())
+    values = onnx.numpy_helper.to_array(tensor)
+    (out / name).write_bytes(onnx.numpy_helper.from_array(values * 1.01, tensor.name).SerializeToString())
+    reseal(out, name)
+    assert verify(out)["verdict"] == "fail"
+    (out / name).write_bytes(onnx.numpy_helper.from_array(values, "another").SerializeToString())
+    reseal(out, name)
+    with pytest.raises(InputError, match="golden outputs"):
+        verify(out)
+
+
+def reseal(out: Path, name: str) -> None:
+    """Make the manifest say that a changed file is as it should be."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    content = (out / name).read_bytes()
+    manifest["files"][name].update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_failed_gate_writes_the_bundle_and_says_so(tmp_path: Path) -> None:
+    report = run("mlp", tmp_path / "out", gates=("size_ratio<=0.0001",))
+    assert report["verdict"] == "fail"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["verdict"] == "fail"
+
+
+def test_model_with_a_fixed_batch(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y.flatten(1) if x.shape[0] == 1 else y.flatten(1) * 2
+
+    data = [torch.randn(4, 1, 5, 5) for _ in range(2)]
+    report = export(randomize(Fixed()), data, out=tmp_path / "out", latency_runs=0)
+    assert report["verdict"] == "pass"
+    assert "batch is fixed at 1" in report["warnings"][0]
+    assert report["model"]["inputs"][0]["shape"] == [1, 1, 5, 5]
+    assert report["data"]["calibration"]["samples"] == 8
+
+
+def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
+    model, x = build("residual", batch=3)
+    program = torch.export.export(model, (x,))
+    report = export(program, [torch.randn(7, 3, 9, 9)], out=tmp_path / "out", latency_runs=2)
+    assert report["verdict"] == "pass"
+    assert report["latency_ms"]["batch"] == 3
+    assert report["data"]["calibration"]["samples"] == 6  # the incomplete rest is dropped
+    assert verify(tmp_path / "out")["verdict"] == "pass"
+
+
+def test_fixed_batches_are_made_of_any_others(tmp_path: Path) -> None:
+    """Smaller and larger batches of data are put together; labels go along."""
+    model, x = build("residual", batch=5)
+    program = torch.export.export(model, (x,))
+    data = list(torch.randn(16, 3, 9, 9).split([2, 7, 1, 6]))
+    labels = [model(batch).argmax(1) for batch in data]
+    report = export(program, data, eval_data=list(zip(data, labels, strict=True)), out=tmp_path / "out", latency_runs=0)
+    assert report["data"]["calibration"]["samples"] == report["accuracy"]["samples"] == 15
+    assert report["accuracy"]["float"] == 1.0
+
+
+def test_fixed_batches_are_never_cut(tmp_path: Path) -> None:
+    """Neither the samples to compare nor the golden ones divide a batch of five."""
+    model, x = build("residual", batch=5)
+    program = torch.export.export(model, (x,))
+    report = export(program, [torch.randn(10, 3, 9, 9)], out=tmp_path / "out", latency_runs=0, parity_samples=6)
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["samples"] == 10
+    assert len(read_golden(tmp_path / "out")[0]["x"]) == 5
+
+
+def test_excluded_layer_stays_in_float(tmp_path: Path) -> None:
+    report = run("residual", tmp_path / "out", exclude=("depthwise",))
+    assert [node["op"] for node in report["coverage"]["float_nodes"] if node["macs"]] == ["Conv"]
+    assert report["verdict"] == "pass"
+
+
+def test_transposed_convolution_stays_in_float(tmp_path: Path) -> None:
+    """No integer kernel has it, yet the runtime would quantize its weights by itself: the file must prevent that."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3, 2), nn.Conv2d(3, 2, 1)))
+    x = torch.randn(8, 3, 8, 8)
+    report = export(model, [x], eval_data=[x], out=tmp_path / "out", latency_runs=0)
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["max_lsb"] <= 1
+    assert [node["op"] for node in report["coverage"]["float_nodes"] if node["macs"]] == ["ConvTranspose"]
+
+
+def bad_batches(kind: str) -> Any:
+    x = torch.randn(4, 3, 9, 9)
+    holed = x.clone()
+    holed[1, 0, 0, 0] = float("nan")
+    return {
+        "empty": [],
+        "nan": [x, holed],
+        "shape": [x, torch.randn(4, 3, 8, 9)],
+        "dtype": [x, x.to(torch.int64)],
+        "channels": [torch.randn(4, 2, 9, 9)],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        pytest.param("empty", DataError, "no batches", id="no-batches"),
+        pytest.param("nan", DataError, "NaN", id="nan"),
+        pytest.param("shape", DataError, "shape", id="varying-shapes"),
+        pytest.param("dtype", DataError, "int64", id="varying-dtypes"),
+        pytest.param("channels", ModelError, "does not run on inputs of shape", id="does-not-fit-the-model"),
+    ],
+)
+def test_bad_data_leaves_nothing(kind: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        export(build("residual")[0], bad_batches(kind), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        pytest.param(torch.full((4,), 9), "classes 0..4|model of 5 classes", id="out-of-range"),
+        pytest.param(torch.full((4,), -1), "negative", id="negative"),
+        pytest.param(torch.rand(4), "integers", id="not-integers"),
+    ],
+)
+def test_bad_labels_leave_nothing(labels: Tensor, message: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 9, 9)
+    with pytest.raises(DataError, match=message):
+        export(build("residual")[0], [x], eval_data=[(x, labels)], out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gate_that_needs_labels_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs labels"):
+        x = torch.randn(4, 3, 9, 9)
+        export(build("residual")[0], [x], eval_data=[x], out=tmp_path / "out", gates=("accuracy_drop<=0.01",))
+
+
+def test_existing_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="not empty"):
+        run("mlp", tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_interrupt_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def stream() -> Iterator[Tensor]:
+        yield torch.randn(4, 3, 9, 9)
+        if len(passes) > 1:
+            raise KeyboardInterrupt
+        passes.append(1)
+        yield torch.randn(4, 3, 9, 9)
+
+    passes: list[int] = [1]
+    with pytest.raises(KeyboardInterrupt):
+        export(build("residual")[0], stream, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_of_the_proof_itself_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "parity", broken)
+    with pytest.raises((InputError, OSError), match="No space left"):
+        run("mlp", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,294 @@
+"""Capture: one flat ATen graph from modules and exported programs; refusals that help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import ModelError
+from exporter.frontend import functionalize
+from exporter.frontend.capture import capture
+from tests.support.networks import NETWORKS, build, randomize
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_graph_equals_model_at_any_batch(name: str) -> None:
+    model, x = build(name)
+    graph = capture(model, x)
+    assert graph.meta["dynamic_batch"]
+    for batch in (1, 3, 8):
+        torch.testing.assert_close(graph(x[:batch])[0], model(x[:batch]), rtol=0, atol=0)
+    assert {node.op for node in graph.graph.nodes} <= {"placeholder", "get_attr", "call_function", "output"}
+
+
+def test_in_place_operators_become_functional() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.relu = nn.ReLU6(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = self.relu(y)
+            return y + z  # y was overwritten: 2 * relu6(conv(x))
+
+    model = randomize(InPlace())
+    x = torch.randn(2, 3, 5, 5)
+    graph = capture(model, x)
+    assert torch.equal(graph(x)[0], model(x))
+    assert not any(node.target._schema.is_mutable for node in graph.graph.nodes if node.op == "call_function")
+
+
+def test_in_place_on_a_view_of_the_input_leaves_the_input_alone() -> None:
+    class WritesInput(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(x.shape[0], -1).relu_() + 1.0
+
+    x = torch.randn(2, 3, 2)
+    before = x.clone()
+    graph = capture(WritesInput(), x)
+    assert torch.equal(x, before)
+    assert torch.equal(graph(x.clone())[0], before.flatten(1).relu() + 1.0)
+
+
+def test_module_keeps_its_training_flag() -> None:
+    model, x = build("residual")
+    model.train()
+    capture(model, x)
+    assert model.training
+
+
+def test_static_batch_is_said() -> None:
+    class Static(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] == 1 else x * 3
+
+    graph = capture(Static(), torch.ones(4, 2))
+    assert not graph.meta["dynamic_batch"]
+    assert "batch is fixed at 1" in graph.meta["notes"][0]
+
+
+def test_dictionary_of_outputs_gives_names() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"boxes": x + 1, "scores": x * 2}
+
+    assert capture(Two(), torch.ones(2, 2)).meta["output_names"] == ["boxes", "scores"]
+
+
+def test_two_inputs_by_name() -> None:
+    class Sum(nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return left + right
+
+    graph = capture(Sum(), (torch.ones(2, 3), torch.ones(2, 3)))
+    assert graph.meta["input_names"] == ["left", "right"]
+
+
+def test_exported_program_from_file(tmp_path: Path) -> None:
+    model, x = build("residual")
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), tmp_path / "m.pt2")
+    graph = capture(torch.export.load(tmp_path / "m.pt2"), x)
+    assert graph.meta["dynamic_batch"]
+    assert torch.equal(graph(x)[0], model(x))
+
+
+def test_static_program_keeps_its_batch() -> None:
+    model, x = build("residual", batch=3)
+    graph = capture(torch.export.export(model, (x,)), x[:1])
+    assert not graph.meta["dynamic_batch"]
+    assert graph.meta["example"][0].shape[0] == 3
+
+
+def test_core_aten_batch_norm_is_restored() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 6, 6)
+    program = torch.export.export(model, (x,)).run_decompositions({})
+    graph = capture(program, x)
+    targets = [node.target for node in graph.graph.nodes]
+    assert aten.batch_norm.default in targets
+    assert torch.equal(graph(x)[0], model(x))
+
+
+def test_views_become_reshapes_to_constant_sizes() -> None:
+    class Shuffle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+    x = torch.randn(3, 6, 4, 5)
+    graph = capture(Shuffle(), x)
+    sizes = [node.args[1] for node in graph.graph.nodes if node.target is aten.reshape.default]
+    assert sizes == [[-1, 2, 3, 4, 5], [-1, 6, 4, 5]]
+    assert torch.equal(graph(x)[0], Shuffle()(x))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (4, 1), ((3, 2), (2, 3))], ids=["odd", "even", "mixed"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_by_name_becomes_numbers(size: Any, dilation: Any, padding: str) -> None:
+    model = nn.Conv2d(3, 4, size, padding=padding, dilation=dilation)
+    x = torch.randn(2, 3, 9, 8)
+    graph = capture(model, x)
+    (node,) = (node for node in graph.graph.nodes if node.target is aten.conv2d.default)
+    assert all(isinstance(amount, int) for amount in node.args[4])
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3).half()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x)
+            return y, y.float().softmax(1)
+
+    model, x = Half(), torch.randn(2, 4).half()
+    graph = capture(model, x)
+    first, second = graph(x)
+    assert (first.dtype, second.dtype) == (torch.float16, torch.float32)
+    expected = x.float() @ model.layer.weight.float().T + model.layer.bias.float()
+    assert torch.equal(first, expected.half())
+    assert model.layer.weight.dtype == torch.float16
+    assert graph.meta["notes"] == ["the model computes in float16; it is exported with the same weights in float32"]
+
+
+def test_control_flow_on_values_names_module_and_line() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Gate()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + 1
+
+    with pytest.raises(ModelError, match=r"(?s)'inner' at .*test_capturing\.py:\d+.*pass the \.pt2 file"):
+        capture(Outer(), torch.ones(2, 3))
+
+
+def test_wrong_input_shape_names_module_and_shape() -> None:
+    model, _ = build("residual")
+    with pytest.raises(ModelError, match=r"does not run on inputs of shape \[2, 4, 9, 9\]"):
+        capture(model, torch.ones(2, 4, 9, 9))
+
+
+def test_output_that_is_no_tensor() -> None:
+    class Number(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return x + 1, 3
+
+    with pytest.raises(ModelError, match="no tensor"):
+        capture(Number(), torch.ones(2, 3))
+
+
+class Body(nn.Module):
+    """Two convolutions with a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.first(x))  # type: ignore[call-arg]
+
+
+def _in_chunk(body: Any, y: Tensor) -> Tensor:
+    half, _ = y.chunk(2, 1)
+    half.mul_(2)
+    result: Tensor = body.second(y)
+    return result
+
+
+def _in_split(body: Any, y: Tensor) -> Tensor:
+    left, right = y.split([3, 1], 1)
+    right.clamp_(0, 1)
+    left.sub_(0.5)
+    result: Tensor = body.second(y)
+    return result
+
+
+def _in_unbound(body: Any, y: Tensor) -> Tensor:
+    for plane in y.unbind(1):
+        plane.mul_(2)
+    result: Tensor = body.second(y)
+    return result
+
+
+@pytest.mark.parametrize("function", [_in_chunk, _in_split, _in_unbound])
+def test_in_place_on_one_of_several_views_reaches_their_source(function: Any) -> None:
+    model, x = Body(function).eval(), torch.randn(3, 4, 6, 6)
+    with torch.no_grad():
+        assert torch.allclose(capture(model, x)(x)[0], model(x), atol=1e-6)
+
+
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here because the rewrite of in-place operators is told that nothing is a view."""
+    monkeypatch.setattr(functionalize, "_is_view", lambda node: False)
+    with pytest.raises(ModelError, match="captured graph computes another 'output' than the model"):
+        capture(Body(_in_chunk).eval(), torch.randn(2, 4, 6, 6))
+
+
+def test_arguments_without_names_have_a_free_batch() -> None:
+    class Sum(nn.Module):
+        def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+            return first + others[0] * others[1]
+
+    graph = capture(Sum(), (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)))
+    assert graph.meta["dynamic_batch"]
+    assert float(graph(*torch.ones(3, 5, 3))[0].sum()) == 30
+
+
+def test_names_of_outputs_are_texts_that_no_input_has() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"x": x + 1, 3: x * 2}
+
+    assert capture(Named(), torch.ones(2, 3)).meta["output_names"] == ["x_", "3"]
+
+
+@pytest.mark.parametrize("name", ["residual", "mlp", "pooled"])
+def test_core_operators_are_those_that_modules_call(name: str) -> None:
+    """A program saved after its decompositions has the same layers."""
+    model, x = build(name)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    graph = capture(program.run_decompositions(), x)
+    targets = {node.target for node in graph.graph.nodes}
+    assert targets.isdisjoint({aten.convolution.default, aten.addmm.default, aten.mm.default})
+    layers = (aten.conv2d.default, aten.linear.default)
+    numbers = [sum(node.target in layers for node in each.graph.nodes) for each in (graph, capture(model, x))]
+    assert numbers[0] == numbers[1] > 0
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_convolutions_too() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, output_padding=1, groups=1, dilation=2)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    graph = capture(program, x)
+    assert aten.conv_transpose2d.input in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x)[0], model(x))
+
+
+def test_branches_chosen_at_run_time_are_refused() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen: Tensor = torch.cond(x.sum() > 0, lambda y: y.relu(), lambda y: 2 * y, (x,))
+            return chosen
+
+    with pytest.raises(ModelError, match=r"cond.*chooses between subgraphs.*torch\.where"):
+        capture(Branching(), torch.ones(2, 3))

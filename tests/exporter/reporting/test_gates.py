@@ -1,0 +1,254 @@
+"""Gates: what an expression means, what may be asked before the work, what passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from calibrators.errors import InputError, UnknownNameError
+from exporter.reporting.gates import DEFAULT_GATES, METRICS, check_measurable, evaluate, parse, verdict
+from exporter.reporting.schema import json_schema, metric_paths, validate_report
+from tests.exporter.reporting.sample_report import sample_report
+
+
+def _result(expression: str, report: dict[str, Any]) -> dict[str, Any]:
+    return evaluate([parse(expression)], report)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expression"),
+    [
+        pytest.param("accuracy_drop<=0.01", "accuracy_drop<=0.01", id="plain"),
+        pytest.param("  accuracy_drop  <=  .01 ", "accuracy_drop<=0.01", id="spaces"),
+        pytest.param("accuracy_drop<=0.3%", "accuracy_drop<=0.003", id="percent-without-rounding"),
+        pytest.param("outputs_identical==true", "outputs_identical==1", id="boolean"),
+        pytest.param("latency_ratio<1", "latency_ratio<1", id="less"),
+        pytest.param("integer_macs>0.99", "integer_macs>0.99", id="greater"),
+        pytest.param("agreement>=1e-1", "agreement>=0.1", id="exponent"),
+        pytest.param("parity.optimized.mismatched==0", "parity.optimized.mismatched==0", id="path"),
+        pytest.param("coverage.by_op.QLinearConv>=14", "coverage.by_op.QLinearConv>=14", id="operator-count"),
+    ],
+)
+def test_parse_reads_every_form(text: str, expression: str) -> None:
+    gate = parse(text)
+    assert gate.expression == expression
+    assert parse(gate.expression) == gate
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "accuracy_drop", "<=0.01", "accuracy_drop<=", "accuracy_drop=0.01", "accuracy_drop=<1", "accuracy_drop<=a",
+     "accuracy_drop<=nan", "accuracy_drop<=inf", "accuracy_drop<=nan%", "accuracy_drop<=0.1<=0.2", "a b<=1"],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_condition_is_refused(text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(text)
+    assert not isinstance(error.value, UnknownNameError)
+
+
+@pytest.mark.parametrize(
+    ("text", "guess"),
+    [
+        pytest.param("acuracy_drop<=0.01", "accuracy_drop", id="short-name"),
+        pytest.param("parity.optimised.mismatched==0", "parity.optimized.mismatched", id="path"),
+        pytest.param("coverage.integer_mac>=1", "coverage.integer_macs", id="leaf"),
+        pytest.param("parity.optimized==0", "parity.optimized.values", id="not-a-number"),
+    ],
+)
+def test_unknown_metric_names_the_near_ones(text: str, guess: str) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean") as error:
+        parse(text)
+    assert repr(guess) in str(error.value)
+
+
+def test_short_metrics_equal_what_the_report_says() -> None:
+    report = sample_report(9)
+    expected = {
+        "accuracy_drop": 0.001,
+        "accuracy_drop_upper": 0.0032,
+        "reference_drop": 0.001,
+        "agreement": 0.991,
+        "sqnr_db": 31.4,
+        "mismatched": 3,
+        "kernel_mismatched": 0,
+        "parity_violations": 0,
+        "kernel_surprises": 0,
+        "float_mismatch_rate": 3 / 401_408,
+        "max_lsb": 1,
+        "outputs_identical": 0,
+        "integer_macs": 0.9987,
+        "weight_only_macs": 0.0,
+        "integer_nodes": 14,
+        "latency_ratio": 3.92 / 12.41,
+        "size_ratio": 7_991_296 / 31_412_224,
+        "lint_errors": 0,
+    }
+    assert {name: metric.value(report) for name, metric in METRICS.items()} == expected
+
+
+def test_identical_outputs_have_no_noise_at_all() -> None:
+    report = sample_report(9)
+    report["accuracy"]["sqnr_db"] = None
+    [result] = evaluate([parse("sqnr_db>=60")], report)
+    assert (result["passed"], result["value"]) == (True, None)
+    report["accuracy"] = None
+    [result] = evaluate([parse("sqnr_db>=60")], report)
+    assert not result["passed"]
+
+
+def test_float_mismatch_rate_is_counted_from_the_nodes_if_need_be() -> None:
+    report = sample_report(9)
+    del report["parity"]["optimized"]["float_values"]
+    assert METRICS["float_mismatch_rate"].value(report) == 3 / 401_408
+    report["parity"]["optimized"].update(float_mismatched=0, nodes=[])
+    assert METRICS["float_mismatch_rate"].value(report) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("expression", "passed"),
+    [
+        ("mismatched<=3", True), ("mismatched<3", False), ("mismatched>=3", True), ("mismatched>3", False),
+        ("mismatched==3", True), ("mismatched==2", False), ("outputs_identical==false", True),
+        ("coverage.by_op.QLinearConv==13", True), ("coverage.by_op.Conv==0", True), ("coverage.by_op.Conv>=1", False),
+        ("parity.optimized.unplanned.QGemm==0", True), ("parity.unoptimized.violations==0", True),
+        ("accuracy.drop_ci.1<=0.0032", True), ("simplifier.applied==0", True),
+    ],
+)  # fmt: skip
+def test_every_operator_decides_at_its_border(expression: str, passed: bool) -> None:
+    assert _result(expression, sample_report(9))["passed"] is passed
+
+
+def test_float_noise_does_not_decide_a_gate() -> None:
+    report = sample_report()
+    report["accuracy"].update(float=0.9035, runtime=0.8935)
+    assert 0.9035 - 0.8935 > 0.01, "the subtraction alone would fail the gate"
+    assert _result("accuracy_drop<=0.01", report)["passed"]
+
+
+@pytest.mark.parametrize("compare", ["<=", "<", ">=", ">", "=="])
+@pytest.mark.parametrize("value", [math.nan, None], ids=["nan", "unmeasured"])
+def test_what_is_no_number_never_passes(compare: str, value: float | None) -> None:
+    report = sample_report()
+    report["accuracy"]["runtime"] = value
+    result = _result(f"accuracy_drop{compare}0", report)
+    assert result["passed"] is False
+    assert result["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [
+        ("accuracy", "accuracy_drop"),
+        ("accuracy", "agreement"),
+        ("accuracy", "accuracy.top5.float"),
+        ("accuracy", "accuracy.drop_ci.0"),
+        ("latency_ms", "latency_ratio"),
+        ("latency_ms", "latency_ms.ratio"),
+    ],
+)
+def test_a_missing_block_does_not_pass(missing: str, name: str) -> None:
+    report = sample_report()
+    assert _result(f"{name}<=1", report)["passed"]
+    report[missing] = None
+    assert not _result(f"{name}<=1", report)["passed"]
+
+
+def test_default_gates_pass_the_sample_and_fail_without_a_proof() -> None:
+    assert verdict(evaluate(DEFAULT_GATES, sample_report())) == "pass"
+    report = sample_report()
+    report["parity"]["optimized"] = {"values": 0, "mismatched": 0, "max_lsb": 0}
+    failed = [result["name"] for result in evaluate(DEFAULT_GATES, report) if not result["passed"]]
+    assert failed == ["kernel_mismatched", "parity_violations", "kernel_surprises"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "change"),
+    [
+        pytest.param("kernel_mismatched", 1, {"kernel_mismatched": 1}, id="wrong-integer"),
+        pytest.param("parity_violations", 2, {"violations": 2}, id="too-many-float-differences"),
+        pytest.param("kernel_surprises", 1, {"unplanned": {"QLinearConv": -1}}, id="left-in-float"),
+        pytest.param("kernel_surprises", 3, {"unplanned": {"QGemm": -1, "QLinearConv": 2}}, id="no-cancelling"),
+    ],
+)
+def test_each_default_gate_fails_alone(gate: str, value: int, change: dict[str, Any]) -> None:
+    report = sample_report()
+    report["parity"]["optimized"].update(change)
+    failed = {result["name"]: result["value"] for result in evaluate(DEFAULT_GATES, report) if not result["passed"]}
+    assert failed == {gate: value}
+
+
+def test_a_lint_error_fails_the_default_gates() -> None:
+    report = sample_report()
+    report["lint"][0]["severity"] = "error"
+    assert [r["name"] for r in evaluate(DEFAULT_GATES, report) if not r["passed"]] == ["lint_errors"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "has_eval", "has_labels", "hint"),
+    [
+        ("accuracy_drop<=0.01", False, False, "--eval"),
+        ("accuracy_drop<=0.01", True, False, "labels"),
+        ("accuracy.float>=0.9", True, False, "labels"),
+        ("accuracy.agreement>=0.9", False, False, "--eval"),
+        ("agreement>=0.9", False, False, "--eval"),
+        ("accuracy_drop<=0.01", True, True, None),
+        ("agreement>=0.9", True, False, None),
+        ("accuracy.sqnr_db>=20", True, False, None),
+        ("mismatched==0", False, False, None),
+    ],
+)
+def test_unmeasurable_gates_are_refused_before_the_work(
+    expression: str, has_eval: bool, has_labels: bool, hint: str | None
+) -> None:
+    gates = [parse(expression)]
+    if hint is None:
+        check_measurable(gates, has_eval=has_eval, has_labels=has_labels)
+        return
+    with pytest.raises(InputError, match=hint) as error:
+        check_measurable(gates, has_eval=has_eval, has_labels=has_labels)
+    assert expression.split("<")[0].split(">")[0] in str(error.value)
+
+
+def test_the_sample_report_is_valid_and_every_fixed_key_is_required() -> None:
+    validate_report(sample_report())
+    for key in ("schema", "verdict", "target", "method", "bits", "fold", "accuracy", "parity", "coverage", "size",
+                "latency_ms", "time_s", "gates"):  # fmt: skip
+        report = sample_report()
+        del report[key]
+        with pytest.raises(InputError, match=key):
+            validate_report(report)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("schema", 2), ("verdict", "maybe"), ("parity.optimized.values", "many"), ("parity.optimized.values", 1.5),
+        ("coverage.integer_macs", None), ("gates.0.passed", "perhaps"), ("fold.refused", "none"),
+        ("layers.0.kind", "bias"), ("layers.0.histogram", [0.5]),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_named(path: str, value: object) -> None:
+    report = sample_report()
+    *parents, last = path.split(".")
+    here: Any = report
+    for part in parents:
+        here = here[int(part)] if part.isdigit() else here[part]
+    here[last] = value
+    with pytest.raises(InputError, match=path.replace(".", r"\.")):
+        validate_report(report)
+
+
+def test_more_keys_are_welcome_and_kept() -> None:
+    report = sample_report() | {"extra": {"of": "mine"}}
+    assert validate_report(report)["extra"] == {"of": "mine"}
+
+
+def test_json_schema_lists_the_fixed_keys_and_the_metrics_follow_it() -> None:
+    schema = json_schema()
+    assert {"verdict", "parity", "gates"} <= set(schema["required"])
+    assert "layers" not in schema["required"]
+    assert {"parity.optimized.mismatched", "accuracy.drop_ci.1", "size.by_type.*"} <= metric_paths()
+    assert not any(path.startswith(("layers", "gates")) for path in metric_paths())

@@ -1,0 +1,496 @@
+"""The HTML page and the JUnit file: what they show, what they escape, what they may never contain."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from exporter.reporting.html import headline, render_html, render_junit
+from exporter.reporting.number_format import (
+    compact,
+    count,
+    decibel,
+    duration,
+    percent,
+    points,
+    significant,
+    size,
+)
+from exporter.reporting.plots import error_plot, loss_plot, matrix_plot
+from exporter.reporting.schema import dump_json, validate_report
+from tests.exporter.reporting.sample_report import layer, sample_report
+
+# What a page of 60 layers may weigh: it is attached to mails and kept by CI for every build.
+MAX_BYTES = 1_000_000
+VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
+OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
+            "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
+            "preparation")  # fmt: skip
+UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": []}
+
+
+class _Page(HTMLParser):
+    """Text, tags and attributes of a page; complains about tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text += f" {data}"
+
+
+def _failing() -> dict[str, Any]:
+    report = sample_report(3)
+    report["verdict"] = "fail"
+    report["gates"] = [
+        {"name": "accuracy_drop", "limit": 0.01, "value": 0.0341, "passed": False, "expression": "accuracy_drop<=0.01"},
+        {"name": "agreement", "limit": 0.9, "value": None, "passed": False, "expression": "agreement>=0.9"},
+    ]
+    return report
+
+
+def _bare() -> dict[str, Any]:
+    report = {key: value for key, value in sample_report().items() if key not in OPTIONAL}
+    report["accuracy"] = report["latency_ms"] = None
+    report["fold"] = {"regions": 0, "max_rel_error": 0.0, "refused": []}
+    report["parity"] = {key: {"values": 0, "mismatched": 0, "max_lsb": 0} for key in ("unoptimized", "optimized")}
+    report["coverage"] = {"integer_nodes": 0, "compute_nodes": 0, "integer_macs": 0.0, "float_nodes": []}
+    report["size"] = {"float_bytes": 0, "bytes": 0}
+    return report
+
+
+@pytest.mark.parametrize(
+    "report",
+    [sample_report(1), sample_report(3), sample_report(60), _failing(), _bare()],
+    ids=["1-layer", "3-layers", "60-layers", "failing", "fixed-keys-only"],
+)
+def test_page_is_well_formed_small_and_offline(report: dict[str, Any]) -> None:
+    html = render_html(report)
+    page = _Page(html)
+    assert len(html.encode()) < MAX_BYTES
+    assert "default-src 'none'" in html
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "base")
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "data", "action"):
+                assert value is not None and value.startswith("#"), (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_verdict_comes_first_and_says_what_was_proved() -> None:
+    report = sample_report(3)
+    page = _Page(render_html(report))
+    assert next(attributes for tag, attributes in page.tags if tag == "section") == {"class": "verdict pass"}
+    assert headline(report) == (
+        "All 1,204,224 integers the runtime computed equal the calibrated model’s, "
+        "and its outputs are identical bit for bit."
+    )
+    assert headline(report) in page.text
+
+
+def test_surprises_of_the_runtime_are_shown() -> None:
+    report = sample_report(3)
+    assert "as planned" in _Page(render_html(report)).text
+    report["parity"]["optimized"].update(violations=2, unplanned={"QLinearConv": -3})
+    page = _Page(render_html(report))
+    assert "3 QLinearConv fewer than planned" in page.text
+    assert "sites and outputs beyond what is legal" in page.text
+    assert sum(attributes.get("class") == "bad" for tag, attributes in page.tags if tag == "dd") == 2
+
+
+def test_headline_never_claims_more_than_was_measured() -> None:
+    report = sample_report(9)
+    assert headline(report).endswith("End to end, 3 of 3,612,672 integers differ, by at most 1 step.")
+    assert headline(report).startswith("From its own inputs, every integer kernel")
+    del report["parity"]["optimized"]["kernel_mismatched"]
+    assert headline(report) == "End to end, 3 of 3,612,672 integers differ, by at most 1 step."
+    report["parity"]["optimized"].update(mismatched=0, outputs_identical=None)
+    assert "identical" not in headline(report)
+    assert headline(_bare()) == "No value was compared."
+
+
+def test_failing_verdict_names_the_gate_the_value_and_the_rest() -> None:
+    page = _Page(render_html(_failing()))
+    assert headline(_failing()) == "Gate accuracy_drop<=0.01 failed: it is 0.0341. 1 more of 2 gates failed."
+    assert "not measured" in page.text
+    assert next(attributes for tag, attributes in page.tags if tag == "section") == {"class": "verdict fail"}
+
+
+def test_every_block_shows_its_numbers() -> None:
+    text = _Page(render_html(sample_report(9))).text
+    for shown in (
+        "90.35 %", "88.98 % … 91.57 %", "[−0.12, 0.32]", "99.10 %", "31.4 dB", "41 of 3,612,672", "99.87 %",
+        "14 of 16 compute nodes", "head.norm", "kept in float by --exclude", "24.6 dB", "a ReLU stands between",
+        "3.1e-15", "7.62 MiB", "int8", "3.17x faster", "37.4 s", "61,200", "Needs VNNI", "bias scale was widened",
+        "fell from 58 to 57", "avx512_vnni", "7,839,146", "float32[batch, 3, 64, 64]", "abababababababab…",
+        '"grid": 80', "2 channels of stages.0.0.conv are dead", "1,024", "7 of 9 units improved", "stages.2.0",
+        "0.0222", "0.0167", "75.0 %", "0.20 %", "1 min 52 s", "3.00 GiB of activations",
+        "0.0198 → 0.0121 in 287 evaluations, 1 min 11 s", "on 512 calibration samples", "min-max", "0.0812",
+        "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
+        "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
+        "granularity tensor, symmetric true", "none: later rules decide", "input bits",
+        "1 pair equalised in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
+        "5 of 48", "3.22", "exact", "0.00076", "zeros are padded in front of stages.0.0.conv",
+    ):  # fmt: skip
+        assert shown in text, shown
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_a_missing_block_is_not_drawn(key: str) -> None:
+    report = sample_report(3)
+    del report[key]
+    text = _Page(render_html(report)).text
+    headings = {
+        "layers": "Activations: noise", "saturation": "16-bit saturation", "simplifier": "Simplifier",
+        "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
+        "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
+        "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
+        "preparation": "Ranges of neighbouring layers", "sensitivity": "Sensitivity",
+        "mixed_precision": "Mixed precision",
+    }  # fmt: skip
+    assert headings[key] in _Page(render_html(sample_report(3))).text
+    assert headings[key] not in text
+
+
+@pytest.mark.parametrize(
+    "hostile", ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "</style><b>", "$x_1$ & 层"]
+)
+def test_names_are_escaped_everywhere(hostile: str) -> None:
+    report = sample_report(6)
+
+    def infect(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: infect(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [infect(item, key) for item in value]
+        fixed = key in ("verdict", "kind", "severity", "axis")
+        return value + hostile if isinstance(value, str) and not fixed else value
+
+    infected = infect(report)
+    clean, page = _Page(render_html(report)), _Page(render_html(infected))
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in clean.tags]
+    assert page.text.count(hostile) > 50
+    assert {name for _, attributes in page.tags for name in attributes} == {
+        name for _, attributes in clean.tags for name in attributes
+    }
+    ET.fromstring(render_junit(infected))
+
+
+def test_only_the_script_of_the_template_may_run() -> None:
+    html = render_html(sample_report(3))
+    assert html.count("<script>") == 1
+    assert re.search(r"script-src 'sha256-[A-Za-z0-9+/]{43}='", html)
+
+
+def test_rendering_is_deterministic_and_leaves_the_report_alone() -> None:
+    report = sample_report(5)
+    before = copy.deepcopy(report)
+    assert render_html(report) == render_html(report)
+    assert render_junit(report) == render_junit(report)
+    assert report == before
+
+
+def test_plots_follow_the_theme_and_share_no_ids() -> None:
+    html = render_html(sample_report(9))
+    figures = re.findall(r'<svg class="figure".*?</svg>', html, flags=re.DOTALL)
+    assert len(figures) == 6
+    for figure in figures:
+        assert "var(--accent)" in figure and "var(--muted)" in figure and "#0102" not in figure
+        assert "font-family" not in figure
+        assert "matplotlib" not in figure.lower() and "<metadata" not in figure
+        assert "fill: #ffffff" not in figure, "a white background in a dark page"
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_clipped_values_are_drawn_apart() -> None:
+    report = sample_report(1)
+    inside = layer(0) | {"observed_lo": -1.0, "observed_hi": 1.0, "lo": -1.0, "hi": 1.0, "histogram": [1, 2, 3, 4]}
+    report["layers"] = [inside]
+    assert re.search(r'class="cut" d=""', render_html(report))
+    report["layers"] = [inside | {"hi": 0.0}]
+    path = re.search(r'class="cut" d="([^"]+)"', render_html(report))
+    assert path is not None
+    # Bins are 0.5 wide; one that only touches the range within half a bin is kept: [0.5, 1] is the clipped one.
+    assert path.group(1).startswith("M191.0 19V")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"histogram": []}, {"histogram": [0] * 64}, {"observed_lo": None, "observed_hi": None}, {"lo": 0.0, "hi": 0.0},
+        {"observed_lo": 0.0, "observed_hi": 0.0, "lo": 0.0, "hi": 0.0}, {"sqnr_db": None}, {"sqnr_db": math.inf},
+        {"sqnr_db": -3.0}, {"sqnr_db": math.nan},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_degenerate_layers_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(4)
+    report["layers"][1].update(change)
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    report["layers"] = [report["layers"][1]]
+    _Page(render_html(report))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"after": 0.0},
+        {"before": None, "after": None},
+        {"before": 0.0, "after": 0.0},
+        {"before": math.inf},
+        {"seconds": None},
+    ],
+    ids=repr,
+)
+def test_degenerate_units_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(4)
+    report["reconstruction"]["units"][1].update(change)
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    report["reconstruction"]["units"] = [report["reconstruction"]["units"][1]]
+    _Page(render_html(report))
+    report["reconstruction"]["units"] = []
+    assert "units improved" not in render_html(report)
+
+
+def test_the_curve_of_errors_has_a_point_per_unit_on_a_logarithmic_axis() -> None:
+    svg = error_plot([10.0**-i for i in range(5)], [10.0 ** (-i - 1) for i in range(5)], salt="x")
+    before, after = (
+        [float(y) for y in re.findall(rf'<use [^>]*y="([\d.]+)" style="fill: var\(--{color}\)', svg)]
+        for color in ("muted", "accent")
+    )
+    steps = {round(b - a, 3) for curve in (before, after) for a, b in pairwise(curve)}
+    assert len(before) == len(after) == 5
+    assert len(steps) == 1 and steps.pop() > 0, "equal ratios are equal distances"
+
+
+def test_units_that_were_joined_are_told_with_the_errors_that_decided_it() -> None:
+    report = sample_report(4)
+    assert "before neighbours were joined" not in render_html(report)
+    names = [f"early.{i}" for i in range(6)]
+    report["reconstruction"]["grouping"] = {
+        "granularity": "loss",
+        "units_before": names,
+        "losses": [0.1 / (i + 1) for i in range(6)],
+    }
+    html = render_html(report)
+    assert "6 units before neighbours were joined (loss)" in _Page(html).text
+    assert all(name in html for name in names)
+    assert html.count('<svg class="figure"') == render_html(sample_report(4)).count('<svg class="figure"') + 1
+    report["reconstruction"]["grouping"] |= {
+        "groups": [[1, 2], [4, 5]],
+        "losses_after": [0.08 / (i + 1) for i in range(6)],
+    }
+    both = render_html(report)
+    assert "joined as shaded" in both and "every unit trained alone" in both
+    assert both.count("opacity: 0.18") == html.count("opacity: 0.18") + 2, "one band per group"
+    report["reconstruction"]["grouping"] = {"granularity": "block", "units_before": names[:4]}
+    assert "before neighbours were joined" not in render_html(report)
+
+
+def test_the_fitted_parabola_has_its_lowest_point_at_the_vertex() -> None:
+    powers = {p: (p - 2.25) ** 2 + 1 for p in (1.0, 2.0, 3.0, 4.0)}
+    svg = loss_plot(powers, [1.0, -4.5, 2.25**2 + 1], 2.25, "x")
+    (line,) = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--warn\); stroke-width: 1.4', svg)
+    curve = [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line)]
+    (vertex,) = re.findall(r'<path d="M ([\d.]+) [^"]*"[^>]*stroke-dasharray', svg)
+    dots = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)" [^>]*style="fill: var\(--accent\)', svg)]
+    assert len(dots) == 4
+    unit = dots[2] - dots[1]
+    assert float(vertex) == pytest.approx(dots[1] + unit / 4)
+    lowest, _ = max(curve, key=lambda point: point[1])  # y grows downwards
+    assert abs(lowest - float(vertex)) < unit / 50, "as near as the polyline tells"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"parabola": {"coefficients": [], "vertex": None, "verdict": "2 values"}}, id="no parabola"),
+        pytest.param({"parabola": {"coefficients": [-1.0, 2.0, 9.0], "vertex": None}}, id="hill"),
+        pytest.param({"powers": [{"p": 1.0, "loss": None}, {"p": 2.0, "loss": math.inf}]}, id="nothing finite"),
+        pytest.param({"powers": [{"p": 1.0, "loss": 0.5}, {"p": 2.0, "loss": 0.5}]}, id="flat"),
+        pytest.param({"losses": {"minmax": None, "init": math.inf, "final": 0.0, "new": 0.5}}, id="odd losses"),
+        pytest.param({"multipliers": {}}, id="nothing searched"),
+        pytest.param({"landscape": {"sites": [], "bits": {}}}, id="empty landscape"),
+        pytest.param({"landscape": {"sites": ["a"], "bits": {"4": UNMEASURED}}}, id="unmeasured"),
+    ],
+)  # fmt: skip
+def test_degenerate_searches_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(3)
+    report["lapq"] |= change
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    ((key, _),) = change.items()
+    del report["lapq"][key]
+    _Page(render_html(report))
+    report["lapq"] = {key: change[key]}
+    validate_report(json.loads(dump_json(report)))
+    _Page(render_html(report))
+
+
+def test_the_choice_stands_in_the_front_and_its_bits_among_the_sensitivities() -> None:
+    html = render_html(sample_report(9))
+    text = _Page(html).text
+    for shown in ("avg_weight_bits<=4.25", "4.2 bits per weight on average", "rank correlation of 0.87", "all 4",
+                  "512 calibration samples", "31"):  # fmt: skip
+        assert shown in text, shown
+    assert "bits per weight" in text and html.count("<b>0.0") + html.count("<b>0.00") >= 9, "chosen bits are bold"
+    assert "mean bits of a weight" in html and "added loss" in html
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"front": []}, id="no front"),
+        pytest.param({"rank_correlation": None}, id="no correlation"),
+        pytest.param({"axis": "bops"}, id="bit operations"),
+    ],
+)
+def test_degenerate_allocations_are_drawn(change: dict[str, Any]) -> None:
+    report = sample_report(3)
+    report["mixed_precision"] |= change
+    for scale in report["sensitivity"]["scales"]:
+        for width in scale["widths"]:
+            width |= {"loss": None, "accuracy_drop": None}
+    html = render_html(report)
+    assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
+    _Page(html)
+    validate_report(json.loads(dump_json(report)))
+    report["sensitivity"]["scales"] = report["sensitivity"]["scales"][:1]
+    _Page(render_html(report))
+
+
+def test_names_that_are_keys_are_escaped() -> None:
+    report = sample_report(3)
+    hostile = "<img src=x onerror=alert(1)>"
+    report["lapq"]["multipliers"][hostile] = 1.0
+    report["lapq"]["losses"][hostile] = 1.0
+    page = _Page(render_html(report))
+    assert page.text.count(hostile) == 2 and "img" not in {tag for tag, _ in page.tags}
+
+
+def test_a_matrix_is_drawn_cell_by_cell() -> None:
+    svg = matrix_plot([[4.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, float("nan")]])
+    assert 'viewBox="0 0 3 3"' in svg
+    cells = {
+        (css, float(opacity)): path
+        for css, opacity, path in re.findall(r'class="(\w+)" opacity="([\d.]+)" d="([^"]+)"', svg)
+    }
+    assert cells == {
+        ("plus", 1.0): "M0 0h1v1h-1z",
+        ("plus", 0.5): "M1 1h2v1h-2zM1 2h1v1h-1z",
+        ("minus", 0.5): "M1 0h1v1h-1zM0 1h1v1h-1z",
+    }
+    assert len(matrix_plot([[1.0 + (i * j) % 7 for j in range(150)] for i in range(150)])) < 500_000
+
+
+def test_without_labels_the_page_shows_agreement() -> None:
+    report = sample_report(3)
+    report["accuracy"].update(metric="agreement", float=None, reference=None, runtime=None, top5=None, drop_ci=None)
+    text = _Page(render_html(report)).text
+    assert "agreement with float" in text
+    assert "in the runtime" not in text
+
+
+def test_without_classes_the_page_shows_decibels() -> None:
+    report = sample_report(3)
+    report["accuracy"].update(metric="sqnr_db", float=None, reference=38.5, runtime=38.3346, top5=None, drop_ci=None)
+    text = _Page(render_html(report)).text
+    assert "38.3 dB" in text and "3833" not in text
+
+
+def test_what_grew_and_slowed_down_is_said_so() -> None:
+    report = sample_report(3)
+    report["size"] |= {"float_bytes": 1000, "bytes": 2500}
+    report["latency_ms"] |= {"float": 1.0, "quantized": 4.0}
+    text = _Page(render_html(report)).text
+    assert "2.50x larger" in text and "4.00x slower" in text
+
+
+def test_junit_opens_with_one_suite_per_group() -> None:
+    root = ET.fromstring(render_junit(sample_report(9)))
+    suites = {suite.get("name"): suite for suite in root.iter("testsuite")}
+    assert list(suites) == [
+        "intact.gates", "intact.parity.optimized", "intact.parity.unoptimized", "intact.fold", "intact.coverage",
+        "intact.lint",
+    ]  # fmt: skip
+    assert [suite.get("tests") for suite in suites.values()] == ["5", "11", "10", "4", "3", "1"]
+    assert [suite.get("skipped") for suite in suites.values()] == ["0", "0", "0", "1", "2", "0"]
+    assert root.findall(".//failure") == []
+
+
+def test_junit_failures_carry_the_message() -> None:
+    report = _failing()
+    report["lint"] = [{"rule": "axis", "severity": "error", "where": "fc", "message": "axis is 1"}]
+    report["parity"]["optimized"]["kernel_mismatched"] = 2
+    report["parity"]["optimized"]["nodes"][0].update(mismatched=2, max_lsb=1, legal=False)
+    report["parity"]["optimized"]["outputs"][0].update(legal=False, relative=0.00123)
+    report["parity"]["optimized"]["unplanned"] = {"QLinearConv": -1, "QGemm": 2}
+    report["parity"]["unoptimized"]["nodes"][1].update(mismatched=9, legal=False)
+    messages = [failure.get("message") for failure in ET.fromstring(render_junit(report)).iter("failure")]
+    assert messages == [
+        "Gate accuracy_drop<=0.01 failed: it is 0.0341",
+        "Gate agreement>=0.9 failed: it was not measured",
+        "2 of 401,408 values differ, by at most 1 (QLinearConv)",
+        "differs by 0.00123 of its largest value",
+        "1 QLinearConv fewer than planned, 2 QGemm more than planned",
+        "axis is 1",
+    ]
+
+
+def test_junit_survives_characters_that_xml_cannot_hold() -> None:
+    report = _failing()
+    report["parity"]["optimized"]["nodes"][0]["site"] = "conv\x00\x1b\ud800"
+    root = ET.fromstring(render_junit(report))
+    assert root.find(".//testsuite[@name='intact.parity.optimized']/testcase").get("name") == "conv���"  # type: ignore[union-attr]
+    assert "conv" in render_html(report)
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (count, 12_345_678, "12,345,678"), (count, None, "–"), (count, math.nan, "–"),
+        (compact, 999, "999"), (compact, 9_999, "9,999"), (compact, 12_345, "12.3 k"), (compact, 12_345_678, "12.3 M"),
+        (percent, 0.9035, "90.35 %"), (percent, 1.0, "100.00 %"), (percent, 0.999999, "99.99 %"),
+        (percent, 0.0, "0.00 %"), (percent, 1e-7, "0.01 %"), (percent, None, "–"),
+        (points, 0.001, "0.10 points"), (points, -0.0012, "−0.12 points"),
+        (decibel, 31.42, "31.4 dB"), (decibel, math.inf, "exact"),
+        (size, 512, "512 B"), (size, 2048, "2.00 KiB"), (size, 8_000_000, "7.63 MiB"), (size, 3 * 2**30, "3.00 GiB"),
+        (duration, 2.14, "2.1 s"), (duration, 83.0, "1 min 23 s"), (duration, 59.7, "1 min 00 s"),
+        (significant, -0.00012345, "−0.0001234"), (significant, 3.1e-15, "3.1e-15"),
+    ],
+)  # fmt: skip
+def test_numbers_read_well(function: Any, value: object, text: str) -> None:
+    assert function(value) == text

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from calibrators.errors import InputError
+from runtime_tests.measure.latency import Latency, interleave, latency
+from tests.support import onnx_models as models
+
+
+class FakeClock:
+    """Nanoseconds that only calls move on."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.order: list[str] = []
+
+    def call(self, name: str, milliseconds: int) -> None:
+        self.order.append(name)
+        self.now += milliseconds * 1_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def test_rounds_interleave_the_calls_and_turn_around() -> None:
+    clock = FakeClock()
+    calls = {"a": lambda: clock.call("a", 3), "b": lambda: clock.call("b", 1)}
+    times = interleave(calls, runs=3, warmup=1, clock=clock)
+    assert clock.order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    np.testing.assert_array_equal(times, [[3, 1]] * 3)
+
+
+def test_a_slow_spell_does_not_change_the_speedup() -> None:
+    times = np.array([[4.0, 2.0], [40.0, 20.0], [4.0, 2.0], [60.0, 30.0], [8.0, 4.0]])
+    result = Latency(("float", "quantized"), times)
+    assert result.speedup("quantized") == 2.0
+    assert result.median_ms("float") == 8.0
+    assert result.iqr_ms("quantized") == 18.0
+
+
+def test_report_holds_medians_by_name_and_the_conditions() -> None:
+    result = Latency(("float", "quantized", "other"), np.array([[4.0, 2.0, 1.0]]), threads=2)
+    assert json.loads(json.dumps(result.to_dict())) == {
+        "float": 4.0,
+        "quantized": 2.0,
+        "other": 1.0,
+        "iqr": {"float": 0.0, "quantized": 0.0, "other": 0.0},
+        "speedup": {"quantized": 2.0, "other": 4.0},
+        "runs": 1,
+        "threads": 2,
+    }
+
+
+def test_real_models_are_timed_from_paths_and_protos(tmp_path: Path) -> None:
+    small, large = models.chain("Tanh"), models.residual()
+    onnx.save(large, tmp_path / "large.onnx")
+    renamed = models.mobilenet()
+    result = latency(
+        {"float": renamed, "quantized": tmp_path / "large.onnx"}, models.sample(large, batch=1), runs=4, warmup=1
+    )
+    assert result.times_ms.shape == (4, 2)
+    assert (result.times_ms > 0).all()
+    assert latency({"one": small}, models.sample(small), runs=1).to_dict()["speedup"] == {}
+
+
+def test_inputs_that_a_model_does_not_take_are_named() -> None:
+    with pytest.raises(InputError, match="model 'm' takes the inputs x; got y"):
+        latency({"m": models.chain("Tanh")}, {"y": np.zeros((1, 4), np.float32)}, runs=1)
+
+
+@pytest.mark.parametrize(("count", "runs"), [(0, 1), (1, 0)], ids=["no model", "no runs"])
+def test_nothing_to_measure_is_an_error(count: int, runs: int) -> None:
+    with pytest.raises(InputError, match=f"got {count} models, {runs} runs"):
+        latency({"m": models.chain("Tanh")} if count else {}, {"x": np.zeros((1, 4), np.float32)}, runs=runs)

@@ -1,0 +1,349 @@
+"""The proof passes on honest files and fails on every kind of dishonest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from calibrators.errors import DataError, UnknownNameError
+from calibrators.program.freeze import CalibrationResult
+from runtime_tests.ort.sessions import optimized_model
+from runtime_tests.parity.compare import (
+    FLOAT_CHANCE,
+    LARGEST_BATCH,
+    Agreement,
+    OutputParity,
+    ParityError,
+    ParityReport,
+    SiteParity,
+    _OutputTally,
+    legal_rate,
+    parity,
+    validate,
+)
+from runtime_tests.reference.execute import FLOAT, plan
+from runtime_tests.reference.kernel_plan import COUNTED
+from runtime_tests.reference.kernel_rules import MOVES
+from tests.runtime_tests.reference.programs import NETWORKS, Program, emitted, file_of, network
+
+FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "MatMul"}
+
+
+def honest(name: str, bits: int = 8) -> tuple[CalibrationResult, Tensor, onnx.ModelProto]:
+    return *network(name, bits), emitted(name, bits)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("residual", 8), ("mobile", 8), ("gated", 8), ("residual", 4)],
+    ids=["residual", "mobile", "gated", "residual-4-bit"],
+)
+def test_integer_networks_agree_in_every_code_and_bit(name: str, bits: int) -> None:
+    result, x, model = honest(name, bits)
+    report = parity(model, result.program, [(x,), (x * 1.5,)], optimized=True)
+    assert report.end_to_end == Agreement(report.end_to_end.values, 0, 0)
+    assert report.end_to_end.values > 10_000
+    assert all(site.kernel != FLOAT for site in report.sites), [(s.site, s.reason) for s in report.sites]
+    assert report.outputs_identical
+    assert all(output.exact for output in report.outputs)
+    assert report.samples == 2 * len(x)
+    assert report.worst == ()
+    assert (report.violations, report.unplanned) == (0, {})
+    report.raise_for_mismatch()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_levels_pass(name: str) -> None:
+    result, x, model = honest(name)
+    validation = validate(model, reference=result, batches=[x])
+    validation.raise_for_mismatch()
+    found = json.loads(json.dumps(validation.to_dict()))
+    assert found["optimized"]["kernel_mismatched"] == 0
+    assert set(found["unoptimized"]["kernels"]) <= {"QuantizeLinear", FLOAT}
+    assert (
+        found["optimized"]["values"]
+        == found["unoptimized"]["values"]
+        == sum(node["values"] for node in found["optimized"]["nodes"])
+    )
+
+
+def test_linear_layers_around_float_operators_are_integer_kernels() -> None:
+    result, x, model = honest("perceptron")
+    report = parity(model, result.program, [(x,)], optimized=True)
+    kinds = {node.op_type for node in optimized_model(model).graph.node}
+    assert "QGemm" in kinds
+    assert not kinds & FLOAT_KERNELS
+    assert {site.reason for site in report.sites if site.kernel == FLOAT} == {
+        "layer_norm has no integer kernel",
+        "gelu has no integer kernel",
+    }
+
+
+def test_batches_add_up() -> None:
+    result, x, model = honest("residual")
+    whole = parity(model, result.program, [(x,)], optimized=False)
+    parts = parity(model, result.program, ((part,) for part in x.split(1)), optimized=False)
+    assert parts.end_to_end.values == whole.end_to_end.values
+    assert parts.samples == whole.samples
+
+
+def test_a_large_batch_is_compared_to_its_last_sample() -> None:
+    result, x, model = honest("residual")
+    many = x.repeat(LARGEST_BATCH // len(x), 1, 1, 1)
+    more = torch.cat([many, x[:1]])
+    one, two = (parity(model, result.program, [(batch,)], optimized=True) for batch in (many, more))
+    assert (one.samples, two.samples) == (LARGEST_BATCH, LARGEST_BATCH + 1)
+    assert two.end_to_end.values * LARGEST_BATCH == one.end_to_end.values * (LARGEST_BATCH + 1)
+
+
+# --- files that lie --------------------------------------------------------------------------------------------------
+
+
+def initializer(model: onnx.ModelProto, ending: str) -> onnx.TensorProto:
+    (found,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith(ending))
+    return found
+
+
+def rewritten(model: onnx.ModelProto, ending: str, value: np.ndarray) -> onnx.ModelProto:
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    tensor = initializer(model, ending)
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return model
+
+
+def values(model: onnx.ModelProto, ending: str) -> np.ndarray:
+    return numpy_helper.to_array(initializer(model, ending)).copy()
+
+
+def perturbed_scale(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An activation scale 1 % off."""
+    return rewritten(model, "relu_scale", values(model, "relu_scale") * np.float32(1.01))
+
+
+def weight_scales_almost_right(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every weight scale of one convolution 1e-5 larger, and its bias scale with it."""
+    scale = values(model, "body.weight_scale") * np.float32(1 + 1e-5)
+    model = rewritten(model, "body.weight_scale", scale)
+    return rewritten(model, "body.bias_scale", values(model, "relu_scale") * scale)
+
+
+def flipped_weight_code(model: onnx.ModelProto) -> onnx.ModelProto:
+    codes = values(model, "body.weight_quantized")
+    codes[3, 2, 1, 1] = -codes[3, 2, 1, 1] or 1
+    return rewritten(model, "body.weight_quantized", codes)
+
+
+def shifted_zero_point(model: onnx.ModelProto) -> onnx.ModelProto:
+    return rewritten(model, "body.conv2d_zero_point", values(model, "body.conv2d_zero_point") + np.uint8(1))
+
+
+def bias_off_by_one(model: onnx.ModelProto) -> onnx.ModelProto:
+    return rewritten(model, "head.bias_quantized", values(model, "head.bias_quantized") + np.int32(1))
+
+
+def float_bias(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The bias of the float head as floats between the codes: its product then runs in float."""
+    scale, codes = values(model, "head.bias_scale"), values(model, "head.bias_quantized")
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    (dequantize,) = (node for node in model.graph.node if "head.bias_quantized" in node.input)
+    floats = (scale * (codes + np.float32(0.4))).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(floats, dequantize.output[0]))
+    model.graph.node.remove(dequantize)
+    return model
+
+
+LIES = {
+    "scale": perturbed_scale,
+    "weight-code": flipped_weight_code,
+    "zero-point": shifted_zero_point,
+}
+
+
+@pytest.mark.parametrize("optimized", [True, False], ids=["optimized", "unoptimized"])
+@pytest.mark.parametrize("name", LIES)
+def test_wrong_codes_are_found_where_they_arise(name: str, optimized: bool) -> None:
+    result, x, model = honest("residual")
+    report = parity(LIES[name](model), result.program, [(x,)], optimized=optimized)
+    assert report.end_to_end.mismatched > 0
+    assert report.per_node.mismatched > 0
+    with pytest.raises(ParityError, match=r"codes of '(relu|body)") as caught:
+        report.raise_for_mismatch()
+    assert caught.value.exit_code == 1
+    assert repr(next(site.site for site in report.sites if not site.is_legal)) in str(caught.value)
+
+
+def test_teacher_forcing_names_the_node_and_not_its_victims() -> None:
+    """One flipped weight code spoils all that follows end to end; node by node only its own convolution."""
+    result, x, model = honest("residual")
+    report = parity(flipped_weight_code(model), result.program, [(x,)], optimized=True)
+    assert [site.site for site in report.sites if site.per_node.mismatched] == ["body.conv2d"]
+    assert len([site for site in report.sites if site.end_to_end.mismatched]) > 1
+    assert [site.site for site in report.worst] == ["body.conv2d"]
+    assert all(output.per_node_identical and not output.identical for output in report.outputs)
+
+
+def test_a_kernel_that_did_not_run_is_named() -> None:
+    result, x, model = honest("residual")
+    report = parity(float_bias(model), result.program, [(x,)], optimized=True)
+    assert report.unplanned == {"QGemm": -1}
+    assert report.to_dict()["unplanned"] == {"QGemm": -1}
+    agreeing = dataclasses.replace(report, outputs=())
+    assert agreeing.violations == 0
+    with pytest.raises(ParityError, match="1 fewer QGemm"):
+        agreeing.raise_for_mismatch()
+
+
+def test_a_kernel_that_the_runtime_adds_by_itself_is_named() -> None:
+    """Float weights between codes, without the clip that hides the codes: onnxruntime quantizes them on its own."""
+    p = Program()
+    x = p.quantized(p.input(1, 4, 6, 6))
+    weight, bias = p.constant("w", torch.ones(4, 4, 1, 1)), p.constant("b", torch.ones(4))
+    program = p.build(p.quantized(p.call(torch.ops.aten.conv2d.default, x, weight, bias)))
+    report = parity(file_of(program), program, [tuple(p.example)], optimized=True)
+    assert report.unplanned == {"QLinearConv": 1}
+    with pytest.raises(ParityError, match=r"1 more QLinearConv|codes of"):
+        report.raise_for_mismatch()
+
+
+def test_every_planned_kernel_is_counted() -> None:
+    """A kernel that the plan knows and the count does not would hide."""
+    planned = {step.kernel for name in NETWORKS for step in plan(network(name)[0].program).steps if step.is_integer}
+    moves = {"QuantizeLinear", *MOVES.values()}
+    assert planned - moves <= set(COUNTED)
+    assert {site for name in NETWORKS for site in plan(network(name)[0].program).counts} == set(COUNTED)
+
+
+@pytest.mark.parametrize("lie", [bias_off_by_one, float_bias], ids=["bias-code", "float-bias"])
+def test_wrong_outputs_are_found_although_all_codes_agree(lie: object) -> None:
+    result, x, model = honest("residual")
+    report = parity(lie(model), result.program, [(x,)], optimized=True)  # type: ignore[operator]
+    assert report.per_node.mismatched == 0
+    assert report.violations == 1
+    with pytest.raises(ParityError, match="output 'output' differs"):
+        report.raise_for_mismatch()
+
+
+def test_a_change_of_one_in_a_hundred_thousand_is_found() -> None:
+    """No accuracy figure would show it."""
+    result, x, model = honest("residual")
+    report = parity(weight_scales_almost_right(model), result.program, [(x * 2,)], optimized=True)
+    assert 0 < report.per_node.mismatched < 1e-2 * report.per_node.values
+    assert report.per_node.max_lsb == 1
+    with pytest.raises(ParityError, match=r"body\.conv2d"):
+        report.raise_for_mismatch()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_compared_is_no_proof() -> None:
+    result, _, model = honest("residual")
+    with pytest.raises(DataError, match="no batch"):
+        parity(model, result.program, [], optimized=True)
+    with pytest.raises(DataError, match="no batch"):
+        parity(model, result.program, [(torch.zeros(0, 3, 16, 16),)], optimized=True)
+    with pytest.raises(DataError, match="no batch"):
+        validate(model, reference=result, batches=[])
+
+
+def test_number_of_inputs() -> None:
+    result, x, model = honest("residual")
+    with pytest.raises(DataError, match="2 tensors, the model has 1 inputs: x"):
+        parity(model, result.program, [(x, x)], optimized=True)
+
+
+def test_a_file_of_another_program_is_refused() -> None:
+    with pytest.raises(UnknownNameError):
+        parity(honest("gated")[2], honest("residual")[0].program, [(honest("residual")[1],)], optimized=True)
+
+
+# --- what is legal ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "found", "legal"),
+    [
+        ("QLinearConv", Agreement(10**6), True),
+        ("QLinearConv", Agreement(10**6, 1, 1), False),
+        (FLOAT, Agreement(100, FLOAT_CHANCE, 1), True),
+        (FLOAT, Agreement(100, FLOAT_CHANCE + 1, 1), False),
+        (FLOAT, Agreement(10**6, 100, 1), True),
+        (FLOAT, Agreement(10**6, 1, 2), False),
+        (FLOAT, Agreement(10**6, 1000, 1), False),
+    ],
+    ids=["integer", "integer-one-off", "few", "too-many-of-few", "rare", "two-steps", "too-many"],
+)
+def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
+    site = SiteParity("s", kernel, "", found, Agreement(found.values), legal_rate(kernel))
+    report = ParityReport(optimized=True, samples=1, sites=(site,), outputs=())
+    assert site.is_legal == site.to_dict()["legal"] == legal
+    assert report.violations == report.to_dict()["violations"] == (not legal)
+    if legal:
+        report.raise_for_mismatch()
+    else:
+        with pytest.raises(ParityError, match="'s'"):
+            report.raise_for_mismatch()
+
+
+@pytest.mark.parametrize(
+    ("found", "legal"),
+    [
+        (Agreement(10**6, 20_000, 1), True),
+        (Agreement(10**6, 40_000, 1), False),
+        (Agreement(10**6, 1, 2), False),
+    ],
+    ids=["dense-ties", "too-many", "two-steps"],
+)
+def test_a_grid_of_16_bits_has_256_times_the_ties(found: Agreement, legal: bool) -> None:
+    assert SiteParity("s", FLOAT, "", found, found, legal_rate(FLOAT, bits=16)).is_legal == legal
+    assert not SiteParity("s", FLOAT, "", found, found, legal_rate(FLOAT)).is_legal
+
+
+@pytest.mark.parametrize(
+    ("exact", "identical", "relative", "legal"),
+    [(True, True, 0.0, True), (True, False, 1e-9, False), (False, False, 1e-6, True), (False, False, 1e-3, False)],
+    ids=["exact", "exact-one-bit", "float", "float-far"],
+)
+def test_legal_outputs(exact: bool, identical: bool, relative: float, legal: bool) -> None:
+    assert OutputParity("y", exact, identical, identical, 0.0, relative).is_legal == legal
+
+
+def test_sums_of_agreements() -> None:
+    assert Agreement(10, 1, 3) + Agreement(5, 2, 1) == Agreement(15, 3, 3)
+
+
+def test_infinities_do_not_hide_a_difference() -> None:
+    inf = float("inf")
+    cases = (
+        ([1.0, 2.0, -inf], [1.0, 2.0, -inf], 0.0),
+        ([1.0, 2.0, -inf], [1.0, 1.0, -inf], 1.0),
+        ([1.0, 2.0, -inf], [1.0, 2.0, inf], np.inf),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, inf], np.inf),
+        ([inf, inf, inf], [inf, inf, -inf], np.inf),
+    )
+    for ours, theirs, relative in cases:
+        tally = _OutputTally()
+        tally.add(torch.tensor(ours), torch.tensor(ours), torch.tensor(theirs))
+        assert tally.relative == relative
+
+
+def test_outputs_that_are_no_floats_are_compared() -> None:
+    tally = _OutputTally()
+    tally.add(torch.tensor([True]), torch.tensor([True]), torch.tensor([False]))
+    assert tally.relative == np.inf and not tally.identical
+
+
+def test_outputs_of_zeros_or_nan_do_not_hide_a_difference() -> None:
+    zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), float("nan"))
+    for ours, theirs, relative in ((ones, zeros, np.inf), (nan, nan, 0.0), (ones, nan, np.inf), (nan, ones, np.inf)):
+        tally = _OutputTally()
+        tally.add(ours, ours, theirs)
+        assert tally.relative == relative
+        assert tally.identical == (relative == 0)

@@ -1,0 +1,32 @@
+"""Networks of the tests, folded, with what methods that calibrate them are compared by."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.program.freeze import CalibrationResult
+from exporter.folding.fold_regions import fold
+from exporter.frontend.capture import capture
+from tests.support.architectures import construct
+from tests.support.networks import NETWORKS, build
+
+
+@functools.cache
+def folded_network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The folded graph of a network or an architecture, and inputs for 64 samples."""
+    if name in NETWORKS:
+        model, x = build(name, batch=64)
+        inputs: tuple[Tensor, ...] = (x,)
+    else:
+        model, inputs = construct(name, batch=64)
+    return fold(capture(model, inputs)), inputs
+
+
+def output_error(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
+    """Relative squared error of the network's outputs, the mean of all of them."""
+    with torch.no_grad():
+        pairs = list(zip(graph(*inputs), result.program(*inputs), strict=True))
+    return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)

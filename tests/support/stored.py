@@ -1,0 +1,24 @@
+"""Files of calibrated networks as they would be stored."""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+
+from calibrators.program.freeze import CalibrationResult
+from exporter.emission.packing import pack
+from exporter.emission.translate import needed_opset, to_onnx
+
+
+def stored(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:
+    """The model with its weights stored so. Translating to ONNX takes longest and is done once for all storages."""
+    model = ir.from_proto(_unpacked(result))
+    pack(model, storage)
+    return ir.to_proto(model)
+
+
+@functools.lru_cache(maxsize=4)
+def _unpacked(result: CalibrationResult) -> onnx.ModelProto:
+    return ir.to_proto(to_onnx(result.program, opset=needed_opset(result)))
