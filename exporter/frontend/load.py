@@ -345,7 +345,7 @@ def _users_line(error: BaseException) -> str:
     """` (at file.py:12 in build)`: the deepest frame that is in no library, '' if there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" (at {error.filename}:{error.lineno})"
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])  # this package
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -177,7 +177,7 @@ def test_control_flow_on_values_names_module_and_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) + 1
 
-    with pytest.raises(ModelError, match=r"(?s)'inner' at .*test_capturing\.py:\d+.*pass the \.pt2 file"):
+    with pytest.raises(ModelError, match=r"(?s)'inner' at .*test_capture\.py:\d+.*pass the \.pt2 file"):
         capture(Outer(), torch.ones(2, 3))
 
 
