@@ -36,7 +36,7 @@ from exporter.emission.packing import alternatives, pack, stored_bytes
 from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, alike, capture
-from exporter.frontend.reference import load_reference, save_reference
+from exporter.frontend.reference import export_program, load_reference, save_reference
 from exporter.inputs.data import Batch as DataBatch
 from exporter.inputs.data import Data, check_takes_integers, open_both
 from exporter.progress import Progress
@@ -317,8 +317,9 @@ class _Export:
                 "method": self.config.method,
             }
             emit_float(folded, self.float_path)
-            save_reference(result.program, self.folder / "reference.pt2")
-            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
+            exported = export_program(result.program)
+            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata, exported=exported)
+            save_reference(exported, self.folder / "reference.pt2")
             model, simplifier = self._simplified(result, onnx_program)
             self._store(model)
             return simplifier

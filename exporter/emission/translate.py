@@ -10,10 +10,13 @@ Must not know: methods, runtimes, files other than the model's.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -25,6 +28,7 @@ from onnxscript import opset20 as op
 from onnxscript import opset21
 from onnxscript.optimizer import fold_constants
 from torch import fx
+from torch.onnx._internal.exporter import _registration
 
 from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, where
@@ -92,14 +96,27 @@ def save(model: ir.Model, path: str | Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
 
 
-def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] | None = None) -> ir.Model:
-    """The ONNX model of a flat graph, named and annotated."""
+def to_onnx(
+    program: fx.GraphModule,
+    *,
+    opset: int,
+    metadata: Mapping[str, str] | None = None,
+    exported: torch.export.ExportedProgram | None = None,
+) -> ir.Model:
+    """Translate a flat graph to a named and annotated ONNX model.
+
+    exported: the program after `export_program`, where the caller has it already; it is exported here otherwise.
+    raises:   ExportError naming the operator that has no ONNX form, or the output that ONNX gives another meaning.
+    """
     outputs = program.meta["output_names"]
     inputs = program.meta["input_names"]
+    distinct = _with_distinct_outputs(program)
     try:
-        with quiet(), torch.no_grad():
+        if exported is None or distinct is not program:
+            exported = export_program(distinct)
+        with quiet(), torch.no_grad(), _one_registry():
             onnx_program = torch.onnx.export(
-                export_program(_with_own_outputs(program)),
+                exported,
                 opset_version=opset,
                 custom_translation_table=_TRANSLATIONS,
                 optimize=False,
@@ -135,7 +152,24 @@ def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
             )
 
 
-def _with_own_outputs(program: fx.GraphModule) -> fx.GraphModule:
+_registry = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+
+def _copy_of_registry(*args: Any, **kwargs: Any) -> _registration.ONNXRegistry:
+    """Return a copy of the registry of translations, to which an export adds its own.
+
+    torch builds the registry anew at every export, which takes longer than the export of a small network.
+    """
+    registry = copy.copy(_registry(*args, **kwargs))
+    registry.functions = {target: [*entries] for target, entries in registry.functions.items()}
+    return registry
+
+
+_one_registry = partial(patch.object, _registration.ONNXRegistry, "from_torchlib", staticmethod(_copy_of_registry))
+"""Context in which every torch.onnx.export of this process shares one registry."""
+
+
+def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
     """A graph whose outputs are different values, none of them an input or constant: a value has one name in ONNX."""
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     results = output.args[0]

@@ -20,17 +20,20 @@ __all__ = ["export_program", "load_reference", "save_reference"]
 
 
 def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
-    """A flat graph as an ExportedProgram with the same inputs and the same free batch."""
+    """Return a flat graph as an ExportedProgram with the same inputs and the same free batch."""
     batch = torch.export.Dim("batch", min=1, max=2**20)
     example: tuple[torch.Tensor, ...] = program.meta["example"]
     shapes: Any = tuple({0: batch} if x.ndim else None for x in example) if program.meta["dynamic_batch"] else None
-    return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
-
-
-def save_reference(program: fx.GraphModule, path: Path) -> None:
-    """Write the reference program as .pt2: same program, same bytes, nothing of the machine that wrote it."""
     with quiet(), torch.no_grad():
-        exported = export_program(program)
+        return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+
+
+def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported reference program as .pt2: same program, same bytes, nothing of the machine that wrote it.
+
+    The metadata of its nodes is removed in place: emit the program as ONNX first.
+    """
+    with quiet(), torch.no_grad():
         for node in exported.graph.nodes:
             for key in ("stack_trace", "from_node", "nn_module_stack", "custom"):
                 node.meta.pop(key, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
-from torch.onnx._internal.exporter._registration import onnxscript_apis
 from torch.utils import _pytree as pytree
 
 from calibrators.calibration import calibrate
@@ -59,14 +57,6 @@ class Exported:
     def feed(self, batch: int) -> dict[str, Any]:
         names = self.result.program.meta["input_names"]
         return {name: x[:batch].numpy() for name, x in zip(names, self.inputs, strict=True)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torchlib_read_once() -> Iterator[None]:
-    """torch.onnx parses its whole operator library anew for every export, a third of the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from calibrators.targets import get_target
 from exporter.cli import app
 from exporter.config import make_config
 from exporter.frontend.capture import capture
-from exporter.frontend.reference import load_reference, save_reference
+from exporter.frontend.reference import export_program, load_reference, save_reference
 from exporter.pipeline import export, verify
 from exporter.reporting.layer_sections import layer_entries
 from runtime_tests.ort.coverage import coverage
@@ -196,7 +196,7 @@ def test_methods_that_train_take_it() -> None:
 
 def test_the_stored_reference_keeps_blocks(tmp_path: Path) -> None:
     result, x = pair(4, "block-32")
-    save_reference(result.program, tmp_path / "reference.pt2")
+    save_reference(export_program(result.program), tmp_path / "reference.pt2")
     report = parity(stored(result), load_reference(tmp_path / "reference.pt2"), [(x,)], optimized=True)
     assert found(report) == CLEAN and report.end_to_end.values == 24 * 200 + 5 * 24
 

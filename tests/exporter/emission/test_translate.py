@@ -22,7 +22,7 @@ from calibrators.program.freeze import CalibrationResult
 from exporter.emission import translate as emit_module
 from exporter.emission.translate import emit, emit_float
 from exporter.frontend.capture import capture
-from exporter.frontend.reference import load_reference, save_reference
+from exporter.frontend.reference import export_program, load_reference, save_reference
 from runtime_tests.ort.sessions import optimized_model, session
 from tests.support.architectures import construct
 from tests.support.networks import NETWORKS, build, randomize
@@ -169,7 +169,7 @@ def test_reference_program_survives_its_file(tmp_path: Path) -> None:
     result, x = calibrated("pooled")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        save_reference(result.program, tmp_path / name / "reference.pt2")
+        save_reference(export_program(result.program), tmp_path / name / "reference.pt2")
     loaded = load_reference(tmp_path / "a" / "reference.pt2")
     assert torch.equal(loaded(x)[0], result.program(x)[0])
     first, second = ((tmp_path / name / "reference.pt2").read_bytes() for name in ("a", "b"))
@@ -183,7 +183,7 @@ def test_reference_program_with_two_inputs_survives_its_file(tmp_path: Path) -> 
     """Equal batches are a guard of the exported program, and guards are source code, which loading refuses."""
     model, inputs = construct("two-inputs")
     result = calibrate(capture(model, inputs), [inputs], method="minmax")
-    save_reference(result.program, tmp_path / "reference.pt2")
+    save_reference(export_program(result.program), tmp_path / "reference.pt2")
     loaded = load_reference(tmp_path / "reference.pt2")
     assert torch.equal(loaded(*inputs)[0], result.program(*inputs)[0])
 

@@ -25,7 +25,7 @@ from calibrators.placement.place import PlacementOptions
 from exporter.emission.translate import to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
-from exporter.frontend.reference import save_reference
+from exporter.frontend.reference import export_program, save_reference
 from tests.exporter.folding.test_fold_regions import Function, RepMixer, Sum, bn, conv_bn, diverse_branches, mobileone
 
 ROUNDING = 1e-9
@@ -334,7 +334,7 @@ def test_methods_see_the_entries_and_files_do_not(tmp_path: Path) -> None:
     for each, entries in ((graph, 2), (bare, 0)):
         result = calibrate(each, [x], method="minmax", placement=PlacementOptions(weight_bits=4))
         assert len(expected_outputs(result.placement.graph)) == entries
-        save_reference(result.program, tmp_path / "reference.pt2")
+        save_reference(export_program(result.program), tmp_path / "reference.pt2")
         onnx = onnx_ir.to_proto(to_onnx(result.program, opset=20)).SerializeToString(deterministic=True)
         written.append(((tmp_path / "reference.pt2").read_bytes(), onnx))
     assert written[0] == written[1]
