@@ -8,15 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from calibrators.errors import InputError
-from runtime_tests.ort.sessions import session
+from runtime_tests.ort.sessions import Source, session
 
 __all__ = ["Latency", "interleave", "latency"]
 
@@ -66,7 +64,7 @@ class Latency:
 
 
 def latency(
-    models: Mapping[str, onnx.ModelProto | str | Path],
+    models: Mapping[str, Source],
     inputs: Mapping[str, Array],
     *,
     threads: int = 1,

@@ -12,17 +12,34 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibrators.errors import DataError
-from runtime_tests.ort.operands import QUANTIZE, Operand, array, consumers, inputs, operand, stated_type, where
-from runtime_tests.ort.sessions import optimized_file, session
+from runtime_tests.ort.operands import (
+    Operand,
+    array,
+    consumers,
+    flag,
+    inputs,
+    operand,
+    quantizers_after,
+    stated_type,
+    where,
+)
+from runtime_tests.ort.operators import (
+    ELEMENTWISE,
+    FLOAT_PRODUCTS,
+    INTEGER_INSIDE,
+    MOVE_DATA,
+    QUANTIZE,
+    WEIGHT_INPUT,
+    WEIGHT_ONLY,
+)
+from runtime_tests.ort.sessions import Model, Source, session
 
 __all__ = ["Coverage", "FloatNode", "coverage"]
 
@@ -78,55 +95,39 @@ class Coverage:
         }
 
 
-def coverage(model: onnx.ModelProto | str | Path, *, sample: Mapping[str, Array] | None = None) -> Coverage:
-    """Integer coverage of `model` in the installed onnxruntime with all optimisations on.
+def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Coverage:
+    """Return the integer coverage of `model` in the installed onnxruntime with all optimisations on.
 
     sample: inputs for the one run that yields shapes; zeros of batch 1 if None.
     raises: ModelError if onnxruntime refuses the model; DataError if it needs a sample and has none.
     """
-    with optimized_file(model, layouts=False) as path:
-        graph = ir.load(path).graph
-        nodes = [node for node in graph if _computes(node)]
-        values = _run(path, graph, nodes, sample)
-        computing = [node for node in nodes if not _is_shape_arithmetic(node, values)]
-        macs = {node: _macs(node, values) for node in computing}
-        integer = {node for node in computing if _is_integer(node, values)}
-        weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
-        total = sum(macs.values())
-        rest = [
-            FloatNode(where(node), node.op_type, _why(node), macs[node]) for node in computing if node not in integer
-        ]
-        return Coverage(
-            integer_nodes=len(integer),
-            compute_nodes=len(computing),
-            macs=total,
-            integer_macs=sum(macs[node] for node in integer) / total if total else 1.0,
-            weight_only_macs=sum(macs[node] for node in weight_only) / total if total else 0.0,
-            accuracy_level=max((_accuracy_level(node) for node in weight_only), default=None),
-            float_nodes=tuple(sorted(rest, key=lambda node: -node.macs)),
-            uncounted=tuple(where(node) for node in computing if "Attention" in node.op_type),
-            by_op=dict(Counter(node.op_type for node in graph).most_common()),
-        )
+    optimized = Model.of(model).optimized
+    graph = optimized.graph_model.graph
+    nodes = [node for node in graph if node.op_type not in MOVE_DATA]
+    values = _run(optimized, graph, nodes, sample)
+    computing = [node for node in nodes if not _is_shape_arithmetic(node, values)]
+    macs = {node: _macs(node, values) for node in computing}
+    integer = {node for node in computing if node.op_type in INTEGER_INSIDE or _output(node, values).dtype in CODES}
+    weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
+    total = sum(macs.values())
+    rest = [FloatNode(where(node), node.op_type, _why(node), macs[node]) for node in computing if node not in integer]
+    return Coverage(
+        integer_nodes=len(integer),
+        compute_nodes=len(computing),
+        macs=total,
+        integer_macs=sum(macs[node] for node in integer) / total if total else 1.0,
+        weight_only_macs=sum(macs[node] for node in weight_only) / total if total else 0.0,
+        accuracy_level=max((flag(node, "accuracy_level") for node in weight_only), default=None),
+        float_nodes=tuple(sorted(rest, key=lambda node: -node.macs)),
+        uncounted=tuple(where(node) for node in computing if "Attention" in node.op_type),
+        by_op=dict(Counter(node.op_type for node in graph).most_common()),
+    )
 
 
-# ---- which nodes count
-
-MOVEMENT = frozenset((
-    "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout", "Constant", "ConstantOfShape", "Shape", "Size",
-    "Range", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "Slice", "Split",
-    "DepthToSpace", "SpaceToDepth", "ReorderInput", "ReorderOutput",
-))  # fmt: skip
-"""Operators that move, convert or describe data; what is left computes."""
-
-INTEGER_INSIDE = frozenset(("QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul"))
-"""Integer kernels whose output may be wider than a code; all others write int8 or uint8."""
+# ---- values and shapes
 
 CODES = (np.dtype(np.int8), np.dtype(np.uint8))
 INDICES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_))
-
-
-def _computes(node: ir.Node) -> bool:
-    return node.op_type not in MOVEMENT
 
 
 def _is_shape_arithmetic(node: ir.Node, values: Mapping[str, Array]) -> bool:
@@ -134,24 +135,17 @@ def _is_shape_arithmetic(node: ir.Node, values: Mapping[str, Array]) -> bool:
     return node.op_type not in INTEGER_INSIDE and _output(node, values).dtype in INDICES
 
 
-def _is_integer(node: ir.Node, values: Mapping[str, Array]) -> bool:
-    return node.op_type in INTEGER_INSIDE or _output(node, values).dtype in CODES
-
-
 def _output(node: ir.Node, values: Mapping[str, Array]) -> Array:
     return values[_first_name(node)]
 
 
-# ---- shapes
-
-
-def _run(path: Path, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[str, Array] | None) -> dict[str, Array]:
-    """What one run makes of the nodes' first outputs and non-constant second operands, by value name."""
+def _run(model: Model, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[str, Array] | None) -> dict[str, Array]:
+    """Run the model once; return the nodes' first outputs and computed second operands, by value name."""
     feed = dict(sample) if sample is not None else {value.name or "": _zeros(value) for value in graph.inputs}
-    taps = {_first_name(node): None for node in nodes}
-    operands = (node.inputs[_weight_index(node)] for node in nodes if node.op_type in WEIGHT_INDEX)
-    taps |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
-    runner = session(path, optimized=False, taps=list(taps))
+    probes = {_first_name(node): None for node in nodes}
+    operands = (node.inputs[WEIGHT_INPUT[node.op_type]] for node in nodes if node.op_type in WEIGHT_INPUT)
+    probes |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
+    runner = session(model, optimized=False, probes=list(probes))
     names = [output.name for output in runner.get_outputs()]
     return feed | dict(zip(names, runner.run(names, feed), strict=True))
 
@@ -161,7 +155,7 @@ def _first_name(node: ir.Node) -> str:
 
 
 def _zeros(value: ir.Value) -> Array:
-    """Zeros for a graph input, its free first dimension set to 1."""
+    """Return zeros for a graph input, its free first dimension set to 1."""
     dims = list(value.shape.dims) if value.shape is not None else [None]
     sizes = [dim if isinstance(dim, int) else None for dim in dims]
     if sizes and sizes[0] is None:
@@ -175,42 +169,25 @@ def _zeros(value: ir.Value) -> Array:
     return np.zeros(fixed, value.dtype.numpy())
 
 
-# ---- multiply-accumulates
-
-WEIGHT_ONLY = "MatMulNBits"
-WEIGHT_INDEX = {
-    **dict.fromkeys(("Conv", "FusedConv", "ConvInteger", "ConvTranspose", "NhwcFusedConv"), 1),
-    **dict.fromkeys(("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), 1),
-    **dict.fromkeys(("DynamicQuantizeMatMul", "GemmFastGelu"), 1),
-    **dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3),
-}
-"""Which input of an operator holds its weights (or the second matrix)."""
-
-
-def _weight_index(node: ir.Node) -> int:
-    return WEIGHT_INDEX[node.op_type]
-
-
 def _macs(node: ir.Node, values: Mapping[str, Array]) -> int:
-    """Multiply-accumulates of one node: output elements times the length of the reduction behind each.
+    """Count the multiply-accumulates of a node: output elements times the length of the reduction of each.
 
     Conv: prod(weight.shape[1:]) per output; ConvTranspose: the same per input; matrix products: rows of the second
     matrix. MatMulNBits states its reduction as attribute K.
     """
     output = _output(node, values).size
     if node.op_type == WEIGHT_ONLY:
-        return output * node.attributes["K"].as_int()
-    if node.op_type not in WEIGHT_INDEX:
+        return output * flag(node, "K")
+    if node.op_type not in WEIGHT_INPUT:
         return 0
-    weight = _shape(node.inputs[_weight_index(node)], values)
+    weight = _shape(node.inputs[WEIGHT_INPUT[node.op_type]], values)
     if node.op_type == "ConvTranspose":
         return math.prod(_shape(node.inputs[0], values)) * math.prod(weight[1:])
     if "Conv" in node.op_type:
         return output * math.prod(weight[1:])
     if len(weight) == 1:
         return output * weight[0]
-    transposed = node.attributes.get("transB")
-    return output * weight[-1 if transposed is not None and transposed.as_int() else -2]
+    return output * weight[-1 if flag(node, "transB") else -2]
 
 
 def _shape(value: ir.Value | None, values: Mapping[str, Array]) -> tuple[int, ...]:
@@ -227,67 +204,52 @@ NO_KERNEL = "onnxruntime has no integer kernel for this operator"
 NOT_FUSED = "onnxruntime did not fuse it"
 WIDE = "16-bit activations have no integer kernels"
 SIGNED = "int8 activations: on x86 only chains without fan-out are moved to the uint8 kernels"
-WEIGHTED = frozenset(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
-ELEMENTWISE = frozenset(
-    ("Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax", "Concat", "GlobalAveragePool", "AveragePool", "MaxPool")
-)
-INSTEAD = {
-    "ReduceMean": "ReduceMean has no integer kernel; GlobalAveragePool has",
-}
-"""Operators with a better form than 'no integer kernel'."""
+TYPE_REASONS = {ir.DataType.INT16: WIDE, ir.DataType.UINT16: WIDE, ir.DataType.INT8: SIGNED}
 
 
 def _why(node: ir.Node) -> str:
-    """The first reason the graph shows for a node being in float."""
+    """Return the first reason that the graph shows for a node being in float."""
     if node.op_type == WEIGHT_ONLY:
-        return f"weights only are quantized: a float kernel expands them, at accuracy level {_accuracy_level(node)}"
-    if node.op_type in INSTEAD:
-        return INSTEAD[node.op_type]
-    if node.op_type in WEIGHTED:
-        return _why_weighted(node)
+        level = flag(node, "accuracy_level")
+        return f"weights only are quantized: a float kernel expands them, at accuracy level {level}"
+    if node.op_type == "ReduceMean":
+        return "ReduceMean has no integer kernel; GlobalAveragePool has"
+    if node.op_type in FLOAT_PRODUCTS:
+        return _why_product(node)
     if node.op_type in ELEMENTWISE:
         return _why_elementwise(node)
     return NO_KERNEL
 
 
-def _accuracy_level(node: ir.Node) -> int:
-    stated = node.attributes.get("accuracy_level")
-    return 0 if stated is None else stated.as_int()
-
-
-def _why_weighted(node: ir.Node) -> str:
+def _why_product(node: ir.Node) -> str:
     x, weight, bias = (operand(value) for value in inputs(node, 3))
     if node.op_type == "ConvTranspose":
         return NO_KERNEL
     if x is None:
         return "its input is not quantized"
     if weight is None:
-        return (
-            "its weights are not stored as codes" if array(node.inputs[1]) is not None else "its second input is float"
-        )
-    reasons = (
-        _why_types(node, x, weight),
-        _why_bias(node, x, weight, bias),
-        _why_activation(node),
-        "Conv" in node.op_type and not _is_quantized(node) and "its output is not quantized",
-    )
-    return next((reason for reason in reasons if reason), NOT_FUSED)
-
-
-def _why_types(node: ir.Node, x: Operand, weight: Operand) -> str | None:
+        is_constant = array(node.inputs[1]) is not None
+        return "its weights are not stored as codes" if is_constant else "its second input is float"
     if weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
         return f"{weight.dtype} weights have no integer kernel: they are expanded to float at every run"
-    if _touches(WIDE_TYPES, node, x):
-        return WIDE
-    if _touches(SIGNED_TYPES, node, x):
-        return SIGNED
-    if x.dtype != ir.DataType.UINT8:
-        return f"{x.dtype} activations have no integer kernel"
-    return None
+    reason = _why_types(node, x)
+    if reason is None and x.dtype != ir.DataType.UINT8:
+        reason = f"{x.dtype} activations have no integer kernel"
+    reason = reason or _why_bias(node, x, weight, bias) or _why_activation(node)
+    if reason is None and "Conv" in node.op_type and not _is_quantized(node):
+        reason = "its output is not quantized"
+    return reason or NOT_FUSED
+
+
+def _why_types(node: ir.Node, *operands: Operand) -> str | None:
+    """Return why codes of these types are computed in float, at an operand or a quantizer after the node."""
+    after = [stated_type(reader.outputs[0]) for reader in quantizers_after(node.outputs[0])]
+    found = {TYPE_REASONS.get(dtype) for dtype in (*after, *(each.dtype for each in operands)) if dtype is not None}
+    return next((reason for reason in (WIDE, SIGNED) if reason in found), None)
 
 
 def _why_activation(node: ir.Node) -> str | None:
-    """Why the activation function fused into a float convolution is there."""
+    """Return why the activation function fused into a float convolution is there."""
     stated = node.attributes.get("activation")
     if stated is None:
         return None
@@ -295,19 +257,17 @@ def _why_activation(node: ir.Node) -> str | None:
     if name not in ("Relu", "Clip"):
         return f"its output is not quantized before {name}"
     return (
-        f"{name} cannot be merged into the quantizer behind it: the zero point there is not the lowest code, "
+        f"{name} cannot be merged into the quantizer after it: the zero point there is not the lowest code, "
         "or the range is wider than the activation's"
     )
 
 
 def _why_bias(node: ir.Node, x: Operand, weight: Operand, bias: Operand | None) -> str | None:
-    value = inputs(node, 3)[2]
-    if value is None:
+    if inputs(node, 3)[2] is None:
         return None
     if bias is None:
-        return (
-            None if "Conv" in node.op_type or _is_quantized(node) else "its bias is float and its output not quantized"
-        )
+        takes_floats = "Conv" in node.op_type or _is_quantized(node)
+        return None if takes_floats else "its bias is float and its output not quantized"
     if bias.dtype != ir.DataType.INT32:
         return f"its bias has codes of type {bias.dtype}, not INT32"
     if x.scale is None or weight.scale is None or bias.scale is None:
@@ -323,23 +283,11 @@ def _why_elementwise(node: ir.Node) -> str:
         return "not all of its inputs are quantized"
     if not _is_quantized(node):
         return "its output is not quantized"
-    if _touches(WIDE_TYPES, node, *operands):
-        return WIDE
-    if _touches(SIGNED_TYPES, node, *operands):
-        return SIGNED
+    if reason := _why_types(node, *operands):
+        return reason
     if node.op_type == "MaxPool":
-        return "the quantizers before and behind it have different parameters"
+        return "the quantizers before and after it have different parameters"
     return NOT_FUSED
-
-
-SIGNED_TYPES = (ir.DataType.INT8,)
-WIDE_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
-
-
-def _touches(types: tuple[ir.DataType, ...], node: ir.Node, *operands: Operand) -> bool:
-    """Whether an operand or a quantizer behind the node holds codes of one of these types."""
-    behind = [stated_type(reader.outputs[0]) for reader in consumers(node.outputs[0]) if reader.op_type == QUANTIZE]
-    return any(dtype in types for dtype in (*behind, *(each.dtype for each in operands)))
 
 
 def _is_quantized(node: ir.Node) -> bool:

@@ -1,11 +1,11 @@
-"""Reading one edge of a QDQ graph: the codes behind a DequantizeLinear and what is known about them.
+"""Read one edge of a QDQ graph: the codes that a DequantizeLinear reads and what is known about them.
 
 Must not know: which kernels a runtime has, what is good or bad about an edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,24 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from runtime_tests.ort.operators import DEQUANTIZE, KEEP_CODES, PRODUCTS, QUANTIZE
+
 __all__ = [
-    "DEQUANTIZE",
-    "QUANTIZE",
     "Operand",
+    "Product",
     "array",
+    "code_type",
     "consumers",
+    "flag",
     "inputs",
     "operand",
+    "products",
     "qparams",
+    "quantizers_after",
     "stated_type",
+    "type_range",
     "where",
 ]
-
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 Array = NDArray[Any]
 
@@ -36,16 +40,14 @@ class Operand:
     """The codes that a DequantizeLinear turns into floats.
 
     node:       the DequantizeLinear.
-    codes:      its first input.
     data:       the codes themselves where they are constant (weights, biases), else None.
     scale:      constant scale, None where computed.
     zero_point: constant zero point as int64, None where absent or computed.
-    dtype:      type of the codes, None where nothing in the file says it.
+    dtype:      type of the codes, None where nothing in the file states it.
     lo, hi:     lowest and highest code that can be stored: the type's range, narrowed by a Clip of the codes.
     """
 
     node: ir.Node
-    codes: ir.Value
     data: Array | None
     scale: Array | None
     zero_point: Array | None
@@ -58,33 +60,62 @@ class Operand:
         return self.data is not None
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A Conv, Gemm or MatMul of quantized activations and constant quantized weights.
+
+    bias_value: its third input, None where it has none.
+    bias:       the codes of that, None where it is float.
+    """
+
+    node: ir.Node
+    x: Operand
+    weight: Operand
+    bias_value: ir.Value | None
+    bias: Operand | None
+
+
+def products(nodes: Iterable[ir.Node]) -> Iterator[Product]:
+    """Yield every Product among `nodes`."""
+    for node in nodes:
+        if node.op_type not in PRODUCTS:
+            continue
+        values = inputs(node, 3)
+        x, weight, bias = map(operand, values)
+        if x is not None and weight is not None and weight.is_constant and not x.is_constant:
+            yield Product(node, x, weight, values[2], bias)
+
+
 def operand(value: ir.Value | None) -> Operand | None:
-    """The codes behind `value`, or None where no DequantizeLinear makes it."""
+    """Return the codes that `value` was dequantized from, or None if no DequantizeLinear makes it."""
     node = value.producer() if value is not None else None
-    if node is None or node.op_type != DEQUANTIZE:
-        return None
-    codes = node.inputs[0]
-    if codes is None:
+    if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
         return None
     scale, zero_point = qparams(node)
-    dtype = _code_type(node)
-    lo, hi = _bounds(codes, dtype)
-    return Operand(node, codes, array(codes), scale, zero_point, dtype, lo, hi)
+    dtype = code_type(node)
+    lo, hi = _bounds(node.inputs[0], dtype)
+    return Operand(node, array(node.inputs[0]), scale, zero_point, dtype, lo, hi)
 
 
 def qparams(node: ir.Node) -> tuple[Array | None, Array | None]:
-    """Constant scale and zero point (int64) of a QuantizeLinear or DequantizeLinear; None where not constant."""
+    """Return the scale and zero point (int64) of a QuantizeLinear or DequantizeLinear; None where not constant."""
     scale, zero_point = (array(value) for value in inputs(node, 3)[1:])
     return scale, None if zero_point is None else zero_point.astype(np.int64)
 
 
 def inputs(node: ir.Node, count: int) -> list[ir.Value | None]:
-    """The first `count` inputs of `node`, absent ones as None."""
+    """Return the first `count` inputs of `node`, None for absent ones."""
     return [*node.inputs, *[None] * count][:count]
 
 
+def flag(node: ir.Node, name: str, default: int = 0) -> int:
+    """Return an integer attribute."""
+    stated = node.attributes.get(name)
+    return default if stated is None else stated.as_int()
+
+
 def array(value: ir.Value | None) -> Array | None:
-    """Constant behind `value`: an initialiser, a Constant node, or packed codes that are unpacked; None otherwise."""
+    """Return the constant in `value`: an initialiser, a Constant node, or packed codes, unpacked; else None."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -94,17 +125,11 @@ def array(value: ir.Value | None) -> Array | None:
         return None
     if node.op_type == "Constant" and "value" in node.attributes:
         return np.asarray(node.attributes["value"].as_tensor().numpy())
-    return _unpacked(node)
-
-
-def _unpacked(node: ir.Node) -> Array | None:
-    """What the operators that unpack codes (exporter.emission.packing) make of constant integers."""
-    made = _UNPACKING.get(node.op_type)
-    if made is None:
+    if node.op_type not in _UNPACKING:
         return None
     constants = [array(value) for value in node.inputs]
     known = [each for each in constants if each is not None]
-    return made(node, *known) if len(known) == len(constants) else None
+    return _UNPACKING[node.op_type](node, *known) if len(known) == len(constants) else None
 
 
 def _cast(node: ir.Node, codes: Array) -> Array:
@@ -112,8 +137,8 @@ def _cast(node: ir.Node, codes: Array) -> Array:
 
 
 def _scatter(node: ir.Node, codes: Array, places: Array, updates: Array) -> Array:
-    scattered, axis = codes.copy(), node.attributes.get("axis")
-    np.put_along_axis(scattered, places, updates, 0 if axis is None else axis.as_int())
+    scattered = codes.copy()
+    np.put_along_axis(scattered, places, updates, flag(node, "axis"))
     return scattered
 
 
@@ -123,20 +148,26 @@ _UNPACKING: dict[str, Callable[..., Array]] = {
     "Reshape": lambda _, codes, shape: codes.reshape(shape),
     "ScatterElements": _scatter,
 }
+"""The operators that unpack codes (exporter.emission.packing), on constants."""
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
-    """Nodes that read `value`, each once."""
+    """Return the nodes that read `value`, each once."""
     return list(dict.fromkeys(use.node for use in value.uses()))
 
 
+def quantizers_after(value: ir.Value) -> list[ir.Node]:
+    """Return the QuantizeLinear nodes that read `value`."""
+    return [node for node in consumers(value) if node.op_type == QUANTIZE]
+
+
 def where(node: ir.Node) -> str:
-    """Name of a node, or of the value it makes."""
+    """Return the name of a node, or of the value it makes."""
     return node.name or next((value.name for value in node.outputs if value.name), node.op_type)
 
 
 def stated_type(value: ir.Value | None) -> ir.DataType | None:
-    """Type of a value as its initialiser, its QuantizeLinear or the file says it; None where nothing does."""
+    """Return the type that the initialiser, the QuantizeLinear or the file states for a value; None if none does."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -144,32 +175,27 @@ def stated_type(value: ir.Value | None) -> ir.DataType | None:
     node = value.producer()
     if node is None or node.op_type != QUANTIZE:
         return value.dtype
-    stated = node.attributes.get("output_dtype")
-    if stated is not None and stated.as_int():
-        return ir.DataType(stated.as_int())
+    if flag(node, "output_dtype"):
+        return ir.DataType(flag(node, "output_dtype"))
     return stated_type(inputs(node, 3)[2]) or ir.DataType.UINT8
 
 
-def _code_type(node: ir.Node) -> ir.DataType | None:
-    """Type of the codes a DequantizeLinear reads, from whatever states it nearest."""
+def code_type(node: ir.Node) -> ir.DataType | None:
+    """Return the type of the codes that a QuantizeLinear makes or a DequantizeLinear reads."""
+    if node.op_type == QUANTIZE:
+        return stated_type(node.outputs[0])
     codes, _, zero_point = inputs(node, 3)
     return next((dtype for value in (zero_point, *_upstream(codes)) if (dtype := stated_type(value))), None)
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
-    """`value` and what it was before operators that keep codes as they are or clip them."""
+    """Yield `value` and what it was before operators that keep codes as they are or clip them."""
     while value is not None:
         yield value
         node = value.producer()
-        if node is None or node.op_type not in KEEPS_CODES:
+        if node is None or node.op_type not in KEEP_CODES:
             return
         value = node.inputs[0]
-
-
-KEEPS_CODES = frozenset(
-    ("Clip", "Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
-)
-"""Operators whose output codes are input codes, or the bounds of a Clip."""
 
 
 def _bounds(codes: ir.Value, dtype: ir.DataType | None) -> tuple[int, int]:
@@ -184,7 +210,7 @@ def _bounds(codes: ir.Value, dtype: ir.DataType | None) -> tuple[int, int]:
 
 
 def type_range(dtype: ir.DataType | None) -> tuple[int, int]:
-    """Lowest and highest code of an integer type; 8 bits unsigned where unknown."""
-    name = (dtype or ir.DataType.UINT8).name
-    bits = int("".join(filter(str.isdigit, name)) or 8)
-    return (0, 2**bits - 1) if name.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    """Return the lowest and highest code of an integer type; those of uint8 if it is unknown."""
+    dtype = dtype if dtype is not None and dtype.is_integer() else ir.DataType.UINT8
+    bits = dtype.bitwidth
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.is_signed() else (0, 2**bits - 1)

@@ -18,16 +18,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import cpuinfo
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime_tests.ort.operands import inputs, operand, where
+from runtime_tests.ort.operands import Product, flag, products, where
+from runtime_tests.ort.sessions import Model, Source
 
 __all__ = ["Cpu", "Saturation", "SaturationRisk", "cpu_from", "pair_sums", "saturation", "this_cpu"]
 
@@ -40,6 +39,9 @@ REPORTED_FLAGS = (
     "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 """Instruction sets that decide which integer kernels run, in the spelling of Linux."""
+
+LOWEST: dict[ir.DataType | None, int] = {ir.DataType.UINT8: 0, ir.DataType.INT8: -128}
+"""Lowest activation code: int8 codes run as uint8, moved up by 128."""
 
 EXACT_FLAGS = ("avx512_vnni", "avx_vnni")
 
@@ -100,29 +102,29 @@ class Saturation:
         }
 
 
-def saturation(model: onnx.ModelProto | str | Path, *, cpu: Cpu | None = None) -> Saturation:
-    """Layers of a QDQ model that can saturate without VNNI; `cpu` is this machine's if None."""
-    loaded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
-    layers = [layer for node in loaded.graph if (layer := _layer(node)) is not None]
+def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
+    """Return the layers of a QDQ model that can saturate without VNNI; `cpu` is this machine's if None."""
+    layers = [(found, _matrices(found)) for found in products(Model.of(model).graph_model.graph)]
+    layers = [layer for layer in layers if layer[1]]
     risks = tuple(risk for layer in layers if (risk := _risk(*layer)) is not None)
     return Saturation(len(layers), risks, cpu or this_cpu())
 
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """Architecture and instruction sets of this machine, as far as the operating system tells."""
+    """Return the architecture and instruction sets of this machine, as far as the operating system tells."""
     return cpu_from(cpuinfo.get_cpu_info())
 
 
 def cpu_from(info: Mapping[str, Any]) -> Cpu:
-    """Cpu of what py-cpuinfo reports; flags are compared without underscores, which systems place differently."""
+    """Read what py-cpuinfo reports; flags are compared without underscores, which systems place differently."""
     present = {str(flag).replace("_", "").lower() for flag in info.get("flags", ())}
     flags = tuple(flag for flag in REPORTED_FLAGS if flag.replace("_", "") in present)
     return Cpu(str(info.get("arch", "unknown")), str(info.get("brand_raw", "unknown")), flags)
 
 
 def pair_sums(weights: Array) -> tuple[Array, Array]:
-    """Sums of the positive and of the negative parts of each pair (2k, 2k + 1).
+    """Sum the positive and the negative parts of each pair (2k, 2k + 1).
 
     weights: [channels, reduction] integers.
     returns: two arrays [channels, ceil(reduction / 2)] int64.
@@ -132,40 +134,29 @@ def pair_sums(weights: Array) -> tuple[Array, Array]:
     return np.maximum(pairs, 0).sum(2), np.minimum(pairs, 0).sum(2)
 
 
-def _layer(node: ir.Node) -> tuple[ir.Node, int, list[Array]] | None:
-    """Node, highest activation code and weights [channels, reduction] by layout; None where nothing can saturate."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul"):
-        return None
-    x, weight = (operand(value) for value in inputs(node, 2))
-    if x is None or weight is None or weight.data is None or weight.dtype != ir.DataType.INT8:
-        return None
-    if x.dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
-        return None
-    highest = x.hi - (-128 if x.dtype == ir.DataType.INT8 else 0)  # int8 codes run as uint8, moved up by 128
-    matrices = _matrices(node, weight.data)
-    return (node, highest, matrices) if matrices else None
-
-
-def _matrices(node: ir.Node, weight: Array) -> list[Array]:
+def _matrices(found: Product) -> list[Array]:
+    """Return the weights as [channels, reduction] in each layout; none where no sum can saturate."""
+    node, weight = found.node, found.weight.data
+    if weight is None or found.weight.dtype != ir.DataType.INT8 or found.x.dtype not in LOWEST:
+        return []
     if node.op_type == "Conv":
-        group = node.attributes.get("group")
-        if group is not None and group.as_int() == weight.shape[0] > 1 and weight.shape[1] == 1:
+        if flag(node, "group") == weight.shape[0] > 1 and weight.shape[1] == 1:
             return []  # depthwise
         return [weight.reshape(len(weight), -1), np.moveaxis(weight, 1, -1).reshape(len(weight), -1)]
-    transposed = node.attributes.get("transB")
-    if node.op_type == "Gemm" and transposed is not None and transposed.as_int():
-        return [weight]  # [channels, reduction]
+    if node.op_type == "Gemm" and flag(node, "transB"):
+        return [weight]
     if weight.ndim < 2:
         return [weight.reshape(1, -1)]
     return [np.moveaxis(weight, -2, -1).reshape(-1, weight.shape[-2])]
 
 
-def _risk(node: ir.Node, highest: int, matrices: list[Array]) -> SaturationRisk | None:
+def _risk(found: Product, matrices: list[Array]) -> SaturationRisk | None:
+    highest = found.x.hi - LOWEST[found.x.dtype]
     risks = []
     for weights in matrices:
         positive, negative = (highest * sums for sums in pair_sums(weights))
         count = int(np.sum((positive > INT16_MAX) | (negative < INT16_MIN)))
         worst = int(max(positive.max(initial=0), -negative.min(initial=0)))
-        risks.append(SaturationRisk(where(node), node.op_type, highest, worst, count, positive.size))
+        risks.append(SaturationRisk(where(found.node), found.node.op_type, highest, worst, count, positive.size))
     worst_risk = max(risks, key=lambda risk: (risk.pairs, risk.worst))
     return worst_risk if worst_risk.pairs else None

@@ -1,4 +1,4 @@
-"""onnxruntime sessions with every option that changes a number pinned.
+"""ONNX models, read once, and onnxruntime sessions of them with every option that changes a number pinned.
 
 Must not know: what a model means, which of its values are codes, how results are compared.
 """
@@ -6,19 +6,22 @@ Must not know: what a model means, which of its values are codes, how results ar
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError
 
-__all__ = ["loads", "optimized_file", "optimized_model", "readable", "session", "value_names"]
+__all__ = ["Model", "Source", "loads", "optimized_model", "session"]
 
 PINNED = {
     "session.disable_double_qdq_remover": "1",
@@ -29,7 +32,7 @@ PINNED = {
 weight-only MatMuls quantize their activations on the fly. The third keeps optimised models above 2 GB writable."""
 
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
-LAYOUT_OPTIMIZERS = ["NchwcTransformer"]
+LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
 LOG_ERRORS = 3
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -41,72 +44,92 @@ REFUSALS = tuple(
 """What onnxruntime raises when it cannot build a session: unrelated classes without a common root."""
 
 
+class Model:
+    """An ONNX model whose forms are each read once, on first use.
+
+    source: a proto below 2 GB, or a path (any size; external data are read from its folder).
+    """
+
+    def __init__(self, source: onnx.ModelProto | str | Path) -> None:
+        self.source = source
+
+    @classmethod
+    def of(cls, source: Source) -> Model:
+        """Return `source` as a Model: itself if it is one."""
+        return source if isinstance(source, Model) else cls(source)
+
+    @cached_property
+    def proto(self) -> onnx.ModelProto:
+        """The model as it is stored, external data left where they are.
+
+        raises: ModelError for a file that is not an ONNX model.
+        """
+        if isinstance(self.source, onnx.ModelProto):
+            return self.source
+        try:
+            return onnx.load(self.source, load_external_data=False)
+        except (OSError, DecodeError) as error:
+            raise ModelError(f"{self.source} cannot be read as an ONNX model: {error}. Export it again.") from error
+
+    @cached_property
+    def graph_model(self) -> ir.Model:
+        """The model as a graph; external data are mapped into memory where they are read."""
+        model = ir.from_proto(self.proto)
+        if not isinstance(self.source, onnx.ModelProto):
+            for graph in model.graphs():
+                ir.external_data.set_base_dir(graph, Path(self.source).parent)
+        return model
+
+    @cached_property
+    def optimized(self) -> Model:
+        """The graph that onnxruntime executes with all optimisations on, in the layouts of ONNX.
+
+        The blocked layout of float convolutions pads and reorders their weights; without it the same nodes run in the
+        same arithmetic.
+
+        raises: ModelError if onnxruntime refuses the model.
+        """
+        folder = tempfile.mkdtemp(prefix="intact-")
+        model = Model(Path(folder) / "optimized.onnx")
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        session(self, save_optimized=Path(folder) / "optimized.onnx", disabled=LAYOUT_OPTIMIZERS)
+        return model
+
+    def _with_outputs(self, probes: Sequence[str]) -> bytes:
+        """Serialise the model with `probes` as further outputs: protobuf merges concatenated messages."""
+        graph = self.proto.graph
+        known = {info.name for info in graph.input} | {name for node in graph.node for name in node.output}
+        for probe in probes:
+            if probe not in known:
+                raise UnknownNameError("value", probe, known)
+        present = {info.name for info in graph.output}
+        new = [onnx.ValueInfoProto(name=probe) for probe in dict.fromkeys(probes) if probe not in present]
+        extra = onnx.ModelProto(graph=onnx.GraphProto(output=new)).SerializeToString() if new else b""
+        return bytes(self.proto.SerializeToString() + extra)
+
+
+Source = Model | onnx.ModelProto | str | Path
+"""What names a model."""
+
+
 def session(
-    model: onnx.ModelProto | str | Path,
+    model: Source,
     *,
     optimized: bool = True,
     threads: int = 1,
-    taps: Sequence[str] = (),
+    probes: Sequence[str] = (),
     save_optimized: Path | None = None,
+    disabled: Sequence[str] = (),
 ) -> ort.InferenceSession:
-    """CPU session of `model`, deterministic, silent below errors.
+    """Return a CPU session of `model`, deterministic, silent below errors.
 
-    model:          a proto below 2 GB, or a path (any size; external data are read from its folder).
     optimized:      all graph optimisations (integer kernels), else none (QDQ executed literally in float32).
-    taps:           values made visible as further graph outputs, after the model's own and in this order.
+    probes:         values made visible as further graph outputs, after the model's own and in this order.
     save_optimized: file that receives the graph as it is executed; large initialisers go to weights.bin beside it.
-    raises:         UnknownNameError for a tap that no node or input makes; ModelError if onnxruntime refuses the model.
+    disabled:       names of optimisers that do not run.
+    raises:         UnknownNameError for a probe that no node or input makes; ModelError if onnxruntime refuses the
+                    model.
     """
-    options = _options(optimized=optimized, threads=threads)
-    if save_optimized is not None:
-        options.optimized_model_filepath = str(save_optimized)
-    return _create(model, options, taps)
-
-
-@contextmanager
-def optimized_file(model: onnx.ModelProto | str | Path, *, layouts: bool = True) -> Iterator[Path]:
-    """File of the graph that onnxruntime really executes with all optimisations on; it exists inside the `with` only.
-
-    layouts: keep the blocked NCHWc layout of float convolutions, whose weights are padded and reordered; without it
-             the same nodes run in the same arithmetic and all shapes are the ONNX ones.
-    raises:  ModelError if onnxruntime refuses the model.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        options = _options(optimized=True, threads=1)
-        options.optimized_model_filepath = str(path)
-        _create(model, options, (), disabled=[] if layouts else LAYOUT_OPTIMIZERS)
-        yield path
-
-
-def optimized_model(model: onnx.ModelProto | str | Path, *, layouts: bool = True) -> onnx.ModelProto:
-    """The graph that onnxruntime really executes, weights included; see `optimized_file`."""
-    with optimized_file(model, layouts=layouts) as path:
-        return onnx.load(path)
-
-
-def value_names(model: onnx.ModelProto) -> set[str]:
-    """Names of all inputs and node outputs of the main graph."""
-    return {info.name for info in model.graph.input} | {name for node in model.graph.node for name in node.output}
-
-
-@functools.cache
-def loads(*, opset: int, ir_version: int) -> bool:
-    """Whether the installed onnxruntime accepts models of this opset and IR version: tried, not looked up."""
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["x"], ["y"])], "probe", [value("x", 1, [1])], [value("y", 1, [1])]
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    model.ir_version = ir_version
-    try:
-        session(model)
-    except ModelError:
-        return False
-    return True
-
-
-def _options(*, optimized: bool, threads: int) -> ort.SessionOptions:
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
@@ -115,62 +138,62 @@ def _options(*, optimized: bool, threads: int) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
     options.log_severity_level = LOG_ERRORS
+    if save_optimized is not None:
+        options.optimized_model_filepath = str(save_optimized)
     for key, value in PINNED.items():
         options.add_session_config_entry(key, value)
-    return options
+    return _create(Model.of(model), options, probes, disabled)
 
 
 def _create(
-    model: onnx.ModelProto | str | Path,
-    options: ort.SessionOptions,
-    taps: Sequence[str],
-    disabled: Sequence[str] = (),
+    model: Model, options: ort.SessionOptions, probes: Sequence[str], disabled: Sequence[str]
 ) -> ort.InferenceSession:
-    what = "the model" if isinstance(model, onnx.ModelProto) else str(model)
-    source = _source(model, options, taps)
+    """Create the session; weights in external files are never read here."""
+    in_memory = isinstance(model.source, onnx.ModelProto)
+    if in_memory and model.proto.ByteSize() > PROTOBUF_LIMIT:
+        raise ModelError(
+            f"the model in memory has {model.proto.ByteSize() / 2**30:.1f} GiB and protobuf writes no more than 2: "
+            "save it with external data and pass the path."
+        )
+    content: str | bytes = str(model.source)
+    if in_memory or probes:
+        content = model._with_outputs(probes)
+    if probes and not in_memory:
+        options.add_session_config_entry(MODEL_FOLDER, str(Path(str(model.source)).resolve().parent))
     try:
         return ort.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+            content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
         )
     except REFUSALS as error:
         raise ModelError(
-            f"onnxruntime {ort.__version__} refuses {what}: {str(error).strip()}. "
-            "Check it with `intact lint`, which knows the forms that do not load."
+            f"onnxruntime {ort.__version__} refuses {'the model' if in_memory else model.source}: "
+            f"{str(error).strip()}. Check it with `intact lint`, which knows the forms that do not load."
         ) from error
 
 
-def _source(model: onnx.ModelProto | str | Path, options: ort.SessionOptions, taps: Sequence[str]) -> bytes | str:
-    """What InferenceSession loads; weights in external files are never read here."""
-    if isinstance(model, onnx.ModelProto):
-        if model.ByteSize() > PROTOBUF_LIMIT:
-            raise ModelError(
-                f"the model in memory has {model.ByteSize() / 2**30:.1f} GiB and protobuf writes no more than 2: "
-                "save it with external data and pass the path."
-            )
-        return bytes(model.SerializeToString()) + _extra_outputs(model, taps)
-    if not taps:
-        return str(model)
-    options.add_session_config_entry(MODEL_FOLDER, str(Path(model).resolve().parent))
-    with readable(model):
-        content = Path(model).read_bytes()
-        return content + _extra_outputs(onnx.ModelProto.FromString(content), taps)
+def optimized_model(model: Source, *, layouts: bool = True) -> onnx.ModelProto:
+    """Return the graph that onnxruntime executes, weights included.
+
+    layouts: keep the blocked layout of float convolutions (see Model.optimized).
+    raises:  ModelError if onnxruntime refuses the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model, save_optimized=path, disabled=() if layouts else LAYOUT_OPTIMIZERS)
+        return onnx.load(path)
 
 
-@contextmanager
-def readable(model: str | Path) -> Iterator[None]:
-    """What cannot be read as an ONNX model inside becomes a ModelError."""
+@functools.cache
+def loads(*, opset: int, ir_version: int) -> bool:
+    """Return whether the installed onnxruntime accepts models of this opset and IR version: tried, not looked up."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["y"])], "empty", [value("x", 1, [1])], [value("y", 1, [1])]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    model.ir_version = ir_version
     try:
-        yield
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"{model} cannot be read as an ONNX model: {error}. Export it again.") from error
-
-
-def _extra_outputs(model: onnx.ModelProto, taps: Sequence[str]) -> bytes:
-    """Bytes that, appended to a serialised model, add `taps` to its outputs: protobuf merges concatenated messages."""
-    known = value_names(model) if taps else set()
-    for tap in taps:
-        if tap not in known:
-            raise UnknownNameError("value", tap, known)
-    present = {info.name for info in model.graph.output}
-    new = [onnx.ValueInfoProto(name=tap) for tap in dict.fromkeys(taps) if tap not in present]
-    return bytes(onnx.ModelProto(graph=onnx.GraphProto(output=new)).SerializeToString()) if new else b""
+        session(model)
+    except ModelError:
+        return False
+    return True

@@ -20,16 +20,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError, IntactError
-from runtime_tests.ort.sessions import optimized_file, session
+from runtime_tests.ort.sessions import Model, Source, session
 from runtime_tests.parity.stored_weights import differing_weights
 from runtime_tests.reference.execute import FLOAT, KernelPlan, plan, run
 
@@ -276,9 +274,7 @@ class _Reference(Protocol):
     def program(self) -> fx.GraphModule: ...
 
 
-def validate(
-    path: onnx.ModelProto | str | Path, *, reference: _Reference, batches: Iterable[Sequence[Tensor] | Tensor]
-) -> Validation:
+def validate(path: Source, *, reference: _Reference, batches: Iterable[Sequence[Tensor] | Tensor]) -> Validation:
     """The file at `path` against the program of a calibration result, with optimisations off and on.
 
     batches: tensors or tuples with one tensor per input; read once.
@@ -293,7 +289,7 @@ def validate(
 
 
 def parity(
-    model: onnx.ModelProto | str | Path,
+    model: Source,
     program: fx.GraphModule,
     batches: Iterable[Sequence[Tensor]],
     *,
@@ -338,11 +334,9 @@ class _OnnxRuntime:
     name = "onnxruntime"
     kernel_rate = 0.0
 
-    def __init__(
-        self, model: onnx.ModelProto | str | Path, taps: Sequence[str], *, optimized: bool, threads: int
-    ) -> None:
+    def __init__(self, model: Source, taps: Sequence[str], *, optimized: bool, threads: int) -> None:
         self.model, self.optimized = model, optimized
-        self.session = session(model, optimized=optimized, threads=threads, taps=taps)
+        self.session = session(model, optimized=optimized, threads=threads, probes=taps)
         names = [info.name for info in self.session.get_outputs()]
         self.input_names = [info.name for info in self.session.get_inputs()]
         self.output_names, self.taps = [name for name in names if name not in set(taps)], list(taps)
@@ -358,9 +352,7 @@ class _OnnxRuntime:
         return unplanned(self.model, plan) if self.optimized else {}
 
 
-def _in_onnxruntime(
-    model: onnx.ModelProto | str | Path, program: fx.GraphModule, *, optimized: bool, threads: int
-) -> Comparison:
+def _in_onnxruntime(model: Source, program: fx.GraphModule, *, optimized: bool, threads: int) -> Comparison:
     def load(taps: Sequence[str]) -> Runtime:
         return _OnnxRuntime(model, taps, optimized=optimized, threads=threads)
 
@@ -394,7 +386,7 @@ class Comparison:
     def __init__(
         self,
         load: Callable[[Sequence[str]], Runtime],
-        model: onnx.ModelProto | str | Path,
+        model: Source,
         program: fx.GraphModule,
         *,
         optimized: bool = True,
@@ -466,10 +458,9 @@ def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
     return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
 
 
-def unplanned(model: onnx.ModelProto | str | Path, plan: KernelPlan) -> dict[str, int]:
+def unplanned(model: Source, plan: KernelPlan) -> dict[str, int]:
     """Kernels on codes that the runtime executes, all optimisations on, minus those of the plan, where they differ."""
-    with optimized_file(model, layouts=False) as path:
-        executed = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    executed = Counter(node.op_type for node in Model.of(model).optimized.proto.graph.node)
     return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
 
 

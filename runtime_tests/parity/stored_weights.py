@@ -8,19 +8,18 @@ Must not know: sessions, what a kernel computes.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant
 from calibrators.grid.numerics import along_axis
-from runtime_tests.ort.operands import DEQUANTIZE, Operand, operand
+from runtime_tests.ort.operands import Operand, operand
+from runtime_tests.ort.operators import DEQUANTIZE
+from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.reference.kernel_rules import is_weight_only
 
 __all__ = ["differing_weights"]
@@ -28,7 +27,7 @@ __all__ = ["differing_weights"]
 Array = NDArray[Any]
 
 
-def differing_weights(model: onnx.ModelProto | str | Path, program: fx.GraphModule) -> dict[str, Tensor | None]:
+def differing_weights(model: Source, program: fx.GraphModule) -> dict[str, Tensor | None]:
     """How far each weight of a float kernel is from the reference, by its site; None where the file lacks it.
 
     returns: int32 [out, in]: |code - zero point| apart in steps, at least 1 where a zero point or scale differs.
@@ -36,10 +35,9 @@ def differing_weights(model: onnx.ModelProto | str | Path, program: fx.GraphModu
     weights = [bind(node)["weight"] for node in program.graph.nodes if is_weight_only(node)]
     if not weights:
         return {}
-    graph = (ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)).graph
     stored = {
         str(node.inputs[0].name): operand(node.outputs[0])
-        for node in graph
+        for node in Model.of(model).graph_model.graph
         if node.op_type == DEQUANTIZE and node.inputs[0] is not None
     }
     return {

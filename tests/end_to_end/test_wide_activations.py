@@ -99,7 +99,7 @@ def test_the_runtime_computes_the_reference(name: str, layer: str, optimized: bo
 def test_codes_of_the_input_are_the_formula_of_onnx() -> None:
     result, x = calibrated("residual", "stem")
     model, _ = compared(result, x)
-    (codes,) = session(model, taps=["x_quantized"]).run(["x_quantized"], {"x": x.numpy()})
+    (codes,) = session(model, probes=["x_quantized"]).run(["x_quantized"], {"x": x.numpy()})
     qparams = result.activations["x"]
     exact = np.rint(x.numpy() / qparams.scale.numpy()) + int(qparams.zero_point)
     assert codes.dtype == np.int16

@@ -95,7 +95,7 @@ def conv_net(*, quantized_input: bool = True, tail: str = "quantize", **changes:
         ({"weight": "float"}, "its weights are not stored as codes"),
         ({"tail": "none"}, "its output is not quantized"),
         ({"tail": "sigmoid"}, "its output is not quantized before Sigmoid"),
-        ({"tail": "centred relu"}, "Relu cannot be merged into the quantizer behind it"),
+        ({"tail": "centred relu"}, "Relu cannot be merged into the quantizer after it"),
         ({"bias_factor": 1.5}, "not exactly float32(input scale * weight scale)"),
     ],
     ids=["float input", "float weight", "float output", "sigmoid", "centred relu", "bias scale"],

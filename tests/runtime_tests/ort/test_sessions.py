@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from calibrators.errors import ModelError, UnknownNameError
 from runtime_tests.ort import sessions
-from runtime_tests.ort.sessions import loads, optimized_file, optimized_model, session
+from runtime_tests.ort.sessions import Model, loads, optimized_model, session
 from tests.support import onnx_models as models
 
 
@@ -35,39 +36,39 @@ def run(ort_session: Any, model: onnx.ModelProto) -> list[Any]:
 
 
 @pytest.mark.parametrize("optimized", [True, False], ids=["all", "none"])
-def test_taps_follow_the_outputs_in_order_and_change_no_bit(residual: onnx.ModelProto, optimized: bool) -> None:
-    taps = codes(residual)[::-1]
+def test_probes_follow_the_outputs_in_order_and_change_no_bit(residual: onnx.ModelProto, optimized: bool) -> None:
+    probes = codes(residual)[::-1]
     plain = session(residual, optimized=optimized)
-    tapped = session(residual, optimized=optimized, taps=taps)
-    assert [value.name for value in tapped.get_outputs()] == [residual.graph.output[0].name, *taps]
-    results = run(tapped, residual)
+    probed = session(residual, optimized=optimized, probes=probes)
+    assert [value.name for value in probed.get_outputs()] == [residual.graph.output[0].name, *probes]
+    results = run(probed, residual)
     np.testing.assert_array_equal(results[0], run(plain, residual)[0])
     assert all(value.dtype == np.uint8 for value in results[1:])
 
 
-def test_taps_leave_the_given_model_untouched(residual: onnx.ModelProto) -> None:
+def test_probes_leave_the_given_model_untouched(residual: onnx.ModelProto) -> None:
     before = residual.SerializeToString(deterministic=True)
-    session(residual, taps=codes(residual))
+    session(residual, probes=codes(residual))
     assert residual.SerializeToString(deterministic=True) == before
 
 
-def test_a_tap_that_is_an_output_already_is_not_doubled(residual: onnx.ModelProto) -> None:
+def test_a_probe_that_is_an_output_already_is_not_doubled(residual: onnx.ModelProto) -> None:
     name = residual.graph.output[0].name
-    assert [value.name for value in session(residual, taps=[name, name]).get_outputs()] == [name]
+    assert [value.name for value in session(residual, probes=[name, name]).get_outputs()] == [name]
 
 
-def test_unknown_tap_is_named_with_near_misses(residual: onnx.ModelProto) -> None:
+def test_unknown_probe_is_named_with_near_misses(residual: onnx.ModelProto) -> None:
     name = codes(residual)[0]
     with pytest.raises(UnknownNameError, match=f"unknown value '{name}x'. Did you mean '{name}'"):
-        session(residual, taps=[name + "x"])
+        session(residual, probes=[name + "x"])
 
 
-@pytest.mark.parametrize("taps", [False, True], ids=["plain", "tapped"])
-def test_external_data_load_by_path(residual: onnx.ModelProto, tmp_path: Path, taps: bool) -> None:
+@pytest.mark.parametrize("probes", [False, True], ids=["plain", "probed"])
+def test_external_data_load_by_path(residual: onnx.ModelProto, tmp_path: Path, probes: bool) -> None:
     path = external(residual, tmp_path)
-    names = codes(residual) if taps else []
+    names = codes(residual) if probes else []
     for given, expected in zip(
-        run(session(path, taps=names), residual), run(session(residual, taps=names), residual), strict=True
+        run(session(path, probes=names), residual), run(session(residual, probes=names), residual), strict=True
     ):
         np.testing.assert_array_equal(given, expected)
 
@@ -103,8 +104,12 @@ def test_optimized_model_is_the_executed_graph_with_weights(residual: onnx.Model
 
 
 def test_optimized_file_runs_as_it_is_and_goes_away(residual: onnx.ModelProto) -> None:
-    with optimized_file(residual) as path:
-        again = run(session(path, optimized=False), residual)[0]
+    model = Model(residual)
+    again = run(session(model.optimized, optimized=False), residual)[0]
+    path = Path(str(model.optimized.source))
+    assert path.exists() and model.optimized is model.optimized
+    del model
+    gc.collect()
     assert not path.exists()
     np.testing.assert_array_equal(again, run(session(residual), residual)[0])
 
@@ -118,20 +123,20 @@ def test_without_layouts_float_convolutions_keep_their_shapes() -> None:
     assert "ReorderOutput" in {node.op_type for node in optimized_model(model).graph.node}
 
 
-@pytest.mark.parametrize("taps", [(), ("x",)], ids=["plain", "tapped"])
+@pytest.mark.parametrize("probes", [(), ("x",)], ids=["plain", "probed"])
 @pytest.mark.parametrize("content", [b"not a protobuf", b"", None], ids=["garbage", "empty", "missing"])
 def test_files_that_are_no_models_are_refused_in_one_message(
-    tmp_path: Path, content: bytes | None, taps: tuple[str, ...]
+    tmp_path: Path, content: bytes | None, probes: tuple[str, ...]
 ) -> None:
     path = tmp_path / "bad.onnx"
     if content is not None:
         path.write_bytes(content)
-    if content == b"" and taps:
+    if content == b"" and probes:
         with pytest.raises(UnknownNameError, match="unknown value 'x'"):
-            session(path, taps=taps)
+            session(path, probes=probes)
         return
     with pytest.raises(ModelError, match=r"bad\.onnx"):
-        session(path, taps=taps)
+        session(path, probes=probes)
 
 
 def test_a_model_above_the_protobuf_limit_asks_for_a_path(

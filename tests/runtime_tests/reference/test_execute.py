@@ -252,10 +252,10 @@ def test_runtime_agrees_with_the_plan() -> None:
     assert unplanned(model, kernels) == {}
     assert sum(kernels.counts.values()) > len(IN_RUNTIME) // 2
     codes, outputs = run(kernels, program.meta["example"])
-    taps = [f"{site}_quantized" for site in kernels.sites]
+    probes = [f"{site}_quantized" for site in kernels.sites]
     feeds = {key: x.numpy() for key, x in zip(program.meta["input_names"], program.meta["example"], strict=True)}
-    runtime = session(model, taps=taps)
-    found = [torch.from_numpy(value) for value in runtime.run([*program.meta["output_names"], *taps], feeds)]
+    runtime = session(model, probes=probes)
+    found = [torch.from_numpy(value) for value in runtime.run([*program.meta["output_names"], *probes], feeds)]
     for exact, ours, theirs in zip(kernels.exact_outputs, outputs, found[: len(outputs)], strict=True):
         assert torch.equal(ours, theirs) or not exact
     for site, theirs in zip(kernels.sites, found[len(outputs) :], strict=True):
