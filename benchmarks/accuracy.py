@@ -43,7 +43,7 @@ from calibrators.methods import Method, RangeMethod, get_method
 from calibrators.mixed_precision.budgets import Budget
 from calibrators.mixed_precision.ilp import Costs
 from calibrators.mixed_precision.mixed import network_costs
-from calibrators.reconstruction.reconstruct import Reconstruction
+from calibrators.reconstruction.policy import Reconstruction
 from calibrators.rewrites.prepare import check_preparations
 from exporter import capture, emit, fold
 from exporter.emission.packing import STORAGES, stored_bytes

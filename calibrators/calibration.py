@@ -83,6 +83,7 @@ def calibrate(
     problem = Problem(
         placement=place(prepared, target, placement),
         batches=_Batches(batches, graph),
+        range_method=range_method,
         labels=labels,
         seed=seed,
         device=_device(device),

@@ -15,7 +15,6 @@ from torch import Tensor
 from calibrators.errors import InputError
 
 __all__ = [
-    "LOSSES",
     "PredictionLoss",
     "cross_entropy",
     "is_logits",
@@ -23,8 +22,6 @@ __all__ = [
     "prediction_loss",
     "relative_error",
 ]
-
-LOSSES = ("kl", "ce", "mse")
 
 
 def is_logits(output: Tensor) -> bool:

@@ -19,7 +19,6 @@ from calibrators.errors import DataError, InputError
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
 from calibrators.graph.aten import sample_values
 from calibrators.grid.spec import QParams, Site
-from calibrators.methods import range_method
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.histogram import Statistic
@@ -55,6 +54,7 @@ class Problem:
     """One calibration to be done.
 
     batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it anew.
+    range_method: range methods by name, and options as a mapping (calibrators.methods.range_method).
     labels:  int64 [samples] in the order of the batches, None where there are none.
     device:  where heavy steps run.
     memory:  bytes of RAM that cached activations may take.
@@ -63,6 +63,7 @@ class Problem:
 
     placement: Placement
     batches: Iterable[Batch]
+    range_method: Callable[..., RangeMethod]
     labels: Tensor | None = None
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -104,7 +105,7 @@ class Problem:
 
         A rule for the layer that names a range method wins over `method`.
         """
-        method = range_method(site.method) if site.method else method
+        method = self.range_method(site.method) if site.method else method
         if site.kind == "weight":
             return method.weight(self.values(site), site.spec)
         return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)

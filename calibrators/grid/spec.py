@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch._ops import OpOverload
+from calibrators.graph.operators import Operators
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["QParams", "QuantSpec", "Site", "Target"]
 
@@ -61,6 +63,8 @@ class QuantSpec:
     @property
     def dtype(self) -> torch.dtype:
         """Container of the codes: uint8, int8, int16 or int32."""
+        import torch
+
         if self.bits > 8:
             return torch.int16 if self.is_wide else torch.int32
         return torch.int8 if self.signed else torch.uint8
@@ -94,7 +98,7 @@ class Target:
     integer_ops:       operators with an integer kernel when every input and the output are quantized.
     same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
     on_codes_ops:      operators that move codes likewise, but only where the file applies them to the codes themselves.
-    fixed_outputs:     operators whose output range is known: (scale, zero_point).
+    fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
     """
 
@@ -103,17 +107,17 @@ class Target:
     activation: QuantSpec
     wide_activation: QuantSpec
     weight: QuantSpec
-    weighted_to_codes: frozenset[OpOverload]
-    weighted_to_float: frozenset[OpOverload]
-    weight_only: frozenset[OpOverload]
-    integer_ops: frozenset[OpOverload]
-    same_scale_ops: frozenset[OpOverload]
-    on_codes_ops: frozenset[OpOverload]
-    fixed_outputs: Mapping[OpOverload, tuple[float, int]]
+    weighted_to_codes: Operators
+    weighted_to_float: Operators
+    weight_only: Operators
+    integer_ops: Operators
+    same_scale_ops: Operators
+    on_codes_ops: Operators
+    fixed_outputs: Mapping[str, tuple[float, int]]
     opset: int
 
     @property
-    def weighted(self) -> frozenset[OpOverload]:
+    def weighted(self) -> Operators:
         return self.weighted_to_codes | self.weighted_to_float
 
 

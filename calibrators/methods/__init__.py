@@ -53,12 +53,12 @@ def get_method(name: str, options: Mapping[str, object] | None = None) -> Any:
     return build(_class(name), name, options or {})
 
 
-def range_method(name: str) -> RangeMethod:
-    """The range method called `name`, with its default options.
+def range_method(name: str, options: Mapping[str, object] | None = None) -> RangeMethod:
+    """Return the range method called `name` with `options`.
 
     raises: UnknownNameError, InputError for a method that needs the whole network.
     """
-    method = get_method(name)
+    method = get_method(name, options)
     if not isinstance(method, RangeMethod):
         ranges = ", ".join(known for known in _names() if issubclass(_class(known), RangeMethod))
         raise InputError(f"method {name!r} works on whole networks; a rule for layers takes one of {ranges}.")

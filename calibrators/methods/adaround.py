@@ -7,12 +7,9 @@ paper); loss and regularizer are relative (calibrators.reconstruction.reconstruc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from calibrators.execution.blocks import Block, partition
-from calibrators.execution.task import Problem
-from calibrators.reconstruction.reconstruct import Reconstruction
-from calibrators.reconstruction.training import Settings
+from calibrators.reconstruction.policy import Reconstruction
 
 __all__ = ["AdaRound"]
 
@@ -20,9 +17,3 @@ __all__ = ["AdaRound"]
 @dataclass(frozen=True)
 class AdaRound(Reconstruction):
     """Learned rounding per layer; activation scales stay as the range method chose them."""
-
-    def blocks(self, problem: Problem) -> tuple[Block, ...]:
-        return partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
-
-    def settings(self, size: int = 1) -> Settings:
-        return replace(super().settings(size), keep=0.0)

@@ -7,11 +7,15 @@ Departs: none. Nothing is averaged over batches, so the range does not depend on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from calibrators.ranges.range_method import RangeMethod
 
-from calibrators.grid.spec import QuantSpec
-from calibrators.ranges.range_method import RangeMethod, Samples
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calibrators.grid.spec import QuantSpec
+    from calibrators.ranges.samples import Samples
 
 __all__ = ["MinMax"]
 

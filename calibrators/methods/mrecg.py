@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruction.reconstruct import GRANULARITIES
+from calibrators.reconstruction.policy import GRANULARITIES
 
 __all__ = ["MRECG"]
 

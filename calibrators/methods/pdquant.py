@@ -10,20 +10,15 @@ training and served calibration images better than others as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from calibrators.execution.losses import is_logits, kl_divergence, relative_error
-from calibrators.graph.batch_norm import expected_outputs
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruction.downstream import DownstreamTarget
-from calibrators.reconstruction.input_correction import Correction, Descent
-from calibrators.reconstruction.reconstruct import Run
-from calibrators.reconstruction.training import Loss, RelativeError, ScaleOnlyLoss, Sum, Unit
+
+if TYPE_CHECKING:
+    from calibrators.reconstruction.reconstruct import Run
+    from calibrators.reconstruction.training import Loss, Unit
 
 __all__ = ["PDQuant"]
 
@@ -49,6 +44,9 @@ class PDQuant(QDrop):
         """The unit with corrected float inputs, and what the float unit makes of them as targets."""
         if not self.correct or not all(cache.dtype.is_floating_point for cache in unit.float_inputs):
             return unit
+        from calibrators.graph.batch_norm import expected_outputs
+        from calibrators.reconstruction.input_correction import Correction, Descent
+
         graph = run.placement.graph
         correction = Correction(graph, unit.block, expected_outputs(graph), Descent(self.correct), run.device)
         if not correction.statistics:
@@ -57,38 +55,15 @@ class PDQuant(QDrop):
         return replace(unit, float_inputs=inputs, targets=targets)
 
     def loss(self, unit: Unit, run: Run) -> Loss:
+        from calibrators.reconstruction.training import RelativeError, ScaleOnlyLoss, Sum
+        from calibrators.reconstruction.unit_losses import Prediction
+
         own = RelativeError(unit.energy)
         if not self.prediction:
             return own
-        ahead = run.ahead(unit, len(run.blocks))
+        downstream = run.downstream(unit, len(run.blocks))
         share = self.share if run.placement.graph.meta["dynamic_batch"] else 1.0
-        if not ahead.energy:
+        if not downstream.energy:
             return own
-        prediction = _Prediction(ahead, replace(self, share=share))
+        prediction = Prediction(downstream, self.prediction, self.distance, self.temperature, share)
         return ScaleOnlyLoss(own, prediction) if self.reach == "scales" else Sum(own, prediction)
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    """Difference of the predictions that the unit's outputs lead to, weighted."""
-
-    ahead: DownstreamTarget
-    method: PDQuant
-
-    def reads(self, index: Tensor) -> Sequence[Tensor]:
-        compared = max(1, round(self.method.share * len(index))) if torch.is_grad_enabled() else len(index)
-        return self.ahead.reads(index[:compared])
-
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        compared = len(read[-1])
-        arriving, wanted = self.ahead.arriving([y[:compared] for y in outputs], read)
-        pairs = zip(arriving, wanted, self.ahead.energy, strict=True)
-        differences = torch.stack([self._difference(y, t, energy) for y, t, energy in pairs])
-        return self.method.prediction * differences.mean()
-
-    def _difference(self, y: Tensor, wanted: Tensor, energy: float) -> Tensor:
-        distance = self.method.distance
-        if distance == "kl" or (distance == "auto" and is_logits(y)):
-            classes_last = (y.movedim(1, -1), wanted.movedim(1, -1))
-            return kl_divergence(*classes_last, self.method.temperature).mean()
-        return relative_error(y, wanted, energy).mean()

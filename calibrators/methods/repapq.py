@@ -19,17 +19,15 @@ wide (calibrators.placement.identity_taps); stages end where shapes change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from calibrators.methods.qdrop import QDrop
 from calibrators.options import option
-from calibrators.reconstruction.downstream import DownstreamTarget
-from calibrators.reconstruction.grouping import stage_ends
-from calibrators.reconstruction.reconstruct import Run
-from calibrators.reconstruction.training import Loss, RelativeError, Unit
+
+if TYPE_CHECKING:
+    from calibrators.reconstruction.reconstruct import Run
+    from calibrators.reconstruction.training import Loss, Unit
 
 __all__ = ["RepAPQ"]
 
@@ -47,27 +45,16 @@ class RepAPQ(QDrop):
     chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)
 
     def loss(self, unit: Unit, run: Run) -> Loss:
+        from calibrators.reconstruction.grouping import stage_ends
+        from calibrators.reconstruction.training import RelativeError
+        from calibrators.reconstruction.unit_losses import AcrossBlocks
+
         power = POWERS[self.measure]
         own = RelativeError(unit.energy, power)
         end = stage_ends(run.placement.graph, run.blocks)[run.position]
         if not self.across or end == run.position + 1:  # the unit's own output is that of the stage
             return own
-        ahead = run.ahead(unit, end)
-        return _AcrossBlocks(own, ahead, RelativeError(ahead.energy, power), self.across) if ahead.energy else own
-
-
-@dataclass(frozen=True)
-class _AcrossBlocks:
-    """Error of the unit plus `weight` times the error it makes at the end of its stage."""
-
-    own: RelativeError
-    ahead: DownstreamTarget
-    later: RelativeError
-    weight: float
-
-    def reads(self, index: Tensor) -> Sequence[Tensor]:
-        return self.ahead.reads(index)
-
-    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        arriving, wanted = self.ahead.arriving(outputs, read)
-        return self.own(outputs, targets) + self.weight * self.later(arriving, wanted)
+        downstream = run.downstream(unit, end)
+        if not downstream.energy:
+            return own
+        return AcrossBlocks(own, downstream, RelativeError(downstream.energy, power), self.across)

@@ -51,7 +51,7 @@ class Placer:
     def _is_integer_op(self, node: fx.Node) -> bool:
         if node.target not in self.target.integer_ops or node.name not in self.selected or not is_float(node):
             return False
-        check = _FORM_OF_INTEGER_OP.get(node.target)
+        check = _FORM_OF_INTEGER_OP.get(node.target)  # type: ignore[call-overload]
         return all(not is_constant(x) for x in _inputs(node)) and (check is None or check(node))
 
     def _moves_codes(self, node: fx.Node) -> bool:

@@ -148,7 +148,7 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
     if not weighted:
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
-            f"{', '.join(sorted(operator_name(op) for op in target.weighted))} with constant weights, and the model "
+            f"{', '.join(sorted(op.split('.')[0] for op in target.weighted))} with constant weights, and the model "
             "(after --include, --exclude and float layers) has none of them"
         )
     _check_reach(given, weighted)
@@ -233,7 +233,7 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
 
 def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
     """That none of the layers has a kernel that reads codes of the weight alone."""
-    kernels = ", ".join(sorted(map(operator_name, target.weight_only))) or "no operator"
+    kernels = ", ".join(sorted(op.split(".")[0] for op in target.weight_only)) or "no operator"
     found = ", ".join(sorted({operator_name(node.target) for node in layers}))
     return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
 

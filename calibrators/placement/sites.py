@@ -119,7 +119,7 @@ class Sites:
                 node=node.name,
                 users=tuple(user.name for user in users),
                 spec=placer.target.activation,
-                fixed=placer.target.fixed_outputs.get(node.target),
+                fixed=placer.target.fixed_outputs.get(str(node.target).removeprefix("aten.")),
                 clip=clip_bounds(node) if node in placer.absorbed else None,
             )
             if origin is node and node.op == "call_function" and placer.runs_on_integers(node):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibrators.grid.numerics import fake_quant, qparams_from_range
 from calibrators.grid.spec import QParams, QuantSpec
-from calibrators.ranges.range_method import BLOCK, Samples
+from calibrators.ranges.samples import BLOCK, Samples
 
 __all__ = ["FRACTIONS", "RangeError", "in_blocks", "lp_bounds", "lp_error", "search_bounds"]
 

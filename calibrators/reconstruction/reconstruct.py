@@ -26,31 +26,22 @@ from torch import Tensor
 
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Recording
-from calibrators.execution.blocks import Block, extract, partition
+from calibrators.execution.blocks import Block, extract
 from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import Deployment
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, to_device
 from calibrators.grid.spec import QParams
-from calibrators.methods import get_method
-from calibrators.options import check, option
 from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction import grouping
 from calibrators.reconstruction.downstream import DownstreamTarget, FrozenUnits
-from calibrators.reconstruction.training import Learned, Loss, RelativeError, Settings, Unit, train
+from calibrators.reconstruction.policy import Reconstruction
+from calibrators.reconstruction.training import Learned, Loss, Settings, Unit, train
 
-__all__ = ["Reconstruction", "Run"]
+__all__ = ["Run", "reconstruct"]
 
 SHRINKING = 4.0
 """How far training may lower an activation scale before a bias has to be coded on a coarser weight scale."""
-
-PRESETS = {"fast": 500, "best": 5000}
-"""Training steps per unit."""
-
-GRANULARITIES = ("block", "loss", "modcap", "boundary")
-"""Every unit alone; or joined where the loss falls, where capacities differ, where shapes change."""
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 NARROW = 4
 """Bits of weights up to which the rounding errors of bfloat16 vanish beside those of quantization."""
@@ -76,104 +67,48 @@ class Deployed:
     caches: dict[str, Cache]
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Base of the methods that train rounding unit by unit: the options they share, and what a method may change."""
+def reconstruct(problem: Problem, method: Reconstruction) -> CalibrationResult:
+    """Train the units of a network, neighbours joined as the method says, and return the calibrated network."""
+    units = method.blocks(problem)
+    record: dict[str, Any] = {"granularity": method.granularity, "units_before": [unit.name for unit in units]}
+    blocks = _joined(problem, method, units, record)
+    members = grouping.members(units, blocks)
+    result = Run(problem, method, blocks, [len(group) for group in members]).result()
+    if len(blocks) < len(units):
+        record["groups"] = [group for group in members if len(group) > 1]
+        errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
+        record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
+    return replace(result, record={**result.record, "grouping": record})
 
-    preset: str = option("fast", "steps per unit: fast 500, best 5000", choices=tuple(PRESETS))
-    iters: int = option(0, "steps per unit, for each of those that are joined; 0: as the preset says", minimum=0)
-    batch: int = option(32, "samples per step", minimum=1)
-    lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
-    scale_lr: float = option(0.0, "learning rate of log activation scales; 0: 1 / iters", minimum=0)
-    bias_lr: float = option(0.0, "learning rate of biases, in mean biases; 0: 1 / iters", minimum=0)
-    affine: bool = option(False, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
-    affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
-    strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
-    warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
-    chain: int = option(3, "layers of a plain chain that form one unit", minimum=1)
-    ranges: str = option("mse", "range method for the first activation scales")
-    weight_ranges: str = option("mse", "range method for the weights")
-    precision: str = option(
-        "auto", "while training; auto: bfloat16 where fast and weights are narrow", choices=PRECISIONS
-    )
-    granularity: str = option("block", "which neighbours are trained jointly", choices=GRANULARITIES)
-    joined: int = option(0, "pairs of neighbours to join; 0: all that stand out", minimum=0)
-    group: int = option(3, "most units that are trained jointly", minimum=1)
-    probe: float = option(0.25, "share of iters for the run that measures losses", minimum=0.01, maximum=1)
-    groups: str = option("", "units to train jointly, such as 2-3,5-7 (counted from 0), instead")
 
-    def __post_init__(self) -> None:
-        check(self)
+def _joined(
+    problem: Problem, method: Reconstruction, units: tuple[Block, ...], record: dict[str, Any]
+) -> tuple[Block, ...]:
+    """Join neighbouring units, and record the losses or capacities that decided which."""
+    graph = problem.placement.graph
+    if method.groups:
+        pairs = grouping.parse_groups(method.groups, len(units))
+    elif method.granularity == "boundary":
+        pairs = grouping.by_boundary(graph, units)
+    elif method.granularity == "modcap":
+        bits = {user: site.spec.bits for user, site in problem.placement.weight_of.items()}
+        record["capacities"] = grouping.capacities(graph, units, bits)
+        pairs = grouping.by_capacity(record["capacities"], method.joined)
+    elif method.granularity == "loss":
+        record["losses"] = _probe(problem, method, units)
+        pairs = grouping.by_loss(record["losses"], method.joined)
+    else:
+        return units
+    if problem.explain and "losses" not in record:
+        record["losses"] = _probe(problem, method, units)
+    return grouping.join(graph, units, pairs, len(units) if method.groups else method.group)
 
-    def fit(self, problem: Problem) -> CalibrationResult:
-        """The calibrated network."""
-        units = self.blocks(problem)
-        record: dict[str, Any] = {"granularity": self.granularity, "units_before": [unit.name for unit in units]}
-        blocks = self._joined(problem, units, record)
-        members = grouping.members(units, blocks)
-        result = Run(problem, self, blocks, [len(group) for group in members]).result()
-        if len(blocks) < len(units):
-            record["groups"] = [group for group in members if len(group) > 1]
-            errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
-            record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
-        return replace(result, record={**result.record, "grouping": record})
 
-    def _joined(self, problem: Problem, units: tuple[Block, ...], record: dict[str, Any]) -> tuple[Block, ...]:
-        """The units with neighbours joined; what they were chosen by goes into the record."""
-        graph = problem.placement.graph
-        if self.groups:
-            pairs = grouping.parse_groups(self.groups, len(units))
-        elif self.granularity == "boundary":
-            pairs = grouping.by_boundary(graph, units)
-        elif self.granularity == "modcap":
-            bits = {user: site.spec.bits for user, site in problem.placement.weight_of.items()}
-            record["capacities"] = grouping.capacities(graph, units, bits)
-            pairs = grouping.by_capacity(record["capacities"], self.joined)
-        elif self.granularity == "loss":
-            record["losses"] = self._probe(problem, units)
-            pairs = grouping.by_loss(record["losses"], self.joined)
-        else:
-            return units
-        if problem.explain and "losses" not in record:
-            record["losses"] = self._probe(problem, units)
-        return grouping.join(graph, units, pairs, len(units) if self.groups else self.group)
-
-    def _probe(self, problem: Problem, units: tuple[Block, ...]) -> list[float]:
-        """Errors of the units after a shorter run in which each is trained alone."""
-        steps = max(1, round(self.probe * self.settings().iters))
-        probe = Run(problem, replace(self, iters=steps), units, [1] * len(units)).result()
-        return [unit["after"] for unit in probe.record["units"]]
-
-    # What a method may change.
-
-    def blocks(self, problem: Problem) -> tuple[Block, ...]:
-        """The units, in order."""
-        return partition(problem.placement.graph, problem.placement.weight_of, chain=self.chain)
-
-    def settings(self, size: int = 1) -> Settings:
-        """How a unit that `size` units were joined to is trained: weights and activations quantized together."""
-        iters = (self.iters or PRESETS[self.preset]) * size
-        return Settings(
-            iters=iters,
-            batch=self.batch,
-            lr=self.lr or 10 / iters,
-            scale_lr=self.scale_lr or 1 / iters,
-            bias_lr=self.bias_lr or 1 / iters,
-            gain_lr=(self.affine_lr or 1 / iters) if self.affine else 0.0,
-            strength=self.strength,
-            warmup=self.warmup,
-            keep=1.0,
-            input_keep=1.0,
-            precision=torch.bfloat16 if self.precision == "bfloat16" else torch.float32,
-        )
-
-    def prepare(self, unit: Unit, run: Run) -> Unit:
-        """The unit with other float inputs or targets."""
-        return unit
-
-    def loss(self, unit: Unit, run: Run) -> Loss:
-        """What the unit is trained to make small."""
-        return RelativeError(unit.energy)
+def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> list[float]:
+    """Return the errors of the units after a shorter run in which each is trained alone."""
+    steps = max(1, round(method.probe * method.settings().iters))
+    probe = Run(problem, replace(method, iters=steps), units, [1] * len(units)).result()
+    return [unit["after"] for unit in probe.record["units"]]
 
 
 class Run(Deployment):
@@ -188,8 +123,8 @@ class Run(Deployment):
     def __init__(
         self, problem: Problem, method: Reconstruction, blocks: tuple[Block, ...], sizes: Sequence[int]
     ) -> None:
-        activations = problem.activations(get_method(method.ranges))
-        weights = problem.weights(get_method(method.weight_ranges))
+        activations = problem.activations(problem.range_method(method.ranges))
+        weights = problem.weights(problem.range_method(method.weight_ranges))
         grids = widen(problem.placement, activations, weights, margin=SHRINKING)
         super().__init__(problem, blocks, activations, grids)
         self.method, self.sizes = method, sizes
@@ -235,7 +170,7 @@ class Run(Deployment):
             start += len(chunk[0])
         return tuple(new[: len(unit.float_inputs)]), tuple(new[len(unit.float_inputs) :])
 
-    def ahead(self, unit: Unit, end: int) -> DownstreamTarget:
+    def downstream(self, unit: Unit, end: int) -> DownstreamTarget:
         """The way from the unit at work to the outputs of unit `end` - 1, and what these are in the float network."""
         own = {unit.block.outputs[index]: i for i, index in enumerate(unit.supervised)}
         if end == self.position + 1:

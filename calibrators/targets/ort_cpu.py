@@ -8,11 +8,8 @@ reads codes of the weight alone (MatMulNBits).
 
 from __future__ import annotations
 
-import torch
-
+from calibrators.graph.operators import Operators
 from calibrators.grid.spec import QuantSpec, Target
-
-aten = torch.ops.aten
 
 TARGET = Target(
     name="ort-cpu",
@@ -20,42 +17,38 @@ TARGET = Target(
     activation=QuantSpec(bits=8, signed=False),
     wide_activation=QuantSpec(bits=16, signed=True),
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
-    weighted_to_codes=frozenset({aten.conv1d.default, aten.conv2d.default}),
-    weighted_to_float=frozenset({aten.linear.default}),
-    weight_only=frozenset({aten.linear.default}),
-    integer_ops=frozenset(
-        {
-            aten.add.Tensor,
-            aten.mul.Tensor,
-            aten.cat.default,
-            aten.adaptive_avg_pool2d.default,
-            aten.avg_pool2d.default,
-            aten.sigmoid.default,
-            aten.leaky_relu.default,
-        }
+    weighted_to_codes=Operators("conv1d.default", "conv2d.default"),
+    weighted_to_float=Operators("linear.default"),
+    weight_only=Operators("linear.default"),
+    integer_ops=Operators(
+        "add.Tensor",
+        "mul.Tensor",
+        "cat.default",
+        "adaptive_avg_pool2d.default",
+        "avg_pool2d.default",
+        "sigmoid.default",
+        "leaky_relu.default",
     ),
-    same_scale_ops=frozenset(
-        {
-            aten.max_pool1d.default,
-            aten.max_pool2d.default,
-            aten.amax.default,
-            aten.pad.default,
-            aten.reshape.default,
-            aten.view.default,
-            aten.flatten.using_ints,
-            aten.permute.default,
-            aten.transpose.int,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.unsqueeze.default,
-            aten.slice.Tensor,
-            aten.upsample_nearest2d.vec,
-            aten.pixel_shuffle.default,
-            aten.clone.default,
-            aten.contiguous.default,
-        }
+    same_scale_ops=Operators(
+        "max_pool1d.default",
+        "max_pool2d.default",
+        "amax.default",
+        "pad.default",
+        "reshape.default",
+        "view.default",
+        "flatten.using_ints",
+        "permute.default",
+        "transpose.int",
+        "squeeze.dim",
+        "squeeze.dims",
+        "unsqueeze.default",
+        "slice.Tensor",
+        "upsample_nearest2d.vec",
+        "pixel_shuffle.default",
+        "clone.default",
+        "contiguous.default",
     ),
-    on_codes_ops=frozenset({aten.constant_pad_nd.default}),
-    fixed_outputs={aten.sigmoid.default: (1.0 / 256.0, 0)},
+    on_codes_ops=Operators("constant_pad_nd.default"),
+    fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     opset=20,
 )

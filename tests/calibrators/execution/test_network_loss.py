@@ -14,6 +14,7 @@ from calibrators.execution.network_loss import CHUNK, FIRST_LOOK, BudgetExhauste
 from calibrators.execution.task import Problem
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.spec import QParams
+from calibrators.methods import range_method
 from calibrators.methods.mse import MSE
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import freeze
@@ -31,7 +32,7 @@ def problem(name: str, bits: int = 4) -> Problem:
     model, x = build(name, batch=SAMPLES)
     options = PlacementOptions(weight_bits=bits, activation_bits=bits)
     placement = place(to_integer_forms(capture(model, x[:2])), get_target("ort-cpu"), options)
-    return Problem(placement=placement, batches=[(x,)])
+    return Problem(placement=placement, batches=[(x,)], range_method=range_method)
 
 
 def landscape(given: Problem, budget: int = 1000) -> Landscape:

@@ -20,10 +20,11 @@ from calibrators.execution.activation_cache import Memory
 from calibrators.execution.measure import relative_errors
 from calibrators.grid.numerics import dequantize, grid_of, quantize
 from calibrators.grid.spec import QParams, QuantSpec
-from calibrators.methods import get_method, gptq
+from calibrators.methods import get_method
 from calibrators.methods.mse import MSE
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
+from calibrators.reconstruction import layer_rounding
 from calibrators.reconstruction.hessian_rounding import BLOCK, Hessian, Im2col, Rounded, round_weight
 from exporter import export
 from exporter.emission.translate import needed_opset, to_onnx
@@ -386,7 +387,7 @@ def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Hessian]) ->
 
 
 def test_layers_with_too_many_inputs_keep_nearest_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "LARGEST", 10)
+    monkeypatch.setattr(layer_rounding, "LARGEST", 10)
     result, nearest = calibrated("residual"), calibrated("residual", "mse")
     (note,) = result.record["notes"]
     assert note == "stem: rounded to nearest, because gptq takes at most 10 inputs per output, and it has 27"

@@ -14,9 +14,10 @@ from torch import Tensor
 from calibrators import calibrate
 from calibrators.errors import InputError
 from calibrators.execution.losses import prediction_loss
-from calibrators.methods.lapq import FIRST_EVALUATIONS, POWERS
+from calibrators.methods.lapq import FIRST_EVALUATIONS
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
+from calibrators.ranges.range_method import POWERS
 from exporter import capture, emit
 from runtime_tests.parity.compare import parity
 from tests.support.networks import build

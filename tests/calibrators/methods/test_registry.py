@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from calibrators.errors import InputError, UnknownNameError
 from calibrators.methods import RangeMethod, get_method, list_methods
 from calibrators.methods.percentile import Percentile
 from calibrators.options import build, option
+from calibrators.targets import list_targets
+
+ROOT = Path(__file__).parents[3]
 
 RANGE_METHODS = {"aciq", "entropy", "lp", "mae", "minmax", "mse", "percentile"}
 
@@ -137,3 +141,12 @@ def test_a_file_is_enough_to_add_a_method(tmp_path: Path, monkeypatch: pytest.Mo
     assert get_method("halving", {"times": "2"}).times == 2
     monkeypatch.delitem(sys.modules, "calibrators.methods.halving")
     monkeypatch.delattr(methods, "halving")
+
+
+def test_methods_and_targets_are_listed_without_torch() -> None:
+    code = (
+        "import sys; from calibrators.methods import list_methods; from calibrators.targets import list_targets;"
+        "print(len(list_methods()), len(list_targets()), 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert found.split() == [str(len(list_methods())), str(len(list_targets())), "False"]

@@ -15,6 +15,7 @@ from calibrators.execution.losses import kl_divergence
 from calibrators.execution.network_loss import CHUNK
 from calibrators.execution.task import Problem
 from calibrators.graph.canonical import to_integer_forms
+from calibrators.methods import range_method
 from calibrators.methods.adaround import AdaRound
 from calibrators.methods.minmax import MinMax
 from calibrators.mixed_precision import sensitivity as module
@@ -38,7 +39,7 @@ FREE = PlacementOptions(first_last_bits=None)
 def problem(name: str, options: PlacementOptions = FREE, labels: Tensor | None = None) -> Problem:
     model, x = build(name, batch=SAMPLES)
     placement = place(to_integer_forms(capture(model, x[:2])), get_target("ort-cpu"), options)
-    return Problem(placement=placement, batches=[(x,)], labels=labels)
+    return Problem(placement=placement, batches=[(x,)], range_method=range_method, labels=labels)
 
 
 def mixed(name: str, *budgets: str, options: PlacementOptions = FREE, **more: Any) -> CalibrationResult:

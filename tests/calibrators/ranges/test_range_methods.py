@@ -15,15 +15,17 @@ from calibrators.errors import DataError, InputError, ModelError
 from calibrators.grid.numerics import fake_quant, quantize
 from calibrators.grid.spec import QParams, QuantSpec
 from calibrators.methods import RangeMethod, get_method, list_methods
-from calibrators.methods.aciq import ACIQ, gauss_clip, laplace_clip
-from calibrators.methods.entropy import Entropy, Histogram, divergence
+from calibrators.methods.aciq import ACIQ
+from calibrators.methods.entropy import Entropy
 from calibrators.methods.lp import Lp
 from calibrators.methods.minmax import MinMax
 from calibrators.methods.mse import MSE
 from calibrators.methods.percentile import Percentile
+from calibrators.ranges.aciq import gauss_clip, laplace_clip
+from calibrators.ranges.entropy import Histogram, divergence
 from calibrators.ranges.histogram import BINS, Statistic
-from calibrators.ranges.range_method import BLOCK, Samples
 from calibrators.ranges.range_search import FRACTIONS, RangeError, lp_error, search_bounds
+from calibrators.ranges.samples import BLOCK, Samples
 from tests.support import oracle
 
 METHODS = [info.name for info in list_methods() if isinstance(get_method(info.name), RangeMethod)]

@@ -45,7 +45,7 @@ class _Traveller(QDrop):
     """Sends the float outputs of every unit to the end of the network and notes what arrives."""
 
     def loss(self, unit: Unit, run: Run) -> Loss:
-        ahead = run.ahead(unit, len(run.blocks))
+        ahead = run.downstream(unit, len(run.blocks))
         floats = [cache.gather(EVERYTHING) for cache in unit.targets]
         ahead = replace(ahead, passing={name: run.floats[name] for name in ahead.passing})
         with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_way_ahead_lets_gradients_through_to_the_unit_alone() -> None:
     @dataclass(frozen=True)
     class Backward(QDrop):
         def loss(self, unit: Unit, run: Run) -> Loss:
-            ahead = run.ahead(unit, len(run.blocks))
+            ahead = run.downstream(unit, len(run.blocks))
             outputs = [cache.gather(EVERYTHING).requires_grad_() for cache in unit.targets]
             sum(y.square().sum() for y in ahead.arriving(outputs, ahead.reads(EVERYTHING))[0]).backward()
             seen.append(all(y.grad is not None and bool(y.grad.any()) for y in outputs))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibrators.calibration import calibrate
-from calibrators.errors import DataError, InputError
+from calibrators.errors import DataError, InputError, UnknownNameError
 from calibrators.execution.measure import Watcher
 from calibrators.execution.quantizers import Rounding
 from calibrators.execution.simulation import Simulation
@@ -25,7 +25,8 @@ from calibrators.program.freeze import CalibrationResult
 from calibrators.program.qdq_program import DEQUANTIZE
 from calibrators.reconstruction import training
 from calibrators.reconstruction.fisher import importances
-from calibrators.reconstruction.reconstruct import Reconstruction, Run
+from calibrators.reconstruction.policy import BlockReconstruction
+from calibrators.reconstruction.reconstruct import Run
 from calibrators.reconstruction.training import Unit
 from exporter.emission.translate import to_onnx
 from exporter.frontend.capture import capture
@@ -303,6 +304,12 @@ def test_options_are_listed_with_defaults() -> None:
     assert shared | {"fisher"} <= listed["brecq"]
 
 
+@pytest.mark.parametrize("name", ["chain", "scale_lr"])
+def test_an_option_that_a_method_does_not_read_is_refused(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown adaround option"):
+        get_method("adaround", {name: 2})
+
+
 def test_more_samples_per_step_than_there_are() -> None:
     assert calibrated("mlp", "qdrop", options={"batch": 1000, "iters": 3}).record["units"]
 
@@ -328,9 +335,9 @@ def test_importance_is_the_mean_square_of_gradients() -> None:
 
 
 def test_base_is_a_policy_of_its_own() -> None:
-    settings = Reconstruction(iters=40).settings()
+    settings = BlockReconstruction(iters=40).settings()
     assert (settings.lr, settings.scale_lr, settings.keep) == (0.25, 1 / 40, 1.0)
-    assert Reconstruction(preset="best").settings().iters > Reconstruction().settings().iters
+    assert BlockReconstruction(preset="best").settings().iters > BlockReconstruction().settings().iters
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""Round the layers of a network one after the other, each with the Hessian of what it reads.
+
+Must not know: which methods there are, ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.errors import DataError
+from calibrators.execution.blocks import partition
+from calibrators.execution.simulation import Simulation
+from calibrators.execution.streamed_network import Deployment
+from calibrators.execution.task import Problem
+from calibrators.graph.aten import bind, fan_in, layer_name, shape_of
+from calibrators.grid.spec import Site
+from calibrators.program.freeze import CalibrationResult, QuantizedTensor, widen
+from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
+
+__all__ = ["HessianRounding", "round_layers"]
+
+LARGEST = 8192
+"""Most columns of a Hessian: its factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
+
+
+class HessianRounding(Protocol):
+    """The options of a method that rounds by Hessians."""
+
+    @property
+    def damping(self) -> float: ...
+    @property
+    def act_order(self) -> bool: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def ranges(self) -> str: ...
+    @property
+    def weight_ranges(self) -> str: ...
+
+
+def round_layers(problem: Problem, method: HessianRounding) -> CalibrationResult:
+    """Return the calibrated network; its record says for every layer how much of its output's error is left."""
+    blocks = partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
+    activations = problem.activations(problem.range_method(method.ranges))
+    weights = problem.weights(problem.range_method(method.weight_ranges))
+    grids = widen(problem.placement, activations, weights)
+    layers = _Layers(method, Deployment(problem, blocks, activations, grids))
+    with problem.stage("round", len(blocks)) as bar:
+        for index in range(len(blocks)):
+            layers.round(index)
+            bar.advance()
+    result = layers.deployment.result()
+    notes = (*result.record["notes"], *layers.notes)
+    units, spilled = tuple(layers.report), layers.deployment.memory.spilled
+    record = {**result.record, "notes": notes, "units": units, "spilled_bytes": spilled}
+    return replace(result, observed=problem.statistics, record=record)
+
+
+Reading = tuple[str, Im2col]
+"""What a Hessian is of: a value, by fx name, and how layers cut it into columns."""
+
+
+class _Layers:
+    """The layers in order of execution.
+
+    hessians: that layers yet to come share; report: what rounding did to every layer; notes: what the user should know.
+    """
+
+    def __init__(self, method: HessianRounding, deployment: Deployment) -> None:
+        self.method, self.deployment = method, deployment
+        self.report: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.hessians: dict[Reading, Tensor] = {}
+        self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
+        for name in (name for block in deployment.blocks for name in block.weighted):
+            if self._is_feasible(name):
+                self.sites.setdefault(self._site(name).name, name)
+        self.readers = Counter(map(self._reading, self.sites.values()))
+
+    def _node(self, layer: str) -> fx.Node:
+        return self.deployment.placement.nodes[layer]
+
+    def _site(self, layer: str) -> Site:
+        """Of the layer's weight."""
+        return self.deployment.placement.weight_of[layer]
+
+    def _is_feasible(self, layer: str) -> bool:
+        node = self._node(layer)
+        columns = fan_in(node)
+        if columns > LARGEST:
+            reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
+            self.notes.append(f"{layer_name(node)}: rounded to nearest, because {reason}")
+        return columns <= LARGEST
+
+    def _reading(self, layer: str) -> Reading:
+        node = self._node(layer)
+        return bind(node)["input"].name, Im2col.of(node)
+
+    def round(self, index: int) -> None:
+        """Round the weights of a block, each with those before it rounded, and go on to what the block gives."""
+        block = self.deployment.blocks[index]
+        simulation = self.deployment.simulation(block)
+        for layer in block.weighted:
+            if self.sites.get(self._site(layer).name) == layer:
+                self.deployment.fill(simulation)
+                self._round(simulation, layer)
+        self.deployment.advance(simulation)
+        self.deployment.forget(index, self.deployment.quantized)
+
+    def _round(self, simulation: Simulation, layer: str) -> None:
+        start = time.perf_counter()
+        site = self._site(layer).name
+        qparams = self.deployment.weights[site].qparams
+        device = self.deployment.device
+        rounded = round_weight(
+            self._weight(layer).to(device),
+            qparams.to(device),
+            self._hessian(simulation, layer),
+            damping=self.method.damping,
+            act_order=self.method.act_order,
+        )
+        self.deployment.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
+        self.report.append(
+            {
+                "name": layer_name(self._node(layer)),
+                "weights": 1,
+                "before": rounded.nearest,
+                "after": rounded.error,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+
+    def _weight(self, layer: str) -> Tensor:
+        return self.deployment.placement.values(self._site(layer))
+
+    def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
+        """Second moments of what the layer reads in the network as it is quantized so far."""
+        reading = self._reading(layer)
+        if reading not in self.hessians:
+            self.hessians[reading] = self._measured(simulation, layer)
+        self.readers[reading] -= 1
+        return self.hessians[reading] if self.readers[reading] else self.hessians.pop(reading)
+
+    @torch.no_grad()
+    def _measured(self, simulation: Simulation, layer: str) -> Tensor:
+        node, columns = self._node(layer), Im2col.of(self._node(layer))
+        hessian = Hessian(columns.groups, fan_in(node), self.deployment.device)
+        inputs = self.deployment.inputs_of(simulation.block)
+        examples = len(self.deployment.placement.graph.meta["example"][0])
+        positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
+        share = self.method.positions / positions
+        generator = self.deployment.problem.generator(layer)
+        network = simulation.reading(layer)
+        for chunk in self.deployment.chunks(inputs):
+            for x in columns.take(network(*chunk), share, generator):
+                hessian.add(x)
+        if not hessian.matrix.isfinite().all():
+            raise DataError(f"layer {layer_name(node)} reads values that are not finite; look at the calibration data")
+        return hessian.matrix
