@@ -51,7 +51,7 @@ from exporter.frontend.load import Model, load_model
 from exporter.inputs.data import Batch, Data, open_data
 from exporter.progress import Progress, console_progress
 from runtime_tests.ort.sessions import session
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 
 PARITY_SAMPLES = 256
 NEAREST = "mse"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from exporter.folding.fold_regions import fold as fold
     from exporter.frontend.capture import capture as capture
     from exporter.pipeline import export as export
-    from exporter.pipeline import verify as verify
+    from exporter.verify import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "emission.translate": ["emit"],
         "folding.fold_regions": ["fold"],
         "frontend.capture": ["capture"],
-        "pipeline": ["export", "verify"],
+        "pipeline": ["export"],
+        "verify": ["verify"],
     },
 )

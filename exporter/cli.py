@@ -277,8 +277,8 @@ def verify(
     with _reported_errors(debug=debug):
         if not folder.is_dir():
             raise InputError(f"{folder} is no folder; give the DIR that `intact export --out DIR` wrote.")
-        from exporter.pipeline import verify as prove
         from exporter.progress import console_progress
+        from exporter.verify import verify as prove
 
         report = prove(folder, console_progress(quiet=quiet))
     _finish(report, folder)

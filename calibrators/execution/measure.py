@@ -5,7 +5,6 @@ Must not know: methods, ONNX.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from calibrators.graph.aten import where
-from calibrators.grid.numerics import dequantize
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult
 from calibrators.program.qdq_program import DEQUANTIZE
 from calibrators.ranges.histogram import Statistic
 
-__all__ = ["EMPTY_AGAIN", "Batch", "observe", "relative_errors", "sqnr"]
+__all__ = ["EMPTY_AGAIN", "Batch", "Watcher", "observe", "relative_errors"]
 
 Batch = tuple[Tensor, ...]
 
@@ -70,21 +68,6 @@ def observe(
     return statistics
 
 
-def sqnr(result: CalibrationResult, batches: Iterable[Batch]) -> dict[str, float]:
-    """Signal to quantization noise in dB at every site: the program's values against the float graph's.
-
-    Activations carry all noise that came before them; weights are compared alone. Infinite where nothing differs.
-    """
-    placement = result.placement
-    powers = {placement.activation_of[n].name: p for n, p in _powers(result, placement.activation_of, batches).items()}
-    for site in placement.sites:
-        if site.kind == "weight":
-            weight = placement.values(site)
-            error = dequantize(result.weights[site.name].codes, result.weights[site.name].qparams) - weight
-            powers[site.name] = (float(weight.square().sum()), float(error.square().sum()))
-    return {name: _decibel(*power) for name, power in powers.items()}
-
-
 def relative_errors(result: CalibrationResult, names: Collection[str], batches: Iterable[Batch]) -> dict[str, float]:
     """Mean squared error of the program's values in units of the float values' mean square, by their fx names."""
     powers = _powers(result, names, batches)
@@ -115,9 +98,3 @@ def _powers(
             Watcher(result.placement.graph, keep).run(*batch)
             Watcher(result.program, compare).run(*batch)
     return {name: (signal[name], noise[name]) for name in names}
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -5,14 +5,13 @@ Must not know: files, runtimes, how pages look.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from calibrators.execution.measure import Batch, sqnr
 from calibrators.graph.aten import bind, module_path, operator_name
 from calibrators.grid.numerics import code_limits, grid_of
 from calibrators.grid.spec import QParams, Site
@@ -23,9 +22,8 @@ __all__ = ["layer_entries"]
 HISTOGRAM_BINS = 64
 
 
-def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[dict[str, Any]]:
-    """One entry per weight and activation site, in graph order; `batches` are what the noise is measured on."""
-    noise = sqnr(result, batches)
+def layer_entries(result: CalibrationResult, noise: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return one entry per weight and activation site, in graph order; noise: decibels by site."""
     nodes = result.placement.nodes
     read = {site.node: site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     entries = []
@@ -45,7 +43,7 @@ def layer_entries(result: CalibrationResult, batches: Iterable[Batch]) -> list[d
     return entries
 
 
-def _entry(site: Site, node: fx.Node, qparams: QParams, noise: dict[str, float]) -> dict[str, Any]:
+def _entry(site: Site, node: fx.Node, qparams: QParams, noise: Mapping[str, float]) -> dict[str, Any]:
     scale, zero_point = qparams.scale.double(), qparams.zero_point
     return {
         "site": site.name,

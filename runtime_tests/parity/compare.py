@@ -1,11 +1,11 @@
-"""The runtime against the reference program, value by value: every quantized tensor tapped, every code compared.
+"""Compare a runtime with the reference program at every quantized value, code by code.
 
-Two comparisons at once. *End to end* both sides start from the same input and run to the end. *Per node* the reference
-is fed with the runtime's own codes, so that a difference belongs to the kernel at which it shows. Where all nodes
-agree, both sides agree end to end: the second comparison therefore decides, and runs only if the first finds something.
+There are two comparisons. *End to end* both sides start from the same input and run to the end. *Per node* the
+reference is fed with the runtime's own codes, so that a difference belongs to the kernel at which it shows. Where all
+nodes agree, both sides agree end to end: the second comparison decides, and runs only if the first finds something.
 
-The graph that the runtime executes is held against the plan too: an operator that should run on integers and does not,
-or the other way round, is a surprise even where its numbers agree.
+The graph that the runtime executes is compared with the plan too: an operator that should run on integers and does not,
+or the other way round, is reported even where its numbers agree.
 
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
 the two sides; they may differ by one code at the rare values next to a tie. Where a float kernel reads codes of its
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,11 +29,12 @@ from torch import Tensor, fx
 from calibrators.errors import DataError, IntactError
 from runtime_tests.ort.sessions import Model, Source, session
 from runtime_tests.parity.stored_weights import differing_weights
-from runtime_tests.reference.execute import FLOAT, KernelPlan, plan, run
+from runtime_tests.reference.execute import FLOAT, KernelPlan, run
 
 __all__ = [
     "Agreement",
     "Comparison",
+    "OnnxRuntime",
     "OutputParity",
     "ParityError",
     "ParityReport",
@@ -43,13 +44,13 @@ __all__ = [
     "distance",
     "largest_finite",
     "legal_rate",
-    "parity",
-    "unplanned",
-    "validate",
+    "probes_of",
+    "unplanned_kernels",
+    "weight_agreements",
 ]
 
 FLOAT_LSB = 1
-"""Largest legal step behind a float operator: two correctly computed floats lie on the two sides of one tie."""
+"""Largest legal step after a float operator: two correctly computed floats lie on the two sides of one tie."""
 
 FLOAT_RATE = 1e-4
 """Largest legal share of such values, per site of 8 bits. Float32 results that differ in their last bits fall on two
@@ -64,9 +65,6 @@ FLOAT_OUTPUT_ERROR = 1e-4
 
 WEIGHT = "DequantizeLinear"
 """What reads the codes of a weight that are compared as the file holds them."""
-
-LARGEST_BATCH = 64
-"""Samples compared at once where the batch is free: both sides hold the codes of every site of one batch."""
 
 WORST = 5
 """Sites that a summary names."""
@@ -269,49 +267,9 @@ class Validation:
         self.unoptimized.raise_for_mismatch()
 
 
-class _Reference(Protocol):
-    @property
-    def program(self) -> fx.GraphModule: ...
-
-
-def validate(path: Source, *, reference: _Reference, batches: Iterable[Sequence[Tensor] | Tensor]) -> Validation:
-    """The file at `path` against the program of a calibration result, with optimisations off and on.
-
-    batches: tensors or tuples with one tensor per input; read once.
-    raises:  DataError for no batches.
-    """
-    levels = [_in_onnxruntime(path, reference.program, optimized=on, threads=1) for on in (False, True)]
-    for batch in batches:
-        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        for level in levels:
-            level.add(inputs)
-    return Validation(*(level.report() for level in levels))
-
-
-def parity(
-    model: Source,
-    program: fx.GraphModule,
-    batches: Iterable[Sequence[Tensor]],
-    *,
-    optimized: bool,
-    threads: int = 1,
-) -> ParityReport:
-    """`model` in onnxruntime against `program`: as integer kernels if optimized, literally as QDQ otherwise.
-
-    batches: tuples with one tensor per input; memory does not grow with their number.
-    raises:  DataError for no batches or a wrong number of inputs; ModelError if the runtime refuses the model;
-             UnknownNameError if the model lacks one of the program's quantized values.
-    """
-    comparison = _in_onnxruntime(model, program, optimized=optimized, threads=threads)
-    for batch in batches:
-        comparison.add(tuple(batch))
-    return comparison.report()
-
-
 class Runtime(Protocol):
-    """A file loaded into a runtime, with some of its values made visible.
+    """A file loaded into a runtime, with some of its values made visible as probes.
 
-    input_names, output_names: of the model itself.
     kernel_rate: legal share of codes that one of its integer kernels may have one step off; 0: none.
     """
 
@@ -320,43 +278,43 @@ class Runtime(Protocol):
     @property
     def kernel_rate(self) -> float: ...
     @property
-    def input_names(self) -> list[str]: ...
-    @property
     def output_names(self) -> list[str]: ...
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """The model's outputs and the values made visible."""
+        """Return the model's outputs and the probes."""
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Kernels that it executes minus those of the plan, by operator, where they differ and are known."""
+        """Return the kernels executed minus those planned, by operator, where they differ and are known."""
 
 
-class _OnnxRuntime:
+class OnnxRuntime:
+    """A session, its probes being the codes of every site."""
+
     name = "onnxruntime"
     kernel_rate = 0.0
 
-    def __init__(self, model: Source, taps: Sequence[str], *, optimized: bool, threads: int) -> None:
-        self.model, self.optimized = model, optimized
-        self.session = session(model, optimized=optimized, threads=threads, probes=taps)
+    def __init__(self, model: Model, probes: Sequence[str], *, optimized: bool, threads: int) -> None:
+        self.model, self.optimized, self.probes = model, optimized, list(probes)
+        self.session = session(model, optimized=optimized, threads=threads, probes=probes)
         names = [info.name for info in self.session.get_outputs()]
         self.input_names = [info.name for info in self.session.get_inputs()]
-        self.output_names, self.taps = [name for name in names if name not in set(taps)], list(taps)
+        self.output_names = [name for name in names if name not in set(probes)]
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the model's outputs and the probes."""
         feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True)}
-        results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.taps], feeds)]
+        results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.probes], feeds)]
         count = len(self.output_names)
         return results[:count], results[count:]
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Those of the file as it is deployed, all optimisations on."""
-        return unplanned(self.model, plan) if self.optimized else {}
+        """Return those of the file as it is deployed, all optimisations on."""
+        return unplanned_kernels(self.model, plan) if self.optimized else {}
 
 
-def _in_onnxruntime(model: Source, program: fx.GraphModule, *, optimized: bool, threads: int) -> Comparison:
-    def load(taps: Sequence[str]) -> Runtime:
-        return _OnnxRuntime(model, taps, optimized=optimized, threads=threads)
-
-    return Comparison(load, model, program, optimized=optimized)
+def unplanned_kernels(model: Source, plan: KernelPlan) -> dict[str, int]:
+    """Count the kernels on codes that the runtime executes, minus those of the plan, where the two differ."""
+    executed = Counter(node.op_type for node in Model.of(model).optimized.proto.graph.node)
+    return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
 
 
 @dataclass
@@ -376,49 +334,32 @@ class _OutputTally:
             self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
 
+def probes_of(plan: KernelPlan) -> list[str]:
+    """Return the names that the codes of the sites have in the file."""
+    return [f"{site}_quantized" for site in plan.sites]
+
+
 class Comparison:
     """Running totals of one runtime at one optimisation level.
 
-    load:      the model in the runtime, given the names of values to be made visible.
-    optimized: whether integer kernels are the reference, or QDQ taken literally.
+    runtime: with the probes of `probes_of(plan)`.
+    plan:    the reference: integer kernels, or QDQ taken literally.
+    weights: how far each weight of a float kernel is from the reference, by site.
     """
 
-    def __init__(
-        self,
-        load: Callable[[Sequence[str]], Runtime],
-        model: Source,
-        program: fx.GraphModule,
-        *,
-        optimized: bool = True,
-    ) -> None:
-        self.plan = plan(program, integer=optimized)
-        self.runtime = load([f"{site}_quantized" for site in self.plan.sites])
-        self.unplanned = self.runtime.unplanned(self.plan)
-        self.weights = {site: _of_weight(site, found) for site, found in differing_weights(model, program).items()}
-        self.optimized, self.samples = optimized, 0
-        self.per_node = dict.fromkeys(self.plan.sites, Agreement())
-        self.end_to_end = dict.fromkeys(self.plan.sites, Agreement())
-        self.outputs = [_OutputTally() for _ in self.runtime.output_names]
+    def __init__(self, runtime: Runtime, plan: KernelPlan, weights: Mapping[str, Agreement]) -> None:
+        self.runtime, self.plan, self.weights = runtime, plan, weights
+        self.unplanned = runtime.unplanned(plan)
+        self.samples = 0
+        self.per_node = dict.fromkeys(plan.sites, Agreement())
+        self.end_to_end = dict.fromkeys(plan.sites, Agreement())
+        self.outputs = [_OutputTally() for _ in runtime.output_names]
 
-    def add(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One batch on both sides; the reference's outputs, end to end, none for no samples."""
-        names = self.runtime.input_names
-        if len(inputs) != len(names):
-            raise DataError(
-                f"a batch holds {len(inputs)} tensors, the model has {len(names)} inputs: {', '.join(names)}"
-            )
-        samples = len(inputs[0])
-        size = min(samples, LARGEST_BATCH) if self.plan.program.meta["dynamic_batch"] else samples
-        if not samples:
-            return ()
-        self.samples += samples
-        parts = [self._compare(part) for part in zip(*(torch.split(x, size) for x in inputs), strict=True)]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def _compare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        outputs, taps = self.runtime.run(inputs)
-        theirs = dict(zip(self.plan.sites, taps, strict=True))
-        codes, ours = run(self.plan, inputs)
+    def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
+        """Run a batch and compare it with the codes and outputs that the reference has for it."""
+        self.samples += len(inputs[0])
+        outputs, probes = self.runtime.run(inputs)
+        theirs = dict(zip(self.plan.sites, probes, strict=True))
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
         if any(agreement.mismatched for agreement in end_to_end.values()):
@@ -429,10 +370,9 @@ class Comparison:
             self.per_node[site] += per_node[site]
         for tally, *values in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
             tally.add(*values)
-        return ours
 
     def report(self) -> ParityReport:
-        """What all batches together say."""
+        """Return what all batches together say."""
         if not self.samples:
             raise DataError("no batch to compare runtime and reference on: a proof needs at least one sample")
         weights = (SiteParity(site, WEIGHT, "", found, found) for site, found in self.weights.items())
@@ -442,7 +382,7 @@ class Comparison:
             OutputParity(name, exact and same, t.identical, t.per_node_identical, t.max_abs, t.relative)
             for name, exact, t in zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         )
-        return ParityReport(self.optimized, self.samples, sites, outputs, self.unplanned, self.runtime.name)
+        return ParityReport(self.plan.integer, self.samples, sites, outputs, self.unplanned, self.runtime.name)
 
     def _site(self, site: str) -> SiteParity:
         step = self.plan.by_site[site]
@@ -451,26 +391,27 @@ class Comparison:
 
 
 def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
-    """Share of the codes of a site that may be one step off: behind float operators, or where kernels may as well.
+    """Return the share of a site's codes that may be one step off: after float operators, or if kernels may as well.
 
     bits: of the container of the codes.
     """
     return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
 
 
-def unplanned(model: Source, plan: KernelPlan) -> dict[str, int]:
-    """Kernels on codes that the runtime executes, all optimisations on, minus those of the plan, where they differ."""
-    executed = Counter(node.op_type for node in Model.of(model).optimized.proto.graph.node)
-    return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
+def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agreement]:
+    """Compare the weights of float kernels as the file holds them, by site.
 
-
-def _of_weight(site: str, distance: Tensor | None) -> Agreement:
-    if distance is None:
-        raise ParityError(
-            f"the file does not hold the codes of {site!r} in the shape that the reference has: it belongs to another "
-            "program; emit it again."
-        )
-    return Agreement(distance.numel(), int(distance.count_nonzero()), int(distance.max()))
+    raises: ParityError for a weight that the file lacks.
+    """
+    found = {}
+    for site, distance in differing_weights(model, program).items():
+        if distance is None:
+            raise ParityError(
+                f"the file does not hold the codes of {site!r} in the shape that the reference has: it belongs to "
+                "another program; emit it again."
+            )
+        found[site] = Agreement(distance.numel(), int(distance.count_nonzero()), int(distance.max()))
+    return found
 
 
 def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
@@ -489,17 +430,17 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Equal shape, dtype and bits; NaN equals NaN, 0.0 does not equal -0.0."""
-    alike = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    return alike and ours.numpy().tobytes() == theirs.numpy().tobytes()
+    same_form = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return same_form and ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
 def largest_finite(x: Tensor) -> float:
-    """Largest absolute value, infinities and NaN left out."""
+    """Return the largest absolute value, infinities and NaN left out."""
     return float(x.double().abs().where(x.isfinite(), 0.0).max())
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference of two tensors; infinite where shapes differ, or one is finite and the other is not."""
+    """Return the largest difference of two tensors; infinite where shapes differ or only one is finite."""
     if _same_bits(ours, theirs):
         return 0.0
     if ours.shape != theirs.shape:

@@ -1,9 +1,9 @@
-"""OpenVINO as a second runtime: the same file, compared kernel by kernel with the same reference program.
+"""Compare OpenVINO, kernel by kernel, with the reference program of the same file.
 
 Its kernels multiply by float32 scales that were folded together, so that a result next to a tie may be rounded to the
-other side: codes may differ by one, rarely. What a wrong scale, zero point, weight or bias does is far more than that.
-Making values visible keeps OpenVINO from fusing across them; the file as it is deployed runs beside, without taps, and
-what its outputs make of that is reported, not judged: from the float input on, single steps travel through the network.
+other side: codes may rarely differ by one. A wrong scale, zero point, weight or bias changes far more than that.
+Probes keep OpenVINO from fusing across them; the file as it is deployed runs beside, without probes, and its outputs
+are reported, not judged: from the float input on, single steps travel through the network.
 
 Must not know: how the model was made, reports.
 """
@@ -11,7 +11,7 @@ Must not know: how the model was made, reports.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from calibrators.errors import InputError, ModelError
 from calibrators.execution.losses import is_logits
-from runtime_tests.parity.compare import Comparison, ParityReport, distance, largest_finite
+from runtime_tests.ort.sessions import Model
+from runtime_tests.parity.compare import Agreement, Comparison, ParityReport, distance, largest_finite, probes_of
 from runtime_tests.reference.execute import KernelPlan
 
-__all__ = ["SecondParity", "check_installed", "second_parity"]
+__all__ = ["SecondComparison", "SecondParity", "check_installed"]
 
 NAME = "OpenVINO"
 
@@ -35,7 +36,7 @@ PINNED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 
 """By default float operators run in bfloat16 where the processor has it, and weight-only products round activations."""
 
 KERNEL_RATE = 5e-2
-"""Largest legal share of codes of one site that lie one step off. Measured: 1e-4 behind convolutions, 1.7e-3 at a sum
+"""Largest legal share of codes of one site that lie one step off. Measured: 1e-4 after convolutions, 1.7e-3 at a sum
 whose operands meet many ties, 3.1e-2 at a pool whose codes OpenVINO quantizes once more. A zero point that is off by
 one moves all codes by one."""
 
@@ -45,10 +46,7 @@ _PLUMBING = ("Parameter", "Result", "Input", "Output", "Const", "Constant", "Reo
 
 
 def check_installed() -> None:
-    """Nothing, if OpenVINO is there.
-
-    raises: InputError.
-    """
+    """Raise InputError unless OpenVINO is installed."""
     if find_spec("openvino") is None:
         raise InputError("OpenVINO is not installed; pip install 'openvino>=2025.4', or leave --openvino out.")
 
@@ -81,54 +79,51 @@ class SecondParity:
         }
 
 
-def second_parity(
-    model: onnx.ModelProto | str | Path,
-    program: fx.GraphModule,
-    batches: Iterable[Sequence[Tensor] | Tensor],
-    *,
-    threads: int = 1,
-) -> SecondParity:
-    """`model` in OpenVINO against `program`, the integer kernels of which are the reference.
+class SecondComparison(Comparison):
+    """Running totals of OpenVINO, with probes and as the file is deployed."""
 
-    batches: tensors or tuples with one tensor per input; memory does not grow with their number.
-    raises:  InputError where OpenVINO is not installed; ModelError where it refuses the file; else as `parity`.
-    """
-    check_installed()
-    deployed = _OpenVino(model, (), threads)
-    comparison = Comparison(lambda taps: _OpenVino(model, taps, threads), model, program)
-    differences, largest = [0.0] * len(deployed.output_names), [0.0] * len(deployed.output_names)
-    decisions: list[Tensor] = []  # whether they are the same, [n] per batch
-    for batch in batches:
-        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        ours = comparison.add(inputs)
-        theirs = deployed.run(inputs)[0] if ours else []
+    def __init__(self, model: Model, plan: KernelPlan, weights: Mapping[str, Agreement], threads: int) -> None:
+        check_installed()
+        self.deployed = _OpenVino(model, (), threads)
+        super().__init__(_OpenVino(model, probes_of(plan), threads), plan, weights)
+        self.differences, self.largest = [0.0] * len(self.outputs), [0.0] * len(self.outputs)
+        self.agreeing = self.decided = 0
+
+    def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
+        """Run a batch both ways and compare it with the codes and outputs that the reference has for it."""
+        super().add(inputs, codes, ours)
+        theirs, _ = self.deployed.run(inputs)
         for index, (y, t) in enumerate(zip(ours, theirs, strict=True)):
-            differences[index] = max(differences[index], distance(y, t))
-            largest[index] = max(largest[index], largest_finite(y))
-        if ours and is_logits(ours[0]):
-            decisions.append(ours[0].argmax(1) == theirs[0].argmax(1))
-    relative = max(d / max(most, TINY) if d else 0.0 for d, most in zip(differences, largest, strict=True))
-    agreement = float(torch.cat(decisions).double().mean()) if decisions else None
-    return SecondParity(_version(), comparison.report(), deployed.kernels(), relative, agreement)
+            self.differences[index] = max(self.differences[index], distance(y, t))
+            self.largest[index] = max(self.largest[index], largest_finite(y))
+        if is_logits(ours[0]):
+            self.agreeing += int((ours[0].argmax(1) == theirs[0].argmax(1)).sum())
+            self.decided += len(ours[0])
+
+    def second_report(self) -> SecondParity:
+        """Return what all batches together say."""
+        pairs = zip(self.differences, self.largest, strict=True)
+        relative = max(d / max(most, TINY) if d else 0.0 for d, most in pairs)
+        agreement = self.agreeing / self.decided if self.decided else None
+        return SecondParity(_version(), self.report(), self.deployed.kernels(), relative, agreement)
 
 
 class _OpenVino:
-    """A model compiled for the CPU, values called `taps` made visible; everything that changes a number is pinned."""
+    """A model compiled for the CPU, `probes` made visible; everything that changes a number is pinned."""
 
     name = NAME
     kernel_rate = KERNEL_RATE
 
-    def __init__(self, source: onnx.ModelProto | str | Path, taps: Sequence[str], threads: int) -> None:
+    def __init__(self, source: Model, probes: Sequence[str], threads: int) -> None:
         import openvino
 
-        if isinstance(source, onnx.ModelProto):
-            model = onnx.ModelProto()
-            model.CopyFrom(source)
-        else:
-            model = onnx.load(source)
+        model = onnx.ModelProto()
+        model.CopyFrom(source.proto)
+        if not isinstance(source.source, onnx.ModelProto):
+            onnx.load_external_data_for_model(model, str(Path(source.source).parent))
         self.input_names = [value.name for value in model.graph.input]
         self.output_names = [value.name for value in model.graph.output]
-        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(tap) for tap in taps)
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(probe) for probe in probes)
         core = openvino.Core()
         try:
             network = core.read_model(model.SerializeToString())
@@ -141,7 +136,7 @@ class _OpenVino:
             ) from error
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """The model's outputs and the taps."""
+        """Return the model's outputs and the probes."""
         read = {name for port in self.compiled.inputs for name in port.names}  # those that nobody reads are gone
         feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True) if name in read}
         found = self.compiled(feeds)
@@ -150,11 +145,11 @@ class _OpenVino:
         return values[:count], values[count:]
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Nothing: there is no plan of its kernels."""
+        """Return nothing: there is no plan of its kernels."""
         return {}
 
     def kernels(self) -> dict[str, int]:
-        """The layers that OpenVINO made of the file."""
+        """Count the layers that OpenVINO made of the file."""
         found: Counter[str] = Counter()
         for node in self.compiled.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()

@@ -8,7 +8,7 @@ Must not know: ONNX, sessions, how parameters were chosen, which kernels a runti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,9 @@ from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import LISTS, MOVES, Kernel, source
 
 __all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
+
+See = Callable[[str, Tensor], None]
+"""Called with the name of a site and its dequantized codes."""
 
 _ON_FLOATS = (torch.ops.aten.max_pool1d.default, torch.ops.aten.upsample_nearest2d.vec)
 
@@ -44,12 +47,13 @@ class _QuantizedTensor:
 
 
 def run(
-    plan: KernelPlan, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None
+    plan: KernelPlan, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None, see: See | None = None
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Codes of every site and the outputs of the program.
+    """Return the codes of every site and the outputs of the program.
 
     forced:  codes by site that replace the computed ones downstream, after these have been recorded: with the runtime's
              own codes, every site shows what its own kernel did to the inputs which the runtime had.
+    see:     is shown the floats of every dequantized site that no kernel covers.
     returns: codes in their container dtype by site name, and the outputs in order.
     """
     forced = forced or {}
@@ -71,16 +75,21 @@ def run(
                 site = site_of(node)
                 codes[site] = values[node]
                 values[node] = forced.get(site, values[node])
+            if see is not None and node.target is DEQUANTIZE:
+                see(values[node].site, values[node].values)
             for dead in plan.freed.get(node, ()):
                 values.pop(dead, None)
     return codes, outputs
 
 
 def run_qdq(
-    program: fx.GraphModule, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None
+    program: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    forced: Mapping[str, Tensor] | None = None,
+    see: See | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """The same with float arithmetic between dequantize and quantize: what the text of the ONNX file says."""
-    return run(plan(program, integer=False), inputs, forced)
+    """Do the same with float arithmetic between dequantize and quantize: what the text of the ONNX file says."""
+    return run(plan(program, integer=False), inputs, forced, see)
 
 
 def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

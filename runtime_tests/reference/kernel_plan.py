@@ -95,12 +95,14 @@ class KernelPlan:
     steps:   one per quantizer, and one per weighted operator with a float result.
     kernels: by the node at which they run: the quantizer, or the operator itself for a float result.
     skipped: nodes that no one evaluates, because a kernel covers them.
+    integer: whether integer kernels were planned, or QDQ is taken literally.
     """
 
     program: fx.GraphModule
     steps: tuple[Step, ...]
     kernels: Mapping[fx.Node, Kernel]
     skipped: frozenset[fx.Node]
+    integer: bool = True
 
     @cached_property
     def by_site(self) -> dict[str, Step]:
@@ -171,7 +173,7 @@ def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
             planner.float_result(node)
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     steps = sorted(planner.steps, key=lambda step: order[step.op])
-    return KernelPlan(program, tuple(steps), planner.kernels, frozenset(planner.skipped))
+    return KernelPlan(program, tuple(steps), planner.kernels, frozenset(planner.skipped), integer)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import session
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.architectures import ARCHITECTURES, construct
 
 AT_FOUR_BITS = ("shufflenet", "paddings")

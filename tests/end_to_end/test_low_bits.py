@@ -19,7 +19,7 @@ from exporter.emission.translate import to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from runtime_tests.reference.kernel_plan import plan
 from tests.support.networks import NETWORKS, build
 

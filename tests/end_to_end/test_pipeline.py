@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from calibrators.errors import DataError, InputError, ModelError
 from exporter import pipeline
-from exporter.pipeline import export, verify
+from exporter.pipeline import export
 from exporter.reporting.bundle import read_golden, verify_manifest
+from exporter.verify import verify
 from runtime_tests.ort.sessions import session
 from tests.support.networks import NETWORKS, build, randomize
 
@@ -280,7 +281,7 @@ def test_failure_of_the_proof_itself_leaves_nothing(tmp_path: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "parity", broken)
+    monkeypatch.setattr(pipeline, "Proof", broken)
     with pytest.raises((InputError, OSError), match="No space left"):
         run("mlp", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -36,12 +36,14 @@ from exporter.cli import app
 from exporter.config import make_config
 from exporter.frontend.capture import capture
 from exporter.frontend.reference import export_program, load_reference, save_reference
-from exporter.pipeline import export, verify
+from exporter.pipeline import export
 from exporter.reporting.layer_sections import layer_entries
+from exporter.verify import verify
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import loads, optimized_model, session
-from runtime_tests.parity.compare import FLOAT_OUTPUT_ERROR, WEIGHT, ParityError, ParityReport, parity
+from runtime_tests.parity.compare import FLOAT_OUTPUT_ERROR, WEIGHT, ParityError, ParityReport
+from runtime_tests.proof import parity
 from tests.support.networks import build, randomize
 from tests.support.stored import stored
 

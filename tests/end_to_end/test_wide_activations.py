@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
-from calibrators.execution.measure import sqnr
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
@@ -22,9 +21,11 @@ from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import session
-from runtime_tests.parity.compare import ParityReport, legal_rate, parity
+from runtime_tests.parity.compare import ParityReport, legal_rate
+from runtime_tests.proof import parity
 from runtime_tests.reference.execute import FLOAT
 from tests.support.networks import build, randomize
+from tests.support.noise import noise_of
 
 FINE_SQNR_DB = 70.0
 """Far below the 98 dB of 16 bits over a uniform value, for ranges are wider than their values; far above 8 bits: 50."""
@@ -112,7 +113,7 @@ def test_it_is_the_escape_of_a_layer_that_needs_precision() -> None:
     noise = []
     for layers in ((), ("stem",)):
         result, x = calibrated("residual", *layers)
-        noise.append(sqnr(result, [(x,)])["x"])
+        noise.append(noise_of(result, (x,))["x"])
     assert noise[0] < FINE_SQNR_DB - 10 < FINE_SQNR_DB < noise[1]
 
 

@@ -19,7 +19,8 @@ from calibrators.graph.aten import bind, constant, module_path
 from exporter import capture, emit, fold
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
-from runtime_tests.parity.compare import FLOAT_LSB, parity
+from runtime_tests.parity.compare import FLOAT_LSB
+from runtime_tests.proof import parity
 from runtime_tests.reference.execute import FLOAT
 from tests.support.networks import randomize
 

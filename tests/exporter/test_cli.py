@@ -71,8 +71,11 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append({"folder": folder})
         return report()
 
-    module.export, module.verify = export, verify  # type: ignore[attr-defined]
+    module.export = export  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "exporter.pipeline", module)
+    verifying = types.ModuleType("exporter.verify")
+    verifying.verify = verify  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "exporter.verify", verifying)
     return calls
 
 

@@ -15,7 +15,7 @@ from calibrators.calibration import calibrate
 from calibrators.graph.canonical import clip_bounds, to_integer_forms
 from exporter.emission.translate import emit
 from exporter.frontend.capture import capture
-from runtime_tests.parity.compare import validate
+from runtime_tests.proof import validate
 from tests.support.networks import randomize
 
 aten = torch.ops.aten

@@ -30,7 +30,7 @@ from exporter import export
 from exporter.emission.translate import needed_opset, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.folded import folded_network, output_error
 from tests.support.networks import build, randomize
 

@@ -19,7 +19,7 @@ from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import POWERS
 from exporter import capture, emit
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.networks import build
 
 SAMPLES = 64

@@ -39,7 +39,7 @@ from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import loads
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.networks import NETWORKS, build, randomize
 from tests.support.published_nets import RepVGGBlock
 from tests.support.stored import stored

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.execution.measure import sqnr
 from calibrators.graph.aten import constant
 from calibrators.grid.numerics import dequantize, quantize
 from calibrators.placement.place import PlacementOptions
@@ -21,6 +20,7 @@ from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from calibrators.rewrites.bias_correction import correct_biases
 from exporter.frontend.capture import capture
 from tests.support.networks import NETWORKS, build, randomize
+from tests.support.noise import noise_of
 
 SQNR_8_BIT_DB = 20.0
 """Far below what 8 bits give on these networks (30 dB and more), far above what a misplaced scale leaves."""
@@ -366,7 +366,7 @@ def test_sqnr_orders_bit_widths() -> None:
     values = []
     for bits in (4, 6, 8):
         result = calibrated(model, x, weight_bits=bits, activation_bits=bits, first_last_bits=None)
-        noise = sqnr(result, [(x,)])
+        noise = noise_of(result, (x,))
         values.append((noise["clamp"], noise["stem.weight"]))
     assert values == sorted(values)
 

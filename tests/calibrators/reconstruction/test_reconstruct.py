@@ -30,7 +30,7 @@ from calibrators.reconstruction.reconstruct import Run
 from calibrators.reconstruction.training import Unit
 from exporter.emission.translate import to_onnx
 from exporter.frontend.capture import capture
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.folded import folded_network, output_error
 from tests.support.networks import randomize
 

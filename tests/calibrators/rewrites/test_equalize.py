@@ -24,7 +24,7 @@ from calibrators.rewrites.prepare import prepare_graph
 from exporter.emission.translate import to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.networks import build, randomize
 
 aten = torch.ops.aten

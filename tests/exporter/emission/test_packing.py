@@ -30,7 +30,7 @@ from exporter.frontend.capture import capture
 from runtime_tests.measure.size import size_by_type
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import loads, optimized_model, session
-from runtime_tests.parity.compare import parity
+from runtime_tests.proof import parity
 from tests.support.stored import stored
 
 OPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -17,7 +17,6 @@ from calibrators.program.freeze import CalibrationResult
 from runtime_tests.ort.sessions import optimized_model
 from runtime_tests.parity.compare import (
     FLOAT_CHANCE,
-    LARGEST_BATCH,
     Agreement,
     OutputParity,
     ParityError,
@@ -25,9 +24,8 @@ from runtime_tests.parity.compare import (
     SiteParity,
     _OutputTally,
     legal_rate,
-    parity,
-    validate,
 )
+from runtime_tests.proof import LARGEST_BATCH, parity, validate
 from runtime_tests.reference.execute import FLOAT, plan
 from runtime_tests.reference.kernel_plan import COUNTED
 from runtime_tests.reference.kernel_rules import MOVES

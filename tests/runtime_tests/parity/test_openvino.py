@@ -23,9 +23,10 @@ from exporter.checks import check_settings
 from exporter.cli import app
 from exporter.config import make_config
 from exporter.frontend.capture import capture
-from exporter.pipeline import export, verify
+from exporter.pipeline import export
+from exporter.verify import verify
 from runtime_tests.parity import openvino as second_runtime
-from runtime_tests.parity.openvino import second_parity
+from runtime_tests.proof import second_parity
 from tests.support.folded import folded_network
 from tests.support.networks import NETWORKS, build
 from tests.support.stored import stored

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from calibrators.program.qdq_program import DEQUANTIZE
 from calibrators.targets import list_targets
 from runtime_tests.ort.sessions import optimized_model, session
-from runtime_tests.parity.compare import unplanned
+from runtime_tests.parity.compare import unplanned_kernels
 from runtime_tests.reference.execute import FLOAT, plan, run, run_qdq
 from runtime_tests.reference.kernel_rules import MOVES
 from tests.runtime_tests.reference.programs import NETWORKS, X_SCALE, Program, file_of, network
@@ -249,7 +249,7 @@ def test_runtime_agrees_with_the_plan() -> None:
     p = Program()
     program = p.build(*(CASES[name][0](p) for name in IN_RUNTIME))
     model, kernels = file_of(program), plan(program)
-    assert unplanned(model, kernels) == {}
+    assert unplanned_kernels(model, kernels) == {}
     assert sum(kernels.counts.values()) > len(IN_RUNTIME) // 2
     codes, outputs = run(kernels, program.meta["example"])
     probes = [f"{site}_quantized" for site in kernels.sites]

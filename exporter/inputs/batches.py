@@ -1,0 +1,84 @@
+"""Batches as a graph takes them: named, of the size it insists on, and checked against it before any work.
+
+Must not know: where data come from, quantization, ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.errors import DataError
+from calibrators.execution.losses import is_logits
+from calibrators.execution.measure import Batch
+from calibrators.graph.aten import batch_of
+from exporter.inputs.data import Data
+
+__all__ = ["GraphBatches", "check_evaluation", "cut", "feed"]
+
+
+class GraphBatches:
+    """The batches of `data` for `graph`, anew at each pass.
+
+    Where the graph fixes its batch, others are put together and cut; an incomplete rest is dropped.
+
+    samples: of the longest pass so far.
+    """
+
+    def __init__(self, graph: fx.GraphModule, data: Data) -> None:
+        self.graph, self.data = graph, data.named(graph.meta["input_names"])
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (inputs for inputs, _ in self.labelled())
+
+    def labelled(self) -> Iterator[tuple[Batch, Any]]:
+        """Yield the inputs of each batch and its labels, an array, or None where there are none."""
+        rest: tuple[Tensor, ...] = ()
+        samples = 0
+        for batch in self.data:
+            values = batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
+            if rest:
+                values = tuple(torch.cat(pair) for pair in zip(rest, values, strict=True))
+            size = batch_of(self.graph, len(values[0]))
+            for start in range(0, len(values[0]) - size + 1, size):
+                part = tuple(x[start : start + size] for x in values)
+                samples += size
+                self.samples = max(self.samples, samples)
+                inputs, labels = part[: len(batch.inputs)], part[len(batch.inputs) :]
+                yield inputs, labels[0].numpy() if labels else None
+            rest = tuple(x[len(x) // size * size :] for x in values) if len(values[0]) % size else ()
+
+
+def cut(graph: fx.GraphModule, batch: Batch, samples: int = 1) -> Batch:
+    """Return the first samples of a batch, or the batch itself where the graph fixes its size."""
+    return tuple(x[:samples] for x in batch) if graph.meta["dynamic_batch"] else batch
+
+
+def feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
+    """Return a batch as arrays by input name."""
+    return {name: x.numpy() for name, x in zip(graph.meta["input_names"], batch, strict=True)}
+
+
+def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data) -> None:
+    """Refuse evaluation data that the model would not take, as far as the first batch shows it.
+
+    raises: DataError for inputs of another form than those of calibration, or labels of classes that do not exist.
+    """
+    ours, theirs = calibration.example(), evaluation.example()
+    for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
+        if x.dtype != y.dtype or x.shape[1:] != y.shape[1:]:
+            forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
+            raise DataError(
+                f"input {name!r} is {forms[0]} in --data and {forms[1]} in --eval: give both the same form."
+            )
+    if theirs.labels is None:
+        return
+    with torch.no_grad():
+        output = graph(*graph.meta["example"])[0]
+    highest = int(theirs.labels.max())
+    if is_logits(output) and highest >= output.shape[1]:
+        raise DataError(f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}.")

@@ -1,0 +1,219 @@
+"""Prove a file on data, in one pass: the reference runs once per batch, and all that is measured reads that run.
+
+    proof = Proof("model.onnx", result.program)
+    for inputs in batches:
+        proof.add(inputs)
+    proof.levels["optimized"].raise_for_mismatch()
+
+Nothing but counts, sums and the golden samples is kept from batch to batch: memory does not grow with their number.
+
+Must not know: how the model was made, reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.errors import DataError
+from runtime_tests.measure.accuracy import Accuracy
+from runtime_tests.measure.noise import Noise
+from runtime_tests.ort.sessions import Model, Source
+from runtime_tests.parity.compare import (
+    Comparison,
+    OnnxRuntime,
+    ParityReport,
+    Validation,
+    probes_of,
+    weight_agreements,
+)
+from runtime_tests.parity.openvino import SecondComparison, SecondParity
+from runtime_tests.reference.execute import KernelPlan, plan, run
+
+__all__ = ["Measurements", "Proof", "parity", "second_parity", "validate"]
+
+Batches = Iterable[Sequence[Tensor] | Tensor]
+
+LARGEST_BATCH = 64
+"""Samples compared at once where the batch is free: both sides hold the codes of every site of one batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """What a proof measures. A batch of a free size is cut where one of the numbers of samples is reached, the golden
+    samples excepted, which stay in one piece.
+
+    parity_samples: first samples whose codes are compared.
+    golden_samples: first samples whose inputs and reference outputs are kept.
+    noise_samples:  first samples that show `noise`.
+    float_model:    where given, the accuracy of all samples is measured against its first output.
+    """
+
+    parity_samples: float = math.inf
+    golden_samples: int = 0
+    noise_samples: int = 0
+    noise: Noise | None = None
+    float_model: fx.GraphModule | None = None
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        limits = self.golden_samples, self.noise_samples if self.noise else 0, self.parity_samples
+        return tuple(max(limit, self.golden_samples) for limit in limits)
+
+
+class Proof:
+    """One file against its program.
+
+    levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
+    measured: parity of all samples if None.
+    raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
+              quantized values; ParityError if it lacks a weight; InputError where OpenVINO is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        program: fx.GraphModule,
+        levels: Sequence[str] = ("unoptimized", "optimized"),
+        *,
+        threads: int = 1,
+        measured: Measurements | None = None,
+    ) -> None:
+        self.model, self.program, self.threads = Model.of(model), program, threads
+        self.measured = measured or Measurements()
+        self.samples = 0
+        self.golden: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.accuracy = Accuracy() if self.measured.float_model is not None else None
+        self._weights = weight_agreements(self.model, program)
+        self._comparisons = {name: self._comparison(name) for name in levels}
+
+    @cached_property
+    def _kernels(self) -> KernelPlan:
+        return plan(self.program)
+
+    @cached_property
+    def _literal(self) -> KernelPlan:
+        return plan(self.program, integer=False)
+
+    @cached_property
+    def _deployed(self) -> OnnxRuntime:
+        return OnnxRuntime(self.model, (), optimized=True, threads=self.threads)
+
+    def _comparison(self, level: str) -> Comparison:
+        if level == "openvino":
+            return SecondComparison(self.model, self._kernels, self._weights, self.threads)
+        kernels = self._literal if level == "unoptimized" else self._kernels
+        runtime = OnnxRuntime(self.model, probes_of(kernels), optimized=kernels.integer, threads=self.threads)
+        return Comparison(runtime, kernels, self._weights)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether further samples would change nothing."""
+        return self.accuracy is None and self.samples >= max(self.measured.limits)
+
+    @property
+    def levels(self) -> dict[str, ParityReport | SecondParity]:
+        """The parity at each level.
+
+        raises: DataError for no samples.
+        """
+        return {
+            name: each.second_report() if isinstance(each, SecondComparison) else each.report()
+            for name, each in self._comparisons.items()
+        }
+
+    def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
+        """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.
+
+        raises: DataError for a wrong number of inputs, or what `Accuracy` refuses.
+        """
+        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        names = [value.name for value in self.model.proto.graph.input]
+        if len(inputs) != len(names):
+            raise DataError(
+                f"a batch holds {len(inputs)} tensors, the model has {len(names)} inputs: {', '.join(names)}"
+            )
+        for cut in self._cuts(len(inputs[0])):
+            self._add(tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
+            if self.is_done:
+                return
+
+    def add_all(self, batches: Batches) -> None:
+        """Run and measure batches without labels."""
+        for batch in batches:
+            self.add(batch)
+
+    def _cuts(self, count: int) -> Iterator[slice]:
+        """Cut a batch where a limit is reached, unless the program fixes its size."""
+        start = 0
+        while start < count:
+            rooms = [int(limit - self.samples) for limit in self.measured.limits if self.samples < limit < math.inf]
+            size = min(count - start, LARGEST_BATCH, *rooms) if self.program.meta["dynamic_batch"] else count
+            yield slice(start, start + size)
+            start += size
+
+    def _add(self, inputs: tuple[Tensor, ...], labels: Any) -> None:
+        first, measured = self.samples, self.measured
+        self.samples += len(inputs[0])
+        compared = self._comparisons if first < measured.parity_samples else {}
+        noise = measured.noise if first < measured.noise_samples else None
+        wants_golden = self.golden is None and measured.golden_samples > 0
+        if noise is not None:
+            noise.start(inputs)
+        if noise is not None or "unoptimized" in compared:
+            literal = run(self._literal, inputs, see=noise.see if noise is not None else None)
+        if wants_golden or self.accuracy is not None or compared.keys() - {"unoptimized"}:
+            integer = run(self._kernels, inputs)
+        for name, comparison in compared.items():
+            comparison.add(inputs, *(literal if name == "unoptimized" else integer))
+        if wants_golden:
+            self.golden = inputs, integer[1]
+        if self.accuracy is not None and measured.float_model is not None:
+            with torch.no_grad():
+                exact = measured.float_model(*inputs)[0]
+            deployed, _ = self._deployed.run(inputs)
+            self.accuracy.update(exact.numpy(), integer[1][0].numpy(), deployed[0].numpy(), labels)
+
+
+class _Reference(Protocol):
+    @property
+    def program(self) -> fx.GraphModule: ...
+
+
+def validate(path: Source, *, reference: _Reference, batches: Batches) -> Validation:
+    """Compare the file at `path` with the program of a calibration result, with optimisations off and on.
+
+    batches: tensors or tuples with one tensor per input; read once.
+    raises:  DataError for no batches.
+    """
+    proof = Proof(path, reference.program)
+    proof.add_all(batches)
+    return Validation(*cast(Iterable[ParityReport], proof.levels.values()))
+
+
+def parity(
+    model: Source, program: fx.GraphModule, batches: Batches, *, optimized: bool, threads: int = 1
+) -> ParityReport:
+    """Compare `model` in onnxruntime with `program`: as integer kernels if optimized, else literally as QDQ.
+
+    raises: DataError for no batches or a wrong number of inputs, and as Proof.
+    """
+    proof = Proof(model, program, ["optimized" if optimized else "unoptimized"], threads=threads)
+    proof.add_all(batches)
+    return next(iter(cast(dict[str, ParityReport], proof.levels).values()))
+
+
+def second_parity(model: Source, program: fx.GraphModule, batches: Batches, *, threads: int = 1) -> SecondParity:
+    """Compare `model` in OpenVINO with the integer kernels of `program`.
+
+    raises: InputError where OpenVINO is not installed; ModelError where it refuses the file; else as `parity`.
+    """
+    proof = Proof(model, program, ["openvino"], threads=threads)
+    proof.add_all(batches)
+    return cast(SecondParity, proof.levels["openvino"])

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibrators.program.freeze import CalibrationResult
+from runtime_tests.measure.noise import Noise
+from runtime_tests.reference.execute import run_qdq
+
+
+def noise_of(result: CalibrationResult, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Signal to noise in dB of every site on one batch."""
+    noise = Noise(result)
+    noise.start(inputs)
+    run_qdq(result.program, inputs, see=noise.see)
+    return noise.decibels()
