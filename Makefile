@@ -1,6 +1,7 @@
 # Everything a fresh machine needs is Python 3.11 or newer and make:
 #   make demo    installs into .venv, exports the demo network and proves it
 #   make test    installs into .venv, runs the tests
+#   make docs    installs into .venv, builds the documentation: site/index.html
 #
 # PYTHON   interpreter that makes .venv.
 # TORCH    what pip installs as torch. It must be a CPU build: where pip's own sources offer only a CUDA build of this
@@ -18,11 +19,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint clean
+.PHONY: help demo test docs check lint clean
 
 help:
 	@echo "make demo   export the demo network and prove it: out/demo/report.html"
 	@echo "make test   run the tests"
+	@echo "make docs   build the documentation: site/index.html"
 	@echo "make check  format, lint, types, import rules, then the tests"
 	@echo "make clean  remove .venv, out and caches"
 
@@ -31,6 +33,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 check: lint test
 
@@ -41,7 +47,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # A dry run tells what torch would bring before gigabytes are downloaded; the second look is at what is really there.
 $(STAMP): pyproject.toml Makefile
@@ -55,7 +61,7 @@ $(STAMP): pyproject.toml Makefile
 	@! grep -Eq '"name": "(nvidia-|cuda-|triton)' $(VENV)/torch.json || \
 	  { echo "error: $(TORCH) would bring a CUDA stack from here; see TORCH at the top of the Makefile."; exit 1; }
 	@$(INSTALL) "$(TORCH)"
-	@$(INSTALL) -e ".[dev]"
+	@$(INSTALL) -e ".[dev,docs]"
 	@! $(PIP) list --format=freeze | grep -Ei '^(nvidia-|cuda-|triton)' || \
 	  { echo "error: the packages above are a CUDA stack; remove $(VENV) and see TORCH at the top of the Makefile."; exit 1; }
 	@touch $@
