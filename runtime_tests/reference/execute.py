@@ -1,4 +1,4 @@
-"""The reference program executed as the integer kernels that onnxruntime fuses it into, or literally as QDQ.
+"""Execute the reference program as the integer kernels that onnxruntime fuses it into, or literally as QDQ.
 
 `plan` decides which kernel computes each value; `run` executes the plan. One interpreter serves both ways: without
 kernels it is QDQ.
@@ -105,7 +105,7 @@ def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) ->
 
 
 def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """A move evaluated on codes, or on floats where the scale follows an axis that may move too."""
+    """Move codes, or floats where the scale follows an axis that may move too."""
     coded: _QuantizedTensor = values[source(node)]
     if coded.axis is not None:
         return _call(node, values, {})
@@ -123,14 +123,14 @@ def _run_kernel(kernel: Kernel, values: Mapping[fx.Node, Any]) -> Tensor:
 
 
 def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
-    """What a move makes of codes; integer-valued floats stand for them where torch has no such operator on integers."""
+    """Move codes, as integer-valued floats where torch has no such operator on integers."""
     if node.target in _ON_FLOATS:
         return _call(node, values, {source(node): codes.to(torch.float32)}).to(codes.dtype)
     return _call(node, values, {source(node): codes})
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
-    """The operator itself on floats, `instead` replacing some operands."""
+    """Run the operator itself on floats, `instead` replacing some operands."""
 
     def operand(n: fx.Node) -> Any:
         return instead[n] if n in instead else _floats(values[n])
@@ -145,7 +145,7 @@ def _floats(value: Any) -> Any:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """No reduced-precision products, whatever the caller chose: integers in float32 need all 24 bits."""
+    """Allow no reduced-precision products, whatever the caller chose: integers in float32 need all 24 bits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,9 +1,9 @@
-"""Which kernels onnxruntime's optimiser makes of a program: what runs on integers, and why the rest does not.
+"""Plan which kernels onnxruntime's optimiser makes of a program: what runs on integers, and why the rest does not.
 
 An operator becomes an integer kernel when everything it reads is dequantized codes and its result is read by one
 quantizer alone. What stands between the two is absorbed: a ReLU or clip whose bounds are the ends of the container, and
 reshapes, transposes, slices and max pools, through which the runtime moves the quantizer. A linear layer or matrix
-product without a quantizer behind it has an integer kernel too, which writes floats.
+product without a quantizer after it has an integer kernel too, which writes floats.
 
 Must not know: ONNX, sessions, how parameters were chosen, how a kernel computes.
 """
@@ -29,6 +29,7 @@ from runtime_tests.reference.kernel_rules import (
     WEIGHTED,
     Kernel,
     StaysFloat,
+    before_moves,
     check_container,
     is_coded,
     is_weight_only,
@@ -47,18 +48,8 @@ WEIGHT_ONLY = "MatMulNBits"
 """Float kernel that reads codes of its weight alone."""
 
 COUNTED = (
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulIntegerToFloat",
-    "QLinearAdd",
-    "QLinearMul",
-    "QLinearConcat",
-    "QLinearAveragePool",
-    "QLinearGlobalAveragePool",
-    "QLinearSigmoid",
-    "QLinearLeakyRelu",
-    "QLinearSoftmax",
+    *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearAdd", "QLinearMul", "QLinearConcat"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
     WEIGHT_ONLY,
 )
 """Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
@@ -66,13 +57,12 @@ COUNTED = (
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """How one quantized value, or one float result of a weighted operator, comes about.
+    """How one quantized value, or one float result of a weighted operator, is computed.
 
     site:     name of the site; of the node for a float result.
     kernel:   the runtime's operator, or FLOAT.
     reason:   why it is float; '' otherwise.
     op:       the operator that computes the value.
-    absorbed: nodes behind it that are part of the kernel, in order, the quantizer aside.
     quantized: whether the value is a site's codes.
     """
 
@@ -80,7 +70,6 @@ class Step:
     kernel: str
     reason: str
     op: fx.Node
-    absorbed: tuple[fx.Node, ...] = ()
     quantized: bool = True
 
     @property
@@ -110,15 +99,15 @@ class KernelPlan:
         return {step.site: step for step in self.steps if step.quantized}
 
     @cached_property
-    def sites(self) -> tuple[str, ...]:
-        """Names of all quantized activations, in the order in which they are computed."""
-        return tuple(site_of(node) for node in self.program.graph.nodes if node.target is QUANTIZE)
-
-    @cached_property
     def container_bits(self) -> dict[str, int]:
-        """Bits of the container of every site's codes."""
+        """Bits of the container of every site's codes, sites in the order in which they are computed."""
         quantizers = (node for node in self.program.graph.nodes if node.target is QUANTIZE)
         return {site_of(node): torch.iinfo(output_grid(self.program, node).dtype).bits for node in quantizers}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of all quantized activations, in the order in which they are computed."""
+        return tuple(self.container_bits)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -131,7 +120,7 @@ class KernelPlan:
     def exact_outputs(self) -> tuple[bool, ...]:
         """Whether an integer kernel or a dequantizer writes each output of the program."""
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
-        writers = map(_writer, output.args[0])
+        writers = (before_moves(node, MOVES) for node in output.args[0])
         return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
 
     @cached_property
@@ -151,19 +140,12 @@ class KernelPlan:
 
 
 def site_of(quantizer: fx.Node) -> str:
-    """Name of the site whose codes a quantize node writes."""
+    """Return the name of the site whose codes a quantize node writes."""
     return str(bind(quantizer)["site"])
 
 
-def _writer(node: fx.Node) -> fx.Node:
-    """The node that computes a value, moves aside."""
-    while node.target in MOVES:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
-    """Which integer kernels the runtime makes of `program`; with integer=False none, as with optimisations off."""
+    """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimisations off."""
     planner = _Planner(program, integer)
     for node in program.graph.nodes:
         if node.target is QUANTIZE:
@@ -186,7 +168,7 @@ class _Planner:
     skipped: set[fx.Node] = field(default_factory=set)
 
     def quantizer(self, node: fx.Node) -> None:
-        """The step of one quantize node."""
+        """Plan one quantize node."""
         y, site = output_grid(self.program, node), site_of(node)
         op, absorbed, moves = _chain(node, y)
         if op.op != "call_function":
@@ -203,7 +185,7 @@ class _Planner:
         self.kernels[node] = replace(made, moves=moves)
         if op.target not in MOVES:
             self.skipped |= {op, *absorbed}
-        self.steps.append(Step(site, made.name, "", op, absorbed))
+        self.steps.append(Step(site, made.name, "", op))
 
     def _kernel(self, op: fx.Node, y: Grid) -> Kernel:
         rule = RULES.get(op.target)
@@ -217,7 +199,7 @@ class _Planner:
         return rule(self.program, op, y)
 
     def float_result(self, node: fx.Node) -> None:
-        """The step of a weighted operator whose result is read as floats."""
+        """Plan a weighted operator whose result is read as floats."""
         try:
             if not self.integer:
                 raise StaysFloat(_OPTIMISATIONS_OFF)
@@ -239,7 +221,7 @@ _CLIPPED = "a ReLU or clip stands between its result and a float operator"
 
 
 def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-    """The operator that computes what `quantizer` reads, all nodes between the two, and the moves among them."""
+    """Return the operator that computes what `quantizer` reads, all nodes between the two, and the moves among them."""
     node = source(quantizer)
     moves: list[fx.Node] = []
     while node.target in PROPAGATED and len(node.users) == 1 and not is_coded(node):
@@ -266,8 +248,9 @@ def _saturates(node: fx.Node, y: Grid) -> bool:
 
 
 def _is_clipped(node: fx.Node) -> bool:
-    """Whether a ReLU or clip alone reads the result, and one float operator that: the runtime takes it for the part of
-    a kernel that writes codes, finds no quantizer behind it and makes no kernel at all.
+    """Whether a ReLU or clip alone reads the result, and one float operator reads that.
+
+    The runtime takes it for a part of a kernel that writes codes, finds no quantizer after it and makes no kernel.
     """
     clip = next(iter(node.users))
     readers = list(clip.users)

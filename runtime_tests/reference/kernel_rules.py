@@ -1,6 +1,6 @@
-"""Which integer kernel onnxruntime has for one operator between codes, prepared with its constants.
+"""Choose the integer kernel that onnxruntime has for one operator between codes, and prepare its constants.
 
-A rule takes the operator and the grid of its result (None: floats) and gives the kernel, or says why there is none.
+A rule takes the operator and the grid of its result (None: floats) and returns the kernel, or says why there is none.
 
 Must not know: the operators around it beyond the quantizers at its edges, sessions, ONNX.
 """
@@ -8,7 +8,7 @@ Must not know: the operators around it beyond the quantizers at its edges, sessi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "WEIGHTED",
     "Kernel",
     "StaysFloat",
+    "before_moves",
     "check_container",
     "is_coded",
     "is_weight_only",
@@ -41,34 +42,23 @@ __all__ = [
 
 aten = torch.ops.aten
 
-WIDE = "16-bit activations have no integer kernels"
-WEIGHT_ONLY = "only its weight is quantized"
-UNSIGNED_ONLY = "int8 activations have no fast integer kernels on x86, and the runtime keeps them in float"
-
 CHANNELS_LAST_RANK = 4
 """The runtime holds tensors of this rank with channels last between its integer convolutions and pools. Where a graph
 input is broadcast against one of them it may choose otherwise; that shows at ties of the sum alone."""
 
 PROPAGATED: dict[Any, str] = {
-    aten.view.default: "Reshape",
-    aten.reshape.default: "Reshape",
-    aten.permute.default: "Transpose",
-    aten.transpose.int: "Transpose",
-    aten.squeeze.dim: "Squeeze",
-    aten.squeeze.dims: "Squeeze",
+    **dict.fromkeys((aten.view.default, aten.reshape.default), "Reshape"),
+    **dict.fromkeys((aten.permute.default, aten.transpose.int), "Transpose"),
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), "Squeeze"),
     aten.unsqueeze.default: "Unsqueeze",
     aten.slice.Tensor: "Slice",
-    aten.max_pool1d.default: "MaxPool",
-    aten.max_pool2d.default: "MaxPool",
+    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default), "MaxPool"),
 }
 """Operators that select and move values and through which the runtime moves quantizers and dequantizers."""
 
-LISTS: dict[Any, str] = {
-    aten.split.Tensor: "Split",
-    aten.split_with_sizes.default: "Split",
-    aten.chunk.default: "Split",
-    aten.unbind.int: "Split",
-}
+LISTS: dict[Any, str] = dict.fromkeys(
+    (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), "Split"
+)
 """Operators that cut a value into a list, each part of which is read by its index."""
 
 MOVES: dict[Any, str] = {
@@ -79,8 +69,7 @@ MOVES: dict[Any, str] = {
     aten.flatten.using_ints: "Flatten",
     aten.upsample_nearest2d.vec: "Resize",
     aten.pixel_shuffle.default: "DepthToSpace",
-    aten.clone.default: "Identity",
-    aten.contiguous.default: "Identity",
+    **dict.fromkeys((aten.clone.default, aten.contiguous.default), "Identity"),
 }
 """Operators that run on codes when they stand between a dequantizer and a quantizer with the same parameters."""
 
@@ -110,62 +99,68 @@ class Kernel:
 
 
 def source(node: fx.Node) -> fx.Node:
-    """The first operand."""
+    """Return the first operand."""
     first = node.args[0]
     assert isinstance(first, fx.Node)
     return first
 
 
+def before_moves(node: fx.Node, moves: Container[Any] = PROPAGATED) -> fx.Node:
+    """Return the node that computes a value, moves aside."""
+    while node.target in moves:
+        node = source(node)
+    return node
+
+
 def output_grid(program: fx.GraphModule, quantizer: fx.Node) -> Grid:
-    """Grid of the codes that a quantizer writes."""
+    """Return the grid of the codes that a quantizer writes."""
     bound = bind(quantizer)
-    return _grid(program, bound["scale"], bound["zero_point"], (bound["qmin"], bound["qmax"]))
+    return _grid(program, bound, (bound["qmin"], bound["qmax"]))
 
 
-def _grid(program: fx.GraphModule, scale: Any, zero_point: Any, limits: tuple[Any, Any]) -> Grid:
-    zero = constant(program, zero_point)
-    return Grid(constant(program, scale), int(zero), limits[0], limits[1], zero.dtype)
+def _grid(program: fx.GraphModule, bound: dict[str, Any], limits: tuple[Any, Any]) -> Grid:
+    zero = constant(program, bound["zero_point"])
+    return Grid(constant(program, bound["scale"]), int(zero), limits[0], limits[1], zero.dtype)
 
 
 def is_coded(node: object) -> bool:
     """Whether a value is the dequantized form of codes with one scale, moved or not."""
-    while isinstance(node, fx.Node) and node.target in PROPAGATED:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and bind(node)["axis"] is None
-
-
-def _input_grid(program: fx.GraphModule, node: fx.Node) -> Grid:
-    """Grid of a coded value; the range is that of its quantizer or of the clip of its codes, else of the container."""
-    while node.target in PROPAGATED:
-        node = source(node)
-    bound = bind(node)
-    codes, container = bound["codes"], torch.iinfo(constant(program, bound["zero_point"]).dtype)
-    limits = container.min, container.max
-    if codes.target is QUANTIZE:
-        limits = bind(codes)["qmin"], bind(codes)["qmax"]
-    elif codes.target is aten.clamp.default:
-        limits = bind(codes)["min"], bind(codes)["max"]
-    return _grid(program, bound["scale"], bound["zero_point"], limits)
+    if not isinstance(node, fx.Node):
+        return False
+    origin = before_moves(node)
+    return origin.target is DEQUANTIZE and bind(origin)["axis"] is None
 
 
 def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
-    """Grids of the activations that an operator reads."""
+    """Return the grids of the activations that an operator reads.
+
+    Their ranges are those of their quantizers or of the clips of their codes, else of their containers.
+    """
     grids = []
     for node in nodes:
         if not isinstance(node, fx.Node):
             raise StaysFloat("an operand is a number")
         if not is_coded(node):
             raise StaysFloat(f"its input {node.name} is not quantized")
-        grids.append(_input_grid(program, node))
+        bound = bind(before_moves(node))
+        codes, container = bound["codes"], torch.iinfo(constant(program, bound["zero_point"]).dtype)
+        limits = container.min, container.max
+        if codes.target is QUANTIZE:
+            limits = bind(codes)["qmin"], bind(codes)["qmax"]
+        elif codes.target is aten.clamp.default:
+            limits = bind(codes)["min"], bind(codes)["max"]
+        grids.append(_grid(program, bound, limits))
     for grid in grids:
         check_container(grid)
     return grids
 
 
 def check_container(grid: Grid) -> None:
-    """Raises StaysFloat for codes that no integer kernel reads or writes."""
+    """Raise StaysFloat for codes that no integer kernel reads or writes."""
+    if grid.dtype == torch.int16:
+        raise StaysFloat("16-bit activations have no integer kernels")
     if grid.dtype != torch.uint8:
-        raise StaysFloat(WIDE if grid.dtype == torch.int16 else UNSIGNED_ONLY)
+        raise StaysFloat("int8 activations have no fast integer kernels on x86, and the runtime keeps them in float")
 
 
 def _is_quantized_constant(node: Any) -> bool:
@@ -176,23 +171,17 @@ def is_weight_only(node: fx.Node) -> bool:
     """Whether a linear layer reads codes of its weight alone: a float kernel, MatMulNBits, computes it."""
     if node.target is not aten.linear.default or not _is_quantized_constant(bind(node)["weight"]):
         return False
-    return not _is_dequantized(source(node))
-
-
-def _is_dequantized(node: fx.Node) -> bool:
-    while node.target in PROPAGATED:
-        node = source(node)
-    return node.target is DEQUANTIZE
+    return before_moves(source(node)).target is not DEQUANTIZE
 
 
 def _check_weight(node: fx.Node) -> None:
-    """Float weights keep an operator in float, whatever stands around it: the program shields its input then."""
+    """Raise StaysFloat for float weights, whatever stands around the operator: the program shields its input then."""
     if not _is_quantized_constant(bind(node)["weight"]):
         raise StaysFloat("its weight is not quantized")
 
 
 def _weights(program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None) -> kernels.Weights:
-    """Prepared weights [out, in, ...] and bias of a convolution or linear layer."""
+    """Prepare the weights [out, in, ...] and bias of a convolution or linear layer."""
     weight, bias = bind(node)["weight"], bind(node)["bias"]
     codes, scale, zero_point = (constant(program, argument) for argument in weight.args[:3])
     if codes.dtype not in (torch.int8, torch.uint8):
@@ -225,12 +214,8 @@ def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
         raise StaysFloat("its result is not quantized")
     weights = _weights(program, node, x, y)
     space = weights.parts[0][1].ndim - 2
-    geometry = kernels.ConvGeometry(
-        stride=_per_axis(bound["stride"], space),
-        padding=_per_axis(bound["padding"], space),
-        dilation=_per_axis(bound["dilation"], space),
-        groups=bound["groups"],
-    )
+    stride, padding, dilation = (_per_axis(bound[name], space) for name in ("stride", "padding", "dilation"))
+    geometry = kernels.ConvGeometry(stride, padding, dilation, bound["groups"])
     compute = partial(kernels.conv, x=x, weights=weights, y=y, geometry=geometry)
     return Kernel("QLinearConv", (bound["input"],), compute)
 
@@ -242,30 +227,24 @@ def _per_axis(sizes: Sequence[int], space: int) -> tuple[int, ...]:
 def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     _check_weight(node)
     if is_weight_only(node):
-        raise StaysFloat(WEIGHT_ONLY)
+        raise StaysFloat("only its weight is quantized")
     (x,) = _grids(program, source(node))
-    return _gemm("QGemm", source(node), _weights(program, node, x, y), x, y)
-
-
-def _gemm(name: str, left: fx.Node, weights: kernels.Weights, x: Grid, y: Grid | None) -> Kernel:
-    if y is None:
-        return Kernel(name, (left,), partial(kernels.linear_float, x=x, weights=weights))
-    return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y))
+    weights = _weights(program, node, x, y)
+    return Kernel("QGemm", (source(node),), partial(kernels.linear, x=x, weights=weights, y=y))
 
 
 def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     left, right = bind(node).values()
     name = "MatMulIntegerToFloat" if y is None else "QLinearMatMul"
-    if _is_quantized_constant(right):
-        (x,) = _grids(program, left)
-        codes, scale, zero_point = (constant(program, argument) for argument in right.args[:3])
-        if codes.ndim != 2:
-            raise StaysFloat("a constant factor that is no matrix has no rule")
-        return _gemm(name, left, kernels.prepare_weights(codes.T, zero_point, scale, None, x), x, y)
-    a, b = _grids(program, left, right)
-    if y is None:
-        return Kernel(name, (left, right), partial(kernels.matmul_float, a=a, b=b))
-    return Kernel(name, (left, right), partial(kernels.matmul, a=a, b=b, y=y))
+    if not _is_quantized_constant(right):
+        a, b = _grids(program, left, right)
+        return Kernel(name, (left, right), partial(kernels.matmul, a=a, b=b, y=y))
+    (x,) = _grids(program, left)
+    codes, scale, zero_point = (constant(program, argument) for argument in right.args[:3])
+    if codes.ndim != 2:
+        raise StaysFloat("a constant factor that is not a matrix has no rule")
+    weights = kernels.prepare_weights(codes.T, zero_point, scale, None, x)
+    return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y))
 
 
 def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
@@ -289,40 +268,46 @@ def _mul(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     return Kernel("QLinearMul", (left, right), partial(kernels.lookup_pair, kernels.mul_table(a, b, y)))
 
 
-def _sigmoid(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    (x,) = _grids(program, source(node))
-    return Kernel("QLinearSigmoid", (source(node),), partial(kernels.lookup, kernels.unary_table(torch.sigmoid, x, y)))
+def _unary(name: str, prepare: Callable[[dict[str, Any], Grid, Grid], Callable[[Tensor], Tensor]]) -> Rule:
+    """Make the rule of an operator with one operand from the function on its codes, given its arguments and grids."""
+
+    def rule(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+        (x,) = _grids(program, source(node))
+        return Kernel(name, (source(node),), prepare(bind(node), x, y))
+
+    return rule
 
 
-def _leaky_relu(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    (x,) = _grids(program, source(node))
-    leaky_relu = partial(functional.leaky_relu, negative_slope=bind(node)["negative_slope"])
-    table = kernels.unary_table(leaky_relu, x, y)
-    return Kernel("QLinearLeakyRelu", (source(node),), partial(kernels.lookup, table))
+def _sigmoid(_: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
+    return partial(kernels.lookup, kernels.unary_table(torch.sigmoid, x, y))
 
 
-def _softmax(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    (x,) = _grids(program, source(node))
-    return Kernel("QLinearSoftmax", (source(node),), partial(kernels.softmax, x=x, y=y, dim=bind(node)["dim"]))
+def _leaky_relu(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
+    leaky_relu = partial(functional.leaky_relu, negative_slope=bound["negative_slope"])
+    return partial(kernels.lookup, kernels.unary_table(leaky_relu, x, y))
 
 
-def _global_pool(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    (x,) = _grids(program, source(node))
-    if list(bind(node)["output_size"]) != [1, 1]:
+def _softmax(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
+    return partial(kernels.softmax, x=x, y=y, dim=bound["dim"])
+
+
+def _global_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
+    if list(bound["output_size"]) != [1, 1]:
         raise StaysFloat("only pooling to 1x1 has an integer kernel")
-    return Kernel("QLinearGlobalAveragePool", (source(node),), partial(kernels.global_average_pool, x=x, y=y))
+    return partial(kernels.global_average_pool, x=x, y=y)
 
 
-def _average_pool(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    bound = bind(node)
-    (x,) = _grids(program, bound["self"])
+def _average_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
     if bound["ceil_mode"] or bound["divisor_override"] is not None:
         raise StaysFloat("average pooling with a ceiling or a divisor of its own has no integer kernel")
     size = bound["kernel_size"]
     kernel, stride, padding = ((v * 2)[:2] for v in map(tuple, (size, bound["stride"] or size, bound["padding"])))
-    geometry = kernels.PoolGeometry(kernel, stride, padding, bound["count_include_pad"])
-    compute = partial(kernels.average_pool, x=x, y=y, geometry=geometry)
-    return Kernel("QLinearAveragePool", (bound["self"],), compute)
+    return partial(
+        kernels.average_pool,
+        x=x,
+        y=y,
+        geometry=kernels.PoolGeometry(kernel, stride, padding, bound["count_include_pad"]),
+    )
 
 
 def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
@@ -336,7 +321,7 @@ def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
 
 
 def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    """The move itself is evaluated on codes like any move; what is left for the quantizer is its clip."""
+    """The move is evaluated on codes like any other; the clip is left for the quantizer."""
     cut = node.target is operator.getitem
     if cut and source(node).target not in LISTS:
         raise StaysFloat(reason_without_rule(source(node)))
@@ -347,33 +332,32 @@ def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
 
 
 def reason_without_rule(node: fx.Node) -> str:
-    """Why an operator that has no rule is computed in float."""
+    """Say why an operator that has no rule is computed in float."""
     if node.target is DEQUANTIZE:
-        return "a quantizer directly behind another"
+        return "a quantizer directly after another"
     if clip_bounds(node) is not None:
-        return "a clip that is not the saturation of an integer kernel in front of it"
+        return "a clip that is not the saturation of an integer kernel before it"
     return f"{operator_name(node.target)} has no integer kernel"
 
 
+Rule = Callable[[fx.GraphModule, fx.Node, Grid], Kernel]
+
 WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None], Kernel]] = {
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _conv),
     aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.mm.default: _matmul,
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _matmul),
 }
 """Operators that multiply and accumulate: reported whether or not their result is quantized."""
 
-RULES: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid], Kernel]] = {
+RULES: dict[Any, Rule] = {
     **WEIGHTED,
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.cat.default: _cat,
-    aten.adaptive_avg_pool2d.default: _global_pool,
-    aten.avg_pool2d.default: _average_pool,
-    aten.sigmoid.default: _sigmoid,
-    aten.leaky_relu.default: _leaky_relu,
-    aten.softmax.int: _softmax,
+    aten.adaptive_avg_pool2d.default: _unary("QLinearGlobalAveragePool", _global_pool),
+    aten.avg_pool2d.default: _unary("QLinearAveragePool", _average_pool),
+    aten.sigmoid.default: _unary("QLinearSigmoid", _sigmoid),
+    aten.leaky_relu.default: _unary("QLinearLeakyRelu", _leaky_relu),
+    aten.softmax.int: _unary("QLinearSoftmax", _softmax),
     **dict.fromkeys(MOVES, _move),
 }

@@ -1,4 +1,4 @@
-"""The integer kernels of onnxruntime's CPU provider as functions on codes: codes in, the very same codes out.
+"""The integer kernels of onnxruntime's CPU provider as functions on codes, equal to them in every code.
 
 Every formula is the order of float32 roundings that the x86 kernels (AVX2 and newer) execute; a different but
 algebraically equal order gives other codes at ties. Accumulators are integers held in float32, which is exact while
@@ -41,11 +41,9 @@ __all__ = [
     "global_average_pool",
     "integer_clip",
     "linear",
-    "linear_float",
     "lookup",
     "lookup_pair",
     "matmul",
-    "matmul_float",
     "mul_table",
     "prepare_weights",
     "quantize_bias",
@@ -139,12 +137,12 @@ class Weights:
 
 
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
-    """Int32 codes that onnxruntime gives a float bias: rint(f32(b / scale)), saturated; scale is f32(xs * ws)."""
+    """Return the int32 codes of a float bias in onnxruntime: rint(f32(b / scale)), saturated; scale is f32(xs * ws)."""
     return torch.round(bias / scale).double().clamp(INT32.min, INT32.max).to(torch.int32)
 
 
 def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | None, x: Grid) -> Weights:
-    """Weights split along the reduction axis into the fewest parts whose sums are exact in float32.
+    """Split weights along the reduction axis into the fewest parts whose sums are exact in float32.
 
     codes:      int8 or uint8 [out, in, ...].
     zero_point: [] or [out].
@@ -162,7 +160,7 @@ def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tens
 
 
 def _split(bound: Tensor) -> list[slice]:
-    """Fewest ranges of the reduction axis whose bounds stay exact; empty if one index alone exceeds them.
+    """Return the fewest ranges of the reduction axis with exact sums; none if one index alone exceeds them.
 
     bound: [out, in], what each index can add to the accumulator.
     """
@@ -182,7 +180,7 @@ def _split(bound: Tensor) -> list[slice]:
 def _accumulate(
     pick: Callable[[slice], Tensor], weights: Weights, product: Callable[[Tensor, Tensor], Tensor], shape: list[int]
 ) -> Tensor:
-    """Accumulators, rounded once to float32.
+    """Return the accumulators, rounded once to float32.
 
     pick:  the part of the centred input that meets a range of the reduction axis.
     shape: of the bias against the accumulators.
@@ -200,7 +198,7 @@ def _accumulate(
 
 
 def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
-    """Codes of float32 accumulators, which are overwritten."""
+    """Return the codes of float32 accumulators, which are overwritten."""
     low, high = y.container
     codes = accumulators.mul_(multiplier).clamp_(low - y.zero_point, high - y.zero_point).round_().add_(y.zero_point)
     return codes.clamp_(y.qmin, y.qmax).to(y.dtype)
@@ -228,44 +226,39 @@ def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeomet
     return _requantize(accumulators, ((x.scale * weights.scale) / y.scale).reshape(shape), y)
 
 
-def _linear_accumulators(codes: Tensor, x: Grid, weights: Weights) -> Tensor:
+def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None) -> Tensor:
+    """QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
+
+    codes:   [..., in].
+    returns: codes [..., out], or float32 if y is None.
+    """
     centred = x.centred(codes)
-    return _accumulate(lambda cut: centred[..., cut], weights, functional.linear, [-1])
+    accumulators = _accumulate(lambda cut: centred[..., cut], weights, functional.linear, [-1])
+    scale = x.scale * weights.scale
+    return accumulators.mul_(scale) if y is None else _requantize(accumulators, scale / y.scale, y)
 
 
-def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid) -> Tensor:
-    """QGemm, or QLinearMatMul without a bias: codes [..., in] -> codes [..., out]."""
-    return _requantize(_linear_accumulators(codes, x, weights), (x.scale * weights.scale) / y.scale, y)
+def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -> Tensor:
+    """QLinearMatMul of two activations, MatMulIntegerToFloat if y is None.
 
-
-def linear_float(codes: Tensor, x: Grid, weights: Weights) -> Tensor:
-    """QGemm with float output, or MatMulIntegerToFloat without a bias: codes [..., in] -> float32 [..., out]."""
-    return _linear_accumulators(codes, x, weights).mul_(x.scale * weights.scale)
-
-
-def _matmul_accumulators(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid) -> Tensor:
+    a_codes, b_codes: [..., m, k], [..., k, n].
+    returns:          codes [..., m, n], or float32 if y is None.
+    """
     left, right = a.centred(a_codes), b.centred(b_codes)
     length = left.shape[-1]
     step = max((EXACT_FLOAT32 - 1) // max(a.reach * b.reach, 1), 1)
     if length <= step:
-        return left @ right
-    starts = range(0, length, step)
-    sums = sum((left[..., i : i + step] @ right[..., i : i + step, :]).double() for i in starts)
-    return cast(Tensor, sums).to(torch.float32)
-
-
-def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid) -> Tensor:
-    """QLinearMatMul of two activations: codes [..., m, k], [..., k, n] -> codes [..., m, n]."""
-    return _requantize(_matmul_accumulators(a_codes, b_codes, a, b), (a.scale * b.scale) / y.scale, y)
-
-
-def matmul_float(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid) -> Tensor:
-    """MatMulIntegerToFloat of two activations: codes [..., m, k], [..., k, n] -> float32 [..., m, n]."""
-    return _matmul_accumulators(a_codes, b_codes, a, b).mul_(a.scale * b.scale)
+        accumulators = left @ right
+    else:
+        starts = range(0, length, step)
+        sums = sum((left[..., i : i + step] @ right[..., i : i + step, :]).double() for i in starts)
+        accumulators = cast(Tensor, sums).to(torch.float32)
+    scale = a.scale * b.scale
+    return accumulators.mul_(scale) if y is None else _requantize(accumulators, scale / y.scale, y)
 
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
-    """Codes of float values that already carry the zero point."""
+    """Round float values that already carry the zero point."""
     low, high = y.container
     return torch.round(values).clamp(low, high).clamp(y.qmin, y.qmax).to(y.dtype)
 
@@ -285,7 +278,7 @@ def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
 
 def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
     """QLinearMul of every pair of codes, [256, 256]."""
-    product = (a.every_code() - a.zero_point)[:, None] * (b.every_code() - b.zero_point)
+    product = a.centred(a.every_code())[:, None] * b.centred(b.every_code())
     return _saturate(product * ((a.scale * b.scale) / y.scale) + y.zero_point, y)
 
 
@@ -361,6 +354,6 @@ def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Ten
 
 
 def integer_clip(codes: Tensor, y: Grid) -> Tensor:
-    """Clip on the codes: what is left of a kernel that only moves or selects codes."""
+    """Clip the codes: what is left of a kernel that only moves or selects codes."""
     low, high = y.container
     return codes if (y.qmin, y.qmax) == (low, high) else codes.clamp(y.qmin, y.qmax)

@@ -35,11 +35,9 @@ from runtime_tests.reference.kernels import (
     global_average_pool,
     integer_clip,
     linear,
-    linear_float,
     lookup,
     lookup_pair,
     matmul,
-    matmul_float,
     mul_table,
     prepare_weights,
     quantize_bias,
@@ -311,7 +309,7 @@ def test_linear_to_float(length: int, per_channel: bool) -> None:
     kernel = Kernel.empty()
     inputs = [kernel.codes(codes, layer.x), kernel.weight(layer.codes, layer.scale, 0), *bias_name(kernel, layer)]
     theirs = kernel.run(kernel.net.op("Gemm", *inputs, transB=1), "QGemm")
-    assert_same_bits(linear_float(codes, layer.x, layer.weights), theirs)
+    assert_same_bits(linear(codes, layer.x, layer.weights, None), theirs)
 
 
 @needs_vnni
@@ -327,7 +325,7 @@ def test_linear_of_tokens_without_bias(quantized: bool) -> None:
         theirs = kernel.run(kernel.quantized(value, layer.y), "QLinearMatMul")
         assert_same_bits(linear(codes, layer.x, layer.weights, layer.y), theirs)
     else:
-        assert_same_bits(linear_float(codes, layer.x, layer.weights), kernel.run(value, "MatMulIntegerToFloat"))
+        assert_same_bits(linear(codes, layer.x, layer.weights, None), kernel.run(value, "MatMulIntegerToFloat"))
 
 
 @needs_vnni
@@ -344,7 +342,7 @@ def test_matmul_of_two_activations(length: int, quantized: bool) -> None:
         ours, theirs = matmul(a_codes, b_codes, a, b, y), kernel.run(kernel.quantized(value, y), "QLinearMatMul")
         assert len(ours.unique()) > 16
     else:
-        ours, theirs = matmul_float(a_codes, b_codes, a, b), kernel.run(value, "MatMulIntegerToFloat")
+        ours, theirs = matmul(a_codes, b_codes, a, b, None), kernel.run(value, "MatMulIntegerToFloat")
     assert_same_bits(ours, theirs)
 
 
