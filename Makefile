@@ -1,7 +1,9 @@
 # Everything a fresh machine needs is Python 3.11 or newer and make:
-#   make demo    installs into .venv, exports the demo network and proves it
-#   make test    installs into .venv, runs the tests
-#   make docs    installs into .venv, builds the documentation: site/index.html
+#   make demo      installs into .venv, exports the demo network and proves it
+#   make test      installs into .venv, runs the tests but the slow ones (at most 5 minutes on 2 cores)
+#   make test-all  runs all tests
+#   make wheel     builds a wheel, installs it into an empty environment and runs it there
+#   make docs      installs into .venv, builds the documentation: site/index.html
 #
 # PYTHON   interpreter that makes .venv.
 # TORCH    what pip installs as torch. It must be a CPU build: where pip's own sources offer only a CUDA build of this
@@ -19,20 +21,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs check lint clean
+.PHONY: help demo test test-all wheel docs check lint clean
 
 help:
-	@echo "make demo   export the demo network and prove it: out/demo/report.html"
-	@echo "make test   run the tests"
-	@echo "make docs   build the documentation: site/index.html"
-	@echo "make check  format, lint, types, import rules, then the tests"
-	@echo "make clean  remove .venv, out and caches"
+	@echo "make demo     export the demo network and prove it: out/demo/report.html"
+	@echo "make test     run the tests, but not the slow ones"
+	@echo "make test-all run all tests"
+	@echo "make wheel    build a wheel and run it in an empty environment"
+	@echo "make docs     build the documentation: site/index.html"
+	@echo "make check    format, lint, types, import rules, then the tests"
+	@echo "make clean    remove .venv, out and caches"
 
 demo: $(STAMP)
 	$(BIN)/intact demo --out out/demo --overwrite
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The same torch as in .venv, so that nothing else is downloaded; run outside the checkout, so that only the wheel is seen.
+wheel: $(STAMP)
+	rm -rf dist out/wheel
+	$(PIP) -q wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv out/wheel
+	out/wheel/bin/python -m pip --disable-pip-version-check -qq install "$(TORCH)" dist/*.whl
+	cd out/wheel && bin/intact --version && bin/intact methods && bin/intact demo --out demo --quiet
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "about": ["__version__"],
         "emission.translate": ["emit"],
         "folding.fold_regions": ["fold"],
         "frontend.capture": ["capture"],

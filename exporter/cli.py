@@ -11,7 +11,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +67,9 @@ def _option(help: str, panel: str, *names: str, metavar: str | None = None) -> A
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"intact {_version()}")
+        from exporter.about import __version__
+
+        print(f"intact {__version__}")
         raise typer.Exit
 
 
@@ -538,10 +539,3 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 def _grid(spec: Any) -> str:
     return f"{'int' if spec.signed else 'uint'}{spec.bits} {'per tensor' if spec.axis is None else 'per channel'}"
-
-
-def _version() -> str:
-    try:
-        return version("intact")
-    except PackageNotFoundError:
-        return "(not installed)"

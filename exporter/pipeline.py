@@ -27,6 +27,7 @@ from calibrators.methods import get_method
 from calibrators.mixed_precision.budgets import ACCURACY, parse_budgets
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
+from exporter.about import __version__
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
 from exporter.emission.packing import alternatives, pack, stored_bytes
@@ -47,7 +48,6 @@ from exporter.reporting.sections import (
     method_entries,
     model_entry,
     storage_entry,
-    version,
 )
 from exporter.verify import REFERENCE, file_entries, gates_of, judge, levels_of, parity_entry
 from runtime_tests.measure.latency import latency
@@ -259,7 +259,7 @@ class _Export:
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
         with self._step("emit"):
             metadata = {
-                "version": version(),
+                "version": __version__,
                 "config_sha256": self.config.digest(),
                 "target": self.config.target,
                 "method": self.config.method,
@@ -332,7 +332,7 @@ class _Export:
             "storage": storage_entry(self.config.weight_storage, self.alternatives, timing),
             "time_s": self.times,
             "gates": [],
-            "tool": {"name": "intact", "version": version()},
+            "tool": {"name": "intact", "version": __version__},
             "model": model_entry(self.source, graph, self.model.graph_model),
             "rules": [asdict(rule) for rule in result.placement.rules],
             "layers": layer_entries(result, noise),

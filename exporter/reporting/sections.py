@@ -29,13 +29,7 @@ __all__ = [
     "model_entry",
     "saturation_entry",
     "storage_entry",
-    "version",
 ]
-
-
-def version() -> str:
-    """Version of this package."""
-    return importlib.metadata.version("intact")
 
 
 def fold_entry(report: FoldReport) -> dict[str, Any]:
