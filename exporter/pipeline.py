@@ -5,32 +5,27 @@ Must not know: the command line, how pages look.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from calibrators.calibration import calibrate
-from calibrators.errors import DataError, InputError, ModelError
+from calibrators.errors import ModelError
 from calibrators.execution.measure import Batch
-from calibrators.methods import get_method
-from calibrators.mixed_precision.budgets import ACCURACY, parse_budgets
-from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
 from exporter.about import __version__
+from exporter.calibrating import calibrated, calibration_data, calibration_notes
 from exporter.checks import check_settings
 from exporter.config import ExportConfig, make_config
-from exporter.emission.packing import alternatives, pack, stored_bytes
+from exporter.emission.packing import alternatives, pack
 from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, alike, capture
@@ -97,7 +92,7 @@ def export(
     given, evaluation = open_both(data, eval_data, **config.data_form())
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
-    calibration = _calibration_data(given, config)
+    calibration = calibration_data(given, config)
     for opened in (calibration, evaluation):
         if opened is not None:
             opened.example()  # once more: what can be read only once is refused before the work
@@ -115,23 +110,6 @@ def export(
             overwrite=overwrite,
         )
     return report
-
-
-def _calibration_data(data: Data, config: ExportConfig) -> Data:
-    """Return the calibration data, with labels where the method needs them or a budget can use them."""
-    opened = data.take(config.calibration_batches)
-    has_labels = opened.example().labels is not None
-    if _needs_labels(config) and not has_labels:
-        raise DataError(
-            f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
-            "or name them 'labels' in the .npz."
-        )
-    limits_accuracy = ACCURACY in (budget.quantity for budget in parse_budgets(config.budget))
-    return opened.with_labels() if has_labels and (limits_accuracy or _needs_labels(config)) else opened
-
-
-def _needs_labels(config: ExportConfig) -> bool:
-    return bool(getattr(get_method(config.method, config.options), "needs_labels", False))
 
 
 class _Export:
@@ -171,7 +149,9 @@ class _Export:
             check_evaluation(graph, batches.data, held_out.data)
         with self._step("fold"):
             folded = fold(graph)
-        result = self._calibrated(folded, batches)
+        with self._timed("calibrate"):
+            result = calibrated(folded, batches, self.config, self.progress.stage)
+        self.warnings += calibration_notes(result)
         self._check_folding(graph, result, next(iter(batches)))
         simplifier = self._emitted(folded, result)
         noise = Noise(result)
@@ -210,51 +190,6 @@ class _Export:
                     f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
                     "it must not: report this model, please"
                 )
-
-    def _calibrated(self, graph: fx.GraphModule, batches: GraphBatches) -> CalibrationResult:
-        config = self.config
-        placement = PlacementOptions(
-            weight_bits=config.weight_bits,
-            activation_bits=config.activation_bits,
-            first_last_bits=config.first_last_bits,
-            per_tensor_weights=config.per_tensor_weights,
-            weight_only=config.weight_only,
-            block_size=config.block_size,
-            reduce_range=config.reduce_range,
-            wide_taps=config.wide_taps,
-            include=config.include,
-            exclude=config.exclude,
-            layers=config.layers,
-        )
-        with self._timed("calibrate"), _out_of_space(config):
-            data, labels = _labelled(batches)
-            result = calibrate(
-                graph,
-                data,
-                method=config.method,
-                options=config.options,
-                target=config.target,
-                placement=placement,
-                prepare=config.prepare,
-                bias_correction=config.bias_correction,
-                labels=labels,
-                seed=config.seed,
-                device=config.device,
-                cache_gib=config.cache_gib,
-                explain=config.explain,
-                sensitivity=config.sensitivity,
-                budgets=parse_budgets(config.budget),
-                stored=partial(stored_bytes, storage=config.weight_storage),
-                stage=self.progress.stage,
-            )
-        self.warnings += [*result.placement.notes, *result.record.get("notes", ())]
-        if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
-            self.warnings.append(
-                f"kernels of {len(wide)} convolutions keep {wide[0].spec.tap_bits} bits for the one tap per channel "
-                f"that was an identity branch, which fewer cannot hold ({wide[0].name}, ...); --set wide_taps=false "
-                "gives all taps the same bits"
-            )
-        return result
 
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
         with self._step("emit"):
@@ -353,33 +288,5 @@ class _Export:
         return measured | {"ratio": measured["quantized"] / measured["float"], "batch": batch}
 
 
-def _labelled(batches: GraphBatches) -> tuple[Iterable[Batch], Tensor | None]:
-    """Return the calibration batches, and labels where they are wanted: from one pass, as data may be shuffled."""
-    if not batches.data.labelled:
-        return batches, None
-    pairs = list(batches.labelled())
-    return [batch for batch, _ in pairs], torch.cat([torch.from_numpy(labels) for _, labels in pairs])
-
-
 def _data_entry(data: Data, samples: int) -> Any:
     return {"source": data.label, "samples": samples, "sha256": data.digest()}
-
-
-@contextmanager
-def _out_of_space(config: ExportConfig) -> Iterator[None]:
-    """Turn a full disk or accelerator into an InputError that says what to change."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{error.strerror}: {tempfile.gettempdir()} cannot hold the activations that do not fit into "
-            f"{config.cache_gib:g} GiB of memory; free space there, set TMPDIR to another disk, raise --cache-gib, or "
-            "use fewer calibration samples."
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"device {config.device!r} has too little memory ({str(error).splitlines()[0]}); use smaller "
-            "batches (--set batch=N) or --device cpu."
-        ) from error

@@ -22,7 +22,7 @@ from calibrators.execution.task import Problem
 from calibrators.methods.mse import MSE
 from calibrators.methods.qdrop import QDrop
 from calibrators.program.freeze import CalibrationResult
-from exporter import pipeline
+from exporter import calibrating, pipeline
 from exporter.cli import INTERRUPTED, app
 from exporter.pipeline import export
 from exporter.progress import Bar, Progress
@@ -218,7 +218,7 @@ def test_an_accelerator_without_memory_is_no_internal_error(tmp_path: Path, monk
     def full(*_: object, **__: object) -> CalibrationResult:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(pipeline, "calibrate", full)
+    monkeypatch.setattr(calibrating, "calibrate", full)
     with pytest.raises(InputError, match=r"too little memory \(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\)"):
         export(*residual(), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -264,7 +264,7 @@ def test_every_source_is_read_as_often_as_a_method_wants(
         assert all(torch.equal(read[0], again) for again in read) and len(read[0]) == 24
         raise Enough
 
-    monkeypatch.setattr(pipeline, "calibrate", passes)
+    monkeypatch.setattr(calibrating, "calibrate", passes)
     batches = [build("residual", seed=seed)[1] for seed in range(3)]
     with pytest.raises(Enough):
         export(residual()[0], source(batches), out=tmp_path / "out", method="qdrop")
@@ -343,7 +343,7 @@ def test_methods_without_training_report_no_reconstruction() -> None:
     from exporter.frontend.capture import capture
     from exporter.reporting.sections import method_entries
 
-    record = pipeline.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
+    record = calibrating.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
     assert method_entries(record) == {}
 
 

@@ -1,0 +1,120 @@
+"""Calibrate a graph as the settings of an export say.
+
+Must not know: ONNX, bundles, reports.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.calibration import calibrate
+from calibrators.errors import DataError, InputError
+from calibrators.execution.measure import Batch
+from calibrators.methods import get_method
+from calibrators.mixed_precision.budgets import ACCURACY, parse_budgets
+from calibrators.placement.place import PlacementOptions
+from calibrators.program.freeze import CalibrationResult
+from exporter.config import ExportConfig
+from exporter.emission.packing import stored_bytes
+from exporter.inputs.batches import GraphBatches
+from exporter.inputs.data import Data
+
+__all__ = ["calibrated", "calibration_data", "calibration_notes"]
+
+
+def calibration_data(data: Data, config: ExportConfig) -> Data:
+    """Return the calibration data, with labels where the method needs them or a budget can use them."""
+    opened = data.take(config.calibration_batches)
+    has_labels = opened.example().labels is not None
+    if _needs_labels(config) and not has_labels:
+        raise DataError(
+            f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
+            "or name them 'labels' in the .npz."
+        )
+    limits_accuracy = ACCURACY in (budget.quantity for budget in parse_budgets(config.budget))
+    return opened.with_labels() if has_labels and (limits_accuracy or _needs_labels(config)) else opened
+
+
+def _needs_labels(config: ExportConfig) -> bool:
+    return bool(getattr(get_method(config.method, config.options), "needs_labels", False))
+
+
+def calibrated(
+    graph: fx.GraphModule, batches: GraphBatches, config: ExportConfig, stage: Callable[..., Any]
+) -> CalibrationResult:
+    """Calibrate the folded graph.
+
+    stage:  opens a bar of the progress.
+    raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
+    """
+    names = [each.name for each in fields(PlacementOptions) if each.name in ExportConfig.model_fields]
+    with _out_of_space(config):
+        data, labels = _labelled(batches)
+        return calibrate(
+            graph,
+            data,
+            method=config.method,
+            options=config.options,
+            target=config.target,
+            placement=PlacementOptions(**{name: getattr(config, name) for name in names}),
+            prepare=config.prepare,
+            bias_correction=config.bias_correction,
+            labels=labels,
+            seed=config.seed,
+            device=config.device,
+            cache_gib=config.cache_gib,
+            explain=config.explain,
+            sensitivity=config.sensitivity,
+            budgets=parse_budgets(config.budget),
+            stored=partial(stored_bytes, storage=config.weight_storage),
+            stage=stage,
+        )
+
+
+def calibration_notes(result: CalibrationResult) -> list[str]:
+    """Return what the user should know of a calibration."""
+    notes = [*result.placement.notes, *result.record.get("notes", ())]
+    if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
+        notes.append(
+            f"kernels of {len(wide)} convolutions keep {wide[0].spec.tap_bits} bits for the one tap per channel "
+            f"that was an identity branch, which fewer cannot hold ({wide[0].name}, ...); --set wide_taps=false "
+            "gives all taps the same bits"
+        )
+    return notes
+
+
+def _labelled(batches: GraphBatches) -> tuple[Iterable[Batch], Tensor | None]:
+    """Return the calibration batches, and labels where they are wanted: from one pass, as data may be shuffled."""
+    if not batches.data.labelled:
+        return batches, None
+    pairs = list(batches.labelled())
+    return [batch for batch, _ in pairs], torch.cat([torch.from_numpy(labels) for _, labels in pairs])
+
+
+@contextmanager
+def _out_of_space(config: ExportConfig) -> Iterator[None]:
+    """Turn a full disk or accelerator into an InputError that says what to change."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{error.strerror}: {tempfile.gettempdir()} cannot hold the activations that do not fit into "
+            f"{config.cache_gib:g} GiB of memory; free space there, set TMPDIR to another disk, raise --cache-gib, or "
+            "use fewer calibration samples."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"device {config.device!r} has too little memory ({str(error).splitlines()[0]}); use smaller "
+            "batches (--set batch=N) or --device cpu."
+        ) from error
