@@ -27,7 +27,7 @@ from calibrators.methods import get_method, list_methods, range_method  # noqa: 
 from calibrators.mixed_precision.budgets import QUANTITIES  # noqa: E402
 from calibrators.targets import list_targets  # noqa: E402
 from exporter import cli  # noqa: E402
-from exporter.config import ExportConfig  # noqa: E402
+from exporter.config import ExportConfig, list_settings  # noqa: E402
 from exporter.reporting.gates import DEFAULT_GATES, METRICS  # noqa: E402
 
 MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
@@ -143,7 +143,7 @@ def targets() -> str:
             ("moves codes; input and output share one scale", target.same_scale_ops),
             ("moves codes where the file applies it to the codes", target.on_codes_ops),
         ]
-        rows = [(kind, ", ".join(f"`{name}`" for name in sorted({op.overloadpacket.__name__ for op in ops})))
+        rows = [(kind, ", ".join(f"`{name}`" for name in sorted({op.split(".")[0] for op in ops})))
                 for kind, ops in operators]  # fmt: skip
         grids = [
             ("activations", _grid(target.activation)),
@@ -163,11 +163,12 @@ def _grid(spec: Any) -> str:
 
 def settings() -> str:
     """Return the table of all settings, as a TOML file, `--set` and Python keywords name them."""
-    rows = []
+    rows, flags = [], {setting.name: setting.flag for setting in list_settings()}
     for name, field in ExportConfig.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        rows.append((f"`{name}`", f"`{_toml(default)}`", sentence(field.description or "")))
-    return table(("setting", "default", "description"), rows)
+        flag = f"`{flags[name]}`" if flags.get(name) else "(file and `--set` only)"
+        rows.append((f"`{name}`", flag, f"`{_toml(default)}`", sentence(field.description or "")))
+    return table(("setting", "flag", "default", "description"), rows)
 
 
 def _toml(value: object) -> str:

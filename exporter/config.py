@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,17 +19,19 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.mixed_precision.budgets import parse_budgets
 from calibrators.placement.layer_rules import LEAST_BLOCK, SETTINGS, LayerRule
 
-__all__ = ["ExportConfig", "load_config", "make_config"]
+__all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
 
 Width = Annotated[int, Field(ge=2, le=8)]
 Positive = Annotated[int, Field(ge=1)]
@@ -43,49 +46,131 @@ NO_EFFECT = frozenset(
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 
+def _setting(
+    default: Any,
+    help: str,
+    panel: str,
+    *,
+    flag: str | None = "",
+    metavar: str | None = None,
+    shown: str = "",
+    **limits: Any,
+) -> Any:
+    """Declare a setting once: its default, its help, and how the command line shows it.
+
+    flag:  name of the flag; by default the field's name, None for a setting without one (TOML file and `--set` only).
+    shown: default as `--help` prints it, where it is not the value itself.
+    """
+    extra: dict[str, JsonValue] = {"panel": panel, "flag": flag, "metavar": metavar, "shown": shown}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+QUANTIZATION, DATA, PROOF, RUNNING = "Quantization", "Data", "Proof and verdict", "Running"
+"""Panels of `intact export --help`."""
+
+LAYER_RULE = (
+    "Settings of matching layers, repeatable; the last match wins: `'stages.3.*: weight_bits=4, activation_bits=4'`. "
+    "Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, granularity (tensor, channel; "
+    "block, with block_size, where weight_only), symmetric, method (of its ranges), float."
+)
+
+
 class ExportConfig(BaseModel):
-    """One export. A field's description is its help."""
+    """One export: every setting, as a TOML key, a flag of `intact export` and a Python keyword."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
 
-    target: str = Field("ort-cpu", description="integer runtime to export to")
-    method: str = Field("mse", description="calibration method")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
-    weight_bits: Width = Field(8, description="bits of weights, 2 to 8")
-    activation_bits: Width = Field(8, description="bits of what layers with weights read, 2 to 8; others have 8")
-    first_last_bits: Width | None = Field(8, description="bits of the first and last layer; none: as all others")
-    per_tensor_weights: bool = Field(False, description="one weight scale per tensor instead of per channel")
-    weight_only: bool = Field(False, description="linear layers: quantized weights, float inputs, float kernels")
-    block_size: int | None = Field(None, description="inputs per weight scale of weight-only layers; none: per channel")
-    reduce_range: bool = Field(False, description="7-bit weights, for CPUs that saturate 16-bit sums")
-    weight_storage: Storage = Field(
-        "auto", description="weights of few bits in the file: packed where they fit, or int8"
+    target: str = _setting("ort-cpu", "Runtime to export to; `intact targets` lists them.", QUANTIZATION)
+    method: str = _setting("mse", "Calibration method; `intact methods` lists them.", QUANTIZATION)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the method: the table [options], or `--set NAME=VALUE`."
     )
-    wide_taps: bool = Field(True, description="8 bits for the taps of identity branches that low bits cannot hold")
-    include: tuple[str, ...] = Field((), description="quantize only what these name, module or op patterns match")
-    exclude: tuple[str, ...] = Field((), description="keep in float what these name, module or op patterns match")
-    layers: tuple[LayerRule, ...] = Field((), description="rules for single layers, later ones win")
-    prepare: tuple[str, ...] = Field((), description="rewrites of the float graph that come first: cle, absorb")
-    bias_correction: bool = Field(False, description="shift biases by the mean error of each layer")
-    simplify: bool = Field(True, description="simplify the ONNX graph where that provably changes nothing")
-    seed: int = Field(0, ge=0, description="seed of everything random")
-    device: str = Field("cpu", description="where methods that train or search compute: cpu, cuda or cuda:N")
-    cache_gib: float = Field(
-        4.0, gt=0, description="memory of the device for cached activations; what does not fit goes to disk"
+    weight_bits: Width = _setting(8, "Bits of weights, 2 to 8.", QUANTIZATION)
+    activation_bits: Width = _setting(
+        8, "Bits of the activations that layers with weights read, 2 to 8; others have 8.", QUANTIZATION
     )
-    explain: bool = Field(False, description="compute and draw what explains the method's choice")
-    budget: tuple[str, ...] = Field((), description="limits within which every layer gets bits of its own")
-    sensitivity: bool = Field(False, description="measure and draw what the bits of each layer cost")
-    gates: tuple[str, ...] = Field((), description="conditions that decide the verdict")
-    batch_size: Positive = Field(64, description="samples per batch where the data comes without batches")
-    image_size: Positive | tuple[Positive, Positive] | None = Field(None, description="height and width of images")
-    mean: Channels | None = Field(None, description="mean per channel of images in 0..1")
-    std: Channels | None = Field(None, description="standard deviation per channel of images in 0..1")
-    calibration_batches: Positive | None = Field(None, description="use only the first batches; none: all")
-    openvino: bool = Field(False, description="prove the model in OpenVINO too, kernel by kernel")
-    parity_samples: Positive = Field(256, description="samples whose integers are compared with the runtime")
-    latency_runs: int = Field(50, ge=0, description="timed runs per model; 0: no timing")
-    threads: Positive = Field(1, description="threads of the runtime while timing")
+    first_last_bits: Width | None = _setting(
+        8, "Bits of the first and the last layer; `--set first_last_bits=none` treats them as all others.", QUANTIZATION
+    )
+    per_tensor_weights: bool = _setting(False, "One weight scale per tensor instead of per channel.", QUANTIZATION)
+    weight_only: bool = _setting(
+        False,
+        "Linear layers: quantized weights, float inputs, float kernels; convolutions are unaffected.",
+        QUANTIZATION,
+    )
+    block_size: int | None = _setting(
+        None, "Inputs per weight scale of weight-only layers: 16, 32, 64, ...", QUANTIZATION, shown="per channel"
+    )
+    weight_storage: Storage = _setting(
+        "auto",
+        "Type of the weights in the file: `int8`, or `int4` or `int2`, which the runtime unpacks on loading for the "
+        "same integer kernels; auto: int4 where they fit.",
+        QUANTIZATION,
+        metavar="TYPE",
+    )
+    reduce_range: bool = _setting(False, "7-bit weights, for CPUs without VNNI.", QUANTIZATION)
+    wide_taps: bool = _setting(
+        True, "Keep 8 bits for identity branches that few bits cannot hold beside the kernel.", QUANTIZATION, flag=None
+    )
+    prepare: tuple[str, ...] = _setting(
+        (),
+        "Rewrites of the float model before calibration: `cle` equalizes the ranges of neighbouring layers, `absorb` "
+        "absorbs high biases into the next layer. For weights with one scale per tensor.",
+        QUANTIZATION,
+        metavar="NAME,NAME",
+    )
+    bias_correction: bool = _setting(False, "Shift biases by the mean error of each layer.", QUANTIZATION)
+    include: tuple[str, ...] = _setting(
+        (), "Quantize only what this name, module or operator glob matches, repeatable.", QUANTIZATION, metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = _setting((), "Keep in float what this glob matches.", QUANTIZATION, metavar="GLOB")
+    layers: tuple[LayerRule, ...] = _setting((), LAYER_RULE, QUANTIZATION, flag="layer", metavar="RULE")
+    budget: tuple[str, ...] = _setting(
+        (),
+        "Choose bits per layer (mixed precision) within this limit, repeatable: `weight_bytes<=0.6M`, "
+        "`avg_weight_bits<=3.5`, `bops<=2G` (chooses activation bits too), `accuracy_drop<=1%`.",
+        QUANTIZATION,
+        metavar="LIMIT",
+    )
+    sensitivity: bool = _setting(
+        False, "Measure and plot the cost of bits, layer by layer; `--budget` does too.", QUANTIZATION
+    )
+    explain: bool = _setting(False, "Compute and plot the reasons for the method's choice; takes longer.", QUANTIZATION)
+    simplify: bool = _setting(
+        True, "Simplify the ONNX graph where that provably changes nothing.", QUANTIZATION, flag=None
+    )
+    batch_size: Positive = _setting(64, "Samples per batch for .npz files and folders.", DATA)
+    calibration_batches: Annotated[int | None, Field(ge=1)] = _setting(
+        None, "Use only the first N calibration batches.", DATA, metavar="N", shown="all"
+    )
+    image_size: Positive | tuple[Positive, Positive] | None = _setting(
+        None,
+        "Resize and centre-crop the images of a folder: `224`, or `224x160` (height x width).",
+        DATA,
+        metavar="SIZE",
+    )
+    mean: Channels | None = _setting(
+        None, "Mean per channel of images in 0..1: `0.485,0.456,0.406`.", DATA, metavar="M,M,M"
+    )
+    std: Channels | None = _setting(None, "Standard deviation per channel of images in 0..1.", DATA, metavar="S,S,S")
+    gates: tuple[str, ...] = _setting(
+        (), "Condition for exit code 0, repeatable: `accuracy_drop<=0.01`.", PROOF, flag="gate", metavar="EXPR"
+    )
+    openvino: bool = _setting(
+        False, "Prove the model in OpenVINO too, kernel by kernel; needs the extra `openvino`.", PROOF
+    )
+    parity_samples: Positive = _setting(256, "Samples compared integer by integer.", PROOF, metavar="N")
+    latency_runs: int = _setting(50, "Timed runs per model; 0: no timing.", PROOF, flag=None, ge=0)
+    threads: Positive = _setting(1, "Threads of the runtime while timing.", PROOF, flag=None)
+    seed: int = _setting(0, "Seed of everything random.", RUNNING, ge=0)
+    device: str = _setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", RUNNING)
+    cache_gib: float = _setting(
+        4.0,
+        "Memory for activations that training keeps; the rest goes to temporary files.",
+        RUNNING,
+        metavar="GIB",
+        gt=0,
+    )
 
     @field_validator("device")
     @classmethod
@@ -105,6 +190,26 @@ class ExportConfig(BaseModel):
     @classmethod
     def _names_may_stand_in_one_text(cls, names: object) -> object:
         return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _numbers_may_stand_in_one_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return (value,) if isinstance(value, (int, float)) else value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            raise ValueError("a number, or three separated by commas") from None
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _size_may_be_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        parts = value.lower().split("x")
+        if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+            raise ValueError("a size: 224, or 224x160 for height x width")
+        return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
     @field_validator("budget")
     @classmethod
@@ -152,6 +257,44 @@ class ExportConfig(BaseModel):
         values = self.model_dump(mode="json", exclude=set(NO_EFFECT))
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as documentation and the command line show it; `flag` is empty where there is none."""
+
+    name: str
+    flag: str
+    type: type
+    metavar: str | None
+    default: str
+    help: str
+    panel: str
+    repeatable: bool
+
+
+def list_settings() -> list[Setting]:
+    """Return every setting but the method's options, in the order of declaration."""
+    return [_described(name, field) for name, field in ExportConfig.model_fields.items() if name != "options"]
+
+
+def _described(name: str, field: FieldInfo) -> Setting:
+    extra, default = field.json_schema_extra, field.default
+    assert isinstance(extra, dict)
+    flag, repeatable = extra["flag"], default == () and name != "prepare"
+    kind = next((kind for kind in (bool, int, float) if type(default) is kind or field.annotation == kind | None), str)
+    hidden = default is None or default is False or default == ()
+    shown = str(extra["shown"]) or ("" if hidden else f"{default:g}" if kind is float else str(default))
+    return Setting(
+        name=name,
+        flag="" if flag is None else f"--{str(flag or name).replace('_', '-')}",
+        type=kind,
+        metavar=None if extra["metavar"] is None else str(extra["metavar"]),
+        default=shown,
+        help=field.description or "",
+        panel=str(extra["panel"]),
+        repeatable=repeatable,
+    )
 
 
 def load_config(

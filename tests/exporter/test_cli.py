@@ -246,8 +246,8 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
         pytest.param(["--gate", "accuracy_drop"], "is not METRIC OP NUMBER", id="gate form"),
         pytest.param(["--eval", "nowhere.npz"], "nowhere.npz does not exist", id="eval"),
         pytest.param(["--config", "nowhere.toml"], "nowhere.toml does not exist", id="config"),
-        pytest.param(["--mean", "a,b"], "--mean 'a,b'", id="mean"),
-        pytest.param(["--image-size", "big"], "--image-size 'big'", id="image size"),
+        pytest.param(["--mean", "a,b"], "mean = 'a,b' should be a number, or three", id="mean"),
+        pytest.param(["--image-size", "big"], "image_size = 'big' should be a size: 224", id="image size"),
         pytest.param(["--checkpoint", "nowhere.pt"], "nowhere.pt does not exist", id="checkpoint"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from pydantic import ValidationError
 
 from calibrators.errors import InputError
 from calibrators.placement.layer_rules import LayerRule
-from exporter.config import ExportConfig, load_config, make_config
+from calibrators.placement.place import PlacementOptions
+from exporter.config import ExportConfig, list_settings, load_config, make_config
 
 
 def toml(path: Path, text: str) -> Path:
@@ -197,3 +199,29 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 6
     told = {"gates": ("a<=1",), "threads": 2, "parity_samples": 8, "latency_runs": 0}
     assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True} | told).digest()
+
+
+def test_placement_has_the_settings_of_the_export_with_the_same_defaults() -> None:
+    options = {field.name: field.default for field in dataclasses.fields(PlacementOptions) if field.name != "allocated"}
+    assert {name: getattr(ExportConfig(), name) for name in options} == options
+
+
+def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
+    settings = list_settings()
+    assert [s.name for s in settings] == [name for name in ExportConfig.model_fields if name != "options"]
+    assert all(s.help.endswith(".") and s.panel for s in settings)
+    assert {s.name for s in settings if not s.flag} == {"wide_taps", "simplify", "latency_runs", "threads"}
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("image_size", "224", 224),
+        ("image_size", "224x160", (224, 160)),
+        ("mean", "0.5", (0.5,)),
+        ("std", "0.1,0.2,0.3", (0.1, 0.2, 0.3)),
+        ("prepare", "cle, absorb", ("cle", "absorb")),
+    ],
+)
+def test_text_of_flags_is_parsed_by_the_settings(field: str, text: str, value: object) -> None:
+    assert getattr(make_config({field: text}), field) == value

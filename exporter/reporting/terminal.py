@@ -1,0 +1,84 @@
+"""The verdict box: the report in a few lines of a terminal.
+
+Must not know: how anything is computed, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.panel import Panel
+from rich.table import Table
+
+from exporter.reporting.number_format import compared
+
+__all__ = ["verdict_panel"]
+
+
+def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
+    """Return the box that sums up the report of the bundle in `folder`."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in (*_summary(report), ("report", str(folder / "report.html"))):
+        table.add_row(f"[bold]{name}[/bold]", value)
+    title, colour = ("PASS", "green") if report["verdict"] == "pass" else ("FAIL", "red")
+    return Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False)
+
+
+def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
+    if accuracy is not None:
+        yield accuracy["metric"], _accuracy(accuracy)
+    yield "parity", _parity(report["parity"]["optimized"])
+    if "openvino" in report["parity"]:
+        yield "OpenVINO", _second(report["parity"]["openvino"])
+    yield "integer MACs", _percent(report["coverage"]["integer_macs"])
+    if report["coverage"].get("weight_only_macs"):
+        yield "weight-only MACs", _weight_only(report["coverage"])
+    shrink = compared(size["float_bytes"], size["bytes"], "smaller", "larger")
+    yield "size", f"{size['bytes'] / 1000:,.0f} kB, {shrink} than float"
+    if latency is not None:
+        speed = compared(latency["float"], latency["quantized"], "faster", "slower")
+        yield "latency", f"{latency['quantized']:.2f} ms, {speed} than float"
+    for gate in report["gates"]:
+        if not gate["passed"]:
+            yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
+
+
+def _weight_only(coverage: Mapping[str, Any]) -> str:
+    return f"{_percent(coverage['weight_only_macs'])}, float kernels at accuracy level {coverage['accuracy_level']}"
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> str:
+    if accuracy["metric"] == "sqnr_db":
+        return f"{_number(accuracy['runtime'])} dB over {accuracy['samples']} samples"
+    values = f"{_percent(accuracy['float'])} float, {_percent(accuracy['runtime'])} in the runtime"
+    return f"{values}, {accuracy['samples']} samples"
+
+
+def _parity(level: Mapping[str, Any]) -> str:
+    """End to end where all is equal, else node by node: what differs there is what a node itself does differently."""
+    if not level["mismatched"]:
+        return f"0 of {level['values']:,} integers differ"
+    text = f"{level['kernel_mismatched']:,} integers differ in integer kernels"
+    if level["float_values"]:
+        text += f", {level['float_mismatched']:,} of {level['float_values']:,} behind float operators"
+    return f"{text} (node by node; largest step {level['forced']['max_lsb']})"
+
+
+def _second(level: Mapping[str, Any]) -> str:
+    differ, most = level["forced"]["mismatched"], level["forced"]["max_lsb"]
+    text = (
+        f"{differ:,} of {level['values']:,} integers differ kernel by kernel{f', by {most} at most' if differ else ''}"
+    )
+    alike = f"; as deployed it decides as the reference in {_percent(level['agreement'])} of the samples"
+    return text if level["agreement"] is None else text + alike
+
+
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.2f} %"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6g}"
