@@ -330,8 +330,8 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
 
 def compare(path: Path, result: CalibrationResult, samples: Samples) -> dict[str, int]:
     """The file's integers against the reference's, all optimisations on."""
-    report = parity(path, result.program, samples.held_out(PARITY_SAMPLES), optimized=True).to_dict()
-    return {name: report[name] for name in ("values", "mismatched", "kernel_mismatched", "float_mismatched")}
+    report = parity(path, result.program, samples.held_out(PARITY_SAMPLES), optimized=True)
+    return {name: getattr(report, name) for name in ("values", "mismatched", "kernel_mismatched", "float_mismatched")}
 
 
 def step_ms(result: CalibrationResult, method: Method) -> float | None:

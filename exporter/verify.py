@@ -28,8 +28,8 @@ from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import Saturation, saturation
 from runtime_tests.ort.sessions import Model, session
-from runtime_tests.parity.compare import FLOAT_OUTPUT_ERROR
 from runtime_tests.parity.openvino import check_installed
+from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
 
 __all__ = ["REFERENCE", "file_entries", "gates_of", "judge", "levels_of", "parity_entry", "verify"]
@@ -91,7 +91,7 @@ def levels_of(*, openvino: bool) -> tuple[str, ...]:
 
 def parity_entry(proof: Proof) -> dict[str, Any]:
     """Return the "parity" part of report.json."""
-    return {name: level.to_dict() for name, level in proof.levels.items()}
+    return {name: asdict(level) for name, level in proof.levels.items()}
 
 
 def file_entries(

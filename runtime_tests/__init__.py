@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from runtime_tests.parity.compare import ParityError as ParityError
+    from runtime_tests.parity.results import ParityError as ParityError
     from runtime_tests.proof import second_parity as second_parity
     from runtime_tests.proof import validate as validate
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "parity.compare": ["ParityError"],
+        "parity.results": ["ParityError"],
         "proof": ["second_parity", "validate"],
     },
 )

@@ -28,12 +28,11 @@ from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import (
     Comparison,
     OnnxRuntime,
-    ParityReport,
-    Validation,
     probes_of,
     weight_agreements,
 )
-from runtime_tests.parity.openvino import SecondComparison, SecondParity
+from runtime_tests.parity.openvino import SecondComparison
+from runtime_tests.parity.results import Level, Parity, SecondLevel
 from runtime_tests.reference.execute import KernelPlan, plan, run
 
 __all__ = ["Measurements", "Proof", "parity", "second_parity", "validate"]
@@ -118,15 +117,17 @@ class Proof:
         return self.accuracy is None and self.samples >= max(self.measured.limits)
 
     @property
-    def levels(self) -> dict[str, ParityReport | SecondParity]:
+    def levels(self) -> dict[str, Level]:
         """The parity at each level.
 
         raises: DataError for no samples.
         """
-        return {
-            name: each.second_report() if isinstance(each, SecondComparison) else each.report()
-            for name, each in self._comparisons.items()
-        }
+        return {name: each.report() for name, each in self._comparisons.items()}
+
+    @property
+    def parity(self) -> Parity:
+        """The levels together, once both of onnxruntime are among them."""
+        return Parity(**cast(dict[str, Any], self.levels))
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.
@@ -186,7 +187,7 @@ class _Reference(Protocol):
     def program(self) -> fx.GraphModule: ...
 
 
-def validate(path: Source, *, reference: _Reference, batches: Batches) -> Validation:
+def validate(path: Source, *, reference: _Reference, batches: Batches) -> Parity:
     """Compare the file at `path` with the program of a calibration result, with optimisations off and on.
 
     batches: tensors or tuples with one tensor per input; read once.
@@ -194,26 +195,24 @@ def validate(path: Source, *, reference: _Reference, batches: Batches) -> Valida
     """
     proof = Proof(path, reference.program)
     proof.add_all(batches)
-    return Validation(*cast(Iterable[ParityReport], proof.levels.values()))
+    return proof.parity
 
 
-def parity(
-    model: Source, program: fx.GraphModule, batches: Batches, *, optimized: bool, threads: int = 1
-) -> ParityReport:
+def parity(model: Source, program: fx.GraphModule, batches: Batches, *, optimized: bool, threads: int = 1) -> Level:
     """Compare `model` in onnxruntime with `program`: as integer kernels if optimized, else literally as QDQ.
 
     raises: DataError for no batches or a wrong number of inputs, and as Proof.
     """
     proof = Proof(model, program, ["optimized" if optimized else "unoptimized"], threads=threads)
     proof.add_all(batches)
-    return next(iter(cast(dict[str, ParityReport], proof.levels).values()))
+    return next(iter(proof.levels.values()))
 
 
-def second_parity(model: Source, program: fx.GraphModule, batches: Batches, *, threads: int = 1) -> SecondParity:
+def second_parity(model: Source, program: fx.GraphModule, batches: Batches, *, threads: int = 1) -> SecondLevel:
     """Compare `model` in OpenVINO with the integer kernels of `program`.
 
     raises: InputError where OpenVINO is not installed; ModelError where it refuses the file; else as `parity`.
     """
     proof = Proof(model, program, ["openvino"], threads=threads)
     proof.add_all(batches)
-    return cast(SecondParity, proof.levels["openvino"])
+    return cast(SecondLevel, proof.levels["openvino"])

@@ -210,7 +210,7 @@ class Level(TypedDict):
     outputs_identical: NotRequired[bool | None]
     outputs: NotRequired[list[OutputParity]]
     violations: NotRequired[int]
-    unplanned: NotRequired[dict[str, int]]
+    unplanned: NotRequired[dict[str, int] | None]
     kernel_mismatched: NotRequired[int | None]
     float_mismatched: NotRequired[int | None]
     float_values: NotRequired[int | None]

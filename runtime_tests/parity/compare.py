@@ -19,252 +19,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError, IntactError
+from calibrators.errors import DataError
 from runtime_tests.ort.sessions import Model, Source, session
+from runtime_tests.parity.results import Agreement, Level, NodeParity, OutputParity, ParityError, legal_rate
 from runtime_tests.parity.stored_weights import differing_weights
-from runtime_tests.reference.execute import FLOAT, KernelPlan, run
+from runtime_tests.reference.execute import KernelPlan, run
 
 __all__ = [
-    "Agreement",
     "Comparison",
     "OnnxRuntime",
-    "OutputParity",
-    "ParityError",
-    "ParityReport",
     "Runtime",
-    "SiteParity",
-    "Validation",
     "distance",
     "largest_finite",
-    "legal_rate",
     "probes_of",
     "unplanned_kernels",
     "weight_agreements",
 ]
 
-FLOAT_LSB = 1
-"""Largest legal step after a float operator: two correctly computed floats lie on the two sides of one tie."""
-
-FLOAT_RATE = 1e-4
-"""Largest legal share of such values, per site of 8 bits. Float32 results that differ in their last bits fall on two
-sides of a tie in up to 2e-5 of the values; integer sums computed in float32 (optimisations off) did so in 1e-6 to 3e-5.
-A finer grid over the same range has as many more ties: 256 times at 16 bits, where up to 2e-3 were seen."""
-
-FLOAT_CHANCE = 4
-"""Differences allowed at a site whatever the rate: a small tensor holds a rare tie by chance."""
-
-FLOAT_OUTPUT_ERROR = 1e-4
-"""Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
-
 WEIGHT = "DequantizeLinear"
 """What reads the codes of a weight that are compared as the file holds them."""
-
-WORST = 5
-"""Sites that a summary names."""
-
-
-class ParityError(IntactError):
-    """The runtime computes something else than the reference program."""
-
-    exit_code = 1
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How many codes were compared, how many differ, and by how many steps at most."""
-
-    values: int = 0
-    mismatched: int = 0
-    max_lsb: int = 0
-
-    def __add__(self, other: Agreement) -> Agreement:
-        worst = max(self.max_lsb, other.max_lsb)
-        return Agreement(self.values + other.values, self.mismatched + other.mismatched, worst)
-
-    def to_dict(self) -> dict[str, int]:
-        return {"values": self.values, "mismatched": self.mismatched, "max_lsb": self.max_lsb}
-
-
-@dataclass(frozen=True)
-class SiteParity:
-    """One quantized value.
-
-    kernel: the runtime's operator that writes it, "float" for float arithmetic; reason says why it is float.
-    rate:   legal share of codes that are one step off; 0: none may differ.
-    """
-
-    site: str
-    kernel: str
-    reason: str
-    per_node: Agreement
-    end_to_end: Agreement
-    rate: float = 0.0
-
-    @property
-    def is_legal(self) -> bool:
-        """Whether the node computes what the reference computes, from the same inputs."""
-        found = self.per_node
-        if not self.rate:
-            return found.mismatched == 0
-        return found.max_lsb <= FLOAT_LSB and found.mismatched <= FLOAT_CHANCE + self.rate * found.values
-
-    def to_dict(self) -> dict[str, Any]:
-        """Per node; what travelled through the network is under end_to_end."""
-        return {
-            "site": self.site,
-            "kernel": self.kernel,
-            "reason": self.reason,
-            "legal": self.is_legal,
-            **self.per_node.to_dict(),
-            "end_to_end": self.end_to_end.to_dict(),
-        }
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """One float output of the network.
-
-    exact:      an integer kernel writes it, so that its bits must agree.
-    identical:  its bits agree end to end; per_node: from the runtime's own codes.
-    max_abs:    largest difference end to end; relative: per node, as a share of the largest value.
-    """
-
-    name: str
-    exact: bool
-    identical: bool
-    per_node_identical: bool
-    max_abs: float
-    relative: float
-
-    @property
-    def is_legal(self) -> bool:
-        return self.per_node_identical if self.exact else self.relative <= FLOAT_OUTPUT_ERROR
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "exact": self.exact,
-            "legal": self.is_legal,
-            "identical": self.identical,
-            "per_node_identical": self.per_node_identical,
-            "max_abs": self.max_abs,
-            "relative": self.relative,
-        }
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """Everything that was compared in one runtime at one optimisation level, sites in the order of computation.
-
-    unplanned: kernels executed minus kernels planned, by operator, where they differ; nothing with optimisations off.
-    """
-
-    optimized: bool
-    samples: int
-    sites: tuple[SiteParity, ...]
-    outputs: tuple[OutputParity, ...]
-    unplanned: Mapping[str, int] = field(default_factory=dict)
-    runtime: str = "onnxruntime"
-
-    @property
-    def end_to_end(self) -> Agreement:
-        return sum((site.end_to_end for site in self.sites), Agreement())
-
-    @property
-    def per_node(self) -> Agreement:
-        return sum((site.per_node for site in self.sites), Agreement())
-
-    @property
-    def outputs_identical(self) -> bool:
-        """Whether the bits of all outputs agree end to end."""
-        return all(output.identical for output in self.outputs)
-
-    @property
-    def violations(self) -> int:
-        """Number of sites and outputs that are not what the reference computes from the same inputs."""
-        return sum(not site.is_legal for site in self.sites) + sum(not output.is_legal for output in self.outputs)
-
-    @property
-    def worst(self) -> tuple[SiteParity, ...]:
-        """Sites with per-node differences: illegal ones first, then by the share of their values."""
-        found = [site for site in self.sites if site.per_node.mismatched]
-        found.sort(key=lambda s: (s.is_legal, -s.per_node.mismatched / s.per_node.values))
-        return tuple(found[:WORST])
-
-    def to_dict(self) -> dict[str, Any]:
-        integer = sum((s.per_node for s in self.sites if s.kernel != FLOAT), Agreement())
-        floating = sum((s.per_node for s in self.sites if s.kernel == FLOAT), Agreement())
-        return {
-            **self.end_to_end.to_dict(),
-            "forced": self.per_node.to_dict(),
-            "outputs_identical": self.outputs_identical,
-            "violations": self.violations,
-            "unplanned": dict(self.unplanned),
-            "kernel_mismatched": integer.mismatched,
-            "kernel_values": integer.values,
-            "float_mismatched": floating.mismatched,
-            "float_values": floating.values,
-            "samples": self.samples,
-            "kernels": dict(Counter(site.kernel for site in self.sites)),
-            "outputs": [output.to_dict() for output in self.outputs],
-            "worst": [site.to_dict() for site in self.worst],
-            "nodes": [site.to_dict() for site in self.sites],
-        }
-
-    def raise_for_mismatch(self) -> None:
-        """Nothing if every node computes what the reference computes, in the kernel that was planned.
-
-        raises: ParityError naming the first node that does not, and how far off it is.
-        """
-        level = f"in {self.runtime} with optimisations {'on' if self.optimized else 'off'}"
-        illegal = [site for site in self.sites if not site.is_legal]
-        if illegal:
-            first, found = illegal[0], illegal[0].per_node
-            raise ParityError(
-                f"{found.mismatched} of {found.values} codes of {first.site!r} ({first.kernel}) differ from the "
-                f"reference by up to {found.max_lsb}, on the runtime's own input codes, {level}; "
-                f"{len(illegal)} of {len(self.sites)} sites are affected. The file and the program disagree there "
-                "(scale, zero point, weight or bias), or this runtime computes otherwise: compare its version and CPU."
-            )
-        for output in self.outputs:
-            if not output.is_legal:
-                raise ParityError(
-                    f"output {output.name!r} differs from the reference by {output.relative:.3g} of its largest value "
-                    f"{level}, though all codes before it agree: look at the operators behind "
-                    f"{self.sites[-1].site!r}."
-                )
-        if self.unplanned:
-            kernels = ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in self.unplanned.items())
-            raise ParityError(
-                f"the runtime executes other kernels than planned: {kernels}. The coverage names what is left in float "
-                "and why; what the runtime quantizes by itself was never calibrated."
-            )
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Both optimisation levels of one file."""
-
-    unoptimized: ParityReport
-    optimized: ParityReport
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"unoptimized": self.unoptimized.to_dict(), "optimized": self.optimized.to_dict()}
-
-    def raise_for_mismatch(self) -> None:
-        """Nothing if both levels agree with the reference.
-
-        raises: ParityError as ParityReport.raise_for_mismatch, the integer kernels first.
-        """
-        self.optimized.raise_for_mismatch()
-        self.unoptimized.raise_for_mismatch()
 
 
 class Runtime(Protocol):
@@ -282,8 +62,8 @@ class Runtime(Protocol):
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the model's outputs and the probes."""
 
-    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Return the kernels executed minus those planned, by operator, where they differ and are known."""
+    def unplanned(self, plan: KernelPlan) -> Mapping[str, int] | None:
+        """Return the kernels executed minus those planned, by operator, where they differ; None without a plan."""
 
 
 class OnnxRuntime:
@@ -371,31 +151,38 @@ class Comparison:
         for tally, *values in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
             tally.add(*values)
 
-    def report(self) -> ParityReport:
+    def report(self) -> Level:
         """Return what all batches together say."""
+        return Level.of(**self._found())
+
+    def _found(self) -> dict[str, Any]:
+        """Return the arguments of `Level.of`.
+
+        raises: DataError for no samples.
+        """
         if not self.samples:
             raise DataError("no batch to compare runtime and reference on: a proof needs at least one sample")
-        weights = (SiteParity(site, WEIGHT, "", found, found) for site, found in self.weights.items())
-        sites = (*weights, *(self._site(site) for site in self.plan.sites))
-        same = not self.runtime.kernel_rate
-        outputs = tuple(
-            OutputParity(name, exact and same, t.identical, t.per_node_identical, t.max_abs, t.relative)
-            for name, exact, t in zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
-        )
-        return ParityReport(self.plan.integer, self.samples, sites, outputs, self.unplanned, self.runtime.name)
+        outputs = zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
+        return {
+            "nodes": [
+                *(NodeParity.of(site, WEIGHT, found, found) for site, found in self.weights.items()),
+                *map(self._node, self.plan.sites),
+            ],
+            "outputs": [
+                OutputParity.of(name, exact=exact and not self.runtime.kernel_rate, **asdict(tally))
+                for name, exact, tally in outputs
+            ],
+            "samples": self.samples,
+            "unplanned": self.unplanned,
+            "runtime": self.runtime.name,
+            "optimized": self.plan.integer,
+        }
 
-    def _site(self, site: str) -> SiteParity:
+    def _node(self, site: str) -> NodeParity:
         step = self.plan.by_site[site]
         rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate)
-        return SiteParity(site, step.kernel, step.reason, self.per_node[site], self.end_to_end[site], rate)
-
-
-def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
-    """Return the share of a site's codes that may be one step off: after float operators, or if kernels may as well.
-
-    bits: of the container of the codes.
-    """
-    return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
+        found, end_to_end = self.per_node[site], self.end_to_end[site]
+        return NodeParity.of(site, step.kernel, found, end_to_end, reason=step.reason, rate=rate)
 
 
 def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agreement]:

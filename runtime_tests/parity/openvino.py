@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -25,10 +23,11 @@ from torch import Tensor
 from calibrators.errors import InputError, ModelError
 from calibrators.execution.losses import is_logits
 from runtime_tests.ort.sessions import Model
-from runtime_tests.parity.compare import Agreement, Comparison, ParityReport, distance, largest_finite, probes_of
+from runtime_tests.parity.compare import Comparison, distance, largest_finite, probes_of
+from runtime_tests.parity.results import Agreement, SecondLevel
 from runtime_tests.reference.execute import KernelPlan
 
-__all__ = ["SecondComparison", "SecondParity", "check_installed"]
+__all__ = ["SecondComparison", "check_installed"]
 
 NAME = "OpenVINO"
 
@@ -49,34 +48,6 @@ def check_installed() -> None:
     """Raise InputError unless OpenVINO is installed."""
     if find_spec("openvino") is None:
         raise InputError("OpenVINO is not installed; pip install 'openvino>=2025.4', or leave --openvino out.")
-
-
-@dataclass(frozen=True)
-class SecondParity:
-    """What OpenVINO computes.
-
-    tapped:    every site from OpenVINO's own codes.
-    kernels:   layers that execute the file as it is deployed, by type and precision ("Convolution u8").
-    relative:  largest difference of its outputs there from the reference's, as a share of the largest output.
-    agreement: share of samples for which the first output, if it is [n, classes], is largest at the same class.
-    """
-
-    version: str
-    tapped: ParityReport
-    kernels: dict[str, int]
-    relative: float
-    agreement: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        tapped = self.tapped.to_dict()
-        del tapped["unplanned"]
-        return {
-            **tapped,
-            "version": self.version,
-            "executed": self.kernels,
-            "relative": self.relative,
-            "agreement": self.agreement,
-        }
 
 
 class SecondComparison(Comparison):
@@ -100,12 +71,16 @@ class SecondComparison(Comparison):
             self.agreeing += int((ours[0].argmax(1) == theirs[0].argmax(1)).sum())
             self.decided += len(ours[0])
 
-    def second_report(self) -> SecondParity:
+    def report(self) -> SecondLevel:
         """Return what all batches together say."""
         pairs = zip(self.differences, self.largest, strict=True)
-        relative = max(d / max(most, TINY) if d else 0.0 for d, most in pairs)
-        agreement = self.agreeing / self.decided if self.decided else None
-        return SecondParity(_version(), self.report(), self.deployed.kernels(), relative, agreement)
+        return SecondLevel.of(
+            **self._found(),
+            version=_version(),
+            executed=self.deployed.kernels(),
+            relative=max(d / max(most, TINY) if d else 0.0 for d, most in pairs),
+            agreement=self.agreeing / self.decided if self.decided else None,
+        )
 
 
 class _OpenVino:
@@ -144,9 +119,8 @@ class _OpenVino:
         count = len(self.output_names)
         return values[:count], values[count:]
 
-    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Return nothing: there is no plan of its kernels."""
-        return {}
+    def unplanned(self, plan: KernelPlan) -> None:
+        """Return None: there is no plan of its kernels."""
 
     def kernels(self) -> dict[str, int]:
         """Count the layers that OpenVINO made of the file."""

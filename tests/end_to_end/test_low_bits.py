@@ -57,9 +57,8 @@ def prove(name: str, result: CalibrationResult) -> onnx.ModelProto:
     _, x = captured(name)
     model = onnx_ir.to_proto(to_onnx(result.program, opset=20))
     report = parity(model, result.program, [(x,), (x * 1.5,)], optimized=True)
-    found = report.to_dict()
-    assert (found["mismatched"], found["violations"], found["unplanned"]) == (0, 0, {})
-    assert found["kernel_values"] > 500 and report.outputs_identical
+    assert (report.mismatched, report.violations, report.unplanned) == (0, 0, {})
+    assert report.kernel_values > 500 and report.outputs_identical
     kernels, reference = plan(result.program), plan(at_eight_bits(name).program)
     assert kernels.counts == reference.counts
     assert [(step.site, step.kernel) for step in kernels.steps] == [

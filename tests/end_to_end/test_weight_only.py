@@ -42,7 +42,8 @@ from exporter.verify import verify
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import loads, optimized_model, session
-from runtime_tests.parity.compare import FLOAT_OUTPUT_ERROR, WEIGHT, ParityError, ParityReport
+from runtime_tests.parity.compare import WEIGHT
+from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR, Level, ParityError
 from runtime_tests.proof import parity
 from tests.support.networks import build, randomize
 from tests.support.stored import stored
@@ -99,13 +100,12 @@ def pair(
     return calibrated(model, x, rule), x
 
 
-def compared(model: onnx.ModelProto, result: CalibrationResult, x: Tensor, *, optimized: bool = True) -> ParityReport:
+def compared(model: onnx.ModelProto, result: CalibrationResult, x: Tensor, *, optimized: bool = True) -> Level:
     return parity(model, result.program, [(x,)], optimized=optimized)
 
 
-def found(report: ParityReport) -> dict[str, Any]:
-    entry = report.to_dict()
-    return {key: entry[key] for key in CLEAN}
+def found(report: Level) -> dict[str, Any]:
+    return {key: getattr(report, key) for key in CLEAN}
 
 
 def kernels(model: onnx.ModelProto) -> list[dict[str, int]]:
@@ -200,7 +200,7 @@ def test_the_stored_reference_keeps_blocks(tmp_path: Path) -> None:
     result, x = pair(4, "block-32")
     save_reference(export_program(result.program), tmp_path / "reference.pt2")
     report = parity(stored(result), load_reference(tmp_path / "reference.pt2"), [(x,)], optimized=True)
-    assert found(report) == CLEAN and report.end_to_end.values == 24 * 200 + 5 * 24
+    assert found(report) == CLEAN and report.values == 24 * 200 + 5 * 24
 
 
 # ---- storage
@@ -285,8 +285,8 @@ def test_a_changed_integer_in_the_file_is_found(what: str, edit: Any, mismatched
     """However little it moves the output: an ulp of a scale moves nothing that a tolerance would show."""
     result, x = pair(4, "block-32")
     report = compared(changed(stored(result), f"first.weight_{what}", edit), result, x)
-    [site] = [site for site in report.sites if not site.is_legal]
-    assert (site.site, site.kernel, site.per_node.mismatched) == ("first.weight", WEIGHT, mismatched)
+    [site] = [site for site in report.nodes if not site.legal]
+    assert (site.site, site.kernel, site.mismatched) == ("first.weight", WEIGHT, mismatched)
     with pytest.raises(ParityError, match=r"'first\.weight'"):
         report.raise_for_mismatch()
 

@@ -21,7 +21,7 @@ from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import session
-from runtime_tests.parity.compare import ParityReport, legal_rate
+from runtime_tests.parity.results import Level, legal_rate
 from runtime_tests.proof import parity
 from runtime_tests.reference.execute import FLOAT
 from tests.support.networks import build, randomize
@@ -60,7 +60,7 @@ def calibrated(name: str, *layers: str, **options: object) -> tuple[CalibrationR
     return calibrate(capture(model, x), [x], placement=placement), x
 
 
-def compared(result: CalibrationResult, x: Tensor, *, optimized: bool = True) -> tuple[onnx.ModelProto, ParityReport]:
+def compared(result: CalibrationResult, x: Tensor, *, optimized: bool = True) -> tuple[onnx.ModelProto, Level]:
     model = onnx_ir.to_proto(to_onnx(result.program, opset=WIDE_OPSET))
     return model, parity(model, result.program, [(torch.cat([x, 1.5 * x]),)], optimized=optimized)
 
@@ -86,14 +86,13 @@ def test_the_runtime_computes_the_reference(name: str, layer: str, optimized: bo
     """Float where 16 bits stand, with single steps at rare ties; exact in all other kernels, which are as planned."""
     result, x = calibrated(name, layer)
     model, report = compared(result, x, optimized=optimized)
-    found = report.to_dict()
-    assert (found["violations"], found["unplanned"], found["kernel_mismatched"]) == (0, {}, 0)
-    wide = [site for site in report.sites if result.placement.by_name[site.site].spec.is_wide]
+    assert (report.violations, report.unplanned, report.kernel_mismatched) == (0, {}, 0)
+    wide = [site for site in report.nodes if result.placement.by_name[site.site].spec.is_wide]
     assert wide and all(
         site.rate == legal_rate(site.kernel, bits=16) and site.kernel in (FLOAT, "QuantizeLinear") for site in wide
     )
     if optimized and layer != "*":
-        assert found["kernel_values"] > 100
+        assert report.kernel_values > 100
     assert {finding.rule for finding in lint(model)} == {"wide-activation"}
 
 
@@ -145,5 +144,5 @@ def test_methods_that_train_take_it() -> None:
     result = calibrate(
         capture(model, x), [x], method="qdrop", options=options, placement=PlacementOptions(layers=rules)
     )
-    found = compared(result, x)[1].to_dict()
-    assert (found["violations"], found["unplanned"], found["kernel_mismatched"]) == (0, {}, 0)
+    _, report = compared(result, x)
+    assert (report.violations, report.unplanned, report.kernel_mismatched) == (0, {}, 0)

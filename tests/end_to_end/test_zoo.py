@@ -19,7 +19,7 @@ from calibrators.graph.aten import bind, constant, module_path
 from exporter import capture, emit, fold
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
-from runtime_tests.parity.compare import FLOAT_LSB
+from runtime_tests.parity.results import FLOAT_LSB
 from runtime_tests.proof import parity
 from runtime_tests.reference.execute import FLOAT
 from tests.support.networks import randomize
@@ -123,10 +123,10 @@ def test_runtime_computes_the_reference(name: str, tmp_path: Path) -> None:
     assert not [finding for finding in lint(path) if finding.severity == "error"]
     assert covered.by_op["QGemm"] == FOLDED[name]["linear"]
     if name in EXACT:
-        assert report.end_to_end.mismatched == 0 and report.outputs_identical
+        assert report.mismatched == 0 and report.outputs_identical
         assert covered.integer_macs >= INTEGER_MACS
     else:
-        floats = [site.per_node for site in report.sites if site.kernel == FLOAT]
-        integers = [site.per_node for site in report.sites if site.kernel != FLOAT]
+        floats = [site for site in report.nodes if site.kernel == FLOAT]
+        integers = [site for site in report.nodes if site.kernel != FLOAT]
         assert max(found.max_lsb for found in floats) <= FLOAT_LSB
         assert not any(found.mismatched for found in integers)

@@ -300,8 +300,8 @@ def test_layers_of_which_weights_only_are_quantized(block_size: int | None) -> N
     assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
     assert layer_errors("transformer", result) < 0.8 * layer_errors("transformer", nearest)
     model = onnx_ir.to_proto(to_onnx(result.program, opset=needed_opset(result)))
-    found = parity(model, result.program, [(x,)], optimized=True).to_dict()
-    assert (found["kernel_mismatched"], found["violations"], found["unplanned"]) == (0, 0, {})
+    report = parity(model, result.program, [(x,)], optimized=True)
+    assert (report.kernel_mismatched, report.violations, report.unplanned) == (0, 0, {})
 
 
 def test_a_seed_decides_everything() -> None:

@@ -147,4 +147,4 @@ def test_the_runtime_computes_the_result(name: str, tmp_path: Path) -> None:
     emit(result, path)
     report = parity(path, result.program, [(network(name)[1],)], optimized=True)
     assert report.violations == 0
-    assert report.end_to_end.mismatched == 0
+    assert report.mismatched == 0

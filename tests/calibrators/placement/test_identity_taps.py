@@ -356,9 +356,8 @@ def test_the_runtime_computes_it_in_integers(name: str, options: str) -> None:
     assert [site.removesuffix(".weight") for site in wide(result.placement)] == FOLDED[name][1]
     model = onnx_ir.to_proto(to_onnx(result.program, opset=20))
     report = parity(model, result.program, [(x,), (2 * x,)], optimized=True)
-    found = report.to_dict()
-    assert (found["mismatched"], found["violations"], found["unplanned"]) == (0, 0, {})
-    assert found["kernel_values"] > 10_000 and report.outputs_identical
+    assert (report.mismatched, report.violations, report.unplanned) == (0, 0, {})
+    assert report.kernel_values > 10_000 and report.outputs_identical
     covered = coverage(model)
     assert covered.integer_macs == 1.0 and covered.float_nodes == ()
     assert "QLinearAdd" not in covered.by_op and "Relu" not in covered.by_op
@@ -424,7 +423,7 @@ def test_packed_codes_with_wide_taps_are_the_same_network(name: str, options: st
             assert types[f"{path}.weight_quantized_taps"] == "INT8"
         assert coverage(model).by_op == coverage(plain).by_op and coverage(model).integer_macs == 1.0
         report = parity(model, result.program, [(x,)], optimized=True)
-        assert report.to_dict()["mismatched"] == 0 and report.outputs_identical
+        assert report.mismatched == 0 and report.outputs_identical
         [read] = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
         assert np.array_equal(read, by_text)
         assert [finding for finding in lint(model) if finding.severity == "error"] == []

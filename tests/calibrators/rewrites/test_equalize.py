@@ -621,7 +621,7 @@ def test_the_runtime_computes_it_in_integers(per_tensor: bool) -> None:
     result = calibrate(graph, [x], method="mse", placement=placement, prepare=("cle", "absorb"))
     assert [pair["second"] for pair in result.record["preparation"]["cle"]["pairs"]] == ["convs.1", "convs.2"]
     report = parity(onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [(x,)], optimized=True)
-    assert report.to_dict()["mismatched"] == 0 and report.to_dict()["kernel_values"] > 1000
+    assert report.mismatched == 0 and report.kernel_values > 1000
     assert report.outputs_identical
 
 

@@ -94,7 +94,7 @@ def test_every_storage_is_the_same_network(op: str, bits: int, granularity: str)
         assert np.array_equal(found, expected)
         for optimized in (False, True):
             report = parity(model, result.program, [(x,)], optimized=optimized)
-            assert report.to_dict()["mismatched"] == 0
+            assert report.mismatched == 0
         [read] = ReferenceEvaluator(model).run(None, {"input": x.numpy()})
         assert np.array_equal(read, by_text)
         assert [finding for finding in lint(model) if finding.severity == "error"] == []

@@ -46,18 +46,17 @@ def calibrated(name: str, bits: int, *, weight_only: bool = False) -> tuple[Cali
 def test_every_kernel_computes_the_reference_up_to_rare_single_steps(name: str, bits: int) -> None:
     result, inputs = calibrated(name, bits)
     found = second_parity(stored(result), result.program, [inputs])
-    tapped = found.tapped
-    assert (tapped.violations, tapped.runtime, tapped.samples) == (0, "OpenVINO", 64)
-    assert tapped.per_node.max_lsb <= 1 and tapped.per_node.mismatched <= 5e-3 * tapped.per_node.values
-    assert tapped.per_node.values > 0
+    assert (found.violations, found.runtime, found.samples) == (0, "OpenVINO", 64)
+    assert found.forced.max_lsb <= 1 and found.forced.mismatched <= 5e-3 * found.forced.values
+    assert found.forced.values > 0
     assert found.relative < 0.5 and (found.agreement is None or found.agreement > 0.8)
 
 
 def test_layers_are_executed_on_integers() -> None:
     result, inputs = calibrated("residual", 8)
     found = second_parity(stored(result), result.program, [inputs])
-    assert found.kernels["Convolution u8"] >= 3
-    assert "unplanned" not in found.to_dict()
+    assert found.executed["Convolution u8"] >= 3
+    assert found.unplanned is None
 
 
 @pytest.mark.parametrize("what", ["weight", "bias", "scale", "zero_point"])
@@ -84,13 +83,13 @@ def test_what_the_file_has_wrong_is_found(what: str) -> None:
         values.flat[0] += 4000
     tensors[name].CopyFrom(numpy_helper.from_array(values, name))
     found = second_parity(model, result.program, [inputs])
-    assert found.tapped.violations > 0
+    assert found.violations > 0
 
 
 def test_weights_alone_run_in_float() -> None:
     result, inputs = calibrated("mlp", 4, weight_only=True)
     found = second_parity(stored(result), result.program, [inputs])
-    assert found.tapped.violations == 0 and found.relative < 1e-4
+    assert found.violations == 0 and found.relative < 1e-4
 
 
 def test_a_file_that_openvino_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +115,7 @@ def test_inputs_of_several_kinds_and_one_that_nobody_reads() -> None:
 
     inputs = (torch.randn(16, 4), torch.randn(16, 3), torch.randn(16, 6), torch.randint(0, 7, (16,)))
     result = calibrate(capture(Mixed(), inputs), [inputs])
-    assert second_parity(stored(result), result.program, [inputs]).tapped.violations == 0
+    assert second_parity(stored(result), result.program, [inputs]).violations == 0
 
 
 def test_a_fixed_batch() -> None:
@@ -134,7 +133,7 @@ def test_a_fixed_batch() -> None:
     result = calibrate(graph, x.split(1))
     found = second_parity(stored(result), result.program, x.split(1))
     assert not graph.meta["dynamic_batch"]
-    assert (found.tapped.violations, found.tapped.samples) == (0, 8)
+    assert (found.violations, found.samples) == (0, 8)
 
 
 def test_no_batches() -> None:
@@ -149,8 +148,8 @@ def test_batches_as_they_come() -> None:
     parts = second_parity(
         stored(result), result.program, [tuple(x[i : i + 24] for x in inputs) for i in (0, 24, 48, 64)]
     )
-    assert parts.tapped.sites == whole.tapped.sites
-    assert (parts.relative, parts.agreement, parts.kernels) == (whole.relative, whole.agreement, whole.kernels)
+    assert parts.nodes == whole.nodes
+    assert (parts.relative, parts.agreement, parts.executed) == (whole.relative, whole.agreement, whole.executed)
 
 
 def test_export_and_verify(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_a_violation_fails_the_export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(second_runtime._OpenVino, "kernel_rate", 1e-12)
-    monkeypatch.setattr("runtime_tests.parity.compare.FLOAT_CHANCE", -1)
+    monkeypatch.setattr("runtime_tests.parity.results.FLOAT_CHANCE", -1)
     model, x = build("residual")
     report = export(model, [x], out=tmp_path / "out", openvino=True, latency_runs=0)
     assert report["verdict"] == "fail"

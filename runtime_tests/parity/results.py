@@ -1,0 +1,266 @@
+"""The results of comparing a runtime with the reference program, which are the "parity" part of report.json.
+
+Must not know: how codes are computed and compared, runtimes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from calibrators.errors import IntactError
+from runtime_tests.reference.execute import FLOAT
+
+__all__ = [
+    "FLOAT_OUTPUT_ERROR",
+    "Agreement",
+    "Level",
+    "NodeParity",
+    "OutputParity",
+    "Parity",
+    "ParityError",
+    "SecondLevel",
+    "legal_rate",
+]
+
+FLOAT_LSB = 1
+"""Largest legal step after a float operator: two correctly computed floats lie on the two sides of one tie."""
+
+FLOAT_RATE = 1e-4
+"""Largest legal share of such values, per site of 8 bits. Float32 results that differ in their last bits fall on two
+sides of a tie in up to 2e-5 of the values; integer sums computed in float32 (optimisations off) did so in 1e-6 to 3e-5.
+A finer grid over the same range has as many more ties: 256 times at 16 bits, where up to 2e-3 were seen."""
+
+FLOAT_CHANCE = 4
+"""Differences allowed at a site whatever the rate: a small tensor holds a rare tie by chance."""
+
+FLOAT_OUTPUT_ERROR = 1e-4
+"""Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
+
+WORST = 5
+"""Sites that a summary names."""
+
+
+class ParityError(IntactError):
+    """The runtime computes something else than the reference program."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many codes were compared, how many differ, and by how many steps at most."""
+
+    values: int = 0
+    mismatched: int = 0
+    max_lsb: int = 0
+
+    @classmethod
+    def total(cls, parts: Iterable[Agreement]) -> Agreement:
+        """Return the agreement of all values of the parts."""
+        return sum(parts, cls())
+
+    def __add__(self, other: Agreement) -> Agreement:
+        worst = max(self.max_lsb, other.max_lsb)
+        return Agreement(self.values + other.values, self.mismatched + other.mismatched, worst)
+
+
+def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
+    """Return the share of a site's codes that may be one step off: after float operators, or if kernels may as well.
+
+    bits: of the container of the codes.
+    """
+    return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeParity(Agreement):
+    """One quantized value, compared from the runtime's own input codes, so that no error travels.
+
+    kernel:     the runtime's operator that writes it, "float" for float arithmetic.
+    reason:     why it is float.
+    rate:       legal share of codes that are one step off; 0: none may differ.
+    legal:      whether its differences are allowed: none in an integer kernel, rare single steps after float operators.
+    end_to_end: the same value with the errors that travelled through the network.
+    """
+
+    site: str
+    kernel: str
+    legal: bool
+    reason: str = ""
+    rate: float = 0.0
+    end_to_end: Agreement | None = None
+
+    @classmethod
+    def of(
+        cls, site: str, kernel: str, found: Agreement, end_to_end: Agreement, *, reason: str = "", rate: float = 0.0
+    ) -> NodeParity:
+        """Judge the codes found at a site."""
+        legal = found.mismatched == 0
+        if rate:
+            legal = found.max_lsb <= FLOAT_LSB and found.mismatched <= FLOAT_CHANCE + rate * found.values
+        counts = found.values, found.mismatched, found.max_lsb
+        return cls(*counts, site=site, kernel=kernel, legal=legal, reason=reason, rate=rate, end_to_end=end_to_end)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether an integer kernel computed it, so that no difference at all is allowed."""
+        return not self.kernel.lower().startswith(FLOAT)
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One float output of the network.
+
+    exact:              an integer kernel writes it, so that its bits must agree.
+    identical:          its bits agree end to end.
+    per_node_identical: its bits agree from the runtime's own codes.
+    max_abs:            largest difference end to end.
+    relative:           largest difference from the runtime's own codes, as a share of the largest value.
+    """
+
+    name: str
+    exact: bool
+    legal: bool
+    identical: bool | None = None
+    per_node_identical: bool | None = None
+    max_abs: float | None = None
+    relative: float | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, *, exact: bool, identical: bool, per_node_identical: bool, max_abs: float, relative: float
+    ) -> OutputParity:
+        """Judge an output: its bits where it is exact, else its relative difference."""
+        legal = per_node_identical if exact else relative <= FLOAT_OUTPUT_ERROR
+        return cls(name, exact, legal, identical, per_node_identical, max_abs, relative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level(Agreement):
+    """Everything that was compared in one runtime at one optimisation level; its counts are those end to end.
+
+    forced:            counts of the comparison of every node from the runtime's own input codes.
+    outputs_identical: the bits of all outputs agree end to end.
+    violations:        number of sites and outputs that are not what the reference computes from the same inputs.
+    unplanned:         integer kernels executed minus planned, by operator, where they differ; null without a plan.
+    kernel_*, float_*: of `forced`, those of integer kernels and of float arithmetic.
+    kernels:           number of sites by the kernel that computes them.
+    worst:             sites with differences in `forced`: illegal ones first, then by their share.
+    nodes:             all sites in the order of computation.
+    """
+
+    forced: Agreement
+    outputs_identical: bool
+    violations: int
+    unplanned: dict[str, int] | None = None
+    kernel_mismatched: int
+    kernel_values: int | None = None
+    float_mismatched: int
+    float_values: int
+    samples: int | None = None
+    kernels: dict[str, int] | None = None
+    outputs: tuple[OutputParity, ...]
+    worst: tuple[NodeParity, ...]
+    nodes: tuple[NodeParity, ...]
+    runtime: str = "onnxruntime"
+    optimized: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        nodes: Iterable[NodeParity],
+        outputs: Iterable[OutputParity],
+        *,
+        samples: int,
+        unplanned: Mapping[str, int] | None = None,
+        **about: Any,
+    ) -> Self:
+        """Sum up what was found at the sites and outputs; about: the remaining fields."""
+        nodes, outputs = tuple(nodes), tuple(outputs)
+        total = Agreement.total(node.end_to_end for node in nodes if node.end_to_end)
+        integer = Agreement.total(node for node in nodes if node.is_integer)
+        floating = Agreement.total(node for node in nodes if not node.is_integer)
+        differing = [node for node in nodes if node.mismatched]
+        differing.sort(key=lambda node: (node.legal, -node.mismatched / node.values))
+        return cls(
+            total.values,
+            total.mismatched,
+            total.max_lsb,
+            forced=integer + floating,
+            outputs_identical=all(output.identical for output in outputs),
+            violations=sum(not node.legal for node in nodes) + sum(not output.legal for output in outputs),
+            unplanned=None if unplanned is None else dict(unplanned),
+            kernel_mismatched=integer.mismatched,
+            kernel_values=integer.values,
+            float_mismatched=floating.mismatched,
+            float_values=floating.values,
+            samples=samples,
+            kernels=dict(Counter(node.kernel for node in nodes)),
+            outputs=outputs,
+            worst=tuple(differing[:WORST]),
+            nodes=nodes,
+            **about,
+        )
+
+    def raise_for_mismatch(self) -> None:
+        """Raise ParityError unless every node computes what the reference computes, in the kernel that was planned.
+
+        The error names the first node that does not, and how far off it is.
+        """
+        level = f"in {self.runtime} with optimisations {'on' if self.optimized else 'off'}"
+        illegal = [node for node in self.nodes if not node.legal]
+        if illegal:
+            first = illegal[0]
+            raise ParityError(
+                f"{first.mismatched} of {first.values} codes of {first.site!r} ({first.kernel}) differ from the "
+                f"reference by up to {first.max_lsb}, on the runtime's own input codes, {level}; "
+                f"{len(illegal)} of {len(self.nodes)} sites are affected. The file and the program disagree there "
+                "(scale, zero point, weight or bias), or this runtime computes otherwise: compare its version and CPU."
+            )
+        for output in self.outputs:
+            if not output.legal:
+                raise ParityError(
+                    f"output {output.name!r} differs from the reference by {output.relative:.3g} of its largest value "
+                    f"{level}, though all codes before it agree: look at the operators after {self.nodes[-1].site!r}."
+                )
+        if self.unplanned:
+            kernels = ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in self.unplanned.items())
+            raise ParityError(
+                f"the runtime executes other kernels than planned: {kernels}. The coverage names what is left in float "
+                "and why; what the runtime quantizes by itself was never calibrated."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondLevel(Level):
+    """OpenVINO, every site compared from its own codes.
+
+    executed:  layers of the file as it is deployed, by type and precision ("Convolution u8").
+    relative:  largest difference of its outputs there from the reference's, as a share of the largest output.
+    agreement: share of samples for which the first output, if it is [n, classes], is largest at the same class.
+    """
+
+    version: str
+    executed: dict[str, int]
+    relative: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The two levels of optimisation of onnxruntime, and OpenVINO where it was asked for."""
+
+    unoptimized: Level
+    optimized: Level
+    openvino: SecondLevel | None = None
+
+    def raise_for_mismatch(self) -> None:
+        """Raise ParityError, as `Level.raise_for_mismatch`, unless both levels of onnxruntime agree with the reference.
+
+        The integer kernels are checked first.
+        """
+        self.optimized.raise_for_mismatch()
+        self.unoptimized.raise_for_mismatch()
