@@ -141,9 +141,9 @@ class Proof:
                 f"a batch holds {len(inputs)} tensors, the model has {len(names)} inputs: {', '.join(names)}"
             )
         for cut in self._cuts(len(inputs[0])):
-            self._add(tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
             if self.is_done:
                 return
+            self._add(tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
 
     def add_all(self, batches: Batches) -> None:
         """Run and measure batches without labels."""

@@ -1,4 +1,4 @@
-"""How much accuracy quantization costs, from outputs that arrive batch by batch.
+"""Measure how much accuracy quantization costs, from outputs that arrive batch by batch.
 
 Three networks answer the same questions: the float model, the reference program and the runtime. Nothing but counts
 and float64 sums is kept: memory does not grow, and how the samples are split into batches does not matter.
@@ -53,8 +53,8 @@ class Accuracy:
     ) -> None:
         """Add one batch of outputs, all of one shape [N, ...], and its labels [N].
 
-        raises: DataError naming the batch: shapes differ, values are not finite, labels are no integers, out of range,
-                or there in some batches only.
+        raises: DataError naming the batch: shapes differ, values are not finite, labels are not integers, out of range,
+                or present in some batches only.
         """
         outputs = dict(zip(NETWORKS, (np.asarray(each) for each in (float_outputs, reference, runtime)), strict=True))
         truth = outputs["float"]
@@ -169,7 +169,7 @@ class Accuracy:
 
 
 def paired_interval(lost: int, gained: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence interval of a difference of two proportions measured on the same samples.
+    """Return the confidence interval of a difference of two proportions measured on the same samples.
 
     lost, gained: samples that only the first, only the second network gets right.
     returns:      bounds of p(first) - p(second), within [-1, 1]; never empty, even for lost = gained = 0.
@@ -183,7 +183,7 @@ def paired_interval(lost: int, gained: int, samples: int, confidence: float = CO
 
 
 def _rank(outputs: Array, labels: Array) -> Array:
-    """How many classes stand before the label, [N]; of equal scores the lower index is first, as argmax has it."""
+    """Count the classes before the label, [N]; of equal scores the lower index is first, as argmax has it."""
     score = outputs[np.arange(len(labels)), labels][:, None]  # [N, 1]
     earlier = np.arange(outputs.shape[1])[None] < labels[:, None]  # [N, classes]
     return np.asarray(np.sum((outputs > score) | ((outputs == score) & earlier), axis=1))

@@ -1,4 +1,4 @@
-"""How long models take beside each other, measured so that a busy machine disturbs all of them alike.
+"""Measure how long models take, so that a busy machine disturbs all of them equally.
 
 Must not know: what the models are, which of them should be faster.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def latency(
     runs: int = RUNS,
     warmup: int = WARMUP,
 ) -> Latency:
-    """Latency of every model on the same inputs, all optimisations on; report.json wants {"float": , "quantized": }.
+    """Measure every model on the same inputs, all optimisations on; report.json wants {"float": , "quantized": }.
 
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
     """
@@ -80,7 +81,7 @@ def latency(
         if {value.name for value in each.get_inputs()} != set(inputs):
             wanted = ", ".join(value.name for value in each.get_inputs())
             raise InputError(f"model {name!r} takes the inputs {wanted}; got {', '.join(inputs) or 'none'}.")
-    calls = {name: _call(each, inputs) for name, each in sessions.items()}
+    calls = {name: partial(each.run, None, dict(inputs)) for name, each in sessions.items()}
     return Latency(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
 
 
@@ -91,7 +92,7 @@ def interleave(
     warmup: int = WARMUP,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Array:
-    """Milliseconds of each call, [runs, calls]: every round calls each once, odd rounds in reverse order.
+    """Time calls in milliseconds, [runs, calls]: every round calls each once, odd rounds in reverse order.
 
     clock: nanoseconds, monotonic.
     """
@@ -108,8 +109,3 @@ def interleave(
             call()
             times[round_index, column] = (clock() - begin) / NANOSECONDS_PER_MS
     return times
-
-
-def _call(runner: Any, inputs: Mapping[str, Array]) -> Callable[[], object]:
-    feed = dict(inputs)
-    return lambda: runner.run(None, feed)

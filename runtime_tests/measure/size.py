@@ -1,4 +1,4 @@
-"""Bytes of an ONNX file: where they are and of which type.
+"""Count the bytes of an ONNX file by their type.
 
 Must not know: what the initialisers mean.
 """
@@ -31,7 +31,7 @@ class Size:
 
 
 def size_by_type(path: str | Path) -> Size:
-    """Size of the model at `path`, without reading external weights."""
+    """Measure the model at `path`, without reading external weights."""
     path = Path(path)
     initializers = [value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
     tensors = [value.const_value for value in initializers if value.const_value is not None]

@@ -1,4 +1,4 @@
-"""How much of a network onnxruntime computes in integers: counted on the graph that it executes.
+"""Count how much of a network onnxruntime computes in integers, on the graph that it executes.
 
 Every number comes from the optimised graph itself: shapes and types from running it once, reductions from the shapes of
 its weights. Nothing is matched by name with the file, so nothing can be matched wrongly.

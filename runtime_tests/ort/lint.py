@@ -1,4 +1,4 @@
-"""Forms of a QDQ graph that onnxruntime refuses, computes wrongly or runs in float although an integer form exists.
+"""Find forms of a QDQ graph that onnxruntime refuses, computes wrongly, or runs in float without need.
 
 Each rule reads the structure of the file only; nothing is run. "error" means that the model does not load or that its
 numbers are not those of the QDQ text; "warning" that something leaves the integer path or wastes space.

@@ -1,4 +1,4 @@
-"""Which layers give wrong sums on x86 CPUs that have AVX2 but no VNNI.
+"""Find the layers that give wrong sums on x86 CPUs with AVX2 but without VNNI.
 
 There the kernels multiply uint8 activations with int8 weights by VPMADDUBSW, which adds two neighbouring products in a
 saturating int16. The sum of a pair stays exact exactly when, with `a` the highest activation code,

@@ -1,4 +1,4 @@
-"""onnxsim as a guarded stage: its result is used only if nothing that matters changed, and something got simpler.
+"""Simplify a file by onnxsim, whose result is used only if nothing that matters changed and something got simpler.
 
 It drops the metadata of nodes and of the graph; they are put back by output value name, which it keeps.
 
@@ -8,7 +8,8 @@ Must not know: which simplifications there are, what the metadata say.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from runtime_tests.ort.operators import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.sessions import session
 
 __all__ = ["SimplifyReport", "changes", "simplify"]
@@ -26,9 +28,10 @@ MAX_BYTES = 1_500_000_000
 """Above this onnxsim's own copies come near the 2 GB that protobuf can write."""
 
 CODE_TYPES = frozenset(
-    getattr(onnx.TensorProto, name) for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "INT16", "UINT16")
-) | {onnx.TensorProto.INT32}
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+    getattr(onnx.TensorProto, name)
+    for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "INT16", "UINT16", "INT32")
+)
+QUANTIZERS = (QUANTIZE, DEQUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class SimplifyReport:
 
 
 def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, SimplifyReport]:
-    """`model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
+    """Return `model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
 
     sample_inputs: inputs on which the optimised outputs of both models must agree bit for bit.
     """
@@ -81,7 +84,7 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
 
 
 def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
-    """What of the things that must not change did: one phrase each, empty if nothing."""
+    """Return which of the things that must not change did: one phrase each."""
     guards = {
         "the number of QuantizeLinear or DequantizeLinear nodes": _quantizer_counts,
         "the codes, scales or zero points of a quantizer": _quantizer_contents,
@@ -122,28 +125,24 @@ def _restore(candidate: onnx.ModelProto, model: onnx.ModelProto) -> None:
             node.metadata_props.extend(source.metadata_props)
 
 
-def _quantizers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    return (node for node in model.graph.node if node.op_type in QUANTIZERS)
-
-
-def _quantizer_counts(model: onnx.ModelProto) -> list[int]:
-    ops = [node.op_type for node in _quantizers(model)]
-    return [ops.count(name) for name in QUANTIZERS]
+def _quantizer_counts(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node if node.op_type in QUANTIZERS)
 
 
 def _quantizer_contents(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """Digests of the constant inputs of each quantizer, by the value it makes."""
+    """Return digests of the constant inputs of each quantizer, by the value it makes."""
     digests = {tensor.name: _digest(tensor) for tensor in model.graph.initializer}
-    return {node.output[0]: tuple(digests.get(name, "computed") for name in node.input) for node in _quantizers(model)}
+    quantizers = (node for node in model.graph.node if node.op_type in QUANTIZERS)
+    return {node.output[0]: tuple(digests.get(name, "computed") for name in node.input) for node in quantizers}
 
 
 def _integer_initializers(model: onnx.ModelProto) -> set[str]:
-    """Contents of all integer initialisers that can hold codes; equal ones may be merged."""
+    """Return the contents of all integer initialisers that can hold codes; equal ones may be merged."""
     return {_digest(tensor) for tensor in model.graph.initializer if tensor.data_type in CODE_TYPES}
 
 
 def _digest(tensor: onnx.TensorProto) -> str:
-    """SHA-256 of type, shape, values and the way they are stored (raw or typed)."""
+    """Return the SHA-256 of type, shape, values and the way they are stored (raw or typed)."""
     raw = tensor.raw_data or np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).tobytes()
     return hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} {bool(tensor.raw_data)} ".encode() + raw).hexdigest()
 
@@ -153,7 +152,7 @@ def _versions(model: onnx.ModelProto) -> tuple[int, dict[str, int]]:
 
 
 def _signature(model: onnx.ModelProto) -> list[bytes]:
-    """Inputs and outputs in order, as bytes: names, types, shapes and the symbols of free dimensions."""
+    """Return inputs and outputs in order, as bytes: names, types, shapes and the symbols of free dimensions."""
     return [info.SerializeToString(deterministic=True) for info in (*model.graph.input, *model.graph.output)]
 
 

@@ -31,7 +31,7 @@ _ON_FLOATS = (torch.ops.aten.max_pool1d.default, torch.ops.aten.upsample_nearest
 
 @dataclass(frozen=True, eq=False)
 class _QuantizedTensor:
-    """Codes that stand for the floats of a dequantize node; floats only when somebody asks for them."""
+    """Codes that stand for the floats of a dequantize node, which are computed only when they are read."""
 
     codes: Tensor
     scale: Tensor

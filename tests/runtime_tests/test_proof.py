@@ -1,0 +1,76 @@
+"""One pass over the data serves every measurement, and gives what separate passes give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibrators.calibration import calibrate
+from runtime_tests import proof as module
+from runtime_tests.measure.noise import Noise
+from runtime_tests.proof import Measurements, Proof, parity
+from runtime_tests.reference.execute import plan, run
+from tests.support.folded import folded_network
+from tests.support.noise import noise_of
+from tests.support.stored import stored
+
+LEVELS = ("unoptimized", "optimized")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Which plan the reference ran, and on how many samples."""
+    found: list[tuple[bool, int]] = []
+
+    def counted(kernels: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        found.append((kernels.integer, len(inputs[0])))
+        return run(kernels, inputs, *rest, **options)
+
+    monkeypatch.setattr(module, "run", counted)
+    return found
+
+
+def test_the_reference_runs_once_per_batch(runs: list[tuple[bool, int]]) -> None:
+    graph, inputs = folded_network("residual")
+    result = calibrate(graph, [inputs])
+    model, noise = stored(result), Noise(result)
+    measured = Measurements(parity_samples=40, golden_samples=4, noise_samples=20, noise=noise, float_model=graph)
+    proof = Proof(model, result.program, LEVELS, measured=measured)
+    proof.add(inputs, torch.zeros(len(inputs[0]), dtype=torch.int64).numpy())
+    assert len(inputs[0]) == 64
+    assert [size for integer, size in runs if integer] == [4, 16, 20, 24]  # accuracy takes all
+    assert [size for integer, size in runs if not integer] == [4, 16, 20]
+    assert proof.samples == 64 and not proof.is_done
+    assert proof.accuracy is not None and proof.accuracy.samples == 64
+
+    parts = [tuple(x[start:end] for x in inputs) for start, end in ((0, 4), (4, 20), (20, 40))]
+    for name, level in proof.levels.items():
+        assert level == parity(model, result.program, parts, optimized=name == "optimized")
+    golden = tuple(x[:4] for x in inputs)
+    assert proof.golden is not None
+    assert all(torch.equal(a, b) for a, b in zip(proof.golden[0], golden, strict=True))
+    _, outputs = run(plan(result.program), golden)
+    assert all(torch.equal(a, b) for a, b in zip(proof.golden[1], outputs, strict=True))
+    assert noise.decibels() == pytest.approx(noise_of(result, tuple(x[:20] for x in inputs)), rel=1e-6)
+
+
+def test_without_accuracy_no_more_is_run_than_is_compared(runs: list[tuple[bool, int]]) -> None:
+    graph, inputs = folded_network("mlp")
+    result = calibrate(graph, [inputs])
+    proof = Proof(stored(result), result.program, ["optimized"], measured=Measurements(parity_samples=5))
+    for _ in range(3):
+        proof.add(inputs)
+    assert proof.is_done and proof.samples == 5
+    assert runs == [(True, 5)]
+
+
+def test_golden_samples_stay_in_one_piece(runs: list[tuple[bool, int]]) -> None:
+    graph, inputs = folded_network("mlp")
+    result = calibrate(graph, [inputs])
+    measured = Measurements(parity_samples=2, golden_samples=4)
+    proof = Proof(stored(result), result.program, ["optimized"], measured=measured)
+    proof.add(inputs)
+    assert proof.golden is not None and len(proof.golden[0][0]) == 4
+    assert runs == [(True, 4)]
