@@ -143,8 +143,10 @@ def targets() -> str:
             ("moves codes; input and output share one scale", target.same_scale_ops),
             ("moves codes where the file applies it to the codes", target.on_codes_ops),
         ]
-        rows = [(kind, ", ".join(f"`{name}`" for name in sorted({op.split(".")[0] for op in ops})))
-                for kind, ops in operators]  # fmt: skip
+        rows = [
+            (kind, ", ".join(f"`{name}`" for name in sorted({op.split(".")[0] for op in ops})))
+            for kind, ops in operators
+        ]
         grids = [
             ("activations", _grid(target.activation)),
             ("activations of 16 bits", f"{_grid(target.wide_activation)}; float kernels"),
@@ -158,7 +160,7 @@ def targets() -> str:
 
 def _grid(spec: Any) -> str:
     kind = f"{'int' if spec.signed else 'uint'}{spec.bits}, {'symmetric' if spec.symmetric else 'asymmetric'}"
-    return f"{kind}, {spec.granularity if spec.axis is None else 'channel'} scales, codes {spec.qmin} to {spec.qmax}"
+    return f"{kind}, one scale per {spec.granularity}, codes {spec.qmin} to {spec.qmax}"
 
 
 def settings() -> str:

@@ -1,0 +1,99 @@
+"""The projects in examples/ run as their scripts are, and their bundles pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+LIMIT_S = 600
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """A folder with `intact` and `python` of this interpreter, for the PATH of a script."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, arguments in (("python", ""), ("intact", "-m exporter ")):
+        file = folder / name
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
+        file.chmod(0o755)
+    return folder
+
+
+def run(script: str, commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["bash", str(EXAMPLES / script), *arguments]
+    return subprocess.run(
+        command, cwd=commands.parent, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+def passed(result: subprocess.CompletedProcess[str], bundle: Path) -> dict[str, Any]:
+    """The report of a bundle whose script ended well and whose gates passed."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    assert report["verdict"] == "pass"
+    assert report["parity"]["optimized"]["kernel_mismatched"] == 0
+    return report
+
+
+@pytest.mark.slow
+def test_a_network_from_timm(tmp_path: Path, commands: Path) -> None:
+    probe = subprocess.run([sys.executable, "-c", "import timm"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"timm cannot be imported here: {probe.stderr.strip().splitlines()[-1]}")
+    passed(run("timm_network/run.sh", commands, str(tmp_path / "out")), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_detector_keeps_the_names_of_its_outputs(tmp_path: Path, commands: Path) -> None:
+    result = run("detector/run.sh", commands, str(tmp_path / "out"))
+    passed(result, tmp_path / "out")
+    outputs = [output.name for output in onnx.load(tmp_path / "out" / "model.onnx").graph.output]
+    assert outputs == [f"{kind}_{stride}" for stride in (8, 16) for kind in ("scores", "boxes", "centreness")]
+    assert "80 boxes" in result.stdout  # 8 x 8 cells and 4 x 4 cells, decoded in onnxruntime
+
+
+@pytest.mark.slow
+def test_a_text_encoder_with_integer_inputs(tmp_path: Path, commands: Path) -> None:
+    report = passed(run("text_encoder/run.sh", commands, str(tmp_path / "out")), tmp_path / "out")
+    inputs = onnx.load(tmp_path / "out" / "model.onnx").graph.input
+    assert [(i.name, i.type.tensor_type.elem_type) for i in inputs] == [
+        ("ids", onnx.TensorProto.INT64),
+        ("mask", onnx.TensorProto.INT64),
+    ]
+    assert report["accuracy"]["metric"] == "top1"
+    assert report["accuracy"]["float"] > 0.9  # the network has learned its task
+    with np.load(tmp_path / "out.work" / "calib.npz") as calibration:
+        assert set(calibration.files) == {"ids", "mask"}
+
+
+@pytest.mark.slow
+def test_the_ci_job_passes_and_fails_by_its_gates(tmp_path: Path, commands: Path) -> None:
+    passed(run("ci_job/export.sh", commands, str(tmp_path / "good")), tmp_path / "good")
+    bad = run("ci_job/export.sh", commands, str(tmp_path / "bad"), "--gate", "size_ratio<0.01")
+    assert bad.returncode == 1
+    assert json.loads((tmp_path / "bad" / "report.json").read_text(encoding="utf-8"))["verdict"] == "fail"
+
+
+def test_the_workflow_calls_the_script() -> None:
+    workflow = (EXAMPLES / "ci_job" / "workflow.yml").read_text(encoding="utf-8")
+    assert "run: examples/ci_job/export.sh" in workflow
+    assert os.access(EXAMPLES / "ci_job" / "export.sh", os.X_OK)
+
+
+def test_every_example_is_listed_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    folders = sorted(entry.name for entry in EXAMPLES.iterdir() if entry.is_dir() and entry.name != "__pycache__")
+    assert folders
+    assert [name for name in folders if f"`examples/{name}/`" not in page] == []
