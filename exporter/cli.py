@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibrators.errors import InputError, IntactError, UnknownNameError
-from exporter.config import RUNNING, ExportConfig, Setting, list_settings, load_config
+from exporter.config import RUNNING, Setting, list_settings, load_config
 from exporter.reporting.terminal import verdict_panel
 
 __all__ = ["app", "main"]
@@ -120,7 +120,19 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         settings = load_config(
             config, {name: None if value == [] else value for name, value in flags.items()}, sets or ()
         )
-        report = _export(model, checkpoint, (data, evaluation), (out, overwrite), settings, quiet=quiet)
+        from exporter.pipeline import export as run
+        from exporter.progress import console_progress
+
+        report = run(
+            model,
+            data,
+            eval_data=evaluation,
+            checkpoint=checkpoint,
+            out=out,
+            config=settings,
+            progress=console_progress(quiet=quiet),
+            overwrite=overwrite,
+        )
     _finish(report, out)
 
 
@@ -201,9 +213,18 @@ def demo(
     """
     with _reported_errors(debug=debug):
         settings = load_config(flags={"method": method})
-        source = "exporter.demo.model:"
-        data = (f"{source}calibration", f"{source}evaluation")
-        report = _export(f"{source}network", None, data, (out, overwrite), settings, quiet=quiet)
+        from exporter.pipeline import export as run
+        from exporter.progress import console_progress
+
+        report = run(
+            "exporter.demo.model:network",
+            "exporter.demo.model:calibration",
+            eval_data="exporter.demo.model:evaluation",
+            out=out,
+            config=settings,
+            progress=console_progress(quiet=quiet),
+            overwrite=overwrite,
+        )
     _finish(report, out)
 
 
@@ -256,43 +277,6 @@ def main() -> None:
     """Entry point of the command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how CI ends a job: to be cleaned up behind, as Ctrl-C
     app()
-
-
-def _export(
-    model: str,
-    checkpoint: Path | None,
-    sources: tuple[str, str | None],
-    destination: tuple[Path, bool],
-    settings: ExportConfig,
-    *,
-    quiet: bool,
-) -> Mapping[str, Any]:
-    """The report of an export; everything that can be wrong with the input is checked before the work starts."""
-    from exporter.checks import check_settings
-    from exporter.reporting.bundle import check_out
-
-    out, overwrite = destination
-    check_out(out, overwrite=overwrite)
-    check_settings(settings)
-    from exporter.frontend.load import input_names, load_model
-    from exporter.inputs.data import open_both
-    from exporter.pipeline import export as run
-    from exporter.progress import console_progress
-
-    data, evaluation = open_both(*sources, **settings.data_form())
-    network = load_model(model, checkpoint)
-    names = input_names(network)
-    report: Mapping[str, Any] = run(
-        network,
-        data.named(names),
-        eval_data=evaluation.named(names) if evaluation is not None else None,
-        out=out,
-        config=settings,
-        progress=console_progress(quiet=quiet),
-        source=model,
-        overwrite=overwrite,
-    )
-    return report
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from exporter.emission.packing import alternatives, pack
 from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, alike, capture
+from exporter.frontend.load import input_names, load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
 from exporter.inputs.data import Data, check_takes_integers, open_both
@@ -65,11 +66,12 @@ Golden = tuple[dict[str, Any], dict[str, Any]]
 
 
 def export(
-    model: nn.Module | torch.export.ExportedProgram,
-    data: Iterable[Any],
+    model: nn.Module | torch.export.ExportedProgram | str,
+    data: Iterable[Any] | str,
     *,
     out: str | Path,
-    eval_data: Iterable[Any] | None = None,
+    eval_data: Iterable[Any] | str | None = None,
+    checkpoint: Path | None = None,
     config: ExportConfig | None = None,
     progress: Progress | None = None,
     source: str = "",
@@ -78,8 +80,10 @@ def export(
 ) -> Report:
     """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; return its report.
 
-    data, eval_data: batches of x, (x, labels) or ({name: x}, labels), or an inputs.data.Data. Calibration reads no
-                     labels; evaluation uses them where they are.
+    model:           a module, an exported program, or text as `intact export` takes it ("net.py:build", "net.pt2").
+    data, eval_data: batches of x, (x, labels) or ({name: x}, labels), an inputs.data.Data, or text as `intact export`
+                     takes it. Calibration reads no labels; evaluation uses them if there are any.
+    checkpoint:      weights for the module of a factory that `model` names.
     config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
                      not raise: report["verdict"] says "fail".
@@ -90,6 +94,10 @@ def export(
     check_settings(config)
     gates = gates_of(config.gates, openvino=config.openvino)
     given, evaluation = open_both(data, eval_data, **config.data_form())
+    if isinstance(model, str):
+        source, model = model, load_model(model, checkpoint)
+        names = input_names(model)
+        given, evaluation = given.named(names), evaluation and evaluation.named(names)
     has_labels = evaluation is not None and evaluation.example().labels is not None
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
     calibration = calibration_data(given, config)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 from typer.testing import CliRunner
 
 from calibrators.errors import ExportError, InputError
@@ -20,7 +19,7 @@ from calibrators.placement.layer_rules import LayerRule
 from exporter.checks import check_settings
 from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
 from exporter.config import ExportConfig
-from exporter.inputs.data import Data
+from exporter.inputs.data import open_both
 from exporter.progress import Progress, console_progress
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
@@ -63,7 +62,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
     module = types.ModuleType("exporter.pipeline")
 
-    def export(model: nn.Module, data: Data, **rest: Any) -> dict[str, Any]:
+    def export(model: str, data: str, **rest: Any) -> dict[str, Any]:
         calls.append({"model": model, "data": data, **rest})
         return report()
 
@@ -174,10 +173,8 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
     assert (config.exclude, config.gates) == (("a.*", "b"), ("accuracy_drop<=0.01",))
     assert config.layers == (LayerRule("a.*", weight_bits=4), LayerRule("b", float=True))
     assert (config.device, config.cache_gib, config.explain) == ("cpu", 0.5, True)
-    assert isinstance(call["model"], nn.Identity)
-    assert call["data"].names == ("input",)
-    assert len(call["data"].example()) == 64
-    assert sum(len(batch) for batch in call["eval_data"]) == 500
+    assert (call["model"], call["data"]) == ("torch.nn:Identity", "exporter.demo.model:calibration")
+    assert call["eval_data"] == "exporter.demo.model:evaluation"
     assert call["out"] == tmp_path / "out"
 
 
@@ -186,14 +183,18 @@ def test_image_flags_reach_the_folder_only(run: Callable[..., Any], pipeline: li
 
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "images" / "a.png")
-    out, data = str(tmp_path / "out"), str(tmp_path / "images")
+    data = str(tmp_path / "images")
     flags = ["--image-size", "4x8", "--mean", "0.5,0.5,0.5", "--std", "0.5"]
-    result = run("export", "torch.nn:Identity", "--data", data, "--eval", ARGUMENTS[2], "--out", out, *flags)
+    result = run("export", "torch.nn:Identity", "--data", data, "--out", str(tmp_path / "out"), *flags)
     assert result.exit_code == 0, result.output
-    x = pipeline[0]["data"].example().inputs[0]
+    opened, _ = open_both(data, ARGUMENTS[2], **pipeline[0]["config"].data_form())
+    x = opened.example().inputs[0]
     assert tuple(x.shape) == (1, 3, 4, 8)
     assert x[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
-    refused = run("export", *ARGUMENTS, "--out", out, *flags)
+
+
+def test_image_flags_without_a_folder_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    refused = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--image-size", "4x8")
     assert refused.exit_code == 2
     assert "belong to a folder of images" in refused.stderr
 
@@ -204,7 +205,7 @@ def test_the_demo_uses_what_ships_with_the_package(
     result = run("demo", "--out", str(tmp_path / "out"), "--method", "minmax")
     assert result.exit_code == 0, result.output
     assert pipeline[0]["config"].method == "minmax"
-    assert pipeline[0]["data"].example().inputs[0].shape[1:] == (1, 16, 16)
+    assert pipeline[0]["data"] == "exporter.demo.model:calibration"
 
 
 def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
     ],
 )
 def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
-    run: Callable[..., Any], pipeline: list[Call], tmp_path: Path, arguments: list[str], part: str
+    run: Callable[..., Any], tmp_path: Path, arguments: list[str], part: str
 ) -> None:
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2, result.output
@@ -260,7 +261,6 @@ def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
     assert part in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not pipeline
     assert not list(tmp_path.iterdir())
 
 
@@ -279,15 +279,15 @@ def test_a_device_that_is_not_there_is_known_before_any_work(
 
 
 def test_a_missing_device_exits_2_and_leaves_nothing(
-    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("exporter.frontend.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--device", "cuda")
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: device 'cuda' is not there: torch ")
     assert result.stderr.endswith("; use --device cpu.\n") and result.stderr.count("\n") == 1
-    assert not pipeline and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -299,10 +299,10 @@ def test_usage_errors_exit_2(run: Callable[..., Any], arguments: list[str]) -> N
 
 
 def test_a_taken_folder_is_refused_before_any_work(
-    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr("exporter.frontend.load.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
     for extra in ([], ["--overwrite"]):  # a folder that is no bundle is not overwritten either
         result = run("export", *ARGUMENTS, "--out", str(tmp_path), *extra)
         assert result.exit_code == 2, result.output
