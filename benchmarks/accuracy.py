@@ -338,9 +338,9 @@ def step_ms(result: CalibrationResult, method: Method) -> float | None:
     """Milliseconds that a training step took, None where nothing was trained."""
     if not isinstance(method, Reconstruction):
         return None
-    units = result.record["units"]
-    seconds = float(sum(unit["seconds"] for unit in units))
-    return 1e3 * seconds / sum(unit["steps"] for unit in units)
+    assert result.record.reconstruction is not None
+    units = result.record.reconstruction.units
+    return 1e3 * sum(unit.seconds or 0.0 for unit in units) / sum(unit.steps or 0 for unit in units)
 
 
 # All runs ------------------------------------------------------------------------------------------------------------

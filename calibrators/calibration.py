@@ -91,17 +91,17 @@ def calibrate(
         explain=explain,
         stage=stage,
     )
-    record: dict[str, Any] = {"preparation": preparation}
+    record: dict[str, Any] = {"preparation": preparation} if prepare else {}
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     with _float32_convolutions():
         if budgets:
-            rules, found = allocate_bits(problem, placement, ranges, budgets, stored)
-            record |= found
+            rules, sensitivities, mixed = allocate_bits(problem, placement, ranges, budgets, stored)
+            record |= {"sensitivity": sensitivities, "mixed_precision": mixed}
             problem = problem.variant(placement=place(prepared, target, replace(placement, allocated=rules)))
         elif sensitivity:
             record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
         result = method.fit(problem)
-    result = replace(result, record={**result.record, **record})
+    result = replace(result, record=replace(result.record, **record))
     if bias_correction:
         result = correct_biases(result, problem.batches)
     return result

@@ -82,7 +82,7 @@ def calibrated(
 
 def calibration_notes(result: CalibrationResult) -> list[str]:
     """Return what the user should know of a calibration."""
-    notes = [*result.placement.notes, *result.record.get("notes", ())]
+    notes = [*result.placement.notes, *result.record.notes]
     if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
         notes.append(
             f"kernels of {len(wide)} convolutions keep {wide[0].spec.tap_bits} bits for the one tap per channel "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -25,13 +25,14 @@ from scipy.stats import spearmanr
 from calibrators.errors import InputError
 from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import fan_in, shape_of
-from calibrators.mixed_precision.budgets import ACCURACY, SIZES, Budget
+from calibrators.mixed_precision.budgets import ACCURACY, Budget
 from calibrators.mixed_precision.ilp import Costs, Layer, Losses, Stored, Widths, allocate, monotone
-from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, Reading, TunableScale, knobs
+from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, TunableScale, knobs
 from calibrators.placement.identity_taps import spike_of
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import Placement, PlacementOptions
 from calibrators.ranges.range_method import RangeMethod
+from calibrators.record import MixedChoice, MixedPrecision, Reading, ScaleSensitivity, Sensitivity, WidthReading
 
 __all__ = ["allocate_bits", "measure_sensitivity", "network_costs"]
 
@@ -60,7 +61,7 @@ MATCH = "budget"
 """What stands for a glob in the rules that budgets led to."""
 
 
-def measure_sensitivity(problem: Problem, options: PlacementOptions, method: RangeMethod) -> dict[str, Any]:
+def measure_sensitivity(problem: Problem, options: PlacementOptions, method: RangeMethod) -> Sensitivity:
     """The loss by bits of every open weight and activation scale, for the record."""
     kinds: tuple[Kind, ...] = ("weight", "activation")
     grids = Grids(problem, knobs(problem.placement, options, kinds), method)
@@ -76,8 +77,8 @@ def allocate_bits(
     method: RangeMethod,
     budgets: Sequence[Budget],
     stored: Stored,
-) -> tuple[tuple[MatchedRule, ...], dict[str, Any]]:
-    """Rules with the bits that budgets leave every open scale, and what led to them, for the record.
+) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:
+    """Return rules with the bits that budgets leave every open scale, and the records of how they were found.
 
     The bits of weights are open; those of activations where a budget limits bit operations, else they stay as given.
 
@@ -113,24 +114,20 @@ class _Table:
         base = self.finest.loss
         return {name: monotone({b: r.loss - base for b, r in rs.items()}) for name, rs in self.readings.items()}
 
-    def record(self) -> dict[str, Any]:
-        """Everything that was read."""
+    def record(self, chosen: Widths | None = None) -> Sensitivity:
+        """Return everything that was read, with the bits that were chosen."""
         problem, knobs = self.probe.grids.problem, self.probe.grids.knobs
-        scales = [
-            {
-                "site": name,
-                "kind": knobs[name].kind,
-                "widths": [{"bits": bits, **asdict(reading)} for bits, reading in readings.items()],
+        scales = tuple(
+            ScaleSensitivity(
+                site=name,
+                kind=knobs[name].kind,
+                widths=tuple(WidthReading(**vars(reading), bits=bits) for bits, reading in readings.items()),
+                bits=chosen[name] if chosen else None,
                 **(_shape(problem, name) if knobs[name].kind == "weight" else {}),
-            }
+            )
             for name, readings in self.readings.items()
-        ]
-        return {
-            "loss": self.probe.witness.loss_name,
-            "samples": self.probe.samples,
-            "finest": asdict(self.finest),
-            "scales": scales,
-        }
+        )
+        return Sensitivity(self.probe.witness.loss_name, self.probe.samples, self.finest, scales)
 
 
 @dataclass(frozen=True)
@@ -184,26 +181,23 @@ class _BitAllocator:
                     f"{least:.10g}; raise it, or let --first-last-bits and --layer rules give fewer bits."
                 )
 
-    def run(self) -> tuple[tuple[MatchedRule, ...], dict[str, Any]]:
+    def run(self) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:
         started = time.perf_counter()
         with self.problem.stage("sensitivity", _readings(self.probe, self.open)) as bar:
             self.table = _Table(self.probe, self.open, bar)
         self.losses: Losses = self.table.losses
         with self.problem.stage("allocate", None) as self.bar:
             best = self._cheapest() if self.accuracy else self._within(self.limits)
-            mixed = {
-                "budgets": [str(budget) for budget in self.budgets],
-                "axis": self.axis,
-                "samples": self.check.samples,
-                "rank_correlation": self._rank_correlation(best),
-                "found": self._entry(best),
-                "front": self._front(),
-                "seconds": time.perf_counter() - started,
-            }
-        sensitivity = self.table.record()
-        for scale in sensitivity["scales"]:
-            scale["bits"] = best.widths[scale["site"]]
-        return self._rules(best.widths), {"sensitivity": sensitivity, "mixed_precision": mixed}
+            mixed = MixedPrecision(
+                budgets=tuple(map(str, self.budgets)),
+                axis=self.axis,
+                samples=self.check.samples,
+                rank_correlation=self._rank_correlation(best),
+                found=self._entry(best),
+                front=self._front(),
+                seconds=time.perf_counter() - started,
+            )
+        return self._rules(best.widths), self.table.record(best.widths), mixed
 
     # --- choices ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +293,7 @@ class _BitAllocator:
         )
         return least, most
 
-    def _front(self) -> list[dict[str, Any]]:
+    def _front(self) -> tuple[MixedChoice, ...]:
         """Choices for budgets over the whole reach, and uniform bits beside them."""
         least, most = self._reach()
         budgets = [least + (most - least) * (index / (FRONT - 1)) ** 2 for index in range(FRONT)]  # denser where small
@@ -307,15 +301,20 @@ class _BitAllocator:
         mixed = [self._entry(self._choice(chosen)) for chosen in widths if chosen is not None]
         candidates = sorted({bits for knob in self.knobs.values() for bits in knob.specs})
         uniform = [
-            {**self._entry(self._choice({n: _nearest(k, bits) for n, k in self.knobs.items()})), "uniform": bits}
+            replace(self._entry(self._choice({n: _nearest(k, bits) for n, k in self.knobs.items()})), uniform=bits)
             for bits in candidates
         ]
-        return [*mixed, *uniform]
+        return (*mixed, *uniform)
 
-    def _entry(self, choice: _Choice) -> dict[str, Any]:
+    def _entry(self, choice: _Choice) -> MixedChoice:
         widths = {**self.given, **choice.widths}
-        sizes = {quantity: self.costs.of(quantity, widths) for quantity in SIZES}
-        return {**sizes, "predicted": choice.predicted, **asdict(choice.reading)}
+        return MixedChoice(
+            **vars(choice.reading),
+            weight_bytes=self.costs.of("weight_bytes", widths),
+            avg_weight_bits=self.costs.of("avg_weight_bits", widths),
+            bops=self.costs.of("bops", widths),
+            predicted=choice.predicted,
+        )
 
     def _rules(self, widths: Widths) -> tuple[MatchedRule, ...]:
         """One rule per kind and bits, for the operators that read the scales."""

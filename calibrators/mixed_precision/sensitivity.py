@@ -21,8 +21,9 @@ from calibrators.execution.task import Problem
 from calibrators.grid.spec import QParams, QuantSpec
 from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.ranges.range_method import RangeMethod
+from calibrators.record import Reading
 
-__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "Reading", "TunableScale", "knobs"]
+__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "TunableScale", "knobs"]
 
 Kind = Literal["weight", "activation"]
 
@@ -69,21 +70,6 @@ def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kin
             if site.kind == kind and layers and len(specs) > 1:
                 found.append(TunableScale(site.name, kind, layers, dict(sorted(specs.items()))))
     return found
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The network at some widths.
-
-    loss:          mean over the samples: kl where every output is [samples, classes], else mse (execution.losses).
-    sqnr_db:       energy of the outputs over that of their error, in dB.
-    accuracy_drop: of top-1 against the float network's; without labels the share of predictions that change, which is
-                   never less. None where the output is no [samples, classes].
-    """
-
-    loss: float
-    sqnr_db: float
-    accuracy_drop: float | None
 
 
 class Grids:
@@ -149,7 +135,7 @@ class _OutputMetrics:
     def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
         self.floats, self.labels = floats, labels
         self.energy = [max(float(y.square().sum(dtype=torch.float64)), SILENCE) for y in floats]
-        self.loss_name = "kl" if all(map(is_logits, floats)) else "mse"
+        self.loss_name: Literal["kl", "mse"] = "kl" if all(map(is_logits, floats)) else "mse"
         self.loss = prediction_loss(self.loss_name, floats)
         self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
         self.reset()

@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from calibrators.record import Parabola
+
 __all__ = [
     "LOWER",
     "STEP",
     "UPPER",
     "Found",
-    "Parabola",
     "Vector",
     "cobyqa",
     "coordinate_sweep",
@@ -65,20 +66,6 @@ class Found:
 
     point: Vector
     loss: float
-
-
-@dataclass(frozen=True)
-class Parabola:
-    """A parabola and the vertex that may be trusted.
-
-    coefficients: of x**2, x and 1; empty where there are fewer than three finite values.
-    vertex:       None unless the parabola is convex and its vertex lies between the outermost points.
-    verdict:      "accepted", or why there is no vertex.
-    """
-
-    coefficients: tuple[float, ...]
-    vertex: float | None
-    verdict: str
 
 
 def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from calibrators.record import Coupling
 
 __all__ = ["coupling", "hessian", "hessian_evaluations"]
 
@@ -38,18 +39,10 @@ def hessian(objective: Callable[[Vector], float], centre: Vector, step: float) -
     return np.asarray(matrix / step**2)
 
 
-def coupling(matrix: Vector) -> dict[str, Any]:
-    """What a Hessian says about separability.
-
-    eigenvalues:  ascending; mean_diagonal: mean |H_ii|; mean_off_diagonal: mean |H_ij|, i != j; share: their ratio,
-                  0 where the loss is a sum of functions of one variable each.
-    """
+def coupling(matrix: Vector) -> Coupling:
+    """Return how far a Hessian [n, n] is from that of a separable loss."""
     size = len(matrix)
     diagonal = float(np.abs(np.diag(matrix)).mean())
     off = float(np.abs(matrix).sum() - size * diagonal) / max(1, size * (size - 1))
-    return {
-        "eigenvalues": [float(value) for value in np.linalg.eigvalsh(matrix)],
-        "mean_diagonal": diagonal,
-        "mean_off_diagonal": off,
-        "share": off / diagonal if diagonal > 0.0 else 0.0,
-    }
+    eigenvalues = tuple(np.linalg.eigvalsh(matrix).tolist())
+    return Coupling(eigenvalues, diagonal, off, share=off / diagonal if diagonal > 0.0 else 0.0)

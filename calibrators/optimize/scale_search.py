@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from calibrators.optimize.derivative_free import STEP, Found, Vector, cobyqa, co
 from calibrators.optimize.hessian import coupling, hessian, hessian_evaluations
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.range_method import POWERS, RangeMethod
+from calibrators.record import Bend, Lapq, LossLandscape, PowerLoss, SplitLoss
 
 if TYPE_CHECKING:
     from calibrators.methods.lapq import LAPQ
@@ -48,7 +49,7 @@ EXPLAINED_SITES, EXPLAINED_SAMPLES, EXPLAINED_STEP = 12, 128, 0.1
 
 
 class ScaleSearch:
-    """One search, phase by phase; what it finds out goes into `record`."""
+    """One search, phase by phase."""
 
     def __init__(self, problem: Problem, method: LAPQ) -> None:
         self.problem, self.method, self.placement = problem, method, problem.placement
@@ -57,7 +58,7 @@ class ScaleSearch:
         self.measure = cache(self._measure)
         self.rows = self._draw(method.samples)
         self.landscape = self._landscape(self.rows, self._point(self._lp(2.0), self._lp(2.0)), method.max_evals)
-        self.record: dict[str, Any] = {"optimizer": method.optimizer, "loss": method.loss, "samples": len(self.rows)}
+        self.split: list[SplitLoss] = []
 
     def _ranges(self, name: str, **options: float) -> RangeMethod:
         return self.problem.range_method(name, options)
@@ -89,19 +90,24 @@ class ScaleSearch:
             with suppress(BudgetExhausted):
                 self._joint(start)
         best = self._best()
-        self.record |= {
-            "losses": self.losses | {"init": start.loss, "final": best.loss},
-            "multipliers": {name: _ratio(best.point[name], start.point[name]) for name in self._variables()},
-            "evaluations": self.landscape.evaluations,
-            "seconds": time.perf_counter() - started,
-        }
-        if self.problem.explain:
-            self.record["landscape"] = self._explain()
+        found = Lapq(
+            optimizer=self.method.optimizer,
+            loss=self.method.loss,
+            samples=len(self.rows),
+            evaluations=self.landscape.evaluations,
+            seconds=time.perf_counter() - started,
+            losses=self.losses | {"init": start.loss, "final": best.loss},
+            powers=self.powers,
+            parabola=self.parabola,
+            split=tuple(self.split),
+            multipliers={name: _ratio(best.point[name], start.point[name]) for name in self._variables()},
+            landscape=self._explain() if self.problem.explain else None,
+        )
         owners = self.landscape.quantizers
         activations = {name: qparams for name, qparams in best.point.items() if name in owners}
         weights = {name: qparams for name, qparams in best.point.items() if name not in owners}
         result = freeze(self.placement, activations, weights)
-        return replace(result, observed=self.statistics, record={**result.record, "lapq": self.record})
+        return replace(result, observed=self.statistics, record=replace(result.record, lapq=found))
 
     def _best(self) -> Measured:
         assert self.landscape.best is not None
@@ -127,27 +133,26 @@ class ScaleSearch:
         best = min(POWERS, key=curve.__getitem__)
         index = POWERS.index(best)
         self.near = POWERS[max(0, index - NEIGHBOURS) : index + NEIGHBOURS + 1]
-        parabola = fit_parabola(self.near, [curve[p] for p in self.near])
-        self.record["powers"] = [{"p": p, "loss": loss} for p, loss in curve.items()]
-        self.record["parabola"] = asdict(parabola) | {"coefficients": [*parabola.coefficients]}
+        self.parabola = fit_parabola(self.near, [curve[p] for p in self.near])
+        self.powers = _powers(curve)
         self.power = best
-        if parabola.vertex is not None:
-            vertex = round(QUARTERS * parabola.vertex) / QUARTERS
+        if self.parabola.vertex is not None:
+            vertex = round(QUARTERS * self.parabola.vertex) / QUARTERS
             loss = self.measure(self._lp(vertex), self._lp(vertex))
-            self.record["parabola"] |= {"p": vertex, "loss": loss}
+            self.parabola = replace(self.parabola, p=vertex, loss=loss)
             self.power = vertex if loss < curve[best] else best
 
     def _split(self) -> None:
-        """Another power for the weights, then another for the activations."""
-        both = self._lp(self.power)
-        tried = [{"weights": self.power, "activations": self.power, "loss": self.measure(both, both)}]
-        self.record["split"] = tried
-        tried += ({"weights": p, "activations": self.power, "loss": self.measure(self._lp(p), both)} for p in self.near)
-        weights = min(tried, key=lambda entry: entry["loss"])["weights"]
-        tried += (
-            {"weights": weights, "activations": p, "loss": self.measure(self._lp(weights), self._lp(p))}
-            for p in self.near
-        )
+        """Try other powers for the weights, then for the activations."""
+        self._try(self.power, self.power)
+        for p in self.near:
+            self._try(p, self.power)
+        weights = min(self.split, key=lambda tried: tried.loss).weights
+        for p in self.near:
+            self._try(weights, p)
+
+    def _try(self, weights: float, activations: float) -> None:
+        self.split.append(SplitLoss(weights, activations, self.measure(self._lp(weights), self._lp(activations))))
 
     # --- phase 3: all tensors together --------------------------------------------------------------------------------
 
@@ -170,7 +175,7 @@ class ScaleSearch:
 
     # --- how the loss bends -------------------------------------------------------------------------------------------
 
-    def _explain(self) -> dict[str, Any]:
+    def _explain(self) -> LossLandscape:
         """By bits of the activations, weights at 8: the loss over p, and at the best p the Hessian of some log scales.
 
         The activations are spread evenly over the network.
@@ -196,13 +201,17 @@ class ScaleSearch:
                 power = min(curve, key=curve.__getitem__)
                 objective = partial(_at, landscape, points[power], shown, whole=True)
                 matrix = hessian(objective, np.zeros(len(shown)), EXPLAINED_STEP)
-                powers = [{"p": p, "loss": loss} for p, loss in curve.items()]
-                bent[str(bits)] = {"powers": powers, "p": power, "hessian": matrix.tolist(), **coupling(matrix)}
-        return {"sites": shown, "samples": landscape.samples, "step": EXPLAINED_STEP, "bits": bent}
+                rows = tuple(map(tuple, matrix.tolist()))
+                bent[str(bits)] = Bend(**vars(coupling(matrix)), hessian=rows, p=power, powers=_powers(curve))
+        return LossLandscape(tuple(shown), landscape.samples, EXPLAINED_STEP, bent)
 
     def _at_bits(self, names: Sequence[str], p: float, bits: int) -> Point:
         sites = self.placement.by_name
         return {n: self._lp(p).activation(self.statistics[n], replace(sites[n].spec, bits=bits)) for n in names}
+
+
+def _powers(curve: Mapping[float, float]) -> tuple[PowerLoss, ...]:
+    return tuple(PowerLoss(p, loss) for p, loss in curve.items())
 
 
 def _low(sites: Sequence[Site], first: Mapping[str, int]) -> list[str]:

@@ -20,6 +20,7 @@ from calibrators.grid.numerics import code_limits, dequantize, quantize
 from calibrators.grid.spec import QParams, QuantSpec, Site
 from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import build_program
+from calibrators.record import Record
 
 __all__ = ["CalibrationResult", "QuantizedTensor", "code_bias", "freeze", "widen"]
 
@@ -52,7 +53,7 @@ class CalibrationResult:
     weights:     codes and parameters by site name.
     biases:      int32 codes and parameters by site name; scale is exactly f32(input scale * weight scale).
     observed:    what the method saw at each activation site, for reports.
-    record:      method, options, seed and notes for the user.
+    record:      what the steps of the calibration report, and notes for the user.
     """
 
     placement: Placement
@@ -60,7 +61,7 @@ class CalibrationResult:
     weights: Mapping[str, QuantizedTensor]
     biases: Mapping[str, QuantizedTensor]
     observed: Mapping[str, Any] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
 
     @cached_property
     def program(self) -> fx.GraphModule:
@@ -96,7 +97,7 @@ def freeze(
         notes += _notes(weights[site.name], coded, site)
         for bias in added[site.name]:
             bias_codes[bias.site.name] = code_bias(bias.values, bias.x_scale, coded.qparams.scale, bias.site)
-    return CalibrationResult(placement, dict(activations), weight_codes, bias_codes, record={"notes": tuple(notes)})
+    return CalibrationResult(placement, dict(activations), weight_codes, bias_codes, record=Record(notes=tuple(notes)))
 
 
 def widen(

@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ from calibrators.graph.aten import bind, fan_in, layer_name, shape_of
 from calibrators.grid.spec import Site
 from calibrators.program.freeze import CalibrationResult, QuantizedTensor, widen
 from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
+from calibrators.record import ReconstructedUnit, Reconstruction
 
 __all__ = ["HessianRounding", "round_layers"]
 
@@ -57,9 +58,9 @@ def round_layers(problem: Problem, method: HessianRounding) -> CalibrationResult
             layers.round(index)
             bar.advance()
     result = layers.deployment.result()
-    notes = (*result.record["notes"], *layers.notes)
-    units, spilled = tuple(layers.report), layers.deployment.memory.spilled
-    record = {**result.record, "notes": notes, "units": units, "spilled_bytes": spilled}
+    notes = (*result.record.notes, *layers.notes)
+    done = Reconstruction(tuple(layers.units), layers.deployment.memory.spilled)
+    record = replace(result.record, notes=notes, reconstruction=done)
     return replace(result, observed=problem.statistics, record=record)
 
 
@@ -70,12 +71,12 @@ Reading = tuple[str, Im2col]
 class _Layers:
     """The layers in order of execution.
 
-    hessians: that layers yet to come share; report: what rounding did to every layer; notes: what the user should know.
+    hessians: that layers yet to come share; units: the record of every layer; notes: what the user should know.
     """
 
     def __init__(self, method: HessianRounding, deployment: Deployment) -> None:
         self.method, self.deployment = method, deployment
-        self.report: list[dict[str, Any]] = []
+        self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
         self.hessians: dict[Reading, Tensor] = {}
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
@@ -127,15 +128,9 @@ class _Layers:
             act_order=self.method.act_order,
         )
         self.deployment.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
-        self.report.append(
-            {
-                "name": layer_name(self._node(layer)),
-                "weights": 1,
-                "before": rounded.nearest,
-                "after": rounded.error,
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        seconds = time.perf_counter() - start
+        name = layer_name(self._node(layer))
+        self.units.append(ReconstructedUnit(name, 1, before=rounded.nearest, after=rounded.error, seconds=seconds))
 
     def _weight(self, layer: str) -> Tensor:
         return self.deployment.placement.values(self._site(layer))

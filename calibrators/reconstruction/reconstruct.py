@@ -37,6 +37,8 @@ from calibrators.reconstruction import grouping
 from calibrators.reconstruction.downstream import DownstreamTarget, FrozenUnits
 from calibrators.reconstruction.policy import Reconstruction
 from calibrators.reconstruction.training import Learned, Loss, Settings, Unit, train
+from calibrators.record import Grouping, ReconstructedUnit
+from calibrators.record import Reconstruction as UnitsRecord
 
 __all__ = ["Run", "reconstruct"]
 
@@ -70,45 +72,51 @@ class Deployed:
 def reconstruct(problem: Problem, method: Reconstruction) -> CalibrationResult:
     """Train the units of a network, neighbours joined as the method says, and return the calibrated network."""
     units = method.blocks(problem)
-    record: dict[str, Any] = {"granularity": method.granularity, "units_before": [unit.name for unit in units]}
-    blocks = _joined(problem, method, units, record)
+    blocks, joined = _joined(problem, method, units)
     members = grouping.members(units, blocks)
     result = Run(problem, method, blocks, [len(group) for group in members]).result()
     if len(blocks) < len(units):
-        record["groups"] = [group for group in members if len(group) > 1]
         errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
-        record["losses_after"] = [fmean(errors[name] for name in unit.outputs) for unit in units]
-    return replace(result, record={**result.record, "grouping": record})
+        joined = replace(
+            joined,
+            groups=tuple(tuple(group) for group in members if len(group) > 1),
+            losses_after=tuple(fmean(errors[name] for name in unit.outputs) for unit in units),
+        )
+    assert result.record.reconstruction is not None
+    done = replace(result.record.reconstruction, grouping=joined)
+    return replace(result, record=replace(result.record, reconstruction=done))
 
 
-def _joined(
-    problem: Problem, method: Reconstruction, units: tuple[Block, ...], record: dict[str, Any]
-) -> tuple[Block, ...]:
-    """Join neighbouring units, and record the losses or capacities that decided which."""
+def _joined(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[tuple[Block, ...], Grouping]:
+    """Join neighbouring units; return them with the losses or capacities that decided which."""
     graph = problem.placement.graph
+    record = Grouping(method.granularity, tuple(unit.name for unit in units))
     if method.groups:
         pairs = grouping.parse_groups(method.groups, len(units))
     elif method.granularity == "boundary":
         pairs = grouping.by_boundary(graph, units)
     elif method.granularity == "modcap":
         bits = {user: site.spec.bits for user, site in problem.placement.weight_of.items()}
-        record["capacities"] = grouping.capacities(graph, units, bits)
-        pairs = grouping.by_capacity(record["capacities"], method.joined)
+        capacities = grouping.capacities(graph, units, bits)
+        record = replace(record, capacities=tuple(capacities))
+        pairs = grouping.by_capacity(capacities, method.joined)
     elif method.granularity == "loss":
-        record["losses"] = _probe(problem, method, units)
-        pairs = grouping.by_loss(record["losses"], method.joined)
+        losses = _probe(problem, method, units)
+        record = replace(record, losses=losses)
+        pairs = grouping.by_loss(losses, method.joined)
     else:
-        return units
-    if problem.explain and "losses" not in record:
-        record["losses"] = _probe(problem, method, units)
-    return grouping.join(graph, units, pairs, len(units) if method.groups else method.group)
+        return units, record
+    if problem.explain and record.losses is None:
+        record = replace(record, losses=_probe(problem, method, units))
+    return grouping.join(graph, units, pairs, len(units) if method.groups else method.group), record
 
 
-def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> list[float]:
+def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[float, ...]:
     """Return the errors of the units after a shorter run in which each is trained alone."""
     steps = max(1, round(method.probe * method.settings().iters))
-    probe = Run(problem, replace(method, iters=steps), units, [1] * len(units)).result()
-    return [unit["after"] for unit in probe.record["units"]]
+    done = Run(problem, replace(method, iters=steps), units, [1] * len(units)).result().record.reconstruction
+    assert done is not None
+    return tuple(unit.after for unit in done.units)
 
 
 class Run(Deployment):
@@ -136,18 +144,19 @@ class Run(Deployment):
 
     def result(self) -> CalibrationResult:
         """Train every unit; the calibrated network."""
-        report: list[dict[str, Any]] = []
+        done: list[ReconstructedUnit] = []
         steps = sum(self.method.settings(size).iters for size in self.sizes)
         with self.problem.stage("reconstruct", steps) as bar:
             for index, block in enumerate(self.blocks):
                 self.position = index
                 start = time.perf_counter()
-                report.append(self._solve(block, bar.advance) | {"seconds": time.perf_counter() - start})
+                unit = self._solve(block, bar.advance)
+                done.append(replace(unit, seconds=time.perf_counter() - start))
                 self.forget(index, self.floats, self.quantized)
                 if index + 1 in self.goals:
                     _free(*self.goals.pop(index + 1).caches.values())
         result = super().result()
-        record = {**result.record, "units": tuple(report), "spilled_bytes": self.memory.spilled}
+        record = replace(result.record, reconstruction=UnitsRecord(tuple(done), self.memory.spilled))
         return replace(result, observed=self.problem.statistics, record=record)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -189,7 +198,7 @@ class Run(Deployment):
 
     # --- one unit ---------------------------------------------------------------------------------------------------
 
-    def _solve(self, block: Block, advance: Callable[[int], None]) -> dict[str, Any]:
+    def _solve(self, block: Block, advance: Callable[[int], None]) -> ReconstructedUnit:
         simulation = self.simulation(block)
         floating = to_device(extract(self.placement.graph, block), self.device)
         float_inputs = tuple(self.floats[name] for name in block.inputs)
@@ -220,17 +229,19 @@ class Run(Deployment):
         _free(*dropped.caches.values())
         self.floats |= floats.caches
         self.quantized |= kept.caches
-        return {
-            "name": block.name,
-            "weights": len(simulation.block.weighted),
-            "steps": self.settings_of(unit).iters,
-            "before": before.error,
-            "after": kept.error,
-            "loss_before": before.loss,
-            "loss_after": kept.loss,
-            "undecided": learned.rounding.undecided() if learned.rounding else 0.0,
-            **_gain_range(learned if kept is after else None),
-        }
+        lowest, highest = _gain_range(learned) if kept is after else (None, None)
+        return ReconstructedUnit(
+            name=block.name,
+            weights=len(simulation.block.weighted),
+            steps=self.settings_of(unit).iters,
+            before=before.error,
+            after=kept.error,
+            loss_before=before.loss,
+            loss_after=kept.loss,
+            undecided=learned.rounding.undecided() if learned.rounding else 0.0,
+            gain_lo=lowest,
+            gain_hi=highest,
+        )
 
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
         """Train the unit on what the method makes of it; one without floats to compare stays as it is."""
@@ -320,12 +331,12 @@ class Run(Deployment):
         return Deployed(math.fsum(errors) / max(1, len(errors)), total / recording.recorded, recording.caches)
 
 
-def _gain_range(learned: Learned | None) -> dict[str, float]:
-    """Smallest and largest factor that weight scales were learned to have; empty where none was."""
-    if learned is None or not learned.gains:
-        return {}
+def _gain_range(learned: Learned) -> tuple[float, float] | tuple[None, None]:
+    """Return the smallest and the largest learned factor of the weight scales, None where none was learned."""
+    if not learned.gains:
+        return None, None
     gains = torch.cat([gain.flatten() for gain in learned.gains.values()])
-    return {"gain_lo": float(gains.min()), "gain_hi": float(gains.max())}
+    return float(gains.min()), float(gains.max())
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

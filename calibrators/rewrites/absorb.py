@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, infer_shapes, layer_name
 from calibrators.graph.batch_norm import EXPECTED, HIGH_BIAS, Expected
+from calibrators.record import AbsorbedPair, Absorption, Refused
 from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_constants
 
 __all__ = ["absorb"]
@@ -31,28 +31,21 @@ MEAN_LOSS = math.exp(-(HIGH_BIAS**2) / 2) / math.sqrt(2 * math.pi) - HIGH_BIAS *
 """Mean of max(0, c - x) of a normal x in deviations, c being three below the mean: 0.00038."""
 
 
-def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """The graph with high biases absorbed, and what was done, for the report.
-
-    graph:   in integer forms. A changed copy is returned.
-    returns: record with "pairs" and "skipped". Of every pair: how many channels have something absorbed, the largest c,
-             whether that is exact for all inputs; else by how much an output of the second layer can change where all
-             values are 0 (worst), and changes on average where they are normally distributed (mean).
-    """
+def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
+    """Return a copy of the graph with high biases absorbed, and a record of it; `graph` is in integer forms."""
     graph = copy.deepcopy(graph)
-    links, unlinked = find_links(graph)
-    skipped = [{"where": each.where, "why": each.why} for each in unlinked]
+    links, skipped = find_links(graph)
     pairs = []
     for link in links:
         found = _constants(link)
         if isinstance(found, str):
-            skipped.append({"where": layer_name(link.first), "why": found})
+            skipped.append(Refused(layer_name(link.first), found))
         else:
             pairs.append(_move(graph, link, *found))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     infer_shapes(graph)
-    return graph, {"pairs": pairs, "skipped": skipped}
+    return graph, Absorption(tuple(pairs), tuple(skipped))
 
 
 def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
@@ -67,7 +60,7 @@ def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
     return (moved, deviation) if bool(moved.any()) else "no channel stays above zero"
 
 
-def _move(graph: fx.GraphModule, link: Link, moved: Tensor, deviation: Tensor) -> dict[str, Any]:
+def _move(graph: fx.GraphModule, link: Link, moved: Tensor, deviation: Tensor) -> AbsorbedPair:
     """Move the constants from the bias of the first layer to that of the second."""
     first, second = link.first, link.second
     biases = [constant(graph, bind(node)["bias"]).double() for node in (first, second)]
@@ -84,13 +77,13 @@ def _move(graph: fx.GraphModule, link: Link, moved: Tensor, deviation: Tensor) -
     for node in link.between:
         node.meta.pop(EXPECTED, None)
     worst, mean = (read(x, parted.abs().sum(3)).max() for x in (moved, MEAN_LOSS * deviation * (moved > 0)))
-    return {
-        "first": layer_name(first),
-        "second": layer_name(second),
-        "channels": len(moved),
-        "absorbed": int((moved > 0).sum()),
-        "largest": float(moved.max()),
-        "exact": not link.has_activation,
-        "worst": float(worst) if link.has_activation else 0.0,
-        "mean": float(mean) if link.has_activation else 0.0,
-    }
+    return AbsorbedPair(
+        first=layer_name(first),
+        second=layer_name(second),
+        channels=len(moved),
+        absorbed=int((moved > 0).sum()),
+        largest=float(moved.max()),
+        exact=not link.has_activation,
+        worst=float(worst) if link.has_activation else 0.0,
+        mean=float(mean) if link.has_activation else 0.0,
+    )

@@ -32,8 +32,9 @@ from calibrators.graph.aten import (
     shape_of,
 )
 from calibrators.graph.canonical import clip_bounds
+from calibrators.record import Refused
 
-__all__ = ["Link", "Unlinked", "by_group", "find_links", "set_constants"]
+__all__ = ["Link", "by_group", "find_links", "set_constants"]
 
 aten = torch.ops.aten
 
@@ -93,15 +94,7 @@ class Link:
         return any(node.target is aten.leaky_relu.default or clip_bounds(node) is not None for node in self.between)
 
 
-@dataclass(frozen=True)
-class Unlinked:
-    """An operator with weights that is the first of no link, and why."""
-
-    where: str
-    why: str
-
-
-def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Unlinked]]:
+def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Refused]]:
     """All links in topological order, and the operators with weights that begin none.
 
     graph: in integer forms (calibrators.graph.canonical), with shapes.
@@ -115,7 +108,7 @@ def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Unlinked]]:
         if isinstance(found, Link):
             links.append(found)
         else:
-            unlinked.append(Unlinked(layer_name(node), found))
+            unlinked.append(Refused(layer_name(node), found))
     return links, unlinked
 
 

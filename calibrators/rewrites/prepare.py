@@ -11,12 +11,13 @@ from typing import Any
 from torch import fx
 
 from calibrators.errors import UnknownNameError
+from calibrators.record import Preparation
 from calibrators.rewrites.absorb import absorb
 from calibrators.rewrites.equalize import equalize
 
 __all__ = ["PREPARATIONS", "check_preparations", "prepare_graph"]
 
-PREPARATIONS: Mapping[str, Callable[[fx.GraphModule], tuple[fx.GraphModule, dict[str, Any]]]] = {
+PREPARATIONS: Mapping[str, Callable[[fx.GraphModule], tuple[fx.GraphModule, Any]]] = {
     "cle": equalize,
     "absorb": absorb,
 }
@@ -33,15 +34,15 @@ def check_preparations(names: Collection[str]) -> None:
             raise UnknownNameError("preparation", name, PREPARATIONS)
 
 
-def prepare_graph(graph: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """The graph after the named preparations, and what each of them did.
+def prepare_graph(graph: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphModule, Preparation]:
+    """Return the graph after the named preparations, and their record.
 
     graph:  in integer forms (calibrators.graph.canonical). Returned as it is without names, else as a changed copy.
     raises: UnknownNameError.
     """
     check_preparations(names)
-    record: dict[str, Any] = {}
+    done: dict[str, Any] = {}
     for name, rewrite in PREPARATIONS.items():
         if name in names:
-            graph, record[name] = rewrite(graph)
-    return graph, record
+            graph, done[name] = rewrite(graph)
+    return graph, Preparation(**done)

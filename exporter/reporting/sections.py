@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from torch import fx
 
+from calibrators.record import Record
 from exporter.folding.fold_regions import FoldReport
 from runtime_tests.ort.saturation import Saturation
 
@@ -42,17 +43,20 @@ def fold_entry(report: FoldReport) -> dict[str, Any]:
     }
 
 
-def method_entries(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What preparations, and methods that train or search, recorded; empty for the others."""
-    entries: dict[str, Any] = {}
-    if record.get("preparation"):
-        entries["preparation"] = record["preparation"]
-    if "units" in record:
-        entries["reconstruction"] = {
-            "units": [dict(unit) for unit in record["units"]],
-            **{key: record[key] for key in ("spilled_bytes", "grouping") if key in record},
-        }
-    return entries | {key: record[key] for key in ("lapq", "sensitivity", "mixed_precision") if key in record}
+def method_entries(record: Record) -> dict[str, Any]:
+    """Return the records of preparations and of methods that train or search; empty for other methods."""
+    parts: dict[str, Any] = _without_defaults(record)
+    return {name: part for name, part in parts.items() if name != "notes"}
+
+
+def _without_defaults(value: Any) -> Any:
+    """Return dataclasses as dictionaries, without the fields that are None by default."""
+    if is_dataclass(value):
+        found = {field.name: (getattr(value, field.name), field.default) for field in fields(value)}
+        return {k: _without_defaults(v) for k, (v, default) in found.items() if v is not None or default is not None}
+    if isinstance(value, Mapping):
+        return {key: _without_defaults(item) for key, item in value.items()}
+    return [_without_defaults(item) for item in value] if isinstance(value, tuple) else value
 
 
 def model_entry(source: str, graph: fx.GraphModule, model: ir.Model) -> dict[str, Any]:

@@ -273,10 +273,10 @@ def test_every_kind_of_layer(name: str) -> None:
 @pytest.mark.parametrize("name", ["residual", "pooled", "mlp", "transformer", "unet", "densenet", "two-inputs"])
 def test_no_layer_is_worse_than_with_nearest_rounding(name: str) -> None:
     result = calibrated(name)
-    units = result.record["units"]
+    units = result.record.reconstruction.units
     assert len(units) == len(result.weights)
-    assert all(unit["after"] <= unit["before"] for unit in units)
-    assert sum(unit["after"] < unit["before"] for unit in units) > len(units) / 2
+    assert all(unit.after <= unit.before for unit in units)
+    assert sum(unit.after < unit.before for unit in units) > len(units) / 2
     assert result.biases.keys() == calibrated(name, "mse").biases.keys()
 
 
@@ -297,7 +297,7 @@ def test_layers_of_which_weights_only_are_quantized(block_size: int | None) -> N
     graph, (x,) = network("transformer")
     placement = PlacementOptions(weight_bits=4, weight_only=True, block_size=block_size)
     result, nearest = (calibrate(graph, [x], method=method, placement=placement) for method in ("gptq", "mse"))
-    assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
+    assert all(unit.after <= unit.before for unit in result.record.reconstruction.units)
     assert layer_errors("transformer", result) < 0.8 * layer_errors("transformer", nearest)
     model = onnx_ir.to_proto(to_onnx(result.program, opset=needed_opset(result)))
     report = parity(model, result.program, [(x,)], optimized=True)
@@ -389,9 +389,9 @@ def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Hessian]) ->
 def test_layers_with_too_many_inputs_keep_nearest_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_rounding, "LARGEST", 10)
     result, nearest = calibrated("residual"), calibrated("residual", "mse")
-    (note,) = result.record["notes"]
+    (note,) = result.record.notes
     assert note == "stem: rounded to nearest, because gptq takes at most 10 inputs per output, and it has 27"
-    assert [unit["name"] for unit in result.record["units"]] == ["depthwise", "point", "head"]
+    assert [unit.name for unit in result.record.reconstruction.units] == ["depthwise", "point", "head"]
     assert torch.equal(result.weights["stem.weight"].codes, nearest.weights["stem.weight"].codes)
 
 
@@ -422,7 +422,7 @@ def test_a_network_that_takes_one_sample_at_a_time() -> None:
 def test_options(options: dict[str, object]) -> None:
     result = calibrated("residual", options=options)
     assert not same(result, calibrated("residual"))
-    assert all(unit["after"] <= unit["before"] for unit in result.record["units"])
+    assert all(unit.after <= unit.before for unit in result.record.reconstruction.units)
 
 
 def test_values_that_are_refused() -> None:

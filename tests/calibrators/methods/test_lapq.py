@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,16 @@ def kl(result: CalibrationResult, name: str = "residual") -> float:
 @pytest.mark.parametrize("optimizer", ["parabola", "cobyqa", "powell"])
 def test_four_bits_are_better_than_every_range_compared(optimizer: str, per_tensor: bool) -> None:
     result = calibrated(optimizer=optimizer, per_tensor=per_tensor)
-    record = result.record["lapq"]
-    losses = record["losses"]
+    record = result.record.lapq
+    losses = record.losses
     for method in ("minmax", "mse"):
         other = calibrated(method, per_tensor=per_tensor)
         assert kl(other) == pytest.approx(losses[method], rel=1e-4)
         assert kl(result) < kl(other)
     assert kl(result) == pytest.approx(losses["final"], rel=1e-4)
-    compared = [losses[n] for n in ("minmax", "percentile", "mse", "init")] + [e["loss"] for e in record["powers"]]
+    compared = [losses[n] for n in ("minmax", "percentile", "mse", "init")] + [e.loss for e in record.powers]
     assert losses["final"] <= min(compared)
-    assert record["evaluations"] <= EVALUATIONS
+    assert record.evaluations <= EVALUATIONS
 
 
 @pytest.mark.parametrize("name", ["residual", "transformer"])
@@ -90,37 +91,37 @@ def test_same_seed_same_integers() -> None:
         assert torch.equal(coded.codes, again.weights[name].codes)
     for name, qparams in first.activations.items():
         assert torch.equal(qparams.scale, again.activations[name].scale)
-    ours, theirs = (dict(result.record["lapq"]) for result in (first, again))
-    assert ours.pop("seconds") > 0 and theirs.pop("seconds") > 0
-    assert ours == theirs and ours["samples"] == 32
+    ours, theirs = first.record.lapq, again.record.lapq
+    assert ours.seconds > 0 and theirs.seconds > 0
+    assert replace(ours, seconds=0) == replace(theirs, seconds=0) and ours.samples == 32
 
 
 def test_the_record_can_be_stored_and_tells_every_step() -> None:
-    record = calibrated(explain=True).record["lapq"]
-    assert json.loads(json.dumps(record)) == record
-    assert [entry["p"] for entry in record["powers"]] == list(POWERS)
-    assert set(record["losses"]) == {"minmax", "percentile", "mse", "init", "final"}
-    assert record["parabola"]["verdict"] == "accepted" or record["parabola"]["vertex"] is None
-    assert all(0.4 <= factor <= 2.5 for factor in record["multipliers"].values())
-    bits = record["landscape"]["bits"]
+    record = calibrated(explain=True).record.lapq
+    json.dumps(asdict(record), allow_nan=False)
+    assert [entry.p for entry in record.powers] == list(POWERS)
+    assert set(record.losses) == {"minmax", "percentile", "mse", "init", "final"}
+    assert record.parabola.verdict == "accepted" or record.parabola.vertex is None
+    assert all(0.4 <= factor <= 2.5 for factor in record.multipliers.values())
+    bits = record.landscape.bits
     assert set(bits) == {"2", "4", "8"}
-    size = len(record["landscape"]["sites"])
+    size = len(record.landscape.sites)
     for found in bits.values():
-        assert len(found["hessian"]) == len(found["eigenvalues"]) == size
-        assert found["p"] == min(found["powers"], key=lambda entry: entry["loss"])["p"]
-    assert bits["2"]["mean_diagonal"] > bits["8"]["mean_diagonal"]
+        assert len(found.hessian) == len(found.eigenvalues) == size
+        assert found.p == min(found.powers, key=lambda entry: entry.loss).p
+    assert bits["2"].mean_diagonal > bits["8"].mean_diagonal
 
 
 def test_the_smallest_budget_compares_and_stops() -> None:
-    record = calibrated(max_evals=FIRST_EVALUATIONS).record["lapq"]
-    assert FIRST_EVALUATIONS - 1 <= record["evaluations"] <= FIRST_EVALUATIONS
-    assert record["losses"]["final"] <= record["losses"]["mse"]
+    record = calibrated(max_evals=FIRST_EVALUATIONS).record.lapq
+    assert FIRST_EVALUATIONS - 1 <= record.evaluations <= FIRST_EVALUATIONS
+    assert record.losses["final"] <= record.losses["mse"]
 
 
 def test_time_limit_leaves_the_comparison() -> None:
-    record = calibrated(max_seconds=1e-9).record["lapq"]
-    assert record["losses"]["final"] == record["losses"]["init"]
-    assert len(record["powers"]) == len(POWERS)
+    record = calibrated(max_seconds=1e-9).record.lapq
+    assert record.losses["final"] == record.losses["init"]
+    assert len(record.powers) == len(POWERS)
 
 
 def test_cross_entropy_needs_labels() -> None:
@@ -136,8 +137,8 @@ def test_cross_entropy_with_labels() -> None:
     labels = graph(x)[0].argmax(1)
     options = {"loss": "ce", "max_evals": 30}
     placement = PlacementOptions(weight_bits=4, activation_bits=4)
-    record = calibrate(graph, [x], method="lapq", options=options, placement=placement, labels=labels).record["lapq"]
-    assert record["losses"]["final"] <= min(record["losses"].values())
+    record = calibrate(graph, [x], method="lapq", options=options, placement=placement, labels=labels).record.lapq
+    assert record.losses["final"] <= min(record.losses.values())
 
 
 @pytest.mark.parametrize("name", ["residual", "pooled"])

@@ -128,11 +128,11 @@ def test_the_end_of_the_network_alone_is_computed_where_that_is_enough() -> None
 def test_sensitivities_tell_every_open_scale() -> None:
     given = problem("transformer")
     record = measure_sensitivity(given, FREE, MinMax())
-    assert {scale["kind"] for scale in record["scales"]} == {"weight", "activation"}
-    for scale in record["scales"]:
-        widths = {entry["bits"]: entry for entry in scale["widths"]}
+    assert {scale.kind for scale in record.scales} == {"weight", "activation"}
+    for scale in record.scales:
+        widths = {entry.bits: entry for entry in scale.widths}
         assert [*widths] == sorted(widths) and len(widths) >= 6
-        assert widths[2]["loss"] >= widths[8]["loss"] and widths[2]["sqnr_db"] <= widths[8]["sqnr_db"]
+        assert widths[2].loss >= widths[8].loss and widths[2].sqnr_db <= widths[8].sqnr_db
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ def test_sensitivities_tell_every_open_scale() -> None:
 def test_mean_bits_are_kept_and_better_than_uniform_ones(name: str, limit: float) -> None:
     result = mixed(name, f"avg_weight_bits<={limit}")
     assert mean_bits(result) <= limit * (1 + 1e-6)
-    record = result.record["mixed_precision"]
-    assert record["found"]["avg_weight_bits"] == pytest.approx(mean_bits(result))
-    fewer = [entry for entry in record["front"] if entry.get("uniform", 99) <= limit]
-    assert fewer and all(record["found"]["loss"] <= entry["loss"] * (1 + 1e-9) for entry in fewer)
+    record = result.record.mixed_precision
+    assert record.found.avg_weight_bits == pytest.approx(mean_bits(result))
+    fewer = [entry for entry in record.front if (entry.uniform or 99) <= limit]
+    assert fewer and all(record.found.loss <= entry.loss * (1 + 1e-9) for entry in fewer)
 
 
 def test_bytes_count_as_they_are_stored() -> None:
@@ -168,9 +168,9 @@ def _with_bits(result: CalibrationResult) -> list[tuple[tuple[str, Any], int]]:
 
 
 def test_bit_operations_open_the_activations_too() -> None:
-    finest = mixed("residual", "bops<=1T").record["mixed_precision"]["found"]["bops"]
+    finest = mixed("residual", "bops<=1T").record.mixed_precision.found.bops
     result = mixed("residual", f"bops<={finest / 4}")
-    assert result.record["mixed_precision"]["found"]["bops"] <= finest / 4
+    assert result.record.mixed_precision.found.bops <= finest / 4
     activations = {site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     assert min(activations) < 8
     given = mixed("residual", "avg_weight_bits<=4").placement
@@ -183,8 +183,8 @@ def test_a_limit_on_accuracy_takes_the_fewest_bits_that_keep_it() -> None:
 
     loose, tight = (mixed("pooled", f"accuracy_drop<={limit}", stored=exact) for limit in ("30%", "5%"))
     for result, limit in ((loose, 0.30), (tight, 0.05)):
-        assert result.record["mixed_precision"]["found"]["accuracy_drop"] <= limit
-    sizes = [result.record["mixed_precision"]["found"]["weight_bytes"] for result in (loose, tight)]
+        assert result.record.mixed_precision.found.accuracy_drop <= limit
+    sizes = [result.record.mixed_precision.found.weight_bytes for result in (loose, tight)]
     assert sizes[0] < sizes[1]
 
 
@@ -205,11 +205,11 @@ def test_methods_that_train_start_from_the_bits_found() -> None:
 def test_same_seed_same_bits_and_the_record_tells_the_rest() -> None:
     first, second = (mixed("transformer", "avg_weight_bits<=4", seed=3) for _ in range(2))
     assert weight_bits(first) == weight_bits(second)
-    record = first.record["mixed_precision"]
-    assert {**record, "seconds": 0} == {**second.record["mixed_precision"], "seconds": 0}
-    assert record["samples"] == min(SAMPLES, CHECKED)
-    assert -1 <= record["rank_correlation"] <= 1
-    chosen = {scale["site"]: scale["bits"] for scale in first.record["sensitivity"]["scales"]}
+    record = first.record.mixed_precision
+    assert replace(record, seconds=0) == replace(second.record.mixed_precision, seconds=0)
+    assert record.samples == min(SAMPLES, CHECKED)
+    assert -1 <= record.rank_correlation <= 1
+    chosen = {scale.site: scale.bits for scale in first.record.sensitivity.scales}
     assert chosen.items() <= weight_bits(first).items()
 
 
@@ -237,6 +237,6 @@ def test_accuracy_needs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_of_which_weights_only_are_quantized_take_part(budget: str) -> None:
     result = mixed("transformer", budget, options=replace(FREE, weight_only=True))
     weight_only = {site.name for site in result.placement.sites if site.weight_only}
-    told = {scale["site"]: scale["bits"] for scale in result.record["sensitivity"]["scales"]}
+    told = {scale.site: scale.bits for scale in result.record.sensitivity.scales}
     assert weight_only and weight_only <= told.keys()
     assert told.items() <= {site.name: site.spec.bits for site in result.placement.sites}.items()

@@ -211,9 +211,9 @@ def test_hessian_of_a_cubic_is_exact() -> None:
 
 def test_coupling_is_the_share_of_the_off_diagonal() -> None:
     found = coupling(np.array([[2.0, -0.5, 0.1], [-0.5, 4.0, 0.0], [0.1, 0.0, -3.0]]))
-    assert found["mean_diagonal"] == pytest.approx(3.0)
-    assert found["mean_off_diagonal"] == pytest.approx(0.2)
-    assert found["share"] == pytest.approx(0.2 / 3.0)
-    assert found["eigenvalues"] == sorted(found["eigenvalues"]) and found["eigenvalues"][0] < 0
-    assert coupling(np.diag([1.0, 2.0]))["share"] == 0.0
-    assert coupling(np.zeros((1, 1)))["share"] == 0.0
+    assert found.mean_diagonal == pytest.approx(3.0)
+    assert found.mean_off_diagonal == pytest.approx(0.2)
+    assert found.share == pytest.approx(0.2 / 3.0)
+    assert list(found.eigenvalues) == sorted(found.eigenvalues) and found.eigenvalues[0] < 0
+    assert coupling(np.diag([1.0, 2.0])).share == 0.0
+    assert coupling(np.zeros((1, 1))).share == 0.0

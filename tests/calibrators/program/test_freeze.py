@@ -103,7 +103,7 @@ def test_dead_channel_keeps_its_bias() -> None:
     coded = result.biases["0.bias"]
     assert float(dequantize(coded.codes, coded.qparams)[1]) == pytest.approx(0.777, rel=1e-6)
     assert torch.equal(result.weights["0.weight"].codes[1], torch.zeros_like(result.weights["0.weight"].codes[1]))
-    assert result.record["notes"][0].startswith("0.weight: 1 of 4 scales changed")
+    assert result.record.notes[0].startswith("0.weight: 1 of 4 scales changed")
 
 
 def test_bias_that_would_overflow_widens_the_weight_scale() -> None:
@@ -197,7 +197,7 @@ def test_codes_of_a_method_are_kept(bits: int) -> None:
         assert torch.equal(frozen.weights[name].codes, coded.codes)
         assert torch.equal(frozen.weights[name].qparams.scale, coded.qparams.scale)
         assert torch.equal(frozen.weights[name].qparams.zero_point, coded.qparams.zero_point)
-    assert frozen.record["notes"] == ()
+    assert frozen.record.notes == ()
 
 
 def test_parameters_and_codes_may_be_mixed() -> None:
@@ -292,7 +292,7 @@ def test_only_the_channels_concerned_are_widened() -> None:
     assert torch.equal(after.codes[2], quantize(dequantize(before.codes, before.qparams), after.qparams)[2])
     assert coded.codes.abs().max() <= BIAS_CODE_LIMIT < 1.001 * coded.codes[1:3].abs().min()
     assert torch.allclose(dequantize(coded.codes, coded.qparams), bias, rtol=0, atol=float(coded.qparams.scale.max()))
-    [note] = frozen.record["notes"]
+    [note] = frozen.record.notes
     assert note.startswith("0.weight: 2 of 4 scales changed") and f"{anew} codes of the method" in note
     assert anew > 0
 
@@ -304,7 +304,7 @@ def test_one_scale_for_all_channels_is_widened_for_the_largest_bias() -> None:
     frozen = freeze(result.placement, result.activations, result.weights, {"layers.0.bias": bias})
     coded = frozen.biases["layers.0.bias"]
     assert 0.999 * BIAS_CODE_LIMIT < int(coded.codes.max()) <= BIAS_CODE_LIMIT
-    assert frozen.record["notes"][0].startswith("layers.0.weight: 1 of 1 scales changed")
+    assert frozen.record.notes[0].startswith("layers.0.weight: 1 of 1 scales changed")
 
 
 def test_widened_parameters_stand_smaller_activation_scales() -> None:
@@ -319,7 +319,7 @@ def test_widened_parameters_stand_smaller_activation_scales() -> None:
     for margin in (1.0, 4.0):
         wide = widen(given.placement, given.activations, qparams, biases, margin=margin)
         coded = {name: QuantizedTensor(given.weights[name].codes, wide[name]) for name in wide}
-        notes[margin] = freeze(given.placement, smaller, coded, biases).record["notes"]
+        notes[margin] = freeze(given.placement, smaller, coded, biases).record.notes
     assert len(notes[1.0]) == 1 and notes[4.0] == ()
 
 
@@ -335,7 +335,7 @@ def test_widening_twice_changes_nothing(bits: int) -> None:
     wide = widen(result.placement, result.activations, qparams)
     assert all(torch.equal(wide[name].scale, qparams[name].scale) for name in qparams)
     frozen = freeze(result.placement, result.activations, wide)
-    assert frozen.record["notes"] == () != result.record["notes"]
+    assert frozen.record.notes == () != result.record.notes
     assert all(torch.equal(frozen.weights[name].codes, result.weights[name].codes) for name in wide)
 
 

@@ -59,11 +59,12 @@ def outcome(result: CalibrationResult) -> dict[str, Any]:
         digest.update(coded.codes.numpy().tobytes() + coded.qparams.scale.numpy().tobytes())
     for qparams in result.activations.values():
         digest.update(qparams.scale.numpy().tobytes())
-    units = result.record.get("units", ())
+    done = result.record.reconstruction
+    units = done.units if done else ()
     return {
         "digest": digest.hexdigest(),
-        "errors": [unit["after"] for unit in units],
-        "steps": [unit.get("steps", 0) for unit in units],
+        "errors": [unit.after for unit in units],
+        "steps": [unit.steps or 0 for unit in units],
         "replays": Tape.replays,
         "cached": sorted(CACHED),
     }

@@ -128,8 +128,8 @@ def test_cuda_graphs_give_what_plain_steps_give(
             placement=PlacementOptions(weight_bits=4, activation_bits=4),
             device="cuda",
         )
-        errors.append(sum(unit["after"] for unit in result.record["units"]))
-    steps = [unit["steps"] for unit in result.record["units"]]
+        errors.append(sum(unit.after for unit in result.record.reconstruction.units))
+    steps = [unit.steps for unit in result.record.reconstruction.units]
     assert len(launched) == sum(steps) - KINDS * WARM * len(steps)
     graphs, plain = errors
     assert graphs == pytest.approx(plain, rel=0.1)  # atomic sums have no order on a GPU

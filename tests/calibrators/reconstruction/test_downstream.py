@@ -27,6 +27,7 @@ from calibrators.reconstruction.grouping import stage_ends
 from calibrators.reconstruction.input_correction import Correction, Descent
 from calibrators.reconstruction.reconstruct import Run
 from calibrators.reconstruction.training import Loss, RelativeError, Unit
+from calibrators.record import ReconstructedUnit
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from tests.calibrators.reconstruction.test_grouping import units as published_units
@@ -67,7 +68,7 @@ def test_the_float_way_ahead_of_every_unit_ends_in_the_float_outputs(name: str) 
     graph, inputs = folded_network(name)
     with torch.no_grad():
         outputs = graph(*inputs)
-    assert len(ARRIVED) == len(result.record["units"])
+    assert len(ARRIVED) == len(result.record.reconstruction.units)
     for arrived, wanted in ARRIVED:
         assert len(arrived) == len(wanted) > 0
         for y, t in zip(arrived, wanted, strict=True):
@@ -141,16 +142,13 @@ def test_with_nothing_of_its_own_repapq_is_qdrop() -> None:
 
 def test_in_a_stage_of_one_unit_the_stage_changes_nothing() -> None:
     """Every value of the residual network's head has a shape of its own."""
-    one, other = ([u["loss_after"] for u in _units("mlp", across=across)] for across in (0.0, 1.0))
+    one, other = ([u.loss_after for u in _units("mlp", across=across)] for across in (0.0, 1.0))
     assert one[-1] == other[-1]
-    assert _units("residual", across=0.0)[0]["loss_before"] < _units("residual", across=1.0)[0]["loss_before"]
+    assert _units("residual", across=0.0)[0].loss_before < _units("residual", across=1.0)[0].loss_before
 
 
-def _units(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
-    units: tuple[dict[str, Any], ...] = calibrated(
-        name, "repapq", options={"iters": 10, "batch": 16, **options}
-    ).record["units"]
-    return units
+def _units(name: str, **options: Any) -> tuple[ReconstructedUnit, ...]:
+    return calibrated(name, "repapq", options={"iters": 10, "batch": 16, **options}).record.reconstruction.units
 
 
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["per-channel", "per-tensor"])
@@ -169,9 +167,9 @@ def test_gains_are_absorbed_into_scales(per_tensor: bool) -> None:
         assert torch.equal(coded.qparams.zero_point, results[0].weights[name].qparams.zero_point)
         moved += int((coded.qparams.scale != results[0].weights[name].qparams.scale).sum())
     assert moved
-    unit = results[1].record["units"][-1]
-    assert 0 < unit["gain_lo"] <= unit["gain_hi"] and "gain_lo" not in results[0].record["units"][-1]
-    assert _output_error(results[1], inputs) == pytest.approx(unit["after"], rel=1e-4)
+    unit = results[1].record.reconstruction.units[-1]
+    assert 0 < unit.gain_lo <= unit.gain_hi and results[0].record.reconstruction.units[-1].gain_lo is None
+    assert _output_error(results[1], inputs) == pytest.approx(unit.after, rel=1e-4)
 
 
 def _output_error(result: CalibrationResult, inputs: tuple[Tensor, ...]) -> float:
@@ -230,8 +228,8 @@ def test_a_unit_without_floating_outputs_keeps_nearest_rounding() -> None:
     graph = fold(capture(Labels().eval(), (x[:2],)))
     placement = PlacementOptions(weight_bits=4, activation_bits=4, first_last_bits=None)
     for method in (QDrop(iters=5, chain=1), RepAPQ(iters=5), PDQuant(iters=5, chain=1)):
-        units = calibrate(graph, [(x,)], method=method, placement=placement).record["units"]
-        assert (units[-1]["before"], units[-1]["after"]) == (0.0, 0.0)
+        units = calibrate(graph, [(x,)], method=method, placement=placement).record.reconstruction.units
+        assert (units[-1].before, units[-1].after) == (0.0, 0.0)
 
 
 def test_a_signed_input_keeps_its_negative_half() -> None:
@@ -254,21 +252,23 @@ def test_without_its_prediction_pdquant_is_qdrop() -> None:
 
 def test_the_last_unit_is_compared_by_its_own_outputs() -> None:
     options = {"iters": 5, "batch": 16, "chain": 100, "prediction": 2.0, "distance": "mse"}
-    (unit,) = calibrated("mlp", "pdquant", options=options).record["units"]
-    assert unit["loss_after"] == pytest.approx(3 * unit["after"], rel=1e-4)
+    (unit,) = calibrated("mlp", "pdquant", options=options).record.reconstruction.units
+    assert unit.loss_after == pytest.approx(3 * unit.after, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("name", "distance"), [("residual", "kl"), ("unet", "kl"), ("unet", "mse"), ("segmenter", "auto")]
 )
 def test_predictions_of_any_kind(name: str, distance: str) -> None:
-    units = calibrated(name, "pdquant", options={"iters": 10, "batch": 16, "distance": distance}).record["units"]
-    assert all(unit["loss_after"] <= unit["loss_before"] for unit in units)
+    units = calibrated(
+        name, "pdquant", options={"iters": 10, "batch": 16, "distance": distance}
+    ).record.reconstruction.units
+    assert all(unit.loss_after <= unit.loss_before for unit in units)
 
 
 def test_at_eight_bits_there_is_next_to_nothing_to_lose() -> None:
-    units = calibrated("residual", "pdquant", (8, 8), options={"iters": 20, "batch": 16}).record["units"]
-    assert all(unit["loss_after"] < 1e-3 for unit in units)
+    units = calibrated("residual", "pdquant", (8, 8), options={"iters": 20, "batch": 16}).record.reconstruction.units
+    assert all(unit.loss_after < 1e-3 for unit in units)
 
 
 def test_the_prediction_is_kept_better_than_by_the_units_error_alone() -> None:
@@ -305,9 +305,9 @@ def test_what_follows_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_methods_compose_with_grouping() -> None:
     for method in (PDQuant(iters=5, groups="0-1"), RepAPQ(iters=5, groups="0-1"), MRECG(iters=5, groups="0-1")):
-        first, second, *_ = calibrated("residual", method).record["units"]
-        assert ".." in first["name"]
-        assert (first["steps"], second["steps"]) == (10, 5)
+        first, second, *_ = calibrated("residual", method).record.reconstruction.units
+        assert ".." in first.name
+        assert (first.steps, second.steps) == (10, 5)
 
 
 @pytest.mark.parametrize(
@@ -391,5 +391,5 @@ def test_corrected_inputs_reach_training_and_nothing_else() -> None:
         for correct in (0, 5)
     )
     assert not same(plain, corrected)
-    first, other = (result.record["units"][0] for result in (plain, corrected))
-    assert first["before"] == other["before"]
+    first, other = (result.record.reconstruction.units[0] for result in (plain, corrected))
+    assert first.before == other.before

@@ -17,6 +17,7 @@ from calibrators.grid.numerics import quantize
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.reconstruction.grouping import by_boundary, by_capacity, by_loss, capacities, join, parse_groups
+from calibrators.record import Grouping
 from calibrators.targets import get_target
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
@@ -115,10 +116,10 @@ def test_the_method_trains_joined_units(method: str, options: dict[str, object],
     placement = PlacementOptions(weight_bits=3, activation_bits=4)
     options = {"iters": 4, "chain": 1, **options}
     result = calibrate(graph, [(x,)], method=method, options=options, placement=placement)
-    before, after = len(result.record["grouping"]["units_before"]), len(result.record["units"])
+    before, after = len(result.record.reconstruction.grouping.units_before), len(result.record.reconstruction.units)
     assert before - after == fewer if fewer is not None else before - after in (0, 1)
     if options.get("granularity") == "loss":
-        assert len(result.record["grouping"]["losses"]) == before
+        assert len(result.record.reconstruction.grouping.losses) == before
 
 
 def residual(method: str, options: dict[str, object], **more: object) -> tuple[CalibrationResult, torch.Tensor]:
@@ -131,35 +132,36 @@ def residual(method: str, options: dict[str, object], **more: object) -> tuple[C
 
 def test_the_curve_after_is_measured_at_every_original_unit() -> None:
     result, x = residual("mrecg", {"groups": "0-1"})
-    grouping, units = result.record["grouping"], result.record["units"]
-    assert grouping["groups"] == [[0, 1]]
-    assert len(grouping["losses_after"]) == len(grouping["units_before"]) == len(units) + 1
-    assert "losses" not in grouping
+    grouping, units = result.record.reconstruction.grouping, result.record.reconstruction.units
+    assert grouping.groups == ((0, 1),)
+    assert len(grouping.losses_after) == len(grouping.units_before) == len(units) + 1
+    assert grouping.losses is None
     # where a joined unit ends, training measured the same error on its own way through the network
-    ends = [grouping["losses_after"][i] for i in range(1, len(units) + 1)]
-    assert ends == pytest.approx([unit["after"] for unit in units], rel=1e-4)
+    ends = [grouping.losses_after[i] for i in range(1, len(units) + 1)]
+    assert ends == pytest.approx([unit.after for unit in units], rel=1e-4)
     with torch.no_grad():
         (wanted,), (y,) = result.placement.graph(x), result.program(x)
     assert ends[-1] == pytest.approx(float((y - wanted).square().sum() / wanted.square().sum()), rel=1e-4)
-    assert grouping["losses_after"][0] > 0
+    assert grouping.losses_after[0] > 0
 
 
 def test_the_curve_before_is_made_for_the_picture_on_request() -> None:
     result, _ = residual("mrecg", {"groups": "0-1", "probe": 1.0}, explain=True)
     alone, _ = residual("qdrop", {})
-    grouping = result.record["grouping"]
-    assert grouping["losses"] == [unit["after"] for unit in alone.record["units"]]
+    grouping = result.record.reconstruction.grouping
+    assert grouping.losses == tuple(unit.after for unit in alone.record.reconstruction.units)
 
 
 def test_units_alone_have_no_second_curve() -> None:
     result, _ = residual("mrecg", {"granularity": "block"}, explain=True)
-    assert set(result.record["grouping"]) == {"granularity", "units_before"}
+    grouping = result.record.reconstruction.grouping
+    assert grouping == Grouping("block", grouping.units_before)
 
 
 def test_joining_nothing_is_the_base() -> None:
     joined, _ = residual("mrecg", {"granularity": "modcap", "joined": 9})
     alone, _ = residual("qdrop", {})
-    assert "groups" not in joined.record["grouping"]
+    assert joined.record.reconstruction.grouping.groups is None
     assert all(torch.equal(c.codes, alone.weights[name].codes) for name, c in joined.weights.items())
 
 

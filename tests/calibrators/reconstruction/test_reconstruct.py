@@ -119,11 +119,11 @@ def test_training_improves_on_nearest_rounding(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_units_never_get_worse_and_say_so(method: str) -> None:
-    units = calibrated("pooled", method).record["units"]
-    assert all(unit["loss_after"] <= unit["loss_before"] for unit in units)
-    assert any(unit["loss_after"] < unit["loss_before"] for unit in units)
+    units = calibrated("pooled", method).record.reconstruction.units
+    assert all(unit.loss_after <= unit.loss_before for unit in units)
+    assert any(unit.loss_after < unit.loss_before for unit in units)
     if method in OWN_ERROR:
-        assert all(unit["after"] == pytest.approx(unit["loss_after"], rel=1e-5) for unit in units)
+        assert all(unit.after == pytest.approx(unit.loss_after, rel=1e-5) for unit in units)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,7 +148,7 @@ def test_keeping_everything_is_brecq() -> None:
 @pytest.mark.parametrize("memory", [4.0, 1e-6])
 def test_where_activations_are_cached_changes_nothing(memory: float) -> None:
     result = calibrated("pooled", "qdrop", cache_gib=memory)
-    assert (result.record["spilled_bytes"] > 0) == (memory < 1)
+    assert (result.record.reconstruction.spilled_bytes > 0) == (memory < 1)
     assert same(result, calibrated("pooled", "qdrop"))
 
 
@@ -252,13 +252,13 @@ def test_the_regularizer_waits_and_then_anneals(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rounding_is_decided_at_the_end() -> None:
-    units = calibrated("residual", "brecq", options={"iters": 600}).record["units"]
-    assert max(unit["undecided"] for unit in units) < 0.2
+    units = calibrated("residual", "brecq", options={"iters": 600}).record.reconstruction.units
+    assert max(unit.undecided for unit in units) < 0.2
 
 
 def test_adaround_has_one_layer_per_unit() -> None:
-    units = calibrated("residual", "adaround").record["units"]
-    assert [unit["weights"] for unit in units] == [1] * len(units)
+    units = calibrated("residual", "adaround").record.reconstruction.units
+    assert [unit.weights for unit in units] == [1] * len(units)
     assert len(units) == 4
 
 
@@ -311,7 +311,7 @@ def test_an_option_that_a_method_does_not_read_is_refused(name: str) -> None:
 
 
 def test_more_samples_per_step_than_there_are() -> None:
-    assert calibrated("mlp", "qdrop", options={"batch": 1000, "iters": 3}).record["units"]
+    assert calibrated("mlp", "qdrop", options={"batch": 1000, "iters": 3}).record.reconstruction.units
 
 
 def test_importance_is_the_mean_square_of_gradients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import onnx_ir
@@ -18,6 +19,7 @@ from calibrators.graph.aten import bind, constant
 from calibrators.graph.batch_norm import expected_outputs
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.placement.place import PlacementOptions
+from calibrators.record import Absorption, Equalization, Preparation
 from calibrators.rewrites.absorb import absorb
 from calibrators.rewrites.equalize import CONVERGED, equalize
 from calibrators.rewrites.prepare import prepare_graph
@@ -81,12 +83,12 @@ def weight_of(graph: fx.GraphModule, index: int) -> Array:
     return constant(graph, bind(weighted(graph)[index])["weight"]).numpy()
 
 
-def pairs_of(record: dict[str, object]) -> list[tuple[str, str]]:
-    return [(pair["first"], pair["second"]) for pair in record["pairs"]]  # type: ignore[attr-defined]
+def pairs_of(record: Equalization | Absorption) -> list[tuple[str, str]]:
+    return [(pair.first, pair.second) for pair in record.pairs]
 
 
-def reasons(record: dict[str, object]) -> dict[str, str]:
-    return {each["where"]: each["why"] for each in record["skipped"]}  # type: ignore[attr-defined]
+def reasons(record: Equalization | Absorption) -> dict[str, str]:
+    return {each.where: each.why for each in record.skipped}
 
 
 class Shuffle(nn.Module):
@@ -164,11 +166,11 @@ def test_the_function_is_the_same(name: str) -> None:
     make, shape, count = NETS[name]
     graph, x = forms(uneven(make()), *shape)
     changed, record = equalize(graph)
-    assert len(record["pairs"]) == count
+    assert len(record.pairs) == count
     assert difference(graph, changed, x) < SAME
-    factors = [pair[key] for pair in record["pairs"] for key in ("factor_lo", "factor_hi")]
+    factors = [getattr(pair, key) for pair in record.pairs for key in ("factor_lo", "factor_hi")]
     assert max(factors) / min(factors) > 10, "there was something to equalise"
-    assert equalize(changed)[1]["sweeps"] == 1, "and it is done"
+    assert equalize(changed)[1].sweeps == 1, "and it is done"
 
 
 def literal(weights: list[Array], biases: list[Array], groups: list[int], sources: list[list[int]]) -> list[Array]:
@@ -267,7 +269,7 @@ def test_the_record_tells_factors_and_precision() -> None:
     for key, each in (("precision_before", graph), ("precision_after", changed)):
         ranges = np.abs(weight_of(each, 0)).max((1, 2, 3)), np.abs(weight_of(each, 1)).max((0, 2, 3))
         told[key] = float(np.mean(ranges[0] / ranges[0].max() * ranges[1] / ranges[1].max()))
-    assert record["pairs"] == [pytest.approx(told)]
+    assert [asdict(pair) for pair in record.pairs] == [pytest.approx(told)]
     assert told["precision_after"] > 1.1 * told["precision_before"]
 
 
@@ -434,7 +436,7 @@ class Between(nn.Module):
 def test_what_mixes_channels_ends_a_link(function: Callable[[Tensor], Tensor], width: int) -> None:
     graph, x = forms(uneven(Between(function, width)), 8)
     changed, record = equalize(graph)
-    assert record["pairs"] == [] and reasons(record)["first"] == "channels mix on the way"
+    assert record.pairs == () and reasons(record)["first"] == "channels mix on the way"
     assert difference(graph, changed, x) == 0
 
 
@@ -467,15 +469,15 @@ def test_absorption_is_exact_above_the_constant(name: str) -> None:
     x = 0.02 * x
     values = {}
     changed, record = absorb(graph)
-    (pair,) = record["pairs"]
-    assert (pair["absorbed"], pair["channels"], pair["exact"]) == (3, 6, False)
-    assert pair["largest"] == pytest.approx(4.7, abs=1e-3)
+    (pair,) = record.pairs
+    assert (pair.absorbed, pair.channels, pair.exact) == (3, 6, False)
+    assert pair.largest == pytest.approx(4.7, abs=1e-3)
     for key, each in (("before", graph), ("after", changed)):
         conv = weighted(each)[0]
         values[key] = F.conv2d(x, *(constant(each, bind(conv)[name]) for name in ("weight", "bias")))
-    assert float(values["before"][:, ::2].min()) > pair["largest"], "the premise"
+    assert float(values["before"][:, ::2].min()) > pair.largest, "the premise"
     moved = (values["before"] - values["after"]).mean((0, 2, 3))
-    assert torch.allclose(moved, torch.tensor([pair["largest"], 0.0], dtype=torch.float64).repeat(3))
+    assert torch.allclose(moved, torch.tensor([pair.largest, 0.0], dtype=torch.float64).repeat(3))
     assert difference(graph, changed, x) < SAME
 
 
@@ -484,7 +486,7 @@ def test_below_the_constant_the_bound_holds() -> None:
     graph, x = biased(nn.ReLU(), nn.Conv2d(6, 1, 3))
     changed, record = absorb(graph)
     gap = float((graph(1e4 * x)[0] - changed(1e4 * x)[0]).abs().max())
-    assert 0.01 < gap <= record["pairs"][0]["worst"]
+    assert 0.01 < gap <= record.pairs[0].worst
 
 
 def test_the_mean_change_is_that_of_normal_values() -> None:
@@ -497,13 +499,13 @@ def test_the_mean_change_is_that_of_normal_values() -> None:
     x, c = 5 + std * z, 5 - 3 * std
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
     change = ((np.maximum(x, c) - np.maximum(x, 0)) * density).sum() * (z[1] - z[0])
-    assert record["pairs"][0]["mean"] == pytest.approx(weight * change, rel=1e-4)
+    assert record.pairs[0].mean == pytest.approx(weight * change, rel=1e-4)
 
 
 def test_without_an_activation_it_is_exact_everywhere() -> None:
     graph, x = biased(nn.MaxPool2d(2), nn.Conv2d(6, 4, 3))
     changed, record = absorb(graph)
-    assert record["pairs"][0]["exact"] and record["pairs"][0]["worst"] == 0.0
+    assert record.pairs[0].exact and record.pairs[0].worst == 0.0
     assert difference(graph, changed, 100 * x) < SAME
     assert torch.allclose(next(iter(expected_outputs(changed).values())).mean[::2], torch.tensor(0.3).double(), 1e-2)
 
@@ -520,7 +522,7 @@ def test_branches_may_vary_together() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norms[0](self.convs[0](x)) + self.norms[1](self.convs[1](x))
 
-    def record(gamma: float) -> dict[str, object]:
+    def record(gamma: float) -> Absorption:
         model = randomize(nn.Sequential(Branches(), nn.ReLU(), nn.Conv2d(6, 4, 1))).double()
         for norm in model[0].norms:
             norm.weight.fill_(gamma)
@@ -528,7 +530,7 @@ def test_branches_may_vary_together() -> None:
         return absorb(forms(model, *IMAGE)[0])[1]
 
     assert reasons(record(1.0))["0"] == "no channel stays above zero"
-    assert record(0.5)["pairs"][0]["largest"] == pytest.approx(2.0, abs=1e-3)  # type: ignore[index]
+    assert record(0.5).pairs[0].largest == pytest.approx(2.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -546,14 +548,14 @@ def test_where_a_constant_cannot_pass_nothing_is_absorbed(
 ) -> None:
     graph, x = biased(*behind())
     changed, record = absorb(graph)
-    assert record["pairs"] == [] and why in reasons(record)["0"]
+    assert record.pairs == () and why in reasons(record)["0"]
     assert difference(graph, changed, x) == 0.0
 
 
 def test_without_batch_norms_nothing_is_absorbed() -> None:
     graph, _ = forms(uneven(NETS["dense"][0]()), *IMAGE)
     _, record = absorb(graph)
-    assert record["pairs"] == [] and reasons(record)["0"] == "no batch norm says what its values are"
+    assert record.pairs == () and reasons(record)["0"] == "no batch norm says what its values are"
 
 
 # --- from end to end
@@ -561,10 +563,10 @@ def test_without_batch_norms_nothing_is_absorbed() -> None:
 
 def test_names_are_checked_and_their_order_does_not_matter() -> None:
     graph, _ = biased(nn.ReLU(), nn.Conv2d(6, 4, 1))
-    assert prepare_graph(graph, ()) == (graph, {})
+    assert prepare_graph(graph, ()) == (graph, Preparation())
     first, second = (prepare_graph(graph, names)[1] for names in (("cle", "absorb"), ("absorb", "cle")))
-    assert list(first) == ["cle", "absorb"] and first == second
-    assert first["absorb"]["pairs"][0]["largest"] != pytest.approx(4.7, abs=1e-2), "of the equalised values"
+    assert first.cle is not None and first == second
+    assert first.absorb.pairs[0].largest != pytest.approx(4.7, abs=1e-2), "of the equalised values"
     with pytest.raises(UnknownNameError, match=r"unknown preparation 'cles'\. Did you mean 'cle'"):
         prepare_graph(graph, ("cles",))
 
@@ -605,7 +607,7 @@ def output_error(prepare: tuple[str, ...]) -> float:
     graph, x = small()
     options = PlacementOptions(per_tensor_weights=True)
     result = calibrate(graph, [x], method="minmax", placement=options, prepare=prepare)
-    assert list(result.record["preparation"]) == list(prepare)
+    assert (result.record.preparation is None) == (not prepare)
     y, y_q = graph(x)[0], result.program(x)[0]
     return float((y - y_q).square().sum() / y.square().sum())
 
@@ -619,7 +621,7 @@ def test_the_runtime_computes_it_in_integers(per_tensor: bool) -> None:
     graph, x = small()
     placement = PlacementOptions(per_tensor_weights=per_tensor)
     result = calibrate(graph, [x], method="mse", placement=placement, prepare=("cle", "absorb"))
-    assert [pair["second"] for pair in result.record["preparation"]["cle"]["pairs"]] == ["convs.1", "convs.2"]
+    assert [pair.second for pair in result.record.preparation.cle.pairs] == ["convs.1", "convs.2"]
     report = parity(onnx_ir.to_proto(to_onnx(result.program, opset=20)), result.program, [(x,)], optimized=True)
     assert report.mismatched == 0 and report.kernel_values > 1000
     assert report.outputs_identical
@@ -638,7 +640,7 @@ def test_grids_are_those_of_the_network_as_it_was(name: str) -> None:
     graph, x = forms(model, *IMAGE)
     placement = PlacementOptions(weight_bits=4, first_last_bits=None)
     plain, prepared = (calibrate(graph, [x], placement=placement, prepare=names) for names in ((), (name,)))
-    assert prepared.record["preparation"][name]["pairs"]
+    assert getattr(prepared.record.preparation, name).pairs
     sites = [
         [(site.name, site.kind, site.spec, site.users) for site in each.placement.sites] for each in (plain, prepared)
     ]
