@@ -28,7 +28,7 @@ from calibrators.execution.losses import PredictionLoss
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
 from calibrators.execution.task import Problem
-from calibrators.graph.aten import batch_of, fan_in, shape_of, to_device
+from calibrators.graph.aten import batch_of, macs, to_device
 from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.grid.spec import QParams
 from calibrators.placement.place import Placement
@@ -103,7 +103,9 @@ class Landscape:
         self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
         self.compared = [*compared_outputs(problem)]
         self.live = [self._live_at(index) for index in range(len(self.blocks) + 1)]
-        work = [sum(map(self._work, block.weighted)) * self.samples for block in self.blocks]
+        work = [
+            sum(macs(self.placement.nodes[name]) for name in block.weighted) * self.samples for block in self.blocks
+        ]
         self.work_from = [sum(work[index:]) for index in range(len(work) + 1)]
         self.budget, self.spent = budget * self.work_from[0], 0
         self.deadline = math.inf
@@ -139,11 +141,6 @@ class Landscape:
         read = [name for block in self.blocks[index:] for name in block.inputs]
         read += self.compared
         return [name for name in dict.fromkeys(read) if name in made]
-
-    def _work(self, name: str) -> int:
-        """Multiply-accumulates of a convolution or linear layer, up to a factor that all share."""
-        node = self.placement.nodes[name]
-        return math.prod(shape_of(node)) * fan_in(node)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

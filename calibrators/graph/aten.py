@@ -14,11 +14,16 @@ Must not know: quantization, folding, ONNX.
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
+
+from calibrators.graph.operators import facts
 
 __all__ = [
     "add_constant",
@@ -30,8 +35,11 @@ __all__ = [
     "infer_shapes",
     "is_constant",
     "layer_name",
+    "macs",
     "module_path",
     "operator_name",
+    "overloads",
+    "per_axis",
     "replace_args",
     "sample_values",
     "shape_of",
@@ -123,6 +131,34 @@ def where(node: fx.Node) -> str:
 def fan_in(node: fx.Node) -> int:
     """Weights of one output channel of a convolution or linear layer: its multiply-accumulates per output."""
     return math.prod(shape_of(bind(node)["weight"])[1:])
+
+
+def macs(node: fx.Node) -> int:
+    """Return the multiply-accumulates of one call for the whole example batch.
+
+    Batch norm and products or quotients with a constant count one per element, other weightless operators none.
+    """
+    row, outputs = facts(node.target), math.prod(shape_of(node))
+    if row.kind in ("convolution", "linear"):
+        return outputs * fan_in(node)
+    if row.kind == "transposed":
+        return math.prod(shape_of(bind(node)["input"])) * fan_in(node)
+    if row.kind == "pool":
+        return outputs * math.prod(per_axis(bind(node)["kernel_size"], row.spatial))
+    has_constant = any(not isinstance(argument, fx.Node) or is_constant(argument) for argument in node.args)
+    scales = row.kind in ("product", "quotient") and has_constant
+    return outputs if scales or node.target is torch.ops.aten.batch_norm.default else 0
+
+
+def per_axis(value: Any, spatial: int) -> tuple[int, ...]:
+    """Return one number for each spatial axis of an argument that may give one for all."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * spatial if len(values) == 1 else values
+
+
+def overloads(names: Iterable[str]) -> list[Any]:
+    """Return the targets of calls that operators.name_of names so: "conv2d.default" gives aten.conv2d.default."""
+    return [operator.getitem if name == "getitem" else attrgetter(name)(torch.ops.aten) for name in names]
 
 
 def batch_of(graph: fx.GraphModule, wanted: int) -> int:

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from calibrators.errors import InputError
 from calibrators.execution.task import Bar, Problem
-from calibrators.graph.aten import fan_in, shape_of
+from calibrators.graph.aten import macs
 from calibrators.mixed_precision.budgets import ACCURACY, Budget
 from calibrators.mixed_precision.ilp import Costs, Layer, Losses, Stored, Widths, allocate, monotone
 from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, TunableScale, knobs
@@ -370,5 +370,6 @@ def _layers(placement: Placement) -> Iterable[Layer]:
     for site in (site for site in placement.sites if site.kind == "weight"):
         for user in site.users:
             node = placement.nodes[user]
-            macs = math.prod(shape_of(node)) * fan_in(node) // samples
-            yield Layer(user, macs, site.name, FLOAT if site.weight_only else placement.input_of(node).name)
+            yield Layer(
+                user, macs(node) // samples, site.name, FLOAT if site.weight_only else placement.input_of(node).name
+            )

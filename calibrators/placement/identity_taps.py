@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from calibrators.graph.aten import bind, constant
+from calibrators.graph.operators import CONVOLUTIONS
 from calibrators.grid.numerics import has_middle_diagonal, middle_diagonal
 
 __all__ = ["needs_wide_taps", "spike_of"]
@@ -22,8 +23,6 @@ aten = torch.ops.aten
 
 LEAST_SPIKE = 10.0
 """Times the root mean square of the other weights, which reach three times that themselves."""
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 
 
 def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:

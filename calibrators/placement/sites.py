@@ -13,6 +13,7 @@ from torch import fx
 
 from calibrators.graph.aten import bind, fan_in, module_path, operator_name, shape_of
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.operators import name_of
 from calibrators.grid.spec import QuantSpec, Site
 from calibrators.placement.identity_taps import needs_wide_taps
 from calibrators.placement.integer_values import Placer
@@ -119,7 +120,7 @@ class Sites:
                 node=node.name,
                 users=tuple(user.name for user in users),
                 spec=placer.target.activation,
-                fixed=placer.target.fixed_outputs.get(str(node.target).removeprefix("aten.")),
+                fixed=placer.target.fixed_outputs.get(name_of(node.target)),
                 clip=clip_bounds(node) if node in placer.absorbed else None,
             )
             if origin is node and node.op == "call_function" and placer.runs_on_integers(node):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
+from calibrators.graph.operators import WEIGHTED
 from calibrators.grid.numerics import along_axis, grid_of, round_codes
 from calibrators.grid.spec import QParams, Site
 from calibrators.placement.place import Placement
@@ -68,18 +69,6 @@ def _(
 
 QUANTIZE = torch.ops.intact.quantize.default
 DEQUANTIZE = torch.ops.intact.dequantize.default
-
-
-QUANTIZED_BY_RUNTIMES = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-    aten.linear.default,
-)
-"""Operators whose float weights onnxruntime quantizes on its own between dequantize and quantize."""
 
 
 class _QuantizedTensor(Protocol):
@@ -229,7 +218,7 @@ class _Builder:
 
     def finish(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
-            if node.target in QUANTIZED_BY_RUNTIMES:
+            if node.target in WEIGHTED:
                 self._shield(node)
         self.graph.eliminate_dead_code()
         self.program.delete_all_unused_submodules()

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from calibrators.execution.measure import EMPTY_AGAIN, Batch
 from calibrators.graph.aten import batch_of
+from calibrators.graph.operators import CONVOLUTIONS
 from calibrators.program.freeze import BIAS_CODE_LIMIT, CalibrationResult, QuantizedTensor
 
 __all__ = ["correct_biases"]
@@ -124,5 +125,5 @@ class _LiveValues:
 
 
 def _channel_axis(node: fx.Node) -> int:
-    """Channels are dimension 1 of a convolution's output, the last of a linear layer's."""
-    return -1 if node.target is torch.ops.aten.linear.default else 1
+    """Return the channel dimension of a result: 1 for convolutions, the last for linear layers."""
+    return 1 if node.target in CONVOLUTIONS else -1

@@ -32,43 +32,14 @@ from calibrators.graph.aten import (
     shape_of,
 )
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.operators import HOMOGENEOUS, PADS, Operators
 from calibrators.record import Refused
 
 __all__ = ["Link", "by_group", "find_links", "set_constants"]
 
 aten = torch.ops.aten
 
-WEIGHTED = frozenset({aten.conv1d.default, aten.conv2d.default, aten.linear.default})
-
-HOMOGENEOUS = frozenset(
-    {
-        aten.leaky_relu.default,
-        aten.max_pool1d.default,
-        aten.max_pool2d.default,
-        aten.amax.default,
-        aten.avg_pool1d.default,
-        aten.avg_pool2d.default,
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.mean.dim,
-        aten.reshape.default,
-        aten.view.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.slice.Tensor,
-        aten.upsample_nearest2d.vec,
-        aten.upsample_bilinear2d.vec,
-        aten.clone.default,
-        aten.contiguous.default,
-    }
-)
-"""Besides clips at zero and pads, of which the arguments decide. Sums and products of values are none of these."""
-
-PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+LAYERS = Operators("conv1d.default", "conv2d.default", "linear.default")
 
 ROUNDING = 1e-9
 """Float64 rounding of averages of channel numbers; two channels differ by 1."""
@@ -129,7 +100,7 @@ def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> Non
 
 def _is_weighted(graph: fx.GraphModule, node: fx.Node) -> bool:
     """A convolution or linear layer with constant weight and bias, channels on axis 1."""
-    if node.op != "call_function" or node.target not in WEIGHTED:
+    if node.op != "call_function" or node.target not in LAYERS:
         return False
     bound = bind(node)
     if not is_constant(bound["weight"]) or not is_constant(bound["bias"]) or is_constant(bound["input"]):
@@ -167,7 +138,7 @@ def _is_homogeneous(node: fx.Node) -> bool:
 def _barrier(node: fx.Node) -> str:
     if node.op == "output":
         return "its result is an output of the model"
-    if node.target in WEIGHTED:
+    if node.target in LAYERS:
         return f"{layer_name(node)} behind it shares its weight"
     if (bounds := clip_bounds(node)) is not None:
         return f"the clip to {bounds[0]:g} ... {bounds[1]:g} behind it has the same bounds for all channels"

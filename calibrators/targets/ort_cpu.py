@@ -8,7 +8,7 @@ reads codes of the weight alone (MatMulNBits).
 
 from __future__ import annotations
 
-from calibrators.graph.operators import Operators
+from calibrators.graph.operators import LISTS, MOVES, Operators
 from calibrators.grid.spec import QuantSpec, Target
 
 TARGET = Target(
@@ -29,25 +29,7 @@ TARGET = Target(
         "sigmoid.default",
         "leaky_relu.default",
     ),
-    same_scale_ops=Operators(
-        "max_pool1d.default",
-        "max_pool2d.default",
-        "amax.default",
-        "pad.default",
-        "reshape.default",
-        "view.default",
-        "flatten.using_ints",
-        "permute.default",
-        "transpose.int",
-        "squeeze.dim",
-        "squeeze.dims",
-        "unsqueeze.default",
-        "slice.Tensor",
-        "upsample_nearest2d.vec",
-        "pixel_shuffle.default",
-        "clone.default",
-        "contiguous.default",
-    ),
+    same_scale_ops=MOVES - LISTS - {"getitem"} | {"pad.default"},
     on_codes_ops=Operators("constant_pad_nd.default"),
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     opset=20,

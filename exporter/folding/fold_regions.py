@@ -19,12 +19,11 @@ from torch import Tensor, fx
 from calibrators.errors import ModelError
 from calibrators.graph.aten import add_constant, bind, infer_shapes, module_path, shape_of, where
 from calibrators.graph.batch_norm import EXPECTED, Expected
+from calibrators.graph.operators import SUMS, TRANSPOSED
 from exporter.folding.affine_map import AffineMap, ungroup
 from exporter.folding.bn_statistics import expected_output
 from exporter.folding.interpret import (
     BATCH_NORM,
-    SUMS,
-    TRANSPOSED,
     WEIGHTED,
     Analysis,
     interpret,

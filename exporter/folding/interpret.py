@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, is_constant, shape_of
+from calibrators.graph.aten import bind, constant, is_constant, macs, overloads, per_axis, shape_of
+from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, SUMS, facts
 from exporter.folding.affine_map import (
     AffineMap,
     NotAffine,
@@ -37,7 +38,6 @@ from exporter.folding.simplify import Constants, evaluate, exact_value
 __all__ = [
     "BATCH_NORM",
     "SCALES",
-    "SUMS",
     "WEIGHTED",
     "Analysis",
     "Linear",
@@ -49,27 +49,12 @@ __all__ = [
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = {
-    aten.conv1d.default: 1,
-    aten.conv1d.padding: 1,
-    aten.conv2d.default: 2,
-    aten.conv2d.padding: 2,
-    aten.conv3d.default: 3,
-    aten.conv3d.padding: 3,
-}
-POOLS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
-TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
-"""Not tap maps (one root cell feeds several phases), but their rows can be scaled: a fold may end in one."""
 LINEAR = aten.linear.default
 BATCH_NORM = aten.batch_norm.default
-WEIGHTED = {*CONVOLUTIONS, *POOLS, LINEAR}
-SUMS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar}
-PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
-QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
+WEIGHTED = CONVOLUTIONS | POOLS | {"linear.default"}
 SCALES = PRODUCTS | QUOTIENTS
-PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
-MERGERS = SUMS | SCALES | PADS | {aten.neg.default, aten.cat.default}
+MERGERS = SUMS | SCALES | PADS | {"neg.default", "cat.default"}
 """Operators that vanish when the weighted operator before them takes them in."""
 
 MAX_ROOTS = 12
@@ -159,16 +144,8 @@ def interpret(graph: fx.GraphModule, constants: Constants) -> Analysis:
 
 
 def own_macs(node: fx.Node) -> int:
-    """Multiply-accumulates per sample of one operator; per-channel affine operators count one per element."""
-    outputs = math.prod(shape_of(node)[1:])
-    if node.target in CONVOLUTIONS or node.target is LINEAR:
-        return outputs * math.prod(shape_of(node.args[1])[1:])  # type: ignore[arg-type]
-    if node.target in TRANSPOSED:
-        return math.prod(shape_of(node.args[0])[1:]) * math.prod(shape_of(node.args[1])[1:])  # type: ignore[arg-type]
-    if node.target in POOLS:
-        return outputs * math.prod(_per_axis(bind(node)["kernel_size"], POOLS[node.target]))
-    has_constant = any(not isinstance(argument, fx.Node) or is_constant(argument) for argument in node.args)
-    return outputs if node.target is BATCH_NORM or (node.target in SCALES and has_constant) else 0
+    """Return the multiply-accumulates of one operator per sample (calibrators.graph.operators.macs)."""
+    return macs(node) // next(iter(shape_of(node)), 1)
 
 
 def terms_of(node: fx.Node) -> list[tuple[float, Any]]:
@@ -249,11 +226,11 @@ def _join(
 
 def _convolution(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
     """Zero padding, then correlation, then the bias."""
-    spatial, bound = CONVOLUTIONS[node.target], bind(node)  # type: ignore[index]
+    spatial, bound = facts(node.target).spatial, bind(node)
     if not is_constant(bound["weight"]) or len(shape_of(bound["input"])) != spatial + 2:
         return {}
     weight = analysis.weight(bound["weight"])
-    stride, dilation = _per_axis(bound["stride"], spatial), _per_axis(bound["dilation"], spatial)
+    stride, dilation = per_axis(bound["stride"], spatial), per_axis(bound["dilation"], spatial)
     low, high = _padding(bound["padding"], weight.shape[2:], dilation)
 
     def step(f: AffineMap, axes: int) -> AffineMap | None:
@@ -269,7 +246,7 @@ def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tupl
     if given == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
-    both = (0,) * len(kernel) if given == "valid" else _per_axis(given, len(kernel))
+    both = (0,) * len(kernel) if given == "valid" else per_axis(given, len(kernel))
     return both, both
 
 
@@ -367,9 +344,9 @@ def _per_channel(analysis: Analysis, operand: Any, node: fx.Node, spatial: int) 
 
 def _average_pool(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
     """A depthwise convolution with equal weights, where every window has the same divisor."""
-    spatial, bound = POOLS[node.target], bind(node)  # type: ignore[index]
-    kernel, padding = _per_axis(bound["kernel_size"], spatial), _per_axis(bound["padding"], spatial)
-    stride = _per_axis(bound["stride"], spatial) if bound["stride"] else kernel
+    spatial, bound = facts(node.target).spatial, bind(node)
+    kernel, padding = per_axis(bound["kernel_size"], spatial), per_axis(bound["padding"], spatial)
+    stride = per_axis(bound["stride"], spatial) if bound["stride"] else kernel
     if bound["ceil_mode"]:
         analysis.refused[node] = "average pooling with ceil_mode: the last windows have another divisor"
     elif any(padding) and not bound["count_include_pad"] and not bound.get("divisor_override"):
@@ -436,18 +413,12 @@ def _concatenation(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
     return _join(analysis, node, bound["tensors"], combine)
 
 
-def _per_axis(value: Any, spatial: int) -> tuple[int, ...]:
-    """One number per axis from a number or a list of one or `spatial` numbers."""
-    values = tuple(value) if isinstance(value, Iterable) else (value,)
-    return values * spatial if len(values) == 1 else values
-
-
 RULES: dict[Any, Callable[[Analysis, fx.Node], dict[Root, Linear]]] = {
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **dict.fromkeys(POOLS, _average_pool),
-    **dict.fromkeys(SUMS, _sum),
-    **dict.fromkeys(SCALES, _product),
-    **dict.fromkeys(PADS, _constant_pad),
+    **dict.fromkeys(overloads(CONVOLUTIONS), _convolution),
+    **dict.fromkeys(overloads(POOLS), _average_pool),
+    **dict.fromkeys(overloads(SUMS), _sum),
+    **dict.fromkeys(overloads(SCALES), _product),
+    **dict.fromkeys(overloads(PADS), _constant_pad),
     aten.neg.default: _sum,
     LINEAR: _linear,
     BATCH_NORM: _batch_norm,

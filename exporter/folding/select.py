@@ -18,13 +18,12 @@ import torch
 from torch import fx
 
 from calibrators.graph.aten import is_constant, shape_of, where
+from calibrators.graph.operators import SUMS, TRANSPOSED, facts
 from exporter.folding.affine_map import AffineMap, NotAffine, add, scale
 from exporter.folding.interpret import (
     BATCH_NORM,
     MERGERS,
     SCALES,
-    SUMS,
-    TRANSPOSED,
     WEIGHTED,
     Analysis,
     Linear,
@@ -163,7 +162,7 @@ def _judge(analysis: Analysis, root: Root, nodes: tuple[fx.Node, ...]) -> Candid
 
 
 def _scales_transposed(root: Root, f: AffineMap) -> bool:
-    is_transposed = root.node.target in TRANSPOSED and root.spatial == TRANSPOSED[root.node.target]
+    is_transposed = root.node.target in TRANSPOSED and root.spatial == facts(root.node.target).spatial
     return is_transposed and f.is_pointwise and f.is_diagonal and is_constant(root.node.args[1])
 
 

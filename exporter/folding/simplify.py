@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibrators.graph.aten import add_constant, bind, constant, is_constant, module_path, shape_of
+from calibrators.graph.operators import PADS
 
 __all__ = [
     "Constants",
@@ -46,7 +47,6 @@ CASTS = {
 }
 ADDS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 MULS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 Constants = dict[fx.Node, Tensor]
 """Float64 values of those get_attr nodes that stand for a whole evaluated subgraph."""

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant
+from calibrators.graph.operators import LISTS, MOVES, ON_FLOATS
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
-from runtime_tests.reference.kernel_rules import LISTS, MOVES, Kernel, source
+from runtime_tests.reference.kernel_rules import Kernel, source
 
 __all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
 
 See = Callable[[str, Tensor], None]
 """Called with the name of a site and its dequantized codes."""
-
-_ON_FLOATS = (torch.ops.aten.max_pool1d.default, torch.ops.aten.upsample_nearest2d.vec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +123,7 @@ def _run_kernel(kernel: Kernel, values: Mapping[fx.Node, Any]) -> Tensor:
 
 def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
     """Move codes, as integer-valued floats where torch has no such operator on integers."""
-    if node.target in _ON_FLOATS:
+    if node.target in ON_FLOATS:
         return _call(node, values, {source(node): codes.to(torch.float32)}).to(codes.dtype)
     return _call(node, values, {source(node): codes})
 

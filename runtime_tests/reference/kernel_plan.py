@@ -21,9 +21,9 @@ from torch import fx
 
 from calibrators.graph.aten import bind
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.operators import MOVES
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_rules import (
-    MOVES,
     PROPAGATED,
     RULES,
     WEIGHTED,

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from calibrators.graph.aten import bind, constant, is_constant, operator_name
+from calibrators.graph.aten import bind, constant, is_constant, operator_name, overloads
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.operators import LISTS, MOVES, Operators, facts
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference import kernels
 from runtime_tests.reference.kernels import Grid
 
 __all__ = [
-    "LISTS",
-    "MOVES",
     "PROPAGATED",
     "RULES",
     "WEIGHTED",
@@ -46,32 +45,10 @@ CHANNELS_LAST_RANK = 4
 """The runtime holds tensors of this rank with channels last between its integer convolutions and pools. Where a graph
 input is broadcast against one of them it may choose otherwise; that shows at ties of the sum alone."""
 
-PROPAGATED: dict[Any, str] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default), "Reshape"),
-    **dict.fromkeys((aten.permute.default, aten.transpose.int), "Transpose"),
-    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), "Squeeze"),
-    aten.unsqueeze.default: "Unsqueeze",
-    aten.slice.Tensor: "Slice",
-    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default), "MaxPool"),
-}
-"""Operators that select and move values and through which the runtime moves quantizers and dequantizers."""
-
-LISTS: dict[Any, str] = dict.fromkeys(
-    (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), "Split"
-)
-"""Operators that cut a value into a list, each part of which is read by its index."""
-
-MOVES: dict[Any, str] = {
-    **PROPAGATED,
-    **LISTS,
-    operator.getitem: "Split",
-    aten.amax.default: "ReduceMax",
-    aten.flatten.using_ints: "Flatten",
-    aten.upsample_nearest2d.vec: "Resize",
-    aten.pixel_shuffle.default: "DepthToSpace",
-    **dict.fromkeys((aten.clone.default, aten.contiguous.default), "Identity"),
-}
-"""Operators that run on codes when they stand between a dequantizer and a quantizer with the same parameters."""
+_THROUGH = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
+PROPAGATED = Operators(*(name for name in MOVES if facts(name).onnx in _THROUGH))
+"""Moves through which the runtime moves quantizers and dequantizers. All moves run on codes when they stand between a
+dequantizer and a quantizer with the same parameters."""
 
 
 class StaysFloat(Exception):
@@ -327,8 +304,8 @@ def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
         raise StaysFloat(reason_without_rule(source(node)))
     (x,) = _grids(program, source(source(node)) if cut else source(node))
     if not torch.equal(x.scale, y.scale) or x.zero_point != y.zero_point:
-        raise StaysFloat(f"{MOVES[node.target]} between different scales is executed on floats")
-    return Kernel(MOVES[node.target], (node,), partial(kernels.integer_clip, y=y))
+        raise StaysFloat(f"{facts(node.target).onnx} between different scales is executed on floats")
+    return Kernel(facts(node.target).onnx, (node,), partial(kernels.integer_clip, y=y))
 
 
 def reason_without_rule(node: fx.Node) -> str:
@@ -359,5 +336,5 @@ RULES: dict[Any, Rule] = {
     aten.sigmoid.default: _unary("QLinearSigmoid", _sigmoid),
     aten.leaky_relu.default: _unary("QLinearLeakyRelu", _leaky_relu),
     aten.softmax.int: _unary("QLinearSoftmax", _softmax),
-    **dict.fromkeys(MOVES, _move),
+    **dict.fromkeys(overloads(MOVES), _move),
 }
