@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of an export beyond their form, found before any work begins.
+"""Check the settings of an export beyond their form, before any work begins.
 
 Must not know: models, data, how anything is computed.
 """
@@ -20,7 +20,7 @@ __all__ = ["check_settings"]
 
 
 def check_settings(config: ExportConfig) -> None:
-    """Nothing, if every name is known, every gate can be read, and the device is there.
+    """Check that every name is known, every gate can be parsed, and the device exists.
 
     raises: InputError.
     """
@@ -64,4 +64,6 @@ def _check_device(name: str) -> None:
     found = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= found:
         devices = f"{found} CUDA device{'s' if found > 1 else ''}" if found else "no CUDA device"
-        raise InputError(f"device {name!r} is not there: torch {torch.__version__} finds {devices}; use --device cpu.")
+        raise InputError(
+            f"device {name!r} is not available: torch {torch.__version__} finds {devices}; use --device cpu."
+        )

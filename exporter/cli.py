@@ -207,7 +207,7 @@ def lint(
 def demo(
     out: Out, method: Method = None, overwrite: Overwrite = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
-    """Go the whole way on a small RepVGG-style network and handwritten digits that ship with the package.
+    """Run the export end to end on a small RepVGG-style network and handwritten digits that ship with the package.
 
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
@@ -275,7 +275,7 @@ def targets(debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how CI ends a job: to be cleaned up behind, as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends jobs with SIGTERM: clean up as after Ctrl-C
     app()
 
 

@@ -304,7 +304,7 @@ def load_config(
 
     file:  keys are fields (dashes or underscores), the method's options stand in a table `[options]`, each rule for
            layers in a table `[[layers]]`.
-    flags: None values are flags that were not given; `layers` come behind those of the file, for later rules win.
+    flags: None values are flags that were not given; `layers` come after those of the file, because later rules win.
     sets:  `key=value`; a key that is a field sets the field, any other key is an option of the method.
     raises: InputError naming the key.
     """

@@ -1,4 +1,4 @@
-"""What batch norms say of values over the training set: kept where they are folded away, for methods that ask.
+"""Statistics of values over the training set, from batch norms; kept when the norms are folded.
 
 A batch norm in evaluation, its running statistics taken as true, gives every channel the mean beta and the deviation
 |gamma| * sqrt(variance / (variance + eps)). Folding carries both to the output of the operator that takes the norm in
@@ -47,12 +47,12 @@ class Expected:
 
     @property
     def spread(self) -> Tensor | None:
-        """What the deviation would be if the norms were independent; None where it is not known at all."""
+        """The deviation if the norms were independent; None where it is unknown."""
         return torch.stack(self.gains).square().sum(0).sqrt() if self.gains else None
 
     @property
     def largest_std(self) -> Tensor | None:
-        """What the deviation cannot exceed, however the norms vary together; None where it is not known at all."""
+        """The upper bound of the deviation, however the norms vary together; None where it is unknown."""
         return torch.stack(self.gains).sum(0) if self.gains else None
 
     def to(self, dtype: torch.dtype) -> Expected:
@@ -60,23 +60,23 @@ class Expected:
         return Expected(self.mean.to(dtype), tuple(gain.to(dtype) for gain in self.gains))
 
     def scaled(self, factor: Tensor) -> Expected:
-        """What it is of the value times a positive `factor` [channels], in the dtype it has."""
+        """Return the statistics of the value times a positive `factor` [channels], in their dtype."""
         return Expected(self.mean * factor, tuple(gain * factor for gain in self.gains)).to(self.mean.dtype)
 
     def shifted(self, constant: Tensor) -> Expected:
-        """What it is of the value plus a `constant` [channels], in the dtype it has."""
+        """Return the statistics of the value plus a `constant` [channels], in their dtype."""
         return Expected((self.mean + constant).to(self.mean.dtype), self.gains)
 
 
 def of_batch_norm(gamma: Tensor | None, beta: Tensor | None, variance: Tensor, eps: float) -> Expected:
-    """What a batch norm in evaluation makes of inputs with its running statistics; each tensor is [channels]."""
+    """Return the output statistics of a batch norm for inputs with its running statistics; tensors are [channels]."""
     std = (variance / (variance + eps)).sqrt()
     mean = torch.zeros_like(variance) if beta is None else beta
     return Expected(mean, (std if gamma is None else std * gamma.abs(),))
 
 
 def expected_outputs(graph: fx.GraphModule) -> dict[str, Expected]:
-    """What is known of the outputs of operators, by name of their nodes."""
+    """Return the known statistics of operator outputs, by name of their nodes."""
     return {node.name: node.meta[EXPECTED] for node in graph.graph.nodes if _is_known(node)}
 
 

@@ -17,7 +17,7 @@
 - transposed convolution whose kernel is its stride -> 1x1 convolution and pixel shuffle
 - resizing to a size that is a multiple -> resizing by that factor
 - operand expanded to the shape that the operator broadcasts it to anyway -> the operand
-- scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale behind a squeeze-excite
+- scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale after a squeeze-excite
 
 Must not know: targets, scales, ONNX.
 """

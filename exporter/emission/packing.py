@@ -1,7 +1,7 @@
 """Codes of weights stored in 4 or 2 bits each.
 
 onnxruntime has integer kernels for 8-bit codes only, and expands a typed INT4 weight to floats at every run. But it
-computes what has constant inputs once, before it looks for integer kernels. So the packed codes stand behind operators
+computes what has constant inputs once, before it looks for integer kernels. So operators follow the packed codes
 that unpack them while the session is made, and every session computes with the same int8 codes:
 
     int8 codes = Cast(packed codes)                                     where the packed codes are the codes
@@ -41,7 +41,7 @@ STORAGES: Final[Mapping[str, tuple[int, ...]]] = {"auto": (4,), "int8": (), "int
 """Widths that a weight may be packed to, narrowest first. auto: what loads everywhere at the speed of int8."""
 
 WHOLE_BYTES = {2: 4, 4: 1}
-"""What the outputs of a float kernel's weight must be a multiple of: onnxruntime 1.32 transposes 2-bit codes wrongly
+"""Outputs of a float kernel's weight must be a multiple of this: onnxruntime 1.32 transposes 2-bit codes wrongly
 where the last byte of a row is not full, and says nothing."""
 
 TYPES: Final = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
@@ -108,7 +108,7 @@ class _Weight:
         )
 
     def offsets(self, width: int) -> Array:
-        """What to subtract under each scale, nearest to 0, so that the codes fit into `width` bits."""
+        """Return the offset to subtract under each scale, nearest to 0, so that the codes fit into `width` bits."""
         low, high = self.extremes
         least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
         return np.asarray(np.clip(0, high - most, low - least))
@@ -263,7 +263,7 @@ def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:
 
 
 def _put_taps(graph: ir.Graph, weight: _Weight, others: ir.Value) -> list[ir.Node]:
-    """What puts the taps among the other codes [channels, inputs x kernel] and gives all of them their shape."""
+    """Return the nodes that insert the wide taps into the codes [channels, inputs x kernel] and reshape the result."""
     name, shape = str(weight.codes.name), weight.array.shape
     rows = weight.taps.reshape(len(weight.taps), -1)
     places = _initializer(graph, f"{name}_tap_places", rows.argmax(1)[:, None].astype(np.int32))

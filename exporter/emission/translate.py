@@ -275,7 +275,7 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
 
 
 def _clamp_tensor(x: Any, min: Any = None, max: Any = None) -> Any:
-    """What torch.onnx makes of a clamp of codes, whose bounds are scalars; and clamps by bounds of any shape."""
+    """Clip codes, as torch.onnx does, where the bounds are scalars; clamp by bounds of any shape elsewhere."""
     lo, hi = (None if bound is None else op.CastLike(bound, x) for bound in (min, max))
     if all(bound is None or not len(bound.shape) for bound in (min, max)):
         return op.Clip(x, lo, hi)
@@ -314,7 +314,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
 
     A kernel that reads codes of the weight alone is made of [in, out] weights where no quantizer, ReLU or clip stands
-    directly behind the product: the sum with the bias does, which the kernel takes in afterwards.
+    directly after the product: the sum with the bias does, which the kernel absorbs.
     """
     weight_only = _is_dequantized(weight) and not _is_dequantized(x)
     if len(x.shape) == 2 and not weight_only:
@@ -395,8 +395,8 @@ def _store_transposed(graph: ir.Graph) -> None:
 
 def _transpose_behind(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
     """The Transpose that alone reads what `reader` dequantizes from `codes`."""
-    behind = reader.outputs[0].uses() if reader.op_type == "DequantizeLinear" and reader.inputs[0] is codes else ()
-    nodes = [use.node for use in behind]
+    uses = reader.outputs[0].uses() if reader.op_type == "DequantizeLinear" and reader.inputs[0] is codes else ()
+    nodes = [use.node for use in uses]
     return nodes[0] if len(nodes) == 1 and nodes[0].op_type == "Transpose" else None
 
 

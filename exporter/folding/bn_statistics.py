@@ -1,4 +1,4 @@
-"""What the batch norms of a folded region say of its output, which the folded operator computes without them.
+"""Statistics of the output of a folded region, from its batch norms, which the folded operator no longer has.
 
 Behind its last norms a region is affine: it is executed, in float64, on images in which every norm has its mean
 everywhere, and once per norm with that one moved up by its deviation.
@@ -22,18 +22,18 @@ __all__ = ["expected_output"]
 
 
 def expected_output(analysis: Analysis, candidate: Candidate, sizes: Sequence[int]) -> Expected | None:
-    """What is known of the output of a region, in float64.
+    """Return the known statistics of the output of a region, in float64.
 
     sizes:   of an input of the region that is larger than its kernel.
     returns: None where a part of the output passes no batch norm, or where the norms stand in front of all of the
              region's convolutions: then they describe the input.
     """
     source, nodes = candidate.region
-    behind = _behind_norms(source, candidate.exit)
-    if behind is None:
+    after_norms = _after_norms(source, candidate.exit)
+    if after_norms is None:
         return None
-    norms = [node for node in nodes if node in behind and node.target is BATCH_NORM]
-    rest = [node for node in nodes if node in behind and node.target is not BATCH_NORM]
+    norms = [node for node in nodes if node in after_norms and node.target is BATCH_NORM]
+    rest = [node for node in nodes if node in after_norms and node.target is not BATCH_NORM]
     mixes = any(node.target in WEIGHTED for node in rest)
     if mixes and all(norm.args[0] is source for norm in norms):
         return None
@@ -55,8 +55,8 @@ def expected_output(analysis: Analysis, candidate: Candidate, sizes: Sequence[in
     return Expected(mean, () if mixes else tuple((response(norm) - mean).abs() for norm in norms))
 
 
-def _behind_norms(source: fx.Node, exit_: fx.Node) -> set[fx.Node] | None:
-    """The last norms before the exit and all behind them; None where the region's input passes beside them."""
+def _after_norms(source: fx.Node, exit_: fx.Node) -> set[fx.Node] | None:
+    """Return the last norms before the exit and all nodes after them; None where the region's input bypasses them."""
     found: set[fx.Node] = set()
     waiting = [exit_]
     while waiting:
@@ -76,7 +76,7 @@ def _of_norm(analysis: Analysis, norm: fx.Node) -> Expected:
 
 
 def _interior(candidate: Candidate, sizes: Sequence[int]) -> tuple[int, ...]:
-    """An output cell that reads the middle of the input; any one behind a transposed convolution."""
+    """Return an output cell that reads the middle of the input; any cell after a transposed convolution."""
     if candidate.ends_transposed:
         return (0,) * candidate.root.spatial
     low, stride = candidate.map.geometry().low, candidate.map.stride

@@ -80,7 +80,7 @@ class Linear:
 
 @dataclass
 class Analysis:
-    """What interpretation found.
+    """The result of interpretation.
 
     values:  tap maps of every value by root, itself included.
     blocked: by node, what could not be carried through it: (root, reason).

@@ -277,7 +277,7 @@ def _written_sides(padding: fx.Node) -> tuple[set[tuple[int, int, int]], list[fx
 
 
 def _broadcast_constant(value: Any) -> fx.Node | None:
-    """The constant behind expand() and copy() onto a slice."""
+    """Return the constant under expand() and copy() onto a slice."""
     while isinstance(value, fx.Node) and value.target in (aten.copy.default, aten.expand.default):
         value = value.args[1] if value.target is aten.copy.default else value.args[0]
     return value if is_constant(value) else None

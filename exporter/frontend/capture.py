@@ -176,7 +176,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
-    """What failed, in which module, at which line, and what to do."""
+    """Return the error text: what failed, in which module, at which line, and what to do."""
     names = {id(module): name for name, module in model.named_modules()}
     module, line = "", ""
     for frame, number in _frames(error):

@@ -1,4 +1,4 @@
-"""What `torch.export` gives, in the one form that everything later reads: flat, functional, in float32.
+"""Bring the program of `torch.export` to the one form that all later steps read: flat, functional, in float32.
 
 In-place operators, operators that decompositions split, views and paddings by name each have one spelling afterwards.
 
@@ -270,7 +270,7 @@ def _drop_empty_inputs(graph: fx.Graph) -> None:
 
 
 def _unlike(names: list[str], taken: list[str]) -> list[str]:
-    """The names, each with as many underscores behind it as make it new."""
+    """Return the names, each with as many trailing underscores as make it unique."""
     found: list[str] = []
     for name in names:
         while name in taken or name in found:

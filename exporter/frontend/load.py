@@ -61,7 +61,7 @@ class UserCallable:
     error: type[InputError]
 
     def __call__(self) -> Any:
-        """What the function returns.
+        """Return the value of the function.
 
         raises: `error` with the exception's type, message and the user's line.
         """

@@ -1,4 +1,4 @@
-"""What a .pt2 file may contain: checked, and copied clean, before `torch.export.load`, which may run code found in it.
+"""Check the contents of a .pt2 file and copy it clean, before `torch.export.load`, which may run code found in it.
 
 That loader unpickles members, evaluates shape expressions, generates Python from names, follows dotted operator names
 and opens compiled libraries. Here each of these is held to the form that `torch.export.save` writes for plain networks;

@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass
 class _Seen:
-    """What earlier passes over one source have shown, shared by all views of it."""
+    """Findings of earlier passes over one source, shared by all views of it."""
 
     notes: list[str] = field(default_factory=list)
     digests: dict[tuple[object, ...], str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Data:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What passes so far showed that the user should know: conversions, changing data."""
+        """Findings of the passes so far that the user should know: conversions, changing data."""
         return tuple(self._seen.notes)
 
     def example(self) -> Batch:
@@ -185,7 +185,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _Contract:
-    """What the first batch fixes for all later ones."""
+    """Properties that the first batch fixes for all later ones."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -292,7 +292,7 @@ def open_both(
 
 
 def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
-    """Nothing, if the model runs on the uint8 inputs of `batch`, or if it has none.
+    """Check that the model runs on the uint8 inputs of `batch`, if it has any.
 
     raises: DataError if raw images go to a model that expects preprocessed floats.
     """

@@ -273,7 +273,7 @@ def test_a_device_that_is_not_there_is_known_before_any_work(
     monkeypatch: pytest.MonkeyPatch, devices: int, device: str, part: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    with pytest.raises(InputError, match=f"device '{device}' is not there: .*{part}"):
+    with pytest.raises(InputError, match=f"device '{device}' is not available: .*{part}"):
         check_settings(ExportConfig(device=device))
     check_settings(ExportConfig(device="cpu" if not devices else f"cuda:{devices - 1}"))
 
@@ -285,7 +285,7 @@ def test_a_missing_device_exits_2_and_leaves_nothing(
     monkeypatch.setattr("exporter.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--device", "cuda")
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("error: device 'cuda' is not there: torch ")
+    assert result.stderr.startswith("error: device 'cuda' is not available: torch ")
     assert result.stderr.endswith("; use --device cpu.\n") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
