@@ -25,12 +25,7 @@ from calibrators.errors import DataError
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.noise import Noise
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.parity.compare import (
-    Comparison,
-    OnnxRuntime,
-    probes_of,
-    weight_agreements,
-)
+from runtime_tests.parity.compare import Comparison, OnnxRuntime, probes_of, weight_agreements
 from runtime_tests.parity.openvino import SecondComparison
 from runtime_tests.parity.results import Level, Parity, SecondLevel
 from runtime_tests.reference.execute import KernelPlan, plan, run
@@ -45,8 +40,9 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """What a proof measures. A batch of a free size is cut where one of the numbers of samples is reached, the golden
-    samples excepted, which stay in one piece.
+    """The measurements of a proof; a batch of a free size is cut where one of the numbers of samples is reached.
+
+    The golden samples stay in one piece.
 
     parity_samples: first samples whose codes are compared.
     golden_samples: first samples whose inputs and reference outputs are kept.
