@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-__all__ = ["NamedLines", "listed"]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-ITEM = re.compile(r"^(?P<names>\w+(?:, \w+)*):\s+(?P<text>\S.*)$")
+from generate import listed
+
+__all__ = ["NamedLines"]
 
 
 class NamedLines(griffe.Extension):
@@ -19,21 +22,3 @@ class NamedLines(griffe.Extension):
         """Rewrite the docstring of one function, class or module."""
         if obj.docstring is not None:
             obj.docstring.value = listed(obj.docstring.value)
-
-
-def listed(docstring: str) -> str:
-    """Return a docstring whose lines `name: text`, with their indented continuations, are a Markdown list."""
-    lines: list[str] = []
-    in_item = False
-    for line in docstring.splitlines():
-        found = ITEM.match(line)
-        if found:
-            names = ", ".join(f"**{name}**" for name in found["names"].split(", "))
-            lines += [] if in_item else [""]
-            lines.append(f"- {names}: {found['text']}")
-        elif in_item and line.startswith("  "):
-            lines.append(f"  {line.strip()}")
-        else:
-            lines.append(line)
-        in_item = bool(found) or (in_item and line.startswith("  "))
-    return "\n".join(lines)

@@ -9,7 +9,6 @@ Must not know: how pages look.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -31,6 +30,7 @@ from exporter.config import ExportConfig, list_settings  # noqa: E402
 from exporter.reporting.gates import DEFAULT_GATES, METRICS  # noqa: E402
 
 MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
+ITEM = re.compile(r"^(?P<names>\w+(?:, \w+)*|\w+=\w+)(?::\s+|\s{2,})(?P<text>\S.*)$")
 MISSING = "–"
 
 
@@ -97,7 +97,6 @@ def method(name: str) -> str:
     (info,) = (known for known in list_methods() if known.name == name)
     rows = [(f"`{o.name}`", o.type, f"`{o.default}`" if o.default != "" else "", o.doc) for o in info.options]
     options = table(("option", "type", "default", "description"), rows) if rows else "The method has no options."
-    module = importlib.import_module(type(get_method(name)).__module__)
     results = [
         f"- [{entry['title']}](../results.md#{path.stem})" for path, entry in measurements() if name in entry["methods"]
     ]
@@ -110,7 +109,7 @@ def method(name: str) -> str:
             "## Options",
             options,
             "## Source",
-            labelled(inspect.getdoc(module) or ""),
+            source(type(get_method(name))),
             *(["## Measured", "\n".join(results)] if results else []),
         )
     )
@@ -192,7 +191,7 @@ def commands() -> str:
             if (text := getattr(parameter, "help", None)) and not getattr(parameter, "hidden", False):
                 panel = getattr(parameter, "rich_help_panel", None) or "Input and output"
                 panels.setdefault(panel, []).append((_flag(parameter), markup(text)))
-        for panel, rows in panels.items():
+        for panel, rows in sorted(panels.items(), key=lambda entry: entry[0] == "Running"):  # which comes last
             sections += [f"**{panel}**", table(("argument" if panel == "Arguments" else "flag", "description"), rows)]
     return "\n\n".join(sections)
 
@@ -316,12 +315,44 @@ def _escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def source(method: type) -> str:
+    """Return the docstring of a method's module, followed by those of its bases until one names a source."""
+    texts: list[str] = []
+    for base in method.__mro__:
+        for owner in (sys.modules[base.__module__], base):
+            text = inspect.getdoc(owner) or ""
+            if owner is method or base is object or (texts and "source:" not in text):
+                continue
+            texts.append(labelled(text))
+            if "source:" in text:
+                return "\n\n".join(texts)
+    return "\n\n".join(texts)
+
+
 def labelled(docstring: str) -> str:
     """Return a docstring as paragraphs with labelled `source:` and `Departs:` lines, without `Must not know`."""
     text = re.sub(r"\n?Must not know:.*?(?=\n\n|\Z)", "", docstring, flags=re.DOTALL)
     text = re.sub(r"^source:", "\n**Source:**", text, flags=re.MULTILINE)
     text = re.sub(r"^Departs:", "\n**Departures:**", text, flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text).replace("|", "\\|").strip()
+    return re.sub(r"\n{3,}", "\n\n", listed(text)).replace("|", "\\|").strip()
+
+
+def listed(docstring: str) -> str:
+    """Return a docstring whose lines `name: text`, with their indented continuations, are a Markdown list."""
+    lines: list[str] = []
+    in_item = False
+    for line in docstring.splitlines():
+        found = ITEM.match(line)
+        if found:
+            names = ", ".join(f"**{name}**" for name in found["names"].split(", "))
+            lines += [] if in_item else [""]
+            lines.append(f"- {names}: {found['text']}")
+        elif in_item and line.startswith("  "):
+            lines.append(f"  {line.strip()}")
+        else:
+            lines.append(line)
+        in_item = bool(found) or (in_item and line.startswith("  "))
+    return "\n".join(lines)
 
 
 def markup(text: str) -> str:

@@ -103,3 +103,11 @@ def test_the_readme_links_to_files() -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", readme)
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_paths_named_in_the_documentation_exist() -> None:
+    named = re.compile(r"`((?:calibrators|exporter|runtime_tests|tests|benchmarks|examples|docs)/[\w/.]*)`")
+    pages = [ROOT / "README.md", *PAGES]
+    missing = {path for page in pages for path in named.findall(page.read_text(encoding="utf-8"))
+               if not (ROOT / path).exists() and "NAME" not in path}  # fmt: skip
+    assert missing == set()
