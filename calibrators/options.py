@@ -1,4 +1,4 @@
-"""Options of a method as the fields of its frozen dataclass: declared once, checked, parsed from text, listed.
+"""Options of a method: the fields of its frozen dataclass, declared once, validated by pydantic, and listed.
 
 Must not know: which methods there are, tensors.
 """
@@ -6,9 +6,11 @@ Must not know: which methods there are, tensors.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from calibrators.errors import InputError, UnknownNameError
 
@@ -18,12 +20,11 @@ Value = str | int | float | bool
 Method = TypeVar("Method")
 
 EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What can be said about one option: its name, type ("int", "float", "bool" or "str"), default and one line."""
+    """One option as it is listed: its name, type ("int", "float", "bool" or "str"), default and a line of help."""
 
     name: str
     type: str
@@ -35,84 +36,65 @@ def option(
     default: Value,
     doc: str,
     *,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    choices: tuple[Value, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    """Field of a method's dataclass: its default, one line, and the values it may take (bounds inclusive)."""
-    limits = {"minimum": minimum, "maximum": maximum, "choices": choices}
-    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+    """Declare a field of a method's dataclass: its default, a line of help, and its values (bounds inclusive)."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "limits": (minimum, maximum, choices)})
 
 
 def list_options(method: type) -> tuple[Option, ...]:
-    """The options of a method class, in order of declaration."""
+    """Return the options of a method class, in order of declaration."""
     types = get_type_hints(method)
-    described = []
-    for field in dataclasses.fields(method):
-        default: Any = field.default
-        described.append(Option(field.name, types[field.name].__name__, default, field.metadata["doc"]))
-    return tuple(described)
+    fields: tuple[Any, ...] = dataclasses.fields(method)
+    return tuple(Option(f.name, types[f.name].__name__, f.default, f.metadata["doc"]) for f in fields)
 
 
 def build(method: type[Method], name: str, options: Mapping[str, object]) -> Method:
-    """The method called `name` with `options`; text is parsed to the type of its field.
+    """Return the method called `name` with `options`; text is parsed as the type of its field.
 
-    raises: UnknownNameError for an option it does not have, InputError for a value that is none of its values.
+    raises: UnknownNameError for an option that the method does not have, InputError for a value it does not allow.
     """
-    types = {known.name: known.type for known in list_options(method)}
+    known = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     for given in options:
-        if given not in types:
-            raise UnknownNameError(f"{name} option", given, types)
-    return method(**{given: _parse(name, given, value, types[given]) for given, value in options.items()})
+        if given not in known:
+            raise UnknownNameError(f"{name} option", given, known)
+    types = get_type_hints(method)
+    return method(**{o: _validated(name, known[o], types[o], value, strict=False) for o, value in options.items()})
 
 
 def check(method: object) -> None:
-    """Raises InputError for the first field whose value is outside what its declaration allows."""
+    """Raise InputError for the first field whose value its declaration does not allow."""
     types = get_type_hints(type(method))
     for field in dataclasses.fields(method):  # type: ignore[arg-type]
-        value, limits = getattr(method, field.name), field.metadata
-        remedy = _remedy(value, types[field.name], limits["choices"], (limits["minimum"], limits["maximum"]))
-        if remedy:
-            name = type(method).__name__.lower()
-            raise InputError(f"option {field.name!r} of method {name!r} is {value!r}; {remedy}.")
+        _validated(type(method).__name__.lower(), field, types[field.name], getattr(method, field.name), strict=True)
 
 
-def _remedy(value: object, kind: type, choices: tuple[Value, ...], bounds: tuple[float, float]) -> str:
-    """What to give instead of `value`; empty if it may stay."""
+def _validated(name: str, field: dataclasses.Field[Any], kind: type, value: object, *, strict: bool) -> Any:
+    """Return a value as the type of its field; without `strict` it may be text, or another type without loss."""
+    limits = field.metadata["limits"]
+    strict = strict or isinstance(value, bool)  # True is not the number 1
+    try:
+        return _adapter(kind, *limits).validate_python(value, strict=strict)
+    except ValidationError:
+        expected = _expected(kind, *limits)
+        raise InputError(f"option {field.name!r} of method {name!r} is {value!r}; {expected}.") from None
+
+
+@cache
+def _adapter(kind: type, minimum: float | None, maximum: float | None, choices: tuple[str, ...]) -> TypeAdapter[Any]:
+    allowed: Any = Annotated[kind, Field(ge=minimum, le=maximum, allow_inf_nan=False if kind is float else None)]
     if choices:
-        return "" if value in choices else f"choose one of {', '.join(map(repr, choices))}"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind not in (int, float) or not is_number or (kind is int and not isinstance(value, int)):
-        return "" if type(value) is kind else f"give {EXPECTED[kind.__name__]}"
-    minimum, maximum = bounds
-    if minimum <= value <= maximum:  # type: ignore[operator]
-        return ""
-    if math.isinf(maximum):
-        return f"give a number from {minimum:g} up"
-    return f"give a number between {minimum:g} and {maximum:g}"
+        allowed = Literal[choices]
+    return TypeAdapter(allowed)
 
 
-def _number(text: str) -> int | float:
-    """The number that `text` spells, whole numbers exactly; NaN if it spells none."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return math.nan
-
-
-def _parse(name: str, given: str, value: object, kind: str) -> Value:
-    """`value` as the type called `kind`, without loss: 3.0 is an int, 3.5, True and "3.5" are not."""
-    text = str(value).strip()
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind == "bool" and text.lower() in TRUE + FALSE:
-        return text.lower() in TRUE
-    if kind in ("int", "float") and not isinstance(value, bool):
-        number = _number(text)
-        if kind == "float" and not math.isnan(number):
-            return float(number)
-        if kind == "int" and number == number // 1:
-            return int(number)
-    raise InputError(f"option {given!r} of method {name!r} is {value!r}; give {EXPECTED[kind]}.")
+def _expected(kind: type, minimum: float | None, maximum: float | None, choices: tuple[str, ...]) -> str:
+    """Return what to give instead of a value that is not allowed."""
+    if choices:
+        return f"choose one of {', '.join(map(repr, choices))}"
+    wanted = f"give {EXPECTED[kind.__name__]}"
+    if minimum is None:
+        return wanted
+    return f"{wanted} from {minimum:g} up" if maximum is None else f"{wanted} between {minimum:g} and {maximum:g}"

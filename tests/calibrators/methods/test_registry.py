@@ -66,14 +66,18 @@ def test_unknown_option() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("percentile", {"q": "100.5"}, r"option 'q' of method 'percentile' is 100.5; give a number between 50 and 100"),
+        (
+            "percentile",
+            {"q": "100.5"},
+            r"option 'q' of method 'percentile' is '100.5'; give a number between 50 and 100",
+        ),
         ("percentile", {"q": "high"}, r"is 'high'; give a number"),
         ("percentile", {"q": "nan"}, r"give a number"),
         ("percentile", {"q": True}, r"is True; give a number"),
         ("percentile", {"q": None}, r"is None; give a number"),
         ("lp", {"p": "inf"}, r"give a number between"),
         ("aciq", {"law": "cauchy"}, r"is 'cauchy'; choose one of 'auto', 'laplace', 'gauss'"),
-        ("aciq", {"law": 3}, r"is 3; give text"),
+        ("aciq", {"law": 3}, r"is 3; choose one of"),
     ],
     ids=["range", "text", "nan", "bool", "none", "inf", "choice", "not-text"],
 )
