@@ -48,7 +48,8 @@ from calibrators.rewrites.prepare import check_preparations
 from exporter import capture, emit, fold
 from exporter.emission.packing import STORAGES, stored_bytes
 from exporter.frontend.load import Model, load_model
-from exporter.inputs.data import Batch, Data, open_data
+from exporter.inputs.data import Batch, Data
+from exporter.inputs.open import open_data
 from exporter.progress import Progress, console_progress
 from runtime_tests.ort.sessions import session
 from runtime_tests.proof import parity

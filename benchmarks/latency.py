@@ -32,7 +32,7 @@ from exporter.emission.translate import emit_float
 from exporter.frontend.capture import quiet
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program
-from exporter.inputs.data import open_data
+from exporter.inputs.open import open_data
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.sessions import session
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calibrators import calibrate
 from exporter import capture, fold
 from exporter.frontend.load import load_model
-from exporter.inputs.data import open_data
+from exporter.inputs.open import open_data
 
 
 def measure(model: str, data: str, batches: int, result: Connection) -> None:

@@ -37,7 +37,7 @@ from calibrators.reconstruction.reconstruct import Run
 from calibrators.reconstruction.training import Unit
 from exporter import capture, fold
 from exporter.frontend.load import load_model
-from exporter.inputs.data import open_data
+from exporter.inputs.open import open_data
 
 BATCH, KEEP = 32, 0.5
 WARM = 3

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exporter import export
 from exporter.frontend.load import load_model
-from exporter.inputs.data import open_data
+from exporter.inputs.open import open_data
 
 COLUMNS = (
     "network", "float", "runtime", "codes compared", "differ in kernels", "differ in float operators", "outputs",

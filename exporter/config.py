@@ -249,7 +249,7 @@ class ExportConfig(BaseModel):
         return self
 
     def data_form(self) -> dict[str, Any]:
-        """How data without batches is cut, and what images become (exporter.inputs.data.open_both)."""
+        """How data without batches is cut, and what images become (exporter.inputs.open.open_both)."""
         return {"batch": self.batch_size, "image_size": self.image_size, "mean": self.mean, "std": self.std}
 
     def digest(self) -> str:

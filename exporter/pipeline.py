@@ -32,7 +32,8 @@ from exporter.frontend.capture import SAME, alike, capture
 from exporter.frontend.load import input_names, load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
-from exporter.inputs.data import Data, check_takes_integers, open_both
+from exporter.inputs.data import Data
+from exporter.inputs.open import check_takes_integers, open_both
 from exporter.progress import Bar, Progress
 from exporter.reporting.bundle import check_out, write_bundle
 from exporter.reporting.gates import check_measurable

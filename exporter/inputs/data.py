@@ -11,18 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibrators.errors import DataError, UnknownNameError
-from exporter.frontend.load import UserCallable, load_callable, users_code
-from exporter.inputs.sources import ImageForm, from_arrays, from_images, from_npz
 
-__all__ = ["Batch", "Data", "check_takes_integers", "open_both", "open_data"]
+__all__ = ["Batch", "Data"]
 
 KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
 """Dtypes that reach the model as they are; other real floats become float32, everything else is refused."""
@@ -236,82 +233,6 @@ class _Digest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def open_data(
-    source: object,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch: int = 64,
-) -> Data:
-    """The data that `source` names or is; nothing is read before the first pass.
-
-    source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
-            of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
-            any iterable of batches. Batches are x, (x, labels), ({name: x}, labels) or ((x1, x2), labels).
-    image_size, mean, std: for a folder of images only, see exporter.inputs.sources.
-    batch:  samples per batch where the source has no batches of its own.
-    raises: DataError, UnknownNameError.
-    """
-    if isinstance(source, Data):
-        return source
-    if batch < 1:
-        raise DataError(f"a batch of {batch} samples is empty; give a batch size of 1 or more.")
-    if isinstance(source, Path) or (isinstance(source, str) and (":" not in source or Path(source).exists())):
-        return _open_path(Path(source), ImageForm.of(image_size, mean, std), batch)
-    if image_size is not None or mean is not None or std is not None:
-        raise DataError("image size, mean and std belong to a folder of images; here the data comes preprocessed.")
-    if isinstance(source, str):
-        function = load_callable(source, error=DataError)
-        return Data(source, lambda: _guarded(function, batch))
-    label = f"data ({type(source).__name__})"
-    if _is_array(source) or _is_pair_of_arrays(source) or isinstance(source, Mapping):
-        return Data(label, lambda: from_arrays(source, label, batch))
-    if callable(source) and not isinstance(source, Iterable):
-        return Data(label, lambda: _items(source(), label, batch))
-    if isinstance(source, Iterator):
-        return Data(label, _one_shot(source, label))
-    if isinstance(source, Iterable):
-        return Data(label, lambda: iter(source))
-    raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
-
-
-def open_both(
-    calibration: object, evaluation: object | None, *, batch: int = 64, **images: Any
-) -> tuple[Data, Data | None]:
-    """The data of an export; what images become goes to those that are folders, and is an error if none is.
-
-    raises: DataError, UnknownNameError.
-    """
-    folders = [isinstance(source, (str, Path)) and Path(source).is_dir() for source in (calibration, evaluation)]
-
-    def opened(source: object, is_folder: bool) -> Data:
-        return open_data(source, batch=batch, **(images if is_folder or not any(folders) else {}))
-
-    return opened(calibration, folders[0]), None if evaluation is None else opened(evaluation, folders[1])
-
-
-def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
-    """Check that the model runs on the uint8 inputs of `batch`, if it has any.
-
-    raises: DataError if raw images go to a model that expects preprocessed floats.
-    """
-    if not any(x.dtype == torch.uint8 for x in batch.inputs):
-        return
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad():
-            model.eval()(*(x[:1] for x in batch.inputs))
-    except Exception as error:  # of the user's own code
-        raise DataError(
-            f"{where} is uint8 and the model does not take that ({(str(error) or repr(error)).splitlines()[0]}); "
-            "give it as the model was trained: usually float32 in 0..1, normalised, channels first."
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _split(item: object, where: str) -> tuple[object, object]:
     """(inputs, labels or None) of one item."""
     if not isinstance(item, tuple | list):
@@ -391,72 +312,3 @@ def _dtype(tensor: Tensor) -> str:
 
 def _sizes(names: Iterable[str], tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{name} {len(tensor)}" for name, tensor in zip(names, tensors, strict=True))
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
-
-
-def _is_pair_of_arrays(value: object) -> bool:
-    """(x, labels) or ({name: x}, labels): everything at once. A list of two is two batches."""
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and (_is_array(value[0]) or isinstance(value[0], Mapping))
-        and (_is_array(value[1]) or value[1] is None)
-    )
-
-
-def _guarded(function: UserCallable, batch: int) -> Raw:
-    """A pass over what the user's callable returns; its exceptions become DataErrors with their place."""
-    end = object()
-    items = _items(function(), function.label, batch)
-    while True:
-        with users_code(function.label, "raised", function.folder, DataError):
-            item = next(items, end)
-        if item is end:
-            return
-        yield item
-
-
-def _items(result: object, label: str, batch: int) -> Raw:
-    """Items of what a callable returned: arrays are cut into batches, iterables pass through."""
-    if _is_array(result) or _is_pair_of_arrays(result) or isinstance(result, Mapping):
-        return from_arrays(result, label, batch)
-    if isinstance(result, Iterable) and not isinstance(result, str | bytes):
-        return iter(result)
-    raise DataError(
-        f"{label} returned a {type(result).__name__}; return arrays, or an iterable of batches such as a DataLoader."
-    )
-
-
-def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
-    """Starts one pass; a second one is an error with advice."""
-    used = False
-
-    def start() -> Raw:
-        nonlocal used
-        if used:
-            raise DataError(
-                f"{label} can be read only once and a second pass is needed; give a list, a DataLoader, or the "
-                "function that makes the generator instead of the generator."
-            )
-        used = True
-        return source
-
-    return start
-
-
-def _open_path(path: Path, form: ImageForm, batch: int) -> Data:
-    if path.is_dir():
-        return Data(str(path), lambda: from_images(path, form, batch))
-    if form != ImageForm():
-        raise DataError(f"image size, mean and std belong to a folder of images; {path} is none.")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; give a .npz file, a folder of images or file.py:callable.")
-    if path.suffix != ".npz":
-        advice = (
-            "name its callable: " + f"{path}:calibration" if path.suffix == ".py" else "save arrays with numpy.savez"
-        )
-        raise DataError(f"{path} is not a .npz file or a folder of images; {advice}.")
-    return Data(str(path), lambda: from_npz(path, batch), by_position=True)

@@ -19,7 +19,7 @@ from calibrators.placement.layer_rules import LayerRule
 from exporter.checks import check_settings
 from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
 from exporter.config import ExportConfig
-from exporter.inputs.data import open_both
+from exporter.inputs.open import open_both
 from exporter.progress import Progress, console_progress
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]

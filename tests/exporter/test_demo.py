@@ -11,7 +11,7 @@ from torch import nn
 from exporter.demo.model import CALIBRATION, HELD_OUT, WEIGHTS, calibration, digits, evaluation, network
 from exporter.demo.train import accuracy, train
 from exporter.frontend.load import load_model
-from exporter.inputs.data import open_data
+from exporter.inputs.open import open_data
 
 REQUIRED_ACCURACY = 0.97
 """What the demo promises on images the network never saw; the shipped weights reach more."""

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from calibrators.errors import DataError
-from exporter.inputs.data import Data, check_takes_integers, open_data
+from exporter.inputs.data import Data
+from exporter.inputs.open import check_takes_integers, open_data
 
 COUNT = 10
 RNG = np.random.default_rng(0)

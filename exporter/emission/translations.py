@@ -1,0 +1,152 @@
+"""ATen operators as ONNX operators, where torch.onnx has no translation or one that integer runtimes do not fuse.
+
+A value of torch.onnx (SymbolicTensor) is an ir.Value.
+
+Must not know: graphs, files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset20 as op
+from onnxscript import opset21
+
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+
+__all__ = ["NAME", "TRANSLATIONS"]
+
+NAME = "intact.name"
+"""Metadata key under which a node carries the name its output shall have."""
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, axis: int | None, site: str) -> Any:
+    codes = op.QuantizeLinear(x, scale, zero_point)
+    container = np.iinfo(zero_point.dtype.numpy())
+    if (qmin, qmax) != (container.min, container.max):
+        _keep_name(codes, f"{site}_saturated")
+        codes = op.Clip(codes, _scalar(qmin, zero_point.dtype), _scalar(qmax, zero_point.dtype))
+    return _keep_name(codes, f"{site}_quantized")
+
+
+def _dequantize(
+    codes: Any, scale: Any, zero_point: Any, axis: int | None, site: str, block_size: int | None = None
+) -> Any:
+    if block_size is not None:  # ONNX names the axis that is cut into blocks
+        value = opset21.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
+    else:
+        value = op.DequantizeLinear(codes, scale, zero_point, **({} if axis is None else {"axis": axis}))
+    return _keep_name(value, f"{site}_dequantized")
+
+
+def _keep_name(value: Any, name: str) -> Any:
+    """torch.onnx names values itself; the name travels on the node until `annotate`."""
+    value.producer().metadata_props[NAME] = name
+    return value
+
+
+def _scalar(value: float, dtype: ir.DataType) -> Any:
+    return _tensor(np.array(value, dtype=dtype.numpy()))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Any:
+    tensor: Any = ir.tensor(array)
+    return op.Constant(value=tensor)
+
+
+def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
+    """Global pooling, pooling by a divisor, or a product with the matrix of the averages on either side."""
+    before, after = list(x.shape)[-2:], list(output_size)
+    if after == [1, 1]:
+        return op.GlobalAveragePool(x)
+    if all(old % new == 0 for old, new in zip(before, after, strict=True)):
+        kernel = [old // new for old, new in zip(before, after, strict=True)]
+        return op.AveragePool(x, kernel_shape=kernel, strides=kernel)
+    rows, columns = (_averages(old, new) for old, new in zip(before, after, strict=True))
+    return op.MatMul(_tensor(rows), op.MatMul(x, _tensor(columns.T.copy())))
+
+
+def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[after, before]: row i averages from floor(i * before / after) to ceil((i + 1) * before / after)."""
+    matrix = np.zeros((after, before), np.float32)
+    for row in range(after):
+        start, end = row * before // after, -(-(row + 1) * before // after)
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
+
+
+def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+    def bound(value: Any) -> Any:
+        return None if value is None else _scalar(value, x.dtype)
+
+    return op.Clip(x, bound(min), bound(max))
+
+
+def _clamp_tensor(x: Any, min: Any = None, max: Any = None) -> Any:
+    """Clip codes, as torch.onnx does, where the bounds are scalars; clamp by bounds of any shape elsewhere."""
+    lo, hi = (None if bound is None else op.CastLike(bound, x) for bound in (min, max))
+    if all(bound is None or not len(bound.shape) for bound in (min, max)):
+        return op.Clip(x, lo, hi)
+    x = x if lo is None else op.Max(x, lo)
+    return x if hi is None else op.Min(x, hi)
+
+
+def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+    result = op.Elu(x if input_scale == 1 else op.Mul(x, _scalar(input_scale, x.dtype)), alpha=alpha)
+    return result if scale == 1 else op.Mul(result, _scalar(scale, x.dtype))
+
+
+def _group_norm(
+    x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+) -> Any:
+    """Instance normalisation of the groups, then scale and shift per channel."""
+    channels = (x.shape[1], *[1] * (len(x.shape) - 2))
+    ones, zeros = (_tensor(np.full(num_groups, value, x.dtype.numpy())) for value in (1, 0))
+    groups = op.Reshape(x, _tensor(np.array([0, num_groups, -1], np.int64)))
+    groups = op.InstanceNormalization(groups, ones, zeros, epsilon=eps)
+    result = op.Reshape(groups, _tensor(np.array([-1, *x.shape[1:]], np.int64)))
+    for combine, factor in ((op.Mul, weight), (op.Add, bias)):
+        if factor is not None:
+            result = combine(result, op.Reshape(factor, _tensor(np.array(channels, np.int64))))
+    return result
+
+
+def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
+    """Torch lists (before, after) from the last dimension on, ONNX all befores and then all afters."""
+    unpadded = [0] * (len(x.shape) - len(pad) // 2)
+    before, after = [*unpadded, *pad[::2][::-1]], [*unpadded, *pad[1::2][::-1]]
+    return op.Pad(x, _tensor(np.array(before + after, dtype=np.int64)), _scalar(value, x.dtype))
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
+
+    A kernel that reads codes of the weight alone is made of [in, out] weights where no quantizer, ReLU or clip stands
+    directly after the product: the sum with the bias does, which the kernel absorbs.
+    """
+    weight_only = _is_dequantized(weight) and not _is_dequantized(x)
+    if len(x.shape) == 2 and not weight_only:
+        return op.Gemm(x, weight, bias, transB=1)
+    columns = op.Transpose(weight, perm=[1, 0])
+    product = (op.Gemm if len(x.shape) == 2 else op.MatMul)(x, columns)
+    return product if bias is None else op.Add(product, bias)
+
+
+def _is_dequantized(value: Any) -> bool:
+    return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.clamp.Tensor: _clamp_tensor,
+    torch.ops.aten.constant_pad_nd.default: _pad,
+    torch.ops.aten.elu.default: _elu,
+    torch.ops.aten.group_norm.default: _group_norm,
+    torch.ops.aten.linear.default: _linear,
+}
