@@ -1,19 +1,17 @@
-"""Codes of weights stored in 4 or 2 bits each.
+"""Store the codes of weights in 4 or 2 bits each.
 
 onnxruntime has integer kernels for 8-bit codes only, and expands a typed INT4 weight to floats at every run. But it
-computes what has constant inputs once, before it looks for integer kernels. So operators follow the packed codes
-that unpack them while the session is made, and every session computes with the same int8 codes:
+computes what has constant inputs once, before it looks for integer kernels. So operators that unpack the codes are
+placed after the packed ones; they run while the session is made, and every session computes with the same int8 codes:
 
     int8 codes = Cast(packed codes)                                     where the packed codes are the codes
     int8 codes = Cast(Cast(packed codes) - Cast(packed zero point))     where channels are shifted into the packed range
 
-Wide taps, the one code per channel that an identity branch became (identity_taps), are stored as int8 and put into
-their places:
+Wide identity taps are stored as int8 and scattered among the other codes:
 
-    int8 codes = Reshape(ScatterElements(int8 codes of the others, place of the tap, tap))
+    int8 codes = Reshape(ScatterElements(int8 codes of the others, places of the taps, taps))
 
-Float kernels of layers that have nothing but their weight quantized read packed codes themselves: there codes and zero
-points change their type, and nothing else changes.
+The float kernel of a weight-only layer reads packed codes itself: there only the type of codes and zero points changes.
 
 Must not know: programs, methods, how the bits were chosen: the codes alone say what they fit into.
 """
@@ -41,31 +39,32 @@ STORAGES: Final[Mapping[str, tuple[int, ...]]] = {"auto": (4,), "int8": (), "int
 """Widths that a weight may be packed to, narrowest first. auto: what loads everywhere at the speed of int8."""
 
 WHOLE_BYTES = {2: 4, 4: 1}
-"""Outputs of a float kernel's weight must be a multiple of this: onnxruntime 1.32 transposes 2-bit codes wrongly
-where the last byte of a row is not full, and says nothing."""
+"""The outputs of a float kernel's weight must be a multiple of this: onnxruntime 1.32 silently transposes 2-bit codes
+wrongly where the last byte of a row is not full."""
 
 TYPES: Final = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 SINCE: Final = {4: 21, 2: 25}
-"""The opsets that brought the types."""
+"""Opsets that introduced the types."""
 
 IR_VERSIONS: Final = {20: 10, 25: 13}
-"""ONNX IR versions that go with opsets, from the one named on."""
+"""ONNX IR version of each opset, and of those up to the next one listed."""
 
 OVERHEAD = 1024
-"""Bytes that the nodes and names of unpacking take: weights that save less stay as they are."""
-
-WIDEST = 128
-"""Beyond every int8 code."""
+"""Bytes of the nodes and names that unpack a weight: a weight that would save less stays as it is."""
 
 TAP_BYTES, TAPS_OVERHEAD = 5, 1024
-"""Bytes of a wide tap and its place, and of the nodes and names that put all of a weight into their places."""
+"""Bytes of a wide tap with its place, and of the nodes and names that scatter those of one weight."""
+
+BEYOND = 128
+"""Larger than every int8 code."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A DequantizeLinear of constant int8 codes, and the axis of its scales, None for one scale.
+    """A DequantizeLinear of constant int8 codes.
 
-    taps: the codes that are not packed, bool in their shape: none, or all of the middle diagonal of a kernel.
+    axis: the axis of its scales, None for one scale.
+    taps: the codes that are not packed, bool in the shape of the codes: none, or the middle diagonal of a kernel.
     """
 
     node: ir.Node
@@ -76,73 +75,67 @@ class _Weight:
 
     @functools.cached_property
     def reads_floats(self) -> bool:
-        """Whether what multiplies with the weight is float, so that the kernel reads the packed codes."""
+        """Whether a float kernel multiplies with the weight, and so reads the packed codes itself."""
         products = [node for node in consumers(self.node.outputs[0]) if node.op_type in ("Gemm", "MatMul")]
         return bool(products) and all(operand(node.inputs[0]) is None for node in products)
 
-    @property
-    def overhead(self) -> int:
-        """Bytes that packing itself takes."""
-        return 0 if self.reads_floats else _overhead(int(self.taps.sum()))
-
-    def beside_taps(self) -> Iterator[_Weight]:
-        """The weight with the middle diagonal unpacked, if it is a kernel that may have wide taps."""
-        if has_middle_diagonal(self.array.shape):
-            taps = np.zeros_like(self.taps)
-            taps[middle_diagonal(self.array.shape)] = True
-            yield replace(self, taps=taps)
-
-    def saving(self, widths: tuple[int, ...]) -> int:
-        """Bytes that packing takes off, 0 where the codes do not fit."""
-        width = self.width(widths)
-        return _saving(self.array.size, width) - self.overhead if width else 0
-
     @functools.cached_property
     def extremes(self) -> tuple[Array, Array]:
-        """Lowest and highest code under each scale but for taps, int64, shaped to be broadcast against the codes."""
+        """Lowest and highest packed code under each scale, int64, shaped to broadcast against the codes."""
         others = tuple(axis for axis in range(self.array.ndim) if axis != self.axis)
         codes = self.array.astype(np.int64)
         return (
-            codes.min(others, keepdims=True, where=~self.taps, initial=WIDEST),
-            codes.max(others, keepdims=True, where=~self.taps, initial=-WIDEST),
+            codes.min(others, keepdims=True, where=~self.taps, initial=BEYOND),
+            codes.max(others, keepdims=True, where=~self.taps, initial=-BEYOND),
         )
-
-    def offsets(self, width: int) -> Array:
-        """Return the offset to subtract under each scale, nearest to 0, so that the codes fit into `width` bits."""
-        low, high = self.extremes
-        least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
-        return np.asarray(np.clip(0, high - most, low - least))
-
-    def width(self, widths: tuple[int, ...]) -> int | None:
-        """The narrowest of `widths` that holds the codes under every scale and what they are shifted by."""
-        if self.reads_floats:
-            return next((width for width in widths if self._holds(width)), None)
-        low, high = self.extremes
-        spread = int((high - low).max(initial=0))
-        return next((width for width in widths if spread < 1 << width and self._shifts_fit(width)), None)
-
-    def _shifts_fit(self, width: int) -> bool:
-        offsets = self.offsets(width)
-        return int(offsets.max()) <= 1 << (width - 1) and int(offsets.min()) > -(1 << (width - 1))
-
-    def _holds(self, width: int) -> bool:
-        """Whether a float kernel reads codes and zero points of that width, and they fit as they are."""
-        if self.array.shape[1] % WHOLE_BYTES[width]:
-            return False
-        limit = 1 << (width - 1)
-        stored = (value.const_value.numpy() for value in self.integers if value.const_value is not None)
-        return all(int(array.min(initial=0)) >= -limit and int(array.max(initial=0)) < limit for array in stored)
 
     @property
     def integers(self) -> list[ir.Value]:
         """Codes and zero points."""
         return [value for value in (self.node.inputs[0], *self.node.inputs[2:]) if value is not None]
 
+    def variants(self) -> Iterator[_Weight]:
+        """Yield the weight, and the weight with its middle diagonal left unpacked if it can have wide taps."""
+        yield self
+        if has_middle_diagonal(self.array.shape):
+            taps = np.zeros_like(self.taps)
+            taps[middle_diagonal(self.array.shape)] = True
+            yield replace(self, taps=taps)
+
+    def saving(self, widths: tuple[int, ...]) -> int:
+        """Bytes that packing saves, 0 if the codes do not fit."""
+        width = self.width(widths)
+        if width is None:
+            return 0
+        return _saving(self.array.size, width) - (0 if self.reads_floats else _overhead(int(self.taps.sum())))
+
+    def width(self, widths: tuple[int, ...]) -> int | None:
+        """Narrowest of `widths` that holds the codes under every scale, and what they are shifted by."""
+        return next(filter(self._fits_as_stored if self.reads_floats else self._fits_shifted, widths), None)
+
+    def offsets(self, width: int) -> Array:
+        """Shift under each scale, nearest to 0, that brings the codes into `width` bits when subtracted."""
+        low, high = self.extremes
+        limit = 1 << (width - 1)
+        return np.asarray(np.clip(0, high - (limit - 1), low + limit))
+
+    def _fits_shifted(self, width: int) -> bool:
+        low, high = self.extremes
+        offsets, limit = self.offsets(width), 1 << (width - 1)
+        return bool((high - low).max() < 2 * limit and -limit < offsets.min() and offsets.max() <= limit)
+
+    def _fits_as_stored(self, width: int) -> bool:
+        """Whether a float kernel can read codes and zero points of that width, and they fit unchanged."""
+        limit = 1 << (width - 1)
+        stored = (value.const_value.numpy() for value in self.integers if value.const_value is not None)
+        fit = all(int(array.min(initial=0)) >= -limit and int(array.max(initial=0)) < limit for array in stored)
+        return fit and self.array.shape[1] % WHOLE_BYTES[width] == 0
+
 
 def pack(model: ir.Model, storage: str) -> dict[str, int]:
-    """Pack the weights of `model` as STORAGES[storage] says; the bits of those that were packed, by name of the codes.
+    """Pack the weights of `model` as STORAGES[storage] says and return the bits of each, by the name of its codes.
 
-    The opset of the model becomes the first that has their types.
+    The opset of the model is raised to the first that has their types.
     """
     packable = _packable(model.graph, storage)
     for weight, width in packable:
@@ -152,7 +145,7 @@ def pack(model: ir.Model, storage: str) -> dict[str, int]:
 
 
 def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
-    """The unpacked `model` as the other storages would have it, by their names.
+    """Return the unpacked `model` in every other storage, by name.
 
     Left out are those equal to `storage` and those that the installed onnxruntime does not load.
     """
@@ -161,59 +154,54 @@ def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
     others = {}
     for name in ("int8", "int4", "int2"):
         widths = _widths(_packable(model.graph, name))
-        if widths in known or refused_opset(name) is not None:
-            continue
-        known.append(widths)
-        others[name] = ir.from_proto(proto)
-        pack(others[name], name)
+        if widths not in known and refused_opset(name) is None:
+            known.append(widths)
+            others[name] = ir.from_proto(proto)
+            pack(others[name], name)
     return others
 
 
 def refused_opset(storage: str) -> int | None:
-    """The opset that brought the types of `storage` where the installed onnxruntime does not load it, else None."""
+    """Return the opset that `storage` needs if the installed onnxruntime does not load it, else None."""
     opsets = [SINCE[width] for width in STORAGES[storage]]
     return next((opset for opset in opsets if not loads(opset=opset, ir_version=_ir_version(opset))), None)
 
 
 def set_opset(model: ir.Model, opset: int) -> None:
-    """Say which opset the model is of, and the IR version that goes with it."""
+    """Set the opset of the model, and the IR version that goes with it."""
     model.opset_imports[""] = opset
     model.ir_version = _ir_version(opset)
 
 
-def _ir_version(opset: int) -> int:
-    return max(version for first, version in IR_VERSIONS.items() if first <= opset)
-
-
-def _packable(graph: ir.Graph, storage: str) -> list[tuple[_Weight, int]]:
-    """The weights that are worth packing, and the bits that they are packed to."""
-    widths = STORAGES[storage]
-    found = []
-    for plain in _weights(graph):
-        weight = max((plain, *plain.beside_taps()), key=lambda weight: weight.saving(widths))
-        if weight.saving(widths) > 0 and (width := weight.width(widths)):
-            found.append((weight, width))
-    return found
-
-
 def stored_bytes(size: int, bits: int, taps: int, storage: str) -> int:
-    """Bytes that a weight of `size` codes of `bits` bits takes in the file, if an integer kernel reads it.
+    """Return the bytes in the file of a weight of `size` codes of `bits` bits that an integer kernel reads.
 
-    taps: how many of the codes are wide.
+    taps: number of wide taps among the codes.
     """
     width = next((width for width in STORAGES[storage] if bits <= width), 8)
     saving = _saving(size, width)
     return size - saving + TAP_BYTES * taps if saving > _overhead(taps) else size
 
 
+def _ir_version(opset: int) -> int:
+    return max(version for first, version in IR_VERSIONS.items() if first <= opset)
+
+
 def _overhead(taps: int) -> int:
-    """Bytes that packing itself takes, with so many wide taps."""
+    """Bytes that packing adds for unpacking a weight with so many wide taps."""
     return OVERHEAD + bool(taps) * TAPS_OVERHEAD + TAP_BYTES * taps
 
 
 def _saving(size: int, width: int) -> int:
-    """Bytes that packing takes off so many codes."""
+    """Bytes that packing so many codes saves."""
     return size * (8 - width) // 8
+
+
+def _packable(graph: ir.Graph, storage: str) -> list[tuple[_Weight, int]]:
+    """Weights that are worth packing, with the bits they are packed to."""
+    widths = STORAGES[storage]
+    best = (max(weight.variants(), key=lambda variant: variant.saving(widths)) for weight in _weights(graph))
+    return [(weight, weight.width(widths) or 8) for weight in best if weight.saving(widths) > 0]
 
 
 def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:
@@ -221,49 +209,48 @@ def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:
 
 
 def _weights(graph: ir.Graph) -> Iterator[_Weight]:
-    """Weights of at least two dimensions that one DequantizeLinear reads."""
+    """Yield the weights of at least two dimensions that exactly one DequantizeLinear reads."""
     for node in graph:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if codes is None or codes.const_value is None or len(codes.uses()) > 1:
             continue
         array = codes.const_value.numpy()
-        if array.dtype != np.int8 or array.ndim < 2:
-            continue
-        yield _Weight(node, codes, array, _axis(node), np.zeros(array.shape, np.bool_))
+        if array.dtype == np.int8 and array.ndim > 1:
+            yield _Weight(node, codes, array, _axis(node), np.zeros(array.shape, np.bool_))
 
 
 def _axis(node: ir.Node) -> int | None:
-    """The axis of the scales of a DequantizeLinear, None for one scale, whatever its attribute says then."""
-    scale, axis = node.inputs[1], node.attributes.get("axis")
+    """Axis of the scales of a DequantizeLinear, None for one scale, whose attribute says nothing."""
+    scale = node.inputs[1]
     if scale is not None and scale.const_value is not None and not len(scale.const_value.shape):
         return None
-    return 1 if axis is None else axis.as_int()
+    return node.attributes.get_int("axis", 1)
 
 
 def _pack(graph: ir.Graph, weight: _Weight, width: int) -> None:
-    offsets, flat = weight.offsets(width), weight.taps.any()
+    """Replace the codes by packed ones and the nodes that unpack them."""
+    offsets, scattered = weight.offsets(width), weight.taps.any()
     name = str(weight.codes.name)
     del graph.initializers[name]
-    low, high = weight.extremes
-    codes = weight.array.clip(low, high) - offsets  # taps are put into their places below
-    if flat:
+    codes = weight.array.clip(*weight.extremes) - offsets  # any value fits where a tap is scattered later
+    if scattered:
         codes, offsets = (each.reshape(len(each), -1) for each in (codes, offsets))
-    packed = _constant(graph, f"{name}_packed", codes, width)
+    packed = _initializer(graph, f"{name}_packed", _narrow(codes, width))
     nodes = []
     if offsets.any():
-        zeros = _constant(graph, f"{name}_packed_zero_point", -offsets, width)
+        zeros = _initializer(graph, f"{name}_packed_zero_point", _narrow(-offsets, width))
         nodes += [_node("Cast", [value], f"{value.name}_int32", weight, ir.DataType.INT32) for value in (packed, zeros)]
         nodes.append(_node("Sub", [node.outputs[0] for node in nodes], f"{name}_int32", weight, ir.DataType.INT32))
     source = nodes[-1].outputs[0] if nodes else packed
-    nodes.append(_node("Cast", [source], f"{name}_others" if flat else name, weight, ir.DataType.INT8))
-    if flat:
-        nodes += _put_taps(graph, weight, nodes[-1].outputs[0])
+    nodes.append(_node("Cast", [source], f"{name}_others" if scattered else name, weight, ir.DataType.INT8))
+    if scattered:
+        nodes += _scatter_taps(graph, weight, nodes[-1].outputs[0])
     graph.insert_before(weight.node, nodes)
     weight.node.replace_input_with(0, nodes[-1].outputs[0])
 
 
-def _put_taps(graph: ir.Graph, weight: _Weight, others: ir.Value) -> list[ir.Node]:
-    """Return the nodes that insert the wide taps into the codes [channels, inputs x kernel] and reshape the result."""
+def _scatter_taps(graph: ir.Graph, weight: _Weight, others: ir.Value) -> list[ir.Node]:
+    """Return nodes that put the taps among the other codes [channels, inputs x kernel] and restore the shape."""
     name, shape = str(weight.codes.name), weight.array.shape
     rows = weight.taps.reshape(len(weight.taps), -1)
     places = _initializer(graph, f"{name}_tap_places", rows.argmax(1)[:, None].astype(np.int32))
@@ -277,18 +264,19 @@ def _put_taps(graph: ir.Graph, weight: _Weight, others: ir.Value) -> list[ir.Nod
 
 
 def _retype(graph: ir.Graph, weight: _Weight, width: int) -> None:
-    """Codes and zero points in another type, under the names they have."""
+    """Store codes and zero points in a narrower type, under the same names unless they are shared."""
     for index, value in zip((0, 2), weight.integers, strict=False):
         assert value.const_value is not None
+        name = f"{weight.codes.name}_zero_point"
         if len(value.uses()) == 1:
-            del graph.initializers[str(value.name)]
-        name = str(value.name) if len(value.uses()) == 1 else f"{weight.codes.name}_zero_point"
-        weight.node.replace_input_with(index, _constant(graph, name, value.const_value.numpy(), width))
+            name = str(value.name)
+            del graph.initializers[name]
+        narrow = _narrow(value.const_value.numpy(), width)
+        weight.node.replace_input_with(index, _initializer(graph, name, narrow))
 
 
-def _constant(graph: ir.Graph, name: str, codes: Array, width: int) -> ir.Value:
-    """An initialiser of packed codes."""
-    return _initializer(graph, name, codes.astype(TYPES[width].numpy()))
+def _narrow(codes: Array, width: int) -> Array:
+    return codes.astype(TYPES[width].numpy())
 
 
 def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
@@ -299,7 +287,7 @@ def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
 
 
 def _node(op: str, inputs: list[ir.Value], name: str, weight: _Weight, dtype: ir.DataType) -> ir.Node:
-    """A node that makes integers of type `dtype` and says that it belongs to the module of the weight."""
+    """Return a node that yields integers of type `dtype` and belongs to the module of the weight."""
     attributes = [ir.AttrInt64("to", dtype.value)] if op == "Cast" else []
     output = ir.Value(name=name, shape=ir.Shape(inputs[0].shape or ()), type=ir.TensorType(dtype))
     node = ir.Node("", op, inputs, attributes, outputs=[output], name=name)
