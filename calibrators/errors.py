@@ -1,13 +1,13 @@
-"""Every error this project raises on purpose, and the exit code of the command that meets it.
+"""Every error that this project raises on purpose, with the exit code of the command.
 
     IntactError
-    ├── InputError            exit code 2: what the user gave cannot be used
-    │   ├── UnknownNameError  a name that is in no registry (with "did you mean")
+    ├── InputError            exit code 2: unusable input
+    │   ├── UnknownNameError  a name that no registry holds (with "did you mean")
     │   ├── ModelError        the model, its factory or its checkpoint
     │   └── DataError         the calibration or evaluation data
     └── ExportError           exit code 3: this model cannot be exported to this target
 
-Callers may catch broadly or narrowly. A message says what was seen, where, and what to do next.
+A message says what was seen, where, and what to do next.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DataError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A name that no registry holds; the message lists near misses first, then what there is."""
+    """A name that no registry holds; the message lists near misses first, then the known names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
@@ -52,6 +52,6 @@ class UnknownNameError(InputError):
 
 
 class ExportError(IntactError):
-    """The model holds something the target cannot represent."""
+    """The model contains something that the target cannot represent."""
 
     exit_code = 3

@@ -27,15 +27,15 @@ __all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods", 
 
 
 class Method(Protocol):
-    """What every method can do."""
+    """The interface of a method."""
 
     def fit(self, problem: Problem) -> CalibrationResult:
-        """Scales, zero points, integer weights and biases."""
+        """Return scales, zero points, integer weights and biases."""
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What can be said about one method: its name, one line, and its options."""
+    """One method as it is listed: its name, a line about it, and its options."""
 
     name: str
     summary: str
@@ -43,7 +43,7 @@ class MethodInfo:
 
 
 def get_method(name: str, options: Mapping[str, object] | None = None) -> Any:
-    """The method called `name` with `options` (text such as "99.99" is parsed), a RangeMethod for the range methods.
+    """Return the method called `name` with `options`; text such as "99.99" is parsed.
 
     raises: UnknownNameError for a method or option that does not exist, InputError for a value out of range.
     """
@@ -66,7 +66,7 @@ def range_method(name: str, options: Mapping[str, object] | None = None) -> Rang
 
 
 def list_methods() -> tuple[MethodInfo, ...]:
-    """Every method, by name."""
+    """Return every method, by name."""
     return tuple(MethodInfo(name, _summary(_class(name)), list_options(_class(name))) for name in _names())
 
 

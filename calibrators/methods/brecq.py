@@ -2,7 +2,7 @@
 
 source: Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction".
 Departs: rounding and activation scales are trained together, as later work compares with it; the Fisher weights are
-computed as calibrators.reconstruction.fisher says.
+computed as described in calibrators.reconstruction.fisher.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Hessian rounding: errors of rounded weights are fed into the weights that are still to be rounded.
+"""Hessian rounding: the errors of rounded weights are passed on to the weights that are still to be rounded.
 
 source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
-Departs: convolutions too, by the patches they see, one Hessian per group; inputs come from the network that is
-quantized so far, activations included; a sample of the positions of large inputs; what reconstruction.hessian_rounding
-says. Of layers that share a weight the first one decides.
+Departs: convolutions too, by the patches they read, one Hessian per group; inputs come from the network quantized so
+far, activations included; large inputs are sampled by position; see also reconstruction.hessian_rounding. Of the layers
+that share a weight, the first one decides.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["GPTQ"]
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Rounding layer by layer that makes later weights undo the errors of earlier ones, without training."""
+    """Rounding layer by layer in which later weights compensate for the errors of earlier ones, without training."""
 
     damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
     act_order: bool = option(False, "round the weights of strong inputs first")
-    positions: int = option(32768, "most positions that the Hessian of a layer is taken over", minimum=1)
+    positions: int = option(32768, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
     ranges: str = option("mse", "range method for the activations")
     weight_ranges: str = option("mse", "range method for the weights")
 
@@ -34,7 +34,7 @@ class GPTQ:
         check(self)
 
     def fit(self, problem: Problem) -> CalibrationResult:
-        """Return the calibrated network; its record says for every layer how much of its output's error is left."""
+        """Return the calibrated network, with the remaining error of every layer in its record."""
         from calibrators.reconstruction.layer_rounding import round_layers
 
         return round_layers(problem, self)

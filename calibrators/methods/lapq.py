@@ -1,10 +1,10 @@
-"""Ranges that minimise the loss of the whole network, searched in three phases.
+"""Ranges that minimize the loss of the whole network, searched in three phases.
 
-1. The range of every tensor that minimises the mean |error| ** p, for several p; beside them min-max and percentile.
+1. The range of every tensor that minimizes the mean |error| ** p, for several p, next to min-max and percentile.
 2. The loss of the network over p, the vertex of the parabola near the best p, then one p for weights and another for
    activations.
 3. From the best of these a joint search: one multiplier per activation and one per weight tensor, which moves both
-   ends of a range, or the ranges of all channels, together; the zero point stays, for the ratio of the ends does.
+   ends of a range, or the ranges of all channels, together; the ratio of the ends, hence the zero point, stays.
 
 source: Nahshan et al., Loss Aware Post-training Quantization (2019), sections 3 and 4.
 Departs: the loss needs no labels; p from 1 to 5 with a guarded parabola near the best one, not one parabola over 2 to
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["LAPQ"]
 
 FIRST_EVALUATIONS = len(POWERS) + 3
-"""Every power, min-max, percentile, and the vertex: a budget holds at least these."""
+"""Every power, min-max, percentile and the vertex: the smallest budget."""
 
 
 @dataclass(frozen=True)
 class LAPQ:
-    """Ranges that minimise the loss of the whole network, by a joint search over all scales."""
+    """Ranges that minimize the loss of the whole network, by a joint search over all scales."""
 
     loss: str = option(
         "auto", "kl, ce (needs labels) or mse; auto: kl for [n, classes]", choices=("auto", "kl", "ce", "mse")
@@ -44,10 +44,12 @@ class LAPQ:
         "parabola: tensor by tensor; cobyqa: groups first, then the same; powell: as published",
         choices=("parabola", "cobyqa", "powell"),
     )
-    max_evals: int = option(300, "evaluations of the network, parts by their share of work", minimum=FIRST_EVALUATIONS)
-    max_seconds: float = option(0.0, "seconds after which the joint search ends; 0: none", minimum=0.0)
-    samples: int = option(512, "samples that the loss is taken on, drawn with the seed", minimum=1)
-    sweeps: int = option(10, "most sweeps over all tensors", minimum=0)
+    max_evals: int = option(
+        300, "evaluations of the network; a partial one counts by its share of the work", minimum=FIRST_EVALUATIONS
+    )
+    max_seconds: float = option(0.0, "seconds after which the joint search ends; 0: no limit", minimum=0.0)
+    samples: int = option(512, "samples on which the loss is measured, drawn with the seed", minimum=1)
+    sweeps: int = option(10, "largest number of sweeps over all tensors", minimum=0)
     percentile: float = option(99.99, "percentile among the ranges compared", minimum=50.0, maximum=100.0)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class LAPQ:
         return self.loss == "ce"
 
     def fit(self, problem: Problem) -> CalibrationResult:
-        """The network at the best scales met; `record["lapq"]` tells how they were found.
+        """Return the network at the best scales met, with a record of the search.
 
         raises: InputError where labels or outputs do not fit the loss, DataError for data that cannot be read again.
         """

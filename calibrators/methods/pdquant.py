@@ -1,11 +1,11 @@
-"""Reconstruction that also keeps the prediction: a unit's errors count by what the float network makes of them.
+"""Reconstruction that also preserves the prediction: a unit's errors are weighed by their effect on the output.
 
 source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (CVPR).
-Departs: the prediction is that of the mixed inputs which reconstruction sees, not of a second pass, and for a share of
-every minibatch, so that the network behind the unit is not the price of the method; outputs that are no logits are
-compared by their relative squared error; the prediction trains activation scales alone: where rounding follows it too,
-as published (reach=all), calibration images gain what others lose; correction is off by default, for it costs more than
-training and served calibration images better than others as well.
+Departs: the prediction is made from the mixed inputs of reconstruction, not in a second pass, and for a share of every
+minibatch, since it runs the rest of the network; outputs that are not logits are compared by their relative squared
+error; the prediction trains activation scales alone, because when rounding follows it too, as published (reach=all),
+calibration images gain what others lose; correction is off by default, because it costs more than training and also
+favoured calibration images.
 """
 
 from __future__ import annotations
@@ -29,19 +29,17 @@ REACHES = ("scales", "all")
 
 @dataclass(frozen=True)
 class PDQuant(QDrop):
-    """QDrop whose units also keep the network's prediction, through the float network behind them."""
+    """QDrop whose units also preserve the network's prediction, through the float network after them."""
 
-    prediction: float = option(0.1, "weight of the difference of predictions beside the unit's own error", minimum=0)
-    reach: str = option(
-        "scales", "what follows the prediction: activation scales, or all that is trained", choices=REACHES
-    )
+    prediction: float = option(0.1, "weight of the difference of predictions next to the unit's own error", minimum=0)
+    reach: str = option("scales", "parameters that the prediction trains: activation scales, or all", choices=REACHES)
     distance: str = option("auto", "kl or mse; auto: kl for outputs [n, classes]", choices=DISTANCES)
     temperature: float = option(4.0, "temperature of both predictions in kl", minimum=0.1, maximum=100)
     correct: int = option(0, "steps of distribution correction of every sample; 0: none", minimum=0)
     share: float = option(0.25, "share of a minibatch whose prediction is compared", minimum=0.01, maximum=1)
 
     def prepare(self, unit: Unit, run: Run) -> Unit:
-        """The unit with corrected float inputs, and what the float unit makes of them as targets."""
+        """Return the unit with corrected float inputs, and the float outputs for these as targets."""
         if not self.correct or not all(cache.dtype.is_floating_point for cache in unit.float_inputs):
             return unit
         from calibrators.graph.batch_norm import expected_outputs

@@ -2,7 +2,7 @@
 
 source: percentile calibration of Wu et al., Integer Quantization for Deep Learning Inference (2020), section 5.2.
 Departs: one order statistic of all values seen, not the mean of the batches' own; interpolated inside its bin instead
-of taken at the bin's left edge. Zeros count as values: after a ReLU, 99.999 means 99.998 of the positive half.
+of being read at its left edge. Zeros count as values: after a ReLU, 99.999 means 99.998 of the positive half.
 """
 
 from __future__ import annotations

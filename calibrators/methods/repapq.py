@@ -1,20 +1,20 @@
 """Reconstruction for reparameterized networks: mean absolute errors, a protecting affine, supervision across blocks.
 
-A folded block sums the gains of its branches; a few channels and a few samples are far larger than the rest, and
-squared errors look at them alone. Three remedies, each with an option:
+A folded block sums the gains of its branches; a few channels and samples are far larger than the rest and dominate
+squared errors. Three remedies, each with an option:
 
 measure=mae   ranges and reconstruction by the mean absolute error.
-affine        one gain and one shift per output channel behind every folded layer. Learned gains g = exp(u) multiply the
-              weight's scales and leave its codes as they are; shifts are part of the bias: nothing is left to execute.
-across        the output of the stage, through the float units that follow, as a second supervision: the gradient of an
-              absolute error says the direction only, the way ahead says which errors count.
+affine        one gain and one shift per output channel after every folded layer. Learned gains g = exp(u) multiply the
+              weight's scales and leave its codes; shifts are part of the bias: nothing is left to execute.
+across        the output of the stage, through the float units that follow, as a second target: the gradient of an
+              absolute error gives only a direction, and the units downstream show which errors count.
 
 source: Zhang et al. 2024, "Towards Accurate Post-training Quantization for Reparameterized Models" (arXiv 2402.16121);
-the published code holds none of the three, so weights and schedules are ours.
+the published code has none of the three, so weights and schedules are ours.
 Departs: errors relative to the root mean square of the targets; gains in logarithms, hence positive, and one per weight
 scale (a weight with one scale for all channels has one gain: gains per channel could not be absorbed exactly there);
-weight ranges by squared error, for the absolute one clips what identity branches add to a kernel where taps are not
-wide (calibrators.placement.identity_taps); stages end where shapes change.
+weight ranges by squared error, because the absolute error clips the taps of identity branches where these are not wide
+(calibrators.placement.identity_taps); stages end where shapes change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RepAPQ(QDrop):
     """Reconstruction for reparameterized networks: absolute errors, a gain per channel, supervision across blocks."""
 
     ranges: str = option("mae", "range method for the first activation scales")
-    measure: str = option("mae", "error that reconstruction makes small", choices=tuple(POWERS))
+    measure: str = option("mae", "error that reconstruction minimizes", choices=tuple(POWERS))
     affine: bool = option(True, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
     across: float = option(1.0, "weight of the error at the end of the stage; 0: the unit's own output only", minimum=0)
     chain: int = option(1, "layers of a plain chain that form one unit", minimum=1)

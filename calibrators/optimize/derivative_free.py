@@ -1,8 +1,8 @@
-"""Minimising a rough function of many variables from values alone, with few evaluations.
+"""Minimize a rough function of many variables from few values and no derivatives.
 
-The variables are logarithms of multipliers; the loss over them is a bowl, nearly separable, with jumps where codes
-change. Every minimiser starts at a point of known loss, keeps to [LOWER, UPPER] in each variable, and returns the best
-point that it met. An objective may end the search by raising; whoever made it then knows its best point.
+The variables are logarithms of multipliers; the loss over them is a nearly separable bowl with jumps where codes
+change. Every minimizer starts at a point of known loss, keeps each variable in [LOWER, UPPER] and returns the best
+point that it met. An objective may end the search by raising; its owner then knows the best point.
 
 source: Nahshan et al., Loss Aware Post-training Quantization (2019), section 3: Powell's method over all scales.
 Departs: a parabola through three values per variable instead of Brent's line search, and before it COBYQA (Ragonneau
@@ -39,22 +39,22 @@ __all__ = [
 LOWER, UPPER = math.log(0.4), math.log(2.5)
 
 STEP = 0.15
-"""First distance of a probe: a range 16 % wider."""
+"""First distance of a probe, which widens a range by 16 %."""
 
 REACH = 2.0
-"""Farthest vertex that is tried, in steps."""
+"""Largest distance, in steps, of a vertex that is tried."""
 
 NARROWER, WIDER = 0.6, 1.5
-"""What a step is multiplied by where its variable moved less than half of it, or more than one and a half."""
+"""Factors of a step whose variable moved less than half of it, or more than one and a half."""
 
 SMALLEST_STEP, NEAR = 0.01, 0.1
-"""A variable's least step, and the distance from a known value, in steps, at which another is not worth its price."""
+"""Smallest step of a variable, and the distance from a known value, in steps, below which a probe is not worth it."""
 
 CONVERGED = 0.005
-"""Radius of COBYQA's trust region at which it ends."""
+"""Final radius of COBYQA's trust region."""
 
 FLAT = 1e-12
-"""Bend of a parabola, as a share of the values, that rounding explains."""
+"""Curvature of a parabola, as a share of the values, that rounding explains."""
 
 Vector = NDArray[np.float64]
 Objective = Callable[[Vector], float]
@@ -69,7 +69,7 @@ class Found:
 
 
 def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
-    """The parabola with the least squared distance from the points; values that are not finite are left out."""
+    """Return the least-squares parabola through the points with finite values."""
     finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
     if len(finite) < 3:
         return Parabola((), None, f"{len(finite)} finite values are too few")
@@ -85,9 +85,9 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
 
 
 def coordinate_sweep(objective: Objective, start: Found, steps: Vector) -> Found:
-    """One variable after the other: a probe on each side, then the vertex of the parabola, if it is better.
+    """Search one variable after the other: probe both sides, then the vertex of the parabola.
 
-    steps: distance of the probes [variables], adapted in place to how far each variable moved, for the next sweep.
+    steps: distances of the probes [variables], adapted in place, for the next sweep, to how far each variable moved.
     """
     found = start
     for index, step in enumerate(steps.tolist()):
@@ -111,7 +111,7 @@ class _Line:
         self.values = {self.centre: start.loss}
 
     def probe(self, x: float) -> None:
-        """Evaluate at `x`, or the bound before it, unless that is next to a known value."""
+        """Evaluate at `x`, clamped to the bounds, unless that is next to a known value."""
         x = min(max(x, LOWER), UPPER)
         if min(abs(x - known) for known in self.values) < NEAR * self.step:
             return
@@ -122,7 +122,7 @@ class _Line:
             self.best = Found(point, self.values[x])
 
     def promising(self) -> float:
-        """The vertex, at most REACH steps away; where there is none, twice as far as the better probe."""
+        """Return the vertex, at most REACH steps away; without one, a point twice as far as the better probe."""
         reach = REACH * self.step
         coefficients = fit_parabola([*self.values], [*self.values.values()]).coefficients
         if coefficients and coefficients[0] > 0.0:
@@ -132,7 +132,7 @@ class _Line:
 
 
 def cobyqa(objective: Objective, start: Found, groups: Sequence[Sequence[int]], evaluations: int) -> Found:
-    """COBYQA over one shift per group of variables; a variable in no group stays."""
+    """Run COBYQA over one shift per group of variables; a variable without a group stays."""
     member = np.zeros((len(start.point), len(groups)))  # [variables, groups]
     for column, group in enumerate(groups):
         member[list(group), column] = 1.0
@@ -148,7 +148,7 @@ def cobyqa(objective: Objective, start: Found, groups: Sequence[Sequence[int]], 
 
 
 def powell(objective: Objective, start: Found, evaluations: int) -> Found:
-    """Powell's method; its first directions are the variables."""
+    """Run Powell's method, with the variables as its first directions."""
     tracked = _Tracked(objective, start)
     options: Any = {"maxfev": evaluations, "direc": STEP * np.eye(len(start.point))}
     minimize(tracked, start.point, method="Powell", options=options)
@@ -156,7 +156,7 @@ def powell(objective: Objective, start: Found, evaluations: int) -> Found:
 
 
 class _Tracked:
-    """An objective within the bounds, and its best point; beyond them the distance from them is added."""
+    """An objective and its best point; beyond the bounds, the distance from them is added to its value there."""
 
     def __init__(self, objective: Objective, start: Found) -> None:
         self.objective, self.best = objective, start

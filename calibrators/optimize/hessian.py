@@ -1,4 +1,4 @@
-"""How a loss bends around a point: its Hessian from finite differences, and how much of it couples variables.
+"""The Hessian of a loss from finite differences, and how much of it couples variables.
 
 Must not know: networks, quantization.
 """
@@ -19,14 +19,14 @@ Vector = NDArray[np.float64]
 
 
 def hessian_evaluations(size: int) -> int:
-    """Evaluations that `hessian` needs."""
+    """Return the number of evaluations that `hessian` needs."""
     return 1 + 2 * size + size * (size - 1)
 
 
 def hessian(objective: Callable[[Vector], float], centre: Vector, step: float) -> Vector:
-    """Second derivatives at `centre` [n], as [n, n]; exact for a cubic.
+    """Return the second derivatives at `centre` [n], as [n, n]; exact for a cubic.
 
-    Two evaluations per pair: f(+,+) + f(-,-) against the four neighbours along the axes.
+    A pair takes two evaluations: f(+,+) + f(-,-) against the four neighbours along the axes.
     """
     axes = step * np.eye(len(centre))
     middle = objective(centre)

@@ -1,4 +1,4 @@
-"""A joint search over all scales of a network by its loss, in the three phases that calibrators.methods.lapq describes.
+"""A joint search over all scales of a network by its loss, in the three phases described in calibrators.methods.lapq.
 
 Must not know: ONNX, runtimes.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ScaleSearch"]
 
 NEIGHBOURS = 2
-"""Powers on each side of the best one that the parabola goes through."""
+"""Powers on each side of the best one that take part in the parabola."""
 
 GROUPS, GROUP_EVALUATIONS = 8, 32
 """Groups of tensors that COBYQA moves, and evaluations it may take: four per group."""
@@ -41,11 +41,11 @@ QUARTERS = 4
 """The vertex is rounded to a multiple of 1/4: the grid is no finer than 1/2."""
 
 EIGHT = 8
-"""Bits from which on a loss is flat in the scales."""
+"""Bits at which a loss is flat in the scales."""
 
 EXPLAINED_BITS = (2, 4, 8)
 EXPLAINED_SITES, EXPLAINED_SAMPLES, EXPLAINED_STEP = 12, 128, 0.1
-"""Activations whose Hessian is taken, samples it is taken on, and the finite difference in the log scale."""
+"""Activations in the Hessian, samples it is measured on, and the finite difference in the log scale."""
 
 
 class ScaleSearch:
@@ -77,7 +77,7 @@ class ScaleSearch:
         return Landscape(self.problem, inputs, start, loss, budget=evaluations)
 
     def run(self) -> CalibrationResult:
-        """All phases."""
+        """Run all phases and return the network at the best scales met."""
         started = time.perf_counter()
         with self.problem.stage("search", self.method.max_evals) as bar:
             self.landscape.watch = _steps(self.landscape, bar.advance)
@@ -113,7 +113,7 @@ class ScaleSearch:
         assert self.landscape.best is not None
         return self.landscape.best
 
-    # --- phases 1 and 2: what the tensors say on their own ------------------------------------------------------------
+    # --- phases 1 and 2: every tensor on its own ----------------------------------------------------------------------
 
     def _point(self, weights: RangeMethod, activations: RangeMethod) -> Point:
         return {**self.activations(activations), **self.weights(weights)}
@@ -122,7 +122,7 @@ class ScaleSearch:
         return self.landscape.evaluate(self._point(weights, activations), whole=True)
 
     def _compare(self) -> None:
-        """The usual ranges, and one power for all tensors: those of the grid and the vertex near the best."""
+        """Measure the usual ranges, then one power for all tensors: those of POWERS and the vertex near the best."""
         usual = {
             "minmax": self._ranges("minmax"),
             "percentile": self._ranges("percentile", q=self.method.percentile),
@@ -157,7 +157,7 @@ class ScaleSearch:
     # --- phase 3: all tensors together --------------------------------------------------------------------------------
 
     def _variables(self) -> list[str]:
-        """The sites with a multiplier, in order of execution."""
+        """Return the sites with a multiplier, in order of execution."""
         return _low([site for site in self.placement.sites if site.name in self.landscape.first], self.landscape.first)
 
     def _joint(self, start: Measured) -> None:
@@ -173,12 +173,12 @@ class ScaleSearch:
         for _ in range(self.method.sweeps):
             found = coordinate_sweep(objective, found, steps)
 
-    # --- how the loss bends -------------------------------------------------------------------------------------------
+    # --- explanation --------------------------------------------------------------------------------------------------
 
     def _explain(self) -> LossLandscape:
-        """By bits of the activations, weights at 8: the loss over p, and at the best p the Hessian of some log scales.
+        """Measure, by bits of the activations and with 8-bit weights, the loss over p and its Hessian at the best p.
 
-        The activations are spread evenly over the network.
+        The Hessian is over the log scales of activations spread evenly over the network.
         """
         owners = [site for site in self.placement.sites if site.name in self.landscape.quantizers]
         names = _low([site for site in owners if site.name in self.landscape.first], self.landscape.first)
@@ -215,14 +215,14 @@ def _powers(curve: Mapping[float, float]) -> tuple[PowerLoss, ...]:
 
 
 def _low(sites: Sequence[Site], first: Mapping[str, int]) -> list[str]:
-    """Sites below 8 bits, for 8 are flat, in order of execution; all if there are none. A fixed scale stays out."""
+    """Return the sites below 8 bits in order of execution, all if there are none; fixed scales are left out."""
     free = [site for site in sites if site.fixed is None]
     low = [site for site in free if site.spec.bits < EIGHT] or free
     return [site.name for site in sorted(low, key=lambda site: (first[site.name], site.kind == "weight"))]
 
 
 def _groups(names: Sequence[str], activations: Container[str]) -> list[list[int]]:
-    """Indices of neighbouring activations, and of neighbouring weights, in GROUPS groups or less."""
+    """Return the indices of neighbouring activations, and of neighbouring weights, in at most GROUPS groups."""
     kinds = [[i for i, name in enumerate(names) if (name in activations) is kind] for kind in (True, False)]
     present = [kind for kind in kinds if kind]
     parts = [np.array_split(kind, min(len(kind), GROUPS // len(present))) for kind in present]
@@ -230,13 +230,13 @@ def _groups(names: Sequence[str], activations: Container[str]) -> list[list[int]
 
 
 def _at(landscape: Landscape, start: Point, names: Sequence[str], logs: Vector, *, whole: bool = False) -> float:
-    """Loss where the scale of each site is exp(log) times that of `start`."""
+    """Return the loss where the scale of each site is exp(log) times that of `start`."""
     moved = {name: _scaled(start[name], log) for name, log in zip(names, logs.tolist(), strict=True)}
     return landscape.evaluate({**start, **moved}, whole=whole)
 
 
 def _scaled(qparams: QParams, log: float) -> QParams:
-    """The range with both ends times exp(log): the zero point stays."""
+    """Multiply both ends of a range by exp(log), which keeps the zero point."""
     return replace(qparams, scale=(qparams.scale.double() * math.exp(log)).float()) if log else qparams
 
 
@@ -245,7 +245,7 @@ def _ratio(ours: QParams, other: QParams) -> float:
 
 
 def _steps(landscape: Landscape, advance: Callable[[int], None]) -> Callable[[], None]:
-    """Reports whole evaluations as they are completed."""
+    """Return a function that reports whole evaluations as they are completed."""
     shown = 0
 
     def report() -> None:

@@ -19,7 +19,7 @@ from calibrators.ranges.samples import Samples
 __all__ = ["aciq_bounds", "gauss_clip", "laplace_clip", "moments"]
 
 RATIO = 0.5 * (math.sqrt(0.5) + math.sqrt(2.0 / math.pi))
-"""Half way between mean |x| / std of a Laplace (0.707) and of a Gauss (0.798) distribution."""
+"""Halfway between mean |x| / std of a Laplace (0.707) and of a Gauss (0.798) distribution."""
 
 
 def aciq_bounds(samples: Samples, spec: QuantSpec, law: str) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,10 @@ def aciq_bounds(samples: Samples, spec: QuantSpec, law: str) -> tuple[Tensor, Te
 
 
 def moments(samples: Samples, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre, mean distance from it and standard deviation of each row, float64 [rows] each.
+    """Return the centre, mean distance from it and standard deviation of each row, float64 [rows] each.
 
-    The centre is the mean if `centred`, else 0. Rows of one sign are taken for what a ReLU left of a distribution
-    around 0: their centre is 0 and their zeros do not count.
+    The centre is the mean if `centred`, otherwise 0. Rows of one sign count as a distribution around 0 after a ReLU:
+    their centre is 0 and their zeros are left out.
     """
     values = samples.values.to(torch.float64)
     present = samples.sum((values != 0.0).to(values.dtype))
@@ -49,15 +49,15 @@ def moments(samples: Samples, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def laplace_clip(bits: int) -> float:
-    """Best clip in units of mean |x| of a Laplace distribution: W(3 * 4^bits)."""
+    """Return the best clip in units of mean |x| of a Laplace distribution: W(3 * 4^bits)."""
     return float(lambertw(3.0 * 4.0**bits).real)
 
 
 @lru_cache
 def gauss_clip(bits: int) -> float:
-    """Best clip in units of sigma of a Gauss distribution, where the derivative of the squared error is 0.
+    """Return the best clip in units of sigma of a Gauss distribution: the root of the squared error's derivative.
 
-    With Q the upper tail and phi the density it is 4 t Q(t) - 4 phi(t) + 2 t / (3 * 4^bits).
+    With Q the upper tail and phi the density, the derivative is 4 t Q(t) - 4 phi(t) + 2 t / (3 * 4^bits).
     """
 
     def slope(t: float) -> float:

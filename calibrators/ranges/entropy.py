@@ -30,7 +30,7 @@ def entropy_bounds(samples: Samples, spec: QuantSpec, smoothing: float) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Masses on equal bins, `bins` on each side of zero, without the exact zeros; float64.
+    """Masses of equal bins, `bins` on each side of zero, without exact zeros; float64.
 
     mass:     [rows, 2 * bins].
     masses, filled, entropies: sums over the bins before each edge of mass, of (mass > 0), of mass * ln(mass);
@@ -46,12 +46,12 @@ class Histogram:
 
     @property
     def bins(self) -> int:
-        """Bins on each side of zero."""
+        """Return the number of bins on each side of zero."""
         return self.mass.shape[1] // 2
 
     @classmethod
     def of(cls, samples: Samples) -> Histogram:
-        """Histogram of each row, on the bins of the statistic where the samples come from one."""
+        """Return the histogram of each row, on the bins of the statistic that the samples come from, if any."""
         bins = BINS if samples.width else WEIGHT_BINS
         mantissa, exponent = torch.frexp(samples.reach)
         support = torch.ldexp(torch.ones_like(samples.reach), exponent - (mantissa == 0.5).to(exponent.dtype))
@@ -67,9 +67,9 @@ class Histogram:
 
 
 def divergence(histogram: Histogram, spec: QuantSpec, smoothing: float) -> RangeError:
-    """KL(P, Q) of ranges; infinite for a range with fewer bins than levels, 0 for a row of zeros.
+    """Return KL(P, Q) as a function of ranges; infinite for a range with fewer bins than levels, 0 for a row of zeros.
 
-    With sums over the bins before each edge, a range costs one look-up per level and not one per bin.
+    Sums over the bins before each edge make a range cost one look-up per level instead of one per bin.
     """
     levels = spec.qmax + 1 if spec.symmetric else spec.qmax - spec.qmin + 1
     rows = len(histogram.mass)
@@ -87,7 +87,7 @@ def divergence(histogram: Histogram, spec: QuantSpec, smoothing: float) -> Range
 
 
 def _clipped_entropy(histogram: Histogram, first: Tensor, end: Tensor) -> Tensor:
-    """Sum of P ln P over the bins [first, end), P not normalised; [candidates, rows]."""
+    """Return the sum of P ln P over the bins [first, end), P not normalized; [candidates, rows]."""
     left, right = _at(histogram.masses, first), histogram.masses[:, -1] - _at(histogram.masses, end)
     inside = _at(histogram.entropies, end) - _at(histogram.entropies, first)
     for clipped, bin_index in ((left, first), (right, end - 1)):
@@ -97,7 +97,7 @@ def _clipped_entropy(histogram: Histogram, first: Tensor, end: Tensor) -> Tensor
 
 
 def _cross_entropy(histogram: Histogram, first: Tensor, end: Tensor, levels: int, smoothing: float) -> Tensor:
-    """Sum of P ln Q over the bins [first, end), P not normalised, Q normalised and smoothed; [candidates, rows]."""
+    """Return the sum of P ln Q over the bins [first, end), with only Q normalized, and smoothed; [candidates, rows]."""
     span = (end - first)[..., None]
     edges = (
         first[..., None] + (torch.arange(levels + 1) * span + levels - 1) // levels
@@ -115,12 +115,12 @@ def _cross_entropy(histogram: Histogram, first: Tensor, end: Tensor, levels: int
 
 
 def _at(table: Tensor, index: Tensor) -> Tensor:
-    """Entries of each row of `table` [rows, m] at `index` [candidates, rows] or [candidates, rows, k]."""
+    """Return the entries of each row of `table` [rows, m] at `index` [candidates, rows] or [candidates, rows, k]."""
     deep = index if index.ndim == 3 else index[..., None]
     found = table.expand(len(index), -1, -1).gather(2, deep)
     return found if index.ndim == 3 else found[..., 0]
 
 
 def _sums_before(values: Tensor) -> Tensor:
-    """Sums of the values before each of the n + 1 edges, [rows, n] -> [rows, n + 1]."""
+    """Return the sums of the values before each of the n + 1 edges, [rows, n] -> [rows, n + 1]."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0))

@@ -1,9 +1,8 @@
-"""The streaming statistic of one activation tensor: everything the range criteria may read.
+"""The streaming statistic of one activation tensor: everything that range criteria may read.
 
-The result depends on the values alone, bit for bit: not on how they were split into batches, nor on the order of the
-batches. Three things make it so. The support [-R, R] has the smallest power-of-two R that holds the largest magnitude
-seen; growing R merges neighbouring bins pairwise, which is what binning with the larger R would have given; and the
-state holds only integers and extremes, while the moments are derived from the bins on demand.
+The result depends, bit for bit, on the values alone and not on their order or their split into batches: the support
+[-R, R] has the smallest power of two R that holds the largest magnitude seen; growing R merges neighbouring bins in
+pairs, which gives the bins of the larger R exactly; and the state holds only integers and extremes.
 
 Must not know: criteria, quantization grids, graphs.
 """
@@ -19,26 +18,26 @@ from torch import Tensor
 __all__ = ["BINS", "Statistic"]
 
 BINS = 8192
-"""Bins on each side of zero. R is at most twice the largest magnitude, so at least 4096 of them are used: 16 bins per
-step of an 8-bit grid that spans the data, 4 bins per step of one that spans a quarter of it."""
+"""Bins on each side of zero. R is at most twice the largest magnitude, so at least 4096 are in use: 16 per step of an
+8-bit grid that spans the data, 4 per step of one that spans a quarter of it."""
 
 CHUNK = 1 << 15
-"""Values binned at a time: the temporaries stay in cache, and torch runs operations of this size on the calling thread.
-Counting is serial anyway, and many short parallel regions would wait for each other's threads on a busy machine."""
+"""Values binned at a time: temporaries stay in cache, and torch runs operations of this size on the calling thread.
+Counting is serial anyway, and many short parallel regions would wait for each other on a busy machine."""
 
 EXPONENT_FLOOR = -100
-"""Smallest log2 of R; the bin index is computed as x * (BINS / R), which must be a float32 number."""
+"""Smallest log2 of R, so that BINS / R is a float32 number."""
 
 
 class Statistic:
-    """Histogram with exact counts, extremes and the number of non-finite values; grows by exact pair merging.
+    """Histogram with exact counts, extremes and the number of non-finite values.
 
     The index of a value is its distance from zero in bins, rounded away from zero: bin 0 holds exact zeros only, bin
-    k > 0 holds ((k - 1) * width, k * width], bin -k mirrors it. Memory is one int64 vector of 2 * BINS + 1 counts.
+    k > 0 holds ((k - 1) * width, k * width], bin -k mirrors it.
 
     lo, hi:    exact extremes of the finite values; +inf and -inf before the first one.
     counts:    int64 [2 * BINS + 1], bin k at index BINS + k.
-    nonfinite: NaN and infinities seen; they are in no other number here.
+    nonfinite: NaN and infinities seen, which count nowhere else.
     """
 
     def __init__(self) -> None:
@@ -50,47 +49,22 @@ class Statistic:
 
     @property
     def width(self) -> float:
-        """Width of a bin, a power of two."""
+        """Return the width of a bin, a power of two."""
         return math.ldexp(1.0, self.exponent) / BINS
 
     @property
     def count(self) -> int:
-        """Finite values seen."""
+        """Return the number of finite values seen."""
         return int(self.counts.sum())
 
-    @property
-    def zeros(self) -> int:
-        """Exact zeros seen."""
-        return int(self.counts[BINS])
-
-    @property
-    def one_sided(self) -> bool:
-        """Whether no negative value was seen: the support is [0, R]."""
-        return self.lo >= 0.0
-
-    @property
-    def total(self) -> float:
-        """Sum of the finite values, each taken at the centre of its bin."""
-        return _exact_dot(self.centers(), self.counts)
-
-    @property
-    def total_abs(self) -> float:
-        """Sum of the magnitudes, each taken at the centre of its bin."""
-        return _exact_dot(self.centers().abs(), self.counts)
-
-    @property
-    def total_squares(self) -> float:
-        """Sum of the squares, each value taken at the centre of its bin."""
-        return _exact_dot(self.centers().square(), self.counts)
-
     def centers(self) -> Tensor:
-        """Centres of the bins, float64 [2 * BINS + 1]; those beyond an extreme are moved onto it."""
+        """Return the centres of the bins, float64 [2 * BINS + 1]; those beyond an extreme are moved onto it."""
         index = torch.arange(-BINS, BINS + 1, dtype=torch.float64)
         centers = (index - 0.5 * index.sign()) * self.width
         return centers.clamp(self.lo, self.hi) if self.lo <= self.hi else centers
 
     def update(self, x: Tensor) -> None:
-        """Count the values of `x`: any shape, any floating dtype (taken as float32)."""
+        """Count the values of `x`, of any shape and floating dtype, as float32."""
         values = _in_memory_order(x.detach()).to(torch.float32)
         if values.numel() == 0:
             return
@@ -104,7 +78,7 @@ class Statistic:
         self._count(values, signed=lo < 0.0)
 
     def merge(self, other: Statistic) -> None:
-        """Add what `other` has seen; the result is that of one statistic that has seen both."""
+        """Add the values that `other` has seen."""
         self.nonfinite += other.nonfinite
         if other.lo <= other.hi:
             self._include(other.lo, other.hi, other.exponent)
@@ -126,19 +100,19 @@ class Statistic:
             counts += torch.bincount(index.sub_(first), minlength=len(counts))
 
     def _in_bins(self, values: Tensor) -> Tensor:
-        """`values` in units of the bin width, exactly: in float64 where dividing could underflow float32 to zero."""
+        """Return `values` in bin widths, exactly: in float64 where a division could underflow float32."""
         exact = values if self.width <= 1.0 else values.to(torch.float64)
         return exact * (1.0 / self.width)
 
 
 def _exponent(magnitude: float) -> int:
-    """Smallest k with 2**k >= magnitude, no less than EXPONENT_FLOOR."""
+    """Return the smallest k with 2**k >= magnitude, at least EXPONENT_FLOOR."""
     mantissa, exponent = math.frexp(magnitude)
     return max(exponent - 1 if mantissa == 0.5 else exponent, EXPONENT_FLOOR) if magnitude > 0.0 else EXPONENT_FLOOR
 
 
 def _coarsened(counts: Tensor, doublings: int) -> Tensor:
-    """Counts on bins 2**doublings times as wide: bin k goes to bin sign(k) * ceil(|k| / 2**doublings)."""
+    """Return counts on bins 2**doublings times as wide: bin k goes to bin sign(k) * ceil(|k| / 2**doublings)."""
     shift = min(doublings, BINS.bit_length())  # beyond it every bin but 0 is already in bin 1 or -1
     index = torch.arange(-BINS, BINS + 1)
     index = ((index.abs() + (1 << shift) - 1) >> shift) * index.sign() + BINS
@@ -146,25 +120,20 @@ def _coarsened(counts: Tensor, doublings: int) -> Tensor:
 
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
-    """Views of CHUNK values each, the last one shorter."""
+    """Yield views of CHUNK values each; the last one may be shorter."""
     for start in range(0, values.numel(), CHUNK):
         yield values[start : start + CHUNK]
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """All values of `x` as one dimension, without a copy for any dense layout: their order does not matter here."""
+    """Flatten `x` in the order of memory, without a copy for any dense layout."""
     strides = x.stride()
     order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
     return x.permute(order).reshape(-1)
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:
-    """Smallest and largest value, NaN if there is one; -0.0 counts as 0.0."""
+    """Return the smallest and the largest value, NaN if there is one, with 0.0 for -0.0."""
     lo, hi = torch.stack([torch.stack(chunk.aminmax()) for chunk in _chunks(values)]).unbind(1)  # [chunks] each
     lo, hi = lo.amin(), hi.amax()
     return float(lo) + 0.0, float(hi) + 0.0
-
-
-def _exact_dot(values: Tensor, counts: Tensor) -> float:
-    """Sum of values * counts, rounded once, so that it does not depend on vector width or threads."""
-    return math.fsum((values * counts).tolist())

@@ -33,9 +33,9 @@ def percentile_bounds(samples: Samples, spec: QuantSpec, q: float) -> tuple[Tens
 
 
 def order_statistic(samples: Samples, ranks: Tensor) -> Tensor:
-    """Value of rank `ranks` (1 is the smallest) in each row, float64 [rows], within the row's extremes.
+    """Return the value of rank `ranks` (1 is the smallest) in each row, float64 [rows], within the row's extremes.
 
-    The values of a bin are taken as spread evenly over it.
+    The values of a bin count as spread evenly over it.
     """
     values, order = samples.values.to(torch.float64).sort(dim=-1)  # [rows, n]
     counts = samples.counts.to(torch.float64).expand_as(values).gather(-1, order)

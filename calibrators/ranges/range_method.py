@@ -1,4 +1,4 @@
-"""The surface of every range method; listing methods imports it, so it loads no torch.
+"""The interface of range methods; listing methods imports it, so it loads no torch.
 
 Must not know: which methods there are, graphs, ONNX.
 """

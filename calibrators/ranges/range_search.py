@@ -1,12 +1,12 @@
-"""The range that minimises an error: a grid over the fractions of the observed range, then golden section.
+"""The range that minimizes an error: a grid over fractions of the observed range, then golden section.
 
-An error is piecewise smooth at best in the ends of the range, so the grid finds the valley and golden section only
+An error is at best piecewise smooth in the ends of the range, so the grid finds the valley and golden section only
 refines inside it. All rows (channels) and many candidates are evaluated at once. Errors are summed in float64 and
-compared in float32, so that the order of a sum, which threads and vector width decide, does not choose the range.
+compared in float32, so that the order of a sum, which depends on threads and vector width, does not choose the range.
 
 Must not know: methods, statistics, graphs.
-source: grid and golden section, as in BRECQ's and Brevitas' searches. Departs: both, one after the other; two free ends
-are searched in turn, each over all its fractions, instead of over their product.
+source: grid and golden section, as in the searches of BRECQ and Brevitas. Departs: both, one after the other; two free
+ends are searched in turn, each over all its fractions, instead of over their product.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ FRACTIONS = torch.cat(
         torch.logspace(-1.0, math.log10(0.005), 17, dtype=torch.float64)[1:],
     ]
 )
-"""Candidate ends as fractions of the observed ones, widest first so that the widest of equals is kept: steps of one
-percent, then down to 1/200 in steps of a sixth for heavy tails."""
+"""Candidate ends as fractions of the observed ones: steps of one percent, then, for heavy tails, steps of a sixth down
+to 1/200. The widest comes first, so that it is kept among equals."""
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 REFINEMENTS = 12
-"""Golden section steps: they narrow a bracket of two grid steps to 1/300 of it."""
+"""Steps of golden section, which narrow a bracket of two grid steps to 1/300 of it."""
 
 ROUNDS = 3
-"""Times that each of two free ends is searched; a round that changes nothing ends the search."""
+"""Most searches of each of two free ends; a round that changes nothing is the last."""
 
 
 def lp_bounds(samples: Samples, spec: QuantSpec, p: float) -> tuple[Tensor, Tensor]:
-    """Ends of the range that minimises the mean of |fake_quant(x) - x| ** p, float64 [rows] each."""
+    """Return the ends of the range that minimizes the mean of |fake_quant(x) - x| ** p, float64 [rows] each."""
     return search_bounds(lp_error(samples, spec, p), samples, symmetric=spec.symmetric, refinements=REFINEMENTS)
 
 
 def lp_error(samples: Samples, spec: QuantSpec, p: float) -> RangeError:
-    """Error of a range: mean of (|fake_quant(x) - x| / reach) ** p on the grid that the range really gives."""
+    """Return the error of ranges: mean of (|fake_quant(x) - x| / reach) ** p on the grid that the range gives."""
     rows, n = samples.values.shape
     reach = torch.where(samples.reach > 0.0, samples.reach, 1.0).to(samples.values.dtype)[:, None]
 
@@ -71,9 +71,9 @@ def lp_error(samples: Samples, spec: QuantSpec, p: float) -> RangeError:
 def search_bounds(
     error: RangeError, samples: Samples, *, symmetric: bool, refinements: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Ends of the range with the smallest error that was met, the observed range included; float64 [rows] each.
+    """Return the ends of the best range met, the observed one included; float64 [rows] each.
 
-    symmetric: both ends shrink together. Otherwise that is where each end starts on its own.
+    symmetric: both ends shrink together. Otherwise each end goes on from there on its own.
     """
     lo, hi = samples.lo.clamp(max=0.0), samples.hi.clamp(min=0.0)
 
@@ -95,7 +95,7 @@ def search_bounds(
 
 
 def _line_search(error: Callable[[Tensor], Tensor], start: Tensor, refinements: int) -> Tensor:
-    """Fraction with the smallest error, [rows]; `start` [rows] unless one is strictly better."""
+    """Return the fraction with the smallest error, [rows]; `start` [rows] unless one is strictly better."""
     grid = FRACTIONS[:, None].expand(-1, len(start))  # [candidates, rows]
     errors = error(grid)
     best = errors.argmin(0)
@@ -109,7 +109,7 @@ def _line_search(error: Callable[[Tensor], Tensor], start: Tensor, refinements: 
 def _golden_section(
     error: Callable[[Tensor], Tensor], left: Tensor, right: Tensor, best: tuple[Tensor, Tensor], steps: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of `best` (fraction, error) and of what the bracket (left, right) narrows down to; everything [rows]."""
+    """Narrow down the bracket (left, right) and return the best fraction and its error, `best` included; all [rows]."""
     found, found_error = best
     low, high = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
     low_error, high_error = error(torch.stack([low, high]))
@@ -127,7 +127,7 @@ def _golden_section(
 
 
 def in_blocks(error: RangeError, height: int) -> RangeError:
-    """The same error, `height` candidates at a time."""
+    """Return the same error, evaluated for `height` candidates at a time."""
 
     def blocked(lo: Tensor, hi: Tensor) -> Tensor:
         pairs = zip(torch.split(lo, height), torch.split(hi, height), strict=True)

@@ -1,7 +1,7 @@
 """From values to QParams: the values of a tensor as the criterion of a range method sees them.
 
-A range method answers one question, which interval [lo, hi] the integer grid of a tensor should span, for rows of
-weighted values: the bins of an activation's statistic are one row, the channels of a weight are its rows.
+A range method chooses the interval [lo, hi] that an integer grid should span, for rows of weighted values: the bins of
+an activation's statistic are one row, and the channels of a weight are rows.
 
 Must not know: which methods there are, graphs, ONNX.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "Samples", "activation_qparams", "weight_qparams"]
 
 BLOCK = 1 << 17
-"""Values that a vectorised step works on at a time: its temporaries stay in the second-level cache."""
+"""Values that a vectorized step works on at a time: its temporaries stay in the second-level cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Samples:
 
     @classmethod
     def of_statistic(cls, statistic: Statistic) -> Samples:
-        """The non-empty bins as one row.
+        """Return the non-empty bins as one row.
 
         raises: DataError if no finite value was seen.
         """
@@ -62,35 +62,35 @@ class Samples:
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> Samples:
-        """The values of `rows`, float32 [rows, n]."""
+        """Return the samples of `rows`, float32 [rows, n]."""
         lo, hi = rows.aminmax(dim=1)
         return cls(rows, rows.new_ones(1), rows.shape[1], 0.0, lo.to(torch.float64), hi.to(torch.float64))
 
     @property
     def reach(self) -> Tensor:
-        """Largest magnitude of each row, float64 [rows]."""
+        """Return the largest magnitude of each row, float64 [rows]."""
         return torch.maximum(-self.lo, self.hi).clamp(min=0.0)
 
     @property
     def crosses_zero(self) -> Tensor:
-        """Which rows hold values of both signs, bool [rows]."""
+        """Tell which rows hold values of both signs, bool [rows]."""
         return (self.lo < 0.0) & (self.hi > 0.0)
 
     def magnitudes(self) -> Samples:
-        """The same samples without their signs."""
+        """Return the samples without their signs."""
         return replace(self, values=self.values.abs(), lo=torch.zeros_like(self.lo), hi=self.reach)
 
     def negated(self) -> Samples:
-        """The same samples with the other sign."""
+        """Return the samples with the other sign."""
         return replace(self, values=-self.values, lo=-self.hi, hi=-self.lo)
 
     def sum(self, quantity: Tensor) -> Tensor:
-        """Sum over each row of a quantity of its values, [..., n] -> float64 [...]."""
+        """Sum a quantity of the values over each row, [..., n] -> float64 [...]."""
         return (quantity * self.counts).sum(-1, dtype=torch.float64)
 
 
 def activation_qparams(method: RangeMethod, statistic: Statistic, spec: QuantSpec) -> QParams:
-    """Parameters of an activation, scale and zero point [].
+    """Return the parameters of an activation, scale and zero point [].
 
     raises: DataError if the statistic holds no finite value; InputError if spec.axis is set.
     """
@@ -101,7 +101,7 @@ def activation_qparams(method: RangeMethod, statistic: Statistic, spec: QuantSpe
 
 
 def weight_qparams(method: RangeMethod, weight: Tensor, spec: QuantSpec) -> QParams:
-    """Parameters of a weight, scale and zero point [channels] along spec.axis, [channels, blocks], or [].
+    """Return the parameters of a weight; scales and zero points are [channels], [channels, blocks] or [].
 
     A weight with one scale and more than BLOCK values is read through a Statistic, in one pass.
 
@@ -127,7 +127,7 @@ def weight_qparams(method: RangeMethod, weight: Tensor, spec: QuantSpec) -> QPar
 
 
 def _beside_taps(method: RangeMethod, values: Tensor, spec: QuantSpec) -> QParams:
-    """Parameters for what is not on the middle diagonal, the scale raised where codes of the diagonal need it."""
+    """Return the parameters of the values off the middle diagonal, with a scale that also holds the diagonal."""
     middle = middle_diagonal(values.shape)
     others = torch.ones(values.shape, dtype=torch.bool)
     others[middle] = False
@@ -145,7 +145,7 @@ def _beside_taps(method: RangeMethod, values: Tensor, spec: QuantSpec) -> QParam
 
 
 def _bounds_of_blocks(method: RangeMethod, values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The bounds of every block of a matrix, [channels, blocks]: whole ones are rows, and so are the last parts."""
+    """Return the bounds of every block of a matrix, [channels, blocks]; each block is a row of samples."""
     assert spec.block_size is not None
     whole = values.shape[1] // spec.block_size * spec.block_size
     parts = values[:, :whole].reshape(-1, spec.block_size), values[:, whole:]
@@ -156,7 +156,7 @@ def _bounds_of_blocks(method: RangeMethod, values: Tensor, spec: QuantSpec) -> t
 
 
 def _bounds_of_rows(method: RangeMethod, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The bounds, block by block of rows: rows do not influence each other."""
+    """Return the bounds of rows, which do not influence each other, some rows at a time."""
     height = max(1, BLOCK // rows.shape[1])
     blocks = torch.split(rows, height)
     lo, hi = zip(*(method.bounds(Samples.of_rows(block), spec) for block in blocks), strict=True)

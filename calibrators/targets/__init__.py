@@ -15,16 +15,13 @@ __all__ = ["get_target", "list_targets"]
 
 
 def list_targets() -> tuple[Target, ...]:
-    """Every target of the folder, by name."""
+    """Return every target of the folder, by name."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     return tuple(sorted((module.TARGET for module in modules), key=lambda target: target.name))
 
 
 def get_target(name: str) -> Target:
-    """The target called `name`.
-
-    raises: UnknownNameError with near misses.
-    """
+    """Return the target called `name`; raise UnknownNameError if there is none."""
     targets = {target.name: target for target in list_targets()}
     if name not in targets:
         raise UnknownNameError("target", name, targets)

@@ -1,9 +1,9 @@
-"""onnxruntime on x86-64 CPUs: what its QDQ fusion turns into integer kernels (measured on 1.31 and 1.32).
+"""onnxruntime on x86-64 CPUs: the operators that its QDQ fusion turns into integer kernels (measured on 1.31, 1.32).
 
 Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
-biases int32 with exactly the product of the two scales. Reduced ranges live in the same containers. Activations of 16
-bits are int16, which opset 21 has; what writes or reads them is computed in float. Linear layers have a kernel that
-reads codes of the weight alone (MatMulNBits).
+biases int32 with exactly the product of the two scales. Fewer bits use the same containers. Activations of 16 bits are
+int16, which needs opset 21; operators that write or read them compute in float. Linear layers have a kernel that reads
+only the weight as codes (MatMulNBits).
 """
 
 from __future__ import annotations
