@@ -97,7 +97,7 @@ def calibrate(
         if budgets:
             rules, sensitivities, mixed = allocate_bits(problem, placement, ranges, budgets, stored)
             record |= {"sensitivity": sensitivities, "mixed_precision": mixed}
-            problem = problem.variant(placement=place(prepared, target, replace(placement, allocated=rules)))
+            problem = problem.variant(placement=place(prepared, target, placement, rules))
         elif sensitivity:
             record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
         result = method.fit(problem)

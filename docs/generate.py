@@ -182,7 +182,7 @@ def commands() -> str:
     """Return one section per command of `intact`: usage, description, flags."""
     root: Any = typer.main.get_command(cli.app)
     sections = []
-    for name, command in root.commands.items():
+    for name, command in (root.commands | {"export": cli.export_command()}).items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join([*map(_form, arguments), "[OPTIONS]"])
         sections += [f"## intact {name}", f"```\nintact {name} {usage}\n```", markup(command.help or "")]

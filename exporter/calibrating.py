@@ -9,7 +9,6 @@ import errno
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,7 @@ from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError
 from calibrators.execution.measure import Batch
 from calibrators.methods import get_method
-from calibrators.mixed_precision.budgets import ACCURACY, parse_budgets
-from calibrators.placement.place import PlacementOptions
+from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
@@ -40,7 +38,7 @@ def calibration_data(data: Data, config: ExportConfig) -> Data:
             f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
             "or name them 'labels' in the .npz."
         )
-    limits_accuracy = ACCURACY in (budget.quantity for budget in parse_budgets(config.budget))
+    limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
     return opened.with_labels() if has_labels and (limits_accuracy or _needs_labels(config)) else opened
 
 
@@ -56,7 +54,6 @@ def calibrated(
     stage:  opens a bar of the progress.
     raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
     """
-    names = [each.name for each in fields(PlacementOptions) if each.name in ExportConfig.model_fields]
     with _out_of_space(config):
         data, labels = _labelled(batches)
         return calibrate(
@@ -65,7 +62,7 @@ def calibrated(
             method=config.method,
             options=config.options,
             target=config.target,
-            placement=PlacementOptions(**{name: getattr(config, name) for name in names}),
+            placement=config,
             prepare=config.prepare,
             bias_correction=config.bias_correction,
             labels=labels,
@@ -74,7 +71,7 @@ def calibrated(
             cache_gib=config.cache_gib,
             explain=config.explain,
             sensitivity=config.sensitivity,
-            budgets=parse_budgets(config.budget),
+            budgets=config.budget,
             stored=partial(stored_bytes, storage=config.weight_storage),
             stage=stage,
         )

@@ -1,7 +1,7 @@
-"""The command `intact`: flags to values, errors to one message and an exit code, a report to a verdict.
+"""The command `intact`: flags become settings, errors one message and an exit code, a report a verdict.
 
-Exit codes: 0 all gates passed, 1 a gate failed, 2 bad input or usage, 3 not exportable to this target, 70 a fault of
-this program, 130 interrupted. Torch is imported only by commands that need it, so help answers at once.
+Exit codes: 0 all gates passed, 1 a gate failed, 2 bad input or usage, 3 not exportable to this target, 70 an internal
+error, 130 interrupted. Only commands that need torch, or the settings of an export, import them: help answers at once.
 
 Must not know: how anything is computed.
 """
@@ -10,30 +10,50 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from calibrators.errors import InputError, IntactError, UnknownNameError
-from exporter.config import RUNNING, Setting, list_settings, load_config
-from exporter.reporting.terminal import verdict_panel
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    from exporter.config import ExportConfig, Setting
+
+__all__ = ["app", "export_command", "main"]
 
 INTERNAL_FAULT = 70
 """EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
+EXPORT_HELP = (
+    "Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.\n\n"
+    "Example: [bold]intact export net.py:build --checkpoint net.pt --data images/ --image-size 224 "
+    "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --eval test.npz --out build/net "
+    "--gate 'accuracy_drop<=0.01'[/bold]"
+)
+
+
+class _Commands(TyperGroup):
+    """The commands, of which `export` gets its flags when it is called: listing it needs no settings."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, export_command() if name == "export" else command, rest
+
+
 app = typer.Typer(
     name="intact",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -49,17 +69,17 @@ app = typer.Typer(
     "70 an internal error; 130 interrupted.",
 )
 
-Out = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; must not exist yet or be empty.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")]
-Method = Annotated[str | None, typer.Option(help=r"Calibration method; `intact methods` lists them. \[mse]")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUNNING)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUNNING)]
+RUNNING = "Running"
 
 
-def _option(help: str, panel: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+def _option(help: str, *names: str, metavar: str = "", panel: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+Out = Annotated[Path, _option("Folder of the bundle; must not exist yet or be empty.", "--out", metavar="DIR")]
+Overwrite = Annotated[bool, _option("Replace an earlier bundle in DIR.", "--overwrite")]
+Quiet = Annotated[bool, _option("Show no progress.", "--quiet", "-q", panel=RUNNING)]
+Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug", panel=RUNNING)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -73,10 +93,16 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     _: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+        bool,
+        typer.Option("--version", help="Show the version and exit.", metavar="", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     pass
+
+
+@app.command(name="export", help=EXPORT_HELP)
+def _listed() -> None:
+    """Stand for `export` in the list of commands; _Commands calls the command itself."""
 
 
 def export(  # noqa: PLR0913 (a command's arguments are its flags)
@@ -84,78 +110,62 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         str, typer.Argument(metavar="MODEL", help="`file.py:factory`, `package.module:factory` or a `.pt2` file.")
     ],
     data: Annotated[
-        str,
-        typer.Option("--data", metavar="CALIB", help="Calibration data: `.npz`, image folder or `file.py:callable`."),
+        str, _option("Calibration data: `.npz`, image folder or `file.py:callable`.", "--data", metavar="CALIB")
     ],
     out: Out,
     evaluation: Annotated[
-        str | None,
-        typer.Option("--eval", metavar="EVAL", help="Held-out data in the same forms; with labels it gives accuracy."),
+        str | None, _option("Held-out data in the same forms; with labels it gives accuracy.", "--eval", metavar="EVAL")
     ] = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Weights for the factory's module: `.pt`, `.pth` or `.safetensors`."),
+        Path | None, _option("Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", metavar="FILE")
     ] = None,
     overwrite: Overwrite = False,
-    config: Annotated[Path | None, _option("Settings from a file; flags win.", RUNNING, metavar="FILE.toml")] = None,
+    config: Annotated[
+        Path | None, _option("Settings from a file; flags win.", metavar="FILE.toml", panel=RUNNING)
+    ] = None,
     sets: Annotated[
         list[str] | None,
         _option(
             "Any setting of the export or option of the method, repeatable: `--set q=99.99`.",
-            RUNNING,
             "--set",
             metavar="KEY=VALUE",
+            panel=RUNNING,
         ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.
-
-    Example: [bold]intact export net.py:build --checkpoint net.pt --data images/ --image-size 224
-    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --eval test.npz --out build/net --gate 'accuracy_drop<=0.01'[/bold]
-    """
+    """Export a model as the flags say; `flags` are the settings that were given."""
     with _reported_errors(debug=debug):
-        settings = load_config(
-            config, {name: None if value == [] else value for name, value in flags.items()}, sets or ()
-        )
-        from exporter.pipeline import export as run
-        from exporter.progress import console_progress
+        from exporter.config import load_config
 
-        report = run(
-            model,
-            data,
-            eval_data=evaluation,
-            checkpoint=checkpoint,
-            out=out,
-            config=settings,
-            progress=console_progress(quiet=quiet),
-            overwrite=overwrite,
-        )
-    _finish(report, out)
+        settings = load_config(config, flags, sets or ())
+        _export(model, (data, evaluation), settings, out=out, overwrite=overwrite, quiet=quiet, checkpoint=checkpoint)
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for every setting that has one, in place of its `**flags`."""
-    signature = inspect.signature(command, eval_str=True)
-    given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    flags = [_flag(setting) for setting in list_settings() if setting.flag]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*given, *flags)]
-    vars(command)["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
-    return command
+@cache
+def export_command() -> Any:
+    """Return the command `export` with a flag for every setting that has one, in place of its `**flags`."""
+    from exporter.config import list_settings
+
+    signature = inspect.signature(export, eval_str=True)
+    given = {name: p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "flags"}
+    running = [given.pop(name) for name in ("config", "sets", "quiet", "debug")]
+    parameters = [*given.values(), *(_flag(setting) for setting in list_settings() if setting.flag), *running]
+    vars(export)["__signature__"] = signature.replace(parameters=parameters)
+    export.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    single = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    single.command(name="export", help=EXPORT_HELP, no_args_is_help=True)(export)
+    return typer.main.get_command(single)
 
 
 def _flag(setting: Setting) -> inspect.Parameter:
     shown = rf" \[{setting.default}]" if setting.default else ""
-    option = _option(f"{setting.help}{shown}", setting.panel, setting.flag, metavar=setting.metavar)
+    option = _option(f"{setting.help}{shown}", setting.flag, metavar=setting.metavar, panel=setting.panel)
     kind: Any = list[setting.type] if setting.repeatable else setting.type  # type: ignore[name-defined]
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-app.command(no_args_is_help=True)(_with_settings(export))
 
 
 @app.command(no_args_is_help=True)
@@ -164,27 +174,26 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Re-run the proof of a bundle on this machine: its files, its integers, its outputs.
+    """Repeat the proof of a bundle on this machine: its files, its integers, its outputs.
 
     Example: [bold]intact verify build/net[/bold]
     """
     with _reported_errors(debug=debug):
         if not folder.is_dir():
-            raise InputError(f"{folder} is no folder; give the DIR that `intact export --out DIR` wrote.")
+            raise InputError(f"{folder} is not a folder; give the DIR that `intact export --out DIR` wrote.")
         from exporter.progress import console_progress
         from exporter.verify import verify as prove
 
-        report = prove(folder, console_progress(quiet=quiet))
-    _finish(report, folder)
+        _finish(prove(folder, console_progress(quiet=quiet)), folder)
 
 
 @app.command(no_args_is_help=True)
 def lint(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, whoever wrote it.")],
-    target: Annotated[str, typer.Option(help="The runtime it is meant for.")] = "ort-cpu",
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, from any exporter.")],
+    target: Annotated[str, typer.Option(help="The runtime it is meant for.", metavar="NAME")] = "ort-cpu",
     debug: Debug = False,
 ) -> None:
-    """Look for what the runtime refuses, computes wrongly or runs in float. Ends with 1 where there is an error.
+    """Find what the runtime refuses, computes wrongly or runs in float; the exit code is 1 if there is an error.
 
     Example: [bold]intact lint model.onnx[/bold]
     """
@@ -194,38 +203,36 @@ def lint(
 
         get_target(target)
         if not model.is_file():
-            raise InputError(f"{model} is no file; give an ONNX model.")
+            raise InputError(f"{model} is not a file; give an ONNX model.")
         findings = findings_of(model)
         table = Table("severity", "rule", "where", "what", box=None)
         for finding in findings:
             table.add_row(finding.severity, finding.rule, escape(finding.where), escape(finding.message))
         Console().print(table if findings else "Nothing found.")
-    raise typer.Exit(any(finding.severity == "error" for finding in findings))
+        raise typer.Exit(any(finding.severity == "error" for finding in findings))
 
 
 @app.command()
 def demo(
-    out: Out, method: Method = None, overwrite: Overwrite = False, quiet: Quiet = False, debug: Debug = False
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="Calibration method; `intact methods` lists them.", metavar="NAME")
+    ] = "mse",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
-    """Run the export end to end on a small RepVGG-style network and handwritten digits that ship with the package.
+    """Export a small RepVGG-style network with handwritten digits, both shipped with the package.
 
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
     with _reported_errors(debug=debug):
-        settings = load_config(flags={"method": method})
-        from exporter.pipeline import export as run
-        from exporter.progress import console_progress
+        from exporter.config import make_config
 
-        report = run(
-            "exporter.demo.model:network",
-            "exporter.demo.model:calibration",
-            eval_data="exporter.demo.model:evaluation",
-            out=out,
-            config=settings,
-            progress=console_progress(quiet=quiet),
-            overwrite=overwrite,
-        )
-    _finish(report, out)
+        source = "exporter.demo.model:"
+        data = (f"{source}calibration", f"{source}evaluation")
+        settings = make_config({"method": method})
+        _export(f"{source}network", data, settings, out=out, overwrite=overwrite, quiet=quiet)
 
 
 @app.command()
@@ -244,13 +251,13 @@ def methods(
         if name is not None and name not in known:
             raise UnknownNameError("method", name, known)
         if name is None:
-            table = Table("method", "what it is", title="Calibration methods", title_justify="left")
+            table = Table("method", "description", title="Calibration methods", title_justify="left")
             for method in known.values():
                 table.add_row(f"[bold]{method.name}[/bold]", escape(method.summary))
             closing = "`intact methods NAME` lists the options of one."
         else:
             Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
-            table = Table("option", "default", "what it is")
+            table = Table("option", "default", "description")
             for option in known[name].options:
                 table.add_row(f"[bold]{option.name}[/bold]", str(option.default), escape(option.doc))
             closing = f"Set them with `intact export ... --method {name} --set OPTION=VALUE`."
@@ -266,7 +273,8 @@ def targets(debug: Debug = False) -> None:
     with _reported_errors(debug=debug):
         from calibrators.targets import list_targets
 
-        table = Table("target", "activations", "weights", "opset", "what it is", title="Targets", title_justify="left")
+        columns = ("target", "activations", "weights", "opset", "description")
+        table = Table(*columns, title="Targets", title_justify="left")
         for target in list_targets():
             grids = (_grid(target.activation), _grid(target.weight))
             table.add_row(f"[bold]{target.name}[/bold]", *grids, str(target.opset), target.summary)
@@ -274,14 +282,26 @@ def targets(debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """Entry point of the command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends jobs with SIGTERM: clean up as after Ctrl-C
+    """Run the command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how CI ends a job: clean up as on Ctrl-C
     app()
+
+
+def _export(
+    model: str, sources: tuple[str, str | None], settings: ExportConfig, *, out: Path, quiet: bool, **rest: Any
+) -> None:
+    """Export, and exit with the verdict; the pipeline checks what it is given before it works."""
+    from exporter.pipeline import export as run
+    from exporter.progress import console_progress
+
+    data, evaluation = sources
+    progress = console_progress(quiet=quiet)
+    _finish(run(model, data, eval_data=evaluation, out=out, config=settings, progress=progress, **rest), out)
 
 
 @contextmanager
 def _reported_errors(*, debug: bool) -> Iterator[None]:
-    """Exceptions inside become one message on stderr and the exit code they stand for."""
+    """Turn exceptions into one message on stderr and their exit code."""
     try:
         yield
     except typer.Exit:
@@ -289,31 +309,35 @@ def _reported_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         _complain("interrupted; nothing was written.", "")
         raise typer.Exit(INTERRUPTED) from None
-    except IntactError as error:
-        if debug:
-            raise
-        _complain(str(error))
-        raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        if debug:
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        _complain(f"{error.strerror or error}{place}; nothing was written: free space, or check rights and paths.")
-        raise typer.Exit(InputError.exit_code) from error
     except Exception as error:
         if debug:
             raise
-        first = next(iter(str(error).splitlines()), "")
-        _complain(f"internal error: {type(error).__name__}: {first}; run again with --debug and report it.", "")
-        raise typer.Exit(INTERNAL_FAULT) from error
+        message, prefix, code = _described(error)
+        _complain(message, prefix)
+        raise typer.Exit(code) from error
 
 
-def _complain(message: str, prefix: str = "error: ") -> None:
+def _described(error: Exception) -> tuple[str, str, int]:
+    """Return the message of an error, the prefix of the message, and the exit code."""
+    if isinstance(error, IntactError):
+        return str(error), "error: ", error.exit_code
+    if isinstance(error, OSError):
+        place = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror or error}{place}; nothing was written: free space, or check rights and paths."
+        return reason, "error: ", InputError.exit_code
+    first = next(iter(str(error).splitlines()), "")
+    reason = f"internal error: {type(error).__name__}: {first}; run again with --debug and report it."
+    return reason, "", INTERNAL_FAULT
+
+
+def _complain(message: str, prefix: str) -> None:
     Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
 
 
-def _finish(report: Mapping[str, Any], folder: Path) -> None:
-    """Print the verdict; exit 1 unless it is pass."""
+def _finish(report: Any, folder: Path) -> None:
+    """Print the verdict; exit with 1 unless it is pass."""
+    from exporter.reporting.terminal import verdict_panel
+
     Console().print(verdict_panel(report, folder))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)
 

@@ -1,4 +1,4 @@
-"""What a network may cost: limits on its bytes, its bits, its operations or its accuracy, read from text.
+"""Limits on what a network costs: its bytes, its bits, its operations or its accuracy, parsed from text.
 
 Must not know: graphs, torch, how bits are allocated.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, TypeAdapter
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["ACCURACY", "QUANTITIES", "SIZES", "Budget", "parse_budgets"]
+__all__ = ["ACCURACY", "QUANTITIES", "SIZES", "Budget", "Budgets", "parse_budgets"]
 
 ACCURACY = "accuracy_drop"
 SIZES = {
@@ -38,13 +40,13 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget that `weight_bytes<=0.6M` gives; units are k, M, G, T (powers of 1000) and %.
+        """Return the budget of a text such as `weight_bytes<=0.6M`; units are k, M, G, T (powers of 1000) and %.
 
         raises: InputError for text of another form or a limit that is not positive, UnknownNameError for a quantity.
         """
         found = LIMIT.fullmatch(text.strip())
         if found is None:
-            raise InputError(f"budget {text!r} cannot be read; write for example 'weight_bytes<=0.6M'.")
+            raise InputError(f"budget {text!r} cannot be parsed; write for example 'weight_bytes<=0.6M'.")
         if found["quantity"] not in QUANTITIES:
             raise UnknownNameError("quantity of a budget", found["quantity"], QUANTITIES)
         try:
@@ -59,13 +61,27 @@ class Budget:
         return f"{self.quantity}<={self.limit:.10g}"
 
 
-def parse_budgets(texts: Iterable[str]) -> tuple[Budget, ...]:
-    """The budgets of several texts, of which no two limit the same quantity.
+def _listed(given: object) -> object:
+    return [given] if isinstance(given, str) else given
 
-    raises: InputError.
-    """
-    budgets = tuple(map(Budget.parse, texts))
-    for index, budget in enumerate(budgets):
-        if budget.quantity in (other.quantity for other in budgets[:index]):
-            raise InputError(f"{budget.quantity} has two budgets; leave one out.")
+
+def _parsed(given: object) -> object:
+    return Budget.parse(given) if isinstance(given, str) else given
+
+
+def _distinct(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    quantities = [budget.quantity for budget in budgets]
+    for quantity in quantities:
+        if quantities.count(quantity) > 1:
+            raise InputError(f"{quantity} has two budgets; leave one out.")
     return budgets
+
+
+Budgets = Annotated[
+    tuple[Annotated[Budget, BeforeValidator(_parsed), PlainSerializer(str)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+]
+"""Budgets from one or more texts, of which no two limit the same quantity; InputError for others."""
+
+parse_budgets = TypeAdapter(Budgets).validate_python

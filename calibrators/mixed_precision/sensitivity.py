@@ -63,7 +63,7 @@ def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kin
     for kind in kinds:
         given = getattr(options, f"{kind}_bits")
         changes = ({f"{kind}_bits": bits} for bits in {*CANDIDATES, given})
-        placed = [place(placement.graph, placement.target, replace(options, **change)) for change in changes]
+        placed = [place(placement.graph, placement.target, options.model_copy(update=change)) for change in changes]
         for site in placement.sites:
             specs = {other.by_name[site.name].spec.bits: other.by_name[site.name].spec for other in placed}
             layers = placement.readers.get(site.name, ())

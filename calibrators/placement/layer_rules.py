@@ -6,101 +6,110 @@ Must not know: graphs, torch, how rules are written in files and flags.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_serializer, model_validator
 
 from calibrators.errors import InputError, UnknownNameError
+from calibrators.settings import Settings, expected
 
-__all__ = ["DEFAULT_BLOCK", "LEAST_BLOCK", "WIDE", "AppliedRule", "LayerRule", "MatchedRule", "RuleList"]
+__all__ = ["DEFAULT_BLOCK", "WIDE", "AppliedRule", "BlockSize", "LayerRule", "MatchedRule", "RuleList", "Width"]
 
 NARROWEST, WIDEST = 2, 8
 WIDE = 16
-"""Bits of activations for layers that 8 do not suffice for; integer kernels have none of them."""
-GRANULARITIES = ("tensor", "channel", "block")
+"""Bits of activations for layers for which 8 do not suffice; no integer kernel has them."""
 LEAST_BLOCK, DEFAULT_BLOCK = 16, 32
 """Inputs of a layer under one weight scale, a power of two: what kernels for quantized weights take."""
 
 
-@dataclass(frozen=True)
-class LayerRule:
-    """What a glob sets for the operators that it matches; None leaves a setting as earlier rules have it.
+def _power_of_two(size: int) -> int:
+    if size & (size - 1):
+        raise ValueError
+    return size
+
+
+Width = Annotated[int, Field(ge=NARROWEST, le=WIDEST), expected(f"a whole number from {NARROWEST} to {WIDEST}")]
+BlockSize = Annotated[
+    int, Field(ge=LEAST_BLOCK), AfterValidator(_power_of_two), expected(f"a power of two from {LEAST_BLOCK} on")
+]
+ActivationWidth = Annotated[
+    Annotated[int, Field(ge=NARROWEST, le=WIDEST)] | Literal[16],
+    expected(f"a whole number from {NARROWEST} to {WIDEST}, or {WIDE}"),
+]
+Flag = Annotated[bool, expected("true or false")]
+
+
+class LayerRule(Settings):
+    """A glob and the settings of the operators that it matches; None leaves a setting as earlier rules have it.
 
     match:           glob on the module path or one of its parents, the operator, or the node name.
     weight_bits:     bits of the weight, 2 to 8.
-    activation_bits: bits of the value that the layer reads, 2 to 8, or 16: what writes or reads it is float then.
-    weight_only:     linear layers: the weight is quantized and what the layer reads is not; float kernels compute it.
-    granularity:     one weight scale per "channel", per "tensor", or, where weights only are quantized, per "block".
-    block_size:      inputs of a channel that make a block, a power of two from 16 on; 32 where none is given.
-    method:          range method for the weight and for the value that the layer reads, whatever finds other ranges.
+    activation_bits: bits of the value that the layer reads, 2 to 8, or 16: its writers and readers are float then.
+    weight_only:     linear layers: the weight is quantized, the value that the layer reads is not; kernels are float.
+    granularity:     one weight scale per "channel", per "tensor", or, in weight-only layers, per "block".
+    block_size:      inputs of a channel per block, a power of two from 16 on; 32 by default.
+    method:          range method for the weight and for the value that the layer reads.
     symmetric:       the weight's zero point is 0; False gives grids below 8 bits a zero point, and one more level.
     float:           the operators stay in float; False takes that back.
-    raises:          InputError naming the rule, where it sets nothing, contradicts itself, or sets what cannot be.
+    raises:          InputError naming the rule, if it sets nothing, contradicts itself, or has a value out of range.
     """
 
-    match: str
-    weight_bits: int | None = None
-    activation_bits: int | None = None
-    weight_only: bool | None = None
-    granularity: Literal["tensor", "channel", "block"] | None = None
-    block_size: int | None = None
-    method: str | None = None
-    symmetric: bool | None = None
-    float: bool | None = None
+    model_config = ConfigDict(strict=True)
+    noun: ClassVar[str] = "setting of layers"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, str) or not self.match.strip():
-            raise InputError(f"a layer rule matches {self.match!r}; give a glob such as 'stages.0.*'.")
-        for name, value in self.settings.items():
-            if remedy := _remedy(name, value):
-                raise InputError(f"layer rule {self.match!r}: {name} is {value!r}; {remedy}.")
-        if reason := self._contradiction():
-            raise InputError(f"layer rule {self.match!r}: {reason}.")
+    match: Annotated[str, Field(pattern=r"\S"), expected("a glob such as 'stages.0.*'")]
+    weight_bits: Width | None = None
+    activation_bits: ActivationWidth | None = None
+    weight_only: Flag | None = None
+    granularity: Annotated[Literal["tensor", "channel", "block"] | None, expected("tensor, channel or block")] = None
+    block_size: BlockSize | None = None
+    method: Annotated[str, Field(min_length=1), expected("the name of a range method, such as 'minmax'")] | None = None
+    symmetric: Flag | None = None
+    float: Flag | None = None
+
+    def __init__(self, match: str, **settings: Any) -> None:
+        try:
+            super().__init__(match=match, **settings)
+        except InputError as error:
+            raise InputError(f"layer rule {match!r}: {error}") from error
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the rule sets, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "match"}
-        return {name: value for name, value in values.items() if value is not None}
+        """The settings of the rule by name."""
+        return {name: value for name, value in self if name != "match" and value is not None}
 
-    def _contradiction(self) -> str:
+    @model_serializer(mode="plain")
+    def _given(self) -> dict[str, Any]:
+        return {"match": self.match, **self.settings}
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        names = [name for name, _ in self if name != "match"]
         others = [name for name in self.settings if name != "float"]
-        if not self.settings:
-            return f"it sets nothing; give at least one of {', '.join(SETTINGS)}"
-        if self.float and others:
-            return f"float = true and {others[0]} exclude each other; leave one out"
-        if self.symmetric is False and self.weight_bits == WIDEST:
-            return f"weights of {WIDEST} bits have no zero point; leave symmetric out or give fewer bits"
-        return self._contradiction_of_weight_only()
-
-    def _contradiction_of_weight_only(self) -> str:
-        if self.weight_only and self.activation_bits is not None:
-            return "weight_only = true leaves what the layer reads in float; leave activation_bits out"
-        if self.weight_only is False and self.granularity == "block":
-            return "integer kernels have no scales per block; leave granularity out or set weight_only = true"
-        if self.block_size is not None and self.granularity != "block":
-            return "block_size belongs to granularity = 'block'; give both"
-        return ""
-
-
-SETTINGS = tuple(field.name for field in fields(LayerRule) if field.name != "match")
-
-
-def _remedy(name: str, value: object) -> str:
-    """What to give instead of `value`; empty if it may stay."""
-    if name in ("weight_bits", "activation_bits"):
-        is_width = type(value) is int and NARROWEST <= value <= WIDEST
-        wide = (WIDE,) if name == "activation_bits" else ()
-        widths = f"a whole number from {NARROWEST} to {WIDEST}{f', or {WIDE}' if wide else ''}"
-        return "" if is_width or (type(value) is int and value in wide) else f"give {widths}"
-    if name == "granularity":
-        return "" if value in GRANULARITIES else f"give {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
-    if name == "block_size":
-        is_size = type(value) is int and value >= LEAST_BLOCK and value & (value - 1) == 0
-        return "" if is_size else f"give a power of two from {LEAST_BLOCK} on"
-    if name == "method":
-        return "" if isinstance(value, str) and value else "give the name of a range method, such as 'minmax'"
-    return "" if isinstance(value, bool) else "give true or false"
+        wide = self.symmetric is False and self.weight_bits == WIDEST
+        contradictions = (
+            (not self.settings, f"it sets nothing; give at least one of {', '.join(names)}"),
+            (self.float and others, f"float = true and {''.join(others[:1])} exclude each other; leave one out"),
+            (wide, f"weights of {WIDEST} bits have no zero point; leave symmetric out or give fewer bits"),
+            (
+                self.weight_only and self.activation_bits is not None,
+                "weight_only = true leaves the value that the layer reads in float; leave activation_bits out",
+            ),
+            (
+                self.weight_only is False and self.granularity == "block",
+                "integer kernels have no scales per block; leave granularity out or set weight_only = true",
+            ),
+            (
+                self.block_size is not None and self.granularity != "block",
+                "block_size belongs to granularity = 'block'; give both",
+            ),
+        )
+        for applies, reason in contradictions:
+            if applies:
+                raise ValueError(reason)
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from calibrators.graph.aten import bind, constant, is_constant, layer_name, modu
 from calibrators.grid.spec import Site, Target
 from calibrators.placement.integer_values import Placer, is_float
 from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.placement.options import PlacementOptions
 from calibrators.placement.sites import Sites, rescales
 
 __all__ = ["Placement", "PlacementOptions", "place"]
@@ -38,43 +39,6 @@ aten = torch.ops.aten
 
 FIRST_LAST = "first and last layer"
 """What stands for a glob in the rule that first_last_bits implies."""
-
-
-@dataclass(frozen=True)
-class PlacementOptions:
-    """What the user may decide about placement.
-
-    weight_bits:     bits of weights. Below the widest grid (8, or 7 with reduce_range) a weight is asymmetric, for a
-                     symmetric grid would lose one of its few levels.
-    activation_bits: bits of the values that operators with weights read, and of all that share a scale with them. What
-                     only sums, products, pools and outputs read keeps the bits of the target: the result of a residual
-                     branch does, the sum that the next convolution reads does not.
-    first_last_bits: bits of weight and input activation of the first and last weighted operator; None: no exception. It
-                     is the first rule of all, so that any of `layers` takes precedence.
-    reduce_range:    weights of at most 7 bits, |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs
-                     of products in 16 bits do not saturate.
-    weight_only:     layers with a kernel for it (linear ones) have quantized weights, float inputs and float biases.
-    block_size:      inputs of a channel that have one weight scale there; None: all.
-    wide_taps:       where the bits cannot hold an identity branch beside the other weights of a kernel that it was
-                     folded into, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
-    include:         globs on module path, operator or node name; only matching operators are quantized.
-    exclude:         globs likewise; matching operators stay in float.
-    layers:          rules for single layers, in order; they win over all of the above.
-    allocated:       rules that calibrators.mixed_precision.mixed found for operators by name; `layers` win over them.
-    """
-
-    weight_bits: int = 8
-    activation_bits: int = 8
-    first_last_bits: int | None = 8
-    per_tensor_weights: bool = False
-    weight_only: bool = False
-    block_size: int | None = None
-    reduce_range: bool = False
-    wide_taps: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    layers: tuple[LayerRule, ...] = ()
-    allocated: tuple[MatchedRule, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +98,15 @@ class Placement:
         return site
 
 
-def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | None = None) -> Placement:
-    """Sites of a graph in integer forms (calibrators.graph.canonical) for a target.
+def place(
+    graph: fx.GraphModule,
+    target: Target,
+    options: PlacementOptions | None = None,
+    allocated: Sequence[MatchedRule] = (),
+) -> Placement:
+    """Return the sites of a graph in integer forms (calibrators.graph.canonical) for a target.
+
+    allocated: rules that mixed precision found for operators by name; `options.layers` win over them.
 
     raises: UnknownNameError for a pattern that matches nothing, InputError when nothing is left to quantize.
     """
@@ -152,7 +123,7 @@ def place(graph: fx.GraphModule, target: Target, options: PlacementOptions | Non
             "(after --include, --exclude and float layers) has none of them"
         )
     _check_reach(given, weighted)
-    rules = RuleList([*_implied(options, target, weighted), *options.allocated, *given])
+    rules = RuleList([*_implied(options, target, weighted), *allocated, *given])
     weight_only = _weight_only(rules, target, weighted)
     _check_blocks(rules, weighted)
     placer = Placer(graph, target, selected, frozenset(weighted) - weight_only)

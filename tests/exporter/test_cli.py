@@ -229,7 +229,7 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
     assert pipeline == [{"folder": tmp_path}]
     missing = run("verify", str(tmp_path / "nowhere"))
     assert missing.exit_code == 2
-    assert "is no folder" in missing.stderr
+    assert "is not a folder" in missing.stderr
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_scales_that_a_rule_decides_are_not_open() -> None:
 def test_grids_are_those_of_the_placement() -> None:
     given = problem("residual")
     for bits in (3, 8):
-        placed = place(given.placement.graph, given.placement.target, replace(FREE, weight_bits=bits))
+        placed = place(given.placement.graph, given.placement.target, FREE.model_copy(update={"weight_bits": bits}))
         for knob in knobs(given.placement, FREE, ("weight",)):
             assert knob.specs[bits] == placed.by_name[knob.site].spec
 
@@ -90,12 +90,12 @@ def test_readings_are_those_of_the_program(name: str) -> None:
     (x,) = given.select(torch.arange(given.samples))
     floats = given.placement.graph(x)[0]
     assert given.labels is not None
-    coarse = replace(FREE, weight_bits=4, activation_bits=4)
+    coarse = PlacementOptions(first_last_bits=None, weight_bits=4, activation_bits=4)
     for knob in found:
         reading = probe.read({**dict.fromkeys(probe.grids.knobs, 4), knob.site: 3})
         rule = LayerRule("knob", **{f"{knob.kind}_bits": 3})
-        options = replace(coarse, allocated=(MatchedRule(rule, frozenset(knob.layers)),))
-        placement = place(given.placement.graph, given.placement.target, options)
+        allocated = [MatchedRule(rule, frozenset(knob.layers))]
+        placement = place(given.placement.graph, given.placement.target, coarse, allocated)
         assert placement.by_name[knob.site].spec == knob.specs[3]
         program = replace(given, placement=placement).solve(MinMax()).program
         y = torch.cat([program(part)[0] for part in torch.split(x, CHUNK)])
@@ -189,7 +189,8 @@ def test_a_limit_on_accuracy_takes_the_fewest_bits_that_keep_it() -> None:
 
 
 def test_rules_of_the_user_win() -> None:
-    options = replace(FREE, layers=(LayerRule("head", weight_bits=8), LayerRule("point", weight_bits=3)))
+    rules = LayerRule("head", weight_bits=8), LayerRule("point", weight_bits=3)
+    options = PlacementOptions(first_last_bits=None, layers=rules)
     result = mixed("residual", "avg_weight_bits<=5", options=options)
     assert weight_bits(result)["head.weight"] == 8 and weight_bits(result)["point.weight"] == 3
     assert [rule.match for rule in result.placement.rules][-2:] == ["head", "point"]
@@ -235,7 +236,7 @@ def test_accuracy_needs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("budget", ["avg_weight_bits<=4", "bops<=1T"])
 def test_layers_of_which_weights_only_are_quantized_take_part(budget: str) -> None:
-    result = mixed("transformer", budget, options=replace(FREE, weight_only=True))
+    result = mixed("transformer", budget, options=PlacementOptions(first_last_bits=None, weight_only=True))
     weight_only = {site.name for site in result.placement.sites if site.weight_only}
     told = {scale.site: scale.bits for scale in result.record.sensitivity.scales}
     assert weight_only and weight_only <= told.keys()

@@ -217,14 +217,14 @@ def test_a_rule_for_a_kernel_with_an_identity_branch_leaves_its_taps_wide() -> N
     ("settings", "parts"),
     [
         pytest.param({}, ["sets nothing", "weight_bits"], id="nothing"),
-        pytest.param({"weight_bits": 1}, ["weight_bits is 1", "2 to 8"], id="too-narrow"),
-        pytest.param({"activation_bits": 9}, ["activation_bits is 9", "2 to 8, or 16"], id="too-wide"),
-        pytest.param({"weight_bits": 16}, ["weight_bits is 16", "2 to 8."], id="wide-weight"),
-        pytest.param({"weight_bits": True}, ["weight_bits is True", "whole number"], id="bool"),
-        pytest.param({"weight_bits": 4.0}, ["weight_bits is 4.0", "whole number"], id="fraction"),
+        pytest.param({"weight_bits": 1}, ["weight_bits = 1 ", "2 to 8"], id="too-narrow"),
+        pytest.param({"activation_bits": 9}, ["activation_bits = 9 ", "2 to 8, or 16"], id="too-wide"),
+        pytest.param({"weight_bits": 16}, ["weight_bits = 16 ", "2 to 8."], id="wide-weight"),
+        pytest.param({"weight_bits": True}, ["weight_bits = True ", "whole number"], id="bool"),
+        pytest.param({"weight_bits": 4.0}, ["weight_bits = 4.0 ", "whole number"], id="fraction"),
         pytest.param({"granularity": "row"}, ["'row'", "tensor, channel or block"], id="granularity"),
-        pytest.param({"symmetric": "yes"}, ["symmetric is 'yes'", "true or false"], id="symmetric"),
-        pytest.param({"float": 1}, ["float is 1", "true or false"], id="float"),
+        pytest.param({"symmetric": "yes"}, ["symmetric = 'yes' ", "true or false"], id="symmetric"),
+        pytest.param({"float": 1}, ["float = 1 ", "true or false"], id="float"),
         pytest.param(
             {"float": True, "weight_bits": 4}, ["float", "weight_bits", "exclude each other"], id="float-bits"
         ),
@@ -239,7 +239,7 @@ def test_a_rule_that_cannot_be(settings: dict[str, Any], parts: list[str]) -> No
 
 @pytest.mark.parametrize("match", ["", " ", 3], ids=["empty", "blank", "number"])
 def test_a_rule_needs_a_glob(match: Any) -> None:
-    with pytest.raises(InputError, match="give a glob"):
+    with pytest.raises(InputError, match="should be a glob"):
         rule(match, weight_bits=4)
 
 
@@ -273,7 +273,7 @@ def test_the_widest_weights_have_no_zero_point(reduce_range: bool) -> None:
 
 @pytest.mark.parametrize("options", [{"weight_bits": 9}, {"activation_bits": 0}, {"first_last_bits": 1}], ids=str)
 def test_widths_of_all_layers_are_checked_too(options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="give a whole number from 2 to 8"):
+    with pytest.raises(InputError, match="should be a whole number from 2 to 8"):
         chain(**options)
 
 

@@ -1,0 +1,78 @@
+"""Settings of placement: bits and granularity of all layers, and rules for single ones.
+
+Must not know: graphs, torch.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from calibrators.placement.layer_rules import BlockSize, LayerRule, Width
+from calibrators.settings import Settings, setting
+
+__all__ = ["PlacementOptions"]
+
+LAYER_RULE = (
+    "Settings of matching layers, repeatable; the last match wins: `'stages.3.*: weight_bits=4, activation_bits=4'`. "
+    "Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, granularity (tensor, channel; "
+    "block, with block_size, where weight_only), symmetric, method (of its ranges), float."
+)
+
+
+class PlacementOptions(Settings):
+    """Which operators are quantized, and how finely.
+
+    weight_bits:     below the widest grid (8, or 7 with reduce_range) weights are asymmetric, because a symmetric grid
+                     would lose one of its few levels.
+    activation_bits: bits of the values that operators with weights read, and of all that share a scale with them.
+                     Values that only sums, products, pools and outputs read keep the bits of the target: the result of
+                     a residual branch does, the sum that the next convolution reads does not.
+    first_last_bits: bits of weight and input activation of the first and the last weighted operator; None: no
+                     exception. It is the first rule of all, so any of `layers` takes precedence.
+    weight_only:     linear layers have quantized weights, float inputs and float biases.
+    reduce_range:    |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs of products in 16 bits do
+                     not saturate.
+    wide_taps:       where the bits cannot hold an identity branch beside the other weights of a kernel that it was
+                     folded into, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
+    include, exclude: globs on module path, operator or node name.
+    layers:          rules for single layers, in order; they win over all of the above.
+    """
+
+    weight_bits: Width = setting(8, "Bits of weights, 2 to 8.")
+    activation_bits: Width = setting(8, "Bits of the activations that layers with weights read, 2 to 8; others have 8.")
+    first_last_bits: Width | None = setting(
+        8, "Bits of the first and the last layer; `--set first_last_bits=none` treats them like all others."
+    )
+    per_tensor_weights: bool = setting(False, "One weight scale per tensor instead of per channel.")
+    weight_only: bool = setting(
+        False, "Linear layers: quantized weights, float inputs, float kernels; convolutions are unaffected."
+    )
+    block_size: BlockSize | None = setting(
+        None, "Inputs per weight scale of weight-only layers: 16, 32, 64, ...", metavar="N", shown="per channel"
+    )
+    reduce_range: bool = setting(False, "7-bit weights, for CPUs without VNNI.")
+    wide_taps: bool = setting(
+        True, "Keep 8 bits for identity branches that few bits cannot hold beside the kernel.", flag=None
+    )
+    include: tuple[str, ...] = setting(
+        (), "Quantize only operators whose name, module or type matches this glob, repeatable.", metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = setting((), "Keep matching operators in float, repeatable.", metavar="GLOB")
+    layers: tuple[LayerRule, ...] = setting((), LAYER_RULE, flag="layer", metavar="RULE")
+
+    @model_validator(mode="after")
+    def _patterns_are_unambiguous(self) -> Self:
+        if both := sorted({*self.include} & {*self.exclude}):
+            raise ValueError(f"pattern {both[0]!r} stands in include and in exclude")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_of_weight_only_layers(self) -> Self:
+        if self.block_size is not None and not self.weight_only:
+            raise ValueError(
+                f"block_size is {self.block_size} and weight_only is not set, but integer kernels have no scales per "
+                "block; set weight_only, or in a rule for layers granularity = 'block' beside its own weight_only"
+            )
+        return self

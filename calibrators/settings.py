@@ -1,0 +1,66 @@
+"""Settings declared once, as the fields of a pydantic model: type, default, help, and how a command line shows them.
+
+Must not know: which settings there are, torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WrapValidator
+
+from calibrators.errors import InputError, UnknownNameError
+
+__all__ = ["Settings", "expected", "setting"]
+
+
+class Settings(BaseModel):
+    """A frozen set of settings; what it does not allow raises one InputError of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    noun: ClassVar[str] = "setting"
+
+    def __init__(self, /, **values: Any) -> None:
+        for name in values:
+            if name not in type(self).model_fields:
+                raise UnknownNameError(self.noun, name, type(self).model_fields)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_explained(error)) from error
+
+
+def setting(
+    default: Any, help: str, *, panel: str = "Quantization", flag: str | None = "", metavar: str = "", shown: str = ""
+) -> Any:
+    """Declare a setting: its default, its help, and how the command line shows it.
+
+    panel: heading of `--help` under which the flag stands.
+    flag:  name of the flag; by default the field's name, None for a setting without one.
+    shown: default as `--help` prints it, where it is not the value itself.
+    """
+    extra: dict[str, JsonValue] = {"panel": panel, "flag": flag, "metavar": metavar, "shown": shown}
+    return Field(default, description=help, json_schema_extra=extra)
+
+
+def expected(text: str) -> WrapValidator:
+    """Annotate a type with the words for its values, which errors use in place of pydantic's."""
+
+    def validate(value: object, handler: Callable[[object], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(text) from None
+
+    return WrapValidator(validate)
+
+
+def _explained(error: ValidationError) -> str:
+    """Return one sentence per wrong setting."""
+    sentences: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        what = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        sentences.setdefault(name or what, f"{name} = {fault['input']!r} should be {what}" if name else what)
+    return "; ".join(sentences.values()) + "."
