@@ -26,8 +26,9 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import fx
 
-from calibrators.graph.aten import constant, example_batch, module_path, sample_values, shape_of
+from calibrators.graph.aten import constant, example_batch, free_name, module_path, shape_of
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.walk import sample_values
 
 __all__ = ["Block", "extract", "merge", "partition"]
 
@@ -372,8 +373,7 @@ def _names(blocks: Sequence[Sequence[fx.Node]]) -> list[str]:
         here = Counter(path for node in nodes for path in _paths(node))
         ends = [next((p for p in _paths(n) if here[p] == everywhere[p]), _paths(n)[-1]) for n in (nodes[0], nodes[-1])]
         name = "..".join(dict.fromkeys(ends))
-        numbered = [name, *(f"{name}_{number}" for number in range(1, len(blocks)))]
-        names.append(next(free for free in numbered if free not in names))
+        names.append(free_name(name, names.__contains__))
     return names
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calibrators.errors import InputError
+from calibrators.grid.metrics import mean_energy, relative_error
 
 __all__ = [
     "PredictionLoss",
@@ -20,7 +21,6 @@ __all__ = [
     "is_logits",
     "kl_divergence",
     "prediction_loss",
-    "relative_error",
 ]
 
 
@@ -38,11 +38,6 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature: float = 1.0) ->
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Negative log likelihood of labels [n] under logits [n, classes], as [n]."""
     return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
-
-
-def relative_error(outputs: Tensor, targets: Tensor, energy: float) -> Tensor:
-    """Mean squared error of every sample [n, ...] in units of `energy`, as [n]."""
-    return (outputs - targets).square().reshape(len(outputs), -1).mean(1) / energy
 
 
 class PredictionLoss(Protocol):
@@ -106,7 +101,7 @@ class _CrossEntropy:
 class _MeanSquare:
     def __init__(self, floats: tuple[Tensor, ...]) -> None:
         self.floats = floats
-        self.energy = [max(float(y.square().mean(dtype=torch.float64)), 1e-30) for y in floats]
+        self.energy = [mean_energy(y) for y in floats]
 
     def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
         triples = zip(outputs, self.floats, self.energy, strict=True)

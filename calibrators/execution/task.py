@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibrators.errors import DataError, InputError
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
-from calibrators.graph.aten import sample_values
+from calibrators.graph.walk import sample_values
 from calibrators.grid.spec import QParams, Site
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult, freeze

@@ -13,9 +13,10 @@ Must not know: quantization, folding, ONNX.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, TypeGuard, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "constant",
     "example_batch",
     "fan_in",
+    "free_name",
     "infer_shapes",
     "is_constant",
     "layer_name",
@@ -41,7 +43,6 @@ __all__ = [
     "overloads",
     "per_axis",
     "replace_args",
-    "sample_values",
     "shape_of",
     "to_device",
     "where",
@@ -87,13 +88,15 @@ def constant(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     return value.detach()
 
 
+def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """Return the first of `name`, `name_1`, `name_2`, ... that is not taken."""
+    numbered = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(free for free in numbered if not is_taken(free))
+
+
 def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> str:
-    """Register `value` as a buffer under a free name near `name` (dots become underscores); returns the name."""
-    base = name.replace(".", "_") or "constant"
-    free, count = base, 0
-    while hasattr(graph, free):
-        count += 1
-        free = f"{base}_{count}"
+    """Register `value` as a buffer under a free name near `name` (dots become underscores); return the name."""
+    free = free_name(name.replace(".", "_") or "constant", lambda taken: hasattr(graph, taken))
     graph.register_buffer(free, value.detach().clone())
     return free
 
@@ -175,35 +178,6 @@ def infer_shapes(graph: fx.GraphModule) -> None:
     """Run the example once and store every node's shape and dtype in node.meta["tensor_meta"]."""
     with torch.no_grad():
         ShapeProp(graph).propagate(*graph.meta["example"])
-
-
-def sample_values(graph: fx.GraphModule) -> frozenset[str]:
-    """Names of the values whose first dimension counts the samples.
-
-    Where the batch is free it is seen by running one sample more than the example has: sizes may agree by chance.
-    """
-    batch = example_batch(graph)
-    names = {node.name for node in graph.graph.nodes if shape_of(node)[:1] == (batch,)}
-    if not graph.meta["dynamic_batch"]:
-        return frozenset(names)
-    longer = _Lengths(graph)
-    with torch.no_grad():
-        longer.run(*(torch.cat([x, x[:1]]) if x.ndim else x for x in graph.meta["example"]))
-    return frozenset(name for name in names if longer.found.get(name) == batch + 1)
-
-
-class _Lengths(fx.Interpreter):
-    """Finds the first dimension of every tensor."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.found: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and value.ndim:
-            self.found[n.name] = len(value)
-        return value
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -7,17 +7,16 @@ Must not know: budgets, how bits are allocated, ONNX.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from calibrators.execution.losses import is_logits, prediction_loss
 from calibrators.execution.network_loss import Landscape, Point, draw_samples, float_outputs
 from calibrators.execution.task import Problem
+from calibrators.grid.metrics import LEAST_ENERGY, decibels, energy
 from calibrators.grid.spec import QParams, QuantSpec
 from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.ranges.range_method import RangeMethod
@@ -32,9 +31,6 @@ CANDIDATES = (2, 3, 4, 5, 6, 8)
 
 UNLIMITED = 1 << 40
 """Evaluations that a landscape may take."""
-
-SILENCE = 1e-30
-"""Least energy of noise, relative to the signal, that decibels are taken of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +130,7 @@ class _OutputMetrics:
 
     def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
         self.floats, self.labels = floats, labels
-        self.energy = [max(float(y.square().sum(dtype=torch.float64)), SILENCE) for y in floats]
+        self.energy = [max(energy(y), LEAST_ENERGY) for y in floats]
         self.loss_name: Literal["kl", "mse"] = "kl" if all(map(is_logits, floats)) else "mse"
         self.loss = prediction_loss(self.loss_name, floats)
         self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
@@ -149,7 +145,7 @@ class _OutputMetrics:
         rows = slice(start, start + len(losses))
         made = [y.cpu() for y in outputs]
         for index, (y, t) in enumerate(zip(made, self.floats, strict=True)):
-            self.noise[index] += float((y - t[rows]).square().sum(dtype=torch.float64))
+            self.noise[index] += energy(y - t[rows])
         self.seen += len(losses)
         if self.classes is not None:
             found, expected = made[0].argmax(1), self.classes[rows]
@@ -165,4 +161,4 @@ class _OutputMetrics:
         if self.classes is not None:
             lost = self.changed if self.labels is None else self.float_hits - self.hits
             drop = lost / self.seen
-        return Reading(loss, -10 * math.log10(max(noise, SILENCE)), drop)
+        return Reading(loss, decibels(1.0, max(noise, LEAST_ENERGY)), drop)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from calibrators.graph.aten import bind, fan_in, module_path, operator_name, shape_of
+from calibrators.graph.aten import bind, fan_in, free_name, module_path, operator_name, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import name_of
 from calibrators.grid.spec import QuantSpec, Site
@@ -66,10 +66,7 @@ class Sites:
         """`module.path.what`, numbered where that is taken."""
         path = module_path(node)
         readable = f"{path}.{what}" if path else what
-        name, count = readable, 0
-        while name in self.names:
-            count += 1
-            name = f"{readable}_{count}"
+        name = free_name(readable, self.names.__contains__)
         self.names.add(name)
         return name
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
+from calibrators.graph.walk import walk
 
 __all__ = ["Importance", "importances"]
 
@@ -35,21 +35,6 @@ class Importance:
     samples: Tensor
 
 
-class _Marked(fx.Interpreter):
-    """Runs a graph and keeps some values, differentiable."""
-
-    def __init__(self, graph: fx.GraphModule, names: Collection[str]) -> None:
-        super().__init__(graph)
-        self.names = set(names)
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            self.values[n.name] = value if value.requires_grad else value.requires_grad_()
-        return value
-
-
 def importances(
     graph: fx.GraphModule, names: Collection[str], batches: Iterable[Batch], generator: torch.Generator
 ) -> dict[str, Importance]:
@@ -60,12 +45,16 @@ def importances(
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.enable_grad():
         for batch in batches:
-            interpreter = _Marked(graph, names)
-            outputs = interpreter.run(*batch)
+            marked: dict[str, Tensor] = {}
+            outputs: tuple[Tensor, ...] = ()
+            for node, alive in walk(graph, batch):
+                if node.op == "output":
+                    outputs = alive[node]
+                elif node.name in samples:
+                    marked[node.name] = alive[node] if alive[node].requires_grad else alive[node].requires_grad_()
             score = torch.stack([_score(y, generator) for y in outputs if y.is_floating_point()]).sum()
-            values = list(interpreter.values.values())
-            gradients = torch.autograd.grad(score, values, allow_unused=True)
-            for name, value, gradient in zip(interpreter.values, values, gradients, strict=True):
+            gradients = torch.autograd.grad(score, list(marked.values()), allow_unused=True)
+            for (name, value), gradient in zip(marked.items(), gradients, strict=True):
                 square = (torch.zeros_like(value) if gradient is None else gradient).square()
                 elements[name] = elements.get(name, torch.zeros(())) + square.sum(0)
                 samples[name].append(square.reshape(len(square), -1).mean(1))

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.execution.blocks import Block, extract
-from calibrators.execution.losses import relative_error
 from calibrators.graph.aten import to_device
 from calibrators.graph.batch_norm import Expected
+from calibrators.grid.metrics import relative_error
 
 __all__ = ["Correction", "Descent"]
 

@@ -31,6 +31,7 @@ from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import Deployment
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, to_device
+from calibrators.grid.metrics import LEAST_ENERGY, energy
 from calibrators.grid.spec import QParams
 from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction import grouping
@@ -305,9 +306,11 @@ class Run(Deployment):
             recording.append(outputs, len(chunk[0]))
             for name in recording.caches:
                 if outputs[name].is_floating_point():
-                    squares[name] = squares.get(name, 0.0) + float(outputs[name].double().square().sum())
+                    squares[name] = squares.get(name, 0.0) + energy(outputs[name].double())
         caches = recording.caches
-        return Floats(caches, {name: max(total / _count(caches[name]), 1e-30) for name, total in squares.items()})
+        return Floats(
+            caches, {name: max(total / _count(caches[name]), LEAST_ENERGY) for name, total in squares.items()}
+        )
 
     @torch.no_grad()
     def _deploy(self, unit: Unit, loss: Loss) -> Deployed:
@@ -323,7 +326,7 @@ class Run(Deployment):
             recording.append(dict(zip(unit.block.outputs, outputs, strict=True)), len(samples))
             compared = [outputs[i] for i in unit.supervised]
             for i, (y, target) in enumerate(zip(compared, targets, strict=True)):
-                noise[i] += float((y - target).double().square().sum())
+                noise[i] += energy((y - target).double())
             if compared:
                 read = [x.to(self.device) for x in loss.reads(samples)]
                 total += float(loss(compared, targets, read)) * len(samples)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibrators.execution.losses import is_logits, kl_divergence, relative_error
+from calibrators.execution.losses import is_logits, kl_divergence
+from calibrators.grid.metrics import relative_error
 from calibrators.reconstruction.downstream import DownstreamTarget
 from calibrators.reconstruction.fisher import Importance, importances
 from calibrators.reconstruction.reconstruct import Run

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +32,7 @@ from calibrators.graph.aten import (
 )
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import HOMOGENEOUS, PADS, Operators
+from calibrators.graph.walk import call
 from calibrators.record import Refused
 
 __all__ = ["Link", "by_group", "find_links", "set_constants"]
@@ -165,8 +165,7 @@ def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | No
 
 def _run(nodes: list[fx.Node], x: Tensor) -> Tensor:
     for node in nodes:
-        values: Any = {node.all_input_nodes[0]: x}
-        x = node.target(*fx.map_arg(node.args, values.get), **node.kwargs)  # type: ignore[operator]
+        x = call(node, {node.all_input_nodes[0]: x})
     return x
 
 

@@ -17,6 +17,7 @@ from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants
 from torch import fx
 
+from calibrators.graph.aten import free_name
 from exporter.emission.packing import set_opset
 from exporter.emission.translations import NAME
 
@@ -163,7 +164,7 @@ class _Names:
     def rename(self, value: ir.Value, readable: str) -> None:
         if value.name == readable:
             return
-        name = self._free(readable, self.values)
+        name = free_name(readable, self.values.__contains__)
         if value.is_initializer():
             initializers = self.graph.initializers
             del initializers[str(value.name)]
@@ -176,17 +177,9 @@ class _Names:
         self.values.add(name)
 
     def unique_node(self, readable: str) -> str:
-        name = self._free(readable, self.nodes)
+        name = free_name(readable, self.nodes.__contains__)
         self.nodes.add(name)
         return name
-
-    @staticmethod
-    def _free(name: str, taken: set[str | None]) -> str:
-        free, count = name, 0
-        while free in taken:
-            count += 1
-            free = f"{name}_{count}"
-        return free
 
 
 def _name_batch(model: ir.Model, program: fx.GraphModule) -> None:

@@ -17,6 +17,7 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from calibrators.errors import DataError
+from calibrators.grid.metrics import decibels
 
 __all__ = ["Accuracy", "paired_interval"]
 
@@ -88,9 +89,7 @@ class Accuracy:
     def sqnr_db(self, network: str) -> float | None:
         """10 log10(sum float^2 / sum (float - network)^2) over all outputs; None where they are identical."""
         noise = self._noise[network]
-        if noise == 0.0:
-            return None
-        return float(10 * np.log10(max(self._signal, np.finfo(np.float64).tiny) / noise))
+        return decibels(self._signal, noise) if noise else None
 
     def drop_interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant
+from calibrators.graph.aten import bind
 from calibrators.graph.operators import LISTS, MOVES, ON_FLOATS
+from calibrators.graph.walk import call, walk
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
@@ -56,28 +58,19 @@ def run(
     returns: codes in their container dtype by site name, and the outputs in order.
     """
     forced = forced or {}
-    pending = iter(inputs)
-    values: dict[fx.Node, Any] = {}
     codes: dict[str, Tensor] = {}
     outputs: tuple[Tensor, ...] = ()
     with torch.no_grad(), _full_float32():
-        for node in plan.program.graph.nodes:
-            if node in plan.skipped:
-                continue
-            if node.op == "placeholder":
-                values[node] = next(pending)
-            elif node.op == "output":
-                outputs = tuple(fx.map_arg(node.args[0], lambda n: _floats(values[n])))
-            else:
-                values[node] = _evaluate(plan, node, values)
-            if node.target is QUANTIZE:
+        steps = walk(plan.program, inputs, partial(_evaluate, plan), skipped=plan.skipped, reads=plan.reads)
+        for node, values in steps:
+            if node.op == "output":
+                outputs = tuple(map(_floats, values[node]))
+            elif node.target is QUANTIZE:
                 site = site_of(node)
                 codes[site] = values[node]
                 values[node] = forced.get(site, values[node])
-            if see is not None and node.target is DEQUANTIZE:
+            elif see is not None and node.target is DEQUANTIZE:
                 see(values[node].site, values[node].values)
-            for dead in plan.freed.get(node, ()):
-                values.pop(dead, None)
     return codes, outputs
 
 
@@ -92,8 +85,6 @@ def run_qdq(
 
 
 def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return constant(plan.program, node)
     if node in plan.kernels:
         return _run_kernel(plan.kernels[node], values)
     if node.target is DEQUANTIZE:
@@ -130,12 +121,7 @@ def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
     """Run the operator itself on floats, `instead` replacing some operands."""
-
-    def operand(n: fx.Node) -> Any:
-        return instead[n] if n in instead else _floats(values[n])
-
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), operand)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return call(node, {source: instead.get(source, _floats(values.get(source))) for source in node.all_input_nodes})
 
 
 def _floats(value: Any) -> Any:

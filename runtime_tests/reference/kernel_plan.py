@@ -123,20 +123,9 @@ class KernelPlan:
         writers = (before_moves(node, MOVES) for node in output.args[0])
         return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
 
-    @cached_property
-    def freed(self) -> dict[fx.Node, list[fx.Node]]:
-        """Nodes whose values nobody reads after the key has been evaluated."""
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self.program.graph.nodes:
-            if node in self.skipped:
-                continue
-            last[node] = node
-            reads = self.kernels[node].reads if node in self.kernels else node.all_input_nodes
-            last.update(dict.fromkeys(reads, node))
-        freed: dict[fx.Node, list[fx.Node]] = {}
-        for node, user in last.items():
-            freed.setdefault(user, []).append(node)
-        return freed
+    def reads(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose values are needed to evaluate one."""
+        return self.kernels[node].reads if node in self.kernels else node.all_input_nodes
 
 
 def site_of(quantizer: fx.Node) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from calibrators.calibration import calibrate
 from calibrators.execution.blocks import partition
-from calibrators.execution.measure import Watcher
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.execution.simulation import BlockBoundary, Simulation
 from calibrators.graph.aten import module_path
+from calibrators.graph.walk import walk
 from calibrators.grid.numerics import dequantize
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
@@ -149,14 +149,16 @@ def reference(result: CalibrationResult, inputs: Sequence[Tensor]) -> Reference:
     floats: dict[str, Tensor] = {}
     dequantized: dict[str, Tensor] = {}
 
-    def see(node: fx.Node, value: Tensor) -> None:
-        if node.target is DEQUANTIZE:
-            dequantized[str(node.args[-1])] = value
-        else:
-            floats[node.name] = value
-
+    outputs: tuple[Tensor, ...] = ()
     with torch.no_grad():
-        return Reference(Watcher(result.program, see).run(*inputs), floats, dequantized)
+        for node, values in walk(result.program, inputs):
+            if node.op == "output":
+                outputs = values[node]
+            elif node.target is DEQUANTIZE:
+                dequantized[str(node.args[-1])] = values[node]
+            else:
+                floats[node.name] = values[node]
+    return Reference(outputs, floats, dequantized)
 
 
 def returned(result: CalibrationResult) -> list[str]:

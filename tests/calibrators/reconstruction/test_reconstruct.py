@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, UnknownNameError
-from calibrators.execution.measure import Watcher
 from calibrators.execution.quantizers import Rounding
 from calibrators.execution.simulation import Simulation
+from calibrators.graph.walk import walk
 from calibrators.methods import get_method, list_methods
 from calibrators.methods.qdrop import QDrop
 from calibrators.placement.place import PlacementOptions
@@ -174,20 +174,17 @@ def test_streamed_activations_equal_a_full_run_from_the_input(name: str) -> None
     values: dict[str, Tensor] = {}
     sites = result.placement.by_name
 
-    def see(node: fx.Node, value: Any) -> None:
-        if node.target is DEQUANTIZE and sites.get(str(node.args[-1])) is not None:
-            site = sites[str(node.args[-1])]
-            if site.kind == "activation":
-                values[site.node] = value
-        values.setdefault(node.name, value)
-
     with torch.no_grad():
-        Watcher(result.program, see).run(*inputs)
+        for node, alive in walk(result.program, inputs):
+            site = sites.get(str(node.args[-1])) if node.target is DEQUANTIZE else None
+            if site is not None and site.kind == "activation":
+                values[site.node] = alive[node]
+            values.setdefault(node.name, alive[node])
     quantized_inputs = {node.name for node in result.placement.graph.graph.nodes if node.op == "placeholder"}
     crossing = [n for n in SEEN if n not in quantized_inputs]
     assert crossing
-    for node in crossing:
-        assert torch.equal(SEEN[node], values[node]), node
+    for name in crossing:
+        assert torch.equal(SEEN[name], values[name]), name
 
 
 def test_biases_are_learned_where_the_network_has_none() -> None:

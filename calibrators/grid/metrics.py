@@ -1,0 +1,61 @@
+"""How far values are from what they should be: energies, relative errors and decibels.
+
+Must not know: graphs, grids, methods.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEAST_ENERGY", "SignalAndNoise", "decibels", "energy", "mean_energy", "relative_error"]
+
+LEAST_ENERGY = 1e-30
+"""What an energy counts at least where something is divided by it."""
+
+
+def energy(values: Tensor) -> float:
+    """Return the sum of squares, added up in float64."""
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def mean_energy(values: Tensor) -> float:
+    """Return the mean square, added up in float64; at least LEAST_ENERGY."""
+    return max(float(values.square().mean(dtype=torch.float64)), LEAST_ENERGY)
+
+
+def relative_error(values: Tensor, exact: Tensor, unit: float) -> Tensor:
+    """Return the mean squared error of every sample [n, ...] in units of an energy, as [n]."""
+    return (values - exact).square().reshape(len(values), -1).mean(1) / unit
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return the ratio of two energies in decibels, infinite without noise."""
+    return 10 * math.log10(max(signal, sys.float_info.min) / noise) if noise > 0 else math.inf
+
+
+@dataclass
+class SignalAndNoise:
+    """Energy of exact values, and of how far others are from them; both add up."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, values: Tensor, exact: Tensor) -> None:
+        """Count more values."""
+        self.signal += energy(exact)
+        self.noise += energy(values - exact)
+
+    @property
+    def relative(self) -> float:
+        """Noise in units of the signal; 0 without a signal."""
+        return self.noise / self.signal if self.signal > 0 else 0.0
+
+    @property
+    def decibels(self) -> float:
+        """Ratio of signal to noise, infinite without noise."""
+        return decibels(self.signal, self.noise)
