@@ -1,11 +1,11 @@
-"""Calls that differ in the values of their tensors alone: a GPU records their kernels once and launches them together.
+"""Calls that differ only in the values of their tensors: a GPU records their kernels once and launches them together.
 
-A step of training is a few hundred small kernels; a GPU has finished each before the next one is launched. A CUDA graph
-launches all of them at once. Elsewhere calls are just calls.
+A training step is a few hundred small kernels, each of which a GPU finishes before the next is launched; a CUDA graph
+launches them all at once. On other devices, calls are made as they are.
 
-source: CUDA graphs as in the PyTorch notes: warm up aside, capture, copy new inputs over the old ones, replay.
+source: CUDA graphs as in the PyTorch notes: warm up on a side stream, capture, copy new inputs over the old, replay.
 
-Must not know: training, what is computed.
+Must not know: training, or what is computed.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ from torch import Tensor
 __all__ = ["RECORDERS", "Function", "Recorded", "Recorder"]
 
 WARM = 3
-"""Plain calls of every kind before one is recorded: libraries choose their kernels, optimizers make their state."""
+"""Plain calls of every kind before one is recorded, in which libraries choose kernels and optimizers make state."""
 
 
 class Function(Protocol):
-    """What is called: `kind` says which kernels run, tensors come in groups, all on one device."""
+    """A function of groups of tensors on one device, whose `kind` decides which kernels run."""
 
     def __call__(self, kind: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
-        """A result that may be overwritten by the next call.
+        """Return a result that the next call may overwrite.
 
-        It may change tensors that outlive it and draw random numbers from known generators of the device, but neither
-        read values on the host nor depend on any number there that is not the same in all calls of a kind.
+        The function may change tensors that outlive it and draw from known generators of the device, but must neither
+        read values on the host nor depend on host numbers that differ between the calls of a kind.
         """
 
 
 class Recorder(Protocol):
-    """How a device records."""
+    """The way a device records."""
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
-        """Call without recording, where it can be recorded later."""
+        """Call without recording, in a place that allows recording later."""
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record a call without computing anything: what computes it, on the values that its tensors have then, and
-        the tensor that holds the result afterwards.
+        """Record a call without computing it; return a function that computes it and the tensor of its result.
+
+        The function reads the values that the tensors have when it is called.
         """
 
 
 class CudaGraphs:
-    """A recorder for CUDA; `generators` are those that the calls draw from."""
+    """A recorder for CUDA, with the generators that the calls draw from."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pool = torch.cuda.graph_pool_handle()  # of all graphs: they take turns and keep nothing for each other
+        self.pool = torch.cuda.graph_pool_handle()  # shared, since graphs take turns and keep nothing for each other
         self.generators = generators
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
-        """Call on the stream that records."""
+        """Call on the recording stream."""
         outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
@@ -67,7 +68,7 @@ class CudaGraphs:
         return result
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """A graph, launched as a whole."""
+        """Record a CUDA graph."""
         outside = torch.cuda.current_stream(self.stream.device)
         graph = torch.cuda.CUDAGraph()
         before = [(generator, generator.clone_state()) for generator in self.generators]
@@ -77,22 +78,22 @@ class CudaGraphs:
                     graph.register_generator_state(generator)
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     result = call()
-        except RuntimeError as error:  # a capture that failed leaves its stream, and generators in the state they had
+        except RuntimeError as error:  # leave the stream, and the generators as they were
             torch.cuda.set_stream(outside)
             for generator, state in before:
                 generator.graphsafe_set_state(state)
-            cause = error.__context__  # of ending the capture, when the call has failed already
+            cause = error.__context__  # the error of the call, where ending the capture failed because of it
             raise (cause if isinstance(cause, RuntimeError) else error) from None
         return graph.replay, result
 
 
 RECORDERS: dict[str, Callable[[torch.device, Sequence[torch.Generator]], Recorder]] = {"cuda": CudaGraphs}
-"""By type of device; one that is not here is called plainly."""
+"""By type of device; other devices call plainly."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Recording:
-    """A recorded call: its arguments, whose memory is read again, what computes it, its result."""
+    """A recorded call: arguments, whose memory is read at every replay, the computation, and the result."""
 
     arguments: Sequence[Sequence[Tensor]]
     compute: Callable[[], None]
@@ -107,9 +108,9 @@ class _Recording:
 
 
 class Recorded:
-    """The function to call instead of `function`: arguments may be on any device, and shapes depend on the kind alone.
+    """A stand-in for `function` with arguments on any device, whose shapes depend only on the kind.
 
-    A call that cannot be recorded is made plainly from then on, with a warning.
+    After a call that cannot be recorded, all calls are plain, with a warning.
     """
 
     def __init__(self, function: Function, device: torch.device, generators: Sequence[torch.Generator]) -> None:
@@ -120,10 +121,10 @@ class Recorded:
         self.calls: Counter[Hashable] = Counter()
 
     def __call__(self, kind: Hashable, *groups: Sequence[Tensor]) -> Tensor:
-        """The result of function(kind, *groups), until the next call."""
+        """Return the result of function(kind, *groups), valid until the next call."""
         if kind in self.recordings:
             return self.recordings[kind].replay(groups)
-        record = self.recorder is not None and self.calls[kind] == WARM  # into memory of its own
+        record = self.recorder is not None and self.calls[kind] == WARM  # with copies of the arguments
         arguments = [[x.to(self.device, copy=record) for x in group] for group in groups]
         call = partial(self.function, kind, *arguments)
         if self.recorder is None:
@@ -135,7 +136,7 @@ class Recorded:
         try:
             self.recordings[kind] = _Recording(arguments, *self.recorder.record(call))
         except RuntimeError as error:
-            refused = str(error)  # and nothing else: its traceback holds the memory of the call
+            refused = str(error)  # the traceback would hold the memory of the call
         if not refused:
             return self.recordings[kind].replay(groups)
         warnings.warn(f"steps are launched kernel by kernel, which is slow: {refused}", stacklevel=2)

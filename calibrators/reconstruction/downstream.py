@@ -1,13 +1,13 @@
-"""What a unit's errors do farther on: the float network from behind the unit to a later place.
+"""Effects of a unit's errors downstream: the float network from a unit to a later point.
 
-A loss that looks ahead sends the outputs of the unit in training through the following units as they were, frozen, and
-compares what arrives with what arrives in the float network. Values that pass the unit by come from the network that
-is quantized so far, as the unit's own inputs do.
+A loss can send the outputs of the unit in training through the following units, in float and frozen, and compare the
+values at a later point with those of the float network. Values that bypass the unit come from the network quantized so
+far, as the unit's own inputs do.
 
-source: Liu et al. 2023 (PD-Quant), where the way leads to the prediction; Zhang et al. 2024 (RepAPQ), across-block
-calibration, where it ends with the stage.
+source: Liu et al. 2023 (PD-Quant), where the later point is the prediction; Zhang et al. 2024 (RepAPQ), across-block
+calibration, where it is the end of the stage.
 
-Must not know: methods, which losses there are.
+Must not know: methods, losses.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ __all__ = ["DownstreamTarget", "FrozenUnits"]
 
 
 class FrozenUnits(torch.nn.Module):
-    """Consecutive units of the float network as one frozen module; takes block.inputs, returns block.outputs.
+    """Consecutive units of the float network as one frozen module from block.inputs to block.outputs.
 
-    While gradients flow, operators that mix all channels compute in `precision`; else everything is float32.
+    While gradients are computed, operators that mix all channels use the precision of training; otherwise everything is
+    float32.
     """
 
     def __init__(self, graph: fx.GraphModule, blocks: Sequence[Block]) -> None:
@@ -40,7 +41,7 @@ class FrozenUnits(torch.nn.Module):
         self.operators = speed_up(self.graph, self.block.weighted)
 
     def train_in(self, precision: torch.dtype) -> None:
-        """The precision of training."""
+        """Set the precision of training."""
         for operator in self.operators:
             operator.train_in(precision)
 
@@ -52,13 +53,13 @@ class FrozenUnits(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class DownstreamTarget:
-    """The way from a unit's outputs to later values, and what these are in the float network.
+    """Path from a unit's outputs to later values, with the goals for these in the float network.
 
-    units:   what lies between; None where the unit itself makes the values.
+    units:   the units in between; None where the later values are the unit's own outputs.
     own:     position of each input of `units` among the unit's supervised outputs, by fx name.
-    passing: caches of its other inputs in the network that is quantized so far, by fx name.
-    supervised: which outputs of `units` are the later values.
-    goals:   float values, all samples; energy: their mean squares.
+    passing: caches of its other inputs in the network quantized so far, by fx name.
+    supervised: indices of the later values among the outputs of `units`.
+    goals:   later values in the float network, all samples; energy: their mean squares.
     """
 
     units: FrozenUnits | None
@@ -69,13 +70,13 @@ class DownstreamTarget:
     energy: tuple[float, ...]
 
     def reads(self, index: Tensor) -> list[Tensor]:
-        """What passes the unit by, and the float values that should arrive, of the samples `index` [n]."""
+        """Return the values that bypass the unit, then the goals, of the samples `index` [n]."""
         return [cache.gather(index) for cache in (*self.passing.values(), *self.goals)]
 
     def arriving(self, outputs: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The later values [n, ...] and what they are in the float network.
+        """Return the later values [n, ...] and their goals.
 
-        outputs: the unit's supervised outputs; read: what it `reads` of the same samples, on the same device.
+        outputs: the unit's supervised outputs; read: the result of `reads` for the same samples, on the same device.
         """
         passing, goals = read[: len(self.passing)], list(read[len(self.passing) :])
         if self.units is None:

@@ -1,14 +1,12 @@
-"""Which neighbouring units are reconstructed jointly.
+"""Choice of neighbouring units that are reconstructed jointly.
 
-Units lose unequally: where a unit of small capacity follows one of large capacity (or the other way round) the
-reconstruction error jumps and falls back. Joining both sides of the largest jumps smooths the error that reaches the
-output.
+Where a unit of small capacity follows one of large capacity, or the reverse, the reconstruction error jumps and falls
+back. Joining both sides of the largest jumps smooths the error that reaches the output.
 
 source: Ma et al. 2023 (MRECG, "Solving Oscillation Problem in Post-Training Quantization Through a Theoretical
 Perspective"): capacity of a module, top-k differentials.
 Departs: the published schemes were written by hand; here they are selected. Losses are relative; capacities are
-compared by their ratio, since they grow with depth; by losses only drops are joined, which is where the published
-schemes join.
+compared by their ratio, since they grow with depth; by losses only drops are joined, as in the published schemes.
 
 Must not know: how units are trained, methods.
 """
@@ -28,20 +26,20 @@ from calibrators.graph.aten import bind, is_constant, shape_of
 __all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "members", "parse_groups", "stage_ends"]
 
 STRIDE_FACTOR = 1.6
-"""How much more a layer with a stride counts (MRECG, alpha)."""
+"""Weight of a layer with a stride (MRECG, alpha)."""
 
 NOTABLE_DROP = 0.15
-"""A relative fall of the error from one unit to the next that is worth joining the two."""
+"""Relative fall of the error from one unit to the next above which the two are joined."""
 
 NOTABLE_RATIO = 2.0
-"""A ratio of capacities of neighbours that is worth joining the two."""
+"""Ratio of the capacities of neighbours above which the two are joined."""
 
 Pairs = list[int]
-"""Indices i of units that are joined with their successor i + 1, most important first."""
+"""Indices i of units to be joined with unit i + 1, most important first."""
 
 
 def capacities(graph: fx.GraphModule, blocks: Sequence[Block], bits: Mapping[str, int]) -> list[float]:
-    """Data-free capacity of every unit: sum over its layers of weights * bits, times STRIDE_FACTOR behind a stride.
+    """Return the data-free capacity of every unit: the sum over its layers of weights * bits (* STRIDE_FACTOR).
 
     bits: of the weight of each weighted node, by its fx name.
     """
@@ -57,10 +55,10 @@ def _layer_capacity(node: fx.Node, bits: int) -> float:
 
 
 def by_loss(losses: Sequence[float], k: int = 0) -> Pairs:
-    """Pairs where the error of a unit falls to that of the next, largest fall first.
+    """Return the pairs in which the error falls, largest fall first.
 
     losses: of every unit after a reconstruction on its own.
-    k:      how many; 0: every fall by more than NOTABLE_DROP.
+    k:      number of pairs; 0: every fall by more than NOTABLE_DROP.
     """
     falls = [(a - b, i) for i, (a, b) in enumerate(pairwise(losses)) if b < a]
     notable = [i for fall, i in sorted(falls, key=lambda f: (-f[0], f[1])) if k or fall > NOTABLE_DROP * losses[i]]
@@ -68,9 +66,9 @@ def by_loss(losses: Sequence[float], k: int = 0) -> Pairs:
 
 
 def by_capacity(capacity: Sequence[float], k: int = 0) -> Pairs:
-    """Pairs of neighbours whose capacities differ by the largest ratio; the first and the last unit stay alone.
+    """Return the pairs whose capacities have the largest ratios; the first and the last unit stay alone.
 
-    k: how many; 0: every ratio above NOTABLE_RATIO.
+    k: number of pairs; 0: every ratio above NOTABLE_RATIO.
     """
     ratios = [(abs(math.log(b / a)), i) for i, (a, b) in enumerate(pairwise(capacity)) if 0 < i < len(capacity) - 2]
     ranked = [i for ratio, i in sorted(ratios, key=lambda r: (-r[0], r[1])) if k or ratio > math.log(NOTABLE_RATIO)]
@@ -78,19 +76,19 @@ def by_capacity(capacity: Sequence[float], k: int = 0) -> Pairs:
 
 
 def by_boundary(graph: fx.GraphModule, blocks: Sequence[Block]) -> Pairs:
-    """Pairs whose second unit changes the shape of the activations; the first and the last unit stay alone."""
+    """Return the pairs whose second unit changes the shape of activations; the first and last unit stay alone."""
     shapes = _shapes(graph, blocks)
     return [i for i, (a, b) in enumerate(pairwise(shapes)) if a != b and 0 < i < len(blocks) - 2]
 
 
 def _shapes(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[tuple[int, ...]]:
-    """Shape of a sample of what the last weighted operator of every unit makes; pools behind it do not count."""
+    """Return the shape of a sample at the last weighted operator of every unit; later pools do not count."""
     nodes = {node.name: node for node in graph.graph.nodes}
     return [tuple(shape_of(nodes[block.weighted[-1]])[1:]) for block in blocks]
 
 
 def stage_ends(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[int]:
-    """For every unit, the index behind the last unit of its stage: a run of units with outputs of one shape."""
+    """Return for every unit the index after the last unit of its stage, a run of units with outputs of one shape."""
     shapes = _shapes(graph, blocks)
     ends = [len(blocks)] * len(blocks)
     for i in range(len(blocks) - 2, -1, -1):
@@ -99,7 +97,7 @@ def stage_ends(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[int]:
 
 
 def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: int) -> tuple[Block, ...]:
-    """The units with pairs joined, in order of importance, as long as no group has more than `largest` units."""
+    """Join pairs in order of importance as long as no group has more than `largest` units; return the units."""
     group = list(range(len(blocks)))  # index of the first unit of each unit's group
     size = [1] * len(blocks)
     for i in pairs:
@@ -112,7 +110,7 @@ def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: 
 
 
 def members(units: Sequence[Block], blocks: Sequence[Block]) -> list[list[int]]:
-    """The indices of the units that each block holds."""
+    """Return the indices of the units in each block."""
     home = {name: index for index, block in enumerate(blocks) for name in block.nodes}
     groups: list[list[int]] = [[] for _ in blocks]
     for index, unit in enumerate(units):
@@ -121,15 +119,15 @@ def members(units: Sequence[Block], blocks: Sequence[Block]) -> list[list[int]]:
 
 
 def parse_groups(text: str, units: int) -> Pairs:
-    """Pairs of hand-written groups such as "2-3, 5-7": ranges of unit numbers, both ends included, counted from 0.
+    """Return the pairs of groups written as "2-3, 5-7": ranges of unit numbers, both ends included, counted from 0.
 
-    raises: InputError for what is no such list, or units that there are not.
+    raises: InputError for text of another form, unknown units and groups that overlap.
     """
     pairs: Pairs = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         ends = part.split("-")
         if len(ends) not in (1, 2) or not all(end.strip().isdecimal() for end in ends):
-            raise InputError(f"groups {text!r}: {part!r} is no range of units; write for example groups=2-3,5-7")
+            raise InputError(f"groups {text!r}: {part!r} is not a range of units; write for example groups=2-3,5-7")
         first, last = int(ends[0]), int(ends[-1])
         if not first <= last < units:
             raise InputError(f"groups {text!r}: {part!r} is not within the {units} units, numbered from 0")

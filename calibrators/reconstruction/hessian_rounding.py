@@ -1,17 +1,17 @@
-"""Rounding one weight so that its output changes least: errors are fed into the weights that are still to be rounded.
+"""Rounding of one weight that changes its output least: errors are passed on to the weights still to be rounded.
 
 The output of a layer for inputs X [columns, positions] changes by (W - Wq) X, whose energy is tr(E H E^T) / 2 with
-E = W - Wq and H = 2 X X^T. Columns are rounded one after the other; what an error does to the output is undone, as far
-as it can be, by the columns behind it. Output channels are independent of each other, groups of a convolution too.
+E = W - Wq and H = 2 X X^T. Columns are rounded one after the other, and later columns compensate for the errors as far
+as possible. Output channels are independent of each other, and so are the groups of a convolution.
 
 source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 algorithm 1; Frantar and Alistarh 2022, "Optimal Brain Compression", for the update it comes from.
 Departs: H is a mean over positions; weights of inputs that are always zero are rounded to nearest instead of zeroed,
-for other data may use them; the factor of the inverse comes from one Cholesky decomposition of H in reversed order; a
-channel whose error would be above that of nearest rounding keeps nearest rounding; scales of blocks stay as they were
-chosen for the original weight.
+because other data may use them; the factor of the inverse comes from one Cholesky decomposition of H in reversed order;
+a channel whose error would exceed that of nearest rounding keeps nearest rounding; scales of blocks stay as chosen for
+the original weight.
 
-Must not know: methods, how activations are computed and kept.
+Must not know: methods, how activations are computed and cached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from calibrators.grid.spec import QParams
 __all__ = ["Hessian", "Im2col", "Rounded", "round_weight"]
 
 BLOCK = 128
-"""Columns whose errors reach the columns behind them together, as one matrix product."""
+"""Columns whose errors reach later columns together, as one matrix product."""
 
 LARGEST_DAMPING = 1.0
 
@@ -43,7 +43,7 @@ PIECE = 4096
 
 @dataclass(frozen=True)
 class Im2col:
-    """How a convolution or a linear layer cuts its input into columns; a linear layer has no spatial dimensions.
+    """The way a convolution or linear layer cuts its input into columns; a linear layer has no spatial dimensions.
 
     Layers that read the same value with equal `Im2col` share their Hessian.
     """
@@ -56,7 +56,7 @@ class Im2col:
 
     @classmethod
     def of(cls, node: fx.Node) -> Im2col:
-        """Those of an ATen call."""
+        """Return the `Im2col` of an ATen call."""
         bound = bind(node)
         kernel = shape_of(bound["weight"])[2:]
         if not kernel:
@@ -65,7 +65,7 @@ class Im2col:
         return cls(kernel, stride, padding, dilation, bound["groups"])
 
     def cut(self, x: Tensor) -> Tensor:
-        """What every position sees, [*positions, channels, *kernel], as a view of the padded input."""
+        """Return the inputs of every position, [*positions, channels, *kernel], as a view of the padded input."""
         if not self.kernel:
             return x
         windows = F.pad(x, [width for width in reversed(self.padding) for _ in range(2)])
@@ -74,7 +74,7 @@ class Im2col:
         return windows.movedim(1, 1 + len(self.kernel))  # [n, *out, channels, *kernel]
 
     def take(self, x: Tensor, share: float, generator: torch.Generator) -> Iterator[Tensor]:
-        """The columns [groups, columns, positions] of a random share of the positions, at most PIECE at a time."""
+        """Yield columns [groups, columns, positions] of a random share of the positions, at most PIECE at a time."""
         windows = self.cut(x)
         positions = windows.shape[: windows.ndim - 1 - len(self.kernel)]
         total = math.prod(positions)
@@ -91,7 +91,7 @@ def _per_axis(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Hessian:
-    """Mean of 2 x x^T over the inputs of a layer, summed up batch by batch.
+    """Mean of 2 x x^T over the inputs of a layer, updated batch by batch.
 
     matrix: float32 [groups, columns, columns]; count: inputs so far.
     """
@@ -101,15 +101,15 @@ class Hessian:
         self.count = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in columns [groups, columns, positions]."""
-        x = x.contiguous() if len(x) > 1 else x  # a batch of small products is many times faster so
+        """Include columns [groups, columns, positions]."""
+        x = x.contiguous() if len(x) > 1 else x  # many times faster for batches of small products
         before, self.count = self.count, self.count + x.shape[-1]
         self.matrix.baddbmm_(x, x.mT, beta=before / self.count, alpha=2 / self.count)
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Codes of a weight, and its output's error relative to the output's energy: with nearest rounding, and with them.
+    """Codes of a weight, and the relative errors of its output with nearest rounding and with these codes.
 
     kept: output channels that keep nearest rounding.
     """
@@ -123,12 +123,12 @@ class Rounded:
 def round_weight(
     weight: Tensor, qparams: QParams, hessian: Tensor, *, damping: float = 0.01, act_order: bool = False
 ) -> Rounded:
-    """Codes under fixed parameters that lower the error of the output.
+    """Round a weight, under fixed parameters, to codes that lower the error of its output.
 
     weight:    [out, ...], its elements in the order of the columns; qparams: per tensor, or along axis 0.
     hessian:   [groups, columns, columns], finite.
-    damping:   added to the diagonal, in units of its mean; tenfold while H is not positive definite, up to 1.
-    act_order: columns in the order of their inputs' energy, the largest first.
+    damping:   added to the diagonal, in units of its mean; raised tenfold, up to 1, while H is not positive definite.
+    act_order: round columns in the order of their inputs' energy, the largest first.
     """
     matrix = hessian.double()
     groups, columns = matrix.shape[:2]
@@ -150,12 +150,12 @@ def round_weight(
 
 
 def _energy(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Twice the mean square of what every row makes of the inputs, [groups, rows]."""
+    """Return twice the mean squared output of every row, [groups, rows]."""
     return (rows @ matrix * rows).sum(2)
 
 
 def _order(matrix: Tensor, act_order: bool) -> Tensor:
-    """Columns of every group in the order of rounding, int64 [groups, columns]."""
+    """Return the columns of every group in the order of rounding, int64 [groups, columns]."""
     groups, columns = matrix.shape[:2]
     if act_order:
         return matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
@@ -163,7 +163,7 @@ def _order(matrix: Tensor, act_order: bool) -> Tensor:
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor:
-    """The upper U with U^T U = (H + damping * mean(diag H))^-1, [groups, columns, columns].
+    """Return the upper U with U^T U = (H + damping * mean(diag H))^-1, [groups, columns, columns].
 
     With J the reversal of columns and J H J = L L^T, H is V V^T for the upper V = J L J, and U its inverse.
     """
@@ -179,12 +179,12 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
             upper: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), identity, upper=True)
             return upper
         if (dampings[failed > 0] >= LARGEST_DAMPING).any():
-            raise DataError("second moments of a layer's inputs are not positive; look at the calibration data")
+            raise DataError("second moments of a layer's inputs are not positive; check the calibration data")
         dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)
 
 
 def _feed_errors(rows: Tensor, grid: Sequence[Tensor], factor: Tensor) -> Tensor:
-    """Codes of the rows, column after column, errors fed forward; integer-valued float64 [groups, rows, columns].
+    """Round column after column, passing errors on; return codes as float64 [groups, rows, columns].
 
     grid: scale, zero point, lowest and highest code of every element, in the shape of the rows.
     """

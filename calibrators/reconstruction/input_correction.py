@@ -1,13 +1,13 @@
-"""Distribution correction: float inputs of a unit nudged until its channels have the statistics of the training set.
+"""Distribution correction: adjust the float inputs of a unit until its channels have the training set's statistics.
 
-A few calibration samples are no image of the training set; batch norms remember how that looked. What they knew of the
-values inside a unit was kept when they were folded (calibrators.graph.batch_norm).
+A few calibration samples do not represent the training set, but batch norms hold its statistics, which were kept for
+the values inside a unit when the norms were folded (calibrators.graph.batch_norm).
 
 source: Liu et al. 2023 (PD-Quant), distribution correction.
-Departs: on the folded network, where the mean and deviation of a value behind a batch norm are its shift and gain;
-where branches were added only the mean is known. Errors are in units of that deviation, the distance from the original
-in units of the input's energy, so that no weight depends on the architecture; a fixed number of steps, chunks of
-samples that do not influence each other.
+Departs: on the folded network, where the mean and deviation of a value after a batch norm are its shift and gain; where
+branches were added, only the mean is known. Errors are in units of that deviation and the distance from the original in
+units of the input's energy, so that no weight depends on the architecture; the number of steps is fixed, and samples do
+not influence each other.
 
 Must not know: methods, quantization.
 """
@@ -28,14 +28,14 @@ from calibrators.grid.metrics import relative_error
 __all__ = ["Correction", "Descent"]
 
 LEAST_CELLS = 16
-"""Positions of a feature map from which on the statistics of one sample mean something."""
+"""Fewest positions of a feature map at which the statistics of one sample are meaningful."""
 
 LEAST_GAIN = 0.1
-"""Gains below this share of their mean are taken as this share: a channel that is nearly constant has no weight."""
+"""Floor of the gains as a share of their mean, so that nearly constant channels do not dominate."""
 
 
 class _Statistics:
-    """What one value should look like, on a device."""
+    """Expected statistics of one value, on a device."""
 
     def __init__(self, expected: Expected, spread: Tensor, device: torch.device) -> None:
         self.mean = expected.mean.float().to(device)
@@ -43,7 +43,7 @@ class _Statistics:
         self.unit = spread.float().clamp(min=LEAST_GAIN * float(spread.mean())).to(device)
 
     def mismatch(self, y: Tensor) -> Tensor:
-        """How far a value [n, channels, ...] is from it, in its own spreads, per sample [n]."""
+        """Return the distance of a value [n, channels, ...] from its statistics, in its deviations, per sample [n]."""
         cells = y.flatten(2)
         error = ((cells.mean(2) - self.mean) / self.unit).square().mean(1)
         if self.std is None:
@@ -53,7 +53,7 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class Descent:
-    """How inputs are corrected.
+    """Settings of the correction.
 
     steps:    of Adam; rate: its learning rate in root mean squares of the input, falling to 0.
     fidelity: weight of the squared distance from the original input, in units of its energy.
@@ -65,7 +65,7 @@ class Descent:
 
 
 class Correction:
-    """Corrects the inputs of one unit; `expected` are statistics by fx name of a value."""
+    """Corrector of the inputs of one unit; `expected` are statistics by fx name of a value."""
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class Correction:
         self.descent = descent
 
     def mismatch(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Mean mismatch of the values with known statistics, per sample [n]."""
+        """Return the mean mismatch of the values with known statistics, per sample [n]."""
         values = self.graph(*inputs)[self.outputs :]
         return torch.stack([s.mismatch(y) for s, y in zip(self.statistics.values(), values, strict=True)]).mean(0)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Corrected inputs [n, ...] and the unit's float outputs for them."""
+        """Return corrected inputs [n, ...] and the unit's float outputs for them."""
         how = self.descent
         energy = [float(x.square().mean().clamp(min=1e-30)) for x in inputs]
         changed = [x.clone().requires_grad_() for x in inputs]
@@ -111,7 +111,7 @@ class Correction:
 
 
 def _distance(changed: Iterable[Tensor], inputs: Iterable[Tensor], energy: Iterable[float]) -> Tensor:
-    """Mean squared change of each sample, in units of the energy of each input, summed over the inputs: [n]."""
+    """Return the mean squared change of each sample over the energy of each input, summed over the inputs, [n]."""
     triples = zip(changed, inputs, energy, strict=True)
     return torch.stack([relative_error(x, y, e) for x, y, e in triples]).sum(0)
 

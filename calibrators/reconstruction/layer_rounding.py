@@ -1,4 +1,4 @@
-"""Round the layers of a network one after the other, each with the Hessian of what it reads.
+"""Round the layers of a network one after the other, each with the Hessian of its inputs.
 
 Must not know: which methods there are, ONNX.
 """
@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -25,29 +25,17 @@ from calibrators.program.freeze import CalibrationResult, QuantizedTensor, widen
 from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
 from calibrators.record import ReconstructedUnit, Reconstruction
 
-__all__ = ["HessianRounding", "round_layers"]
+if TYPE_CHECKING:
+    from calibrators.methods.gptq import GPTQ
+
+__all__ = ["round_layers"]
 
 LARGEST = 8192
-"""Most columns of a Hessian: its factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
+"""Most columns of a Hessian, whose factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
 
 
-class HessianRounding(Protocol):
-    """The options of a method that rounds by Hessians."""
-
-    @property
-    def damping(self) -> float: ...
-    @property
-    def act_order(self) -> bool: ...
-    @property
-    def positions(self) -> int: ...
-    @property
-    def ranges(self) -> str: ...
-    @property
-    def weight_ranges(self) -> str: ...
-
-
-def round_layers(problem: Problem, method: HessianRounding) -> CalibrationResult:
-    """Return the calibrated network; its record says for every layer how much of its output's error is left."""
+def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
+    """Return the calibrated network, with the remaining error of every layer in its record."""
     blocks = partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
     activations = problem.activations(problem.range_method(method.ranges))
     weights = problem.weights(problem.range_method(method.weight_ranges))
@@ -65,16 +53,16 @@ def round_layers(problem: Problem, method: HessianRounding) -> CalibrationResult
 
 
 Reading = tuple[str, Im2col]
-"""What a Hessian is of: a value, by fx name, and how layers cut it into columns."""
+"""The input of a Hessian: a value, by fx name, and the way layers cut it into columns."""
 
 
 class _Layers:
     """The layers in order of execution.
 
-    hessians: that layers yet to come share; units: the record of every layer; notes: what the user should know.
+    hessians: those that later layers share; units: the record of every layer; notes: for the user.
     """
 
-    def __init__(self, method: HessianRounding, deployment: Deployment) -> None:
+    def __init__(self, method: GPTQ, deployment: Deployment) -> None:
         self.method, self.deployment = method, deployment
         self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
@@ -89,7 +77,7 @@ class _Layers:
         return self.deployment.placement.nodes[layer]
 
     def _site(self, layer: str) -> Site:
-        """Of the layer's weight."""
+        """Return the site of the layer's weight."""
         return self.deployment.placement.weight_of[layer]
 
     def _is_feasible(self, layer: str) -> bool:
@@ -105,7 +93,7 @@ class _Layers:
         return bind(node)["input"].name, Im2col.of(node)
 
     def round(self, index: int) -> None:
-        """Round the weights of a block, each with those before it rounded, and go on to what the block gives."""
+        """Round the weights of a block, each with those before it already rounded, and advance past the block."""
         block = self.deployment.blocks[index]
         simulation = self.deployment.simulation(block)
         for layer in block.weighted:
@@ -136,7 +124,7 @@ class _Layers:
         return self.deployment.placement.values(self._site(layer))
 
     def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
-        """Second moments of what the layer reads in the network as it is quantized so far."""
+        """Return the second moments of the layer's inputs in the network quantized so far."""
         reading = self._reading(layer)
         if reading not in self.hessians:
             self.hessians[reading] = self._measured(simulation, layer)
@@ -157,5 +145,5 @@ class _Layers:
             for x in columns.take(network(*chunk), share, generator):
                 hessian.add(x)
         if not hessian.matrix.isfinite().all():
-            raise DataError(f"layer {layer_name(node)} reads values that are not finite; look at the calibration data")
+            raise DataError(f"layer {layer_name(node)} reads values that are not finite; check the calibration data")
         return hessian.matrix

@@ -25,7 +25,7 @@ PRESETS = {"fast": 500, "best": 5000}
 """Training steps per unit."""
 
 GRANULARITIES = ("block", "loss", "modcap", "boundary")
-"""Train every unit alone, or join neighbours where the loss falls, where capacities differ or where shapes change."""
+"""Train every unit alone, or join neighbours where the loss falls, capacities differ or shapes change."""
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -38,7 +38,7 @@ class TrainingOptions:
     iters: int = option(0, "steps per unit, for each of those that are joined; 0: as the preset says", minimum=0)
     batch: int = option(32, "samples per step", minimum=1)
     lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
-    bias_lr: float = option(0.0, "learning rate of biases, in mean biases; 0: 1 / iters", minimum=0)
+    bias_lr: float = option(0.0, "learning rate of biases, relative to the mean bias; 0: 1 / iters", minimum=0)
     affine: bool = option(False, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
     affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
     strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
@@ -58,7 +58,7 @@ class PrecisionOptions:
     """Arithmetic of training."""
 
     precision: str = option(
-        "auto", "while training; auto: bfloat16 where fast and weights are narrow", choices=PRECISIONS
+        "auto", "of training; auto: bfloat16 where that is fast and weights have few bits", choices=PRECISIONS
     )
 
 
@@ -67,10 +67,10 @@ class GroupingOptions:
     """Units that are trained jointly."""
 
     granularity: str = option("block", "which neighbours are trained jointly", choices=GRANULARITIES)
-    joined: int = option(0, "pairs of neighbours to join; 0: all that stand out", minimum=0)
-    group: int = option(3, "most units that are trained jointly", minimum=1)
-    probe: float = option(0.25, "share of iters for the run that measures losses", minimum=0.01, maximum=1)
-    groups: str = option("", "units to train jointly, such as 2-3,5-7 (counted from 0), instead")
+    joined: int = option(0, "number of pairs of neighbours to join; 0: all notable ones", minimum=0)
+    group: int = option(3, "largest number of units trained jointly", minimum=1)
+    probe: float = option(0.25, "share of iters of the run that measures losses", minimum=0.01, maximum=1)
+    groups: str = option("", "units to train jointly instead, such as 2-3,5-7 (counted from 0)")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOp
         return partition(problem.placement.graph, problem.placement.weight_of, chain=1, largest=1)
 
     def settings(self, size: int = 1) -> Settings:
-        """Return how a unit that `size` units were joined to is trained."""
+        """Return the settings of a unit that consists of `size` original ones."""
         import torch
 
         from calibrators.reconstruction.training import Settings

@@ -1,12 +1,12 @@
-"""Reconstruction: units of the network learn, one after the other, to give their float output.
+"""Reconstruction: train the units of the network, one after the other, to reproduce their float output.
 
 Float and quantized activations of all calibration samples advance together from unit to unit; each unit is trained on
-inputs that everything before it has already quantized, then hardened, and run once to make the next unit's inputs.
+inputs from the quantized units before it, then hardened, and run once to compute the inputs of the next unit.
 
 source: Nagel et al. 2020 (AdaRound); Li et al. 2021 (BRECQ); Wei et al. 2022 (QDrop).
 Departs: the loss is relative to the energy of the output and the regularizer to the loss of nearest rounding, so that
 one set of options serves every architecture; learning rates follow from the number of steps; activation scales are
-trained as logarithms; biases are trained as well; a unit that training did not improve keeps nearest rounding.
+trained as logarithms; biases are trained too; a unit that training did not improve keeps nearest rounding.
 
 Must not know: which methods there are, ONNX, runtimes.
 """
@@ -44,17 +44,17 @@ from calibrators.record import Reconstruction as UnitsRecord
 __all__ = ["Run", "reconstruct"]
 
 SHRINKING = 4.0
-"""How far training may lower an activation scale before a bias has to be coded on a coarser weight scale."""
+"""Factor by which training may lower an activation scale before a bias needs a coarser weight scale."""
 
 NARROW = 4
-"""Bits of weights up to which the rounding errors of bfloat16 vanish beside those of quantization."""
+"""Most bits of weights at which the rounding errors of bfloat16 are negligible next to those of quantization."""
 
 
 @dataclass(frozen=True, eq=False)
 class Floats:
-    """What units give in the float network.
+    """Outputs of units in the float network.
 
-    caches: of all outputs that have samples, by fx name; energy: mean squares of the floating ones.
+    caches: all outputs that have samples, by fx name; energy: mean squares of the floating-point ones.
     """
 
     caches: dict[str, Cache]
@@ -63,7 +63,7 @@ class Floats:
 
 @dataclass(frozen=True, eq=False)
 class Deployed:
-    """A unit as it would be exported: mean relative error of its outputs, the method's loss, its outputs by fx name."""
+    """A unit as it would be exported: mean relative error of its outputs, the method's loss, outputs by fx name."""
 
     error: float
     loss: float
@@ -121,12 +121,12 @@ def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -
 
 
 class Run(Deployment):
-    """One way through the network, its blocks the units.
+    """One pass through the network, whose blocks are the units.
 
-    sizes:    how many units were joined to each.
-    position: index of the unit at work.
-    floats:   caches of the float values that cross into it and later ones, by fx name.
-    goals:    by end of the units that make them, what float values later ones are compared with.
+    sizes:    number of units that were joined to each.
+    position: index of the current unit.
+    floats:   caches of the float values that the current and later units read, by fx name.
+    goals:    float values downstream that losses compare with, by the index after the units that compute them.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Run(Deployment):
         self._settled: set[str] = set()  # sites that an earlier unit has trained
 
     def result(self) -> CalibrationResult:
-        """Train every unit; the calibrated network."""
+        """Train every unit and return the calibrated network."""
         done: list[ReconstructedUnit] = []
         steps = sum(self.method.settings(size).iters for size in self.sizes)
         with self.problem.stage("reconstruct", steps) as bar:
@@ -161,7 +161,7 @@ class Run(Deployment):
         return replace(result, observed=self.problem.statistics, record=record)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, computed once per run."""
+        """Return the result of `compute`, which is called once per run and name."""
         if name not in self._computed:
             self._computed[name] = compute()
         return self._computed[name]
@@ -169,7 +169,7 @@ class Run(Deployment):
     def rewritten(
         self, unit: Unit, change: Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
     ) -> tuple[tuple[Cache, ...], tuple[Cache, ...]]:
-        """New float inputs and targets of a unit; `change` makes inputs and all outputs of the samples it is given."""
+        """Return new float inputs and targets of a unit; `change` gives new inputs and all outputs."""
         old = (*unit.float_inputs, *unit.targets)
         new = [Cache(self.memory, len(cache), cache.gather(torch.arange(1))) for cache in old]
         start = 0
@@ -181,7 +181,7 @@ class Run(Deployment):
         return tuple(new[: len(unit.float_inputs)]), tuple(new[len(unit.float_inputs) :])
 
     def downstream(self, unit: Unit, end: int) -> DownstreamTarget:
-        """The way from the unit at work to the outputs of unit `end` - 1, and what these are in the float network."""
+        """Return the path from the current unit to the outputs of unit `end` - 1, with the goals for these."""
         own = {unit.block.outputs[index]: i for i, index in enumerate(unit.supervised)}
         if end == self.position + 1:
             return DownstreamTarget(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
@@ -222,7 +222,7 @@ class Run(Deployment):
         nearest = self._harden(unit, learned)
         after = self._deploy(unit, loss)
         if not math.isfinite(after.error):
-            raise DataError(f"unit {block.name} gives values that are not finite; look at the calibration data")
+            raise DataError(f"unit {block.name} gives values that are not finite; check the calibration data")
         kept, dropped = after, before
         if after.loss > before.loss:
             nearest()
@@ -245,7 +245,7 @@ class Run(Deployment):
         )
 
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
-        """Train the unit on what the method makes of it; one without floats to compare stays as it is."""
+        """Train the unit as the method prepares it; a unit without targets stays as it is."""
         if not unit.targets:
             advance(self.settings_of(unit).iters)
             return Learned(None, {}, {})
@@ -256,7 +256,7 @@ class Run(Deployment):
         return learned
 
     def settings_of(self, unit: Unit) -> Settings:
-        """How the unit at work is trained: in bfloat16 where that is fast and does not show."""
+        """Return the settings of the current unit: bfloat16 where that is fast and has no visible effect."""
         settings = self.method.settings(self.sizes[self.position])
         settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
         bits = [grid.spec.bits for _, grid in unit.weights.values()]
@@ -271,7 +271,7 @@ class Run(Deployment):
         return values.to(self.device), self.weights[name].qparams.to(self.device)
 
     def _harden(self, unit: Unit, learned: Learned) -> Callable[[], None]:
-        """Make what was learned the unit's integers; what undoes it is returned."""
+        """Turn what was learned into the unit's integers; return a function that undoes this."""
         weights = {name: self.weights[name] for name in unit.weights}
         biases = {name: self.biases[name] for name in unit.biases if name in self.biases}
         scales = {name: self.quantizers[name].qparams for name in unit.scales}
@@ -298,7 +298,7 @@ class Run(Deployment):
 
     @torch.no_grad()
     def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
-        """The outputs of a float network, called `names`, for the inputs of all samples."""
+        """Compute the outputs of a float network, called `names`, for all samples."""
         recording = Recording(self.memory, len(inputs[0]), self.problem.sample_values)
         squares: dict[str, float] = {}
         for chunk in self.chunks(inputs):
@@ -343,7 +343,7 @@ def _gain_range(learned: Learned) -> tuple[float, float] | tuple[None, None]:
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it."""
+    """Tell whether the device has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()

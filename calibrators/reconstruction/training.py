@@ -1,6 +1,6 @@
-"""One unit in training: rounding, activation scales and biases follow the gradient of a loss.
+"""Training of one unit: rounding, activation scales and biases follow the gradient of a loss.
 
-Must not know: which methods there are, how units follow each other.
+Must not know: which methods there are, the order of units.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from calibrators.reconstruction.cuda_graphs import Recorded
 __all__ = ["Learned", "Loss", "RelativeError", "ScaleOnlyLoss", "Settings", "Sum", "Unit", "train"]
 
 CHECK_EVERY = 100
-"""Steps between two looks at whether the loss is still finite."""
+"""Steps between two checks that the loss is still finite."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A block to be trained, with everything it needs.
+    """A block to be trained, with its data.
 
     simulation:   the block with quantizers.
-    inputs:       block.inputs in the network that is quantized so far, all samples.
+    inputs:       block.inputs in the network quantized so far, all samples.
     float_inputs: the same in the float network.
     targets:      outputs of the float network, one per entry of `supervised`, the indices of outputs that have samples.
     energy:       mean square of each target.
     scales:       sites whose activation scale may be trained here.
     weights:      float weights and their grids by site; biases: float biases by site.
     reference:    the method's loss with nearest rounding.
-    device:       where it is trained: weights, biases and the simulation are there, caches are in memory.
+    device:       holds weights, biases and the simulation, which are trained there; caches are in memory.
     """
 
     block: Block
@@ -60,13 +60,13 @@ class Unit:
 
 
 class Loss(Protocol):
-    """What a unit is trained to make small."""
+    """The loss that a unit is trained on."""
 
     def reads(self, index: Tensor) -> Sequence[Tensor]:
-        """What it has to know of the samples `index` [n] besides outputs and targets, on any device."""
+        """Return what it needs of the samples `index` [n] besides outputs and targets, on any device."""
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        """Loss [] of a minibatch: outputs and targets [n, ...] of the unit and what it `reads`, on one device."""
+        """Return the loss [] of a minibatch: outputs and targets [n, ...] and what it `reads`, on one device."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RelativeError:
 
 @dataclass(frozen=True)
 class Sum:
-    """Two losses."""
+    """The sum of two losses."""
 
     first: RelativeError
     second: Loss
@@ -104,19 +104,19 @@ class Sum:
 
 
 class ScaleOnlyLoss(Sum):
-    """Two losses, of which activation scales alone follow the second."""
+    """The sum of two losses, of which only activation scales follow the second."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a unit is trained.
+    """Settings of the training of a unit.
 
     lr, scale_lr, bias_lr, gain_lr: learning rates of rounding variables, logarithms of activation scales, biases (in
-        units of the mean bias) and logarithms of weight scales; 0 leaves them as they are.
+        units of the mean bias) and logarithms of weight scales; 0 keeps them fixed.
     strength: of the rounding regularizer, in units of the reference loss per weight.
-    warmup:   share of the steps before it acts.
+    warmup:   share of the steps before the regularizer acts.
     keep, input_keep: probability that an activation inside, or an input, is the quantized one.
-    precision: of operators with weights in training; what is deployed is always evaluated in float32.
+    precision: of operators with weights during training; deployed units are always evaluated in float32.
     """
 
     iters: int
@@ -134,7 +134,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What came out: rounding and gains (factors of the weight scales, [channels] or []) of the weights, biases."""
+    """Results of training: rounding, gains (factors of the weight scales, [channels] or []) and biases."""
 
     rounding: Rounding | None
     gains: Mapping[str, Tensor]
@@ -144,19 +144,19 @@ class Learned:
 def train(
     unit: Unit, loss: Loss, settings: Settings, generator: torch.Generator, advance: Callable[[int], None]
 ) -> Learned:
-    """Train the unit; its quantizers are left learning.
+    """Train the unit; its quantizers stay in training mode.
 
     raises: DataError when the loss stops being finite.
     """
     trainer = _Trainer(unit, loss, settings, generator)
-    # held here, not by the trainer: in a cycle of references both would outlive the unit
+    # not an attribute of the trainer: a reference cycle would outlive the unit
     descend = Recorded(trainer.descend, unit.device, [trainer.drawing])
     for step in range(settings.iters):
         value = descend(*trainer.minibatch(step))
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
             raise DataError(
                 f"the loss of unit {unit.block.name} became {float(value)} in step {step}: training diverged; "
-                "lower the learning rates (lr, scale_lr, bias_lr) or look at the calibration data"
+                "lower the learning rates (lr, scale_lr, bias_lr) or check the calibration data"
             )
         advance(1)
     return Learned(
@@ -167,7 +167,7 @@ def train(
 
 
 class _Trainer:
-    """Variables, optimizer and one step."""
+    """The variables, the optimizer and the step of a training run."""
 
     def __init__(self, unit: Unit, loss: Loss, settings: Settings, generator: torch.Generator) -> None:
         self.unit, self.loss, self.settings, self.device = unit, loss, settings, unit.device
@@ -180,7 +180,7 @@ class _Trainer:
         unit.simulation.train_in(settings.precision)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []
-        self.rates: list[tuple[float, bool]] = []  # first learning rate of every group, and whether it fades
+        self.rates: list[tuple[float, bool]] = []  # initial learning rate of every group, and whether it fades
         self.rounding = self._rounding()
         self.gains = self._gains()
         self.biases = self._biases()
@@ -235,7 +235,7 @@ class _Trainer:
         return scales
 
     def minibatch(self, step: int) -> tuple[Any, ...]:
-        """The arguments of `descend` in a step."""
+        """Return the arguments of `descend` in a step."""
         unit = self.unit
         index = next(self.minibatches)
         floats = [cache.gather(index) for cache, mixed in zip(unit.float_inputs, self.mixed, strict=True) if mixed]
@@ -250,7 +250,7 @@ class _Trainer:
         )
 
     def _schedule(self, step: int, progress: float) -> Tensor:
-        """What changes from step to step: beta of the rounding regularizer, learning rates of the groups."""
+        """Return beta of the rounding regularizer and the learning rates of the groups in a step."""
         beta = 20 - 18 * max(progress, 0.0)
         fade = 0.5 * (1 + math.cos(math.pi * step / self.settings.iters))
         rates = [lr * (fade if fades else 1.0) for lr, fades in self.rates]
@@ -258,7 +258,7 @@ class _Trainer:
         return torch.tensor([beta, *rates], dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
 
     def descend(self, regular: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
-        """One step; the loss before it, []. `regular`: whether the regularizer acts."""
+        """Take one step and return the loss before it, []; `regular` tells whether the regularizer acts."""
         (schedule,), quantized, floats, targets, read = groups
         beta, *rates = schedule.unbind()
         for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
@@ -277,7 +277,7 @@ class _Trainer:
         return value
 
     def _backward(self, outputs: list[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        """Gradients of what is trained; the loss, detached."""
+        """Compute the gradients and return the loss, detached."""
         loss = self.loss
         value = loss.first(outputs, targets) if isinstance(loss, ScaleOnlyLoss) else loss(outputs, targets, read)
         if self.optimizer is None:
@@ -306,7 +306,7 @@ class _Trainer:
 
 
 def _minibatches(samples: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random samples without replacement, epoch after epoch; an incomplete rest is dropped."""
+    """Yield random samples without replacement, epoch after epoch; incomplete minibatches are dropped."""
     size = min(size, samples)
     while True:
         order = torch.randperm(samples, generator=generator)

@@ -1,4 +1,4 @@
-"""Losses of a unit beyond its own squared error: weighted by importance, across blocks, on the prediction.
+"""Losses beyond the squared error of a unit: weighted by importance, across blocks, on the prediction.
 
 Must not know: which methods there are, ONNX.
 """
@@ -42,7 +42,7 @@ def _importances(run: Run, names: list[str]) -> Mapping[str, Importance]:
 
 @dataclass(frozen=True)
 class FisherWeightedLoss:
-    """Relative squared error, every element weighed by its importance; outputs of the network itself are not."""
+    """Relative squared error weighted by importance, except for the outputs of the network itself."""
 
     energy: tuple[float, ...]
     importance: Sequence[Importance | None]
@@ -80,7 +80,7 @@ class AcrossBlocks:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Difference of the predictions that the unit's outputs lead to, weighted."""
+    """Difference of the predictions that follow from the unit's outputs, weighted."""
 
     downstream: DownstreamTarget
     weight: float
