@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError, InputError, ModelError
+from calibrators.errors import DataError, InputError, ModelError, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.task import Problem, Stage, silent
 from calibrators.graph.aten import constant, operator_name, where
@@ -154,9 +154,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]} Use --device cpu."
-        ) from error
+        raise InputError(f"device {name!r} cannot be used here: {first_line(error)} Use --device cpu.") from error
     return device
 
 

@@ -14,9 +14,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["DataError", "ExportError", "InputError", "IntactError", "ModelError", "UnknownNameError"]
-
+__all__ = [
+    "DataError",
+    "ExportError",
+    "InputError",
+    "IntactError",
+    "ModelError",
+    "UnknownNameError",
+    "first_line",
+    "near_file",
+]
 
 SHOWN = 40
 """Names listed in a message."""
@@ -55,3 +64,17 @@ class ExportError(IntactError):
     """The model contains something that the target cannot represent."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank, at most 300 characters of it."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def near_file(path: Path) -> str:
+    """Return the end of a sentence `... does not exist`: a guess from the files beside it."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {folder}."
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    return f"; did you mean {str(folder / near[0])!r}?" if near else "."

@@ -16,34 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.calibration import calibrate
-from calibrators.errors import DataError, InputError
+from calibrators.errors import InputError, first_line
 from calibrators.execution.measure import Batch
-from calibrators.methods import get_method
-from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
 from exporter.inputs.batches import GraphBatches
-from exporter.inputs.data import Data
 
-__all__ = ["calibrated", "calibration_data", "calibration_notes"]
-
-
-def calibration_data(data: Data, config: ExportConfig) -> Data:
-    """Return the calibration data, with labels where the method needs them or a budget can use them."""
-    opened = data.take(config.calibration_batches)
-    has_labels = opened.example().labels is not None
-    if _needs_labels(config) and not has_labels:
-        raise DataError(
-            f"method {config.method!r} with these options needs labels and {opened.label} has none; yield (x, labels), "
-            "or name them 'labels' in the .npz."
-        )
-    limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
-    return opened.with_labels() if has_labels and (limits_accuracy or _needs_labels(config)) else opened
-
-
-def _needs_labels(config: ExportConfig) -> bool:
-    return bool(getattr(get_method(config.method, config.options), "needs_labels", False))
+__all__ = ["calibrated", "calibration_notes"]
 
 
 def calibrated(
@@ -112,6 +92,6 @@ def _out_of_space(config: ExportConfig) -> Iterator[None]:
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"device {config.device!r} has too little memory ({str(error).splitlines()[0]}); use smaller "
+            f"device {config.device!r} has too little memory ({first_line(error)}); use smaller "
             "batches (--set batch=N) or --device cpu."
         ) from error

@@ -1,26 +1,30 @@
-"""Check the settings of an export beyond their form, before any work begins.
+"""Check the settings of an export beyond their form, and its data, before any work begins.
 
-Must not know: models, data, how anything is computed.
+Must not know: models, how anything is computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from calibrators.errors import InputError
+from calibrators.errors import DataError, InputError
 from calibrators.methods import get_method, range_method
+from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, refused_opset
-from exporter.reporting.gates import parse
+from exporter.inputs.data import Data
+from exporter.reporting.gates import Gate, check_measurable
 from runtime_tests.parity.openvino import check_installed
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "checked_data"]
 
 
 def check_settings(config: ExportConfig) -> None:
-    """Check that every name is known, every gate can be parsed, and the device exists.
+    """Check that every name is known, and that device, libraries and storage of weights can do what is asked.
 
     raises: InputError.
     """
@@ -30,33 +34,56 @@ def check_settings(config: ExportConfig) -> None:
         if rule.method is not None:
             range_method(rule.method)
     check_preparations(config.prepare)
-    for expression in config.gates:
-        parse(expression)
     if config.openvino:
         check_installed()
     _check_device(config.device)
     _check_storage(config)
 
 
+def checked_data(
+    data: Data, evaluation: Data | None, config: ExportConfig, gates: Iterable[Gate]
+) -> tuple[Data, Data | None]:
+    """Return the calibration data, with labels where method or budgets use them, and the evaluation data.
+
+    raises: DataError for missing labels or data that can be read only once, InputError for a gate without its data.
+    """
+    has_labels = evaluation is not None and evaluation.example().labels is not None
+    check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
+    calibration = data.take(config.calibration_batches)
+    needs_labels = getattr(get_method(config.method, config.options), "needs_labels", False)
+    if calibration.example().labels is not None:
+        limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
+        calibration = calibration.with_labels() if needs_labels or limits_accuracy else calibration
+    elif needs_labels:
+        raise DataError(
+            f"method {config.method!r} with these options needs labels and {calibration.label} has none; yield "
+            "(x, labels), or name them 'labels' in the .npz."
+        )
+    for opened in (calibration, evaluation):
+        if opened is not None:
+            opened.example()  # a second time: data that can be read only once is refused here
+    return calibration, evaluation
+
+
 def _check_storage(config: ExportConfig) -> None:
-    asked = STORAGES[config.weight_storage]
+    packed = STORAGES[config.weight_storage]
     narrowest = min([config.weight_bits, *(rule.weight_bits for rule in config.layers if rule.weight_bits)])
-    if config.weight_storage != "auto" and asked and narrowest > max(asked):
-        raise InputError(
-            f"weight_storage is {config.weight_storage!r} and no weight has {max(asked)} bits or fewer; give "
-            f"--weight-bits {max(asked)}, or leave --weight-storage out."
-        )
-    if config.openvino and 2 in asked:
-        raise InputError(
-            f"weight_storage is {config.weight_storage!r}, whose 2-bit types OpenVINO does not read; give "
-            "--weight-storage auto, or leave --openvino out."
-        )
     opset = refused_opset(config.weight_storage)
-    if opset is not None:
-        raise InputError(
-            f"weight_storage is {config.weight_storage!r}, whose types came with opset {opset}, which the installed "
-            "onnxruntime does not load; upgrade onnxruntime, or give --weight-storage int8."
+    if config.weight_storage != "auto" and packed and narrowest > max(packed):
+        problem = (
+            f"and no weight has {max(packed)} bits or fewer; give --weight-bits {max(packed)}, or leave "
+            "--weight-storage out"
         )
+    elif config.openvino and 2 in packed:
+        problem = "whose 2-bit types OpenVINO does not read; give --weight-storage auto, or leave --openvino out"
+    elif opset is not None:
+        problem = (
+            f"whose types came with opset {opset}, which the installed onnxruntime does not load; upgrade onnxruntime, "
+            "or give --weight-storage int8"
+        )
+    else:
+        return
+    raise InputError(f"weight_storage is {config.weight_storage!r}, {problem}.")
 
 
 def _check_device(name: str) -> None:

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from calibrators.errors import InputError, IntactError, UnknownNameError
+from calibrators.errors import InputError, IntactError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig, Setting
@@ -325,8 +325,7 @@ def _described(error: Exception) -> tuple[str, str, int]:
         place = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror or error}{place}; nothing was written: free space, or check rights and paths."
         return reason, "error: ", InputError.exit_code
-    first = next(iter(str(error).splitlines()), "")
-    reason = f"internal error: {type(error).__name__}: {first}; run again with --debug and report it."
+    reason = f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report it."
     return reason, "", INTERNAL_FAULT
 
 

@@ -10,14 +10,13 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, near_file
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.options import PlacementOptions
@@ -231,8 +230,7 @@ def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        near = get_close_matches(file.name, [p.name for p in file.parent.glob("*.toml")], n=1)
-        raise InputError(f"configuration file {file} does not exist{f'; did you mean {near[0]!r}?' if near else '.'}")
+        raise InputError(f"configuration file {file} does not exist{near_file(file)}")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

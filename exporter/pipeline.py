@@ -22,8 +22,8 @@ from calibrators.errors import ModelError
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
 from exporter.about import __version__
-from exporter.calibrating import calibrated, calibration_data, calibration_notes
-from exporter.checks import check_settings
+from exporter.calibrating import calibrated, calibration_notes
+from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
 from exporter.emission.packing import alternatives, pack
 from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
@@ -36,7 +36,6 @@ from exporter.inputs.data import Data
 from exporter.inputs.open import check_takes_integers, open_both
 from exporter.progress import Bar, Progress
 from exporter.reporting.bundle import check_out, write_bundle
-from exporter.reporting.gates import check_measurable
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import Report
 from exporter.reporting.sections import (
@@ -99,12 +98,7 @@ def export(
         source, model = model, load_model(model, checkpoint)
         names = input_names(model)
         given, evaluation = given.named(names), evaluation and evaluation.named(names)
-    has_labels = evaluation is not None and evaluation.example().labels is not None
-    check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
-    calibration = calibration_data(given, config)
-    for opened in (calibration, evaluation):
-        if opened is not None:
-            opened.example()  # once more: what can be read only once is refused before the work
+    calibration, evaluation = checked_data(given, evaluation, config, gates)
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
         work = _Export(config, progress or Progress(), source, Path(folder))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, first_line
 from calibrators.graph.aten import infer_shapes, where
 from exporter.frontend.functionalize import HALVES, flatten
 
@@ -67,7 +67,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.
             try:
                 return _export_free(model, inputs), True, []
             except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
-                reason = _first_line(free)
+                reason = first_line(free)
             try:
                 program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
             except Exception as fixed:
@@ -163,16 +163,11 @@ def _check(graph: fx.GraphModule) -> None:
     try:
         infer_shapes(graph)
     except Exception as error:
-        raise ModelError(f"the captured graph does not run on its own example: {_first_line(error)}") from error
+        raise ModelError(f"the captured graph does not run on its own example: {first_line(error)}") from error
     output = next(iter(reversed(graph.graph.nodes)))
     for value in output.args[0]:
         if not isinstance(value, fx.Node):
             raise ModelError(f"the model returns {value!r}, which is no tensor; return tensors only")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
@@ -192,12 +187,12 @@ def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> 
             model(*inputs)
     except Exception as eager:
         return (
-            f"the model does not run on inputs of shape {shapes}: {type(eager).__name__}: {_first_line(eager)}"
+            f"the model does not run on inputs of shape {shapes}: {type(eager).__name__}: {first_line(eager)}"
             f"{f' (in {module!r}, {line})' if line else ''}; check that the data fits the model's forward()"
         )
     return (
         f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "
-        f"{type(error).__name__}: {_first_line(error)}; make the control flow there independent of tensor values, or "
+        f"{type(error).__name__}: {first_line(error)}; make the control flow there independent of tensor values, or "
         "export the model yourself with torch.export.save and pass the .pt2 file"
     )
 

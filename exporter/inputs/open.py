@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import DataError
-from exporter.frontend.load import UserCallable, load_callable, users_code
+from exporter.frontend.user_code import UserCallable, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.sources import ImageForm, from_arrays, from_images, from_npz
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from calibrators.errors import InputError, ModelError, UnknownNameError
-from exporter.frontend.load import input_names, load_callable, load_model, read_state_dict
+from exporter.frontend.load import input_names, load_model, read_state_dict
+from exporter.frontend.user_code import load_callable
 
 NETWORK = """
     import torch
@@ -200,7 +201,7 @@ def test_a_file_that_cannot_be_imported_names_the_line(tmp_path: Path, content: 
         pytest.param("no_such_package.sub:f", "no module named", id="package"),
         pytest.param("nowhere/net.py:f", "does not exist: there is no folder nowhere", id="folder"),
         pytest.param("weights.pth", "as --checkpoint", id="weights as model"),
-        pytest.param("net.onnx", "starts at the PyTorch network", id="onnx as model"),
+        pytest.param("net.onnx", "starts from the PyTorch network", id="onnx as model"),
         pytest.param("nowhere.pt2", "does not exist", id="pt2"),
         pytest.param("justaname", "names no callable", id="bare name"),
     ],
@@ -308,7 +309,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(
 def test_a_damaged_checkpoint_is_one_message(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"net{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"damaged or no checkpoint|no readable safetensors"):
+    with pytest.raises(ModelError, match=r"damaged or not a checkpoint|not a readable safetensors"):
         read_state_dict(path)
 
 
