@@ -1,22 +1,35 @@
-"""Statistics of values over the training set, from batch norms; kept when the norms are folded.
+"""Batch norms in evaluation: what they compute, and what they say of values over the training set.
 
-A batch norm in evaluation, its running statistics taken as true, gives every channel the mean beta and the deviation
-|gamma| * sqrt(variance / (variance + eps)). Folding carries both to the output of the operator that takes the norm in
-and leaves them in that node's meta[EXPECTED]. They belong to the value: a rewrite that makes it in another way moves
-them to the node that makes it, and the nodes that make a part of it have none (`meta_of_part`).
+A batch norm with its running statistics is y = slope * x + offset in every channel. If the statistics are true, its
+output has the mean beta and the deviation |gamma| * sqrt(variance / (variance + eps)). Folding carries both to the
+output of the operator that takes the norm in and leaves them in that node's meta[EXPECTED], for methods that ask. They
+belong to the value: a rewrite that computes the value in another way moves them to the node that does, and nodes that
+compute a part of it have none.
 
 Must not know: folding, methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["EXPECTED", "Expected", "expected_outputs", "meta_of_part", "of_batch_norm"]
+from calibrators.graph.aten import bind, is_constant
+
+__all__ = [
+    "EXPECTED",
+    "HIGH_BIAS",
+    "BatchNorm",
+    "Expected",
+    "expected_outputs",
+    "mean_and_deviation",
+    "read_batch_norm",
+    "update_expected",
+    "uses_batch_statistics",
+]
 
 EXPECTED = "expected"
 """Key of node.meta."""
@@ -47,43 +60,85 @@ class Expected:
 
     @property
     def spread(self) -> Tensor | None:
-        """The deviation if the norms were independent; None where it is unknown."""
+        """Deviation if the norms were independent; None where it is not known at all."""
         return torch.stack(self.gains).square().sum(0).sqrt() if self.gains else None
 
     @property
     def largest_std(self) -> Tensor | None:
-        """The upper bound of the deviation, however the norms vary together; None where it is unknown."""
+        """Upper bound of the deviation, however the norms vary together; None where it is not known at all."""
         return torch.stack(self.gains).sum(0) if self.gains else None
 
     def to(self, dtype: torch.dtype) -> Expected:
-        """The same in another dtype."""
+        """Return the same in another dtype."""
         return Expected(self.mean.to(dtype), tuple(gain.to(dtype) for gain in self.gains))
 
     def scaled(self, factor: Tensor) -> Expected:
-        """Return the statistics of the value times a positive `factor` [channels], in their dtype."""
+        """Return the statistics of the value times a positive `factor` [channels], in the dtype they have."""
         return Expected(self.mean * factor, tuple(gain * factor for gain in self.gains)).to(self.mean.dtype)
 
     def shifted(self, constant: Tensor) -> Expected:
-        """Return the statistics of the value plus a `constant` [channels], in their dtype."""
+        """Return the statistics of the value plus a `constant` [channels], in the dtype they have."""
         return Expected((self.mean + constant).to(self.mean.dtype), self.gains)
 
 
-def of_batch_norm(gamma: Tensor | None, beta: Tensor | None, variance: Tensor, eps: float) -> Expected:
-    """Return the output statistics of a batch norm for inputs with its running statistics; tensors are [channels]."""
-    std = (variance / (variance + eps)).sqrt()
-    mean = torch.zeros_like(variance) if beta is None else beta
-    return Expected(mean, (std if gamma is None else std * gamma.abs(),))
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """A batch norm in evaluation, slope * x + offset; every tensor is float64 [channels].
+
+    slope:    gamma / sqrt(variance + eps).
+    offset:   beta - mean * slope.
+    variance: running variance of the input.
+    expected: statistics of the output if the running ones are true.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    variance: Tensor
+    expected: Expected
+
+
+def read_batch_norm(node: fx.Node, exact: Callable[[fx.Node], Tensor]) -> BatchNorm | None:
+    """Return what a batch norm computes; None unless its statistics are kept and its parameters are constants.
+
+    exact: gives the float64 value of a get_attr node.
+    """
+    bound = bind(node)
+    parameters = [bound[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    if uses_batch_statistics(node) or not all(each is None or is_constant(each) for each in parameters):
+        return None
+    gamma, beta, mean, variance = (None if each is None else exact(each) for each in parameters)
+    assert mean is not None and variance is not None
+    gamma = torch.ones_like(variance) if gamma is None else gamma
+    beta = torch.zeros_like(variance) if beta is None else beta
+    eps = bound["eps"]
+    slope = (variance + eps).rsqrt() * gamma
+    deviation = (variance / (variance + eps)).sqrt() * gamma.abs()
+    return BatchNorm(slope, beta - mean * slope, variance, Expected(beta, (deviation,)))
+
+
+def uses_batch_statistics(node: fx.Node) -> bool:
+    """Return whether a batch norm normalises by the batch that it sees."""
+    bound = bind(node)
+    return bool(bound["training"]) or bound["running_mean"] is None or bound["running_var"] is None
 
 
 def expected_outputs(graph: fx.GraphModule) -> dict[str, Expected]:
-    """Return the known statistics of operator outputs, by name of their nodes."""
-    return {node.name: node.meta[EXPECTED] for node in graph.graph.nodes if _is_known(node)}
+    """Return what is known of the outputs of operators, by name of their nodes."""
+    known = (node for node in graph.graph.nodes if node.op == "call_function" and EXPECTED in node.meta)
+    return {node.name: node.meta[EXPECTED] for node in known}
 
 
-def _is_known(node: fx.Node) -> bool:
-    return node.op == "call_function" and EXPECTED in node.meta
+def mean_and_deviation(node: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the largest possible deviation of a node's output, float64 [channels] each, where known."""
+    expected: Expected | None = node.meta.get(EXPECTED)
+    if expected is None or expected.largest_std is None:
+        return None
+    return expected.mean.double(), expected.largest_std.double()
 
 
-def meta_of_part(node: fx.Node) -> dict[str, Any]:
-    """The meta of `node` for another that comes from the same module and has another value."""
-    return {key: value for key, value in node.meta.items() if key != EXPECTED}
+def update_expected(node: fx.Node, change: Callable[[Expected], Expected], later: Iterable[fx.Node] = ()) -> None:
+    """Record what a rewrite did to a node's output; nothing stays known of `later` values, which follow from it."""
+    if EXPECTED in node.meta:
+        node.meta[EXPECTED] = change(node.meta[EXPECTED])
+    for each in later:
+        each.meta.pop(EXPECTED, None)

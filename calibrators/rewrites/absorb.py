@@ -21,7 +21,7 @@ import math
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, infer_shapes, layer_name
-from calibrators.graph.batch_norm import EXPECTED, HIGH_BIAS, Expected
+from calibrators.graph.batch_norm import HIGH_BIAS, mean_and_deviation, update_expected
 from calibrators.record import AbsorbedPair, Absorption, Refused
 from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_constants
 
@@ -50,13 +50,13 @@ def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
 
 def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
     """What can be moved from each channel of the first layer, and the deviations, [channels] each; or why nothing."""
-    expected: Expected | None = link.first.meta.get(EXPECTED)
-    if expected is None or expected.largest_std is None:
+    known = mean_and_deviation(link.first)
+    if known is None:
         return "no batch norm says what its values are"
     if not link.keeps_constants or any(bind(link.second).get("padding", ())):
         return f"zeros are padded in front of {layer_name(link.second)}"
-    deviation = expected.largest_std.double()
-    moved = (expected.mean.double() - HIGH_BIAS * deviation).clamp(min=0.0)
+    mean, deviation = known
+    moved = (mean - HIGH_BIAS * deviation).clamp(min=0.0)
     return (moved, deviation) if bool(moved.any()) else "no channel stays above zero"
 
 
@@ -73,9 +73,7 @@ def _move(graph: fx.GraphModule, link: Link, moved: Tensor, deviation: Tensor) -
 
     set_constants(graph, first, bias=biases[0] - moved)
     set_constants(graph, second, bias=biases[1] + read(moved, parted.sum(3)))
-    first.meta[EXPECTED] = first.meta[EXPECTED].shifted(-moved)
-    for node in link.between:
-        node.meta.pop(EXPECTED, None)
+    update_expected(first, lambda expected: expected.shifted(-moved), later=link.between)
     worst, mean = (read(x, parted.abs().sum(3)).max() for x in (moved, MEAN_LOSS * deviation * (moved > 0)))
     return AbsorbedPair(
         first=layer_name(first),

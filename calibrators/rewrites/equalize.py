@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, infer_shapes, layer_name
-from calibrators.graph.batch_norm import EXPECTED, HIGH_BIAS, Expected
+from calibrators.graph.batch_norm import HIGH_BIAS, mean_and_deviation, update_expected
 from calibrators.record import Equalization, EqualizedPair
 from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_constants
 
@@ -103,23 +103,17 @@ def _converge(graph: fx.GraphModule, links: list[Link], ranges: dict[fx.Node, Te
 
 def _constancy(node: fx.Node) -> Tensor:
     """What the ranges of an operator's outputs are multiplied by, at least 1, [channels]; [] where nothing is known."""
-    if not _is_known(node):
+    known = mean_and_deviation(node)
+    if known is None:
         return torch.ones((), dtype=torch.float64)
-    expected: Expected = node.meta[EXPECTED]
-    assert expected.largest_std is not None
-    deviation = expected.largest_std.double().clamp(min=torch.finfo(torch.float32).tiny)
-    return (expected.mean.double() / (HIGH_BIAS * deviation)).clamp(min=1.0)
+    mean, deviation = known
+    return (mean / (HIGH_BIAS * deviation.clamp(min=torch.finfo(torch.float32).tiny))).clamp(min=1.0)
 
 
 def _least(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """What the ranges of an operator's outputs count for at least, by its bias, [channels]; 0 where norms tell more."""
     bias = constant(graph, bind(node)["bias"]).double().abs() / HIGH_BIAS
-    return torch.zeros_like(bias) if _is_known(node) else bias
-
-
-def _is_known(node: fx.Node) -> bool:
-    """Whether batch norms tell the deviation of an operator's outputs."""
-    return EXPECTED in node.meta and node.meta[EXPECTED].largest_std is not None
+    return torch.zeros_like(bias) if mean_and_deviation(node) is not None else bias
 
 
 def _channels(node: fx.Node, ranges: dict[fx.Node, Tensor]) -> int:
@@ -147,7 +141,4 @@ def _divide(graph: fx.GraphModule, link: Link, factor: Tensor, weights: dict[fx.
     parted = by_group(weights[second], _groups(second))
     weights[second] = (parted * factor[link.sources].reshape(len(parted), 1, -1, 1)).reshape(weights[second].shape)
     set_constants(graph, first, bias=constant(graph, bind(first)["bias"]).double() / factor)
-    if EXPECTED in first.meta:
-        first.meta[EXPECTED] = first.meta[EXPECTED].scaled(1 / factor)
-    for node in link.between:
-        node.meta.pop(EXPECTED, None)
+    update_expected(first, lambda expected: expected.scaled(1 / factor), later=link.between)

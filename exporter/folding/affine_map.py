@@ -1,13 +1,13 @@
-"""Tap maps: the normal form of every linear, shift-invariant piece of a network, and its algebra in float64.
+"""Affine maps: the normal form of every linear, shift-invariant piece of a network, and its algebra in float64.
 
-A tap map says how a value y follows from one root x (x is zero outside its grid, i counts positions per spatial axis):
+An affine map says how a value y follows from one root x (x is zero outside its grid, i counts positions per axis):
 
     y[n, o, i] = sum_d sum_c T_d[o, c] * x[n, c, stride * i + d]  +  bias[o]
 
 with an output size of floor((size + extra) / stride) + 1 per axis. Matrices are block diagonal with `groups` blocks and
 are stored as [groups, outputs / groups, inputs / groups]. Everything that decides whether an operation is legal (sizes,
-offsets, groups, bias) is known at once; the matrices are computed when asked for, so a map that nobody folds costs
-nothing. A linear layer is a map without spatial axes.
+offsets, groups, bias) is known at once; the matrices are computed when asked for, so that a map which is not folded
+costs nothing. A linear layer is a map without spatial axes.
 
 Groups are decided by structure, never by looking for zeros in a weight.
 
@@ -38,7 +38,6 @@ __all__ = [
     "scale",
     "shift",
     "stack",
-    "ungroup",
 ]
 
 Vector = tuple[int, ...]
@@ -50,26 +49,25 @@ CANCELLED = 1e-12
 
 
 class NotAffine(Exception):
-    """The operation leaves the set of tap maps; the message says why, for the list of refused folds."""
+    """The result of an operation is no affine map; the message says why, for the list of refused folds."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The convolution that a tap map is: kernel and dilation per axis, zeros to pad (or, negative, cells to crop)."""
+    """The convolution that an affine map is: kernel, dilation, zeros to pad (if negative: cells to crop) per axis."""
 
     kernel: Vector
     dilation: Vector
     low: Vector
     high: Vector
-    first: Vector
 
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """One linear map, see the module docstring.
+    """One affine map, see the module docstring.
 
-    bias:  float64 [outputs], None if it is zero by construction.
-    build: computes the matrices; a memo keeps shared operands from being computed twice.
+    bias:  float64 [outputs]; None if it is zero by construction.
+    build: computes the matrices; the memo keeps shared operands from being computed twice.
     """
 
     inputs: int
@@ -83,18 +81,17 @@ class AffineMap:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether every output cell reads exactly the input cell at its own place."""
-        here = (0,) * len(self.stride)
-        ones, size_kept = (1,) * len(self.stride), (-1,) * len(self.stride)
-        return self.offsets == {here} and self.stride == ones and self.extra == size_kept
+        """Whether every output cell reads the input cell at its own position and no other."""
+        same = identity(self.inputs, len(self.stride))
+        return (self.offsets, self.stride, self.extra) == (same.offsets, same.stride, same.extra)
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether every matrix is diagonal: channels do not mix."""
+        """Whether every matrix is diagonal, so that channels do not mix."""
         return self.inputs == self.outputs == self.groups
 
     def geometry(self) -> Geometry:
-        """Smallest convolution that holds all offsets."""
+        """Return the smallest convolution that has all offsets."""
         columns = [sorted(set(column)) for column in zip(*self.offsets, strict=True)] if self.stride else []
         steps = [math.gcd(*(value - column[0] for value in column)) or 1 for column in columns]
         spans = [column[-1] - column[0] for column in columns]
@@ -104,35 +101,39 @@ class AffineMap:
             dilation=tuple(steps),
             low=low,
             high=tuple(e + span + 1 - p for e, span, p in zip(self.extra, spans, low, strict=True)),
-            first=tuple(column[0] for column in columns),
         )
 
+    @property
+    def kernel_groups(self) -> int:
+        """Groups of the operator that is this map: a linear layer has none."""
+        return self.groups if self.stride else 1
+
     def macs_per_cell(self) -> int:
-        """Multiply-accumulates per output position of the convolution in geometry()."""
-        return self.outputs * (self.inputs // self.groups) * math.prod(self.geometry().kernel)
+        """Return the multiply-accumulates per output position of the operator with kernel()."""
+        return self.outputs * (self.inputs // self.kernel_groups) * math.prod(self.geometry().kernel)
 
     def matrices(self, memo: Memo) -> Matrices:
-        """Float64 matrices by offset."""
+        """Return the float64 matrices by offset."""
         if id(self) not in memo:
             memo[id(self)] = self.build(memo)
         return memo[id(self)]
 
     def kernel(self) -> Tensor:
-        """Float64 convolution weight [outputs, inputs / groups, *kernel]; [outputs, inputs] without spatial axes."""
-        shape = self.geometry()
-        weight = torch.zeros(*shape.kernel, self.outputs, self.inputs // self.groups, dtype=torch.float64)
+        """Return the float64 weight of a convolution [outputs, inputs / groups, *kernel] or linear layer."""
+        shape, groups = self.geometry(), self.kernel_groups
+        weight = torch.zeros(*shape.kernel, self.outputs, self.inputs // groups, dtype=torch.float64)
         for offset, matrix in self.matrices({}).items():
-            steps = zip(offset, shape.first, shape.dilation, strict=True)
-            weight[tuple((at - first) // step for at, first, step in steps)] = matrix.flatten(0, 1)
+            steps = zip(offset, shape.low, shape.dilation, strict=True)
+            weight[tuple((at + low) // step for at, low, step in steps)] = _regroup(matrix, groups).flatten(0, 1)
         return weight.movedim((-2, -1), (0, 1)).contiguous()
 
     def bias_or_zero(self) -> Tensor:
-        """Float64 bias [outputs]."""
+        """Return the float64 bias [outputs]."""
         return torch.zeros(self.outputs, dtype=torch.float64) if self.bias is None else self.bias
 
 
 def identity(channels: int, spatial: int) -> AffineMap:
-    """The map of a root from itself."""
+    """Return the map of a root from itself."""
     here = (0,) * spatial
     ones, size_kept = (1,) * spatial, (-1,) * spatial
     eye = {here: torch.ones(channels, 1, 1, dtype=torch.float64)}
@@ -140,7 +141,7 @@ def identity(channels: int, spatial: int) -> AffineMap:
 
 
 def scale(f: AffineMap, factor: Tensor) -> AffineMap:
-    """The map factor * f; factor is float64 [] or [outputs]."""
+    """Return the map factor * f; factor is float64 [] or [outputs]."""
 
     def build(memo: Memo) -> Matrices:
         rows = factor.expand(f.outputs).reshape(f.groups, -1, 1)
@@ -150,7 +151,7 @@ def scale(f: AffineMap, factor: Tensor) -> AffineMap:
 
 
 def shift(f: AffineMap, value: Tensor) -> AffineMap:
-    """The map f + value; value is float64 [] or [outputs]. A sum that cancels leaves a map without a bias."""
+    """Return the map f + value; value is float64 [] or [outputs]. A sum that cancels leaves a map without a bias."""
     old = f.bias_or_zero()
     total = old + value
     vanished = bool((total.abs() <= CANCELLED * (old.abs() + value.abs())).all())
@@ -158,7 +159,8 @@ def shift(f: AffineMap, value: Tensor) -> AffineMap:
 
 
 def add(f: AffineMap, g: AffineMap) -> AffineMap:
-    """The map f + g on the same root.
+    """Return the map f + g on the same root.
+
     raises: NotAffine unless channels, strides and output sizes agree for every input size.
     """
     if (f.inputs, f.outputs) != (g.inputs, g.outputs):
@@ -179,7 +181,8 @@ def add(f: AffineMap, g: AffineMap) -> AffineMap:
 
 
 def stack(maps: Sequence[AffineMap]) -> AffineMap:
-    """Outputs of all maps one after the other; they share one root.
+    """Return the concatenation of the outputs of maps on the same root.
+
     raises: NotAffine unless strides and output sizes agree for every input size.
     """
     first = maps[0]
@@ -188,11 +191,10 @@ def stack(maps: Sequence[AffineMap]) -> AffineMap:
     offsets = frozenset().union(*(f.offsets for f in maps))
 
     def build(memo: Memo) -> Matrices:
-        dense = [{at: _regroup(matrix, 1) for at, matrix in f.matrices(memo).items()} for f in maps]
+        parts = [f.matrices(memo) for f in maps]
         zeros = [torch.zeros(1, f.outputs, f.inputs, dtype=torch.float64) for f in maps]
-        return {
-            at: torch.cat([part.get(at, zero) for part, zero in zip(dense, zeros, strict=True)], 1) for at in offsets
-        }
+        pairs = list(zip(parts, zeros, strict=True))
+        return {at: torch.cat([_regroup(part.get(at, zero), 1) for part, zero in pairs], 1) for at in offsets}
 
     outputs = sum(f.outputs for f in maps)
     bias = None if all(f.bias is None for f in maps) else torch.cat([f.bias_or_zero() for f in maps])
@@ -200,11 +202,11 @@ def stack(maps: Sequence[AffineMap]) -> AffineMap:
 
 
 def pad(f: AffineMap, low: Vector, high: Vector, value: float = 0.0) -> AffineMap:
-    """The map f with `value` written around its output, `low` cells before, `high` after (negative: cut off), per axis.
+    """Return f with `value` written around its output: per axis `low` cells before, `high` after (negative: cut off).
 
-    A map may be padded only if, evaluated one cell beyond its grid, it reads nothing but zeros: then it yields its bias
-    there, and so does the merged convolution. Before the first cell that needs every offset <= stride - 1, after the
-    last one every offset >= -(extra + 1); and the padding value must be the bias.
+    A map may be padded only if, evaluated one cell beyond its grid, it reads nothing but zeros: there it yields its
+    bias, as the merged convolution does. Before the first cell that needs every offset <= stride - 1, after the last
+    one every offset >= -(extra + 1); and the padding value must be the bias.
 
     raises: NotAffine (the border rule) otherwise.
     """
@@ -227,13 +229,13 @@ def pad(f: AffineMap, low: Vector, high: Vector, value: float = 0.0) -> AffineMa
 
 
 def crop(f: AffineMap, low: Vector, high: Vector, step: Vector) -> AffineMap:
-    """The map f[low : -high : step] per axis."""
+    """Return the map f[low : -high : step] per axis."""
     cut = pad(f, tuple(-p for p in low), tuple(-p for p in high))
     return replace(cut, stride=tuple(s * t for s, t in zip(f.stride, step, strict=True)))
 
 
 def correlate(f: AffineMap, weight: Tensor, stride: Vector, dilation: Vector, groups: int) -> AffineMap:
-    """The convolution `weight` [outputs, channels / groups, *kernel], without padding, after f."""
+    """Return f followed by the unpadded convolution with `weight` [outputs, channels / groups, *kernel]."""
     kernel = tuple(weight.shape[2:])
     cells = list(itertools.product(*(range(k) for k in kernel)))
     jumps = [tuple(s * d * u for s, d, u in zip(f.stride, dilation, cell, strict=True)) for cell in cells]
@@ -245,7 +247,8 @@ def correlate(f: AffineMap, weight: Tensor, stride: Vector, dilation: Vector, gr
         for offset, inner in f.matrices(memo).items():
             for cell, jump in zip(cells, jumps, strict=True):
                 at = _plus(offset, jump)
-                product = _regroup(_product(own[_at(cell)], inner), merged)
+                index: Any = (..., *cell)
+                product = _regroup(_product(own[index], inner), merged)
                 total[at] = total[at] + product if at in total else product
         return total
 
@@ -268,20 +271,10 @@ def correlate(f: AffineMap, weight: Tensor, stride: Vector, dilation: Vector, gr
     )
 
 
-def ungroup(f: AffineMap) -> AffineMap:
-    """The same map with dense matrices."""
-    return replace(f, groups=1, build=lambda memo: {at: _regroup(m, 1) for at, m in f.matrices(memo).items()})
-
-
 def average(f: AffineMap, kernel: Vector, stride: Vector, divisor: int) -> AffineMap:
-    """Sum over a window, divided by `divisor`, per channel, without padding."""
+    """Return f followed by the sum over a window, divided by `divisor`, per channel and without padding."""
     weight = torch.full((f.outputs, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
     return correlate(f, weight, stride, (1,) * len(kernel), f.outputs)
-
-
-def _at(cell: Vector) -> Any:
-    """Index of one kernel cell in the trailing axes of a weight."""
-    return (..., *cell)
 
 
 def _plus(a: Vector, b: Vector) -> Vector:
@@ -289,7 +282,7 @@ def _plus(a: Vector, b: Vector) -> Vector:
 
 
 def _regroup(matrix: Tensor, groups: int) -> Tensor:
-    """Block diagonal [g, o, c] written with fewer, larger blocks [groups, g/groups * o, g/groups * c]."""
+    """Write a block diagonal [g, o, c] with fewer, larger blocks [groups, g/groups * o, g/groups * c]."""
     blocks, rows, columns = matrix.shape
     ratio = blocks // groups
     if ratio == 1:
@@ -301,7 +294,7 @@ def _regroup(matrix: Tensor, groups: int) -> Tensor:
 
 
 def _product(outer: Tensor, inner: Tensor) -> Tensor:
-    """The product outer @ inner for block-diagonal matrices of possibly different groups; diagonal ones only scale."""
+    """Return outer @ inner for block-diagonal matrices of possibly different groups; diagonal ones only scale."""
     if inner.shape[1:] == (1, 1):
         return outer * inner.reshape(outer.shape[0], 1, outer.shape[2])
     if outer.shape[1:] == (1, 1):

@@ -1,6 +1,6 @@
 """Statistics of the output of a folded region, from its batch norms, which the folded operator no longer has.
 
-Behind its last norms a region is affine: it is executed, in float64, on images in which every norm has its mean
+After its last norms a region is affine: it is executed, in float64, on images in which every norm has its mean
 everywhere, and once per norm with that one moved up by its deviation.
 
 Must not know: how regions are found or emitted.
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, is_constant
-from calibrators.graph.batch_norm import Expected, of_batch_norm
+from calibrators.graph.aten import is_constant
+from calibrators.graph.batch_norm import Expected
 from exporter.folding.interpret import BATCH_NORM, WEIGHTED, Analysis
 from exporter.folding.select import Candidate
 
@@ -25,34 +25,34 @@ def expected_output(analysis: Analysis, candidate: Candidate, sizes: Sequence[in
     """Return the known statistics of the output of a region, in float64.
 
     sizes:   of an input of the region that is larger than its kernel.
-    returns: None where a part of the output passes no batch norm, or where the norms stand in front of all of the
-             region's convolutions: then they describe the input.
+    returns: None where a part of the output passes no batch norm, or where the norms stand before all of the region's
+             convolutions: then they describe the input.
     """
     source, nodes = candidate.region
     after_norms = _after_norms(source, candidate.exit)
     if after_norms is None:
         return None
-    norms = [node for node in nodes if node in after_norms and node.target is BATCH_NORM]
-    rest = [node for node in nodes if node in after_norms and node.target is not BATCH_NORM]
+    norms = {node: analysis.batch_norm(node) for node in nodes if node in after_norms and node.target is BATCH_NORM}
+    expected = {node: norm.expected for node, norm in norms.items() if norm is not None}
+    rest = [node for node in nodes if node in after_norms and node not in expected]
     mixes = any(node.target in WEIGHTED for node in rest)
-    if mixes and all(norm.args[0] is source for norm in norms):
+    if mixes and all(norm.args[0] is source for norm in expected):
         return None
-    own = {norm: _of_norm(analysis, norm) for norm in norms}
     values = analysis.run(nodes, {source: torch.zeros(*sizes, dtype=torch.float64)})
     cell: tuple[int | slice, ...] = (0, slice(None), *_interior(candidate, sizes))
 
     def response(moved: fx.Node | None = None) -> Tensor:
-        """The output where every norm has its mean all over the image, `moved` one deviation more."""
+        """Return the output where every norm has its mean all over the image, `moved` one deviation more."""
         images = {
             norm: (each.mean + (each.gains[0] if norm is moved else 0.0))
             .reshape(-1, *[1] * (values[norm].ndim - 2))
             .expand_as(values[norm])
-            for norm, each in own.items()
+            for norm, each in expected.items()
         }
         return analysis.run(rest, values | images)[candidate.exit][cell]
 
     mean = response()
-    return Expected(mean, () if mixes else tuple((response(norm) - mean).abs() for norm in norms))
+    return Expected(mean, () if mixes else tuple((response(norm) - mean).abs() for norm in expected))
 
 
 def _after_norms(source: fx.Node, exit_: fx.Node) -> set[fx.Node] | None:
@@ -67,12 +67,6 @@ def _after_norms(source: fx.Node, exit_: fx.Node) -> set[fx.Node] | None:
             found.add(node)
             waiting += [] if node.target is BATCH_NORM else node.all_input_nodes
     return found
-
-
-def _of_norm(analysis: Analysis, norm: fx.Node) -> Expected:
-    bound = bind(norm)
-    gamma, beta = (None if bound[name] is None else analysis.exact(bound[name]) for name in ("weight", "bias"))
-    return of_batch_norm(gamma, beta, analysis.exact(bound["running_var"]), bound["eps"])
 
 
 def _interior(candidate: Candidate, sizes: Sequence[int]) -> tuple[int, ...]:

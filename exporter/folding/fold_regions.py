@@ -1,8 +1,8 @@
-"""A graph whose linear regions are single convolutions and linear layers: batch norms, branches, scales folded away.
+"""Fold batch norms, branches and scales away: affine regions become single convolutions and linear layers.
 
 The algebra is folding.affine_map's, in float64; what is folded is folding.select's choice. Every fold is proved when
 it is made: region and replacement run in float64 on random inputs of odd and even sizes, border included, and a fold
-that differs is dropped and listed. What the folded norms knew of outputs is kept in their nodes (bn_statistics).
+that differs is dropped and listed. What the folded norms said of outputs is kept in their nodes (bn_statistics).
 
 Must not know: model families, module or parameter names, quantization, ONNX.
 """
@@ -17,23 +17,18 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import ModelError
-from calibrators.graph.aten import add_constant, bind, infer_shapes, module_path, shape_of, where
+from calibrators.graph.aten import bind, infer_shapes, module_path, shape_of, where
 from calibrators.graph.batch_norm import EXPECTED, Expected
 from calibrators.graph.operators import SUMS, TRANSPOSED
-from exporter.folding.affine_map import AffineMap, ungroup
+from calibrators.graph.rewrite import Call, constant_before, origin, replace_call
+from calibrators.record import Refused
+from exporter.folding.affine_map import AffineMap
 from exporter.folding.bn_statistics import expected_output
-from exporter.folding.interpret import (
-    BATCH_NORM,
-    WEIGHTED,
-    Analysis,
-    interpret,
-    is_computed,
-    own_macs,
-)
+from exporter.folding.interpret import BATCH_NORM, WEIGHTED, Analysis, interpret, is_computed, own_macs
 from exporter.folding.select import Candidate, Rejected, Selection, refusals, regroup_sums, select
 from exporter.folding.simplify import fill_borders, fold_constants, remove_identities, with_own_attributes
 
-__all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "Refusal", "fold"]
+__all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "fold"]
 
 aten = torch.ops.aten
 
@@ -54,8 +49,8 @@ class FoldedNorm:
     A branch whose gain stands far above the others' dictates the range of the folded weight; that of an identity branch
     does so where the variance it saw in training was small.
 
-    where:        its module.
-    gain:         of the median channel; largest_gain: of the largest.
+    where:          its module.
+    gain:           of the median channel; largest_gain: of the largest.
     least_variance: smallest running variance of a channel.
     source: Ding et al. 2021, "RepVGG", section 3.3 (the factors of the folded kernels).
     """
@@ -68,7 +63,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class FoldedRegion:
-    """One fold: the module it came from, how many operators it replaced by what, its proof and its cost per sample."""
+    """One fold: the module it came from, how many operators became which one, its proof and its MACs per sample."""
 
     where: str
     nodes: int
@@ -80,22 +75,15 @@ class FoldedRegion:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Something that looks foldable and was left, and why."""
-
-    where: str
-    why: str
-
-
-@dataclass(frozen=True)
 class FoldReport:
-    """All folds and refusals of a graph; MACs are those of one sample of the whole graph."""
+    """All folds and refusals of a graph; `regions` counts the folds, MACs are those of the whole graph per sample."""
 
-    regions: tuple[FoldedRegion, ...]
-    refused: tuple[Refusal, ...]
+    regions: int
     max_rel_error: float
     macs_before: int
     macs_after: int
+    refused: tuple[Refused, ...]
+    folded: tuple[FoldedRegion, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +101,7 @@ class _Replacement:
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
-    """A folded copy of `graph`; meta["fold"] holds the FoldReport.
+    """Return a folded copy of `graph`, whose meta["fold"] is the FoldReport.
 
     graph: as in calibrators.graph.aten, in eval mode; it is not touched.
     raises: ModelError if the graph writes into its own values.
@@ -122,20 +110,22 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     _require_functional(graph)
     infer_shapes(graph)
     macs_before = _macs(graph)
-    analysis = _tidy(graph)
+    remove_identities(graph)
+    constants = fold_constants(graph)
+    fill_borders(graph, constants)
+    analysis = interpret(graph, constants)
     for _ in range(MAX_REGROUPINGS):
         if not regroup_sums(analysis):
             break
-        analysis = interpret(graph, analysis.constants)
-    selection = select(analysis, lambda candidate: _replace(analysis, candidate))
-    refused = tuple(Refusal(where(node), why) for node, why in refusals(analysis, selection).items())
+        analysis = interpret(graph, constants)
+    selection = select(analysis, lambda candidate: _proved(analysis, candidate))
+    refused = tuple(Refused(where(node), why) for node, why in refusals(analysis, selection).items())
     regions = _emit(analysis, selection)
     graph.graph.eliminate_dead_code()
     folded = with_own_attributes(graph)
-    folded.recompile()
     infer_shapes(folded)
     worst = max((region.rel_error for region in regions), default=0.0)
-    folded.meta["fold"] = FoldReport(regions, refused, worst, macs_before, _macs(folded))
+    folded.meta["fold"] = FoldReport(len(regions), worst, macs_before, _macs(folded), refused, regions)
     return folded
 
 
@@ -145,29 +135,23 @@ def _require_functional(graph: fx.GraphModule) -> None:
             raise ModelError(f"{where(node)} writes into its input ({node.target}); capture the model with capture()")
 
 
-def _tidy(graph: fx.GraphModule) -> Analysis:
-    remove_identities(graph)
-    constants = fold_constants(graph)
-    fill_borders(graph, constants)
-    return interpret(graph, constants)
-
-
 def _macs(graph: fx.GraphModule) -> int:
     return sum(own_macs(node) for node in graph.graph.nodes if node.op == "call_function")
 
 
-# One region --------------------------------------------------------------------------------------------------------
+# One region ----------------------------------------------------------------------------------------------------------
 
 
-def _replace(analysis: Analysis, candidate: Candidate) -> _Replacement:
-    """The proved replacement of a region.
+def _proved(analysis: Analysis, candidate: Candidate) -> _Replacement:
+    """Return the replacement of a region, with its proof.
+
     raises: Rejected if its weights do not fit the model's dtype or the proof fails.
     """
     made = _transposed(analysis, candidate) if candidate.ends_transposed else _operator(candidate.map)
     dtype = candidate.exit.meta["tensor_meta"].dtype
     if not all(bool(value.to(dtype).isfinite().all()) for value in (made.weight, made.bias)):
         raise Rejected("its weights or statistics are not finite, or their product overflows the model's dtype")
-    rel_error = max(_prove(analysis, candidate, made))
+    rel_error = max(_errors(analysis, candidate, made))
     if not rel_error <= MAX_REL_ERROR:
         raise Rejected(f"the proof failed: the folded operator differs by {rel_error:.1e} relative in float64")
     expected = expected_output(analysis, candidate, _proof_sizes(candidate)[0])
@@ -175,19 +159,18 @@ def _replace(analysis: Analysis, candidate: Candidate) -> _Replacement:
 
 
 def _operator(f: AffineMap) -> _Replacement:
-    """The linear layer or convolution that is the map; unequal or negative padding becomes an explicit pad."""
+    """Return the linear layer or convolution that is the map; unequal or negative padding becomes an explicit pad."""
+    weight, bias = f.kernel(), f.bias_or_zero()
     if not f.stride:
-        return _Replacement(
-            aten.linear.default, ungroup(f).kernel(), f.bias_or_zero(), (), (), f"linear {f.inputs}->{f.outputs}"
-        )
+        return _Replacement(aten.linear.default, weight, bias, (), (), f"linear {f.inputs}->{f.outputs}")
     shape = f.geometry()
     is_plain = shape.low == shape.high and min(shape.low) >= 0
     widths = [width for low, high in zip(shape.low[::-1], shape.high[::-1], strict=True) for width in (low, high)]
     own = list(shape.low) if is_plain else [0] * len(f.stride)
     return _Replacement(
         target=CONVOLUTION[len(f.stride)],
-        weight=f.kernel(),
-        bias=f.bias_or_zero(),
+        weight=weight,
+        bias=bias,
         arguments=(list(f.stride), own, list(shape.dilation), f.groups),
         padding=() if is_plain else tuple(widths),
         kernel=_describe(f"conv{len(f.stride)}d", shape.kernel, f.stride, shape.dilation, f.groups),
@@ -195,7 +178,7 @@ def _operator(f: AffineMap) -> _Replacement:
 
 
 def _describe(name: str, kernel: Any, stride: Any, dilation: Any, groups: int) -> str:
-    """`conv2d 3x3 s1 g1`; unequal strides as s1x2, a dilation only if there is one."""
+    """Return `conv2d 3x3 s1 g1`; unequal strides as s1x2, a dilation only if there is one."""
 
     def short(values: Any) -> str:
         return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
@@ -205,7 +188,7 @@ def _describe(name: str, kernel: Any, stride: Any, dilation: Any, groups: int) -
 
 
 def _transposed(analysis: Analysis, candidate: Candidate) -> _Replacement:
-    """The transposed convolution at the root with its output channels scaled and shifted."""
+    """Return the transposed convolution at the root with its output channels scaled and shifted."""
     node, f = candidate.root.node, candidate.map
     bound = bind(node)
     weight, groups, spatial = analysis.exact(bound["weight"]), bound["groups"], candidate.root.spatial
@@ -226,8 +209,8 @@ def _transposed(analysis: Analysis, candidate: Candidate) -> _Replacement:
     )
 
 
-def _prove(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list[float]:
-    """Largest relative difference per channel, for each of the proof's inputs."""
+def _errors(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list[float]:
+    """Return the largest relative difference per channel, for each of the proof's inputs."""
     source, nodes = candidate.region
     errors = []
     generator = torch.Generator().manual_seed(0)
@@ -245,86 +228,85 @@ def _prove(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list
 
 
 def _proof_sizes(candidate: Candidate) -> list[list[int]]:
-    """Shapes of the proof's inputs: an interior beside the border, odd and even, both parities if strides round."""
-    shape, spatial = shape_of(candidate.region[0]), candidate.root.spatial
-    if spatial == 0:
+    """Return shapes for the proof: an interior beside the border, odd and even, both parities if strides round."""
+    shape, stride = shape_of(candidate.region[0]), candidate.map.stride
+    if not stride:
         return [[1, *[3] * (len(shape) - 2), shape[-1]]]
-    shape_of_map, stride = candidate.map.geometry(), candidate.map.stride
-    axes = zip(shape_of_map.kernel, shape_of_map.dilation, stride, strict=True)
+    geometry = candidate.map.geometry()
+    axes = zip(geometry.kernel, geometry.dilation, stride, strict=True)
     odd = [2 * (d * (k - 1) + s) + 3 for k, d, s in axes]
     rounds = range(2 if max(stride) > 1 else 1)
     return [[1, shape[1], *(size + (axis + turn) % 2 for axis, size in enumerate(odd))] for turn in rounds]
 
 
 def _relative_error(before: Tensor, after: Tensor) -> float:
-    """Largest |difference| per row over the row's largest value, with the floor of CHANNEL_FLOOR."""
+    """Return the largest |difference| per row over the row's largest value, with the floor of CHANNEL_FLOOR."""
     largest = before.abs().amax(1)
     floor = CHANNEL_FLOOR * largest.amax()
     difference = (before - after).abs().amax(1)
     return float((difference / torch.maximum(largest, floor).clamp(min=torch.finfo(torch.float64).tiny)).amax())
 
 
-# Emission ----------------------------------------------------------------------------------------------------------
+# Emission ------------------------------------------------------------------------------------------------------------
 
 
 def _emit(analysis: Analysis, selection: Selection) -> tuple[FoldedRegion, ...]:
     """Put every replacement at the place of its region's exit."""
-    graph, regions = analysis.graph, []
+    regions = []
     newest: dict[fx.Node, fx.Node] = {}
     for candidate, made in selection.accepted:
-        source, nodes = candidate.region
-        exit_ = candidate.exit
-        meta = _meta(nodes)
-        if made.expected is not None:
-            meta[EXPECTED] = made.expected.to(meta["tensor_meta"].dtype)
-        before = sum(own_macs(node) for node in nodes)
-        after = own_macs(candidate.root.node) if candidate.ends_transposed else candidate.macs_after
-        with graph.graph.inserting_before(exit_):
-            new = _insert(graph, newest.get(source, source), made, meta)
-        exit_.replace_all_uses_with(new)
-        newest[exit_] = new
-        norms = tuple(_norm(analysis, node) for node in nodes if node.target is BATCH_NORM)
-        for node in reversed(nodes):
-            graph.graph.erase_node(node)
-        regions.append(FoldedRegion(module_path(new), len(nodes), made.kernel, made.rel_error, before, after, norms))
+        (source, nodes), exit_ = candidate.region, candidate.exit
+        after = analysis.merged_macs(exit_, candidate.map)
+        region = FoldedRegion(
+            where=_set_origin(nodes),
+            nodes=len(nodes),
+            kernel=made.kernel,
+            rel_error=made.rel_error,
+            macs_before=sum(map(own_macs, nodes)),
+            macs_after=own_macs(candidate.root.node) if candidate.ends_transposed else after,
+            norms=tuple(_norm(analysis, node) for node in nodes if node.target is BATCH_NORM),
+        )
+        newest[exit_] = _insert(exit_, newest.get(source, source), made)
+        for node in reversed(nodes[:-1]):
+            analysis.graph.graph.erase_node(node)
+        regions.append(region)
     return tuple(regions)
 
 
 def _norm(analysis: Analysis, node: fx.Node) -> FoldedNorm:
-    bound = bind(node)
-    variance = analysis.exact(bound["running_var"])
-    gamma = torch.ones_like(variance) if bound["weight"] is None else analysis.exact(bound["weight"])
-    gain = gamma.abs() / (variance + bound["eps"]).sqrt()
-    return FoldedNorm(module_path(node), float(gain.median()), float(gain.max()), float(variance.min()))
+    norm = analysis.batch_norm(node)
+    assert norm is not None
+    gain = norm.slope.abs()
+    return FoldedNorm(module_path(node), float(gain.median()), float(gain.max()), float(norm.variance.min()))
 
 
-def _insert(graph: fx.GraphModule, source: fx.Node, made: _Replacement, meta: dict[str, Any]) -> fx.Node:
-    stack = meta.get("nn_module_stack") or {"": ("", "")}
-    path = list(stack.values())[-1][0]
-    dtype = meta["tensor_meta"].dtype
-    parameters = []
-    for name, value in (("weight", made.weight), ("bias", made.bias)):
-        parameters.append(graph.graph.get_attr(add_constant(graph, f"{path}.{name}".lstrip("."), value.to(dtype))))
-    if made.padding:
-        source = graph.graph.call_function(aten.constant_pad_nd.default, (source, list(made.padding)))
-        source.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
-    new = graph.graph.call_function(made.target, (source, *parameters, *made.arguments))
-    new.meta = meta
-    return new
+def _insert(exit_: fx.Node, source: fx.Node, made: _Replacement) -> fx.Node:
+    """Replace the exit of a region by its replacement, which reads `source`."""
+    dtype = exit_.meta["tensor_meta"].dtype
+    exit_.meta.pop(EXPECTED, None)
+    if made.expected is not None:
+        exit_.meta[EXPECTED] = made.expected.to(dtype)
+    weight, bias = (
+        constant_before(exit_, f"{module_path(exit_)}.{name}".lstrip("."), value.to(dtype))
+        for name, value in (("weight", made.weight), ("bias", made.bias))
+    )
+    pad: list[Call] = [(aten.constant_pad_nd.default, (source, list(made.padding)))] if made.padding else []
+    return replace_call(exit_, *pad, (made.target, (... if pad else source, weight, bias, *made.arguments)))
 
 
-def _meta(nodes: tuple[fx.Node, ...]) -> dict[str, Any]:
-    """Meta of the exit, told to come from the one weighted operator of a chain, else from the common module."""
+def _set_origin(nodes: tuple[fx.Node, ...]) -> str:
+    """Let the exit come from the one weighted operator of a chain, else from the common module; return the module."""
     weighted = [node for node in nodes if node.target in WEIGHTED or node.target in TRANSPOSED]
     branches = any(node.target in SUMS and sum(map(is_computed, node.all_input_nodes)) > 1 for node in nodes)
-    meta = dict(nodes[-1].meta)
+    exit_ = nodes[-1]
     if len(weighted) == 1 and not branches:
-        origin = {key: weighted[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in weighted[0].meta}
-        return meta | origin
+        exit_.meta |= origin(weighted[0])
+        return module_path(exit_)
     stacks = [list(node.meta["nn_module_stack"].items()) for node in nodes if node.meta.get("nn_module_stack")]
     shared = []
     for level in zip(*stacks, strict=False):
         if any(item != level[0] for item in level):
             break
         shared.append(level[0])
-    return meta | {"nn_module_stack": dict(shared)}
+    exit_.meta["nn_module_stack"] = dict(shared)
+    return module_path(exit_)

@@ -1,8 +1,8 @@
-"""Abstract interpretation of the graph: which values are tap maps of which earlier values.
+"""Abstract interpretation of the graph: find which values are affine maps of which earlier values.
 
-Every value is a root of its own; a linear operator maps the tap maps of its inputs to those of its output, a sum keeps
-the roots that all its operands share, anything else starts afresh. Each operator is a rule below; what a rule cannot
-carry on it records with the reason.
+Every value is a root of its own. An operator that is affine extends the maps of its operands, from the roots that they
+share, to its result; after any other operator only the result itself is a root. Each affine operator is a rule below;
+where its algebra refuses (NotAffine), the reason is recorded.
 
 Must not know: model families, module names, what is emitted, quantization.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, is_constant, macs, overloads, per_axis, shape_of
+from calibrators.graph.batch_norm import BatchNorm, read_batch_norm, uses_batch_statistics
 from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, SUMS, facts
 from exporter.folding.affine_map import (
     AffineMap,
@@ -33,27 +34,28 @@ from exporter.folding.affine_map import (
     shift,
     stack,
 )
-from exporter.folding.simplify import Constants, evaluate, exact_value
+from exporter.folding.simplify import Constants, evaluate, exact_value, varying_axes
 
 __all__ = [
     "BATCH_NORM",
+    "MERGERS",
     "SCALES",
     "WEIGHTED",
     "Analysis",
     "Linear",
     "Root",
     "interpret",
+    "is_computed",
     "own_macs",
     "terms_of",
+    "times",
 ]
 
 aten = torch.ops.aten
 
-LINEAR = aten.linear.default
 BATCH_NORM = aten.batch_norm.default
 WEIGHTED = CONVOLUTIONS | POOLS | {"linear.default"}
 SCALES = PRODUCTS | QUOTIENTS
-
 MERGERS = SUMS | SCALES | PADS | {"neg.default", "cat.default"}
 """Operators that vanish when the weighted operator before them takes them in."""
 
@@ -72,7 +74,7 @@ class Root(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """One value as a tap map of a root; `apart`: fewest MACs per sample that leave its last step an operator."""
+    """One value as an affine map of a root; `apart`: fewest MACs per sample that leave its last step an operator."""
 
     map: AffineMap
     apart: int
@@ -82,9 +84,9 @@ class Linear:
 class Analysis:
     """The result of interpretation.
 
-    values:  tap maps of every value by root, itself included.
+    values:  affine maps of every value by root, itself included.
     blocked: by node, what could not be carried through it: (root, reason).
-    refused: by node, why a linear-looking operator is none, whatever its input.
+    refused: by node, why an operator that looks affine is not, whatever its input.
     """
 
     graph: fx.GraphModule
@@ -95,15 +97,19 @@ class Analysis:
     refused: dict[fx.Node, str] = field(default_factory=dict)
 
     def weight(self, node: fx.Node) -> Tensor:
-        """Value of a constant, float64 if it was evaluated here, else in the model's dtype."""
+        """Return the value of a constant: float64 if it was evaluated here, else in the model's dtype."""
         return self.constants[node] if node in self.constants else constant(self.graph, node)
 
     def exact(self, node: fx.Node) -> Tensor:
-        """Float64 value of a constant."""
+        """Return the float64 value of a constant."""
         return exact_value(self.graph, node, self.constants)
 
+    def batch_norm(self, node: fx.Node) -> BatchNorm | None:
+        """Return what a batch norm computes; None if that depends on its input."""
+        return read_batch_norm(node, self.exact)
+
     def run(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
-        """The given float64 values and those of `nodes`, in order, that follow from them."""
+        """Return the given float64 values and those of `nodes`, in order, that follow from them."""
         known = dict(values)
         for node in nodes:
             known |= {each: self.exact(each) for each in node.all_input_nodes if is_constant(each)}
@@ -111,45 +117,58 @@ class Analysis:
         return known
 
     def merged_macs(self, node: fx.Node, f: AffineMap) -> int:
-        """MACs per sample of `node` computed by one operator from the root of f."""
-        shape = shape_of(node)
-        cells = math.prod(shape[1:]) // f.outputs
-        return cells * (f.macs_per_cell() if f.stride else f.outputs * f.inputs)
+        """Return the MACs per sample of `node` computed by one operator from the root of f."""
+        return math.prod(shape_of(node)[1:]) // f.outputs * f.macs_per_cell()
 
     def fewest_macs(self, node: fx.Node, linear: Linear) -> int:
-        """MACs per sample of `node`, merged or not, whichever is less."""
+        """Return the MACs per sample of `node`, merged or not, whichever is less."""
         return min(linear.apart, self.merged_macs(node, linear.map))
 
     def inherited(self, node: fx.Node) -> dict[Root, Linear]:
-        """Tap maps of a value from earlier values."""
+        """Return the affine maps of a value from earlier values."""
         return {root: linear for root, linear in self.values.get(node, {}).items() if root.node is not node}
 
 
-Step = Callable[[AffineMap, int], AffineMap | None]
-"""One operator on a tap map, given the number of spatial axes of the root; None where the axes do not fit."""
+@dataclass(frozen=True)
+class Step:
+    """One affine operator.
+
+    extend:  takes the number of spatial axes of a root and the maps of the operands from it, and returns the map of the
+             result; None where the axes do not fit.
+    spatial: spatial axes that a root must have; None where any number will do.
+    """
+
+    operands: Sequence[fx.Node]
+    extend: Callable[..., AffineMap | None]
+    spatial: int | None = None
+
+
+Rule = Callable[[Analysis, fx.Node], Step | None]
+"""Returns the step that an operator is; None where it is not affine."""
 
 
 def interpret(graph: fx.GraphModule, constants: Constants) -> Analysis:
-    """Tap maps of all values of the graph; shapes must have been inferred."""
+    """Return the affine maps of all values of the graph; shapes must have been inferred."""
     nodes = list(graph.graph.nodes)
     analysis = Analysis(graph, constants, {node: index for index, node in enumerate(nodes)})
     for node in nodes:
         if node.op in ("get_attr", "output"):
             continue
         rule = RULES.get(node.target) if node.op == "call_function" else None
-        inherited = rule(analysis, node) if rule is not None and _one_dtype(node) else {}
-        nearest = sorted(inherited, key=lambda root: analysis.position[root.node])[-MAX_ROOTS:]
-        analysis.values[node] = {root: inherited[root] for root in nearest} | _as_root(node)
+        step = rule(analysis, node) if rule is not None and _has_one_dtype(node) else None
+        found = _extend(analysis, node, step) if step is not None else {}
+        nearest = sorted(found, key=lambda root: analysis.position[root.node])[-MAX_ROOTS:]
+        analysis.values[node] = {root: found[root] for root in nearest} | _as_root(node)
     return analysis
 
 
 def own_macs(node: fx.Node) -> int:
-    """Return the multiply-accumulates of one operator per sample (calibrators.graph.operators.macs)."""
+    """Return the multiply-accumulates of one operator per sample."""
     return macs(node) // next(iter(shape_of(node)), 1)
 
 
 def terms_of(node: fx.Node) -> list[tuple[float, Any]]:
-    """A sum or negation as [(coefficient, operand)]."""
+    """Return a sum or negation as [(coefficient, operand)]."""
     if node.target is aten.neg.default:
         return [(-1.0, node.args[0])]
     bound = bind(node)
@@ -162,11 +181,16 @@ def terms_of(node: fx.Node) -> list[tuple[float, Any]]:
 
 
 def is_computed(operand: object) -> bool:
-    """Whether an operand depends on the model's input."""
+    """Return whether an operand depends on the model's input."""
     return isinstance(operand, fx.Node) and not is_constant(operand)
 
 
-def _one_dtype(node: fx.Node) -> bool:
+def times(f: AffineMap, factor: float) -> AffineMap:
+    """Return the map factor * f."""
+    return f if factor == 1 else scale(f, torch.tensor(factor, dtype=torch.float64))
+
+
+def _has_one_dtype(node: fx.Node) -> bool:
     kinds = {_dtype(each) for each in (node, *node.all_input_nodes)}
     return len(kinds) == 1 and all(kind is not None and kind.is_floating_point for kind in kinds)
 
@@ -185,164 +209,71 @@ def _as_root(node: fx.Node) -> dict[Root, Linear]:
     return own
 
 
-def _follow(analysis: Analysis, node: fx.Node, source: Any, step: Step) -> dict[Root, Linear]:
-    """The tap maps of `source` after one more operator."""
+def _extend(analysis: Analysis, node: fx.Node, step: Step) -> dict[Root, Linear]:
+    """Return the affine maps of `node` from the roots that all its operands share."""
     found: dict[Root, Linear] = {}
-    for root, linear in analysis.values.get(source, {}).items():
-        try:
-            f = step(linear.map, root.spatial)
-        except NotAffine as reason:
-            analysis.blocked.setdefault(node, []).append((root, str(reason)))
-            continue
-        if f is not None and len(f.offsets) <= MAX_OFFSETS:
-            found[root] = Linear(f, analysis.fewest_macs(source, linear) + own_macs(node))
-    return found
-
-
-def _join(
-    analysis: Analysis,
-    node: fx.Node,
-    operands: Sequence[Any],
-    combine: Callable[[list[AffineMap], int], AffineMap | None],
-) -> dict[Root, Linear]:
-    """The tap maps, from roots that all operands share, of one operator on several of them."""
-    found: dict[Root, Linear] = {}
-    each = [analysis.values.get(operand, {}) for operand in operands]
+    each = [analysis.values.get(operand, {}) for operand in step.operands]
     for root in each[0]:
-        if not all(root in values for values in each):
+        if step.spatial not in (None, root.spatial) or not all(root in values for values in each):
             continue
+        linears = [values[root] for values in each]
         try:
-            f = combine([values[root].map for values in each], root.spatial)
+            f = step.extend(root.spatial, *(linear.map for linear in linears))
         except NotAffine as reason:
             analysis.blocked.setdefault(node, []).append((root, str(reason)))
             continue
         if f is not None and len(f.offsets) <= MAX_OFFSETS:
-            apart = sum(
-                analysis.fewest_macs(operand, values[root]) for operand, values in zip(operands, each, strict=True)
-            )
+            apart = sum(map(analysis.fewest_macs, step.operands, linears))
             found[root] = Linear(f, apart + own_macs(node))
     return found
 
 
-def _convolution(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+
+def _convolution(analysis: Analysis, node: fx.Node) -> Step | None:
     """Zero padding, then correlation, then the bias."""
     spatial, bound = facts(node.target).spatial, bind(node)
-    if not is_constant(bound["weight"]) or len(shape_of(bound["input"])) != spatial + 2:
-        return {}
-    weight = analysis.weight(bound["weight"])
-    stride, dilation = per_axis(bound["stride"], spatial), per_axis(bound["dilation"], spatial)
-    low, high = _padding(bound["padding"], weight.shape[2:], dilation)
+    if not _has_constant_parameters(bound) or len(shape_of(bound["input"])) != spatial + 2:
+        return None
+    weight, groups = analysis.weight(bound["weight"]), bound["groups"]
+    stride, padding, dilation = (per_axis(bound[name], spatial) for name in ("stride", "padding", "dilation"))
 
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        if axes != spatial:
-            return None
-        return _with_bias(analysis, correlate(pad(f, low, high), weight, stride, dilation, bound["groups"]), bound)
+    def extend(_: int, f: AffineMap) -> AffineMap:
+        product = correlate(pad(f, padding, padding), weight, stride, dilation, groups)
+        return _plus_bias(analysis, product, bound)
 
-    return _follow(analysis, node, bound["input"], step)
+    return Step([bound["input"]], extend, spatial)
 
 
-def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Zeros before and after per axis; 'same' puts the odd one after, as torch does."""
-    if given == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
-    both = (0,) * len(kernel) if given == "valid" else per_axis(given, len(kernel))
-    return both, both
-
-
-def _with_bias(analysis: Analysis, f: AffineMap, bound: dict[str, Any]) -> AffineMap | None:
-    if bound["bias"] is None:
-        return f
-    return shift(f, analysis.exact(bound["bias"])) if is_constant(bound["bias"]) else None
-
-
-def _linear(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
-    """A product with a constant matrix on the last axis."""
+def _linear(analysis: Analysis, node: fx.Node) -> Step | None:
+    """A product with a constant matrix on the last axis, then the bias."""
     bound = bind(node)
-    if not is_constant(bound["weight"]) or len(shape_of(bound["weight"])) != 2:
-        return {}
+    if not _has_constant_parameters(bound) or len(shape_of(bound["weight"])) != 2:
+        return None
     weight = analysis.weight(bound["weight"])
-
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        return None if axes else _with_bias(analysis, correlate(f, weight, (), (), 1), bound)
-
-    return _follow(analysis, node, bound["input"], step)
+    return Step([bound["input"]], lambda _, f: _plus_bias(analysis, correlate(f, weight, (), (), 1), bound), 0)
 
 
-def _batch_norm(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
-    """The affine map t * x + (beta - mean * t) with t = gamma / sqrt(variance + eps)."""
-    bound = bind(node)
-    names = ("weight", "bias", "running_mean", "running_var")
-    if bound["training"] or bound["running_mean"] is None or bound["running_var"] is None:
+def _has_constant_parameters(bound: dict[str, Any]) -> bool:
+    return is_constant(bound["weight"]) and (bound["bias"] is None or is_constant(bound["bias"]))
+
+
+def _plus_bias(analysis: Analysis, f: AffineMap, bound: dict[str, Any]) -> AffineMap:
+    return f if bound["bias"] is None else shift(f, analysis.exact(bound["bias"]))
+
+
+def _batch_norm(analysis: Analysis, node: fx.Node) -> Step | None:
+    if uses_batch_statistics(node):
         analysis.refused[node] = "batch norm without running statistics: it normalises by the batch it sees"
-        return {}
-    if not all(bound[name] is None or is_constant(bound[name]) for name in names):
-        return {}
-    gamma, beta, mean, variance = (None if bound[name] is None else analysis.exact(bound[name]) for name in names)
-    t = (variance + bound["eps"]).rsqrt() * (1.0 if gamma is None else gamma)
-    offset = (0.0 if beta is None else beta) - mean * t
-    rank = len(shape_of(node))
-    return _follow(
-        analysis, node, bound["input"], lambda f, axes: shift(scale(f, t), offset) if axes == rank - 2 else None
-    )
+    norm = analysis.batch_norm(node)
+    if norm is None:
+        return None
+    slope, offset = norm.slope, norm.offset
+    return Step([bind(node)["input"]], lambda _, f: shift(scale(f, slope), offset), len(shape_of(node)) - 2)
 
 
-def _sum(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
-    """Coefficients times operands; a constant operand must be one number or one per channel."""
-    terms = terms_of(node)
-    computed = [(factor, operand) for factor, operand in terms if is_computed(operand)]
-    if not computed or any(shape_of(operand) != shape_of(node) for _, operand in computed):
-        return {}
-    fixed = [(factor, operand) for factor, operand in terms if not is_computed(operand)]
-
-    def combine(maps: list[AffineMap], axes: int) -> AffineMap | None:
-        scaled = [
-            f if factor == 1 else scale(f, torch.tensor(factor, dtype=torch.float64))
-            for f, (factor, _) in zip(maps, computed, strict=True)
-        ]
-        total = scaled[0] if len(scaled) == 1 else add(*scaled)
-        for factor, operand in fixed:
-            vector = _per_channel(analysis, operand, node, axes)
-            if vector is None:
-                return None
-            total = shift(total, factor * vector)
-        return total
-
-    return _join(analysis, node, [operand for _, operand in computed], combine)
-
-
-def _product(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
-    """A product with, or a quotient by, one number or one per channel."""
-    first, second = node.args[:2]
-    is_quotient = node.target in QUOTIENTS
-    if is_computed(second) and not is_quotient:
-        first, second = second, first
-    if not is_computed(first) or is_computed(second) or shape_of(first) != shape_of(node):  # type: ignore[arg-type]
-        return {}
-
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        vector = _per_channel(analysis, second, node, axes)
-        if vector is None:
-            return None
-        return scale(f, 1.0 / vector if is_quotient else vector)
-
-    return _follow(analysis, node, first, step)
-
-
-def _per_channel(analysis: Analysis, operand: Any, node: fx.Node, spatial: int) -> Tensor | None:
-    """Float64 [] or [channels] of a constant that varies along the channel axis of `node` only; None otherwise."""
-    if not isinstance(operand, fx.Node):
-        return torch.tensor(float(operand), dtype=torch.float64)
-    value, rank = analysis.exact(operand), len(shape_of(node))
-    if value.numel() == 1:
-        return value.reshape(())
-    axis = 1 if spatial else rank - 1
-    shape = [1] * (rank - value.ndim) + list(value.shape)
-    only_there = len(shape) == rank and all(size == 1 for at, size in enumerate(shape) if at != axis)
-    return value.flatten() if only_there else None
-
-
-def _average_pool(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
+def _average_pool(analysis: Analysis, node: fx.Node) -> Step | None:
     """A depthwise convolution with equal weights, where every window has the same divisor."""
     spatial, bound = facts(node.target).spatial, bind(node)
     kernel, padding = per_axis(bound["kernel_size"], spatial), per_axis(bound["padding"], spatial)
@@ -354,74 +285,105 @@ def _average_pool(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
             "average pooling with count_include_pad=False: windows on the border have another divisor"
         )
     if node in analysis.refused or len(shape_of(bound["self"])) != spatial + 2:
-        return {}
+        return None
     divisor = bound.get("divisor_override") or math.prod(kernel)
-
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        return average(pad(f, padding, padding), kernel, stride, divisor) if axes == spatial else None
-
-    return _follow(analysis, node, bound["self"], step)
+    return Step([bound["self"]], lambda _, f: average(pad(f, padding, padding), kernel, stride, divisor), spatial)
 
 
-def _constant_pad(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
+def _sum(analysis: Analysis, node: fx.Node) -> Step | None:
+    """Coefficients times operands; a constant operand must be one number or one per channel."""
+    terms = terms_of(node)
+    computed = [(factor, operand) for factor, operand in terms if is_computed(operand)]
+    fixed = [(factor, operand) for factor, operand in terms if not is_computed(operand)]
+    if not computed or any(shape_of(operand) != shape_of(node) for _, operand in computed):
+        return None
+
+    def extend(axes: int, *maps: AffineMap) -> AffineMap | None:
+        scaled = [times(f, factor) for f, (factor, _) in zip(maps, computed, strict=True)]
+        total = scaled[0] if len(scaled) == 1 else add(*scaled)
+        for factor, operand in fixed:
+            vector = _per_channel(analysis, operand, node, axes)
+            if vector is None:
+                return None
+            total = shift(total, factor * vector)
+        return total
+
+    return Step([operand for _, operand in computed], extend)
+
+
+def _product(analysis: Analysis, node: fx.Node) -> Step | None:
+    """A product with, or a quotient by, one number or one per channel."""
+    first, second = node.args[:2]
+    is_quotient = node.target in QUOTIENTS
+    if is_computed(second) and not is_quotient:
+        first, second = second, first
+    if not isinstance(first, fx.Node) or is_constant(first) or is_computed(second):
+        return None
+
+    def extend(axes: int, f: AffineMap) -> AffineMap | None:
+        vector = _per_channel(analysis, second, node, axes)
+        return None if vector is None else scale(f, 1.0 / vector if is_quotient else vector)
+
+    return Step([first], extend) if shape_of(first) == shape_of(node) else None
+
+
+def _per_channel(analysis: Analysis, operand: Any, node: fx.Node, spatial: int) -> Tensor | None:
+    """Return float64 [] or [channels] of a constant that varies along the channel axis of `node` only, else None."""
+    if not isinstance(operand, fx.Node):
+        return torch.tensor(float(operand), dtype=torch.float64)
+    value, rank = analysis.exact(operand), len(shape_of(node))
+    if value.numel() == 1:
+        return value.reshape(())
+    axis = 1 if spatial else rank - 1
+    return value.flatten() if varying_axes(value.shape, rank) == [axis] and value.ndim <= rank else None
+
+
+def _constant_pad(analysis: Analysis, node: fx.Node) -> Step | None:
     """Padding of spatial axes with one number."""
-    bound = bind(node)
-    if bound.get("mode", "constant") != "constant":
-        return {}
+    bound, axes = bind(node), len(shape_of(node)) - 2
     widths = list(bound["pad"])
-
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        if not axes or len(widths) > 2 * axes or not all(isinstance(width, int) for width in widths):
-            return None
-        every = widths + [0] * (2 * axes - len(widths))
-        return pad(f, tuple(every[-2::-2]), tuple(every[::-2]), float(bound["value"] or 0.0))
-
-    return _follow(analysis, node, bound["self"], step)
+    is_spatial = axes > 0 and len(widths) <= 2 * axes and all(isinstance(width, int) for width in widths)
+    if bound.get("mode", "constant") != "constant" or not is_spatial:
+        return None
+    widths += [0] * (2 * axes - len(widths))
+    low, high = tuple(widths[-2::-2]), tuple(widths[::-2])
+    return Step([bound["self"]], lambda _, f: pad(f, low, high, float(bound["value"] or 0.0)), axes)
 
 
-def _slice(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
+def _slice(analysis: Analysis, node: fx.Node) -> Step | None:
     """Every step-th cell of one spatial axis, from a fixed start to the end or a fixed distance before it."""
-    bound = bind(node)
-    rank = len(shape_of(node))
-    axis, start, step_size = bound["dim"] % rank - 2, bound["start"] or 0, bound["step"]
+    bound, axes = bind(node), len(shape_of(node)) - 2
+    axis, start, step = bound["dim"] % (axes + 2) - 2, bound["start"] or 0, bound["step"]
     end = sys.maxsize if bound["end"] is None else bound["end"]
-    fixed = all(isinstance(value, int) for value in (start, end, step_size))
+    fixed = all(isinstance(value, int) for value in (start, end, step))
     if not fixed or axis < 0 or start < 0 or 0 <= end < sys.maxsize:
-        return {}
+        return None
 
-    def along(value: int, others: int, axes: int) -> tuple[int, ...]:
+    def along(value: int, others: int) -> tuple[int, ...]:
         return tuple(value if at == axis else others for at in range(axes))
 
-    def step(f: AffineMap, axes: int) -> AffineMap | None:
-        if axes != rank - 2:
-            return None
-        return crop(f, along(start, 0, axes), along(max(-end, 0), 0, axes), along(step_size, 1, axes))
-
-    return _follow(analysis, node, bound["self"], step)
+    return Step([bound["self"]], lambda _, f: crop(f, along(start, 0), along(max(-end, 0), 0), along(step, 1)), axes)
 
 
-def _concatenation(analysis: Analysis, node: fx.Node) -> dict[Root, Linear]:
+def _concatenation(analysis: Analysis, node: fx.Node) -> Step | None:
     """Values side by side on the channel axis."""
     bound, rank = bind(node), len(shape_of(node))
-    axis = bound["dim"] % rank
-    if not all(is_computed(operand) for operand in bound["tensors"]):
-        return {}
-
-    def combine(maps: list[AffineMap], axes: int) -> AffineMap | None:
-        return stack(maps) if axis == (1 if axes else rank - 1) else None
-
-    return _join(analysis, node, bound["tensors"], combine)
+    spatial = {1: rank - 2, rank - 1: 0}.get(bound["dim"] % rank)
+    if spatial is None or not all(is_computed(operand) for operand in bound["tensors"]):
+        return None
+    return Step(bound["tensors"], lambda _, *maps: stack(maps), spatial)
 
 
-RULES: dict[Any, Callable[[Analysis, fx.Node], dict[Root, Linear]]] = {
-    **dict.fromkeys(overloads(CONVOLUTIONS), _convolution),
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(overloads(name for name in CONVOLUTIONS if name.endswith(".default")), _convolution),
     **dict.fromkeys(overloads(POOLS), _average_pool),
     **dict.fromkeys(overloads(SUMS), _sum),
     **dict.fromkeys(overloads(SCALES), _product),
     **dict.fromkeys(overloads(PADS), _constant_pad),
     aten.neg.default: _sum,
-    LINEAR: _linear,
+    aten.linear.default: _linear,
     BATCH_NORM: _batch_norm,
     aten.slice.Tensor: _slice,
     aten.cat.default: _concatenation,
 }
+"""Convolutions padded by name do not occur: capture gives them numbers."""

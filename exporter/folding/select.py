@@ -1,6 +1,6 @@
-"""Which linear regions of the graph become one operator, and why the others do not.
+"""Choose which affine regions of the graph become one operator, and say why the others do not.
 
-A region is everything between a root and an exit. It is worth folding if it holds a weighted operator or a batch norm
+A region is everything between a root and an exit. It is worth folding if it has a weighted operator or a batch norm
 and something to absorb (batch norm, sum, per-channel constant, padding, concatenation), or if it is a chain that gets
 cheaper. It may be folded if nobody outside reads its interior and the result needs no more MACs than its parts.
 
@@ -19,21 +19,23 @@ from torch import fx
 
 from calibrators.graph.aten import is_constant, shape_of, where
 from calibrators.graph.operators import SUMS, TRANSPOSED, facts
-from exporter.folding.affine_map import AffineMap, NotAffine, add, scale
+from calibrators.graph.rewrite import call_before
+from exporter.folding.affine_map import AffineMap, NotAffine, add
 from exporter.folding.interpret import (
     BATCH_NORM,
     MERGERS,
     SCALES,
     WEIGHTED,
     Analysis,
-    Linear,
     Root,
     is_computed,
     own_macs,
     terms_of,
+    times,
 )
+from exporter.folding.simplify import varying_axes
 
-__all__ = ["Candidate", "Selection", "refusals", "regroup_sums", "select"]
+__all__ = ["Candidate", "Rejected", "Selection", "refusals", "regroup_sums", "select"]
 
 aten = torch.ops.aten
 
@@ -45,8 +47,6 @@ class Candidate:
     root: Root
     nodes: tuple[fx.Node, ...]
     map: AffineMap
-    macs_before: int
-    macs_after: int
 
     @property
     def exit(self) -> fx.Node:
@@ -54,8 +54,14 @@ class Candidate:
 
     @property
     def ends_transposed(self) -> bool:
-        """Whether the region only scales and shifts the output channels of a transposed convolution, its root."""
-        return _scales_transposed(self.root, self.map)
+        """Whether the region only scales and shifts the output channels of a transposed convolution, its root.
+
+        That is not affine in its own input (one cell of it feeds several phases), but its rows can be scaled.
+        """
+        target = self.root.node.target
+        is_transposed = target in TRANSPOSED and self.root.spatial == facts(target).spatial
+        keeps_cells = is_transposed and self.map.is_pointwise and self.map.is_diagonal
+        return keeps_cells and is_constant(self.root.node.args[1])
 
     @property
     def region(self) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -73,13 +79,18 @@ class Selection:
     rejected: list[tuple[frozenset[fx.Node], str]] = field(default_factory=list)
     folded: dict[fx.Node, Candidate] = field(default_factory=dict)
 
+    def reason(self, *nodes: object) -> str | None:
+        """Return why the smallest rejected region that has all of `nodes` was rejected."""
+        holding = [(len(region), reason) for region, reason in self.rejected if region.issuperset(nodes)]
+        return min(holding, key=lambda item: item[0])[1] if holding else None
+
 
 class Rejected(Exception):
     """A region may not be folded; the message says why."""
 
 
 def select(analysis: Analysis, accept: Callable[[Candidate], Any]) -> Selection:
-    """Disjoint regions, found from the end of the graph backwards, the largest at each exit first.
+    """Return disjoint regions, found from the end of the graph backwards, the largest at each exit first.
 
     accept: makes the replacement of a region; raises Rejected to have a smaller one tried.
     """
@@ -91,7 +102,7 @@ def select(analysis: Analysis, accept: Callable[[Candidate], Any]) -> Selection:
         for root in _in_order(analysis, analysis.inherited(exit_)):
             if root.node in pending and root.node.target not in TRANSPOSED:
                 continue
-            nodes = between(analysis, root, [exit_])
+            nodes = _between(analysis, root, exit_)
             try:
                 candidate = _judge(analysis, root, nodes)
                 made = accept(candidate) if candidate is not None else None
@@ -107,10 +118,10 @@ def select(analysis: Analysis, accept: Callable[[Candidate], Any]) -> Selection:
 
 
 def _pending(analysis: Analysis) -> set[fx.Node]:
-    """Values of a weighted operator that only a per-channel operator reads, which belongs to it and not to a later one.
+    """Return values of weighted operators that only a per-channel operator reads, which belongs to them.
 
     Without this, a batch norm between two convolutions would go to the second, and the first would keep an output that
-    nobody normalised.
+    is not normalised.
     """
     absorbing: set[fx.Node] = set()
     pending: set[fx.Node] = set()
@@ -124,10 +135,10 @@ def _pending(analysis: Analysis) -> set[fx.Node]:
     return pending
 
 
-def between(analysis: Analysis, root: Root, exits: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
-    """Nodes that lead from the root to the exits, exits included, root excluded, in graph order."""
+def _between(analysis: Analysis, root: Root, exit_: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the nodes that lead from the root to the exit, the exit included, the root not, in graph order."""
     found: set[fx.Node] = set()
-    waiting = [node for node in exits if node is not root.node]
+    waiting = [exit_]
     while waiting:
         node = waiting.pop()
         if node not in found:
@@ -136,34 +147,31 @@ def between(analysis: Analysis, root: Root, exits: Iterable[fx.Node]) -> tuple[f
     return tuple(sorted(found, key=analysis.position.__getitem__))
 
 
-def outside_reader(nodes: Collection[fx.Node], interior: Iterable[fx.Node]) -> fx.Node | None:
-    """An interior node with a user that is not in `nodes`."""
+def _read_outside(nodes: Collection[fx.Node], interior: Iterable[fx.Node]) -> fx.Node | None:
+    """Return an interior node with a reader that is not among `nodes`."""
     inside = set(nodes)
     return next((node for node in interior if any(user not in inside for user in node.users)), None)
 
 
 def _judge(analysis: Analysis, root: Root, nodes: tuple[fx.Node, ...]) -> Candidate | None:
-    """The candidate if the region may be folded, None if there is nothing to gain.
-    raises: Rejected if it would be worth it and may not.
+    """Return the candidate if the region may be folded, None if there is nothing to gain.
+
+    raises: Rejected if it would be worth it and is not allowed.
     """
-    exit_, linear = nodes[-1], analysis.values[nodes[-1]][root]
-    transposed = _scales_transposed(root, linear.map)
-    before = sum(own_macs(node) for node in nodes)
-    after = 0 if transposed else analysis.merged_macs(exit_, linear.map)
-    if not transposed and not _is_worth_it(nodes, before, after):
+    linear = analysis.values[nodes[-1]][root]
+    before, after = sum(map(own_macs, nodes)), analysis.merged_macs(nodes[-1], linear.map)
+    candidate = Candidate(root, nodes, linear.map)
+    interior, limit = nodes[:-1], min(before, linear.apart)
+    if candidate.ends_transposed:
+        after, interior, limit = 0, (*interior, root.node), before
+    elif not _is_worth_it(nodes, before, after):
         return None
-    reader = outside_reader(nodes, [*nodes[:-1], *([root.node] if transposed else [])])
-    if reader is not None:
-        raise Rejected(f"the value of {where(reader)} is also used elsewhere, so it has to be computed anyway")
-    limit = before if transposed else min(before, linear.apart)
+    read = _read_outside(nodes, interior)
+    if read is not None:
+        raise Rejected(f"the value of {where(read)} is also used elsewhere, so it has to be computed anyway")
     if after > limit:
         raise Rejected(f"cost guard: one operator would need {after / max(limit, 1):.1f} times the MACs of its parts")
-    return Candidate(root, nodes, linear.map, before, after)
-
-
-def _scales_transposed(root: Root, f: AffineMap) -> bool:
-    is_transposed = root.node.target in TRANSPOSED and root.spatial == facts(root.node.target).spatial
-    return is_transposed and f.is_pointwise and f.is_diagonal and is_constant(root.node.args[1])
+    return candidate
 
 
 def _is_worth_it(nodes: tuple[fx.Node, ...], before: int, after: int) -> bool:
@@ -173,27 +181,12 @@ def _is_worth_it(nodes: tuple[fx.Node, ...], before: int, after: int) -> bool:
     return len(nodes) > 1 and weighted + norms > 0 and (absorbs or after != before)
 
 
-# Sums --------------------------------------------------------------------------------------------------------------
+def _in_order(analysis: Analysis, roots: Iterable[Root]) -> list[Root]:
+    """Sort roots by their place in the graph, those of one node by their dimensions: always the same order."""
+    return sorted(roots, key=lambda root: (analysis.position[root.node], root.spatial))
 
 
-def regroup_sums(analysis: Analysis) -> bool:
-    """Reorder sums so that operands which share a root and fold together stand together; returns whether any did.
-
-    x + relu(y) + conv(x) becomes (x + conv(x)) + relu(y): the same sum, whose first part is linear in x.
-    """
-    graph = analysis.graph.graph
-    tops = [node for node in graph.nodes if node.op == "call_function" and node.target in SUMS]
-    plans = [plan for plan in (_plan_sum(analysis, top) for top in tops if not _is_inner_sum(top)) if plan is not None]
-    newest: dict[fx.Node, fx.Node] = {}
-    for plan in plans:
-        newest[plan.top] = _rebuild_sum(graph, plan, newest)
-    graph.eliminate_dead_code()
-    return bool(plans)
-
-
-def _is_inner_sum(node: fx.Node) -> bool:
-    users = list(node.users)
-    return len(users) == 1 and users[0].target in SUMS and shape_of(users[0]) == shape_of(node)
+# Sums ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,19 +195,6 @@ class _Term:
 
     factor: float
     operand: Any
-
-
-def _flatten_sum(node: fx.Node, factor: float = 1.0) -> tuple[list[_Term], list[fx.Node]]:
-    """Operands of nested sums, and the sums themselves."""
-    terms: list[_Term] = []
-    sums = [node]
-    for own, operand in terms_of(node):
-        if is_computed(operand) and operand.target in SUMS and _is_inner_sum(operand):
-            inner_terms, inner_sums = _flatten_sum(operand, factor * own)
-            terms, sums = terms + inner_terms, sums + inner_sums
-        else:
-            terms.append(_Term(factor * own, operand))
-    return terms, sums
 
 
 @dataclass(frozen=True)
@@ -226,13 +206,46 @@ class _Plan:
     rest: list[_Term]
 
 
+def regroup_sums(analysis: Analysis) -> bool:
+    """Reorder sums so that operands which share a root and fold together stand together; return whether any did.
+
+    x + relu(y) + conv(x) becomes (x + conv(x)) + relu(y): the same sum, whose first part is affine in x.
+    """
+    graph = analysis.graph.graph
+    tops = [node for node in graph.nodes if node.op == "call_function" and node.target in SUMS]
+    plans = [plan for plan in (_plan_sum(analysis, top) for top in tops if not _is_inner_sum(top)) if plan is not None]
+    newest: dict[fx.Node, fx.Node] = {}
+    for plan in plans:
+        newest[plan.top] = _rebuild_sum(plan, newest)
+    graph.eliminate_dead_code()
+    return bool(plans)
+
+
+def _is_inner_sum(node: fx.Node) -> bool:
+    users = list(node.users)
+    return len(users) == 1 and users[0].target in SUMS and shape_of(users[0]) == shape_of(node)
+
+
+def _flatten_sum(node: fx.Node, factor: float = 1.0) -> tuple[list[_Term], list[fx.Node]]:
+    """Return the operands of nested sums, and the sums themselves."""
+    terms: list[_Term] = []
+    sums = [node]
+    for own, operand in terms_of(node):
+        if is_computed(operand) and operand.target in SUMS and _is_inner_sum(operand):
+            inner_terms, inner_sums = _flatten_sum(operand, factor * own)
+            terms, sums = terms + inner_terms, sums + inner_sums
+        else:
+            terms.append(_Term(factor * own, operand))
+    return terms, sums
+
+
 def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
-    """How to reorder a sum, None if it is well as it stands."""
+    """Return how to reorder a sum, None if it may stay as it is."""
     terms, sums = _flatten_sum(top)
     computed = [term for term in terms if is_computed(term.operand) and shape_of(term.operand) == shape_of(top)]
     groups: list[list[_Term]] = []
     left = computed
-    for root in _in_order(analysis, _roots(analysis, computed)):
+    for root in _in_order(analysis, {root for term in computed for root in analysis.inherited(term.operand)}):
         group = _mergeable(analysis, root, [term for term in left if root in analysis.values[term.operand]], sums)
         if len(group) >= 2:
             groups.append(group)
@@ -247,17 +260,8 @@ def _content(terms: list[_Term]) -> Counter[tuple[float, Any]]:
     return Counter((term.factor, term.operand) for term in terms)
 
 
-def _in_order(analysis: Analysis, roots: Iterable[Root]) -> list[Root]:
-    """Roots by their place in the graph, those of one node by their dimensions: always the same order."""
-    return sorted(roots, key=lambda root: (analysis.position[root.node], root.spatial))
-
-
-def _roots(analysis: Analysis, terms: list[_Term]) -> set[Root]:
-    return {root for term in terms for root in analysis.inherited(term.operand)}
-
-
 def _mergeable(analysis: Analysis, root: Root, terms: list[_Term], sums: list[fx.Node]) -> list[_Term]:
-    """Terms whose sum is one operator of no more MACs than they have apart; the largest first."""
+    """Return terms whose sum is one operator of no more MACs than they have apart; the largest first."""
 
     def macs(term: _Term) -> int:
         linear = analysis.values[term.operand][root]
@@ -267,13 +271,13 @@ def _mergeable(analysis: Analysis, root: Root, terms: list[_Term], sums: list[fx
     total: AffineMap | None = None
     apart = 0
     for term in sorted(terms, key=macs, reverse=True):
-        nodes = between(analysis, root, [term.operand])
-        if outside_reader([*nodes, *sums], nodes) is not None:
+        nodes = _between(analysis, root, term.operand) if term.operand is not root.node else ()
+        if _read_outside([*nodes, *sums], nodes) is not None:
             continue
-        linear: Linear = analysis.values[term.operand][root]
+        linear = analysis.values[term.operand][root]
         cost = apart + analysis.fewest_macs(term.operand, linear)
+        signed = times(linear.map, term.factor)
         try:
-            signed = scale(linear.map, torch.tensor(term.factor, dtype=torch.float64))
             joined = signed if total is None else add(total, signed)
         except NotAffine:
             continue
@@ -282,39 +286,36 @@ def _mergeable(analysis: Analysis, root: Root, terms: list[_Term], sums: list[fx
     return group
 
 
-def _rebuild_sum(graph: fx.Graph, plan: _Plan, newest: dict[fx.Node, fx.Node]) -> fx.Node:
+def _rebuild_sum(plan: _Plan, newest: dict[fx.Node, fx.Node]) -> fx.Node:
     def current(terms: list[_Term]) -> list[_Term]:
         return [_Term(term.factor, newest.get(term.operand, term.operand)) for term in terms]
 
-    with graph.inserting_before(plan.top):
-        totals = [_Term(1.0, _chain(graph, current(group), plan.top)) for group in plan.groups]
-        total = _chain(graph, totals + current(plan.rest), plan.top)
+    totals = [_Term(1.0, _chain(current(group), plan.top)) for group in plan.groups]
+    total = _chain(totals + current(plan.rest), plan.top)
     plan.top.replace_all_uses_with(total)
     return total
 
 
-def _chain(graph: fx.Graph, terms: list[_Term], like: fx.Node) -> fx.Node:
-    """Terms added up one after the other, those without a factor first."""
+def _chain(terms: list[_Term], top: fx.Node) -> fx.Node:
+    """Add up terms one after the other, before `top`, those without a factor first."""
     first, *others = sorted(terms, key=lambda term: term.factor != 1.0)
     total: fx.Node = first.operand
     if first.factor != 1.0:
-        total = graph.call_function(aten.mul.Tensor, (total, first.factor))
-        total.meta = dict(like.meta)
+        total = call_before(top, aten.mul.Tensor, total, first.factor)
     for term in others:
         alpha: dict[str, Any] = {} if term.factor == 1.0 else {"alpha": term.factor}
-        total = graph.call_function(aten.add.Tensor, (total, term.operand), alpha)
-        total.meta = dict(like.meta)
+        total = call_before(top, aten.add.Tensor, total, term.operand, **alpha)
     return total
 
 
-# Reasons -----------------------------------------------------------------------------------------------------------
+# Reasons -------------------------------------------------------------------------------------------------------------
 
 
 def refusals(analysis: Analysis, selection: Selection) -> dict[fx.Node, str]:
-    """Why something that looks foldable is left, by the node that is left or that could not join the one before it.
+    """Return why something that looks foldable is left, by the node that is left or could not join the one before it.
 
-    Cases: operators that are linear in name only; two weighted operators (or a batch norm and a convolution) in a row;
-    sums of operands with a common root; batch norms and per-channel scales with nothing to absorb them.
+    Cases: operators that only look affine; two weighted operators (or a batch norm and a convolution) in a row; sums of
+    operands with a common root; batch norms and per-channel scales with nothing to absorb them.
     """
     found = dict(analysis.refused)
     for node in analysis.graph.graph.nodes:
@@ -326,43 +327,35 @@ def refusals(analysis: Analysis, selection: Selection) -> dict[fx.Node, str]:
     for node in analysis.graph.graph.nodes:
         told = any(each in found for each in (node, *node.all_input_nodes, *node.users))
         if node not in selection.folded and not told and (node.target is BATCH_NORM or _is_vector_scale(node)):
-            computed = next(each for each in node.all_input_nodes if not is_constant(each))
-            reason = _rejection(selection, {node})
-            found[node] = reason or f"no convolution or linear layer next to it: its input comes from {computed.target}"
+            computed = next(filter(is_computed, node.all_input_nodes))
+            nothing = f"no convolution or linear layer next to it: its input comes from {computed.target}"
+            found[node] = selection.reason(node) or nothing
     return dict(sorted(found.items(), key=lambda item: analysis.position[item[0]]))
 
 
 def _seam(analysis: Analysis, selection: Selection, node: fx.Node) -> str | None:
-    """Why a weighted operator or batch norm could not join the linear value that only it reads."""
-    if node.target not in WEIGHTED and node.target is not BATCH_NORM:
+    """Return why a weighted operator or batch norm could not join the affine value that only it reads."""
+    source = node.args[0] if node.target in WEIGHTED or node.target is BATCH_NORM else None
+    if not isinstance(source, fx.Node) or len(source.users) > 1 or not analysis.inherited(source):
         return None
-    source = node.args[0]
-    joined = node in selection.folded and selection.folded[node] is selection.folded.get(source)  # type: ignore[arg-type]
-    if not isinstance(source, fx.Node) or joined or len(source.users) > 1 or not analysis.inherited(source):
+    if node in selection.folded and selection.folded[node] is selection.folded.get(source):
         return None
     own = [reason for root, reason in analysis.blocked.get(node, []) if root.node is not source]
-    return _rejection(selection, {source, node}) or (own[-1] if own else None)
+    return selection.reason(source, node) or (own[-1] if own else None)
 
 
 def _split_sum(analysis: Analysis, selection: Selection, node: fx.Node) -> str | None:
-    """Why a sum or concatenation of values with a common root stays one."""
-    operands = [each for each in node.all_input_nodes if is_computed(each)]
-    if node in selection.folded or node.target not in SUMS or len(operands) < 2:
+    """Return why a sum of values with a common root stays a sum."""
+    if node in selection.folded or node.target not in SUMS or sum(map(is_computed, node.all_input_nodes)) < 2:
         return None
     own = [reason for _, reason in analysis.blocked.get(node, [])]
-    return (_rejection(selection, {node}) if analysis.inherited(node) else None) or (own[-1] if own else None)
+    return (selection.reason(node) if analysis.inherited(node) else None) or (own[-1] if own else None)
 
 
 def _is_vector_scale(node: fx.Node) -> bool:
-    constants = [each for each in node.all_input_nodes if is_constant(each)]
-    computed = [each for each in node.all_input_nodes if not is_constant(each)]
+    constants = list(filter(is_constant, node.all_input_nodes))
+    computed = list(filter(is_computed, node.all_input_nodes))
     if node.target not in SCALES or len(constants) != 1 or len(computed) != 1:
         return False
-    sizes = [size for size in shape_of(constants[0]) if size > 1]
-    return len(sizes) == 1 and shape_of(computed[0]) == shape_of(node)
-
-
-def _rejection(selection: Selection, nodes: set[fx.Node]) -> str | None:
-    """Reason of the smallest rejected region that holds all of `nodes`."""
-    holding = [(len(region), reason) for region, reason in selection.rejected if nodes <= region]
-    return min(holding, key=lambda item: item[0])[1] if holding else None
+    shape = shape_of(computed[0])
+    return len(varying_axes(shape_of(constants[0]), len(shape))) == 1 and shape == shape_of(node)

@@ -1,19 +1,21 @@
-"""The graph without what changes nothing: constant subgraphs, operators that return their input, unused attributes.
+"""Remove what changes nothing from the graph: constant subgraphs, operators that return their input, unused attributes.
 
-Must not know: tap maps, quantization, ONNX.
+Must not know: affine maps, quantization, ONNX.
 """
 
 from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from calibrators.graph.aten import add_constant, bind, constant, is_constant, module_path, shape_of
+from calibrators.graph.aten import bind, constant, is_constant, module_path, overloads, shape_of
 from calibrators.graph.operators import PADS
+from calibrators.graph.rewrite import Rule, apply_rules, call_before, constant_before, replace_by
 
 __all__ = [
     "Constants",
@@ -22,6 +24,7 @@ __all__ = [
     "fill_borders",
     "fold_constants",
     "remove_identities",
+    "varying_axes",
     "with_own_attributes",
 ]
 
@@ -30,30 +33,12 @@ aten = torch.ops.aten
 LARGEST_CONSTANT = 1 << 20
 """Elements up to which a constant subgraph is always evaluated; beyond, only if it makes its inputs no larger."""
 
-ALWAYS_IDENTITY = {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default}
-ALWAYS_IDENTITY |= {aten.lift_fresh_copy.default, aten.positive.default}
-DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-DROPOUTS |= {aten.feature_alpha_dropout.default}
-RESHAPES = {aten.reshape.default, aten.view.default, aten.expand.default, aten.flatten.using_ints}
-RESHAPES |= {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand_as.default, aten.view_as.default}
-RESHAPES |= {aten.unflatten.int, aten.reshape_as.default, aten.slice.Tensor, aten.narrow.default}
-CASTS = {
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-}
-ADDS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
-MULS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-
 Constants = dict[fx.Node, Tensor]
 """Float64 values of those get_attr nodes that stand for a whole evaluated subgraph."""
 
 
 def with_own_attributes(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph that holds clones of the parameters and buffers it uses, and nothing else."""
+    """Return a copy of the graph that has clones of the parameters and buffers it uses, and no others."""
     copied = fx.Graph()
     result = copied.graph_copy(graph.graph, {}, return_output_node=True)
     assert isinstance(result, tuple)
@@ -62,14 +47,14 @@ def with_own_attributes(graph: fx.GraphModule) -> fx.GraphModule:
     root = nn.Module()
     for node in copied.nodes:
         if node.op == "get_attr":
-            _assign(root, str(node.target), graph)
+            _clone_attribute(str(node.target), graph, root)
     fresh = fx.GraphModule(root, copied)
     fresh.meta = dict(graph.meta)
     return fresh
 
 
-def _assign(root: nn.Module, target: str, source: nn.Module) -> None:
-    """Clone source's attribute `target` (a dotted path) to the same place under root."""
+def _clone_attribute(target: str, source: nn.Module, root: nn.Module) -> None:
+    """Clone the attribute `target` (a dotted path) of `source` to the same place under `root`."""
     *path, name = target.split(".")
     owner = root
     for part in path:
@@ -77,12 +62,16 @@ def _assign(root: nn.Module, target: str, source: nn.Module) -> None:
             owner.add_module(part, nn.Module())
         owner, source = owner.get_submodule(part), getattr(source, part)
     value = getattr(source, name)
+    clone = value.detach().clone()
     if hasattr(owner, name):
         return
     if isinstance(value, nn.Parameter):
-        owner.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+        owner.register_parameter(name, nn.Parameter(clone, requires_grad=value.requires_grad))
     else:
-        owner.register_buffer(name, value.detach().clone())
+        owner.register_buffer(name, clone)
+
+
+# Constants -----------------------------------------------------------------------------------------------------------
 
 
 def fold_constants(graph: fx.GraphModule) -> Constants:
@@ -102,20 +91,29 @@ def fold_constants(graph: fx.GraphModule) -> Constants:
     for node, value in own.items():
         is_used = node.op != "get_attr" and any(user not in own for user in node.users)
         if is_used and isinstance(value, Tensor) and _is_small(node, own):
-            replaced = _replace_by_constant(graph, node, value)
+            made = constant_before(node, f"{module_path(node)}.{node.name}".lstrip("."), value.contiguous())
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
             if value.is_floating_point():
-                results[replaced] = _in_float64(node, own, exact).double()
+                results[made] = _in_float64(node, own, exact).double()
     graph.graph.eliminate_dead_code()
     return results
 
 
 def exact_value(graph: fx.GraphModule, node: fx.Node, constants: Constants) -> Tensor:
-    """Float64 value of a get_attr node."""
+    """Return the float64 value of a get_attr node."""
     return constants[node] if node in constants else constant(graph, node).double()
 
 
+def evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """Return the value of a call, given those of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def _is_pure(node: fx.Node) -> bool:
-    """Whether a node with constant inputs is itself a constant."""
+    """Return whether a node with constant inputs is itself a constant."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
@@ -123,15 +121,8 @@ def _is_pure(node: fx.Node) -> bool:
     return not target._schema.is_mutable and not varies
 
 
-def evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """Value of a call from those of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 def _in_float64(node: fx.Node, own: dict[fx.Node, Any], exact: dict[fx.Node, Any]) -> Any:
-    """The value in float64; the model's own value where an operator insists on the dtype it was traced with."""
+    """Return the value in float64; the model's own where an operator insists on the dtype it was traced with."""
     if node not in exact:
         if node.op == "get_attr":
             exact[node] = own[node].double() if own[node].is_floating_point() else own[node]
@@ -150,13 +141,7 @@ def _is_small(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     return bool(values[node].numel() <= max(LARGEST_CONSTANT, given))
 
 
-def _replace_by_constant(graph: fx.GraphModule, node: fx.Node, value: Tensor) -> fx.Node:
-    name = add_constant(graph, f"{module_path(node)}.{node.name}".lstrip("."), value.contiguous())
-    with graph.graph.inserting_before(node):
-        replaced = graph.graph.get_attr(name)
-    replaced.meta = dict(node.meta)
-    node.replace_all_uses_with(replaced)
-    return replaced
+# Identities ----------------------------------------------------------------------------------------------------------
 
 
 def remove_identities(graph: fx.GraphModule) -> None:
@@ -165,98 +150,107 @@ def remove_identities(graph: fx.GraphModule) -> None:
     Cases: dropout outside training, aliases and copies; casts to the dtype at hand; reshapes, expansions and slices
     that keep the shape; permutations in order; zero padding of width 0; + 0, - 0, * 1, / 1; a concatenation of one.
     """
-    for node in list(graph.graph.nodes):
-        source = _same_as(node)
-        if source is not None:
-            node.replace_all_uses_with(source)
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
+    apply_rules(graph, IDENTITIES)
 
 
-def _same_as(node: fx.Node) -> fx.Node | None:
-    """The input that `node` returns unchanged, None if it does something."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
-        return None
-    first = node.args[0]
-    if node.target is aten.cat.default and isinstance(first, (list, tuple)) and len(first) == 1:
-        return first[0] if isinstance(first[0], fx.Node) else None
-    if not isinstance(first, fx.Node) or not _same_type(node, first):
-        return None
-    return first if _changes_nothing(node) else None
+def _removed_if(changes_nothing: Callable[[fx.Node], bool], names: str) -> dict[Any, tuple[Rule, ...]]:
+    """Return rules that remove calls of these operators which keep dtype and shape and change nothing else."""
 
+    def rule(node: fx.Node) -> None:
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and _same_type(node, source) and changes_nothing(node):
+            replace_by(node, source)
 
-def _changes_nothing(node: fx.Node) -> bool:
-    target, first = node.target, node.args[0]
-    if target in ALWAYS_IDENTITY or target in CASTS:
-        return True
-    if target in DROPOUTS:
-        return not bool(bind(node)["train"])
-    if target in RESHAPES:
-        return _same_symbolic_shape(node, first)  # type: ignore[arg-type]
-    if target is aten.permute.default:
-        order = bind(node)["dims"]
-        return [axis % len(order) for axis in order] == list(range(len(order)))
-    if target in PADS:
-        return not any(bind(node)["pad"])
-    if target in ADDS:
-        return bool(bind(node)["other"] == 0)
-    return target in MULS and bool(bind(node)["other"] == 1)
+    return dict.fromkeys(overloads(names.split()), (rule,))
 
 
 def _same_type(node: fx.Node, source: fx.Node) -> bool:
-    """Whether both values have one dtype and one shape for the example."""
+    """Return whether both values have one dtype and one shape for the example."""
     mine, theirs = (getattr(each.meta.get("tensor_meta"), "dtype", None) for each in (node, source))
     return mine is not None and mine == theirs and shape_of(node) == shape_of(source)
 
 
-def _same_symbolic_shape(node: fx.Node, source: fx.Node) -> bool:
-    """Whether the shapes agree for every batch size, not only for the example's."""
-    mine, theirs = node.meta.get("val"), source.meta.get("val")
+def _keeps_shape(node: fx.Node) -> bool:
+    """Return whether a call keeps the shape of its input for every batch size, not only for the example's."""
+    mine, theirs = (each.meta.get("val") for each in (node, node.args[0]))  # type: ignore[union-attr]
     return isinstance(mine, Tensor) and isinstance(theirs, Tensor) and str(mine.shape) == str(theirs.shape)
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    order = bind(node)["dims"]
+    return [axis % len(order) for axis in order] == list(range(len(order)))
+
+
+def _concatenation_of_one(node: fx.Node) -> None:
+    match node.args[0]:
+        case [fx.Node() as source]:
+            replace_by(node, source)
+
+
+IDENTITIES: dict[Any, tuple[Rule, ...]] = {
+    **_removed_if(
+        lambda node: True,
+        "alias.default detach.default clone.default contiguous.default lift_fresh_copy.default positive.default "
+        "to.dtype to.device to.dtype_layout to.other _to_copy.default type_as.default",
+    ),
+    **_removed_if(
+        lambda node: not bind(node)["train"],
+        "dropout.default feature_dropout.default alpha_dropout.default feature_alpha_dropout.default",
+    ),
+    **_removed_if(
+        _keeps_shape,
+        "reshape.default view.default expand.default flatten.using_ints squeeze.default squeeze.dim squeeze.dims "
+        "expand_as.default view_as.default unflatten.int reshape_as.default slice.Tensor narrow.default",
+    ),
+    **_removed_if(_keeps_order, "permute.default"),
+    **_removed_if(lambda node: not any(bind(node)["pad"]), " ".join(PADS)),
+    **_removed_if(lambda node: bool(bind(node)["other"] == 0), "add.Tensor add.Scalar sub.Tensor sub.Scalar"),
+    **_removed_if(lambda node: bool(bind(node)["other"] == 1), "mul.Tensor mul.Scalar div.Tensor div.Scalar"),
+    aten.cat.default: (_concatenation_of_one,),
+}
+
+
+# Borders -------------------------------------------------------------------------------------------------------------
 
 
 def fill_borders(graph: fx.GraphModule, constants: Constants) -> None:
     """Rewrite "pad with zeros, then write a value into each side" as pad(x - value) + value.
 
-    That is how a block that must be padded with the constant it would itself produce is written by hand; the sum says
+    This is how a block that must be padded with the constant it would itself compute is written by hand; the sum says
     the same without writes. Only complete borders of one per-channel constant are rewritten.
     """
-    for node in list(graph.graph.nodes):
-        if node.target in PADS and bind(node).get("mode", "constant") == "constant" and not bind(node)["value"]:
-            _fill_border(graph, node, constants)
-    graph.graph.eliminate_dead_code()
+
+    def fill(padding: fx.Node) -> None:
+        bound, rank = bind(padding), len(shape_of(padding))
+        if bound.get("mode", "constant") != "constant" or bound["value"]:
+            return
+        sides, values, last = _written_sides(padding)
+        widths = list(bound["pad"])
+        wanted = {(rank - 1 - at // 2, at % 2, width) for at, width in enumerate(widths) if width}
+        if not wanted or sides != wanted or min(widths) < 0:
+            return
+        exact = [exact_value(graph, value, constants).flatten() for value in values]
+        if all(torch.equal(exact[0], other) for other in exact) and varying_axes(shape_of(values[0]), rank) in (
+            [],
+            [1],
+        ):
+            centred = call_before(last, aten.sub.Tensor, bound["self"], values[0])
+            centred.meta = dict(bound["self"].meta)
+            padded = call_before(last, aten.constant_pad_nd.default, centred, widths)
+            filled = call_before(last, aten.add.Tensor, padded, values[0])
+            padded.meta, filled.meta = dict(padding.meta), dict(last.meta)
+            last.replace_all_uses_with(filled)
+
+    apply_rules(graph, dict.fromkeys(overloads(PADS), (fill,)))
 
 
-def _fill_border(graph: fx.GraphModule, padding: fx.Node, constants: Constants) -> None:
-    sides, values, last = _written_sides(padding)
-    widths = list(bind(padding)["pad"])
-    axes = [len(shape_of(padding)) - 1 - index // 2 for index in range(len(widths))]
-    wanted = {(axis, index % 2, width) for index, (axis, width) in enumerate(zip(axes, widths, strict=True)) if width}
-    if not wanted or sides != wanted or min(widths) < 0:
-        return
-    exact = [exact_value(graph, value, constants) for value in values]
-    if not all(torch.equal(exact[0].flatten(), other.flatten()) for other in exact):
-        return
-    if not _is_per_channel(exact[0], len(shape_of(padding))):
-        return
-    source, value = padding.args[0], values[0]
-    with graph.graph.inserting_before(last):
-        centred = graph.graph.call_function(aten.sub.Tensor, (source, value))
-        padded = graph.graph.call_function(aten.constant_pad_nd.default, (centred, widths))
-        filled = graph.graph.call_function(aten.add.Tensor, (padded, value))
-    centred.meta = dict(source.meta)  # type: ignore[union-attr]
-    padded.meta, filled.meta = dict(padding.meta), dict(last.meta)
-    last.replace_all_uses_with(filled)
-
-
-def _is_per_channel(value: Tensor, rank: int) -> bool:
-    """Whether a constant varies along axis 1 only of a value of that rank."""
-    shape = (1,) * (rank - value.ndim) + tuple(value.shape)
-    return [axis for axis, size in enumerate(shape) if size > 1] in ([], [1])
+def varying_axes(shape: Sequence[int], rank: int) -> list[int]:
+    """Return the axes along which a constant of that shape varies when it is broadcast to `rank` dimensions."""
+    return [axis for axis, size in enumerate((1,) * (rank - len(shape)) + tuple(shape)) if size > 1]
 
 
 def _written_sides(padding: fx.Node) -> tuple[set[tuple[int, int, int]], list[fx.Node], fx.Node]:
-    """Sides (axis, 0 low or 1 high, width) that slice_scatter writes after padding, the constants, the last write."""
+    """Return the sides (axis, 0 low or 1 high, width) that slice_scatter writes, the constants and the last write."""
     sides: set[tuple[int, int, int]] = set()
     values: list[fx.Node] = []
     last = padding

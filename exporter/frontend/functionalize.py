@@ -1,4 +1,4 @@
-"""Bring the program of `torch.export` to the one form that all later steps read: flat, functional, in float32.
+"""Bring what `torch.export` gives to the one form that everything later reads: flat, functional, in float32.
 
 In-place operators, operators that decompositions split, views and paddings by name each have one spelling afterwards.
 
@@ -7,6 +7,7 @@ Must not know: how a program was exported, quantization, ONNX.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,32 +16,28 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from calibrators.graph.aten import bind, is_constant
+from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
 
 __all__ = ["HALVES", "flatten"]
 
-_PADDED_BY_NAME: dict[object, Any] = {
-    torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
-    torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv3d.padding: torch.ops.aten.conv3d.default,
-}
+aten = torch.ops.aten
+
 HALVES = {torch.float16, torch.bfloat16}
-_RESHAPES = {
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.unflatten.int,
-}
-_RETURN_THEIR_INPUT = {
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
-    torch.ops.aten.feature_alpha_dropout.default,
+
+RETURN_THEIR_INPUT = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
 }
 """In evaluation, though their schemas do not say so."""
 
 
 def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """ep.module() without guards, asserts, in-place operators and pytrees."""
+    """Return the program's module without guards, asserts, in-place operators and pytrees.
+
+    meta has "input_names", "output_names" and "notes", what the user should know.
+    """
     if any(_is_in_place(node) and not _is_plain_in_place(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # functionalises; splits some composite operators
     module = program.module()
@@ -51,17 +48,14 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
         if node.op == "call_module" or is_assert:
             graph.erase_node(node)
     for node in list(graph.nodes):
-        _restore_composite(node)
         if _is_in_place(node):
             _make_functional(node)
-        _settle_reshape(node)
-        _settle_padding(node)
-    out_spec = program.call_spec.out_spec
+        elif node.op == "placeholder" and not node.users and node.meta.get("val") is None:
+            graph.erase_node(node)  # an argument captured as None has no tensor to feed
     graph.set_codegen(CodeGen())
-    _drop_empty_inputs(graph)
-    graph.eliminate_dead_code()
     flat = fx.GraphModule(module, graph)
-    output = next(iter(reversed(flat.graph.nodes)))
+    apply_rules(flat, RULES)
+    output = flat.graph.output_node()
     outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     output.args = (tuple(outputs),)
     notes = _widen(flat)
@@ -69,37 +63,40 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     input_names = [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"]
     flat.meta = {
         "input_names": input_names,
-        "output_names": _unlike(_output_names(out_spec, len(outputs)), input_names),
+        "output_names": _distinct(_output_names(program.call_spec.out_spec, len(outputs)), input_names),
         "notes": notes,
     }
     return flat
 
 
-def _widen(graph: fx.GraphModule) -> list[str]:
-    """Half precision becomes float32 between inputs and outputs, which keep their types; returns what to tell the user.
+# Half precision ------------------------------------------------------------------------------------------------------
 
-    The same weights, computed at least as exactly: scales, codes and folds are defined on float32.
+
+def _widen(graph: fx.GraphModule) -> list[str]:
+    """Compute in float32 instead of half precision; inputs and outputs keep their types. Return a note for the user.
+
+    Weights are the same and computed with at least as exactly: scales, codes and folds are defined on float32.
     """
     found = {_dtype(node) for node in graph.graph.nodes} & HALVES
     if not found:
         return []
-    output = next(iter(reversed(graph.graph.nodes)))
-    declared = [_dtype(value) for value in output.args[0]]
+    output = graph.graph.output_node()
+    declared = [_dtype(value) for value in output.args[0]]  # type: ignore[union-attr]
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             _widen_attribute(graph, str(node.target))
         elif node.op == "placeholder" and _dtype(node) in HALVES:
             with graph.graph.inserting_after(node):
-                cast = graph.graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
+                cast = graph.graph.call_function(aten.to.dtype, (node, torch.float32))
             node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
         elif node.op == "call_function":
             node.args = pytree.tree_map(_widened, node.args)
             node.kwargs = pytree.tree_map(_widened, node.kwargs)
-    results = list(output.args[0])
-    with graph.graph.inserting_before(output):
-        for index, dtype in enumerate(declared):
-            if dtype in HALVES:
-                results[index] = graph.graph.call_function(torch.ops.aten.to.dtype, (results[index], dtype))
+    results = list(output.args[0])  # type: ignore[arg-type]
+    for index, dtype in enumerate(declared):
+        if dtype in HALVES:
+            results[index] = call_before(output, aten.to.dtype, results[index], dtype)
+            results[index].meta = {}
     output.args = (tuple(results),)
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
     return [f"the model computes in {names}; it is exported with the same weights in float32"]
@@ -123,30 +120,33 @@ def _widen_attribute(graph: fx.GraphModule, target: str) -> None:
         setattr(owner, name, nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide)
 
 
+# In-place operators --------------------------------------------------------------------------------------------------
+
+
 def _is_in_place(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether what the call returns may be memory that it was given: of one of several results nothing says so."""
+    """Return whether a call may return memory that it was given; for several results the schema does not say which."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in _RETURN_THEIR_INPUT:
+    if not isinstance(target, torch._ops.OpOverload) or target in RETURN_THEIR_INPUT:
         return True
     return any(argument.alias_info is not None for argument in target._schema.arguments)
 
 
 def _is_plain_in_place(node: fx.Node) -> bool:
-    """Whether replacing the operator by its functional twin and later readers by its result is all there is to it."""
+    """Return whether its functional twin can replace an operator if later readers read the twin's result instead."""
     source = node.args[0]
-    twin = _functional_twin(node)
-    if twin is None or not isinstance(source, fx.Node) or source.op != "call_function" or _is_view(source):
+    if _functional_twin(node) is None or not isinstance(source, fx.Node):
+        return False
+    if source.op != "call_function" or _is_view(source):
         return False
     return all(user is node or not _is_view(user) for user in source.users)
 
 
 def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
-    """aten.relu_.default -> aten.relu.default; None where there is none of the same name."""
+    """Return aten.relu.default for aten.relu_.default; None where there is none of the same name."""
     target: Any = node.target
     namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
@@ -154,12 +154,11 @@ def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _make_functional(node: fx.Node) -> None:
-    """Rewrite an in-place operator; a final copy into a model input is the caller's buffer and dropped."""
+    """Rewrite an in-place operator; a final copy into a model input, the caller's buffer, is dropped."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if node.target is torch.ops.aten.copy_.default:
-        node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
-        node.graph.erase_node(node)
+    if node.target is aten.copy_.default:
+        replace_by(node, node.args[1])  # type: ignore[arg-type]
         return
     later = set()
     following: fx.Node = node.next
@@ -172,105 +171,92 @@ def _make_functional(node: fx.Node) -> None:
     source.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
 
 
-def _restore_composite(node: fx.Node) -> None:
-    """Core-ATen operators back to those that modules call: one normal form for folding and kernels."""
-    aten: Any = torch.ops.aten
-    if node.target is aten._native_batch_norm_legit_no_training.default:
-        x, weight, bias, mean, variance, momentum, epsilon = node.args
-        whole = _call(node, aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, epsilon, False))
-        whole.meta = node.meta | {"val": node.meta["val"][0]} if "val" in node.meta else dict(node.meta)
-        for user in list(node.users):
-            if user.args[1] == 0:
-                user.replace_all_uses_with(whole)
-            node.graph.erase_node(user)
-    elif node.target is aten.convolution.default:
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-        dims = len(stride)  # type: ignore[arg-type]
-        rest: tuple[Any, ...]
-        if transposed:
-            kinds = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-            rest = (stride, padding, output_padding, groups, dilation)
-        else:
-            kinds = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-            rest = (stride, padding, dilation, groups)
-        node.replace_all_uses_with(_call(node, kinds[dims - 1], (x, weight, bias, *rest)))
-    elif node.target in (aten.addmm.default, aten.mm.default):
-        bias, x, turned = node.args if node.target is aten.addmm.default else (None, *node.args)
-        if node.kwargs or not isinstance(turned, fx.Node) or not _is_transposed_constant(turned):
-            return
-        node.replace_all_uses_with(_call(node, aten.linear.default, (x, turned.args[0], bias)))
+# One spelling --------------------------------------------------------------------------------------------------------
+
+
+def _batch_norm(node: fx.Node) -> None:
+    x, weight, bias, mean, variance, momentum, epsilon = node.args
+    whole = (aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, epsilon, False))
+    values = node.meta.get("val")
+    for user in [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]:
+        user.meta = node.meta | ({"val": values[0]} if values is not None else {})
+        replace_call(user, whole)
+
+
+def _convolution(node: fx.Node) -> None:
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
+    rest: tuple[Any, ...]
+    if transposed:
+        kinds = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+        rest = (stride, padding, output_padding, groups, dilation)
     else:
-        return
-    node.graph.erase_node(node)
+        kinds = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+        rest = (stride, padding, dilation, groups)
+    replace_call(node, (kinds[len(stride) - 1], (x, weight, bias, *rest)))  # type: ignore[arg-type]
 
 
-def _call(node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
-    """A call in front of `node`, which it is to replace."""
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, arguments)
-    made.meta = dict(node.meta)
-    return made
+def _linear(node: fx.Node) -> None:
+    bias, x, turned = node.args if node.target is aten.addmm.default else (None, *node.args)
+    if not node.kwargs and isinstance(turned, fx.Node) and _is_transposed_constant(turned):
+        replace_call(node, (aten.linear.default, (x, turned.args[0], bias)))
 
 
 def _is_transposed_constant(node: fx.Node) -> bool:
-    """Whether a call swaps the two dimensions of a constant matrix."""
-    aten: Any = torch.ops.aten
+    """Return whether a call swaps the two dimensions of a constant matrix."""
     swaps = {aten.t.default: (), aten.permute.default: ([1, 0],), aten.transpose.int: (0, 1)}
     return node.target in swaps and tuple(node.args[1:]) == swaps[node.target] and is_constant(node.args[0])
 
 
-def _settle_reshape(node: fx.Node) -> None:
-    """Views as reshapes, which ask nothing of memory layout, to constant sizes: at most one is free and left as -1."""
-    if node.target not in _RESHAPES:
-        return
-    node.target = torch.ops.aten.reshape.default
+def _reshape(node: fx.Node) -> None:
+    """Make a view a reshape, which asks nothing of memory layout, to constant sizes, at most one of them free (-1)."""
+    node.target = aten.reshape.default
     value = node.meta.get("val")
     sizes = [size if isinstance(size, int) else -1 for size in value.shape] if isinstance(value, Tensor) else []
     if sizes and sizes.count(-1) <= 1 and 0 not in sizes:
-        node.args = (node.args[0], sizes)
-        node.kwargs = {}
+        node.args, node.kwargs = (node.args[0], sizes), {}
 
 
-def _settle_padding(node: fx.Node) -> None:
-    """Convolutions padded by 'same' or 'valid' get numbers; where the sides differ, an explicit pad adds the rest.
+def _constant_pad(node: fx.Node) -> None:
+    """Give padding with a constant the one operator that does just that."""
+    x, widths, mode, value = bind(node).values()
+    if mode == "constant":
+        node.target, node.args, node.kwargs = aten.constant_pad_nd.default, (x, widths, value or 0), {}
 
-    Padding with a constant gets the one operator that does just that.
-    """
-    if node.target is torch.ops.aten.pad.default and bind(node)["mode"] == "constant":
-        x, widths, _, value = bind(node).values()
-        node.target, node.args, node.kwargs = torch.ops.aten.constant_pad_nd.default, (x, widths, value or 0), {}
-    plain = _PADDED_BY_NAME.get(node.target)
-    if plain is None:
-        return
+
+def _padding_by_name(node: fx.Node) -> None:
+    """Replace 'same' and 'valid' by numbers; where the two sides of an axis differ, an explicit pad adds the rest."""
     bound = bind(node)
-    kernel = bound["weight"].meta["val"].shape[2:] if "val" in bound["weight"].meta else ()
-    if bound["padding"] == "same" and not kernel:
-        return
-    sizes = list(kernel) or [1] * len(bound["stride"])
-    per_axis = [list(bound[key]) * len(sizes) for key in ("stride", "dilation")]
-    stride, dilation = (values[: len(sizes)] for values in per_axis)
-    total = [d * (k - 1) if bound["padding"] == "same" else 0 for k, d in zip(sizes, dilation, strict=True)]
+    kernel = bound["weight"].meta["val"].shape[2:]
+    stride, dilation = ((list(bound[key]) * len(kernel))[: len(kernel)] for key in ("stride", "dilation"))
+    total = [d * (k - 1) if bound["padding"] == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
     x = bound["input"]
     if any(amount % 2 for amount in total):
         sides = [side for amount in reversed(total) for side in (0, amount % 2)]
-        with node.graph.inserting_before(node):
-            x = node.graph.call_function(torch.ops.aten.constant_pad_nd.default, (x, sides))
-        x.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    node.target = plain
+        x = call_before(node, aten.constant_pad_nd.default, x, sides)
+        x.meta = origin(node)
+    node.target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[len(kernel)]
     padding = [amount // 2 for amount in total]
     node.args = (x, bound["weight"], bound["bias"], stride, padding, dilation, bound["groups"])
     node.kwargs = {}
 
 
-def _drop_empty_inputs(graph: fx.Graph) -> None:
-    """Arguments captured as None have no tensor to feed; nobody reads them."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and not node.users and node.meta.get("val") is None:
-            graph.erase_node(node)
+RULES: dict[Any, tuple[Rule, ...]] = {
+    aten._native_batch_norm_legit_no_training.default: (_batch_norm,),
+    aten.convolution.default: (_convolution,),
+    **dict.fromkeys((aten.addmm.default, aten.mm.default), (_linear,)),
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), (_reshape,)),
+    **dict.fromkeys((aten.reshape.default, aten.unflatten.int), (_reshape,)),
+    aten.pad.default: (_constant_pad,),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), (_padding_by_name,)),
+}
+"""Core-ATen operators become those that modules call; views and paddings have one form."""
 
 
-def _unlike(names: list[str], taken: list[str]) -> list[str]:
-    """Return the names, each with as many trailing underscores as make it unique."""
+# Names of the outputs ------------------------------------------------------------------------------------------------
+
+
+def _distinct(names: list[str], taken: list[str]) -> list[str]:
+    """Append underscores to each name until it is new."""
     found: list[str] = []
     for name in names:
         while name in taken or name in found:
@@ -280,7 +266,7 @@ def _unlike(names: list[str], taken: list[str]) -> list[str]:
 
 
 def _output_names(spec: Any, count: int) -> list[str]:
-    """Keys of a dictionary of tensors, else 'output' or 'output_0', 'output_1', ..."""
+    """Return the keys of a dictionary of tensors, else 'output' or 'output_0', 'output_1', ..."""
     default = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
     if spec is None:
         return default

@@ -35,12 +35,7 @@ __all__ = [
 
 def fold_entry(report: FoldReport) -> dict[str, Any]:
     """What folding did and what it refused."""
-    return {
-        "regions": len(report.regions),
-        "max_rel_error": report.max_rel_error,
-        "refused": [asdict(refusal) for refusal in report.refused],
-        "folded": [asdict(region) for region in report.regions],
-    }
+    return asdict(report)
 
 
 def method_entries(record: Record) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The algebra of tap maps against direct NumPy convolutions, border ring and interior alike."""
+"""The algebra of affine maps against direct NumPy convolutions, border ring and interior alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from exporter.folding.affine_map import (
     scale,
     shift,
     stack,
-    ungroup,
 )
 from tests.support.probe import convolve, dense, spread
 
@@ -153,7 +152,7 @@ def test_linear_maps_have_no_axes():
     expected = (x @ first.numpy().T + bias.numpy()) @ second.numpy().T
     got = x @ f.kernel().numpy().T + f.bias_or_zero().numpy()
     assert np.abs(got - expected).max() <= ROUNDING * np.abs(expected).max()
-    assert torch.equal(ungroup(identity(3, 0)).kernel(), torch.eye(3, dtype=torch.float64))
+    assert torch.equal(identity(3, 0).kernel(), torch.eye(3, dtype=torch.float64))
 
 
 def test_identity_has_one_group_per_channel_and_zero_weights_do_not_change_groups():

@@ -209,7 +209,7 @@ def test_mean_is_that_of_the_interior() -> None:
     norm.running_mean.fill_(0.5)
     model = nn.Sequential(before, norm, nn.ConstantPad2d((30, 0, 0, 7), 0.25), after).double().eval()
     graph = fold(capture(model, batch(4, 12, 10)))
-    assert len(graph.meta["fold"].regions) == 1
+    assert graph.meta["fold"].regions == 1
     taps = after.weight.detach().numpy().sum((2, 3))  # [2, 16]
     seen = taps @ np.full(16, 0.75) + after.bias.detach().numpy()
     assert np.allclose(only(graph).mean.numpy(), seen, rtol=ROUNDING)
@@ -217,7 +217,7 @@ def test_mean_is_that_of_the_interior() -> None:
 
 def test_mean_passes_a_pool_behind_the_norm() -> None:
     graph, x = folded(nn.Sequential(nn.Conv2d(4, 6, 1), bn(6), nn.AvgPool2d(2)))
-    assert len(graph.meta["fold"].regions) == 1
+    assert graph.meta["fold"].regions == 1
     assert len(check_all(graph, x)) == 1
     assert only(graph).gains == ()
 
@@ -236,7 +236,7 @@ NOTHING: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_is_known_where_a_part_passes_no_norm(name: str) -> None:
     graph, _ = folded(NOTHING[name]())
-    assert len(graph.meta["fold"].regions) == 1
+    assert graph.meta["fold"].regions == 1
     assert expected_outputs(graph) == {}
 
 

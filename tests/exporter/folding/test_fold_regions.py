@@ -270,7 +270,7 @@ def test_block_becomes_one_convolution(make, kernel):
     graph = folded(block, 2, channels, 13, 10)
     node = only_convolution(graph)
     report = graph.meta["fold"]
-    assert [region.kernel for region in report.regions] == [kernel]
+    assert [region.kernel for region in report.folded] == [kernel]
     assert report.refused == ()
     _equals_probe(block, graph, node, channels)
 
@@ -303,7 +303,7 @@ def test_linear_batch_norm_and_cheaper_linear_chain(affine):
     block = trained(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, affine=affine), nn.Linear(7, 3)))
     graph = folded(block, 2, 5)
     assert counts(graph) == {LINEAR: 1}
-    assert [region.kernel for region in graph.meta["fold"].regions] == ["linear 5->3"]
+    assert [region.kernel for region in graph.meta["fold"].folded] == ["linear 5->3"]
 
 
 def test_linear_bottleneck_is_not_expanded():
@@ -319,7 +319,7 @@ def test_transformer_layer_scale_is_absorbed_beside_the_residual():
     parts = {"norm": nn.LayerNorm(6), "fc1": nn.Linear(6, 12), "fc2": nn.Linear(12, 6)}
     graph = folded(Function(forward, gamma=torch.randn(6), **parts).eval(), 2, 5, 6)
     assert counts(graph) == {aten.layer_norm.default: 1, LINEAR: 2, aten.gelu.default: 1, aten.add.Tensor: 1}
-    (region,) = graph.meta["fold"].regions
+    (region,) = graph.meta["fold"].folded
     assert region.where == "fc2"
 
 
@@ -334,7 +334,7 @@ def test_transposed_convolution_takes_in_its_batch_norm(groups):
     transposed = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=groups)
     graph = folded(trained(nn.Sequential(transposed, bn(6))))
     assert counts(graph) == {aten.conv_transpose2d.input: 1}
-    assert graph.meta["fold"].regions[0].kernel == f"conv_transpose2d 3x3 s2 g{groups}"
+    assert graph.meta["fold"].folded[0].kernel == f"conv_transpose2d 3x3 s2 g{groups}"
 
 
 def test_unequal_padding_stays_an_explicit_pad():
@@ -369,7 +369,7 @@ def test_two_groups_and_a_sum_of_sums():
 def test_partial_sum_leaves_out_what_costs_more():
     graph = folded(trained(Sum(conv_bn(8, 8, 3), conv_bn(8, 8, 5, groups=8), conv_bn(8, 8, 1))), 2, 8, 13, 10)
     assert counts(graph) == {CONV2D: 2, aten.add.Tensor: 1}
-    assert sorted(region.kernel for region in graph.meta["fold"].regions) == ["conv2d 3x3 s1 g1", "conv2d 5x5 s1 g8"]
+    assert sorted(region.kernel for region in graph.meta["fold"].folded) == ["conv2d 3x3 s1 g1", "conv2d 5x5 s1 g8"]
 
 
 def test_shared_weights_fold_at_each_call():
@@ -388,7 +388,7 @@ def test_shared_weights_fold_at_each_call():
 
 def test_batch_norm_goes_to_the_convolution_before_it():
     graph = folded(trained(nn.Sequential(nn.Conv2d(4, 4, 5, groups=4), bn(4), nn.Conv2d(4, 16, 1))))
-    assert [(region.where, region.kernel) for region in graph.meta["fold"].regions] == [("0", "conv2d 5x5 s1 g4")]
+    assert [(region.where, region.kernel) for region in graph.meta["fold"].folded] == [("0", "conv2d 5x5 s1 g4")]
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------
@@ -549,14 +549,14 @@ def test_folding_twice_changes_nothing():
     once = fold(capture(trained(Sum(conv_bn(4, 4, 3), conv_bn(4, 4, 1))), torch.randn(2, 4, 9, 9)))
     twice = fold(once)
     assert counts(twice) == counts(once)
-    assert twice.meta["fold"].regions == ()
+    assert twice.meta["fold"].regions == 0
 
 
 def test_regions_and_nodes_are_named_by_their_modules():
     parts = {"stem": conv_bn(4, 4, 3), "first": nn.ReLU(), "mixer": RepMixer(4), "second": nn.ReLU()}
     net = nn.Sequential(OrderedDict(parts, block=Sum(conv_bn(4, 4, 3), bn(4))))
     graph = folded(trained(net))
-    assert [region.where for region in graph.meta["fold"].regions] == ["stem.0", "mixer", "block"]
+    assert [region.where for region in graph.meta["fold"].folded] == ["stem.0", "mixer", "block"]
     assert [module_path(node) for node in graph.graph.nodes if node.target is CONV2D] == ["stem.0", "mixer", "block"]
     assert "stem_0_weight" in dict(graph.named_buffers())
 
@@ -565,7 +565,7 @@ def test_folded_norms_are_told_with_what_they_multiply_by():
     """An identity branch that saw little variance stands out; what a norm makes of 1 and of 0 is the oracle."""
     block = trained(Sum(conv_bn(4, 4, 3), bn(4), nn.BatchNorm2d(4, affine=False)))
     block.branches[1].running_var.mul_(1e-4)
-    (region,) = folded(block).meta["fold"].regions
+    (region,) = folded(block).meta["fold"].folded
     found = {norm.where: norm for norm in region.norms}
     modules = {name: each for name, each in block.named_modules() if isinstance(each, nn.BatchNorm2d)}
     assert found.keys() == modules.keys() and len(found) == 3
@@ -583,7 +583,7 @@ def test_macs_are_counted_per_sample():
     report = graph.meta["fold"]
     assert report.macs_after == 9 * 9 * 6 * 4 * 9
     assert report.macs_before == report.macs_after + 9 * 9 * 6
-    assert report.regions[0].nodes == 2
+    assert report.folded[0].nodes == 2
 
 
 def test_constants_and_no_op_views_are_folded_away():

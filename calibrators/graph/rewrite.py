@@ -1,0 +1,85 @@
+"""Replace calls of a graph by others, and apply tables of such rewrites.
+
+Must not know: which rewrites there are, quantization, folding, ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from calibrators.graph.aten import add_constant
+from calibrators.graph.batch_norm import EXPECTED
+
+__all__ = [
+    "Call",
+    "Rule",
+    "apply_rules",
+    "call_before",
+    "constant_before",
+    "meta_of_part",
+    "origin",
+    "replace_by",
+    "replace_call",
+]
+
+Call = tuple[Any, tuple[Any, ...]]
+"""An operator and its arguments, of which Ellipsis stands for the result of the call before it."""
+
+Rule = Callable[[fx.Node], None]
+"""Rewrites one call where it can, and leaves it alone otherwise."""
+
+
+def apply_rules(graph: fx.GraphModule, rules: Mapping[Any, Sequence[Rule]]) -> None:
+    """Apply to every call that the graph has now the rules for its operator, then remove what nobody reads.
+
+    The code of the graph is not generated anew: recompile it after the last rewrite.
+    """
+    for node in list(graph.graph.nodes):
+        for rule in rules.get(node.target, ()) if node.op == "call_function" else ():
+            rule(node)
+    graph.graph.eliminate_dead_code()
+
+
+def replace_call(node: fx.Node, *calls: Call) -> fx.Node:
+    """Replace `node` by a chain of calls; return the last one, which computes its value and has its metadata."""
+    result = node
+    for target, arguments in calls:
+        result = call_before(node, target, *(result if argument is ... else argument for argument in arguments))
+    result.meta = dict(node.meta)
+    replace_by(node, result)
+    return result
+
+
+def replace_by(node: fx.Node, value: fx.Node) -> None:
+    """Let every reader of `node` read `value` instead, and erase it."""
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def call_before(node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
+    """Insert a call before `node`, which comes from the same module and has another value."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, arguments, keywords)
+    made.meta = meta_of_part(node)
+    return made
+
+
+def constant_before(node: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """Register a constant under a free name near `name`, and insert a get_attr node for it before `node`."""
+    owner = node.graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
+    with node.graph.inserting_before(node):
+        return node.graph.get_attr(add_constant(owner, name, value))
+
+
+def meta_of_part(node: fx.Node) -> dict[str, Any]:
+    """Return the metadata of `node` for another that comes from the same module and has another value."""
+    return {key: value for key, value in node.meta.items() if key != EXPECTED}
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """Return the metadata that says which module and line a node comes from."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
