@@ -1,7 +1,6 @@
-"""Calibration and evaluation data from what the user gave: .npz, a folder of images, a callable, any Python iterable.
+"""Calibration and evaluation data: batches that are checked while they stream, whatever their source.
 
-Every pass streams and every batch is checked while it streams, so a fault is one sentence with its place, whatever the
-source. Nothing is kept but the batch at hand.
+An error is one sentence that names the batch. Only the current batch is kept in memory.
 
 Must not know: models (beyond the names of their inputs), quantization, ONNX.
 """
@@ -9,8 +8,9 @@ Must not know: models (beyond the names of their inputs), quantization, ONNX.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from calibrators.errors import DataError, UnknownNameError
 __all__ = ["Batch", "Data"]
 
 KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
-"""Dtypes that reach the model as they are; other real floats become float32, everything else is refused."""
+"""Dtypes that reach the model unchanged; other real floats become float32, everything else is refused."""
 
 Raw = Iterator[object]
 
@@ -58,7 +58,7 @@ class _Seen:
 class Data:
     """Re-iterable batches: each `iter()` is a fresh, checked pass.
 
-    label:       what the user gave, for messages.
+    label:       name of the source, for messages.
     start:       begins a pass over the source's own items.
     names:       the model's input names, by which named inputs are ordered; () while unknown.
     by_position: named inputs that match none of `names` are taken in order (.npz files).
@@ -74,96 +74,90 @@ class Data:
     labelled: bool = False
     _seen: _Seen = field(default_factory=_Seen, repr=False)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self._pass()
-
     def named(self, names: Sequence[str]) -> Data:
-        """The same data with named inputs put in the order of the model's input names."""
+        """Return the same data with named inputs in the order of the model's input names."""
         return replace(self, names=tuple(names))
 
     def take(self, batches: int | None) -> Data:
-        """The first `batches` batches of every pass; all of them for None."""
+        """Return the first `batches` batches of every pass; all of them for None."""
         return replace(self, limit=batches)
 
     def with_labels(self) -> Data:
-        """The same data, in which a batch without labels is an error."""
+        """Return the same data, in which a batch without labels is an error."""
         return replace(self, labelled=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Findings of the passes so far that the user should know: conversions, changing data."""
+        """What the user should know of the passes so far: conversions, data that changes."""
         return tuple(self._seen.notes)
 
     def example(self) -> Batch:
-        """The first batch."""
+        """Return the first batch."""
         return next(iter(self.take(1)))
 
     def digest(self) -> str:
-        """sha256 over bytes, shapes and dtypes of everything a pass yields, whatever the batch size.
+        """Return the sha256 of the bytes, shapes and dtypes of everything a pass yields, whatever the batch size.
 
         Computed while a complete pass streams; makes a pass of its own only if there was none.
         """
-        if self._key() not in self._seen.digests:
+        if self._key not in self._seen.digests:
             for _ in self:
                 pass
-        return self._seen.digests[self._key()]
+        return self._seen.digests[self._key]
 
+    @property
     def _key(self) -> tuple[object, ...]:
         return (self.limit, self.names)
 
-    def _pass(self) -> Iterator[Batch]:
-        items = self.start()
-        digest, index = _Digest(), -1
-        contract: _Contract | None = None
-        while self.limit is None or index + 1 < self.limit:
-            try:
-                item = next(items)
-            except StopIteration:
-                break
-            index += 1
-            batch, names = self._read(item, f"{self.label}: batch {index}")
-            if contract is None:
-                contract = _Contract.of(batch, names)
-            contract.check(batch, f"{self.label}: batch {index}")
+    def __iter__(self) -> Iterator[Batch]:
+        digest, first = _Digest(), None
+        for index, item in enumerate(islice(self.start(), self.limit)):
+            where = f"{self.label}: batch {index}"
+            batch, names = self._read(item, where)
+            first = first or _Form.of(batch, names)
+            first.check(batch, where)
             digest.update(batch)
             yield batch
-        if index < 0:
+        if first is None:
             raise DataError(
                 f"{self.label} yielded no batches; a callable must return fresh data every time it is called."
             )
-        self._remember(digest.hexdigest())
-
-    def _remember(self, digest: str) -> None:
-        if self._seen.digests.setdefault(self._key(), digest) != digest:
+        if self._seen.digests.setdefault(self._key, digest.hexdigest()) != digest.hexdigest():
             self._seen.note(
                 f"{self.label} differs from pass to pass (shuffled or augmented): results depend on the pass"
             )
 
     def _read(self, item: object, where: str) -> tuple[Batch, tuple[str, ...]]:
-        """The checked batch of one item of the source, and the names of its inputs for messages."""
-        raw_inputs, raw_labels = _split(item, where)
-        named = self._ordered(raw_inputs, where)
+        """Return the checked batch of an item of the source, and the names of its inputs for messages."""
+        parts = item if isinstance(item, tuple | list) else (item,)
+        if len(parts) not in (1, 2):
+            raise DataError(
+                f"{where} has {len(parts)} parts; yield x, (x, labels), ({{name: x}}, labels) or ((x1, x2), labels)."
+            )
+        named = self._ordered(parts[0], where)
         if not named:
             raise DataError(f"{where} has no inputs; yield x or {{name: x}}.")
-        inputs = []
+        inputs = {}
         for name, value in named.items():
-            tensor, note = _input_tensor(value, f"{where}: input {name!r}")
-            inputs.append(tensor)
+            inputs[name], note = _input_tensor(value, f"{where}: input {name!r}")
             if note:
                 self._seen.note(f"{self.label}: input {name!r} {note}")
-        sizes = {len(tensor) for tensor in inputs}
-        if len(sizes) > 1:
-            raise DataError(f"{where}: inputs have different numbers of samples: {_sizes(named, inputs)}.")
-        labels = None if raw_labels is None else _label_tensor(raw_labels, len(inputs[0]), where)
-        if labels is None and self.labelled:
+        if len({len(x) for x in inputs.values()}) > 1:
+            sizes = ", ".join(f"{name} {len(x)}" for name, x in inputs.items())
+            raise DataError(f"{where}: inputs have different numbers of samples: {sizes}.")
+        batch = Batch(tuple(inputs.values()))
+        if len(parts) == 2 and parts[1] is not None:
+            batch = replace(batch, labels=_label_tensor(parts[1], len(batch), where))
+        elif self.labelled:
             raise DataError(f"{where} has no labels; yield (x, labels), or name them 'labels' in the .npz.")
-        return Batch(tuple(inputs), labels), tuple(named)
+        return batch, tuple(inputs)
 
     def _ordered(self, inputs: object, where: str) -> dict[str, object]:
-        """Inputs by name in the model's order; inputs without names get the model's, or their position."""
+        """Return inputs by name in the model's order; inputs without names get the model's, or their position."""
         if not isinstance(inputs, Mapping):
             values = inputs if isinstance(inputs, tuple | list) else (inputs,)
-            return {self._name(index): value for index, value in enumerate(values)}
+            names = [*self.names, *(f"input_{index}" for index in range(len(self.names), len(values)))]
+            return dict(zip(names, values, strict=False))
         given = {str(name): value for name, value in inputs.items()}
         unknown = [name for name in given if name not in self.names]
         if not self.names or (self.by_position and len(unknown) == len(given)):
@@ -176,35 +170,32 @@ class Data:
             raise DataError(f"{where}: input {missing!r} is missing; the model takes {', '.join(self.names)}.")
         return ordered
 
-    def _name(self, index: int) -> str:
-        return self.names[index] if index < len(self.names) else f"input_{index}"
-
 
 @dataclass(frozen=True)
-class _Contract:
+class _Form:
     """Properties that the first batch fixes for all later ones."""
 
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[list[int], ...]
+    dtypes: tuple[str, ...]
     labelled: bool
 
     @classmethod
-    def of(cls, batch: Batch, names: tuple[str, ...]) -> _Contract:
-        shapes = tuple(tuple(x.shape[1:]) for x in batch.inputs)
-        return cls(names, shapes, tuple(x.dtype for x in batch.inputs), batch.labels is not None)
+    def of(cls, batch: Batch, names: tuple[str, ...]) -> _Form:
+        shapes = tuple(list(x.shape[1:]) for x in batch.inputs)
+        return cls(names, shapes, tuple(map(_dtype, batch.inputs)), batch.labels is not None)
 
     def check(self, batch: Batch, where: str) -> None:
         if len(batch.inputs) != len(self.names):
             raise DataError(f"{where} has {len(batch.inputs)} inputs, the first batch has {len(self.names)}.")
         for name, shape, dtype, x in zip(self.names, self.shapes, self.dtypes, batch.inputs, strict=True):
-            if tuple(x.shape[1:]) != shape:
+            if list(x.shape[1:]) != shape:
                 raise DataError(
                     f"{where}: samples of input {name!r} have shape {list(x.shape[1:])}, those of the first batch "
-                    f"{list(shape)}; bring them to one shape (--image-size does it for a folder of images)."
+                    f"{shape}; bring them to one shape (--image-size does it for a folder of images)."
                 )
-            if x.dtype != dtype:
-                raise DataError(f"{where}: input {name!r} is {_dtype(x)}, in the first batch {str(dtype)[6:]}.")
+            if _dtype(x) != dtype:
+                raise DataError(f"{where}: input {name!r} is {_dtype(x)}, in the first batch {dtype}.")
         if (batch.labels is not None) != self.labelled:
             has, had = ("has", "has none") if batch.labels is not None else ("has no", "has some")
             raise DataError(f"{where} {has} labels, the first batch {had}; label all batches or none.")
@@ -233,21 +224,8 @@ class _Digest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _split(item: object, where: str) -> tuple[object, object]:
-    """(inputs, labels or None) of one item."""
-    if not isinstance(item, tuple | list):
-        return item, None
-    if len(item) == 1:
-        return item[0], None
-    if len(item) == 2:
-        return item[0], item[1]
-    raise DataError(
-        f"{where} has {len(item)} parts; yield x, (x, labels), ({{name: x}}, labels) or ((x1, x2), labels)."
-    )
-
-
 def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
-    """A CPU tensor in a dtype that models take, and a note on the conversion if there was one."""
+    """Return a CPU tensor in a dtype that models take, and a note on its conversion, if there was one."""
     tensor = _tensor(value, where)
     if tensor.ndim == 0 or len(tensor) == 0:
         what = "a single number" if tensor.ndim == 0 else "empty (no samples)"
@@ -266,6 +244,7 @@ def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
 
 
 def _label_tensor(value: object, samples: int, where: str) -> Tensor:
+    """Return labels as int64 [samples]."""
     labels = _tensor(value, f"{where}: labels")
     if labels.is_floating_point() and not bool((labels == labels.round()).all()):
         raise DataError(
@@ -283,7 +262,7 @@ def _label_tensor(value: object, samples: int, where: str) -> Tensor:
 
 
 def _tensor(value: object, where: str) -> Tensor:
-    """`value` on the CPU, sharing its memory where torch allows."""
+    """Return `value` on the CPU, sharing its memory where torch allows."""
     if isinstance(value, Tensor):
         if value.is_sparse or value.is_quantized or value.is_meta:
             raise DataError(f"{where} is a sparse, quantized or meta tensor; give a dense one.")
@@ -308,7 +287,3 @@ def _tensor(value: object, where: str) -> Tensor:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _sizes(names: Iterable[str], tensors: Iterable[Tensor]) -> str:
-    return ", ".join(f"{name} {len(tensor)}" for name, tensor in zip(names, tensors, strict=True))

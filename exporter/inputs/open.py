@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibrators.errors import DataError
+from calibrators.errors import DataError, first_line
 from exporter.frontend.user_code import UserCallable, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.sources import ImageForm, from_arrays, from_images, from_npz
@@ -29,7 +29,7 @@ def open_data(
     std: Sequence[float] | None = None,
     batch: int = 64,
 ) -> Data:
-    """The data that `source` names or is; nothing is read before the first pass.
+    """Return the data that `source` names or is; nothing is read before the first pass.
 
     source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
             of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
@@ -64,7 +64,7 @@ def open_data(
 def open_both(
     calibration: object, evaluation: object | None, *, batch: int = 64, **images: Any
 ) -> tuple[Data, Data | None]:
-    """The data of an export; what images become goes to those that are folders, and is an error if none is.
+    """Return the data of an export; `images` apply to the sources that are folders, and are an error if none is.
 
     raises: DataError, UnknownNameError.
     """
@@ -89,7 +89,7 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
             model.eval()(*(x[:1] for x in batch.inputs))
     except Exception as error:  # of the user's own code
         raise DataError(
-            f"{where} is uint8 and the model does not take that ({(str(error) or repr(error)).splitlines()[0]}); "
+            f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
             "give it as the model was trained: usually float32 in 0..1, normalised, channels first."
         ) from error
     finally:
@@ -102,7 +102,7 @@ def _is_array(value: object) -> bool:
 
 
 def _is_pair_of_arrays(value: object) -> bool:
-    """(x, labels) or ({name: x}, labels): everything at once. A list of two is two batches."""
+    """Whether this is (x, labels) or ({name: x}, labels), all samples at once; a list of two is two batches."""
     return (
         isinstance(value, tuple)
         and len(value) == 2
@@ -112,7 +112,7 @@ def _is_pair_of_arrays(value: object) -> bool:
 
 
 def _guarded(function: UserCallable, batch: int) -> Raw:
-    """A pass over what the user's callable returns; its exceptions become DataErrors with their place."""
+    """Make a pass over what the user's callable returns; its exceptions become DataErrors with their place."""
     end = object()
     items = _items(function(), function.label, batch)
     while True:
@@ -124,7 +124,7 @@ def _guarded(function: UserCallable, batch: int) -> Raw:
 
 
 def _items(result: object, label: str, batch: int) -> Raw:
-    """Items of what a callable returned: arrays are cut into batches, iterables pass through."""
+    """Yield what a callable returned: arrays are cut into batches, iterables pass through."""
     if _is_array(result) or _is_pair_of_arrays(result) or isinstance(result, Mapping):
         return from_arrays(result, label, batch)
     if isinstance(result, Iterable) and not isinstance(result, str | bytes):
@@ -135,7 +135,7 @@ def _items(result: object, label: str, batch: int) -> Raw:
 
 
 def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
-    """Starts one pass; a second one is an error with advice."""
+    """Return what starts a pass; a second one is an error with advice."""
     used = False
 
     def start() -> Raw:

@@ -1,4 +1,4 @@
-"""Where batches come from: arrays, .npz files, folders of images; each function is one pass.
+"""Sources of batches: arrays, .npz files, folders of images; each function makes one pass.
 
 Items have the forms that data.py reads: x, {name: x}, (x, labels) or ({name: x}, labels). Nothing here checks values.
 
@@ -25,62 +25,47 @@ __all__ = ["ImageForm", "from_arrays", "from_images", "from_npz"]
 LABEL_NAMES = ("labels", "y")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHUNK_BYTES = 1 << 20
-"""Read from an archive at once."""
+"""Bytes read from an archive at once."""
 
 Raw = Iterator[object]
 
 
 def from_arrays(value: object, label: str, batch: int) -> Raw:
-    """Batches of x, {name: x}, (x, labels) or ({name: x}, labels), as views."""
+    """Yield batches of x, {name: x}, (x, labels) or ({name: x}, labels), as views; x needs a length and slices."""
     inputs, labels = value if isinstance(value, tuple) else (value, None)
     arrays = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
     if isinstance(inputs, Mapping) and labels is None:
-        labels = _pop_labels(arrays, label)
+        found = [name for name in LABEL_NAMES if name in arrays]
+        if len(found) > 1:
+            raise DataError(f"{label} holds both 'labels' and 'y'; keep one of them.")
+        labels = arrays.pop(found[0]) if found else None
     lengths = {name: len(array) for name, array in [*arrays.items(), ("labels", labels)] if array is not None}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"{label}: arrays have different numbers of samples: {_counts(lengths)}.")
+        counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        raise DataError(f"{label}: arrays have different numbers of samples: {counts}.")
     for start in range(0, max(lengths.values(), default=0), batch):
         cut = {name: array[start : start + batch] for name, array in arrays.items()}
         part = cut if isinstance(inputs, Mapping) else cut["x"]
         yield part if labels is None else (part, labels[start : start + batch])
 
 
-def _pop_labels(arrays: dict[str, Any], label: str) -> Any:
-    found = [name for name in LABEL_NAMES if name in arrays]
-    if len(found) > 1:
-        raise DataError(f"{label} holds both 'labels' and 'y'; keep one of them.")
-    return arrays.pop(found[0]) if found else None
-
-
-def _counts(lengths: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in lengths.items())
-
-
 def from_npz(path: Path, batch: int) -> Raw:
-    """Batches read row by row from the archive: memory does not grow with the file."""
+    """Yield batches that are read row by row from the archive: memory does not grow with the file."""
     try:
         with zipfile.ZipFile(path) as archive, ExitStack() as stack:
             arrays: dict[str, _Rows] = {}
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
                 arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}")
-            labels = _pop_labels(arrays, str(path))
-            if not arrays:
+            if not arrays.keys() - {*LABEL_NAMES}:
                 raise DataError(f"{path} holds no input array; save one array per model input, labels in 'labels'.")
-            rows = {**arrays, **({} if labels is None else {"labels": labels})}
-            lengths = {name: array.length for name, array in rows.items()}
-            if len(set(lengths.values())) > 1:
-                raise DataError(f"{path}: arrays have different numbers of samples: {_counts(lengths)}.")
-            for start in range(0, next(iter(lengths.values())), batch):
-                count = min(batch, next(iter(lengths.values())) - start)
-                inputs = {name: array.read(count) for name, array in arrays.items()}
-                yield inputs if labels is None else (inputs, labels.read(count))
+            yield from from_arrays(arrays, str(path), batch)
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
-        raise DataError(f"{path} is no readable .npz file ({error}); save it again with numpy.savez.") from error
+        raise DataError(f"{path} is not a readable .npz file ({error}); save it again with numpy.savez.") from error
 
 
 class _Rows:
-    """One .npy member, read forward along its first dimension. Objects are never unpickled."""
+    """One .npy member, whose slices are read forward along its first dimension. Objects are never unpickled."""
 
     def __init__(self, stream: Any, where: str) -> None:
         version = np.lib.format.read_magic(stream)
@@ -90,28 +75,25 @@ class _Rows:
             raise DataError(f"{where} holds Python objects, whose loading could run code: refused; save plain numbers.")
         if not self._shape:
             raise DataError(f"{where} is a single number; the first dimension counts the samples.")
-        self.length = self._shape[0]
         self._stream = stream
-        self._transposed = self._whole() if fortran and len(self._shape) > 1 else None
-        self._position = 0
+        # Column-major arrays cannot be read by rows: all of it is read here.
+        self._whole = self._read(self._shape[::-1]).transpose() if fortran and len(self._shape) > 1 else None
 
-    def _whole(self) -> np.ndarray[Any, Any]:
-        """Column-major arrays cannot be read by rows."""
-        return self._fill(self._shape[::-1]).transpose()
+    def __len__(self) -> int:
+        return int(self._shape[0])
 
-    def read(self, count: int) -> np.ndarray[Any, Any]:
-        """The next `count` rows."""
-        start, self._position = self._position, self._position + count
-        if self._transposed is not None:
-            return np.ascontiguousarray(self._transposed[start : start + count])
-        return self._fill((count, *self._shape[1:]))
+    def __getitem__(self, rows: slice) -> np.ndarray[Any, Any]:
+        """Return the next rows; a slice has to begin where the one before it ended."""
+        if self._whole is not None:
+            return np.ascontiguousarray(self._whole[rows])
+        return self._read((len(range(len(self))[rows]), *self._shape[1:]))
 
-    def _fill(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    def _read(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         array = np.empty(shape, self._dtype)
         buffer = array.reshape(-1).view(np.uint8)
         filled = 0
         while filled < len(buffer):
-            chunk = self._stream.read(min(len(buffer) - filled, 1 << 20))
+            chunk = self._stream.read(min(len(buffer) - filled, CHUNK_BYTES))
             if not chunk:
                 raise EOFError("an array is shorter than its header says")
             buffer[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
@@ -143,7 +125,7 @@ class ImageForm:
 
 
 def from_images(root: Path, form: ImageForm, batch: int) -> Raw:
-    """Batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
+    """Yield batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
     files, labels = _image_files(root)
     for start in range(0, len(files), batch):
         pixels = [_image(file, form) for file in files[start : start + batch]]
@@ -184,10 +166,10 @@ def _found(entries: Iterable[Path]) -> list[Path]:
 
 
 def _image(path: Path, form: ImageForm) -> np.ndarray[Any, Any]:
-    """One image as float32 [3, height, width].
+    """Return one image as float32 [3, height, width].
 
-    Converted to RGB; with a size: the image is scaled (bilinear, antialiased) until it just covers the size, then the
-    centre is cut out, as torchvision's Resize(n) and CenterCrop(n) do. Values in 0..1, then (x - mean) / std.
+    It is converted to RGB; with a size, it is scaled (bilinear, antialiased) until it just covers the size, and its
+    centre is cropped, as torchvision's Resize(n) and CenterCrop(n) do. Values in 0..1, then (x - mean) / std.
     """
     try:
         with Image.open(path) as opened:
@@ -195,7 +177,7 @@ def _image(path: Path, form: ImageForm) -> np.ndarray[Any, Any]:
                 raise DataError(f"{path} has more than 8 bits per channel ({opened.mode}); give such data as .npz.")
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no readable image ({error}); replace or remove it.") from error
+        raise DataError(f"{path} is not a readable image ({error}); replace or remove it.") from error
     if form.size is not None:
         image = _cover(image, form.size)
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)  # [3, height, width]

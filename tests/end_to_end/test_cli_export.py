@@ -458,7 +458,7 @@ def checkpoint(kind: str, folder: Path) -> Path:
         ("truncated", "damaged"),
         ("nan", "NaN"),
         ("other-network", "does not fit the model"),
-        ("no-safetensors", "no readable safetensors"),
+        ("no-safetensors", "not a readable safetensors"),
     ],
 )
 def test_bad_checkpoints_exit_2_and_run_nothing(

@@ -377,9 +377,9 @@ def test_a_damaged_npz_is_one_message(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[400] ^= 0xFF  # one bit pattern in the data: the archive's checksum sees it
     path.write_bytes(content)
-    assert "no readable .npz" in message(lambda: list(open_data(str(path))))
+    assert "not a readable .npz" in message(lambda: list(open_data(str(path))))
     path.write_bytes(content[:300])
-    assert "no readable .npz" in message(lambda: list(open_data(str(path))))
+    assert "not a readable .npz" in message(lambda: list(open_data(str(path))))
 
 
 def test_other_files_are_refused_with_advice(file: Path) -> None:
@@ -442,7 +442,7 @@ def test_images_are_scaled_to_cover_and_cropped_in_the_centre(tmp_path: Path) ->
     [
         pytest.param(lambda root: None, {}, ["holds no images"], id="empty"),
         pytest.param(
-            lambda root: (root / "b.png").write_bytes(b"nonsense"), {}, ["b.png", "no readable image"], id="corrupt"
+            lambda root: (root / "b.png").write_bytes(b"nonsense"), {}, ["b.png", "not a readable image"], id="corrupt"
         ),
         pytest.param(lambda root: picture(root / "b.png", (9, 8)), {}, ["9x8", "8x8", "--image-size"], id="sizes"),
         pytest.param(lambda root: picture(root / "cat" / "b.png"), {}, ["images and folders"], id="mixed"),
