@@ -1,4 +1,4 @@
-"""What a calibration reports besides its numbers, part by part; field names are the keys of report.json.
+"""The record of a calibration: everything that it reports besides its numbers, with the keys of report.json.
 
 A field that is None by default is left out of the report; where a number is None without being so by default, it could
 not be measured. Shares and accuracies are fractions from 0 to 1.
@@ -11,32 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-__all__ = [
-    "AbsorbedPair",
-    "Absorption",
-    "Bend",
-    "Coupling",
-    "Equalization",
-    "EqualizedPair",
-    "Grouping",
-    "Lapq",
-    "LossLandscape",
-    "MixedChoice",
-    "MixedPrecision",
-    "Parabola",
-    "PowerLoss",
-    "Preparation",
-    "Reading",
-    "ReconstructedUnit",
-    "Reconstruction",
-    "Record",
-    "Refused",
-    "ScaleSensitivity",
-    "Sensitivity",
-    "SplitLoss",
-    "WidthReading",
-]
 
 
 @dataclass(frozen=True)

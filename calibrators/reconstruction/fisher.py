@@ -1,8 +1,8 @@
-"""How much the prediction cares about each element of a value: the diagonal of the empirical Fisher information.
+"""Importance of each element of a value for the prediction: the diagonal of the empirical Fisher information.
 
 source: Li et al. 2021 (BRECQ), section 3.2, eq. 10: the Hessian of the task loss at a unit's output is approximated by
 the squared gradient. Departs: no labels; the gradient is that of the log likelihood of a class drawn from the model's
-own prediction (of a random projection, where an output is no logits), so that it does not vanish where the model is
+own prediction (of a random projection, where an output is not logits), so that it does not vanish where the model is
 right; the squares are averaged over samples, times one factor per sample, so that one backward pass serves all units
 and memory does not grow with the data.
 
@@ -38,7 +38,7 @@ class Importance:
 def importances(
     graph: fx.GraphModule, names: Collection[str], batches: Iterable[Batch], generator: torch.Generator
 ) -> dict[str, Importance]:
-    """Importance of every element of the values called `names` (fx names of float values with samples)."""
+    """Return the importance of every element of the values called `names` (fx names of float values with samples)."""
     if not names:
         return {}
     elements: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ def importances(
 
 
 def _score(output: Tensor, generator: torch.Generator) -> Tensor:
-    """What is differentiated: log likelihood of drawn classes for logits, a random projection for anything else."""
+    """Return what is differentiated: the log likelihood of drawn classes, a random projection if not logits."""
     if is_logits(output):
         chosen = torch.multinomial(output.detach().softmax(1), 1, generator=generator)
         return output.log_softmax(1).gather(1, chosen).sum()
@@ -71,6 +71,6 @@ def _score(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _normal(weights: Tensor) -> Tensor:
-    """Weights with mean 1."""
+    """Scale weights to a mean of 1."""
     mean = weights.mean()
     return weights / mean if float(mean) > 0 else torch.ones_like(weights)

@@ -20,10 +20,10 @@ from itertools import pairwise
 from torch import fx
 
 from calibrators.errors import InputError
-from calibrators.execution.blocks import Block, merge
+from calibrators.execution.blocks import Block
 from calibrators.graph.aten import bind, is_constant, shape_of
 
-__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "members", "parse_groups", "stage_ends"]
+__all__ = ["by_boundary", "by_capacity", "by_loss", "capacities", "join", "parse_groups", "stage_ends"]
 
 STRIDE_FACTOR = 1.6
 """Weight of a layer with a stride (MRECG, alpha)."""
@@ -96,26 +96,16 @@ def stage_ends(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[int]:
     return ends
 
 
-def join(graph: fx.GraphModule, blocks: Sequence[Block], pairs: Pairs, largest: int) -> tuple[Block, ...]:
-    """Join pairs in order of importance as long as no group has more than `largest` units; return the units."""
-    group = list(range(len(blocks)))  # index of the first unit of each unit's group
-    size = [1] * len(blocks)
+def join(units: int, pairs: Pairs, largest: int) -> list[list[int]]:
+    """Join pairs of `units` units, in order of importance, into groups of at most `largest`; return their indices."""
+    group = list(range(units))  # index of the first unit of each unit's group
+    size = [1] * units
     for i in pairs:
         first, second = group[i], group[i + 1]
         if first != second and size[first] + size[second] <= largest:
             size[first] += size[second]
             group = [first if g == second else g for g in group]
-    members = [[block for block, g in zip(blocks, group, strict=True) if g == start] for start in dict.fromkeys(group)]
-    return tuple(merge(graph, group) if len(group) > 1 else group[0] for group in members)
-
-
-def members(units: Sequence[Block], blocks: Sequence[Block]) -> list[list[int]]:
-    """Return the indices of the units in each block."""
-    home = {name: index for index, block in enumerate(blocks) for name in block.nodes}
-    groups: list[list[int]] = [[] for _ in blocks]
-    for index, unit in enumerate(units):
-        groups[home[unit.nodes[0]]].append(index)
-    return groups
+    return [[i for i, g in enumerate(group) if g == first] for first in dict.fromkeys(group)]
 
 
 def parse_groups(text: str, units: int) -> Pairs:

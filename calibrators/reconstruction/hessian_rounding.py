@@ -19,14 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
-from calibrators.graph.aten import bind, shape_of
+from calibrators.graph.aten import bind, per_axis, shape_of
 from calibrators.grid.numerics import code_limits, dequantize, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams
 
@@ -61,7 +60,7 @@ class Im2col:
         kernel = shape_of(bound["weight"])[2:]
         if not kernel:
             return cls()
-        stride, padding, dilation = (_per_axis(bound[name], kernel) for name in ("stride", "padding", "dilation"))
+        stride, padding, dilation = (per_axis(bound[key], len(kernel)) for key in ("stride", "padding", "dilation"))
         return cls(kernel, stride, padding, dilation, bound["groups"])
 
     def cut(self, x: Tensor) -> Tensor:
@@ -84,10 +83,6 @@ class Im2col:
         for piece in torch.split(index.to(x.device), PIECE):
             seen = windows[torch.unravel_index(piece, positions)]  # [positions, channels, *kernel]
             yield seen.reshape(len(piece), self.groups, -1).permute(1, 2, 0)
-
-
-def _per_axis(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(value) if len(value) == len(kernel) else tuple(value) * len(kernel)
 
 
 class Hessian:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Recording
-from calibrators.execution.blocks import Block, extract
+from calibrators.execution.blocks import Block, extract, merge
 from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import Deployment
 from calibrators.execution.task import Problem
@@ -73,14 +73,15 @@ class Deployed:
 def reconstruct(problem: Problem, method: Reconstruction) -> CalibrationResult:
     """Train the units of a network, neighbours joined as the method says, and return the calibrated network."""
     units = method.blocks(problem)
-    blocks, joined = _joined(problem, method, units)
-    members = grouping.members(units, blocks)
-    result = Run(problem, method, blocks, [len(group) for group in members]).result()
+    groups, joined = _groups(problem, method, units)
+    parts = ([units[i] for i in group] for group in groups)
+    blocks = tuple(merge(problem.placement.graph, part) if len(part) > 1 else part[0] for part in parts)
+    result = Run(problem, method, blocks, [len(group) for group in groups]).result()
     if len(blocks) < len(units):
         errors = relative_errors(result, [name for unit in units for name in unit.outputs], problem.batches)
         joined = replace(
             joined,
-            groups=tuple(tuple(group) for group in members if len(group) > 1),
+            groups=tuple(tuple(group) for group in groups if len(group) > 1),
             losses_after=tuple(fmean(errors[name] for name in unit.outputs) for unit in units),
         )
     assert result.record.reconstruction is not None
@@ -88,8 +89,8 @@ def reconstruct(problem: Problem, method: Reconstruction) -> CalibrationResult:
     return replace(result, record=replace(result.record, reconstruction=done))
 
 
-def _joined(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[tuple[Block, ...], Grouping]:
-    """Join neighbouring units; return them with the losses or capacities that decided which."""
+def _groups(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[list[list[int]], Grouping]:
+    """Join neighbouring units; return the groups with the losses or capacities that decided them."""
     graph = problem.placement.graph
     record = Grouping(method.granularity, tuple(unit.name for unit in units))
     if method.groups:
@@ -106,10 +107,10 @@ def _joined(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) 
         record = replace(record, losses=losses)
         pairs = grouping.by_loss(losses, method.joined)
     else:
-        return units, record
+        return [[i] for i in range(len(units))], record
     if problem.explain and record.losses is None:
         record = replace(record, losses=_probe(problem, method, units))
-    return grouping.join(graph, units, pairs, len(units) if method.groups else method.group), record
+    return grouping.join(len(units), pairs, len(units) if method.groups else method.group), record
 
 
 def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[float, ...]:
