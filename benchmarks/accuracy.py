@@ -467,7 +467,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
         for seed, wanted in enumerate(keys):
             if wanted not in results.runs:
-                progress.note(f"{network.spec} {width} {chosen.text} seed {seed}")
+                print(f"{network.spec} {width} {chosen.text} seed {seed}", file=sys.stderr, flush=True)
                 results.add(measure(network, width, chosen, seed, how, progress))
         nearest = results.runs[key(NEAREST, 0)]
         print(row([results.runs[done] for done in keys], nearest.top1), flush=True)

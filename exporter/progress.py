@@ -1,4 +1,4 @@
-"""How far long work is: bars on a terminal, plain lines elsewhere, silence for library use.
+"""Progress of long work: bars on a terminal, plain lines elsewhere, silence for library use.
 
 Must not know: what the work is.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -24,41 +24,26 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from calibrators.execution.task import Bar, silent
 from exporter.reporting.number_format import duration
 
 __all__ = ["Bar", "Progress", "console_progress"]
 
 LINE_EVERY_S, LINE_EVERY_SHARE, LINE_AT_LEAST_EVERY_S = 5.0, 0.1, 60.0
-"""Between two plain lines of one stage: seconds, or a share of the time so far, but never more than so many seconds; a
-log of hours stays readable, a watcher sees life."""
-
-
-class Bar(Protocol):
-    """One stage under way."""
-
-    def advance(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+"""Time between two plain lines of one stage: seconds, or a share of the time so far, but at most so many seconds. A log
+of hours stays short, and a reader sees that work goes on."""
 
 
 class Progress:
     """Silence: the base of the others, and what library callers get."""
 
-    @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
-        """A bar for one stage of work; `total` steps, None where they are not known."""
-        yield _Silent()
-
-    def note(self, text: str) -> None:
-        """One line that stays."""
-
-
-class _Silent:
-    def advance(self, steps: int = 1) -> None:
-        pass
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]:
+        """Open a stage of work with a bar of `total` steps, None where their number is not known."""
+        return silent(name, total)
 
 
 class _Bars(Progress):
-    """rich bars; one stage below the other, finished ones stay with their time."""
+    """Bars of rich, one stage below the other; finished ones stay with their time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -74,7 +59,7 @@ class _Bars(Progress):
 
     @contextmanager
     def _display(self) -> Iterator[RichProgress]:
-        """The live display: one for a stage and the stages inside it, as a terminal has room for one."""
+        """Return the live display: one for a stage and the stages inside it, as a terminal has room for one."""
         if self._live is not None:
             yield self._live
             return
@@ -86,12 +71,9 @@ class _Bars(Progress):
             finally:
                 self._live = None
 
-    def note(self, text: str) -> None:
-        self._console.print(f"[dim]{text}[/dim]", highlight=False)
-
 
 class _Remaining(TimeRemainingColumn):
-    """`0:01:23 left`; nothing where the end is not known, or reached."""
+    """`0:01:23 left`; empty where the end is unknown or reached."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.total is None or task.finished else super().render(task).append(" left")
@@ -107,7 +89,7 @@ class _RichBar:
 
 
 class _Lines(Progress):
-    """`reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then, and once at the end of a stage."""
+    """Lines such as `reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then and at the end of a stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -117,9 +99,6 @@ class _Lines(Progress):
         bar = _LineBar(self._stream, name, total)
         yield bar
         bar.write("done")
-
-    def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
 
 
 class _LineBar:
@@ -147,7 +126,7 @@ class _LineBar:
 
 
 def console_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:
-    """Bars if `stream` (stderr) is a terminal, plain lines if not, silence if quiet."""
+    """Return bars if `stream` (stderr) is a terminal, plain lines if not, silence if quiet."""
     stream = sys.stderr if stream is None else stream
     if quiet:
         return Progress()

@@ -1,7 +1,7 @@
-"""A small RepVGG-style classifier of handwritten digits, as its author writes it for training, with its data.
+"""A small RepVGG-style classifier of handwritten digits in its training form, with its data.
 
-Every block sums a 3x3 convolution, a 1x1 convolution and an identity, each with its batch normalisation; nothing is
-folded and no deploy switch is offered. Weights beside this file come from `python -m exporter.demo.train`.
+Every block sums a 3x3 convolution, a 1x1 convolution and an identity, each with its batch normalization; nothing is
+folded, and there is no switch to a deployed form. `python -m exporter.demo.train` writes the weights beside this file.
 
 Must not know: anything of this project; it stands for a user's file.
 """
@@ -72,7 +72,7 @@ class DigitNet(nn.Module):
 
 
 def network() -> DigitNet:
-    """The trained network in training form, eval mode."""
+    """Return the trained network in its training form and eval mode."""
     model = DigitNet()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval()
@@ -80,7 +80,7 @@ def network() -> DigitNet:
 
 @cache
 def digits() -> tuple[Split, Split]:
-    """(training, held out) images [n, 1, 16, 16] with labels [n], split by a fixed permutation."""
+    """Return (training, held out) images [n, 1, 16, 16] with labels [n], split by a fixed permutation."""
     data: Any = load_digits()
     small = torch.from_numpy(data.images.astype(np.float32) / 16)[:, None]  # [1797, 1, 8, 8]
     images = F.interpolate(small, size=(SIZE, SIZE), mode="bilinear", align_corners=False).numpy()
@@ -91,13 +91,13 @@ def digits() -> tuple[Split, Split]:
 
 
 def calibration(batch: int = 64) -> Iterator[Split]:
-    """512 training images in batches."""
+    """Yield 512 training images in batches."""
     images, labels = digits()[0]
     return _batches(images[:CALIBRATION], labels[:CALIBRATION], batch)
 
 
 def evaluation(batch: int = 100) -> Iterator[Split]:
-    """The 500 held-out images in batches."""
+    """Yield the 500 held-out images in batches."""
     return _batches(*digits()[1], batch)
 
 

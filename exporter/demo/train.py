@@ -1,4 +1,4 @@
-"""Trains the demo network and writes its weights: `python -m exporter.demo.train`, about a minute on one core.
+"""Train the demo network and write its weights: `python -m exporter.demo.train`, about a minute on one core.
 
 Must not know: quantization, export.
 """
@@ -26,7 +26,7 @@ SHIFT = 1
 
 
 def train(seed: int = 0, epochs: int = EPOCHS) -> DigitNet:
-    """The trained network in eval mode; the same seed gives the same weights on the same machine."""
+    """Return the trained network in eval mode; the same seed gives the same weights on the same machine."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # torch's initialisers have no generator argument
@@ -52,7 +52,7 @@ def train(seed: int = 0, epochs: int = EPOCHS) -> DigitNet:
 
 
 def accuracy(model: nn.Module) -> float:
-    """Share of the held-out images that `model` classifies correctly."""
+    """Return the share of the held-out images that `model` classifies correctly."""
     _, (images, labels) = digits()
     with torch.no_grad():
         hits = model(torch.from_numpy(images)).argmax(1) == torch.from_numpy(labels)
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image moved by its own number of pixels."""
+    """Move every image by a random number of pixels of its own."""
     offsets = torch.randint(0, 2 * SHIFT + 1, (len(x), 2), generator=generator)
     padded = F.pad(x, (SHIFT,) * 4)
     height, width = x.shape[-2:]

@@ -51,7 +51,7 @@ SAFE_NODES = (
 
 
 def clean_archive(path: Path) -> io.BytesIO:
-    """A new archive of exactly the members of `path` that were checked: loading it can only build a graph and tensors.
+    """Return a new archive of the checked members of `path` alone: loading it can only build a graph and tensors.
 
     The copy matters: torch's own zip reader may see other members in a crafted file than the check did.
     raises: ModelError if the file is no .pt2 archive, is damaged, or holds anything that could run code.
@@ -74,7 +74,7 @@ def clean_archive(path: Path) -> io.BytesIO:
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
-    """Member names without the archive's root folder -> full names."""
+    """Return the full names of the members, by their names without the archive's root folder."""
     names = archive.namelist()
     if len(set(names)) != len(names):
         raise _refusal(path, "a member stored twice")
@@ -119,7 +119,7 @@ def _check_json(path: Path, name: str, document: Any) -> None:
 
 
 def _entries(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of nested dicts; items of a list come under the list's key."""
+    """Yield every (key, value) of nested dicts; items of a list come under the list's key."""
     stack: list[tuple[str, Any]] = [("", document)]
     while stack:
         key, value = stack.pop()
