@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["Option", "Value", "build", "check", "list_options", "option"]
+__all__ = ["Option", "Options", "Value", "build", "list_options", "option"]
 
 Value = str | int | float | bool
 Method = TypeVar("Method")
@@ -64,11 +64,15 @@ def build(method: type[Method], name: str, options: Mapping[str, object]) -> Met
     return method(**{o: _validated(name, known[o], types[o], value, strict=False) for o, value in options.items()})
 
 
-def check(method: object) -> None:
-    """Raise InputError for the first field whose value its declaration does not allow."""
-    types = get_type_hints(type(method))
-    for field in dataclasses.fields(method):  # type: ignore[arg-type]
-        _validated(type(method).__name__.lower(), field, types[field.name], getattr(method, field.name), strict=True)
+class Options:
+    """Base of a method's dataclass, which checks the options of every object that is made."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for the first field whose value its declaration does not allow."""
+        method = type(self)
+        types = get_type_hints(method)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _validated(method.__name__.lower(), field, types[field.name], getattr(self, field.name), strict=True)
 
 
 def _validated(name: str, field: dataclasses.Field[Any], kind: type, value: object, *, strict: bool) -> Any:

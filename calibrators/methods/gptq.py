@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calibrators.options import check, option
+from calibrators.options import Options, option
 
 if TYPE_CHECKING:
     from calibrators.execution.task import Problem
@@ -21,7 +21,7 @@ __all__ = ["GPTQ"]
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Options):
     """Rounding layer by layer in which later weights compensate for the errors of earlier ones, without training."""
 
     damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
@@ -29,9 +29,6 @@ class GPTQ:
     positions: int = option(32768, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
     ranges: str = option("mse", "range method for the activations")
     weight_ranges: str = option("mse", "range method for the weights")
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """Return the calibrated network, with the remaining error of every layer in its record."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calibrators.errors import InputError
-from calibrators.options import check, option
+from calibrators.options import Options, option
 from calibrators.ranges.range_method import POWERS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FIRST_EVALUATIONS = len(POWERS) + 3
 
 
 @dataclass(frozen=True)
-class LAPQ:
+class LAPQ(Options):
     """Ranges that minimize the loss of the whole network, by a joint search over all scales."""
 
     loss: str = option(
@@ -51,9 +51,6 @@ class LAPQ:
     samples: int = option(512, "samples on which the loss is measured, drawn with the seed", minimum=1)
     sweeps: int = option(10, "largest number of sweeps over all tensors", minimum=0)
     percentile: float = option(99.99, "percentile among the ranges compared", minimum=50.0, maximum=100.0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def needs_labels(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING
 
-from calibrators.options import check
+from calibrators.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,8 @@ POWERS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 """Powers of the error that a search over ranges compares."""
 
 
-class RangeMethod(abc.ABC):
+class RangeMethod(Options, abc.ABC):
     """A method that chooses ranges from values alone; a subclass is a frozen dataclass whose fields are its options."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @abc.abstractmethod
     def bounds(self, samples: Samples, spec: QuantSpec) -> tuple[Tensor, Tensor]:

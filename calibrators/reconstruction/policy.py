@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from calibrators.options import check, option
+from calibrators.options import Options, option
 
 if TYPE_CHECKING:
     from calibrators.execution.blocks import Block
@@ -74,11 +74,8 @@ class GroupingOptions:
 
 
 @dataclass(frozen=True)
-class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOptions):
+class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOptions, Options):
     """Base of the methods that train rounding unit by unit; here every unit is a layer and scales stay as they are."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """Return the calibrated network."""
