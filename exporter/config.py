@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
 
 from calibrators.errors import InputError, near_file
@@ -21,6 +21,7 @@ from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.options import PlacementOptions
 from calibrators.settings import Settings, expected, setting
+from exporter.inputs.form import DATA, DataForm, Names, Positive
 
 __all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
 
@@ -29,35 +30,10 @@ NO_EFFECT = frozenset(
 )
 """Settings that change how an export is computed, verified and reported, and nothing in the model."""
 
-DATA, PROOF, RUNNING = "Data", "Proof and verdict", "Running"
-"""Panels of `intact export --help`, beside the default one."""
+PROOF, RUNNING = "Proof and verdict", "Running"
+"""Panels of `intact export --help`."""
 
 
-def _split(value: object, separator: str = ",") -> object:
-    """Split text; one number is a list of one."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.lower().split(separator) if part.strip()]
-    return [value] if isinstance(value, (int, float)) else value
-
-
-def _size(value: object) -> object:
-    parts = _split(value, "x")
-    return parts[0] if isinstance(parts, list) and len(parts) == 1 else parts
-
-
-Positive = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Channels = Annotated[
-    tuple[float, ...],
-    Field(min_length=1, max_length=3),
-    BeforeValidator(_split),
-    expected("a number, or three separated by commas, all finite"),
-]
-ImageSize = Annotated[
-    Positive | tuple[Positive, Positive],
-    BeforeValidator(_size),
-    expected("a size: 224, or 224x160 for height x width"),
-]
 Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, cuda or cuda:N")]
 
 
@@ -71,7 +47,7 @@ class _Calibration(Settings):
     )
 
 
-class ExportConfig(PlacementOptions, _Calibration):
+class ExportConfig(DataForm, PlacementOptions, _Calibration):
     """One export: every setting, as a TOML key, a flag of `intact export` and a Python keyword."""
 
     weight_storage: Literal["auto", "int8", "int4", "int2"] = setting(
@@ -96,21 +72,8 @@ class ExportConfig(PlacementOptions, _Calibration):
     sensitivity: bool = setting(False, "Measure and plot the cost of bits, layer by layer; `--budget` does too.")
     explain: bool = setting(False, "Compute and plot the reasons for the method's choice; takes longer.")
     simplify: bool = setting(True, "Simplify the ONNX graph where that provably changes nothing.", flag=None)
-    batch_size: Positive = setting(64, "Samples per batch for .npz files and folders.", panel=DATA)
     calibration_batches: Positive | None = setting(
         None, "Use only the first N calibration batches.", panel=DATA, metavar="N", shown="all"
-    )
-    image_size: ImageSize | None = setting(
-        None,
-        "Resize and centre-crop the images of a folder: `224`, or `224x160` (height x width).",
-        panel=DATA,
-        metavar="SIZE",
-    )
-    mean: Channels | None = setting(
-        None, "Mean per channel of images in 0..1: `0.485,0.456,0.406`.", panel=DATA, metavar="M,M,M"
-    )
-    std: Channels | None = setting(
-        None, "Standard deviation per channel of images in 0..1.", panel=DATA, metavar="S,S,S"
     )
     gates: tuple[str, ...] = setting(
         (), "Condition for exit code 0, repeatable: `accuracy_drop<=0.01`.", panel=PROOF, flag="gate", metavar="EXPR"
@@ -138,10 +101,6 @@ class ExportConfig(PlacementOptions, _Calibration):
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
         raise InputError(f"layers = {rules!r} should be a list of rules; write [[layers]] above each in a file.")
-
-    def data_form(self) -> dict[str, Any]:
-        """Return how data without batches is cut, and how images are read (exporter.inputs.open.open_both)."""
-        return {"batch": self.batch_size, "image_size": self.image_size, "mean": self.mean, "std": self.std}
 
     def digest(self) -> str:
         """Return the sha256 of the canonical JSON of all fields but those without effect on the model."""

@@ -93,7 +93,7 @@ def export(
     check_out(out, overwrite=overwrite)
     check_settings(config)
     gates = gates_of(config.gates, openvino=config.openvino)
-    given, evaluation = open_both(data, eval_data, **config.data_form())
+    given, evaluation = open_both(data, eval_data, config)
     if isinstance(model, str):
         source, model = model, load_model(model, checkpoint)
         names = input_names(model)

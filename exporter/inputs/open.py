@@ -5,9 +5,8 @@ Must not know: models, methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,40 +15,33 @@ from torch import Tensor, nn
 from calibrators.errors import DataError, first_line
 from exporter.frontend.user_code import UserCallable, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
-from exporter.inputs.sources import ImageForm, from_arrays, from_images, from_npz
+from exporter.inputs.form import DataForm
+from exporter.inputs.sources import from_arrays, from_images, from_npz
 
 __all__ = ["check_takes_integers", "open_both", "open_data"]
 
+PLAIN = DataForm()
 
-def open_data(
-    source: object,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch: int = 64,
-) -> Data:
+
+def open_data(source: object, form: DataForm = PLAIN) -> Data:
     """Return the data that `source` names or is; nothing is read before the first pass.
 
     source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
             of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
             any iterable of batches. Batches are x, (x, labels), ({name: x}, labels) or ((x1, x2), labels).
-    image_size, mean, std: for a folder of images only, see exporter.inputs.sources.
-    batch:  samples per batch where the source has no batches of its own.
+    form:   batches, where the source has none of its own, and images, which only folders have.
     raises: DataError, UnknownNameError.
     """
     if isinstance(source, Data):
         return source
-    if batch < 1:
-        raise DataError(f"a batch of {batch} samples is empty; give a batch size of 1 or more.")
     if isinstance(source, Path) or (isinstance(source, str) and (":" not in source or Path(source).exists())):
-        return _open_path(Path(source), ImageForm.of(image_size, mean, std), batch)
-    if image_size is not None or mean is not None or std is not None:
+        return _open_path(Path(source), form)
+    if form.is_for_images:
         raise DataError("image size, mean and std belong to a folder of images; here the data comes preprocessed.")
     if isinstance(source, str):
         function = load_callable(source, error=DataError)
-        return Data(source, lambda: _guarded(function, batch))
-    label = f"data ({type(source).__name__})"
+        return Data(source, lambda: _guarded(function, form.batch_size))
+    label, batch = f"data ({type(source).__name__})", form.batch_size
     if _is_array(source) or _is_pair_of_arrays(source) or isinstance(source, Mapping):
         return Data(label, lambda: from_arrays(source, label, batch))
     if callable(source) and not isinstance(source, Iterable):
@@ -61,19 +53,18 @@ def open_data(
     raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
 
 
-def open_both(
-    calibration: object, evaluation: object | None, *, batch: int = 64, **images: Any
-) -> tuple[Data, Data | None]:
-    """Return the data of an export; `images` apply to the sources that are folders, and are an error if none is.
+def open_both(calibration: object, evaluation: object | None, form: DataForm) -> tuple[Data, Data | None]:
+    """Return the data of an export; settings of images apply to folders, and are an error if there is none.
 
     raises: DataError, UnknownNameError.
     """
-    folders = [isinstance(source, (str, Path)) and Path(source).is_dir() for source in (calibration, evaluation)]
-
-    def opened(source: object, is_folder: bool) -> Data:
-        return open_data(source, batch=batch, **(images if is_folder or not any(folders) else {}))
-
-    return opened(calibration, folders[0]), None if evaluation is None else opened(evaluation, folders[1])
+    sources = [source for source in (calibration, evaluation) if source is not None]
+    folders = [isinstance(source, (str, Path)) and Path(source).is_dir() for source in sources]
+    plain = DataForm(batch_size=form.batch_size) if any(folders) else form
+    opened = [
+        open_data(source, form if is_folder else plain) for source, is_folder in zip(sources, folders, strict=True)
+    ]
+    return opened[0], opened[1] if evaluation is not None else None
 
 
 def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
@@ -151,10 +142,10 @@ def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
     return start
 
 
-def _open_path(path: Path, form: ImageForm, batch: int) -> Data:
+def _open_path(path: Path, form: DataForm) -> Data:
     if path.is_dir():
-        return Data(str(path), lambda: from_images(path, form, batch))
-    if form != ImageForm():
+        return Data(str(path), lambda: from_images(path, form))
+    if form.is_for_images:
         raise DataError(f"image size, mean and std belong to a folder of images; {path} is none.")
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a .npz file, a folder of images or file.py:callable.")
@@ -163,4 +154,4 @@ def _open_path(path: Path, form: ImageForm, batch: int) -> Data:
             "name its callable: " + f"{path}:calibration" if path.suffix == ".py" else "save arrays with numpy.savez"
         )
         raise DataError(f"{path} is not a .npz file or a folder of images; {advice}.")
-    return Data(str(path), lambda: from_npz(path, batch), by_position=True)
+    return Data(str(path), lambda: from_npz(path, form.batch_size), by_position=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from calibrators.errors import DataError
+from exporter.inputs.form import DataForm
 
-__all__ = ["ImageForm", "from_arrays", "from_images", "from_npz"]
+__all__ = ["from_arrays", "from_images", "from_npz"]
 
 LABEL_NAMES = ("labels", "y")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -101,34 +101,12 @@ class _Rows:
         return array
 
 
-@dataclass(frozen=True)
-class ImageForm:
-    """How an image becomes an input: (height, width) or None, then mean and std per channel of values in 0..1."""
-
-    size: tuple[int, int] | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    @classmethod
-    def of(
-        cls, size: int | tuple[int, int] | None, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> ImageForm:
-        size = (size, size) if isinstance(size, int) else size
-        if size is not None and min(size) < 1:
-            raise DataError(f"an image size of {size[0]}x{size[1]} is empty; give 1 or more.")
-        for name, values in (("mean", mean), ("std", std)):
-            if values is not None and (len(values) not in (1, 3) or not all(np.isfinite(values))):
-                raise DataError(f"{name} needs one finite number, or three for red, green, blue; got {list(values)}.")
-        if std is not None and min(std) <= 0:
-            raise DataError(f"std must be positive; got {list(std)}.")
-        return cls(size, tuple(mean or ()), tuple(std or ()))
-
-
-def from_images(root: Path, form: ImageForm, batch: int) -> Raw:
+def from_images(root: Path, form: DataForm) -> Raw:
     """Yield batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
     files, labels = _image_files(root)
-    for start in range(0, len(files), batch):
-        pixels = [_image(file, form) for file in files[start : start + batch]]
+    for start in range(0, len(files), form.batch_size):
+        end = start + form.batch_size
+        pixels = [_image(file, form) for file in files[start:end]]
         shapes = {image.shape for image in pixels}
         if len(shapes) > 1:
             odd = next(i for i, image in enumerate(pixels) if image.shape != pixels[0].shape)
@@ -137,7 +115,7 @@ def from_images(root: Path, form: ImageForm, batch: int) -> Raw:
                 "give --image-size to bring all images to one size."
             )
         stacked = np.stack(pixels)  # [n, 3, height, width]
-        yield stacked if labels is None else (stacked, np.array(labels[start : start + batch]))
+        yield stacked if labels is None else (stacked, np.array(labels[start:end]))
 
 
 def _image_files(root: Path) -> tuple[list[Path], list[int] | None]:
@@ -165,7 +143,7 @@ def _found(entries: Iterable[Path]) -> list[Path]:
     )
 
 
-def _image(path: Path, form: ImageForm) -> np.ndarray[Any, Any]:
+def _image(path: Path, form: DataForm) -> np.ndarray[Any, Any]:
     """Return one image as float32 [3, height, width].
 
     It is converted to RGB; with a size, it is scaled (bilinear, antialiased) until it just covers the size, and its
@@ -178,12 +156,12 @@ def _image(path: Path, form: ImageForm) -> np.ndarray[Any, Any]:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is not a readable image ({error}); replace or remove it.") from error
-    if form.size is not None:
-        image = _cover(image, form.size)
+    if form.image_size is not None:
+        image = _cover(image, form.image_size)
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)  # [3, height, width]
-    if form.mean:
+    if form.mean is not None:
         pixels = pixels - np.array(form.mean, np.float32).reshape(-1, 1, 1)
-    if form.std:
+    if form.std is not None:
         pixels = pixels / np.array(form.std, np.float32).reshape(-1, 1, 1)
     return pixels
 

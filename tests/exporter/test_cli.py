@@ -199,7 +199,7 @@ def test_image_flags_reach_the_folder_only(run: Callable[..., Any], pipeline: li
     flags = ["--image-size", "4x8", "--mean", "0.5,0.5,0.5", "--std", "0.5"]
     result = run("export", "torch.nn:Identity", "--data", data, "--out", str(tmp_path / "out"), *flags)
     assert result.exit_code == 0, result.output
-    opened, _ = open_both(data, ARGUMENTS[2], **pipeline[0]["config"].data_form())
+    opened, _ = open_both(data, ARGUMENTS[2], pipeline[0]["config"])
     x = opened.example().inputs[0]
     assert tuple(x.shape) == (1, 3, 4, 8)
     assert x[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]

@@ -176,7 +176,7 @@ def test_a_bad_file_is_one_message(tmp_path: Path, text: str, parts: list[str]) 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     toml(tmp_path / "export.toml", "")
-    with pytest.raises(InputError, match=r"did you mean 'export\.toml'"):
+    with pytest.raises(InputError, match=r"did you mean '.*export\.toml'"):
         load_config(tmp_path / "exprt.toml")
 
 
@@ -211,7 +211,7 @@ def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
 @pytest.mark.parametrize(
     ("field", "text", "value"),
     [
-        ("image_size", "224", 224),
+        ("image_size", "224", (224, 224)),
         ("image_size", "224x160", (224, 160)),
         ("mean", "0.5", (0.5,)),
         ("std", "0.1,0.2,0.3", (0.1, 0.2, 0.3)),

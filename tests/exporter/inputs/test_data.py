@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import textwrap
@@ -17,8 +18,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from calibrators.errors import DataError
+from calibrators.errors import DataError, InputError
 from exporter.inputs.data import Data
+from exporter.inputs.form import DataForm
 from exporter.inputs.open import check_takes_integers, open_data
 
 COUNT = 10
@@ -100,7 +102,7 @@ def message(data: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("name", ["generator", "named", "whole", "loader"])
 def test_every_callable_gives_the_same_data_on_every_pass(file: Path, name: str) -> None:
-    data = open_data(f"{file}:{name}", batch=4)
+    data = open_data(f"{file}:{name}", DataForm(batch_size=4))
     for _ in range(2):
         (x,), labels = joined(data)
         assert np.array_equal(x, X)
@@ -122,7 +124,7 @@ def test_every_callable_gives_the_same_data_on_every_pass(file: Path, name: str)
     ],
 )
 def test_python_sources(source: Callable[[], object]) -> None:
-    (x,), labels = joined(open_data(source(), batch=3))
+    (x,), labels = joined(open_data(source(), DataForm(batch_size=3)))
     assert np.array_equal(x, X)
     assert labels is None
 
@@ -139,7 +141,7 @@ def test_a_generator_is_read_once_and_says_so() -> None:
 def test_npz_rows(tmp_path: Path, compressed: bool, order: str, dtype: str) -> None:
     save = np.savez_compressed if compressed else np.savez
     save(tmp_path / "d.npz", x=np.asarray(X.astype(dtype), order=order), labels=Y)
-    data = open_data(str(tmp_path / "d.npz"), batch=4)
+    data = open_data(str(tmp_path / "d.npz"), DataForm(batch_size=4))
     assert [len(b) for b in data] == [4, 4, 2]
     (x,), labels = joined(data)
     assert np.array_equal(x, X)
@@ -168,7 +170,7 @@ def test_npz_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     rows, row = 512, 32 * 1024
     source = npz(tmp_path / "d.npz", x=np.zeros((rows, row // 4), np.float32))
     tracemalloc.start()
-    for _ in open_data(source, batch=8):
+    for _ in open_data(source, DataForm(batch_size=8)):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -228,9 +230,9 @@ def test_the_digest_depends_on_everything_but_the_batch_size() -> None:
         (X.reshape(COUNT, 4, 3, 4), Y),
         (X[:9], Y[:9]),
     ]
-    digests = [open_data(variant, batch=4).digest() for variant in variants]
+    digests = [open_data(variant, DataForm(batch_size=4)).digest() for variant in variants]
     assert len(set(digests)) == len(variants)
-    assert digests[0] == open_data((X, Y), batch=3).digest()
+    assert digests[0] == open_data((X, Y), DataForm(batch_size=3)).digest()
 
 
 def test_the_digest_comes_with_a_pass() -> None:
@@ -328,11 +330,10 @@ def test_a_callable_must_return_fresh_data(file: Path) -> None:
         pytest.param("nowhere.npz", {}, "does not exist", id="missing"),
         pytest.param(3, {}, "is no data", id="number"),
         pytest.param([X], {"image_size": 8}, "belong to a folder", id="image size without folder"),
-        pytest.param([X], {"batch": 0}, "batch of 0", id="batch"),
     ],
 )
 def test_a_bad_source_is_one_message(source: object, options: dict[str, Any], part: str) -> None:
-    assert part in message(lambda: open_data(source, **options))
+    assert part in message(lambda: open_data(source, DataForm(**options)))
 
 
 class Payload:
@@ -402,7 +403,7 @@ def test_a_folder_of_images_is_sorted_and_normalised(tmp_path: Path) -> None:
     pixels = [picture(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("cab")]
     (tmp_path / "notes.txt").write_text("no image")
     mean, std = (0.5, 0.25, 0.125), (0.5, 0.25, 2.0)
-    (x,), labels = joined(open_data(str(tmp_path), mean=mean, std=std, batch=2))
+    (x,), labels = joined(open_data(str(tmp_path), DataForm(mean=mean, std=std, batch_size=2)))
     expected = [(pixels[i].astype(np.float64) / 255 - mean) / std for i in (1, 2, 0)]
     # three float32 roundings, each at most half a unit in the last place of a value below 4
     assert np.abs(x - np.stack(expected).transpose(0, 3, 1, 2)).max() <= 3 * 2.0**-23
@@ -429,42 +430,52 @@ def test_images_are_scaled_to_cover_and_cropped_in_the_centre(tmp_path: Path) ->
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 4:12] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    (x,), _ = joined(open_data(str(tmp_path), image_size=8))
+    (x,), _ = joined(open_data(str(tmp_path), DataForm(image_size=8)))
     assert x.shape == (1, 3, 8, 8)
     assert (x == 1).all()
-    (wide,), _ = joined(open_data(str(tmp_path), image_size=(4, 8)))
+    (wide,), _ = joined(open_data(str(tmp_path), DataForm(image_size=(4, 8))))
     assert wide.shape == (1, 3, 4, 8)
     assert wide[0, 0, 0, 0] == 0 < wide[0, 0, 0, 4] == 1
 
 
 @pytest.mark.parametrize(
-    ("prepare", "options", "parts"),
+    ("prepare", "parts"),
     [
-        pytest.param(lambda root: None, {}, ["holds no images"], id="empty"),
+        pytest.param(lambda root: None, ["holds no images"], id="empty"),
         pytest.param(
-            lambda root: (root / "b.png").write_bytes(b"nonsense"), {}, ["b.png", "not a readable image"], id="corrupt"
+            lambda root: (root / "b.png").write_bytes(b"nonsense"), ["b.png", "not a readable image"], id="corrupt"
         ),
-        pytest.param(lambda root: picture(root / "b.png", (9, 8)), {}, ["9x8", "8x8", "--image-size"], id="sizes"),
-        pytest.param(lambda root: picture(root / "cat" / "b.png"), {}, ["images and folders"], id="mixed"),
+        pytest.param(lambda root: picture(root / "b.png", (9, 8)), ["9x8", "8x8", "--image-size"], id="sizes"),
+        pytest.param(lambda root: picture(root / "cat" / "b.png"), ["images and folders"], id="mixed"),
         pytest.param(
             lambda root: Image.fromarray(np.zeros((8, 8), np.int32)).save(root / "b.tif"),
-            {},
             ["more than 8 bits"],
             id="deep",
         ),
-        pytest.param(lambda root: None, {"mean": (0.1, 0.2)}, ["mean needs one"], id="mean"),
-        pytest.param(lambda root: None, {"std": (0.0,)}, ["std must be positive"], id="std"),
-        pytest.param(lambda root: None, {"image_size": 0}, ["0x0"], id="size"),
     ],
 )
-def test_a_bad_folder_is_one_message(
-    tmp_path: Path, prepare: Callable[[Path], object], options: dict[str, Any], parts: list[str]
-) -> None:
+def test_a_bad_folder_is_one_message(tmp_path: Path, prepare: Callable[[Path], object], parts: list[str]) -> None:
     if parts != ["holds no images"]:
         picture(tmp_path / "a.png")
     prepare(tmp_path)
-    text = message(lambda: list(open_data(str(tmp_path), **options)))
+    text = message(lambda: list(open_data(str(tmp_path))))
     assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        pytest.param({"batch_size": 0}, "batch_size = 0 should be greater than or equal to 1", id="batch"),
+        pytest.param({"mean": (0.1, 0.2)}, "mean = (0.1, 0.2) should be a number, or three", id="mean"),
+        pytest.param({"mean": (math.nan,)}, "all finite", id="nan"),
+        pytest.param({"std": (0.0,)}, "std = (0.0,) should be a positive number", id="std"),
+        pytest.param({"image_size": 0}, "image_size = 0 should be a size: 224", id="size"),
+    ],
+)
+def test_a_bad_form_of_data_is_one_message(settings: dict[str, Any], part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DataForm(**settings)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
