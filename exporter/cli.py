@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -205,10 +205,8 @@ def lint(
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
         findings = findings_of(model)
-        table = Table("severity", "rule", "where", "what", box=None)
-        for finding in findings:
-            table.add_row(finding.severity, finding.rule, escape(finding.where), escape(finding.message))
-        Console().print(table if findings else "Nothing found.")
+        rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]
+        _print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
         raise typer.Exit(any(finding.severity == "error" for finding in findings))
 
 
@@ -251,17 +249,15 @@ def methods(
         if name is not None and name not in known:
             raise UnknownNameError("method", name, known)
         if name is None:
-            table = Table("method", "description", title="Calibration methods", title_justify="left")
-            for method in known.values():
-                table.add_row(f"[bold]{method.name}[/bold]", escape(method.summary))
-            closing = "`intact methods NAME` lists the options of one."
-        else:
-            Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
-            table = Table("option", "default", "description")
-            for option in known[name].options:
-                table.add_row(f"[bold]{option.name}[/bold]", str(option.default), escape(option.doc))
-            closing = f"Set them with `intact export ... --method {name} --set OPTION=VALUE`."
-        Console().print(*([table, closing] if table.rows else ["It has no options."]), sep="\n")
+            rows = [(method.name, method.summary) for method in known.values()]
+            _print_table(("method", "description"), rows, title="Calibration methods")
+            Console().print("`intact methods NAME` lists the options of one.")
+            return
+        Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
+        options = [(option.name, str(option.default), option.doc) for option in known[name].options]
+        _print_table(("option", "default", "description"), options, empty="It has no options.")
+        if options:
+            Console().print(f"Set them with `intact export ... --method {name} --set OPTION=VALUE`.")
 
 
 @app.command()
@@ -273,12 +269,8 @@ def targets(debug: Debug = False) -> None:
     with _reported_errors(debug=debug):
         from calibrators.targets import list_targets
 
-        columns = ("target", "activations", "weights", "opset", "description")
-        table = Table(*columns, title="Targets", title_justify="left")
-        for target in list_targets():
-            grids = (_grid(target.activation), _grid(target.weight))
-            table.add_row(f"[bold]{target.name}[/bold]", *grids, str(target.opset), target.summary)
-        Console().print(table)
+        rows = [(t.name, _grid(t.activation), _grid(t.weight), str(t.opset), t.summary) for t in list_targets()]
+        _print_table(("target", "activations", "weights", "opset", "description"), rows, title="Targets")
 
 
 def main() -> None:
@@ -339,6 +331,14 @@ def _finish(report: Any, folder: Path) -> None:
 
     Console().print(verdict_panel(report, folder))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:
+    """Print a table whose first column is bold, or the text for an empty one."""
+    table = Table(*columns, title_justify="left", **style)
+    for first, *others in rows:
+        table.add_row(f"[bold]{escape(first)}[/bold]", *map(escape, others))
+    Console().print(table if rows else empty)
 
 
 def _grid(spec: Any) -> str:

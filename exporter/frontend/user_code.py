@@ -128,15 +128,12 @@ def _import_module(name: str, error: type[InputError]) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # as `python -m` does; an installed command does not
     with users_code(name, "cannot be imported:", None, error):
-        cause: Exception | None = None
         try:
-            found = importlib.util.find_spec(name)
-        except (ModuleNotFoundError, ValueError) as missing:
-            found, cause = None, missing
-        if found is None:
-            reason = f" ({cause})" if cause else ""
-            raise error(f"no module named {name!r}{reason}; for a file write its path with .py.") from cause
-        return importlib.import_module(name)
+            return importlib.import_module(name)
+        except ModuleNotFoundError as cause:
+            if not f"{name}.".startswith(f"{cause.name}."):
+                raise  # a module that the user's own imports
+            raise error(f"no module named {cause.name!r}; for a file write its path with .py.") from cause
 
 
 def _users_line(error: BaseException) -> str:
