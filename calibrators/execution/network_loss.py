@@ -1,9 +1,8 @@
-"""The loss of the deployed network as a function of all its scales, evaluated as cheaply as exactness allows.
+"""The loss of the quantized network as a function of all its scales, evaluated as cheaply as exactness allows.
 
 A point gives the parameters of every activation site that owns its scale and of every weight, by site name; biases
-follow from them. The network runs block by block as it will be deployed. What crosses into the first block that a
-point changes is kept for all samples, so that points which differ late in the network run its end only; a point that
-is clearly worse than the best one is given up early.
+follow from them. What crosses into the first block that a point changes is kept for all samples, so that points which
+differ late in the network run its end only; a point that is clearly worse than the best one is given up early.
 
 Work is counted in evaluations: the multiply-accumulates of weighted operators over all samples of one full pass are
 one evaluation; a part of the network or of the samples counts by its share.
@@ -22,19 +21,18 @@ import torch
 from torch import Tensor
 
 from calibrators.errors import InputError
-from calibrators.execution.activation_cache import Cache, Memory
+from calibrators.execution.activation_cache import Cache, Recording
 from calibrators.execution.blocks import partition
 from calibrators.execution.losses import PredictionLoss
-from calibrators.execution.quantizers import ActivationQuantizer
-from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
+from calibrators.execution.simulation import channels_last
+from calibrators.execution.streamed_network import StreamedNetwork
 from calibrators.execution.task import Problem
-from calibrators.graph.aten import batch_of, macs, to_device
+from calibrators.graph.aten import batch_of, macs
 from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.grid.spec import QParams
-from calibrators.placement.place import Placement
 from calibrators.program.freeze import code_bias, widen
 
-__all__ = ["BudgetExhausted", "Landscape", "Measured", "Point", "compared_outputs", "draw_samples", "float_outputs"]
+__all__ = ["BudgetExhausted", "Measured", "NetworkLoss", "Point", "compared_outputs", "draw_samples", "float_outputs"]
 
 CHUNK = 32
 """Samples per forward pass: the activations of one block stay near the processor."""
@@ -66,14 +64,14 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Prefix:
-    """What crosses into block `at` under `point`, for all samples."""
+    """The values that cross into block `at` under `point`, for all samples."""
 
     at: int
     caches: Mapping[str, Cache]
     point: Point
 
 
-class Landscape:
+class NetworkLoss(StreamedNetwork):
     """Mean loss over the samples at points, and the best point so far.
 
     inputs: one tensor per model input, [samples, ...].
@@ -83,60 +81,53 @@ class Landscape:
     def __init__(
         self, problem: Problem, inputs: Sequence[Tensor], start: Point, loss: PredictionLoss, *, budget: int
     ) -> None:
-        self.placement, self.device = problem.placement, problem.device
-        self.loss, self.problem = loss, problem
-        weighted = [user for site in self.placement.sites if site.kind == "weight" for user in site.users]
-        self.blocks = partition(self.placement.graph, weighted, chain=1, largest=1)
-        self.boundary = BlockBoundary(self.placement, self.blocks)
-        owners = [s.name for s in self.placement.sites if s.kind == "activation" and s.shares is None]
-        self.quantizers = {name: ActivationQuantizer(start[name], nonnegative=False) for name in owners}
-        self.simulations = [
-            to_device(Simulation(self.placement, self.boundary, block, self.quantizers), self.device).eval()
-            for block in self.blocks
-        ]
-        self.wiring = _Wiring(self.placement)
+        placement = problem.placement
+        owners = [s.name for s in placement.sites if s.kind == "activation" and s.shares is None]
+        blocks = partition(placement.graph, placement.weight_of, chain=1, largest=1)
+        super().__init__(problem, blocks, {name: start[name] for name in owners})
+        self.loss, self.samples = loss, len(inputs[0])
+        self.simulations = [self.simulation(block) for block in blocks]
+        self.biases = {site.name: placement.added_to(site) for site in placement.sites if site.kind == "bias"}
+        self.read_by = self._read_by()
         self.first = self._first_blocks()
-        self.samples = len(inputs[0])
-        self.chunk = batch_of(self.placement.graph, CHUNK)
-        self.memory = Memory(problem.memory, problem.device)
-        names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
-        self.prefix = self.entry = _Prefix(0, dict(zip(names, map(self._cached, inputs), strict=True)), {})
+        self.prefix = self.entry = _Prefix(0, self.record_inputs([inputs], self.samples), {})
         self.compared = [*compared_outputs(problem)]
-        self.live = [self._live_at(index) for index in range(len(self.blocks) + 1)]
-        work = [
-            sum(macs(self.placement.nodes[name]) for name in block.weighted) * self.samples for block in self.blocks
-        ]
+        self.live = [self._live_at(index) for index in range(len(blocks) + 1)]
+        work = [sum(macs(placement.nodes[name]) for name in block.weighted) * self.samples for block in blocks]
         self.work_from = [sum(work[index:]) for index in range(len(work) + 1)]
         self.budget, self.spent = budget * self.work_from[0], 0
         self.deadline = math.inf
         self.best: Measured | None = None
-        self.deployed: dict[str, QParams] = {}
+        self.current: dict[str, QParams] = {}
         self.widened: dict[str, QParams] = {}
         self.watch: Callable[[], None] = lambda: None
 
-    # --- what there is ----------------------------------------------------------------------------------------------
+    # --- what a point needs -----------------------------------------------------------------------------------
 
     @property
     def evaluations(self) -> float:
         """Work done, in full evaluations."""
         return self.spent / self.work_from[0]
 
-    def _cached(self, values: Tensor) -> Cache:
-        cache = Cache(self.memory, self.samples, values)
-        cache.write(0, values)
-        return cache
+    def _read_by(self) -> dict[str, set[str]]:
+        """Return by weight site the activation sites (owners) that it multiplies; none for weight-only layers."""
+        found: dict[str, set[str]] = {}
+        for site in (site for site in self.placement.sites if site.kind == "weight"):
+            users = () if site.weight_only else site.users
+            found[site.name] = {self.placement.input_of(self.placement.nodes[user]).name for user in users}
+        return found
 
     def _first_blocks(self) -> dict[str, int]:
-        """The first block in which the parameters of each site act, by the site's name."""
+        """Return the first block in which the parameters of each site act, by the site's name."""
         first: dict[str, int] = {}
         for index, simulation in enumerate(self.simulations):
-            sources = [self.wiring.source[name] for name in simulation.biases]
+            sources = [self.biases[name][1].name for name in simulation.biases]
             for name in (*simulation.quantizers, *simulation.weights, *sources):
                 first.setdefault(name, index)
         return first
 
     def _live_at(self, index: int) -> list[str]:
-        """The values that cross into block `index`; behind the last block, the outputs that are compared."""
+        """Return the values that cross into block `index`; after the last block, the outputs that are compared."""
         made = {*self.entry.caches, *(name for block in self.blocks[:index] for name in block.outputs)}
         read = [name for block in self.blocks[index:] for name in block.inputs]
         read += self.compared
@@ -145,7 +136,7 @@ class Landscape:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, point: Point, *, whole: bool = False) -> float:
-        """Mean loss at a point; of a point clearly worse than the best one an estimate from some samples.
+        """Return the mean loss at a point; of a point clearly worse than the best one an estimate from some samples.
 
         whole:  use all samples whatever they show.
         raises: BudgetExhausted, before any work, if the budget does not hold a whole evaluation.
@@ -155,9 +146,9 @@ class Landscape:
         at = self.prefix.at if self._agree_until(point, self.prefix.point) >= self.prefix.at else 0
         if self.spent + self.work_from[at] > self.budget or time.perf_counter() > self.deadline:
             raise BudgetExhausted
-        shared = [self.deployed, self.best.point] if self.best else [self.deployed]
+        shared = [self.current, self.best.point] if self.best else [self.current]
         to = max(at, *(self._agree_until(point, other) for other in shared))
-        self._deploy(point)
+        self._set_point(point)
         with torch.no_grad():
             if to > at:
                 self._advance(at, to, point)
@@ -166,7 +157,7 @@ class Landscape:
         return self._judge(point, losses)
 
     def _agree_until(self, point: Point, other: Point) -> int:
-        """The first block in which two points differ; the number of blocks if they do not."""
+        """Return the first block in which two points differ; the number of blocks if they do not."""
         differ = (self.first[name] for name in point if name in self.first and not _same(point[name], other.get(name)))
         return min(differ, default=len(self.blocks))
 
@@ -182,9 +173,9 @@ class Landscape:
         return measured.loss
 
     def _losses(self, at: int, *, race: bool) -> Tensor:
-        """Loss of each sample from block `at` on, or of the first samples where they show enough."""
+        """Return the loss of each sample from block `at` on, or of the first samples where they show enough."""
         losses = torch.empty(0, dtype=torch.float64)
-        for start, values in self._chunks(at):
+        for start, values in self._chunks_at(at):
             outputs = self._forward(values, at, len(self.blocks))
             made = self.loss([outputs[name] for name in self.compared], start)
             losses = torch.cat([losses, made])
@@ -201,16 +192,16 @@ class Landscape:
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def _chunks(self, at: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """First sample and the values that cross into block `at`, which the prefix holds, chunk by chunk."""
-        names = self.live[at]
+    def _chunks_at(self, at: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield the first sample and the values that cross into block `at`, which the prefix holds, chunk by chunk."""
+        names, start = self.live[at], 0
         caches = (self.prefix if at else self.entry).caches
-        streams = [caches[name].chunks(self.chunk) for name in names]
-        for index, parts in enumerate(zip(*streams, strict=True)):
-            yield index * self.chunk, {name: x.to(self.device) for name, x in zip(names, parts, strict=True)}
+        for parts in self.chunks([caches[name] for name in names], CHUNK):
+            yield start, dict(zip(names, parts, strict=True))
+            start += len(parts[0])
 
     def _forward(self, values: dict[str, Tensor], at: int, to: int) -> dict[str, Tensor]:
-        """Values that cross into block `to`, from those that cross into block `at`."""
+        """Return the values that cross into block `to`, from those that cross into block `at`."""
         for index in range(at, to):
             block = self.blocks[index]
             made = self.simulations[index](*(values[name] for name in block.inputs))
@@ -224,13 +215,12 @@ class Landscape:
         if held is not self.prefix:
             self._drop(self.prefix, {})
             self.prefix = held
-        caches = {name: held.caches[name] for name in self.live[to] if name in held.caches}
-        for start, values in self._chunks(at):
-            for name, value in self._forward(values, at, to).items():
-                if name not in held.caches:
-                    if name not in caches:
-                        caches[name] = Cache(self.memory, self.samples, value, self._grid(name, point))
-                    caches[name].write(start, value)
+        kept = {name: held.caches[name] for name in self.live[to] if name in held.caches}
+        recording = Recording(self.memory, self.samples, set(self.live[to]) - kept.keys(), self.crossing_grid)
+        for _, values in self._chunks_at(at):
+            count = len(values[self.live[at][0]])
+            recording.append(self._forward(values, at, to), count)
+        caches = kept | recording.caches
         self._drop(held, caches)
         self.prefix = _Prefix(to, caches, dict(point))
         self.spent += self.work_from[at] - self.work_from[to]
@@ -240,18 +230,14 @@ class Landscape:
             if name not in kept and name not in self.entry.caches:
                 cache.free()
 
-    def _grid(self, name: str, point: Point) -> QParams | None:
-        site = self.boundary.site(name)
-        return point[self.placement.root(site).name] if site else None
+    # --- setting a point --------------------------------------------------------------------------------------------
 
-    # --- deploying --------------------------------------------------------------------------------------------------
-
-    def _deploy(self, point: Point) -> None:
+    def _set_point(self, point: Point) -> None:
         """Give every block the parameters of a point; what does not change stays as it is."""
-        changed = {name for name in point if not _same(point[name], self.deployed.get(name))}
+        changed = {name for name in point if not _same(point[name], self.current.get(name))}
         for name in changed & self.quantizers.keys():
             self.quantizers[name].reset(point[name].to(self.device))
-        touched = [name for name, sources in self.wiring.reads.items() if changed & {name, *sources}]
+        touched = [name for name, sources in self.read_by.items() if changed & {name, *sources}]
         activations = {name: point[name] for name in self.quantizers}
         weights = widen(self.placement, activations, {name: point[name] for name in touched})
         for name, qparams in weights.items():
@@ -259,13 +245,13 @@ class Landscape:
                 self.widened[name] = qparams
                 weight = self.problem.values(self.placement.by_name[name])
                 self._set("weights", name, channels_last(fake_quant(weight, qparams)))
-        for name, site in self.wiring.biases.items():
-            weight_site, source = self.wiring.weight[name], self.wiring.source[name]
-            if weight_site in weights:
-                bias = self.problem.values(site).double()
-                coded = code_bias(bias, point[source].scale, self.widened[weight_site].scale, site)
+        for name, (weight_site, source) in self.biases.items():
+            if weight_site.name in weights:
+                site = self.placement.by_name[name]
+                scales = point[source.name].scale, self.widened[weight_site.name].scale
+                coded = code_bias(self.problem.values(site).double(), *scales, site)
                 self._set("biases", name, dequantize(coded.codes, coded.qparams))
-        self.deployed = dict(point)
+        self.current = dict(point)
 
     def _set(self, kind: str, name: str, value: Tensor) -> None:
         for simulation in self.simulations:
@@ -273,26 +259,8 @@ class Landscape:
                 simulation.set(name, value.to(self.device))
 
 
-class _Wiring:
-    """Which scales meet: those of a weight, of the activation it multiplies, and of the bias that is added.
-
-    reads:  activation sites (owners) by weight site, none where weights only are quantized.
-    source, weight: the two sites by bias site.
-    """
-
-    def __init__(self, placement: Placement) -> None:
-        def read(user: str) -> str:
-            return placement.input_of(placement.nodes[user]).name
-
-        weights = [site for site in placement.sites if site.kind == "weight"]
-        self.reads = {site.name: set() if site.weight_only else set(map(read, site.users)) for site in weights}
-        self.biases = {site.name: site for site in placement.sites if site.kind == "bias"}
-        self.weight = {name: placement.weight_of[site.users[0]].name for name, site in self.biases.items()}
-        self.source = {name: read(site.users[0]) for name, site in self.biases.items()}
-
-
 def draw_samples(problem: Problem, samples: int, purpose: str) -> Tensor:
-    """At most `samples` of all samples, int64 [n], ascending; whole batches where their size is fixed."""
+    """Draw at most `samples` of all samples: int64 [n], ascending; whole batches where their size is fixed."""
     total, batch = problem.samples, batch_of(problem.placement.graph, 1)
     wanted = min(total, samples)
     wanted = max(batch, wanted - wanted % batch)
@@ -300,7 +268,7 @@ def draw_samples(problem: Problem, samples: int, purpose: str) -> Tensor:
 
 
 def compared_outputs(problem: Problem) -> dict[str, int]:
-    """The outputs that a loss compares, floats of every sample: their place among all outputs by fx name.
+    """Return the outputs that a loss compares, floats of every sample: their place among all outputs by fx name.
 
     raises: InputError where there is none.
     """
@@ -318,7 +286,7 @@ def compared_outputs(problem: Problem) -> dict[str, int]:
 
 
 def float_outputs(problem: Problem, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The compared outputs of the float network for all samples, [samples, ...] each."""
+    """Return the compared outputs of the float network for all samples, [samples, ...] each."""
     graph = problem.placement.graph
     chunks = zip(*(torch.split(x, batch_of(graph, CHUNK)) for x in inputs), strict=True)
     places = compared_outputs(problem).values()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.grid.numerics import along_axis, code_limits, fake_quant
-from calibrators.grid.spec import QParams
-from calibrators.program.freeze import QuantizedTensor
+from calibrators.grid.spec import QParams, QuantizedTensor
 
 __all__ = ["ActivationQuantizer", "Masks", "Rounding"]
 

@@ -27,6 +27,7 @@ __all__ = [
     "qparams_from_range",
     "quantize",
     "round_codes",
+    "values_of",
 ]
 
 SMALLEST_SCALE = 2.0**-100
@@ -83,15 +84,19 @@ def round_codes(
     return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 
+def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return f32(f32(code - zero_point) * scale); the parameters broadcast against the codes."""
+    return (codes.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+
+
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of `x` in the container dtype of the spec."""
     return round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)).to(qparams.spec.dtype)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
-    """Float32 values of `codes`: f32(f32(code - zero_point) * scale)."""
-    scale, zero_point = grid_of(codes, qparams)
-    return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
+    """Return the float32 values of `codes`."""
+    return values_of(codes, *grid_of(codes, qparams))
 
 
 def fake_quant(x: Tensor, qparams: QParams) -> Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["QParams", "QuantSpec", "Site", "Target"]
+__all__ = ["QParams", "QuantSpec", "QuantizedTensor", "Site", "Target"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ class QParams:
     def to(self, device: torch.device | str) -> QParams:
         """The same on `device`."""
         return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """Integer codes with the parameters that give them meaning."""
+
+    codes: Tensor
+    qparams: QParams
 
 
 @dataclass(frozen=True)

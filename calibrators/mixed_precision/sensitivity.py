@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from calibrators.execution.losses import is_logits, prediction_loss
-from calibrators.execution.network_loss import Landscape, Point, draw_samples, float_outputs
+from calibrators.execution.network_loss import NetworkLoss, Point, draw_samples, float_outputs
 from calibrators.execution.task import Problem
 from calibrators.grid.metrics import LEAST_ENERGY, decibels, energy
 from calibrators.grid.spec import QParams, QuantSpec
@@ -30,7 +30,7 @@ CANDIDATES = (2, 3, 4, 5, 6, 8)
 """Bits that are tried."""
 
 UNLIMITED = 1 << 40
-"""Evaluations that a landscape may take."""
+"""Evaluations that a network_loss may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,18 +101,18 @@ class Probe:
         chosen = problem.select(rows)
         floats = float_outputs(problem, chosen)
         self.witness = _OutputMetrics(floats, problem.labels_of(rows))
-        self.landscape = Landscape(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
+        self.network_loss = NetworkLoss(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
         self.readings: dict[tuple[int, ...], Reading] = {}
 
     @property
     def samples(self) -> int:
         """Samples that are read."""
-        return self.landscape.samples
+        return self.network_loss.samples
 
     @property
     def order(self) -> list[str]:
         """The knobs in order of execution: neighbours in it are cheap to read one after the other."""
-        return sorted(self.grids.knobs, key=self.landscape.first.__getitem__)
+        return sorted(self.grids.knobs, key=self.network_loss.first.__getitem__)
 
     def read(self, chosen: Mapping[str, int]) -> Reading:
         """The network with these bits; knobs that are not named have their finest grid."""
@@ -120,7 +120,7 @@ class Probe:
         key = tuple(widths.values())
         if key not in self.readings:
             self.witness.reset()
-            loss = self.landscape.evaluate(self.grids.point(widths), whole=True)
+            loss = self.network_loss.evaluate(self.grids.point(widths), whole=True)
             self.readings[key] = self.witness.reading(loss)
         return self.readings[key]
 

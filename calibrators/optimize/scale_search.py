@@ -17,7 +17,14 @@ import numpy as np
 from torch import Tensor
 
 from calibrators.execution.losses import prediction_loss
-from calibrators.execution.network_loss import BudgetExhausted, Landscape, Measured, Point, draw_samples, float_outputs
+from calibrators.execution.network_loss import (
+    BudgetExhausted,
+    Measured,
+    NetworkLoss,
+    Point,
+    draw_samples,
+    float_outputs,
+)
 from calibrators.execution.task import Problem
 from calibrators.grid.spec import QParams, Site
 from calibrators.optimize.derivative_free import STEP, Found, Vector, cobyqa, coordinate_sweep, fit_parabola, powell
@@ -57,7 +64,7 @@ class ScaleSearch:
         self.activations, self.weights = cache(problem.activations), cache(problem.weights)
         self.measure = cache(self._measure)
         self.rows = self._draw(method.samples)
-        self.landscape = self._landscape(self.rows, self._point(self._lp(2.0), self._lp(2.0)), method.max_evals)
+        self.network_loss = self._network_loss(self.rows, self._point(self._lp(2.0), self._lp(2.0)), method.max_evals)
         self.split: list[SplitLoss] = []
 
     def _ranges(self, name: str, **options: float) -> RangeMethod:
@@ -69,21 +76,21 @@ class ScaleSearch:
     def _draw(self, samples: int) -> Tensor:
         return draw_samples(self.problem, samples, "lapq")
 
-    def _landscape(self, rows: Tensor, start: Point, evaluations: int) -> Landscape:
+    def _network_loss(self, rows: Tensor, start: Point, evaluations: int) -> NetworkLoss:
         inputs = self.problem.select(rows)
         labels = self.problem.labels_of(rows) if self.method.loss == "ce" else None
         floats = float_outputs(self.problem, inputs)
         loss = prediction_loss(self.method.loss, floats, labels, self.method.temperature)
-        return Landscape(self.problem, inputs, start, loss, budget=evaluations)
+        return NetworkLoss(self.problem, inputs, start, loss, budget=evaluations)
 
     def run(self) -> CalibrationResult:
         """Run all phases and return the network at the best scales met."""
         started = time.perf_counter()
         with self.problem.stage("search", self.method.max_evals) as bar:
-            self.landscape.watch = _steps(self.landscape, bar.advance)
+            self.network_loss.watch = _steps(self.network_loss, bar.advance)
             self._compare()
             if self.method.max_seconds:
-                self.landscape.deadline = started + self.method.max_seconds
+                self.network_loss.deadline = started + self.method.max_seconds
             with suppress(BudgetExhausted):
                 self._split()
             start = self._best()
@@ -94,7 +101,7 @@ class ScaleSearch:
             optimizer=self.method.optimizer,
             loss=self.method.loss,
             samples=len(self.rows),
-            evaluations=self.landscape.evaluations,
+            evaluations=self.network_loss.evaluations,
             seconds=time.perf_counter() - started,
             losses=self.losses | {"init": start.loss, "final": best.loss},
             powers=self.powers,
@@ -103,15 +110,15 @@ class ScaleSearch:
             multipliers={name: _ratio(best.point[name], start.point[name]) for name in self._variables()},
             landscape=self._explain() if self.problem.explain else None,
         )
-        owners = self.landscape.quantizers
+        owners = self.network_loss.quantizers
         activations = {name: qparams for name, qparams in best.point.items() if name in owners}
         weights = {name: qparams for name, qparams in best.point.items() if name not in owners}
         result = freeze(self.placement, activations, weights)
         return replace(result, observed=self.statistics, record=replace(result.record, lapq=found))
 
     def _best(self) -> Measured:
-        assert self.landscape.best is not None
-        return self.landscape.best
+        assert self.network_loss.best is not None
+        return self.network_loss.best
 
     # --- phases 1 and 2: every tensor on its own ----------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class ScaleSearch:
         return {**self.activations(activations), **self.weights(weights)}
 
     def _measure(self, weights: RangeMethod, activations: RangeMethod) -> float:
-        return self.landscape.evaluate(self._point(weights, activations), whole=True)
+        return self.network_loss.evaluate(self._point(weights, activations), whole=True)
 
     def _compare(self) -> None:
         """Measure the usual ranges, then one power for all tensors: those of POWERS and the vertex near the best."""
@@ -158,17 +165,19 @@ class ScaleSearch:
 
     def _variables(self) -> list[str]:
         """Return the sites with a multiplier, in order of execution."""
-        return _low([site for site in self.placement.sites if site.name in self.landscape.first], self.landscape.first)
+        return _low(
+            [site for site in self.placement.sites if site.name in self.network_loss.first], self.network_loss.first
+        )
 
     def _joint(self, start: Measured) -> None:
         names = self._variables()
-        objective = partial(_at, self.landscape, start.point, names)
+        objective = partial(_at, self.network_loss, start.point, names)
         found = Found(np.zeros(len(names)), start.loss)
         if self.method.optimizer == "powell":
             powell(objective, found, self.method.max_evals)
             return
         if self.method.optimizer == "cobyqa":
-            found = cobyqa(objective, found, _groups(names, self.landscape.quantizers), GROUP_EVALUATIONS)
+            found = cobyqa(objective, found, _groups(names, self.network_loss.quantizers), GROUP_EVALUATIONS)
         steps = np.full(len(names), STEP)
         for _ in range(self.method.sweeps):
             found = coordinate_sweep(objective, found, steps)
@@ -180,8 +189,8 @@ class ScaleSearch:
 
         The Hessian is over the log scales of activations spread evenly over the network.
         """
-        owners = [site for site in self.placement.sites if site.name in self.landscape.quantizers]
-        names = _low([site for site in owners if site.name in self.landscape.first], self.landscape.first)
+        owners = [site for site in self.placement.sites if site.name in self.network_loss.quantizers]
+        names = _low([site for site in owners if site.name in self.network_loss.first], self.network_loss.first)
         shown = [names[i] for i in np.linspace(0, len(names) - 1, min(len(names), EXPLAINED_SITES)).round().astype(int)]
         grid, values = self.placement.target.weight, self.problem.values
         weights = {
@@ -191,19 +200,19 @@ class ScaleSearch:
         }
         base = {**self._best().point, **weights}
         evaluations = len(POWERS) + hessian_evaluations(len(shown))
-        landscape = self._landscape(self._draw(EXPLAINED_SAMPLES), base, len(EXPLAINED_BITS) * evaluations)
+        network_loss = self._network_loss(self._draw(EXPLAINED_SAMPLES), base, len(EXPLAINED_BITS) * evaluations)
         bent = {}
         with self.problem.stage("explain", len(EXPLAINED_BITS) * evaluations) as bar:
-            landscape.watch = _steps(landscape, bar.advance)
+            network_loss.watch = _steps(network_loss, bar.advance)
             for bits in EXPLAINED_BITS:
                 points = {p: {**base, **self._at_bits(names, p, bits)} for p in POWERS}
-                curve = {p: landscape.evaluate(point, whole=True) for p, point in points.items()}
+                curve = {p: network_loss.evaluate(point, whole=True) for p, point in points.items()}
                 power = min(curve, key=curve.__getitem__)
-                objective = partial(_at, landscape, points[power], shown, whole=True)
+                objective = partial(_at, network_loss, points[power], shown, whole=True)
                 matrix = hessian(objective, np.zeros(len(shown)), EXPLAINED_STEP)
                 rows = tuple(map(tuple, matrix.tolist()))
                 bent[str(bits)] = Bend(**vars(coupling(matrix)), hessian=rows, p=power, powers=_powers(curve))
-        return LossLandscape(tuple(shown), landscape.samples, EXPLAINED_STEP, bent)
+        return LossLandscape(tuple(shown), network_loss.samples, EXPLAINED_STEP, bent)
 
     def _at_bits(self, names: Sequence[str], p: float, bits: int) -> Point:
         sites = self.placement.by_name
@@ -229,10 +238,10 @@ def _groups(names: Sequence[str], activations: Container[str]) -> list[list[int]
     return [part.tolist() for kind in parts for part in kind]
 
 
-def _at(landscape: Landscape, start: Point, names: Sequence[str], logs: Vector, *, whole: bool = False) -> float:
+def _at(network_loss: NetworkLoss, start: Point, names: Sequence[str], logs: Vector, *, whole: bool = False) -> float:
     """Return the loss where the scale of each site is exp(log) times that of `start`."""
     moved = {name: _scaled(start[name], log) for name, log in zip(names, logs.tolist(), strict=True)}
-    return landscape.evaluate({**start, **moved}, whole=whole)
+    return network_loss.evaluate({**start, **moved}, whole=whole)
 
 
 def _scaled(qparams: QParams, log: float) -> QParams:
@@ -244,13 +253,13 @@ def _ratio(ours: QParams, other: QParams) -> float:
     return float(ours.scale.double().sum() / other.scale.double().sum())
 
 
-def _steps(landscape: Landscape, advance: Callable[[int], None]) -> Callable[[], None]:
+def _steps(network_loss: NetworkLoss, advance: Callable[[int], None]) -> Callable[[], None]:
     """Return a function that reports whole evaluations as they are completed."""
     shown = 0
 
     def report() -> None:
         nonlocal shown
-        done = int(landscape.evaluations)
+        done = int(network_loss.evaluations)
         advance(done - shown)
         shown = done
 

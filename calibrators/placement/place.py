@@ -91,6 +91,11 @@ class Placement:
         """The site that owns the scale of what a weighted operator reads."""
         return self.root(self.activation_of[bind(node)["input"].name])
 
+    def added_to(self, bias: Site) -> tuple[Site, Site]:
+        """Return the weight site whose products a bias is added to, and the site that owns the scale of the input."""
+        (user,) = bias.users
+        return self.weight_of[user], self.input_of(self.nodes[user])
+
     def root(self, site: Site) -> Site:
         """The site that owns the scale and zero point of `site`."""
         while site.shares is not None:

@@ -17,12 +17,12 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.grid.numerics import code_limits, dequantize, quantize
-from calibrators.grid.spec import QParams, QuantSpec, Site
+from calibrators.grid.spec import QParams, QuantizedTensor, QuantSpec, Site
 from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import build_program
 from calibrators.record import Record
 
-__all__ = ["CalibrationResult", "QuantizedTensor", "code_bias", "freeze", "widen"]
+__all__ = ["CalibrationResult", "code_bias", "freeze", "widen"]
 
 BIAS_CODE_LIMIT = 2**30
 """Largest bias code: half of int32, so that accumulator plus bias stays inside int32."""
@@ -35,14 +35,6 @@ ROUNDED = 1 + 2.0**-22
 
 DEAD_CHANNEL_FLOOR = 2.0**-20
 """Smallest scale of a channel without weights, relative to the largest scale of its tensor."""
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """Integer codes with the parameters that give them meaning."""
-
-    codes: Tensor
-    qparams: QParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +139,9 @@ def _added_biases(
             raise UnknownNameError("bias", name, sites)
     added: dict[str, list[_Bias]] = {site.name: [] for site in placement.weight_of.values()}
     for name, site in sites.items():
-        (user,) = site.users
-        source = placement.input_of(placement.nodes[user])
+        weight, source = placement.added_to(site)
         values = biases[name] if name in biases else placement.values(site)
-        added[placement.weight_of[user].name].append(
-            _Bias(site, values.detach().double(), activations[source.name].scale)
-        )
+        added[weight.name].append(_Bias(site, values.detach().double(), activations[source.name].scale))
     return added
 
 

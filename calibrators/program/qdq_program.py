@@ -23,15 +23,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
 from calibrators.graph.operators import WEIGHTED
-from calibrators.grid.numerics import along_axis, grid_of, round_codes
-from calibrators.grid.spec import QParams, Site
+from calibrators.grid.numerics import along_axis, grid_of, round_codes, values_of
+from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
 __all__ = ["DEQUANTIZE", "QUANTIZE", "build_program"]
@@ -57,7 +57,7 @@ def _dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
 ) -> Tensor:
     scale_b, zero_point_b = (along_axis(values, codes, axis, block_size) for values in (scale, zero_point))
-    return (codes.to(torch.int32) - zero_point_b.to(torch.int32)).to(torch.float32) * scale_b
+    return values_of(codes, scale_b, zero_point_b)
 
 
 @_dequantize.register_fake
@@ -71,18 +71,11 @@ QUANTIZE = torch.ops.intact.quantize.default
 DEQUANTIZE = torch.ops.intact.dequantize.default
 
 
-class _QuantizedTensor(Protocol):
-    @property
-    def codes(self) -> Tensor: ...
-    @property
-    def qparams(self) -> QParams: ...
-
-
 def build_program(
     placement: Placement,
     qparams_of: Callable[[Site], QParams],
-    weights: Mapping[str, _QuantizedTensor],
-    biases: Mapping[str, _QuantizedTensor],
+    weights: Mapping[str, QuantizedTensor],
+    biases: Mapping[str, QuantizedTensor],
 ) -> fx.GraphModule:
     """The placed graph with explicit quantize and dequantize operators in the form this module's docstring gives.
 
@@ -163,7 +156,7 @@ class _Builder:
         assert isinstance(source, fx.Node)
         return source
 
-    def constant(self, site: Site, coded: _QuantizedTensor) -> None:
+    def constant(self, site: Site, coded: QuantizedTensor) -> None:
         """A weight or bias as dequantize of its codes; those of integer kernels are moved to the zero point 0.
 
         Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.

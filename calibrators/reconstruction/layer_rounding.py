@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from calibrators.execution.blocks import partition
 from calibrators.execution.simulation import Simulation
-from calibrators.execution.streamed_network import Deployment
+from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import bind, fan_in, layer_name, shape_of
-from calibrators.grid.spec import Site
-from calibrators.program.freeze import CalibrationResult, QuantizedTensor, widen
+from calibrators.grid.spec import QuantizedTensor, Site
+from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
 from calibrators.record import ReconstructedUnit, Reconstruction
 
@@ -40,14 +40,14 @@ def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
     activations = problem.activations(problem.range_method(method.ranges))
     weights = problem.weights(problem.range_method(method.weight_ranges))
     grids = widen(problem.placement, activations, weights)
-    layers = _Layers(method, Deployment(problem, blocks, activations, grids))
+    layers = _Layers(method, RoundedNetwork(problem, blocks, activations, grids))
     with problem.stage("round", len(blocks)) as bar:
         for index in range(len(blocks)):
             layers.round(index)
             bar.advance()
-    result = layers.deployment.result()
+    result = layers.network.result()
     notes = (*result.record.notes, *layers.notes)
-    done = Reconstruction(tuple(layers.units), layers.deployment.memory.spilled)
+    done = Reconstruction(tuple(layers.units), layers.network.memory.spilled)
     record = replace(result.record, notes=notes, reconstruction=done)
     return replace(result, observed=problem.statistics, record=record)
 
@@ -62,23 +62,23 @@ class _Layers:
     hessians: those that later layers share; units: the record of every layer; notes: for the user.
     """
 
-    def __init__(self, method: GPTQ, deployment: Deployment) -> None:
-        self.method, self.deployment = method, deployment
+    def __init__(self, method: GPTQ, network: RoundedNetwork) -> None:
+        self.method, self.network = method, network
         self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
         self.hessians: dict[Reading, Tensor] = {}
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
-        for name in (name for block in deployment.blocks for name in block.weighted):
+        for name in (name for block in network.blocks for name in block.weighted):
             if self._is_feasible(name):
                 self.sites.setdefault(self._site(name).name, name)
         self.readers = Counter(map(self._reading, self.sites.values()))
 
     def _node(self, layer: str) -> fx.Node:
-        return self.deployment.placement.nodes[layer]
+        return self.network.placement.nodes[layer]
 
     def _site(self, layer: str) -> Site:
         """Return the site of the layer's weight."""
-        return self.deployment.placement.weight_of[layer]
+        return self.network.placement.weight_of[layer]
 
     def _is_feasible(self, layer: str) -> bool:
         node = self._node(layer)
@@ -94,20 +94,20 @@ class _Layers:
 
     def round(self, index: int) -> None:
         """Round the weights of a block, each with those before it already rounded, and advance past the block."""
-        block = self.deployment.blocks[index]
-        simulation = self.deployment.simulation(block)
+        block = self.network.blocks[index]
+        simulation = self.network.simulation(block)
         for layer in block.weighted:
             if self.sites.get(self._site(layer).name) == layer:
-                self.deployment.fill(simulation)
+                self.network.fill(simulation)
                 self._round(simulation, layer)
-        self.deployment.advance(simulation)
-        self.deployment.forget(index, self.deployment.quantized)
+        self.network.advance(simulation)
+        self.network.forget(index, self.network.quantized)
 
     def _round(self, simulation: Simulation, layer: str) -> None:
         start = time.perf_counter()
         site = self._site(layer).name
-        qparams = self.deployment.weights[site].qparams
-        device = self.deployment.device
+        qparams = self.network.weights[site].qparams
+        device = self.network.device
         rounded = round_weight(
             self._weight(layer).to(device),
             qparams.to(device),
@@ -115,13 +115,13 @@ class _Layers:
             damping=self.method.damping,
             act_order=self.method.act_order,
         )
-        self.deployment.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
+        self.network.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
         seconds = time.perf_counter() - start
         name = layer_name(self._node(layer))
         self.units.append(ReconstructedUnit(name, 1, before=rounded.nearest, after=rounded.error, seconds=seconds))
 
     def _weight(self, layer: str) -> Tensor:
-        return self.deployment.placement.values(self._site(layer))
+        return self.network.placement.values(self._site(layer))
 
     def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
         """Return the second moments of the layer's inputs in the network quantized so far."""
@@ -134,14 +134,14 @@ class _Layers:
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Tensor:
         node, columns = self._node(layer), Im2col.of(self._node(layer))
-        hessian = Hessian(columns.groups, fan_in(node), self.deployment.device)
-        inputs = self.deployment.inputs_of(simulation.block)
-        examples = len(self.deployment.placement.graph.meta["example"][0])
+        hessian = Hessian(columns.groups, fan_in(node), self.network.device)
+        inputs = self.network.inputs_of(simulation.block)
+        examples = len(self.network.placement.graph.meta["example"][0])
         positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
         share = self.method.positions / positions
-        generator = self.deployment.problem.generator(layer)
+        generator = self.network.problem.generator(layer)
         network = simulation.reading(layer)
-        for chunk in self.deployment.chunks(inputs):
+        for chunk in self.network.chunks(inputs):
             for x in columns.take(network(*chunk), share, generator):
                 hessian.add(x)
         if not hessian.matrix.isfinite().all():

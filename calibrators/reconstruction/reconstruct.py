@@ -28,7 +28,7 @@ from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Recording
 from calibrators.execution.blocks import Block, extract, merge
 from calibrators.execution.measure import relative_errors
-from calibrators.execution.streamed_network import Deployment
+from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, to_device
 from calibrators.grid.metrics import LEAST_ENERGY, energy
@@ -121,7 +121,7 @@ def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -
     return tuple(unit.after for unit in done.units)
 
 
-class Run(Deployment):
+class Run(RoundedNetwork):
     """One pass through the network, whose blocks are the units.
 
     sizes:    number of units that were joined to each.

@@ -22,7 +22,8 @@ from calibrators.graph.aten import batch_of
 from calibrators.graph.operators import CONVOLUTIONS
 from calibrators.graph.walk import Values, walk
 from calibrators.grid.numerics import along_axis
-from calibrators.program.freeze import BIAS_CODE_LIMIT, CalibrationResult, QuantizedTensor
+from calibrators.grid.spec import QuantizedTensor
+from calibrators.program.freeze import BIAS_CODE_LIMIT, CalibrationResult
 
 __all__ = ["correct_biases"]
 

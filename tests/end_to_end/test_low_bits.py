@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.calibration import calibrate
+from calibrators.grid.spec import QuantizedTensor
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.place import PlacementOptions
-from calibrators.program.freeze import CalibrationResult, QuantizedTensor, freeze
+from calibrators.program.freeze import CalibrationResult, freeze
 from exporter.emission.translate import to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.ort.lint import lint

@@ -10,7 +10,7 @@ import torch
 
 from calibrators.execution import network_loss as module
 from calibrators.execution.losses import prediction_loss
-from calibrators.execution.network_loss import CHUNK, FIRST_LOOK, BudgetExhausted, Landscape, float_outputs
+from calibrators.execution.network_loss import CHUNK, FIRST_LOOK, BudgetExhausted, NetworkLoss, float_outputs
 from calibrators.execution.task import Problem
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.spec import QParams
@@ -35,10 +35,10 @@ def problem(name: str, bits: int = 4) -> Problem:
     return Problem(placement=placement, batches=[(x,)], range_method=range_method)
 
 
-def landscape(given: Problem, budget: int = 1000) -> Landscape:
+def network_loss(given: Problem, budget: int = 1000) -> NetworkLoss:
     inputs = given.select(torch.arange(given.samples))
     loss = prediction_loss("kl", float_outputs(given, inputs))
-    return Landscape(given, inputs, mse(given), loss, budget=budget)
+    return NetworkLoss(given, inputs, mse(given), loss, budget=budget)
 
 
 def mse(given: Problem) -> dict[str, QParams]:
@@ -49,7 +49,7 @@ def scaled(point: Mapping[str, QParams], name: str, factor: float) -> dict[str, 
     return {**point, name: replace(point[name], scale=point[name].scale * factor)}
 
 
-def of_program(given: Problem, surface: Landscape, point: Mapping[str, QParams]) -> float:
+def of_program(given: Problem, surface: NetworkLoss, point: Mapping[str, QParams]) -> float:
     activations = {name: point[name] for name in surface.quantizers}
     program = freeze(given.placement, activations, {n: q for n, q in point.items() if n not in activations}).program
     (x,) = given.select(torch.arange(given.samples))
@@ -62,7 +62,7 @@ def of_program(given: Problem, surface: Landscape, point: Mapping[str, QParams])
 def test_loss_is_that_of_the_program_at_every_point(name: str) -> None:
     """Every site moved in turn, in and against the order of execution, from the best point of the moment."""
     given = problem(name)
-    surface = landscape(given)
+    surface = network_loss(given)
     point = mse(given)
     assert surface.evaluate(point) == pytest.approx(of_program(given, surface, point), rel=TIES)
     names = sorted((n for n in point if n in surface.first), key=lambda n: surface.first[n])
@@ -79,16 +79,16 @@ def test_loss_is_that_of_the_program_at_every_point(name: str) -> None:
 
 def test_what_is_left_out_changes_no_bit() -> None:
     given = problem("residual")
-    surface, point = landscape(given), mse(given)
+    surface, point = network_loss(given), mse(given)
     surface.evaluate(point)
     for moved in list(point)[::3]:
-        point = scaled(surface.deployed, moved, 0.93)
-        assert surface.evaluate(point, whole=True) == landscape(given).evaluate(point)
+        point = scaled(surface.current, moved, 0.93)
+        assert surface.evaluate(point, whole=True) == network_loss(given).evaluate(point)
 
 
 def test_work_is_counted_by_share() -> None:
     given = problem("residual")
-    surface = landscape(given)
+    surface = network_loss(given)
     point = mse(given)
     surface.evaluate(point)
     assert surface.evaluations == 1.0
@@ -103,20 +103,20 @@ def test_work_is_counted_by_share() -> None:
 
 def test_a_budget_is_never_exceeded_and_refuses_before_any_work() -> None:
     given = problem("residual")
-    surface = landscape(given, budget=3)
+    surface = network_loss(given, budget=3)
     point = mse(given)
     for factor in (1.0, 1.1, 1.2):
         surface.evaluate(scaled(point, "stem.weight", factor), whole=True)
     assert surface.evaluations == 3.0
-    deployed = surface.deployed
+    current = surface.current
     with pytest.raises(BudgetExhausted):
         surface.evaluate(scaled(point, "stem.weight", 0.9))
-    assert surface.evaluations == 3.0 and surface.deployed is deployed
+    assert surface.evaluations == 3.0 and surface.current is current
 
 
 def test_a_deadline_ends_it() -> None:
     given = problem("mlp")
-    surface = landscape(given)
+    surface = network_loss(given)
     surface.evaluate(mse(given))
     surface.deadline = 0.0
     with pytest.raises(BudgetExhausted):
@@ -125,7 +125,7 @@ def test_a_deadline_ends_it() -> None:
 
 def test_a_hopeless_point_is_given_up_early() -> None:
     given = problem("residual")
-    surface = landscape(given)
+    surface = network_loss(given)
     good = surface.evaluate(mse(given))
     bad = surface.evaluate(scaled(mse(given), "stem.weight", 100.0))
     assert surface.evaluations == 1.0 + FIRST_LOOK
@@ -136,7 +136,7 @@ def test_a_hopeless_point_is_given_up_early() -> None:
 
 def test_only_weights_that_change_are_quantized_again(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem("residual")
-    surface = landscape(given)
+    surface = network_loss(given)
     point = mse(given)
     surface.evaluate(point)
     quantized: list[torch.Size] = []
@@ -144,13 +144,13 @@ def test_only_weights_that_change_are_quantized_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "fake_quant", lambda w, q: quantized.append(w.shape) or original(w, q))
     surface.evaluate(scaled(point, "point.weight", 1.05))
     assert quantized == [torch.Size([8, 8, 1, 1])]
-    surface.evaluate(scaled(surface.deployed, "x", 1.05))
+    surface.evaluate(scaled(surface.current, "x", 1.05))
     assert len(quantized) == 1
 
 
 def test_little_memory_changes_no_loss() -> None:
     given = problem("pooled")
-    ample, scarce = landscape(given), landscape(replace(given, memory=0))
+    ample, scarce = network_loss(given), network_loss(replace(given, memory=0))
     point = mse(given)
     for name in point:
         moved = scaled(point, name, 0.93)

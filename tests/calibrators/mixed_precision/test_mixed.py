@@ -120,9 +120,9 @@ def test_the_end_of_the_network_alone_is_computed_where_that_is_enough() -> None
     probe.read({})
     last = probe.order[-1]
     probe.read({last: 4})
-    before = probe.landscape.evaluations
+    before = probe.network_loss.evaluations
     probe.read({last: 3})
-    assert probe.landscape.evaluations - before < 0.5
+    assert probe.network_loss.evaluations - before < 0.5
 
 
 def test_sensitivities_tell_every_open_scale() -> None:

@@ -22,6 +22,7 @@ from calibrators.execution.quantizers import Rounding
 from calibrators.graph.aten import constant
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.numerics import dequantize, middle_diagonal
+from calibrators.grid.spec import QuantizedTensor
 from calibrators.methods.gptq import GPTQ
 from calibrators.methods.lapq import LAPQ
 from calibrators.methods.qdrop import QDrop
@@ -29,7 +30,7 @@ from calibrators.methods.repapq import RepAPQ
 from calibrators.placement.identity_taps import LEAST_SPIKE, spike_of
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.place import Placement, PlacementOptions, place
-from calibrators.program.freeze import CalibrationResult, QuantizedTensor, freeze
+from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.targets import get_target
 from exporter.emission import packing
 from exporter.emission.translate import to_onnx

@@ -14,8 +14,9 @@ from calibrators.calibration import calibrate
 from calibrators.errors import DataError, InputError, ModelError
 from calibrators.graph.aten import constant
 from calibrators.grid.numerics import dequantize, quantize
+from calibrators.grid.spec import QuantizedTensor
 from calibrators.placement.place import PlacementOptions
-from calibrators.program.freeze import BIAS_CODE_LIMIT, CalibrationResult, QuantizedTensor, freeze, widen
+from calibrators.program.freeze import BIAS_CODE_LIMIT, CalibrationResult, freeze, widen
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from calibrators.rewrites.bias_correction import correct_biases
 from exporter.frontend.capture import capture
