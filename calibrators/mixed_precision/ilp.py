@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 __all__ = ["Costs", "Layer", "Losses", "Stored", "Widths", "allocate", "monotone"]
 
@@ -115,22 +113,23 @@ class _Programme:
         for name, options in self.losses.items():
             for bits, loss in options.items():
                 objective[self.index[name, str(bits)]] = loss / worst - PREFERENCE * bits
+        from scipy.optimize import Bounds, LinearConstraint, milp  # imported only where a budget is given
+        from scipy.sparse import csr_array
+
+        lines = [(row, column, value) for row, (line, *_) in enumerate(self.rows) for column, value in line.items()]
+        rows, columns, values = zip(*lines, strict=True)
+        matrix = csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.index)))
+        bounds = ([lo for _, lo, _ in self.rows], [hi for *_, hi in self.rows])
         solution = milp(
             objective,
             integrality=(np.arange(len(objective)) < self.binary).astype(np.int64),
             bounds=Bounds(0.0, 1.0),
-            constraints=self._constraint(),
+            constraints=LinearConstraint(matrix, *bounds),
             options={"mip_rel_gap": 1e-6, "node_limit": NODES},
         )
         if solution.x is None:
             return None
         return {n: next(b for b in o if solution.x[self.index[n, str(b)]] > 0.5) for n, o in self.losses.items()}
-
-    def _constraint(self) -> LinearConstraint:
-        lines = [(row, column, value) for row, (line, *_) in enumerate(self.rows) for column, value in line.items()]
-        rows, columns, values = zip(*lines, strict=True)
-        matrix = csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.index)))
-        return LinearConstraint(matrix, [lo for _, lo, _ in self.rows], [hi for *_, hi in self.rows])
 
     def _of_weights(self, quantity: str) -> tuple[dict[int, float], float]:
         """Coefficients of a quantity that is a sum over weights, and what the weights with given bits add."""

@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from calibrators.errors import InputError
 from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import macs
@@ -255,6 +253,8 @@ class _BitAllocator:
         alone = [self.losses[name][choice.widths[name]] for name in costs]
         if len(set(alone)) < 2 or len(set(costs.values())) < 2:
             return None
+        from scipy.stats import spearmanr  # imported only where a budget is given
+
         return float(spearmanr(alone, [*costs.values()]).statistic)
 
     def _cheapest(self) -> _Choice:

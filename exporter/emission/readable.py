@@ -1,6 +1,6 @@
 """Bring an emitted model to its normal form, and give its nodes and values readable names and metadata.
 
-Nothing stays in it that belongs to the machine that exported.
+Nothing of the machine that exported stays in it.
 
 Must not know: calibration, runtimes, files.
 """
@@ -25,7 +25,7 @@ __all__ = ["annotate", "normalise"]
 
 
 def normalise(model: ir.Model) -> None:
-    """Constants as initialisers, transposed weights stored transposed, static reshapes, nothing unused or double."""
+    """Turn constants into initialisers, store weights transposed, make reshapes static, drop what nobody reads."""
     passes.RemoveUnusedNodesPass()(model)
     fold_constants(model, should_fold=_may_fold)
     _drop_identities(model.graph)
@@ -34,14 +34,50 @@ def normalise(model: ir.Model) -> None:
     _fold_reshape_targets(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     set_opset(model, model.opset_imports[""])
-    model.doc_string = None
-    model.graph.doc_string = None
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
+    for part in (model, model.graph):
+        part.doc_string = None
+        part.metadata_props.clear()
+
+
+def annotate(model: ir.Model, program: fx.GraphModule, metadata: Mapping[str, str]) -> None:
+    """Name nodes and values after module paths, and record in each node the module it comes from."""
+    names = _Names(model.graph)
+    readable = program.meta.get("names", {})
+    for buffer, name in readable.items():
+        if buffer in model.graph.initializers:
+            names.rename(model.graph.initializers[buffer], name)
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        path = scopes[-2] if len(scopes) > 1 else ""
+        name = node.metadata_props.get(NAME) or (f"{path}.{node.op_type}" if path else node.op_type)
+        if node.outputs[0] not in outputs:
+            names.rename(node.outputs[0], name)
+        names.rename_node(node, name)
+        node.doc_string = None
+        node.metadata_props.clear()
+        node.metadata_props["intact.module"] = path
+    own = {name for name, _ in [*program.named_parameters(), *program.named_buffers()]} | {*readable.values()}
+    _name_constants(model, own, names)
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+    model.metadata_props.update({f"intact.{key}": value for key, value in metadata.items()})
+    model.producer_name, model.producer_version = "intact", metadata.get("version", "")
+    if program.meta["dynamic_batch"]:
+        _name_batch(model.graph)
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Keep codes as they are: no dequantized weight is ever stored."""
+    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
 def _drop_identities(graph: ir.Graph) -> None:
-    """Readers of a copy read the original; a copy that is an output keeps its name and stays."""
+    """Let the readers of a copy read the original; a copy that is an output keeps its name and stays."""
     outputs = set(graph.outputs)
     for node in list(graph):
         if node.op_type == "Identity" and node.inputs[0] is not None and node.outputs[0] not in outputs:
@@ -49,21 +85,17 @@ def _drop_identities(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def _may_fold(node: ir.Node) -> bool | None:
-    """Codes stay codes: no dequantized weight is ever stored."""
-    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
-
-
 def _store_transposed(graph: ir.Graph) -> None:
-    """Transpose(DequantizeLinear(codes)) of a weight becomes DequantizeLinear of the transposed codes."""
+    """Replace Transpose(DequantizeLinear(codes)) of a weight by DequantizeLinear of the transposed codes."""
     for codes in list(graph.initializers.values()):
         readers = [use.node for use in codes.uses()]
-        transposes = [_transpose_behind(reader, codes) for reader in readers]
+        transposes = [_only_transpose(reader, codes) for reader in readers]
         if not transposes or None in transposes:
             continue
         for value in dict.fromkeys(value for reader in readers for value in reader.inputs if value is not None):
-            if value.const_value is not None and value.const_value.numpy().ndim > 1:
-                _transpose_constant(value)
+            if value.const_value is not None and value.const_value.numpy().ndim > 1:  # codes, parameters of blocks
+                array = np.ascontiguousarray(value.const_value.numpy().T)
+                value.const_value, value.shape = ir.tensor(array, name=value.name), ir.Shape(array.shape)
         for reader, transpose in zip(readers, transposes, strict=True):
             assert transpose is not None
             if "axis" in reader.attributes:
@@ -73,28 +105,20 @@ def _store_transposed(graph: ir.Graph) -> None:
             graph.remove(transpose, safe=True)
 
 
-def _transpose_behind(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
-    """The Transpose that alone reads what `reader` dequantizes from `codes`."""
-    uses = reader.outputs[0].uses() if reader.op_type == "DequantizeLinear" and reader.inputs[0] is codes else ()
-    nodes = [use.node for use in uses]
+def _only_transpose(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
+    """Return the Transpose that alone reads what `reader` dequantizes from `codes`."""
+    if reader.op_type != "DequantizeLinear" or reader.inputs[0] is not codes:
+        return None
+    nodes = [use.node for use in reader.outputs[0].uses()]
     return nodes[0] if len(nodes) == 1 and nodes[0].op_type == "Transpose" else None
 
 
-def _transpose_constant(value: ir.Value) -> None:
-    """Codes, and parameters of blocks; others have one dimension or none."""
-    assert value.const_value is not None
-    array = np.ascontiguousarray(value.const_value.numpy().T)
-    value.const_value = ir.tensor(array, name=value.name)
-    value.shape = ir.Shape(array.shape)
-
-
 def _fold_reshape_targets(graph: ir.Graph) -> None:
-    """A Reshape whose computed target has one unknown dimension gets a constant target with -1 there."""
+    """Give a Reshape whose computed target has one unknown dimension a constant target with -1 there."""
     for node in graph:
         if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
             continue
-        shape = node.outputs[0].shape
-        if shape is None:
+        if (shape := node.outputs[0].shape) is None:
             continue
         dims = [dim if isinstance(dim, int) else -1 for dim in shape]
         if dims.count(-1) > 1 or 0 in dims:
@@ -106,91 +130,51 @@ def _fold_reshape_targets(graph: ir.Graph) -> None:
         node.replace_input_with(1, target)
 
 
-def annotate(model: ir.Model, program: fx.GraphModule, metadata: Mapping[str, str]) -> None:
-    """Readable names from module paths, and metadata that says where each node comes from."""
-    names = _Names(model.graph)
-    for buffer, readable in program.meta.get("names", {}).items():
-        if buffer in model.graph.initializers:
-            names.rename(model.graph.initializers[buffer], readable)
-    outputs = set(model.graph.outputs)
-    for node in model.graph:
-        scopes = _scopes(node)
-        path = scopes[-2] if len(scopes) > 1 else ""
-        readable = node.metadata_props.get(NAME) or (f"{path}.{node.op_type}" if path else node.op_type)
-        if node.outputs[0] not in outputs:
-            names.rename(node.outputs[0], readable)
-        node.name = names.unique_node(readable)
-        node.doc_string = None
-        node.metadata_props.clear()
-        node.metadata_props["intact.module"] = path
-        for value in node.outputs:
-            value.metadata_props.clear()
-    _name_constants(model, program, names)
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.update({"intact." + key: value for key, value in metadata.items()})
-    model.producer_name, model.producer_version = "intact", metadata.get("version", "")
-    _name_batch(model, program)
-
-
-def _name_constants(model: ir.Model, program: fx.GraphModule, names: _Names) -> None:
-    """Constants that are no parameter of the program are called after the first node and input that read them."""
-    own = {name for name, _ in [*program.named_parameters(), *program.named_buffers()]}
-    own |= set(program.meta.get("names", {}).values())
-    opset = model.opset_imports[""]
+def _name_constants(model: ir.Model, own: set[str], names: _Names) -> None:
+    """Name constants, except the program's `own` parameters, after the first node and input that read them."""
     for node in model.graph:
         for index, value in enumerate(node.inputs):
             if value is None or not value.is_initializer() or value.name in own:
                 continue
-            ports = onnx.defs.get_schema(node.op_type, opset, node.domain).inputs
+            ports = onnx.defs.get_schema(node.op_type, model.opset_imports[""], node.domain).inputs
             names.rename(value, f"{node.name}_{ports[min(index, len(ports) - 1)].name}")
             own.add(str(value.name))
 
 
-def _scopes(node: ir.Node) -> list[str]:
-    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-    return re.findall(r"'([^']*)'", text)
+def _name_batch(graph: ir.Graph) -> None:
+    """Call the free dimension 'batch'; static sizes stay numbers."""
+    symbols = {str(value.shape[0]) for value in graph.inputs if value.shape and len(value.shape)}
+    for value in _values(graph):
+        for index, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and str(dim) in symbols:
+                assert value.shape is not None
+                value.shape[index] = ir.SymbolicDim("batch")
 
 
 class _Names:
-    """Gives out names that no other value or node of the graph has."""
+    """The names of a graph, under which renaming finds free ones."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.values: set[str | None] = {v.name for n in graph for v in n.outputs} | set(graph.initializers)
-        self.values |= {v.name for v in graph.inputs}
+        self.initializers = graph.initializers
+        self.values = {value.name for value in _values(graph)}
         self.nodes: set[str | None] = set()
 
-    def rename(self, value: ir.Value, readable: str) -> None:
-        if value.name == readable:
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Name a value `name`, with a number where another value has that name."""
+        if value.name == name:
             return
-        name = free_name(readable, self.values.__contains__)
-        if value.is_initializer():
-            initializers = self.graph.initializers
-            del initializers[str(value.name)]
-            value.name = name
-            if value.const_value is not None:
-                value.const_value.name = name
-            initializers[name] = value
-        else:
-            value.name = name
+        name = free_name(name, self.values.__contains__)
         self.values.add(name)
+        if not value.is_initializer():
+            value.name = name
+            return
+        del self.initializers[str(value.name)]
+        value.name = name
+        if value.const_value is not None:
+            value.const_value.name = name
+        self.initializers[name] = value
 
-    def unique_node(self, readable: str) -> str:
-        name = free_name(readable, self.nodes.__contains__)
-        self.nodes.add(name)
-        return name
-
-
-def _name_batch(model: ir.Model, program: fx.GraphModule) -> None:
-    """The free dimension is called 'batch'; static shapes stay numbers."""
-    if not program.meta["dynamic_batch"]:
-        return
-    symbols = {str(value.shape[0]) for value in model.graph.inputs if value.shape and len(value.shape)}
-    values = [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]
-    for value in values:
-        if value.shape is None:
-            continue
-        for index, dim in enumerate(value.shape):
-            if not isinstance(dim, int) and str(dim) in symbols:
-                value.shape[index] = ir.SymbolicDim("batch")
+    def rename_node(self, node: ir.Node, name: str) -> None:
+        """Name a node `name`, with a number where another node has that name."""
+        node.name = free_name(name, self.nodes.__contains__)
+        self.nodes.add(node.name)

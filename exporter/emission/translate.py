@@ -1,8 +1,7 @@
-"""The reference program becomes QDQ ONNX, one operator to one operator.
+"""Translate the reference program to QDQ ONNX, one operator to one operator.
 
-torch.onnx translates the ATen operators; quantize and dequantize have their own translation here, because no stock
-exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes want them. Afterwards names and
-metadata are made readable and free of anything that belongs to the machine that exported.
+torch.onnx translates most ATen operators; `translations` has the others, and quantize and dequantize, because no stock
+exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes want them.
 
 Must not know: methods, runtimes, files other than the model's.
 """
@@ -12,17 +11,17 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import cast
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from onnxscript import version_converter
 from torch import fx
-from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter._core import exported_program_to_ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, where
@@ -52,7 +51,7 @@ def emit(
     metadata: Mapping[str, str] | None = None,
     weight_storage: str = "auto",
 ) -> ir.Model:
-    """Write the reference program of `result` as ONNX; returns the model.
+    """Write the reference program of `result` as ONNX and return the model.
 
     weight_storage: how codes of weights are stored (exporter.emission.packing): auto, int8, int4, int2.
     raises:         ExportError naming the operator that has no ONNX form.
@@ -64,18 +63,15 @@ def emit(
 
 
 def needed_opset(result: CalibrationResult) -> int:
-    """The target's opset, or the first that has what wide activations and blocks need."""
-    needed = [result.placement.target.opset]
-    for site in result.placement.sites:
-        if site.spec.is_wide:
-            needed.append(WIDE_OPSET)
-        if site.spec.block_size is not None:
-            needed.append(BLOCK_OPSET)
-    return max(needed)
+    """Return the target's opset, or the first that has what wide activations and blocks need."""
+    specs = [site.spec for site in result.placement.sites]
+    wide = [WIDE_OPSET for spec in specs if spec.is_wide]
+    blocks = [BLOCK_OPSET for spec in specs if spec.block_size is not None]
+    return max([result.placement.target.opset, *wide, *blocks])
 
 
 def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:
-    """Write a float graph as ONNX: the baseline of latency, size and accuracy."""
+    """Write a float graph as ONNX, the baseline of latency, size and accuracy, and return the model."""
     model = to_onnx(graph, opset=20)
     save(model, path)
     return model
@@ -100,39 +96,40 @@ def to_onnx(
     exported: the program after `export_program`, where the caller has it already; it is exported here otherwise.
     raises:   ExportError naming the operator that has no ONNX form, or the output that ONNX gives another meaning.
     """
-    outputs = program.meta["output_names"]
-    inputs = program.meta["input_names"]
     distinct = _with_distinct_outputs(program)
     try:
         if exported is None or distinct is not program:
             exported = export_program(distinct)
-        with quiet(), torch.no_grad(), _one_registry():
-            onnx_program = torch.onnx.export(
-                exported,
-                opset_version=opset,
-                custom_translation_table=TRANSLATIONS,
-                optimize=False,
-                verbose=False,
-                input_names=inputs,
-                output_names=outputs,
-            )
+        with quiet(), torch.no_grad():
+            model = exported_program_to_ir(exported, registry=_registry(opset))
+            version_converter.convert_version(model, opset, fallback=True)
     except Exception as error:
         raise ExportError(_refusal(program, error)) from error
-    assert onnx_program is not None
-    model = onnx_program.model
+    for values, names in ((model.graph.inputs, "input_names"), (model.graph.outputs, "output_names")):
+        for value, name in zip(values, program.meta[names], strict=True):
+            value.name = name
     normalise(model)
     annotate(model, program, metadata or {})
     _check_outputs(model, program)
     return model
 
 
-def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
-    """Names, types and static sizes of the outputs are those of the program, in its order.
+@functools.cache
+def _registry(opset: int) -> ONNXRegistry:
+    """Return torch's table of translations with ours in it.
 
-    raises: ExportError naming the first output that is not.
+    torch.onnx.export builds the table anew at every call, which takes longer than exporting a small network; the
+    function beneath it takes a table.
     """
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    for value, name, node in zip(model.graph.outputs, program.meta["output_names"], output.args[0], strict=True):
+    registry = ONNXRegistry.from_torchlib(opset_version=opset)
+    for operator, translation in TRANSLATIONS.items():
+        registry.register_op(operator, translation)
+    return registry
+
+
+def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
+    """Raise ExportError unless the outputs have the names, types and static sizes of the program's, in its order."""
+    for value, name, node in zip(model.graph.outputs, program.meta["output_names"], _results(program), strict=True):
         meta = node.meta["tensor_meta"]
         sizes = list(value.shape) if value.shape is not None else []
         same = len(sizes) == len(meta.shape) and value.dtype == from_torch_dtype(meta.dtype) and value.name == name
@@ -144,45 +141,29 @@ def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
             )
 
 
-_registry = functools.cache(_registration.ONNXRegistry.from_torchlib)
-
-
-def _copy_of_registry(*args: Any, **kwargs: Any) -> _registration.ONNXRegistry:
-    """Return a copy of the registry of translations, to which an export adds its own.
-
-    torch builds the registry anew at every export, which takes longer than the export of a small network.
-    """
-    registry = copy.copy(_registry(*args, **kwargs))
-    registry.functions = {target: [*entries] for target, entries in registry.functions.items()}
-    return registry
-
-
-_one_registry = partial(patch.object, _registration.ONNXRegistry, "from_torchlib", staticmethod(_copy_of_registry))
-"""Context in which every torch.onnx.export of this process shares one registry."""
-
-
 def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
-    """A graph whose outputs are different values, none of them an input or constant: a value has one name in ONNX."""
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    results = output.args[0]
+    """Copy outputs that are another output, an input or a constant: a value has one name in ONNX."""
+    results = _results(program)
     shared = [x.op != "call_function" or x in results[:index] for index, x in enumerate(results)]
     if not any(shared):
         return program
     program = copy.deepcopy(program)
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    with program.graph.inserting_before(output):
-        output.args = (
-            tuple(
-                program.graph.call_function(torch.ops.aten.clone.default, (x,)) if doubled else x
-                for x, doubled in zip(output.args[0], shared, strict=True)
-            ),
+    with program.graph.inserting_before(program.graph.output_node()):
+        values = tuple(
+            program.graph.call_function(torch.ops.aten.clone.default, (x,)) if doubled else x
+            for x, doubled in zip(_results(program), shared, strict=True)
         )
+    program.graph.output_node().args = (values,)
     program.recompile()
     return program
 
 
-def _refusal(program: fx.GraphModule, error: Exception) -> str:
-    """Which operator ONNX cannot express, where it stands, and what to do."""
+def _results(program: fx.GraphModule) -> Sequence[fx.Node]:
+    return cast(Sequence[fx.Node], program.graph.output_node().args[0])
+
+
+def _refusal(program: fx.GraphModule, error: BaseException) -> str:
+    """Build the error text: the operator that ONNX cannot express, where it stands, and what to do."""
     messages, cause = [str(error)], error.__cause__
     while cause is not None:
         messages.append(str(cause))

@@ -1,4 +1,4 @@
-"""ATen operators as ONNX operators, where torch.onnx has no translation or one that integer runtimes do not fuse.
+"""Translate ATen operators where torch.onnx has no translation, or one that integer runtimes do not fuse.
 
 A value of torch.onnx (SymbolicTensor) is an ir.Value.
 
@@ -20,7 +20,7 @@ from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 __all__ = ["NAME", "TRANSLATIONS"]
 
 NAME = "intact.name"
-"""Metadata key under which a node carries the name its output shall have."""
+"""Metadata key under which a node carries the name that its output gets."""
 
 
 def _quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, axis: int | None, site: str) -> Any:
@@ -43,7 +43,7 @@ def _dequantize(
 
 
 def _keep_name(value: Any, name: str) -> Any:
-    """torch.onnx names values itself; the name travels on the node until `annotate`."""
+    """Record the name on the node until `annotate`: torch.onnx names values itself."""
     value.producer().metadata_props[NAME] = name
     return value
 
@@ -58,7 +58,7 @@ def _tensor(array: np.ndarray[Any, Any]) -> Any:
 
 
 def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
-    """Global pooling, pooling by a divisor, or a product with the matrix of the averages on either side."""
+    """Pool globally or by a divisor where that is possible, else multiply by a matrix of averages on either side."""
     before, after = list(x.shape)[-2:], list(output_size)
     if after == [1, 1]:
         return op.GlobalAveragePool(x)
@@ -70,7 +70,7 @@ def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
 
 
 def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[after, before]: row i averages from floor(i * before / after) to ceil((i + 1) * before / after)."""
+    """Return [after, before] whose row i averages floor(i * before / after) to ceil((i + 1) * before / after)."""
     matrix = np.zeros((after, before), np.float32)
     for row in range(after):
         start, end = row * before // after, -(-(row + 1) * before // after)
@@ -79,10 +79,7 @@ def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
-    def bound(value: Any) -> Any:
-        return None if value is None else _scalar(value, x.dtype)
-
-    return op.Clip(x, bound(min), bound(max))
+    return op.Clip(x, *(None if bound is None else _scalar(bound, x.dtype) for bound in (min, max)))
 
 
 def _clamp_tensor(x: Any, min: Any = None, max: Any = None) -> Any:
@@ -102,7 +99,7 @@ def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.
 def _group_norm(
     x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    """Instance normalisation of the groups, then scale and shift per channel."""
+    """Normalise each group as an instance, then scale and shift per channel."""
     channels = (x.shape[1], *[1] * (len(x.shape) - 2))
     ones, zeros = (_tensor(np.full(num_groups, value, x.dtype.numpy())) for value in (1, 0))
     groups = op.Reshape(x, _tensor(np.array([0, num_groups, -1], np.int64)))
@@ -115,17 +112,17 @@ def _group_norm(
 
 
 def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
-    """Torch lists (before, after) from the last dimension on, ONNX all befores and then all afters."""
+    """Reorder the paddings: torch has (before, after) from the last dimension on, ONNX all befores, then all afters."""
     unpadded = [0] * (len(x.shape) - len(pad) // 2)
     before, after = [*unpadded, *pad[::2][::-1]], [*unpadded, *pad[1::2][::-1]]
     return op.Pad(x, _tensor(np.array(before + after, dtype=np.int64)), _scalar(value, x.dtype))
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
+    """Use Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
 
-    A kernel that reads codes of the weight alone is made of [in, out] weights where no quantizer, ReLU or clip stands
-    directly after the product: the sum with the bias does, which the kernel absorbs.
+    onnxruntime makes a kernel for weight-only layers of [in, out] weights if no quantizer, ReLU or clip follows the
+    product directly; the sum with the bias may, and the kernel absorbs it.
     """
     weight_only = _is_dequantized(weight) and not _is_dequantized(x)
     if len(x.shape) == 2 and not weight_only:

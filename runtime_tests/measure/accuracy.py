@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax
-from scipy.stats import norm
+from scipy.special import log_softmax, ndtri
 
 from calibrators.errors import DataError
 from calibrators.grid.metrics import decibels
@@ -177,7 +176,7 @@ def paired_interval(lost: int, gained: int, samples: int, confidence: float = CO
     """
     first, second = (lost + 1) / (samples + 2), (gained + 1) / (samples + 2)
     difference = first - second
-    error = float(norm.ppf((1 + confidence) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
+    error = float(ndtri((1 + confidence) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
     return max(-1.0, difference - error), min(1.0, difference + error)
 
 
