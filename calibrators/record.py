@@ -8,9 +8,20 @@ Must not know: torch, how any number was obtained, how reports look.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+
+def _number(value: object) -> object:
+    return math.nan if value is None else value
+
+
+Real = Annotated[float, BeforeValidator(_number), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
+"""A number that JSON writes as null where it is not finite; read back it is NaN."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,8 @@ class ReconstructedUnit:
 
     name: str
     weights: int
-    before: float
-    after: float
+    before: Real
+    after: Real
     steps: int | None = None
     loss_before: float | None = None
     loss_after: float | None = None
@@ -118,8 +129,8 @@ class Grouping:
     granularity: str
     units_before: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...] | None = None
-    losses: tuple[float, ...] | None = None
-    losses_after: tuple[float, ...] | None = None
+    losses: tuple[Real, ...] | None = None
+    losses_after: tuple[Real, ...] | None = None
     capacities: tuple[float, ...] | None = None
 
 
@@ -137,7 +148,7 @@ class PowerLoss:
     """Loss of the network whose ranges minimize the mean |error| ** p of every tensor."""
 
     p: float
-    loss: float
+    loss: Real
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ class SplitLoss:
 
     weights: float
     activations: float
-    loss: float
+    loss: Real
 
 
 @dataclass(frozen=True)
@@ -175,17 +186,17 @@ class Coupling:
     share:         their ratio, 0 where the loss is a sum of functions of one variable each.
     """
 
-    eigenvalues: tuple[float, ...]
-    mean_diagonal: float
-    mean_off_diagonal: float
-    share: float
+    eigenvalues: tuple[Real, ...]
+    mean_diagonal: Real
+    mean_off_diagonal: Real
+    share: Real
 
 
 @dataclass(frozen=True)
 class Bend(Coupling):
     """The loss at one width of the activations: over p, and the Hessian of some log scales at the best p."""
 
-    hessian: tuple[tuple[float, ...], ...]
+    hessian: tuple[tuple[Real, ...], ...]
     p: float
     powers: tuple[PowerLoss, ...]
 
@@ -217,7 +228,7 @@ class Lapq:
     samples: int
     evaluations: float
     seconds: float
-    losses: Mapping[str, float]
+    losses: Mapping[str, Real]
     powers: tuple[PowerLoss, ...]
     parabola: Parabola
     split: tuple[SplitLoss, ...]
@@ -235,8 +246,8 @@ class Reading:
                    never less. None where the output is not [samples, classes].
     """
 
-    loss: float
-    sqnr_db: float
+    loss: Real
+    sqnr_db: Real
     accuracy_drop: float | None
 
 
@@ -263,7 +274,7 @@ class ScaleSensitivity:
     widths: tuple[WidthReading, ...]
     bits: int | None = None
     values: int | None = None
-    spread: float | None = None
+    spread: Real | None = None
     spike: float | None = None
 
 
@@ -284,7 +295,7 @@ class MixedChoice(Reading):
     weight_bytes: float
     avg_weight_bits: float
     bops: float
-    predicted: float
+    predicted: Real
     uniform: int | None = None
 
 

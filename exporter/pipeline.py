@@ -10,9 +10,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -37,20 +37,14 @@ from exporter.inputs.open import check_takes_integers, open_both
 from exporter.progress import Bar, Progress
 from exporter.reporting.bundle import check_out, write_bundle
 from exporter.reporting.layer_sections import layer_entries
-from exporter.reporting.schema import Report
-from exporter.reporting.sections import (
-    emission_entry,
-    fold_entry,
-    method_entries,
-    model_entry,
-    storage_entry,
-)
-from exporter.verify import REFERENCE, file_entries, gates_of, judge, levels_of, parity_entry
-from runtime_tests.measure.latency import latency
+from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
+from exporter.reporting.sections import emission_of, model_of, storage_of
+from exporter.verify import REFERENCE, gates_of, judge, levels_of, machine_parts
+from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
-from runtime_tests.measure.size import size_by_type
+from runtime_tests.measure.size import size_of
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.ort.simplify import simplify
+from runtime_tests.ort.simplify import Simplifier, simplify
 from runtime_tests.proof import Measurements, Proof
 
 __all__ = ["export"]
@@ -77,8 +71,8 @@ def export(
     source: str = "",
     overwrite: bool = False,
     **settings: Any,
-) -> Report:
-    """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; return its report.
+) -> dict[str, Any]:
+    """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; return what its report.json holds.
 
     model:           a module, an exported program, or text as `intact export` takes it ("net.py:build", "net.pt2").
     data, eval_data: batches of x, (x, labels) or ({name: x}, labels), an inputs.data.Data, or text as `intact export`
@@ -103,7 +97,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
         work = _Export(config, progress or Progress(), source, Path(folder))
         report, golden = work.run(model, calibration, evaluation)
-        judge(report, gates)
+        report = judge(report, gates)
         write_bundle(
             out,
             files=work.move_files,
@@ -112,7 +106,7 @@ def export(
             config=config.model_dump(mode="json"),
             overwrite=overwrite,
         )
-    return report
+    return dump(report)
 
 
 class _Export:
@@ -161,14 +155,11 @@ class _Export:
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
         assert proof.golden is not None
         inputs, outputs = proof.golden
-        report = self._report(graph, result, proof, noise.decibels())
-        report["simplifier"] = simplifier
-        report["data"] = {
-            "calibration": _data_entry(batches.data, batches.samples),
-            "evaluation": _data_entry(held_out.data, held_out.samples) if held_out else None,
-        }
+        sources = DataSources(_source(batches), _source(held_out) if held_out else None)
+        report = self._report(graph, result, proof, noise.decibels(), simplifier, sources)
         notes = [*batches.data.notes, *(held_out.data.notes if held_out else ())]
-        report["warnings"] = [*dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])]
+        warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
+        report = replace(report, warnings=tuple(warnings))
         names = result.program.meta["output_names"]
         expected = {name: y.numpy() for name, y in zip(names, outputs, strict=True)}
         return report, (feed(result.program, inputs), expected)
@@ -194,7 +185,7 @@ class _Export:
                     "it must not: report this model, please"
                 )
 
-    def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Any:
+    def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
         with self._step("emit"):
             metadata = {
                 "version": __version__,
@@ -218,12 +209,12 @@ class _Export:
         pack(model, self.config.weight_storage)
         save(model, self.folder / "model.onnx")
 
-    def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+    def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, Simplifier]:
         """Return the model after the guarded simplifier, and what became of that."""
         if not self.config.simplify:
-            return model, {"applied": False, "why": "switched off"}
+            return model, Simplifier(applied=False, why="switched off")
         simpler, report = simplify(ir.to_proto(model), feed(result.program, result.program.meta["example"]))
-        return ir.from_proto(simpler) if report.applied else model, report.to_dict()
+        return ir.from_proto(simpler) if report.applied else model, report
 
     def _proved(
         self, graph: fx.GraphModule, program: fx.GraphModule, noise: Noise, batches: GraphBatches, *, evaluated: bool
@@ -247,49 +238,61 @@ class _Export:
             return proof
 
     def _report(
-        self, graph: fx.GraphModule, result: CalibrationResult, proof: Proof, noise: Mapping[str, float]
+        self,
+        graph: fx.GraphModule,
+        result: CalibrationResult,
+        proof: Proof,
+        noise: Mapping[str, float],
+        simplifier: Simplifier,
+        sources: DataSources,
     ) -> Report:
-        program = result.program
+        """Measure the file and compose the report; what it lacks is the verdict."""
+        program, config, record = result.program, self.config, result.record
         with self._step("validate", "measure"):
-            entries, saturating = file_entries(self.model, program, program.meta["example"], self.config.threads)
-            timing = self._latency(program, proof)
-            size = size_by_type(self.folder / "model.onnx")
-        if saturating.affects_this_cpu:
+            parts = machine_parts(self.model, program, program.meta["example"], config.threads)
+            timings, batch = self._timings(program, proof)
+            size = size_of(self.folder / "model.onnx", self.float_path)
+        if parts["saturation"].affected_here:
             self.warnings.append("this CPU has no VNNI and can saturate 16-bit sums: use reduce_range")
-        report: dict[str, Any] = {
-            "schema": 1,
-            "verdict": "fail",
-            "target": self.config.target,
-            "method": self.config.method,
-            "bits": {"weight": self.config.weight_bits, "activation": self.config.activation_bits},
-            "fold": fold_entry(result.placement.graph.meta["fold"]),
-            "accuracy": proof.accuracy.to_dict() if proof.accuracy else None,
-            "parity": parity_entry(proof),
-            "size": {"float_bytes": size_by_type(self.float_path).file_bytes, **size.to_dict()},
-            "latency_ms": timing,
-            "storage": storage_entry(self.config.weight_storage, self.alternatives, timing),
-            "time_s": self.times,
-            "gates": [],
-            "tool": {"name": "intact", "version": __version__},
-            "model": model_entry(self.source, graph, self.model.graph_model),
-            "rules": [asdict(rule) for rule in result.placement.rules],
-            "layers": layer_entries(result, noise),
-            **method_entries(result.record),
-            **entries,
-            "emission": emission_entry(self.model.graph_model),
-            "config": self.config.model_dump(mode="json"),
-        }
-        return cast(Report, report)
+        return Report(
+            schema=SCHEMA_VERSION,
+            verdict="fail",
+            target=config.target,
+            method=config.method,
+            bits=Bits(config.weight_bits, config.activation_bits),
+            fold=result.placement.graph.meta["fold"],
+            accuracy=proof.accuracy.result() if proof.accuracy else None,
+            parity=proof.parity,
+            size=size,
+            latency_ms=timings.summary(batch) if timings else None,
+            storage=storage_of(config.weight_storage, self.alternatives, timings),
+            time_s=Times(**self.times),
+            gates=(),
+            tool=Tool("intact", __version__),
+            model=model_of(self.source, graph, self.model.graph_model),
+            rules=result.placement.rules,
+            layers=layer_entries(result, noise),
+            preparation=record.preparation,
+            reconstruction=record.reconstruction,
+            lapq=record.lapq,
+            sensitivity=record.sensitivity,
+            mixed_precision=record.mixed_precision,
+            simplifier=simplifier,
+            emission=emission_of(self.model.graph_model),
+            config=config.model_dump(mode="json"),
+            data=sources,
+            **parts,
+        )
 
-    def _latency(self, program: fx.GraphModule, proof: Proof) -> Any:
+    def _timings(self, program: fx.GraphModule, proof: Proof) -> tuple[Timings | None, int]:
+        """Time all files on one sample, where that is wanted; return the samples of a run as well."""
         if not self.config.latency_runs or proof.golden is None:
-            return None
+            return None, 0
         sample = feed(program, cut(program, proof.golden[0]))
         models: dict[str, Source] = {"float": self.float_path, "quantized": self.model, **self.alternatives}
-        measured = latency(models, sample, threads=self.config.threads, runs=self.config.latency_runs).to_dict()
-        batch = len(next(iter(sample.values())))
-        return measured | {"ratio": measured["quantized"] / measured["float"], "batch": batch}
+        timings = latency(models, sample, threads=self.config.threads, runs=self.config.latency_runs)
+        return timings, len(next(iter(sample.values())))
 
 
-def _data_entry(data: Data, samples: int) -> Any:
-    return {"source": data.label, "samples": samples, "sha256": data.digest()}
+def _source(batches: GraphBatches) -> DataSource:
+    return DataSource(batches.data.label, batches.samples, batches.data.digest())

@@ -5,10 +5,10 @@ Must not know: the command line, how pages look, how the model was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +21,24 @@ from exporter.frontend.reference import load_reference
 from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress
 from exporter.reporting.bundle import read_golden, verify_manifest
-from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, verdict
-from exporter.reporting.schema import Report, read_report
-from exporter.reporting.sections import environment, saturation_entry
+from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, renamed, verdict
+from exporter.reporting.schema import Report, dump, read_report
+from exporter.reporting.sections import environment
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
-from runtime_tests.ort.saturation import Saturation, saturation
+from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import Model, session
 from runtime_tests.parity.openvino import check_installed
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
 
-__all__ = ["REFERENCE", "file_entries", "gates_of", "judge", "levels_of", "parity_entry", "verify"]
+__all__ = ["REFERENCE", "gates_of", "judge", "levels_of", "machine_parts", "verify"]
 
 REFERENCE = "golden/reference.pt2"
 """The reference program inside a bundle: what `verify` compares the runtime with."""
 
 
-def verify(folder: str | Path, progress: Progress | None = None) -> Report:
+def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, Any]:
     """Prove a bundle again on this machine; return its report with this machine's parity, coverage and gates.
 
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
@@ -50,7 +50,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     with progress.stage("manifest"):
         verify_manifest(folder)
     report = read_report(folder / "report.json")
-    openvino = "openvino" in report["parity"]
+    config, openvino = report.config or {}, report.parity.openvino is not None
     if openvino:
         check_installed()
     program = load_reference(folder / REFERENCE)
@@ -60,18 +60,20 @@ def verify(folder: str | Path, progress: Progress | None = None) -> Report:
     with progress.stage("compare"):
         proof = Proof(model, program, levels_of(openvino=openvino), threads=torch.get_num_threads())
         proof.add(batch)
-        levels = parity_entry(proof)
         found = session(model).run(list(expected), inputs)
     pairs = [
         (torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), found, strict=True)
     ]
-    levels["optimized"]["outputs_identical"] &= all(alike(a, b, 0.0) for a, b in pairs)
-    levels["optimized"]["violations"] += sum(not alike(a, b, FLOAT_OUTPUT_ERROR) for a, b in pairs)
+    parity = proof.parity
+    optimized = replace(
+        parity.optimized,
+        outputs_identical=parity.optimized.outputs_identical and all(alike(a, b, 0.0) for a, b in pairs),
+        violations=parity.optimized.violations + sum(not alike(a, b, FLOAT_OUTPUT_ERROR) for a, b in pairs),
+    )
     with progress.stage("measure"):
-        entries, _ = file_entries(model, program, batch, report["config"]["threads"])
-    report = cast(Report, {**report, "parity": levels, **entries})
-    judge(report, gates_of(report["config"]["gates"], openvino=openvino))
-    return report
+        parts = machine_parts(model, program, batch, config["threads"])
+    report = replace(report, parity=replace(parity, optimized=optimized), **parts)
+    return dump(judge(report, gates_of(config["gates"], openvino=openvino)))
 
 
 def _golden(folder: Path, program: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,23 +91,14 @@ def levels_of(*, openvino: bool) -> tuple[str, ...]:
     return ("unoptimized", "optimized", *(["openvino"] if openvino else []))
 
 
-def parity_entry(proof: Proof) -> dict[str, Any]:
-    """Return the "parity" part of report.json."""
-    return {name: asdict(level) for name, level in proof.levels.items()}
-
-
-def file_entries(
-    model: Model, program: fx.GraphModule, batch: Batch, threads: int
-) -> tuple[dict[str, Any], Saturation]:
-    """Return the parts of report.json that say how this machine runs the file, measured with a sample of `batch`."""
-    saturating = saturation(model)
-    entries = {
-        "coverage": coverage(model, sample=feed(program, cut(program, batch))).to_dict(),
-        "lint": [asdict(finding) for finding in lint(model)],
-        "environment": environment(saturating, threads),
-        "saturation": saturation_entry(saturating),
+def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: int) -> dict[str, Any]:
+    """Return the parts of the report on how this machine runs the file, measured with a sample of `batch`."""
+    return {
+        "coverage": coverage(model, sample=feed(program, cut(program, batch))),
+        "lint": tuple(lint(model)),
+        "environment": environment(threads),
+        "saturation": saturation(model),
     }
-    return entries, saturating
 
 
 def gates_of(expressions: Iterable[str], *, openvino: bool) -> list[Gate]:
@@ -114,7 +107,8 @@ def gates_of(expressions: Iterable[str], *, openvino: bool) -> list[Gate]:
     return [*DEFAULT_GATES, *second, *map(parse, expressions)]
 
 
-def judge(report: Report, gates: Iterable[Gate]) -> None:
-    """Put the results of the gates and the verdict into the report."""
-    report["gates"] = evaluate(gates, report)
-    report["verdict"] = verdict(report["gates"])
+def judge(report: Report, gates: Sequence[Gate]) -> Report:
+    """Return the report with the results of the gates and the verdict, and a warning for names that are going."""
+    results = evaluate(gates, dump(report))
+    warnings = dict.fromkeys([*(report.warnings or ()), *renamed(gates)])
+    return replace(report, gates=results, verdict=verdict(results), warnings=tuple(warnings))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import Accuracy
+from runtime_tests.measure.accuracy import RunningAccuracy
 from runtime_tests.measure.noise import Noise
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import Comparison, OnnxRuntime, probes_of, weight_agreements
@@ -84,7 +84,7 @@ class Proof:
         self.measured = measured or Measurements()
         self.samples = 0
         self.golden: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.accuracy = Accuracy() if self.measured.float_model is not None else None
+        self.accuracy = RunningAccuracy() if self.measured.float_model is not None else None
         self._weights = weight_agreements(self.model, program)
         self._comparisons = {name: self._comparison(name) for name in levels}
 

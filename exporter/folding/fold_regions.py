@@ -80,10 +80,10 @@ class FoldReport:
 
     regions: int
     max_rel_error: float
-    macs_before: int
-    macs_after: int
     refused: tuple[Refused, ...]
     folded: tuple[FoldedRegion, ...]
+    macs_before: int | None = None
+    macs_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     folded = with_own_attributes(graph)
     infer_shapes(folded)
     worst = max((region.rel_error for region in regions), default=0.0)
-    folded.meta["fold"] = FoldReport(len(regions), worst, macs_before, _macs(folded), refused, regions)
+    folded.meta["fold"] = FoldReport(len(regions), worst, refused, regions, macs_before, _macs(folded))
     return folded
 
 

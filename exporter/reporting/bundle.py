@@ -26,8 +26,9 @@ from onnx import numpy_helper
 
 from calibrators.errors import InputError
 from exporter.config import NO_EFFECT
-from exporter.reporting.html import render_html, render_junit
-from exporter.reporting.schema import Report, dump_json, validate_report
+from exporter.reporting.html import render_html
+from exporter.reporting.junit import render_junit
+from exporter.reporting.schema import Report, dump, dump_json
 
 __all__ = ["Arrays", "Files", "check_out", "read_golden", "verify_manifest", "write_bundle"]
 
@@ -57,14 +58,14 @@ def write_bundle(
     overwrite: replace a bundle that is already there; a folder with anything else in it is never replaced.
     raises:    InputError if DIR is taken or cannot be written; then, as on Ctrl-C, nothing is left and DIR untouched.
     """
-    validate_report(report)
+    content = dump(report)
     with _staging(out, overwrite=overwrite) as folder:
         _put_files(files, folder)
-        _write(folder, "report.json", dump_json(report).encode())
+        _write(folder, "report.json", dump_json(content).encode())
         _write(folder, "report.html", render_html(report).encode())
         _write(folder, "junit.xml", render_junit(report).encode())
         _put_golden(golden, folder)
-        _write(folder, _MANIFEST, dump_json(_manifest(folder, report, config)).encode())
+        _write(folder, _MANIFEST, dump_json(_manifest(folder, content, config)).encode())
     return out.resolve()
 
 
@@ -208,7 +209,7 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _manifest(folder: Path, report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What manifest.json says; `artifact_sha256` covers what a rebuild must reproduce: the model and the golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
     report_files = ("report.json", "report.html", "junit.xml")  # these hold measured times
@@ -217,7 +218,7 @@ def _manifest(folder: Path, report: Report, config: Mapping[str, Any]) -> dict[s
     return {
         "schema": _MANIFEST_VERSION,
         "tool": report.get("tool"),
-        "libraries": {name: environment[name] for name in _LIBRARIES if name in environment},  # type: ignore[literal-required]
+        "libraries": {name: environment[name] for name in _LIBRARIES if name in environment},
         "target": report["target"],
         "method": report["method"],
         "seed": config.get("seed"),

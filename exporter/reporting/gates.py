@@ -12,13 +12,13 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
-from exporter.reporting.schema import GateResult, Report, is_integer_kernel, metric_paths
+from exporter.reporting.schema import GateResult, metric_paths
 
-__all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "verdict"]
+__all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "renamed", "verdict"]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -31,6 +31,11 @@ _EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]
 # Scores are counts over samples: their difference carries float noise of 1e-16, which must not decide a gate.
 _DECIMALS = 12
 _WORDS = {"true": 1.0, "false": 0.0}
+_RENAMED = {"kernel_surprises": "unplanned_kernels"}
+"""Old names of metrics, which are accepted for one release."""
+
+Report = Mapping[str, Any]
+"""The content of report.json."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Gate:
-    """One parsed condition; `expression` is its normal form."""
+    """One parsed condition; `expression` is its normal form, `old_name` the metric's former name if that was given."""
 
     name: str
     compare: str
     limit: float
+    old_name: str = field(default="", compare=False)
 
     @property
     def expression(self) -> str:
@@ -57,7 +63,7 @@ class Gate:
 
 
 def parse(expression: str) -> Gate:
-    """The gate that a text such as `accuracy_drop<=0.01`, `accuracy_drop<=1%` or `outputs_identical==true` means.
+    """Parse a text such as `accuracy_drop<=0.01`, `accuracy_drop<=1%` or `outputs_identical==true`.
 
     raises: InputError if the text is no condition on a finite number, UnknownNameError if nothing measures the metric.
     """
@@ -65,11 +71,21 @@ def parse(expression: str) -> Gate:
     if match is None:
         raise InputError(f"gate {expression!r} is not METRIC OP NUMBER; write for instance 'accuracy_drop<=0.01', "
                          f"with one of {', '.join(_COMPARE)}.")  # fmt: skip
-    name, compare, limit = match.groups()
+    given, compare, limit = match.groups()
+    name = _RENAMED.get(given, given)
     if name not in METRICS and not _is_path(name):
         near = difflib.get_close_matches(name, metric_paths(), n=3)
         raise UnknownNameError("gate metric", name, {*METRICS, *near})
-    return Gate(name, compare, _limit(limit, expression))
+    return Gate(name, compare, _limit(limit, expression), old_name=given if given != name else "")
+
+
+def renamed(gates: Iterable[Gate]) -> list[str]:
+    """Return one warning per gate that was given by the old name of its metric."""
+    return [
+        f"the gate metric {gate.old_name!r} is now called {gate.name!r}; the next release drops the old name"
+        for gate in gates
+        if gate.old_name
+    ]
 
 
 def _limit(text: str, expression: str) -> float:
@@ -89,9 +105,9 @@ def _is_path(name: str) -> bool:
 
 
 def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool) -> None:
-    """Nothing, if the data at hand can answer every gate: call it before the work starts.
+    """Raise InputError, naming gate and data, unless the data at hand can answer every gate.
 
-    raises: InputError naming the gate and the data it needs.
+    Call it before the work starts.
     """
     for gate in gates:
         needs_eval, needs_labels = _needs(gate.name)
@@ -112,30 +128,25 @@ def _needs(name: str) -> tuple[bool, bool]:
     return needs_eval, name.startswith("accuracy.") and name not in free_of_labels
 
 
-def evaluate(gates: Iterable[Gate], report: Report) -> list[GateResult]:
-    """One entry of report["gates"] per gate; an unmeasured or NaN value does not pass."""
-    return [_evaluate(gate, report) for gate in gates]
+def evaluate(gates: Iterable[Gate], report: Report) -> tuple[GateResult, ...]:
+    """Return one result per gate, on the content of report.json; an unmeasured or NaN value does not pass."""
+    return tuple(_evaluate(gate, report) for gate in gates)
 
 
 def _evaluate(gate: Gate, report: Report) -> GateResult:
     value = METRICS[gate.name].value(report) if gate.name in METRICS else _leaf(report, gate.name)
     passed = value is not None and _COMPARE[gate.compare](value, gate.limit)  # every comparison with NaN is False
-    return {
-        "name": gate.name,
-        "limit": gate.limit,
-        "value": value if value is not None and math.isfinite(value) else None,
-        "passed": passed,
-        "expression": gate.expression,
-    }
+    finite = value if value is not None and math.isfinite(value) else None
+    return GateResult(gate.name, gate.limit, finite, passed, gate.expression)
 
 
 def verdict(results: Iterable[GateResult]) -> Literal["pass", "fail"]:
-    """Pass if every gate passed."""
-    return "pass" if all(result["passed"] for result in results) else "fail"
+    """Return "pass" if every gate passed."""
+    return "pass" if all(result.passed for result in results) else "fail"
 
 
 def _leaf(report: Report, path: str) -> float | None:
-    """The number at a dotted path, None where the report has none; a kind that was never counted counts 0."""
+    """Return the number at a dotted path, None where the report has none; a kind that was never counted counts 0."""
     *parents, last = path.split(".")
     here: Any = report
     for part in parents:
@@ -175,12 +186,9 @@ def _over(numerator: str, denominator: str) -> Callable[[Report], float | None]:
 
 
 def _float_mismatch_rate(report: Report) -> float | None:
-    """Differing share of the values that float arithmetic computed; 0 where there are none."""
-    level = report["parity"]["optimized"]
-    mismatched, values = level.get("float_mismatched"), level.get("float_values")
-    if values is None and "nodes" in level:
-        values = sum(node["values"] for node in level["nodes"] if not is_integer_kernel(node))
-    if mismatched is None or values is None or mismatched > values:
+    """Return the differing share of the values that float arithmetic computed; 0 where there are none."""
+    mismatched, values = (_leaf(report, f"parity.optimized.float_{name}") for name in ("mismatched", "values"))
+    if mismatched is None or values is None:
         return None
     return mismatched / values if values else 0.0
 
@@ -191,7 +199,7 @@ def _sqnr(report: Report) -> float | None:
     return math.inf if identical else _leaf(report, "accuracy.sqnr_db")
 
 
-def _kernel_surprises(report: Report) -> float | None:
+def _unplanned_kernels(report: Report) -> float | None:
     unplanned = report["parity"]["optimized"].get("unplanned")
     return None if unplanned is None else float(sum(map(abs, unplanned.values())))
 
@@ -238,9 +246,9 @@ METRICS: dict[str, Metric] = {
         "sites and outputs that are not what the reference computes from the runtime's own inputs, optimisations on",
         _path("parity.optimized.violations"),
     ),
-    "kernel_surprises": Metric(
+    "unplanned_kernels": Metric(
         "kernels on codes that the runtime executes and the plan does not hold, or the other way round",
-        _kernel_surprises,
+        _unplanned_kernels,
     ),
     "float_mismatch_rate": Metric(
         "differing share of the values that float operators compute, on the runtime's own inputs", _float_mismatch_rate
@@ -264,6 +272,6 @@ METRICS: dict[str, Metric] = {
 }
 
 DEFAULT_GATES = tuple(
-    parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "kernel_surprises", "lint_errors")
+    parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "unplanned_kernels", "lint_errors")
 )
 """Conditions of every export. With optimisations off all arithmetic is float: that level is reported, not gated."""

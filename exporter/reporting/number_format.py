@@ -6,8 +6,7 @@ Must not know: reports, pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final, Protocol
 
 __all__ = [
     "compact",
@@ -109,6 +108,13 @@ def significant(value: object, digits: int = 4) -> str:
     return DASH if number is None else f"{number:.{digits}g}".replace("-", "−", 1 if number < 0 else 0)
 
 
-def differ(entry: Mapping[str, Any]) -> str:
-    """How many of how many values differ."""
-    return f"{count(entry.get('mismatched'))} of {count(entry.get('values'))}"
+class _Compared(Protocol):
+    @property
+    def values(self) -> int: ...
+    @property
+    def mismatched(self) -> int: ...
+
+
+def differ(found: _Compared) -> str:
+    """Return how many of how many values differ."""
+    return f"{count(found.mismatched)} of {count(found.values)}"

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 import matplotlib as mpl
@@ -22,8 +23,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from calibrators.record import MixedPrecision, ScaleSensitivity
+from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.number_format import measured
-from exporter.reporting.schema import LayerEntry, MixedPrecision, ScaleSensitivity
 
 __all__ = [
     "error_plot",
@@ -61,14 +63,14 @@ def interval_plot(value: float, interval: tuple[float, float], domain: tuple[flo
 
 def range_plot(layer: LayerEntry) -> Markup:
     """Histogram of the observed values (log height) over the chosen range; what lies outside is drawn as clipped."""
-    lo, hi = layer["lo"], layer["hi"]
-    seen_lo, seen_hi = (measured(layer.get(key)) for key in ("observed_lo", "observed_hi"))
+    lo, hi = layer.lo, layer.hi
+    seen_lo, seen_hi = measured(layer.observed_lo), measured(layer.observed_hi)
     left = lo if seen_lo is None else min(lo, seen_lo)
     right = hi if seen_hi is None else max(hi, seen_hi)
     unit = (_WIDTH - 4) / ((right - left) or 1.0)
     start, end = 2 + (lo - left) * unit, 2 + (hi - left) * unit
     outlines = ""
-    bins = layer.get("histogram") or []
+    bins = layer.histogram or ()
     if bins and seen_lo is not None and seen_hi is not None:
         width = (seen_hi - seen_lo) / len(bins)
         inside = [lo - width / 2 <= seen_lo + (i + 0.5) * width <= hi + width / 2 for i in range(len(bins))]
@@ -100,12 +102,12 @@ def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
 
 def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str) -> Markup:
     """Bars of SQNR in graph order; the worst ones carry the number under which the caption names them."""
-    values = [measured(layer.get("sqnr_db")) for layer in layers]
+    values = [measured(layer.sqnr_db) for layer in layers]
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if len(finite) < 2:
         return Markup()
     heights = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    marks = {index: worst[layer["site"]] for index, layer in enumerate(layers) if layer["site"] in worst}
+    marks = {index: worst[layer.site] for index, layer in enumerate(layers) if layer.site in worst}
     return _figure(salt, lambda axes: _bars(axes, heights, marks))
 
 
@@ -178,7 +180,7 @@ def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vert
 
 def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: str) -> Markup:
     """What every scale adds to the loss, one line per bits, paler for more; rings mark the bits that a budget left."""
-    added = [{w["bits"]: _added(w["loss"], finest) for w in scale["widths"]} for scale in scales]
+    added = [{w.bits: _added(w.loss, finest) for w in scale.widths} for scale in scales]
     widths = sorted({bits for losses in added for bits in losses})[:-1]  # the finest adds nothing
     if len(scales) < 2 or not any(math.isfinite(losses.get(b, math.nan)) for losses in added for b in widths):
         return Markup()
@@ -191,7 +193,7 @@ def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: st
             axes.plot(places, curve, color=_ACCENT, alpha=shade, linewidth=1.2, marker="o", markersize=2.5)
             axes.annotate(f"{bits} bit", (len(scales), curve[-1]), (6, -3), textcoords="offset points",
                           color=_MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
-        chosen = [losses.get(scale.get("bits", 0), math.nan) for scale, losses in zip(scales, added, strict=True)]
+        chosen = [losses.get(scale.bits or 0, math.nan) for scale, losses in zip(scales, added, strict=True)]
         axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=7, markerfacecolor="none")
         axes.set(yscale="log", xlim=(0.3, len(scales) + 0.7))
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
@@ -209,25 +211,25 @@ def _added(loss: object, finest: float) -> float:
 
 def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
     """Loss of mixed and of uniform bits over what they take, as measured; a ring marks the choice."""
-    axis = mixed["axis"]
-    finite = [choice for choice in mixed["front"] if math.isfinite(_positive(choice["loss"]))]
+    finite = [choice for choice in mixed.front if math.isfinite(_positive(choice.loss))]
     if len(finite) < 2:
         return Markup()
-    uniform = [choice for choice in finite if "uniform" in choice]
-    front = sorted((choice for choice in finite if "uniform" not in choice), key=lambda choice: choice[axis])
+    cost = attrgetter(mixed.axis)
+    uniform = [choice for choice in finite if choice.uniform is not None]
+    front = sorted((choice for choice in finite if choice.uniform is None), key=cost)
 
     def paint(axes: Axes) -> None:
         for choices, color, marker, label in (
             (uniform, _MUTED, "s", "uniform bits"),
             (front, _ACCENT, "o", "mixed bits"),
         ):
-            places, losses = [c[axis] for c in choices], [_positive(c["loss"]) for c in choices]
+            places, losses = [cost(c) for c in choices], [_positive(c.loss) for c in choices]
             axes.plot(places, losses, color=color, linewidth=1.4, marker=marker, markersize=5, label=label)
         for choice in uniform:
-            axes.annotate(f"{choice['uniform']}", (choice[axis], _positive(choice["loss"])), (5, 4),
+            axes.annotate(f"{choice.uniform}", (cost(choice), _positive(choice.loss)), (5, 4),
                           textcoords="offset points", color=_MUTED, fontsize=8)  # fmt: skip
-        found = mixed["found"]
-        axes.plot([found[axis]], [_positive(found["loss"])], color=_WARN, linewidth=0, marker="o", markersize=10,
+        found = mixed.found
+        axes.plot([cost(found)], [_positive(found.loss)], color=_WARN, linewidth=0, marker="o", markersize=10,
                   markerfacecolor="none", markeredgewidth=1.8, label="chosen")  # fmt: skip
         axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log")
@@ -235,7 +237,7 @@ def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
         _label(axes, {"weight_bytes": "bytes of weights", "avg_weight_bits": "mean bits of a weight",
-                      "bops": "bit operations per sample"}[axis], "loss")  # fmt: skip
+                      "bops": "bit operations per sample"}[mixed.axis], "loss")  # fmt: skip
 
     return _figure(salt, paint)
 

@@ -9,7 +9,7 @@ Must not know: where the outputs come from.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,17 +18,49 @@ from scipy.special import log_softmax, ndtri
 from calibrators.errors import DataError
 from calibrators.grid.metrics import decibels
 
-__all__ = ["Accuracy", "paired_interval"]
+__all__ = ["Accuracy", "RunningAccuracy", "Triple", "paired_interval"]
 
 Array = NDArray[Any]
+Real: TypeAlias = float
+"""The builtin, in classes with a field of that name."""
 
 NETWORKS = ("float", "reference", "runtime")
 CONFIDENCE = 0.95
 TOP = 5
 
 
+@dataclass(frozen=True)
+class Triple:
+    """The same score of the float model, of the reference program and in the runtime; None was not measured."""
+
+    float: Real | None
+    reference: Real | None
+    runtime: Real | None
+
+
+@dataclass(frozen=True)
+class Accuracy(Triple):
+    """Scores on held-out data: the "accuracy" part of report.json. Shares are fractions from 0 to 1.
+
+    metric:    of the scores: "top1" with labels, "agreement" with the float model, or "sqnr_db".
+    top5:      with labels only.
+    agreement: share of the samples that the runtime decides as the float model does.
+    sqnr_db:   of the runtime's outputs; None where they are identical.
+    mean_kl:   divergence of the runtime's predictions from the float model's.
+    drop_ci:   95 % interval of float - runtime, paired by sample.
+    """
+
+    metric: str
+    samples: int
+    top5: Triple | None
+    agreement: Real | None
+    sqnr_db: Real | None
+    mean_kl: Real | None
+    drop_ci: tuple[Real, Real] | None
+
+
 @dataclass
-class Accuracy:
+class RunningAccuracy:
     """Running comparison of the float, reference and runtime outputs.
 
     classifier: outputs are [N, classes] with at least two classes; else only the signal-to-noise ratio is measured
@@ -94,21 +126,18 @@ class Accuracy:
         """95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""
         return paired_interval(self._lost, self._gained, self.samples) if self.labelled and self.samples else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The "accuracy" part of report.json; what was not measured is None."""
-        values = {name: self.value(name) for name in NETWORKS}
-        top5 = {name: self._share(count) for name, count in self._top5.items()} if self.labelled else None
-        interval = self.drop_interval()
-        return {
-            "metric": self.metric,
-            "samples": self.samples,
-            **values,
-            "top5": top5,
-            "agreement": self._share(self._agree["runtime"]) if self.classifier else None,
-            "sqnr_db": self.sqnr_db("runtime"),
-            "mean_kl": self._divergence / max(self.samples, 1) if self.classifier else None,
-            "drop_ci": list(interval) if interval is not None else None,
-        }
+    def result(self) -> Accuracy:
+        """Return what all batches together say."""
+        return Accuracy(
+            **{name: self.value(name) for name in NETWORKS},
+            metric=self.metric,
+            samples=self.samples,
+            top5=Triple(**{name: self._share(count) for name, count in self._top5.items()}) if self.labelled else None,
+            agreement=self._share(self._agree["runtime"]) if self.classifier else None,
+            sqnr_db=self.sqnr_db("runtime"),
+            mean_kl=self._divergence / max(self.samples, 1) if self.classifier else None,
+            drop_ci=self.drop_interval(),
+        )
 
     def _share(self, count: int) -> float:
         return count / max(self.samples, 1)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,37 @@ from numpy.typing import NDArray
 from calibrators.errors import InputError
 from runtime_tests.ort.sessions import Source, session
 
-__all__ = ["Latency", "interleave", "latency"]
+__all__ = ["Latency", "Timings", "interleave", "latency"]
 
 Array = NDArray[Any]
+Real: TypeAlias = float
+"""The builtin, in classes with a field of that name."""
 
 RUNS, WARMUP = 50, 5
 NANOSECONDS_PER_MS = 1e6
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Latency:
+    """Medians of the float and the quantized model in milliseconds: the "latency_ms" part of report.json.
+
+    ratio:   quantized over float.
+    batch:   samples of one run.
+    iqr:     interquartile range by model; speedup: over the float model.
+    """
+
+    float: Real | None
+    quantized: Real | None
+    ratio: Real | None
+    runs: int
+    threads: int
+    batch: int
+    iqr: dict[str, Real]
+    speedup: dict[str, Real]
+
+
+@dataclass(frozen=True, eq=False)
+class Timings:
     """Times of several models, one column per model, one row per round.
 
     names:    the models; the first is the baseline of `speedup`.
@@ -50,15 +71,12 @@ class Latency:
         """Median over the rounds of baseline time / time of `name`: a slow spell hits both sides of each ratio."""
         return float(np.median(self._column(self.names[0]) / self._column(name)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The "latency_ms" part of report.json: medians by name, then spread, speedups and conditions."""
-        return {
-            **{name: self.median_ms(name) for name in self.names},
-            "iqr": {name: self.iqr_ms(name) for name in self.names},
-            "speedup": {name: self.speedup(name) for name in self.names[1:]},
-            "runs": len(self.times_ms),
-            "threads": self.threads,
-        }
+    def summary(self, batch: int) -> Latency:
+        """Sum up the models "float" and "quantized", timed on inputs of so many samples, and what was timed beside."""
+        exact, quantized = self.median_ms("float"), self.median_ms("quantized")
+        iqr = {name: self.iqr_ms(name) for name in self.names}
+        speedup = {name: self.speedup(name) for name in self.names[1:]}
+        return Latency(exact, quantized, quantized / exact, len(self.times_ms), self.threads, batch, iqr, speedup)
 
     def _column(self, name: str) -> Array:
         return np.asarray(self.times_ms[:, self.names.index(name)])
@@ -71,7 +89,7 @@ def latency(
     threads: int = 1,
     runs: int = RUNS,
     warmup: int = WARMUP,
-) -> Latency:
+) -> Timings:
     """Measure every model on the same inputs, all optimisations on; report.json wants {"float": , "quantized": }.
 
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
@@ -82,7 +100,7 @@ def latency(
             wanted = ", ".join(value.name for value in each.get_inputs())
             raise InputError(f"model {name!r} takes the inputs {wanted}; got {', '.join(inputs) or 'none'}.")
     calls = {name: partial(each.run, None, dict(inputs)) for name, each in sessions.items()}
-    return Latency(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
+    return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
 
 
 def interleave(

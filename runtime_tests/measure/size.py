@@ -1,4 +1,4 @@
-"""Count the bytes of an ONNX file by their type.
+"""Count the bytes of an ONNX file: where they are and of which type.
 
 Must not know: what the initialisers mean.
 """
@@ -8,36 +8,39 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["Size", "size_by_type"]
+__all__ = ["Size", "size_of"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of one model.
+    """Bytes of the float and of the quantized model, each the .onnx file and its external data.
 
-    file_bytes: the .onnx file and every external data file it refers to, on disk.
-    by_type:    bytes of the initialisers' values by ONNX type name, 4- and 2-bit types counted packed; largest first.
+    by_type: bytes of the quantized model's initialisers by ONNX type name, 4- and 2-bit types counted packed; largest
+             first.
     """
 
-    file_bytes: int
+    float_bytes: int
+    bytes: int
     by_type: dict[str, int]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"bytes": self.file_bytes, "by_type": dict(self.by_type)}
 
-
-def size_by_type(path: str | Path) -> Size:
-    """Measure the model at `path`, without reading external weights."""
-    path = Path(path)
-    initializers = [value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
-    tensors = [value.const_value for value in initializers if value.const_value is not None]
+def size_of(path: str | Path, float_path: str | Path) -> Size:
+    """Measure the model at `path` and its float original, without reading external weights."""
     counts: Counter[str] = Counter()
-    for tensor in tensors:
+    for tensor in _tensors(path):
         counts[tensor.dtype.name] += tensor.nbytes
-    external = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    files = [path, *external]
-    return Size(sum(file.stat().st_size for file in files), dict(counts.most_common()))
+    return Size(_bytes(float_path), _bytes(path), dict(counts.most_common()))
+
+
+def _tensors(path: str | Path) -> list[ir.TensorProtocol]:
+    initializers = [value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
+    return [value.const_value for value in initializers if value.const_value is not None]
+
+
+def _bytes(path: str | Path) -> int:
+    """Count the bytes on disk of the file and of every external data file it refers to."""
+    external = {Path(tensor.path) for tensor in _tensors(path) if isinstance(tensor, ir.ExternalTensor)}
+    return sum(file.stat().st_size for file in (Path(path), *external))

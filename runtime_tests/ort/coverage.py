@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,13 +86,6 @@ class Coverage:
     float_nodes: tuple[FloatNode, ...]
     uncounted: tuple[str, ...]
     by_op: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "float_nodes": [asdict(node) for node in self.float_nodes],
-            "uncounted": list(self.uncounted),
-        }
 
 
 def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Coverage:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import cpuinfo
@@ -51,17 +51,18 @@ class SaturationRisk:
     """A layer that can saturate.
 
     name, op:       the node.
+    worst:          largest magnitude that a pair of products can reach; beyond `limit` it is cut.
     activation_max: highest code its activations can hold.
-    worst:          largest magnitude that a pair of products can reach; beyond 32767 it is cut.
     pairs:          how many pairs of weights can saturate, of `pairs_total`.
     """
 
     name: str
-    op: str
-    activation_max: int
     worst: int
-    pairs: int
-    pairs_total: int
+    limit: int
+    op: str = ""
+    activation_max: int | None = None
+    pairs: int = 0
+    pairs_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,16 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Saturation:
-    """Layers that can saturate on CPUs without VNNI, and whether this one is such a CPU.
+    """Whether the file gives the same integers on CPUs without VNNI, and whether this is such a CPU.
 
-    checked: layers with uint8 activations and int8 weights that were looked at.
+    layers:  those that can saturate.
+    checked: number of layers with uint8 activations and int8 weights that were looked at.
     """
 
-    checked: int
-    risks: tuple[SaturationRisk, ...]
-    cpu: Cpu
-
-    @property
-    def affects_this_cpu(self) -> bool:
-        return bool(self.risks) and self.cpu.saturates
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "checked": self.checked,
-            "layers": [asdict(risk) for risk in self.risks],
-            "cpu": {**asdict(self.cpu), "flags": list(self.cpu.flags), "saturates": self.cpu.saturates},
-            "affects_this_cpu": self.affects_this_cpu,
-        }
+    safe_without_vnni: bool
+    affected_here: bool
+    layers: tuple[SaturationRisk, ...]
+    checked: int = 0
 
 
 def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
@@ -107,7 +98,7 @@ def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
     layers = [(found, _matrices(found)) for found in products(Model.of(model).graph_model.graph)]
     layers = [layer for layer in layers if layer[1]]
     risks = tuple(risk for layer in layers if (risk := _risk(*layer)) is not None)
-    return Saturation(len(layers), risks, cpu or this_cpu())
+    return Saturation(not risks, bool(risks) and (cpu or this_cpu()).saturates, risks, len(layers))
 
 
 @functools.cache
@@ -157,6 +148,8 @@ def _risk(found: Product, matrices: list[Array]) -> SaturationRisk | None:
         positive, negative = (highest * sums for sums in pair_sums(weights))
         count = int(np.sum((positive > INT16_MAX) | (negative < INT16_MIN)))
         worst = int(max(positive.max(initial=0), -negative.min(initial=0)))
-        risks.append(SaturationRisk(where(found.node), found.node.op_type, highest, worst, count, positive.size))
+        risks.append(
+            SaturationRisk(where(found.node), worst, INT16_MAX, found.node.op_type, highest, count, positive.size)
+        )
     worst_risk = max(risks, key=lambda risk: (risk.pairs, risk.worst))
     return worst_risk if worst_risk.pairs else None

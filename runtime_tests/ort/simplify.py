@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from runtime_tests.ort.operators import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.sessions import session
 
-__all__ = ["SimplifyReport", "changes", "simplify"]
+__all__ = ["Simplifier", "changes", "simplify"]
 
 Array = NDArray[Any]
 
@@ -35,8 +35,8 @@ QUANTIZERS = (QUANTIZE, DEQUANTIZE)
 
 
 @dataclass(frozen=True)
-class SimplifyReport:
-    """What became of the stage.
+class Simplifier:
+    """Whether the simplified model was kept.
 
     applied: whether the simplified model is the one returned.
     why:     the reason if not, else what was gained.
@@ -44,22 +44,19 @@ class SimplifyReport:
 
     applied: bool
     why: str
-    nodes_before: int
-    nodes_after: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    nodes_before: int | None = None
+    nodes_after: int | None = None
 
 
-def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, SimplifyReport]:
+def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, Simplifier]:
     """Return `model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
 
     sample_inputs: inputs on which the optimised outputs of both models must agree bit for bit.
     """
     before = len(model.graph.node)
 
-    def kept(why: str, after: int = before) -> tuple[onnx.ModelProto, SimplifyReport]:
-        return model, SimplifyReport(False, why, before, after)
+    def kept(why: str, after: int = before) -> tuple[onnx.ModelProto, Simplifier]:
+        return model, Simplifier(False, why, before, after)
 
     if model.ByteSize() > MAX_BYTES:
         return kept(
@@ -80,7 +77,7 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
     gained = (
         f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initialisers less"
     )
-    return candidate, SimplifyReport(True, gained, before, after)
+    return candidate, Simplifier(True, gained, before, after)
 
 
 def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:

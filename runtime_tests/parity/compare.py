@@ -131,8 +131,8 @@ class Comparison:
         self.runtime, self.plan, self.weights = runtime, plan, weights
         self.unplanned = runtime.unplanned(plan)
         self.samples = 0
-        self.per_node = dict.fromkeys(plan.sites, Agreement())
-        self.end_to_end = dict.fromkeys(plan.sites, Agreement())
+        self.per_node = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
+        self.end_to_end = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
         self.outputs = [_OutputTally() for _ in runtime.output_names]
 
     def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
@@ -210,7 +210,7 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
     different = ours != theirs
     count = int(different.sum())
     if not count:
-        return Agreement(ours.numel())
+        return Agreement(ours.numel(), 0, 0)
     steps = (ours[different].to(torch.int32) - theirs[different].to(torch.int32)).abs()
     return Agreement(ours.numel(), count, int(steps.max()))
 

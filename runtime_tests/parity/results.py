@@ -53,14 +53,14 @@ class ParityError(IntactError):
 class Agreement:
     """How many codes were compared, how many differ, and by how many steps at most."""
 
-    values: int = 0
-    mismatched: int = 0
-    max_lsb: int = 0
+    values: int
+    mismatched: int
+    max_lsb: int
 
     @classmethod
     def total(cls, parts: Iterable[Agreement]) -> Agreement:
         """Return the agreement of all values of the parts."""
-        return sum(parts, cls())
+        return sum(parts, cls(0, 0, 0))
 
     def __add__(self, other: Agreement) -> Agreement:
         worst = max(self.max_lsb, other.max_lsb)
@@ -88,10 +88,10 @@ class NodeParity(Agreement):
 
     site: str
     kernel: str
+    reason: str
     legal: bool
-    reason: str = ""
     rate: float = 0.0
-    end_to_end: Agreement | None = None
+    end_to_end: Agreement
 
     @classmethod
     def of(
@@ -124,10 +124,10 @@ class OutputParity:
     name: str
     exact: bool
     legal: bool
-    identical: bool | None = None
-    per_node_identical: bool | None = None
-    max_abs: float | None = None
-    relative: float | None = None
+    identical: bool
+    per_node_identical: bool
+    max_abs: float | None
+    relative: float | None
 
     @classmethod
     def of(
@@ -145,7 +145,7 @@ class Level(Agreement):
     forced:            counts of the comparison of every node from the runtime's own input codes.
     outputs_identical: the bits of all outputs agree end to end.
     violations:        number of sites and outputs that are not what the reference computes from the same inputs.
-    unplanned:         integer kernels executed minus planned, by operator, where they differ; null without a plan.
+    unplanned:         integer kernels executed minus planned, by operator, where they differ; left out without a plan.
     kernel_*, float_*: of `forced`, those of integer kernels and of float arithmetic.
     kernels:           number of sites by the kernel that computes them.
     worst:             sites with differences in `forced`: illegal ones first, then by their share.
@@ -157,11 +157,11 @@ class Level(Agreement):
     violations: int
     unplanned: dict[str, int] | None = None
     kernel_mismatched: int
-    kernel_values: int | None = None
+    kernel_values: int
     float_mismatched: int
     float_values: int
-    samples: int | None = None
-    kernels: dict[str, int] | None = None
+    samples: int
+    kernels: dict[str, int]
     outputs: tuple[OutputParity, ...]
     worst: tuple[NodeParity, ...]
     nodes: tuple[NodeParity, ...]
@@ -180,7 +180,7 @@ class Level(Agreement):
     ) -> Self:
         """Sum up what was found at the sites and outputs; about: the remaining fields."""
         nodes, outputs = tuple(nodes), tuple(outputs)
-        total = Agreement.total(node.end_to_end for node in nodes if node.end_to_end)
+        total = Agreement.total(node.end_to_end for node in nodes)
         integer = Agreement.total(node for node in nodes if node.is_integer)
         floating = Agreement.total(node for node in nodes if not node.is_integer)
         differing = [node for node in nodes if node.mismatched]

@@ -27,7 +27,7 @@ from exporter.emission import packing
 from exporter.emission.packing import STORAGES, alternatives, pack
 from exporter.emission.translate import emit, to_onnx
 from exporter.frontend.capture import capture
-from runtime_tests.measure.size import size_by_type
+from runtime_tests.measure.size import size_of
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import loads, optimized_model, session
 from runtime_tests.proof import parity
@@ -163,7 +163,7 @@ def test_the_bytes_are_packed(storage: str, tmp_path: Path) -> None:
     graph = capture(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU()), x)
     result = calibrate(graph, [x], placement=PlacementOptions(weight_bits=2, first_last_bits=None))
     emit(result, tmp_path / "model.onnx", weight_storage=storage)
-    found = size_by_type(tmp_path / "model.onnx").by_type
+    found = size_of(tmp_path / "model.onnx", tmp_path / "model.onnx").by_type
     codes = 64 * 64 * 9
     widths = {"auto": ("INT4", 4), "int8": ("INT8", 8), "int4": ("INT4", 4), "int2": ("INT2", 2)}
     name, bits = widths[storage]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import Any
 
 
@@ -56,10 +57,20 @@ def _lapq(size: int) -> dict[str, Any]:
 
     def bend(bits: int) -> dict[str, Any]:
         hessian = [[(-1.0) ** (i + j) * 4.0 ** -abs(i - j) / bits for j in range(size)] for i in range(size)]
-        return {"p": 3.0, "hessian": hessian, "share": 0.4 / bits, "eigenvalues": [0.01 / bits, 1.75 / bits]}
+        return {
+            "p": 3.0,
+            "hessian": hessian,
+            "share": 0.4 / bits,
+            "mean_diagonal": 4.0 / bits,
+            "mean_off_diagonal": 1.6 / bits**2,
+            "eigenvalues": [0.01 / bits, 1.75 / bits],
+            "powers": [{"p": 3.0, "loss": 0.02}],
+        }
 
     return {
         "optimizer": "cobyqa",
+        "loss": "kl",
+        "split": [{"weights": 2.0, "activations": 3.0, "loss": 0.019}],
         "samples": 512,
         "evaluations": 287.4,
         "seconds": 71.3,
@@ -75,6 +86,8 @@ def _lapq(size: int) -> dict[str, Any]:
         "multipliers": {layer(i)["site"]: 0.7 + i / 7 for i in range(size)},
         "landscape": {
             "sites": [layer(i)["site"] for i in range(size)],
+            "samples": 64,
+            "step": 0.02,
             "bits": {str(bits): bend(bits) for bits in (2, 4, 8)},
         },
     }
@@ -124,10 +137,12 @@ def _node(index: int) -> dict[str, Any]:
     return {
         "site": f"stages.{index // 4}.{index % 4}.conv.activation",
         "kernel": kernel,
+        "reason": "layer_norm has no integer kernel" if kernel.startswith("float") else "",
         "legal": True,
         "values": 401_408,
         "mismatched": mismatched,
         "max_lsb": min(mismatched, 1),
+        "end_to_end": {"values": 401_408, "mismatched": mismatched, "max_lsb": min(mismatched, 1)},
     }
 
 
@@ -143,8 +158,21 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
         "outputs_identical": off == 0,
         "violations": 0,
         "unplanned": {},
-        "outputs": [{"name": "logits", "exact": True, "legal": True, "relative": 0.0}],
+        "outputs": [
+            {
+                "name": "logits",
+                "exact": True,
+                "legal": True,
+                "identical": True,
+                "per_node_identical": True,
+                "max_abs": 0.0,
+                "relative": 0.0,
+            }
+        ],
+        "samples": 256,
+        "kernels": dict(Counter(node["kernel"] for node in nodes)),
         "kernel_mismatched": 0,
+        "kernel_values": values - float_values,
         "float_mismatched": off,
         "float_values": float_values,
         "worst": [node for node in nodes if node["mismatched"]][:5],
@@ -210,12 +238,16 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "top5": {"float": 0.994, "reference": 0.9935, "runtime": 0.9935},
             "agreement": 0.991,
             "sqnr_db": 31.4,
+            "mean_kl": 0.0021,
             "drop_ci": [-0.0012, 0.0032],
         },
         "parity": {"unoptimized": plain, "optimized": level},
         "coverage": {
             "integer_nodes": 14,
             "compute_nodes": 16,
+            "macs": 123_456_789,
+            "accuracy_level": None,
+            "uncounted": [],
             "integer_macs": 0.9987,
             "weight_only_macs": 0.0,
             "float_nodes": [
@@ -223,9 +255,9 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                     "name": "head.norm",
                     "op": "LayerNormalization",
                     "why": "the runtime has no integer kernel",
-                    "macs": 5120.0,
+                    "macs": 5120,
                 },
-                {"name": "head.softmax", "op": "Softmax", "why": "kept in float by --exclude", "macs": None},
+                {"name": "head.softmax", "op": "Softmax", "why": "kept in float by --exclude", "macs": 0},
             ],
             "by_op": {"QLinearConv": 13, "QGemm": 1, "LayerNormalization": 1, "Softmax": 1},
         },
@@ -288,6 +320,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "threads": 1,
             "batch": 1,
             "iqr": {"float": 0.31, "quantized": 0.12},
+            "speedup": {"quantized": 3.17},
         },
         "time_s": {"capture": 2.1, "fold": 0.8, "calibrate": 11.2, "emit": 1.4, "validate": 21.9},
         "saturation": {

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from calibrators.errors import InputError
 from exporter.reporting import bundle as bundle_module
 from exporter.reporting.bundle import check_out, read_golden, verify_manifest, write_bundle
-from exporter.reporting.schema import read_report
+from exporter.reporting.schema import read_report, validate_report
 from tests.exporter.reporting.sample_report import sample_report
 
 CONFIG = {"seed": 3, "method": "mse"}
@@ -46,7 +46,7 @@ def _report() -> dict[str, Any]:
 
 def _write(out: Path, **changes: Any) -> Path:
     arguments = {"files": _model, "report": _report(), "golden": GOLDEN, "config": CONFIG} | changes
-    return write_bundle(out, **arguments)
+    return write_bundle(out, **arguments | {"report": validate_report(arguments["report"])})
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def test_bundle_holds_everything_and_nothing_else(tmp_path: Path) -> None:
     assert out == tmp_path / "build"
     assert set(_tree(out)) == NAMES
     assert os.listdir(tmp_path) == ["build"]
-    assert read_report(out / "report.json")["verdict"] == "pass"
+    assert read_report(out / "report.json").verdict == "pass"
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 

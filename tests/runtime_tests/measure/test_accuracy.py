@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import Accuracy, paired_interval
+from runtime_tests.measure.accuracy import RunningAccuracy, paired_interval
 
 CLASSES, SAMPLES = 12, 300
 ROUNDING = 1e-12
@@ -25,8 +25,8 @@ def data() -> dict[str, Any]:
     return {"outputs": (float_outputs, reference, runtime), "labels": labels}
 
 
-def measured(data: dict[str, Any], *, batch: int = SAMPLES, labelled: bool = True) -> Accuracy:
-    accuracy = Accuracy()
+def measured(data: dict[str, Any], *, batch: int = SAMPLES, labelled: bool = True) -> RunningAccuracy:
+    accuracy = RunningAccuracy()
     for start in range(0, SAMPLES, batch):
         part = slice(start, start + batch)
         labels = data["labels"][part] if labelled else None
@@ -41,7 +41,7 @@ def oracle_topk(outputs: Any, labels: Any, k: int) -> float:
 
 
 def test_top1_and_top5_equal_a_sorted_count(data: dict[str, Any]) -> None:
-    content = measured(data).to_dict()
+    content = asdict(measured(data).result())
     assert (content["metric"], content["samples"]) == ("top1", SAMPLES)
     for name, outputs in zip(("float", "reference", "runtime"), data["outputs"], strict=True):
         assert content[name] == oracle_topk(outputs, data["labels"], 1)
@@ -53,16 +53,16 @@ def test_equal_scores_are_ranked_as_argmax_ranks_them() -> None:
     rng = np.random.default_rng(1)
     outputs = rng.integers(0, 3, (200, 7)).astype(np.float32)
     labels = rng.integers(0, 7, 200)
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(outputs, outputs, outputs, labels)
-    content = accuracy.to_dict()
+    content = asdict(accuracy.result())
     assert content["runtime"] == float(np.mean(outputs.argmax(1) == labels))
     assert content["top5"]["runtime"] == oracle_topk(outputs, labels, 5)
 
 
 def test_agreement_sqnr_and_divergence_equal_their_definitions(data: dict[str, Any]) -> None:
     truth, _, runtime = (each.astype(np.float64) for each in data["outputs"])
-    content = measured(data).to_dict()
+    content = asdict(measured(data).result())
     assert content["agreement"] == np.mean(truth.argmax(1) == runtime.argmax(1))
     sqnr = 10 * np.log10((truth**2).sum() / ((truth - runtime) ** 2).sum())
     np.testing.assert_allclose(content["sqnr_db"], sqnr, rtol=ROUNDING)
@@ -73,7 +73,7 @@ def test_agreement_sqnr_and_divergence_equal_their_definitions(data: dict[str, A
 
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_the_batch_split_does_not_matter(data: dict[str, Any], batch: int) -> None:
-    whole, split = measured(data).to_dict(), measured(data, batch=batch).to_dict()
+    whole, split = asdict(measured(data).result()), asdict(measured(data, batch=batch).result())
     for key in ("metric", "samples", "float", "reference", "runtime", "top5", "agreement", "drop_ci"):
         assert split[key] == whole[key]
     for key in ("sqnr_db", "mean_kl"):
@@ -81,7 +81,7 @@ def test_the_batch_split_does_not_matter(data: dict[str, Any], batch: int) -> No
 
 
 def test_without_labels_the_metric_is_agreement(data: dict[str, Any]) -> None:
-    content = measured(data, labelled=False).to_dict()
+    content = asdict(measured(data, labelled=False).result())
     assert content["metric"] == "agreement"
     assert content["float"] == 1.0
     assert content["runtime"] == content["agreement"] < content["reference"] < 1.0
@@ -91,9 +91,9 @@ def test_without_labels_the_metric_is_agreement(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3, 5)], ids=["rank 1", "one column", "rank 3"])
 def test_other_outputs_are_measured_by_sqnr_and_labels_are_not_read(shape: tuple[int, ...]) -> None:
     truth = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(truth, truth * np.float32(1.5), truth * np.float32(2), ["no", "labels", "at", "all"])
-    content = accuracy.to_dict()
+    content = asdict(accuracy.result())
     assert content["metric"] == "sqnr_db"
     np.testing.assert_allclose(
         content["reference"], 20 * np.log10(2), rtol=1e-6
@@ -104,9 +104,9 @@ def test_other_outputs_are_measured_by_sqnr_and_labels_are_not_read(shape: tuple
 
 def test_identical_outputs_have_no_noise_and_an_interval_around_zero(data: dict[str, Any]) -> None:
     truth = data["outputs"][0]
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(truth, truth, truth, data["labels"])
-    content = json.loads(json.dumps(accuracy.to_dict()))
+    content = asdict(accuracy.result())
     assert content["sqnr_db"] is None
     assert content["float"] == content["runtime"]
     assert content["mean_kl"] == 0.0
@@ -120,7 +120,7 @@ def test_interval_of_the_drop_uses_discordant_samples_only(data: dict[str, Any])
     lost, gained = int(np.sum(right[0] & ~right[1])), int(np.sum(right[1] & ~right[0]))
     accuracy = measured(data)
     assert accuracy.drop_interval() == paired_interval(lost, gained, SAMPLES)
-    content = accuracy.to_dict()
+    content = asdict(accuracy.result())
     assert content["drop_ci"][0] < content["float"] - content["runtime"] < content["drop_ci"][1]
 
 
@@ -158,7 +158,7 @@ def test_interval_covers_the_true_difference_as_often_as_it_says(
 )
 def test_bad_labels_are_refused_with_their_batch(labels: Any, message: str) -> None:
     outputs = np.random.default_rng(4).normal(size=(3, CLASSES))
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(outputs, outputs, outputs, [0, 1, 2])
     with pytest.raises(DataError, match=message):
         accuracy.update(outputs, outputs, outputs, labels)
@@ -167,7 +167,7 @@ def test_bad_labels_are_refused_with_their_batch(labels: Any, message: str) -> N
 
 def test_labels_as_a_column_are_accepted() -> None:
     outputs = np.eye(3)
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(outputs, outputs, outputs, np.array([[0], [1], [0]]))
     assert accuracy.value("runtime") == 2 / 3
 
@@ -179,16 +179,16 @@ def test_outputs_that_are_not_finite_are_refused_by_name(value: float, position:
     outputs[position][1, 2] = value
     name = ("float", "reference", "runtime")[position]
     with pytest.raises(DataError, match=f"outputs of batch 0 are not finite in: {name};"):
-        Accuracy().update(*outputs)
+        RunningAccuracy().update(*outputs)
 
 
 def test_outputs_of_different_shapes_are_refused() -> None:
     with pytest.raises(DataError, match=r"'runtime': \(2, 4\)"):
-        Accuracy().update(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4)))
+        RunningAccuracy().update(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4)))
 
 
 def test_outputs_that_change_their_kind_are_refused() -> None:
-    accuracy = Accuracy()
+    accuracy = RunningAccuracy()
     accuracy.update(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(DataError, match=r"batch 1 have shape .* unlike those of the first"):
         accuracy.update(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.ones((2, 3, 4)))

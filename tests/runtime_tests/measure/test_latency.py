@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import onnx
 import pytest
 
 from calibrators.errors import InputError
-from runtime_tests.measure.latency import Latency, interleave, latency
+from runtime_tests.measure.latency import Latency, Timings, interleave, latency
 from tests.support import onnx_models as models
 
 
@@ -37,23 +36,25 @@ def test_rounds_interleave_the_calls_and_turn_around() -> None:
 
 def test_a_slow_spell_does_not_change_the_speedup() -> None:
     times = np.array([[4.0, 2.0], [40.0, 20.0], [4.0, 2.0], [60.0, 30.0], [8.0, 4.0]])
-    result = Latency(("float", "quantized"), times)
+    result = Timings(("float", "quantized"), times)
     assert result.speedup("quantized") == 2.0
     assert result.median_ms("float") == 8.0
     assert result.iqr_ms("quantized") == 18.0
 
 
-def test_report_holds_medians_by_name_and_the_conditions() -> None:
-    result = Latency(("float", "quantized", "other"), np.array([[4.0, 2.0, 1.0]]), threads=2)
-    assert json.loads(json.dumps(result.to_dict())) == {
-        "float": 4.0,
-        "quantized": 2.0,
-        "other": 1.0,
-        "iqr": {"float": 0.0, "quantized": 0.0, "other": 0.0},
-        "speedup": {"quantized": 2.0, "other": 4.0},
-        "runs": 1,
-        "threads": 2,
-    }
+def test_the_summary_holds_medians_and_the_conditions() -> None:
+    result = Timings(("float", "quantized", "other"), np.array([[4.0, 2.0, 1.0]]), threads=2)
+    assert result.summary(batch=3) == Latency(
+        float=4.0,
+        quantized=2.0,
+        ratio=0.5,
+        runs=1,
+        threads=2,
+        batch=3,
+        iqr={"float": 0.0, "quantized": 0.0, "other": 0.0},
+        speedup={"quantized": 2.0, "other": 4.0},
+    )
+    assert result.median_ms("other") == 1.0
 
 
 def test_real_models_are_timed_from_paths_and_protos(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_real_models_are_timed_from_paths_and_protos(tmp_path: Path) -> None:
     )
     assert result.times_ms.shape == (4, 2)
     assert (result.times_ms > 0).all()
-    assert latency({"one": small}, models.sample(small), runs=1).to_dict()["speedup"] == {}
+    assert latency({"one": small}, models.sample(small), runs=1).names == ("one",)
 
 
 def test_inputs_that_a_model_does_not_take_are_named() -> None:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from runtime_tests.measure.size import size_by_type
+from runtime_tests.measure.size import size_of
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Net
 
@@ -26,16 +26,15 @@ def mixed() -> onnx.ModelProto:
 def test_bytes_by_type_and_on_disk(tmp_path: Path, external: bool) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(mixed(), path, save_as_external_data=external, location="data.bin", size_threshold=0)
-    size = size_by_type(path)
+    size = size_of(path, path)
     assert size.by_type == {"FLOAT": 24, "INT8": 10, "INT64": 8, "INT4": 4}
-    assert size.file_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size.bytes == size.float_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 1 + external
 
 
 def test_an_int8_net_is_smaller_than_a_float_one_would_be(tmp_path: Path) -> None:
     onnx.save(models.residual(), tmp_path / "m.onnx")
-    size = size_by_type(tmp_path / "m.onnx")
+    size = size_of(tmp_path / "m.onnx", tmp_path / "m.onnx")
     weights = 16 * 27 + 4 * 16 * 144 + 160
     assert size.by_type["INT8"] >= weights
-    assert size.to_dict() == {"bytes": size.file_bytes, "by_type": size.by_type}
     assert next(iter(size.by_type)) == "INT8"

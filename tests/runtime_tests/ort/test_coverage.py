@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -161,11 +160,7 @@ def test_integer_inputs_get_zeros_of_their_type() -> None:
     assert coverage(model).compute_nodes == 1
 
 
-def test_a_path_gives_the_same_and_the_dict_is_json(tmp_path: Path) -> None:
+def test_a_path_gives_the_same(tmp_path: Path) -> None:
     model = models.residual(float_bias=True)
     onnx.save(model, tmp_path / "m.onnx")
-    result = coverage(tmp_path / "m.onnx")
-    assert result == coverage(model)
-    content = json.loads(json.dumps(result.to_dict()))
-    assert {"integer_nodes", "compute_nodes", "integer_macs", "float_nodes", "by_op"} <= set(content)
-    assert set(content["float_nodes"][0]) == {"name", "op", "why", "macs"}
+    assert coverage(tmp_path / "m.onnx") == coverage(model)

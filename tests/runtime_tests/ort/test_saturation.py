@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_tests.ort.saturation import Cpu, cpu_from, pair_sums, saturation
+from runtime_tests.ort.saturation import Cpu, cpu_from, pair_sums, saturation, this_cpu
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Net
 
@@ -72,14 +71,14 @@ def test_pairs_start_at_even_positions_and_an_odd_rest_stands_alone() -> None:
 def test_a_layer_saturates_at_the_edge(weights: Any, clip: Any, saturates: bool) -> None:
     result = saturation(layer(weights, clip=clip), cpu=UNSAFE)
     assert result.checked == 1
-    assert bool(result.risks) == result.affects_this_cpu == saturates
+    assert bool(result.layers) == (not result.safe_without_vnni) == result.affected_here == saturates
 
 
 @pytest.mark.parametrize("op", ["Gemm", "MatMul"])
 def test_matrix_products_reduce_over_their_inputs(op: str) -> None:
     along = np.array([[100, 100], [0, 0]]) if op == "Gemm" else np.array([[100, 0], [100, 0]])
-    assert saturation(layer(along, op=op), cpu=SAFE).risks[0].pairs == 1
-    assert saturation(layer(along.T, op=op), cpu=SAFE).risks == ()
+    assert saturation(layer(along, op=op), cpu=SAFE).layers[0].pairs == 1
+    assert saturation(layer(along.T, op=op), cpu=SAFE).layers == ()
 
 
 @pytest.mark.parametrize(
@@ -91,18 +90,18 @@ def test_convolutions_are_checked_in_both_layouts(positions: list[tuple[int, int
     weights = np.zeros((1, 2, 2, 2), np.int8)
     for position in positions:
         weights[(0, *position)] = 100
-    assert bool(saturation(layer(weights, op="Conv"), cpu=SAFE).risks) == saturates
+    assert bool(saturation(layer(weights, op="Conv"), cpu=SAFE).layers) == saturates
 
 
 def test_int8_activations_run_as_uint8() -> None:
-    risk = saturation(layer([[127, 127]], activation="s8"), cpu=SAFE).risks[0]
+    risk = saturation(layer([[127, 127]], activation="s8"), cpu=SAFE).layers[0]
     assert (risk.activation_max, risk.worst) == (255, 255 * 254)
 
 
 def test_depthwise_convolutions_are_exact_and_not_counted() -> None:
     result = saturation(models.mobilenet(), cpu=UNSAFE)
     assert result.checked == 8 - 2
-    assert result.affects_this_cpu
+    assert result.affected_here
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_reduced_ranges_are_safe(limit: int, bits: int) -> None:
     net = Net()
     x = net.relu6(net.input("x", ("N", 16, 8, 8)), bits=bits)
     result = saturation(net.model(net.signed(net.conv(x, 32, 16, limit=limit)).name), cpu=UNSAFE)
-    assert (result.checked, result.risks, result.affects_this_cpu) == (1, (), False)
+    assert (result.checked, result.layers, result.affected_here) == (1, (), False)
 
 
 def test_products_of_activations_are_no_layers() -> None:
@@ -143,9 +142,9 @@ def test_cpu_flags_decide(info: dict[str, Any], saturates: bool) -> None:
 
 def test_report_of_a_file_names_this_machine(tmp_path: Path) -> None:
     onnx.save(models.residual(), tmp_path / "m.onnx")
-    content = json.loads(json.dumps(saturation(tmp_path / "m.onnx").to_dict()))
-    assert content["checked"] == 6
-    assert content["layers"][0]["name"] == "node_conv_4"
-    assert content["layers"][0]["worst"] > 32767
-    assert content["affects_this_cpu"] == content["cpu"]["saturates"]
-    assert content["cpu"]["arch"] != "unknown"
+    result = saturation(tmp_path / "m.onnx")
+    assert result.checked == 6
+    assert result.layers[0].name == "node_conv_4"
+    assert result.layers[0].worst > result.layers[0].limit == 32767
+    assert result.affected_here == this_cpu().saturates
+    assert this_cpu().arch != "unknown"
