@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from calibrators.errors import ModelError
 from calibrators.execution.measure import Batch
+from calibrators.grid.metrics import alike
 from calibrators.program.freeze import CalibrationResult
 from exporter.about import __version__
 from exporter.calibrating import calibrated, calibration_notes
@@ -28,7 +29,7 @@ from exporter.config import ExportConfig, make_config
 from exporter.emission.packing import alternatives, pack
 from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
 from exporter.folding.fold_regions import fold
-from exporter.frontend.capture import SAME, alike, capture
+from exporter.frontend.capture import SAME, capture
 from exporter.frontend.load import input_names, load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
@@ -179,7 +180,7 @@ class _Export:
         with torch.no_grad():
             pairs = list(zip(graph(*batch), result.placement.graph(*batch), strict=True))
         for name, (ours, theirs) in zip(graph.meta["output_names"], pairs, strict=True):
-            if ours.is_floating_point() and not alike(ours, theirs):
+            if ours.is_floating_point() and not alike(ours, theirs, SAME):
                 raise ModelError(
                     f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
                     "it must not: report this model, please"

@@ -16,7 +16,7 @@ from torch import fx
 
 from calibrators.errors import InputError
 from calibrators.execution.measure import Batch
-from exporter.frontend.capture import alike
+from calibrators.grid.metrics import alike
 from exporter.frontend.reference import load_reference
 from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress

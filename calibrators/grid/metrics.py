@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_ENERGY", "SignalAndNoise", "decibels", "energy", "mean_energy", "relative_error"]
+__all__ = ["LEAST_ENERGY", "SignalAndNoise", "alike", "decibels", "energy", "mean_energy", "relative_error"]
 
 LEAST_ENERGY = 1e-30
 """What an energy counts at least where something is divided by it."""
@@ -31,6 +31,14 @@ def mean_energy(values: Tensor) -> float:
 def relative_error(values: Tensor, exact: Tensor, unit: float) -> Tensor:
     """Return the mean squared error of every sample [n, ...] in units of an energy, as [n]."""
     return (values - exact).square().reshape(len(values), -1).mean(1) / unit
+
+
+def alike(expected: Tensor, found: Tensor, limit: float) -> bool:
+    """Return whether an output is what it should be, up to `limit` of itself and of its largest finite value."""
+    expected, found = expected.double(), found.double()
+    finite = expected[expected.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return expected.shape == found.shape and torch.allclose(found, expected, limit, limit * largest, equal_nan=True)
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -100,6 +100,7 @@ class _Replacement:
     expected: Expected | None = None
 
 
+@torch.no_grad()
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a folded copy of `graph`, whose meta["fold"] is the FoldReport.
 
@@ -217,9 +218,8 @@ def _errors(analysis: Analysis, candidate: Candidate, made: _Replacement) -> lis
     for sizes in _proof_sizes(candidate):
         x = torch.randn(sizes, generator=generator, dtype=torch.float64)
         before = analysis.run(nodes, {source: x})[candidate.exit]
-        with torch.no_grad():
-            padded = aten.constant_pad_nd(x, list(made.padding)) if made.padding else x
-            after = made.target(padded, made.weight, made.bias, *made.arguments)
+        padded = aten.constant_pad_nd(x, list(made.padding)) if made.padding else x
+        after = made.target(padded, made.weight, made.bias, *made.arguments)
         if before.shape != after.shape:
             return [math.inf]
         channels = 1 if candidate.root.spatial else before.ndim - 1

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from calibrators.graph.aten import bind, constant, is_constant, macs, overloads, per_axis, shape_of
 from calibrators.graph.batch_norm import BatchNorm, read_batch_norm, uses_batch_statistics
 from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, SUMS, facts
+from calibrators.graph.walk import call
 from exporter.folding.affine_map import (
     AffineMap,
     NotAffine,
@@ -34,7 +35,7 @@ from exporter.folding.affine_map import (
     shift,
     stack,
 )
-from exporter.folding.simplify import Constants, evaluate, exact_value, varying_axes
+from exporter.folding.simplify import Constants, exact_value, varying_axes
 
 __all__ = [
     "BATCH_NORM",
@@ -113,7 +114,7 @@ class Analysis:
         known = dict(values)
         for node in nodes:
             known |= {each: self.exact(each) for each in node.all_input_nodes if is_constant(each)}
-            known[node] = evaluate(node, known)
+            known[node] = call(node, known)
         return known
 
     def merged_macs(self, node: fx.Node, f: AffineMap) -> int:

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from calibrators.graph.aten import bind, constant, is_constant, module_path, overloads, shape_of
 from calibrators.graph.operators import PADS
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, constant_before, replace_by
+from calibrators.graph.walk import call
 
 __all__ = [
     "Constants",
-    "evaluate",
     "exact_value",
     "fill_borders",
     "fold_constants",
@@ -44,31 +44,16 @@ def with_own_attributes(graph: fx.GraphModule) -> fx.GraphModule:
     assert isinstance(result, tuple)
     value, output = result
     copied.output(value).meta = dict(output.meta)
-    root = nn.Module()
-    for node in copied.nodes:
-        if node.op == "get_attr":
-            _clone_attribute(str(node.target), graph, root)
-    fresh = fx.GraphModule(root, copied)
+    fresh = fx.GraphModule(graph, copied)
     fresh.meta = dict(graph.meta)
+    for module in fresh.modules():
+        for name, parameter in module._parameters.items():
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            assert buffer is not None
+            module._buffers[name] = buffer.detach().clone()
     return fresh
-
-
-def _clone_attribute(target: str, source: nn.Module, root: nn.Module) -> None:
-    """Clone the attribute `target` (a dotted path) of `source` to the same place under `root`."""
-    *path, name = target.split(".")
-    owner = root
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner, source = owner.get_submodule(part), getattr(source, part)
-    value = getattr(source, name)
-    clone = value.detach().clone()
-    if hasattr(owner, name):
-        return
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(name, nn.Parameter(clone, requires_grad=value.requires_grad))
-    else:
-        owner.register_buffer(name, clone)
 
 
 # Constants -----------------------------------------------------------------------------------------------------------
@@ -86,7 +71,7 @@ def fold_constants(graph: fx.GraphModule) -> Constants:
         if node.op == "get_attr":
             own[node] = constant(graph, node)
         elif _is_pure(node) and all(source in own for source in node.all_input_nodes):
-            own[node] = evaluate(node, own)
+            own[node] = call(node, own)
     results: Constants = {}
     for node, value in own.items():
         is_used = node.op != "get_attr" and any(user not in own for user in node.users)
@@ -103,13 +88,6 @@ def fold_constants(graph: fx.GraphModule) -> Constants:
 def exact_value(graph: fx.GraphModule, node: fx.Node, constants: Constants) -> Tensor:
     """Return the float64 value of a get_attr node."""
     return constants[node] if node in constants else constant(graph, node).double()
-
-
-def evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """Return the value of a call, given those of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -130,7 +108,7 @@ def _in_float64(node: fx.Node, own: dict[fx.Node, Any], exact: dict[fx.Node, Any
             for source in node.all_input_nodes:
                 _in_float64(source, own, exact)
             try:
-                exact[node] = evaluate(node, exact)
+                exact[node] = call(node, exact)
             except RuntimeError:
                 exact[node] = own[node]
     return exact[node]

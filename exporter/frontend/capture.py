@@ -1,4 +1,4 @@
-"""A trained PyTorch model becomes the one ATen graph (contract in calibrators.graph.aten).
+"""Capture a trained PyTorch model as the one ATen graph (contract in calibrators.graph.aten).
 
 Must not know: quantization, targets, ONNX.
 """
@@ -11,7 +11,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,19 @@ from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError, first_line
 from calibrators.graph.aten import infer_shapes, where
+from calibrators.grid.metrics import alike
 from exporter.frontend.functionalize import HALVES, flatten
 
-__all__ = ["SAME", "alike", "capture", "quiet"]
+__all__ = ["SAME", "capture", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
 
 SAME, SAME_IN_HALF = 1e-3, 5e-2
-"""Largest legal difference between the captured graph and the program it was made from, relative to its outputs."""
+"""Largest legal difference of outputs between a model, its program and the captured graph, relative to the outputs."""
 
 
 def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
-    """Flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
+    """Return the flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
 
     model:   a module, or a program made by torch.export (a .pt2 file).
     example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do.
@@ -59,7 +60,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
-    """The exported program, whether its batch is free, and notes; a fixed batch of 1 where the model insists."""
+    """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -79,26 +80,35 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.
 
 
 def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The program with a free batch, checked against the model at batches of 1, 2 and 3.
+    """Return the program with a free batch, checked against the model at batches of 1, 2 and 3.
 
-    Tracing sees one batch size; a model that treats another one differently (`if len(x) == 1`) would be lost.
+    Tracing sees one batch size and would miss that a model treats another one differently (`if len(x) == 1`).
     """
     batch = torch.export.Dim("batch", min=1, max=2**20)
     dynamic_shapes = _as_called(model, tuple({0: batch} if x.ndim else None for x in inputs))
     program = torch.export.export(model, _with_batch(inputs, 2), dynamic_shapes=dynamic_shapes, strict=False)
-    traced = program.module()
+    traced, limit = program.module(), _limit(program, inputs)
     for size in (1, 2, 3):
-        sample = _with_batch(inputs, size)
-        expected = pytree.tree_leaves(model(*(x.clone() for x in sample)))
-        found = pytree.tree_leaves(traced(*(x.clone() for x in sample)))
-        for left, right in zip(expected, found, strict=True):
-            if not torch.allclose(torch.as_tensor(left), torch.as_tensor(right), rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
+        if not all(_agreement(model, traced, _with_batch(inputs, size), limit)):
+            raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
     return program
 
 
+def _limit(program: torch.export.ExportedProgram, inputs: tuple[Tensor, ...]) -> float:
+    halves = any(x.dtype in HALVES for x in (*program.state_dict.values(), *inputs))
+    return SAME_IN_HALF if halves else SAME
+
+
+def _agreement(
+    original: Callable[..., Any], other: Callable[..., Any], inputs: tuple[Tensor, ...], limit: float
+) -> list[bool]:
+    """Return for each output whether two callables agree, each called with its own copy of the inputs."""
+    expected, found = (pytree.tree_leaves(each(*(x.clone() for x in inputs))) for each in (original, other))
+    return [alike(torch.as_tensor(a), torch.as_tensor(b), limit) for a, b in zip(expected, found, strict=True)]
+
+
 def _as_called(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One value per argument of forward; what goes into *args is one tuple."""
+    """Return one value per argument of forward; the values for *args are one tuple."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
@@ -109,30 +119,19 @@ def _as_called(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None:
     """Refuse a graph that computes something else than the program on its own example."""
-    halves = any(x.dtype in HALVES for x in (*program.state_dict.values(), *graph.meta["example"]))
-    limit = SAME_IN_HALF if halves else SAME
+    example = graph.meta["example"]
     with torch.no_grad(), quiet():
-        original = program.module()
-        expected = pytree.tree_leaves(original(*(x.clone() for x in graph.meta["example"])))
-        found = graph(*(x.clone() for x in graph.meta["example"]))
-    for name, left, right in zip(graph.meta["output_names"], expected, found, strict=True):
-        if not alike(torch.as_tensor(left), torch.as_tensor(right), limit):
+        same = _agreement(program.module(), graph, example, _limit(program, example))
+    for name, is_same in zip(graph.meta["output_names"], same, strict=True):
+        if not is_same:
             raise ModelError(
                 f"the captured graph computes another {name!r} than the model: an operator that writes into memory of "
                 "another value may be the cause; write it without in-place operators"
             )
 
 
-def alike(expected: Tensor, found: Tensor, limit: float = SAME) -> bool:
-    """Whether an output is what it should be, up to `limit` of its largest finite value."""
-    expected, found = expected.double(), found.double()
-    finite = expected[expected.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    return expected.shape == found.shape and torch.allclose(found, expected, limit, limit * largest, equal_nan=True)
-
-
 def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """The inputs cut or repeated to `size` samples."""
+    """Return the inputs cut or repeated to `size` samples."""
     return tuple(torch.cat([x] * size)[:size].clone() if x.ndim and len(x) else x for x in inputs)
 
 
@@ -147,13 +146,13 @@ def _user_inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
 
 
 def _declared_example(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
-    """Zero tensors of the shapes a static program was exported with."""
+    """Return zero tensors of the shapes that a static program was exported with."""
     values = [node.meta["val"] for node in _user_inputs(program)]
     return tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in values)
 
 
 def _check(graph: fx.GraphModule) -> None:
-    """Run the captured graph once: it must return tensors, mark every shape, and have one way through."""
+    """Run the captured graph once to infer shapes; refuse branches at run time and outputs that are no tensors."""
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise ModelError(
@@ -164,8 +163,7 @@ def _check(graph: fx.GraphModule) -> None:
         infer_shapes(graph)
     except Exception as error:
         raise ModelError(f"the captured graph does not run on its own example: {first_line(error)}") from error
-    output = next(iter(reversed(graph.graph.nodes)))
-    for value in output.args[0]:
+    for value in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
         if not isinstance(value, fx.Node):
             raise ModelError(f"the model returns {value!r}, which is no tensor; return tensors only")
 
@@ -198,7 +196,7 @@ def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> 
 
 
 def _frames(error: BaseException | None) -> Iterator[tuple[Any, int]]:
-    """Frames of the error and then of what it came from."""
+    """Yield the frames of the error, then of its causes."""
     while error is not None:
         yield from traceback.walk_tb(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -206,7 +204,7 @@ def _frames(error: BaseException | None) -> Iterator[tuple[Any, int]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's own chatter (deprecations inside torch, graph dumps) off the user's terminal."""
+    """Keep torch's own messages (deprecations inside torch, graph dumps) off the user's terminal."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""The reference program as a file, so that a bundle can be proved again where it lands.
+"""Write and read the reference program of a bundle, with which the bundle is proved again on another machine.
 
 Must not know: ONNX, runtimes.
 """
@@ -44,7 +44,7 @@ def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def load_reference(path: Path) -> fx.GraphModule:
-    """The program of `save_reference`.
+    """Return the program that `save_reference` wrote.
 
     raises: ModelError if the file is missing or damaged.
     """

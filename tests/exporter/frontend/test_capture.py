@@ -24,7 +24,7 @@ def test_graph_equals_model_at_any_batch(name: str) -> None:
     graph = capture(model, x)
     assert graph.meta["dynamic_batch"]
     for batch in (1, 3, 8):
-        torch.testing.assert_close(graph(x[:batch])[0], model(x[:batch]), rtol=0, atol=0)
+        assert torch.equal(graph(x[:batch])[0], model(x[:batch]))
     assert {node.op for node in graph.graph.nodes} <= {"placeholder", "get_attr", "call_function", "output"}
 
 
@@ -141,7 +141,7 @@ def test_padding_by_name_becomes_numbers(size: Any, dilation: Any, padding: str)
     graph = capture(model, x)
     (node,) = (node for node in graph.graph.nodes if node.target is aten.conv2d.default)
     assert all(isinstance(amount, int) for amount in node.args[4])
-    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(graph(x)[0], model(x))
 
 
 def test_half_precision_is_computed_in_float32() -> None:
@@ -233,7 +233,7 @@ def _in_unbound(body: Any, y: Tensor) -> Tensor:
 def test_in_place_on_one_of_several_views_reaches_their_source(function: Any) -> None:
     model, x = Body(function).eval(), torch.randn(3, 4, 6, 6)
     with torch.no_grad():
-        assert torch.allclose(capture(model, x)(x)[0], model(x), atol=1e-6)
+        assert torch.equal(capture(model, x)(x)[0], model(x))
 
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,8 @@ def test_core_operators_are_those_that_modules_call(name: str) -> None:
     layers = (aten.conv2d.default, aten.linear.default)
     numbers = [sum(node.target in layers for node in each.graph.nodes) for each in (graph, capture(model, x))]
     assert numbers[0] == numbers[1] > 0
-    torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if name == "pooled" else 0.0  # adaptive pooling is a mean then, with another order of its sum
+    torch.testing.assert_close(graph(x)[0], model(x), rtol=tolerance, atol=tolerance)
 
 
 def test_transposed_convolutions_too() -> None:
@@ -281,7 +282,7 @@ def test_transposed_convolutions_too() -> None:
     program = torch.export.export(model, (x,)).run_decompositions()
     graph = capture(program, x)
     assert aten.conv_transpose2d.input in {node.target for node in graph.graph.nodes}
-    torch.testing.assert_close(graph(x)[0], model(x))
+    assert torch.equal(graph(x)[0], model(x))
 
 
 def test_branches_chosen_at_run_time_are_refused() -> None:
