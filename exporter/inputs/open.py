@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import DataError, first_line
-from exporter.frontend.user_code import UserCallable, load_callable, users_code
+from exporter.frontend.user_code import UserCallable, article, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.form import DataForm
 from exporter.inputs.sources import from_arrays, from_images, from_npz
@@ -42,15 +42,13 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
         function = load_callable(source, error=DataError)
         return Data(source, lambda: _guarded(function, form.batch_size))
     label, batch = f"data ({type(source).__name__})", form.batch_size
-    if _is_array(source) or _is_pair_of_arrays(source) or isinstance(source, Mapping):
-        return Data(label, lambda: from_arrays(source, label, batch))
     if callable(source) and not isinstance(source, Iterable):
         return Data(label, lambda: _items(source(), label, batch))
     if isinstance(source, Iterator):
         return Data(label, _one_shot(source, label))
     if isinstance(source, Iterable):
-        return Data(label, lambda: iter(source))
-    raise DataError(f"{label} is no data; give a path, file.py:callable, a callable or an iterable of batches.")
+        return Data(label, lambda: _items(source, label, batch))
+    raise DataError(f"{label} is not data; give a path, file.py:callable, a callable or an iterable of batches.")
 
 
 def open_both(calibration: object, evaluation: object | None, form: DataForm) -> tuple[Data, Data | None]:
@@ -115,29 +113,27 @@ def _guarded(function: UserCallable, batch: int) -> Raw:
 
 
 def _items(result: object, label: str, batch: int) -> Raw:
-    """Yield what a callable returned: arrays are cut into batches, iterables pass through."""
+    """Return the items of a source: arrays are cut into batches, iterables pass through."""
     if _is_array(result) or _is_pair_of_arrays(result) or isinstance(result, Mapping):
         return from_arrays(result, label, batch)
     if isinstance(result, Iterable) and not isinstance(result, str | bytes):
         return iter(result)
     raise DataError(
-        f"{label} returned a {type(result).__name__}; return arrays, or an iterable of batches such as a DataLoader."
+        f"{label} gave {article(type(result).__name__)}; give arrays, or an iterable of batches such as a DataLoader."
     )
 
 
 def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
     """Return what starts a pass; a second one is an error with advice."""
-    used = False
+    left = [source]
 
     def start() -> Raw:
-        nonlocal used
-        if used:
+        if not left:
             raise DataError(
                 f"{label} can be read only once and a second pass is needed; give a list, a DataLoader, or the "
                 "function that makes the generator instead of the generator."
             )
-        used = True
-        return source
+        return left.pop()
 
     return start
 
@@ -150,8 +146,7 @@ def _open_path(path: Path, form: DataForm) -> Data:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a .npz file, a folder of images or file.py:callable.")
     if path.suffix != ".npz":
-        advice = (
-            "name its callable: " + f"{path}:calibration" if path.suffix == ".py" else "save arrays with numpy.savez"
-        )
+        is_code = path.suffix == ".py"
+        advice = f"name its callable: {path}:calibration" if is_code else "save arrays with numpy.savez"
         raise DataError(f"{path} is not a .npz file or a folder of images; {advice}.")
     return Data(str(path), lambda: from_npz(path, form.batch_size), by_position=True)

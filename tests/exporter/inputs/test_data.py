@@ -310,7 +310,7 @@ def test_labels_can_be_required() -> None:
     [
         pytest.param("breaks", ["RuntimeError: disk on fire", "source.py:", "in breaks"], id="raises"),
         pytest.param("nothing", ["no batches"], id="nothing"),
-        pytest.param("number", ["returned a int", "DataLoader"], id="number"),
+        pytest.param("number", ["gave an int", "DataLoader"], id="number"),
     ],
 )
 def test_a_bad_callable_is_one_message(file: Path, name: str, parts: list[str]) -> None:
@@ -328,7 +328,7 @@ def test_a_callable_must_return_fresh_data(file: Path) -> None:
     ("source", "options", "part"),
     [
         pytest.param("nowhere.npz", {}, "does not exist", id="missing"),
-        pytest.param(3, {}, "is no data", id="number"),
+        pytest.param(3, {}, "is not data", id="number"),
         pytest.param([X], {"image_size": 8}, "belong to a folder", id="image size without folder"),
     ],
 )
