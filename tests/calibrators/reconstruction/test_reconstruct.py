@@ -317,7 +317,7 @@ def test_importance_is_the_mean_square_of_gradients() -> None:
 
     class Net(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return ((x + 1.0) @ weight).unsqueeze(-1)
+            return torch.unsqueeze((x + 1.0) @ weight, -1)
 
     graph = fx.symbolic_trace(Net())
     value = next(n for n in graph.graph.nodes if n.op == "call_function").name
