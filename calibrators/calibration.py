@@ -54,7 +54,7 @@ def calibrate(
     stored: Stored = lambda size, bits, taps: size,
     stage: Stage = silent,
 ) -> CalibrationResult:
-    """Scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
+    """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
     graph:     captured and folded (exporter.frontend.capture, exporter.folding.fold_regions).
     batches:   tensors, or tuples with one tensor per model input, [samples, ...]; range methods read them once, other
@@ -137,7 +137,7 @@ class _Batches:
 
 @contextmanager
 def _float32_convolutions() -> Iterator[None]:
-    """Convolutions of a GPU compute in float32; by default cuDNN cuts operands to 10 bits (TF32)."""
+    """Make convolutions of a GPU compute in float32; by default cuDNN cuts operands to 10 bits (TF32)."""
     cudnn: Any = torch.backends.cudnn
     per_operator = hasattr(cudnn, "conv")  # from torch 2.9 on, where the older flag cannot be read once both are in use
     flags, name, exact = (cudnn.conv, "fp32_precision", "ieee") if per_operator else (cudnn, "allow_tf32", False)
@@ -159,7 +159,7 @@ def _device(name: str) -> torch.device:
 
 
 def _check_constants(graph: fx.GraphModule) -> None:
-    """Refuse NaN, and infinities in what convolutions, linear layers and norms read: masks are made of them."""
+    """Raise ModelError for NaN, or infinities in what convolutions, linear layers and norms read (masks hold them)."""
     for node in graph.graph.nodes:
         if node.op != "get_attr":
             continue

@@ -1,4 +1,4 @@
-"""Activations of all calibration samples at the frontier of a network that is worked through block by block.
+"""Activations of all calibration samples that cross between blocks of a network, kept while a block is at work.
 
 A value is written once, read by random samples many times, and dropped when no later block reads it. Values beyond the
 memory budget go to memory-mapped files; quantized values are kept as integer codes, which loses nothing.
@@ -50,7 +50,7 @@ class Memory:
         self._files = 0
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor [rows, columns].
+        """Return an uninitialised tensor [rows, columns].
 
         raises: OSError when the disk cannot hold a spilled one.
         """
@@ -63,7 +63,7 @@ class Memory:
         return data
 
     def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor of `size` bytes in a file that lasts as long as the tensor."""
+        """Return a flat tensor of `size` bytes in a file that lasts as long as the tensor."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="intact-cache-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -79,7 +79,7 @@ class Memory:
 
     def release(self, data: Tensor) -> None:
         """Count what `allocate` gave as free again; a spilled one frees its disk space when it is dropped."""
-        # torch knows the file behind a shared mapping
+        # torch knows the file of a shared mapping
         if data.device.type != "cpu" or data.untyped_storage().filename is None:
             self.used -= data.numel() * data.element_size()
 
@@ -123,11 +123,11 @@ class Cache:
         self.data[start : start + len(values)] = ordered.reshape(len(values), -1)
 
     def gather(self, index: Tensor) -> Tensor:
-        """The samples at `index`, [n, ...]."""
+        """Return the samples at `index`, [n, ...]."""
         return self._values(self.data.index_select(0, index.to(self.data.device, non_blocking=True)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """All samples in order, `size` at a time; what is not kept as codes is the cache's own memory, to be read."""
+        """Yield all samples in order, `size` at a time; what is not kept as codes is the cache's own memory."""
         for rows in torch.split(self.data, size):
             yield self._values(rows)
 
@@ -164,7 +164,7 @@ class Recording:
         self.recorded = 0
 
     def append(self, values: Mapping[str, Tensor], count: int) -> None:
-        """Put the values of the next `count` samples behind those that are there."""
+        """Append the values of the next `count` samples."""
         if not self.recorded:
             per_sample = {name: x for name, x in values.items() if name in self.names}
             self.caches = {n: Cache(self.memory, self.samples, x, self.grid(n)) for n, x in per_sample.items()}

@@ -2,7 +2,7 @@
 
     values   what calls make of the inputs. What comes from constants alone, or from the batch size, is made again where
              it is needed and crosses nothing; a value that is read and also returned is live as long as it is read.
-    cut      behind the call that makes the only live value; every path from an input to an output leads through it,
+    cut      after the call that makes the only live value; every path from an input to an output leads through it,
              so that cuts do not depend on the order in which branches are listed.
     atom     what lies between two cuts. One without weights belongs to the atom before it.
     block    an atom with several weighted operators (residual, inception or attention block), or up to `chain` atoms
@@ -56,7 +56,7 @@ class Block:
 def partition(
     graph: fx.GraphModule, weighted: Collection[str], *, chain: int = 3, largest: int = 16
 ) -> tuple[Block, ...]:
-    """Blocks that hold every call that reaches an output exactly once, each with at least one weighted node.
+    """Cut a graph into blocks that hold every call that reaches an output once, each with a weighted node at least.
 
     graph:    as in calibrators.graph.aten, with the shapes of its example.
     weighted: fx names of the nodes whose weights are quantized; all others count as weightless.
@@ -82,7 +82,7 @@ def partition(
 
 
 def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
-    """One block for consecutive blocks of a partition; values that only they read are no outputs any more.
+    """Merge consecutive blocks of a partition; values that only they read are no outputs any more.
 
     raises: ValueError if there are none or they are not consecutive.
     """
@@ -110,7 +110,7 @@ def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
 
 
 def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
-    """The block as a graph of its own: takes block.inputs, returns the tuple of block.outputs.
+    """Return the block as a graph of its own: it takes block.inputs and returns the tuple of block.outputs.
 
     Nodes keep their names and meta. Constants come along as buffers on the same memory, and calls on constants alone
     are copied from where they are made; the batch size is taken from the block's own inputs. There is no example.
@@ -147,7 +147,7 @@ def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
 
 
 def _live_calls(graph: fx.GraphModule) -> list[fx.Node]:
-    """The call_function nodes that reach an output, in order."""
+    """Return the call_function nodes that reach an output, in order."""
     reached = {graph.graph.output_node()}
     for node in reversed(graph.graph.nodes):
         if node in reached:
@@ -165,7 +165,7 @@ def _is_batch_size(node: fx.Node, batch: int) -> bool:
 
 
 class _Flow:
-    """The calls of a graph and what crosses the boundary behind each of them."""
+    """The calls of a graph and what crosses the boundary after each of them."""
 
     def __init__(self, graph: fx.GraphModule, weighted: frozenset[str]) -> None:
         self.weighted = weighted
@@ -185,11 +185,11 @@ class _Flow:
                 self.readers.setdefault(x, []).append(node)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a call reads."""
+        """Return the values that a call reads."""
         return [] if node in self.constants else [x for x in node.all_input_nodes if x not in self.constants]
 
     def block(self, name: str, nodes: Sequence[fx.Node]) -> Block:
-        """The block of an interval of the calls."""
+        """Return the block of an interval of the calls."""
         inside = set(nodes)
         inputs = [x.name for node in nodes for x in self.reads(node) if x not in inside]
         outputs = [
@@ -218,7 +218,7 @@ class _Flow:
         }
 
     def crossing(self, amounts: Iterable[tuple[tuple[int, int], int]]) -> list[int]:
-        """Sum over the spans of their amounts, at every boundary."""
+        """Return the sum of the amounts of the spans that cross, at every boundary."""
         change = [0] * (len(self.calls) + 1)
         for (first, last), amount in amounts:
             change[first] += amount
@@ -265,12 +265,12 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _starts(flow: _Flow, chain: int, largest: int) -> list[int]:
-    """Position of the first call of every block."""
+    """Return the position of the first call of every block."""
     starts: list[int] = []
     for is_plain, atoms in groupby(_atoms(flow), key=lambda atom: len(atom.weighted) == 1):
         if not is_plain:
             for atom in atoms:
-                starts += [atom.start, *_frontiers(flow, atom.weighted, largest)]
+                starts += [atom.start, *_divisions(flow, atom.weighted, largest)]
             continue
         run = list(atoms)
         paths = [module_path(flow.calls[atom.weighted[0]]) for atom in run]
@@ -280,7 +280,7 @@ def _starts(flow: _Flow, chain: int, largest: int) -> list[int]:
 
 
 def _reading(flow: _Flow, starts: list[int]) -> list[int]:
-    """The starts of blocks that read something; layers on constants alone (learned queries) join their neighbour."""
+    """Keep the starts of blocks that read something; layers on constants alone (learned queries) join a neighbour."""
 
     def reads(start: int, end: int) -> bool:
         return any(flow.position.get(x, -1) < start for node in flow.calls[start:end] for x in flow.reads(node))
@@ -301,7 +301,7 @@ class _Atom:
 
 
 def _atoms(flow: _Flow) -> list[_Atom]:
-    """What lies between neighbouring cuts, where anything there is weighted."""
+    """Return the parts between neighbouring cuts that hold a weighted operator."""
     atoms: dict[int, _Atom] = {}
     for position, node in enumerate(flow.calls):
         if node.name in flow.weighted:
@@ -312,13 +312,13 @@ def _atoms(flow: _Flow) -> list[_Atom]:
 
 
 def _shared(left: str, right: str) -> int:
-    """Modules that enclose both."""
+    """Return how many modules enclose both."""
     pairs = zip(left.split("."), right.split("."), strict=False)
     return next((depth for depth, (a, b) in enumerate(pairs) if a != b), min(left.count("."), right.count(".")) + 1)
 
 
-def _frontiers(flow: _Flow, atom: list[int], largest: int) -> list[int]:
-    """Where an atom with too many weighted operators is divided: first calls of all its blocks but the first."""
+def _divisions(flow: _Flow, atom: list[int], largest: int) -> list[int]:
+    """Divide an atom with too many weighted operators; return the first calls of all its blocks but the first."""
     gaps = [_least(flow.live_bytes, a, b) for a, b in pairwise(atom)]
     free = [gap for gap in gaps if gap is not None]
     lowest = {gap: min(flow.live_bytes[g] for g in free[max(i - 1, 0) : i + 2]) for i, gap in enumerate(free)}
@@ -332,13 +332,13 @@ def _frontiers(flow: _Flow, atom: list[int], largest: int) -> list[int]:
 
 
 def _least(live_bytes: list[int], first: int, last: int) -> int | None:
-    """The boundary between two calls that the fewest bytes cross, the latest of equals; None where there is none."""
+    """Return the latest boundary between two calls that the fewest bytes cross; None where there is none."""
     free = [index for index in range(first, last) if live_bytes[index] >= 0]
     return min(free, key=lambda index: (live_bytes[index], -index), default=None)
 
 
 def _divide(prices: Sequence[Price | None], limit: int) -> list[int]:
-    """Where to break a row of operators: each index is the first operator of a part, the first part's left out.
+    """Divide a row of operators; return the index of the first operator of every part but the first.
 
     prices: of a break between neighbours, None where there must be none.
     returns: as few operators beyond `limit` per part as possible, then the least sum of prices (first entries first),
@@ -366,7 +366,7 @@ def _divide(prices: Sequence[Price | None], limit: int) -> list[int]:
 
 
 def _names(blocks: Sequence[Sequence[fx.Node]]) -> list[str]:
-    """A readable name for each group of weighted nodes: the outermost module that holds no other group's."""
+    """Return a readable name for each group of weighted nodes: the outermost module that holds no other group's."""
     everywhere = Counter(path for nodes in blocks for node in nodes for path in _paths(node))
     names: list[str] = []
     for nodes in blocks:
@@ -378,5 +378,5 @@ def _names(blocks: Sequence[Sequence[fx.Node]]) -> list[str]:
 
 
 def _paths(node: fx.Node) -> list[str]:
-    """The modules around a node from the outermost in, or its own name where none is known."""
+    """Return the modules around a node from the outermost in, or its own name where none is known."""
     return list(accumulate(module_path(node).split("."), "{}.{}".format)) if module_path(node) else [node.name]

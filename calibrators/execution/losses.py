@@ -30,13 +30,13 @@ def is_logits(output: Tensor) -> bool:
 
 
 def kl_divergence(outputs: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(targets / T) || softmax(outputs / T)) of logits [n, classes], as [n]."""
+    """Return KL(softmax(targets / T) || softmax(outputs / T)) of logits [n, classes], as [n]."""
     reference = torch.log_softmax(targets / temperature, -1)
     return (reference.exp() * (reference - torch.log_softmax(outputs / temperature, -1))).sum(-1)
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Negative log likelihood of labels [n] under logits [n, classes], as [n]."""
+    """Return the negative log likelihood of labels [n] under logits [n, classes], as [n]."""
     return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
 
 
@@ -44,13 +44,13 @@ class PredictionLoss(Protocol):
     """Loss of consecutive samples."""
 
     def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
-        """Loss of the samples from `start` on: outputs [n, ...] each, result float64 [n] on the CPU."""
+        """Return the loss of the samples from `start` on: outputs [n, ...] each, result float64 [n] on the CPU."""
 
 
 def prediction_loss(
     name: str, floats: Sequence[Tensor], labels: Tensor | None = None, temperature: float = 1.0
 ) -> PredictionLoss:
-    """The loss called `name`; "auto" is "kl" where every output is [samples, classes], else "mse".
+    """Return the loss called `name`; "auto" is "kl" where every output is [samples, classes], else "mse".
 
     floats: outputs of the float network for all samples, [samples, ...] each.
     labels: int64 [samples], which "ce" needs.

@@ -1,6 +1,6 @@
 """Quantizers that learn: an activation scale under random drop, and the rounding of a unit's weights.
 
-Deployed values always come from grid.numerics; what stands here is the differentiable form that training sees.
+Exported values always come from grid.numerics; this is the differentiable form that training sees.
 
 Must not know: graphs, blocks, methods, the training loop.
 """
@@ -27,7 +27,7 @@ INSIDE = 0.5001
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """A generator for random numbers on a device: the given one on the CPU, else one that it seeds."""
+    """Return a generator for random numbers on a device: the given one on the CPU, else one that it seeds."""
     if device.type == "cpu":
         return generator
     return torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
@@ -45,7 +45,7 @@ class Masks:
         self.pool = torch.empty(0)
 
     def like(self, x: Tensor) -> Tensor:
-        """A mask of x's shape, dense, in the memory layout that results of x have."""
+        """Return a mask of x's shape, dense, in the memory layout that results of x have."""
         if self.device.type != "cpu":
             return torch.empty_like(x).bernoulli_(self.keep, generator=self.generator)
         if len(self.pool) < 2 * x.numel():
@@ -94,7 +94,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b; without a temporary where both are dense in the same layout."""
+    """Return the sum of a * b; without a temporary where both are dense in the same layout."""
     if a.stride() != b.stride():
         return (a * b).sum()
     return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,)))
@@ -124,7 +124,7 @@ class ActivationQuantizer(nn.Module):
         self.log_scale.requires_grad_(scale)
 
     def harden(self) -> None:
-        """Keep the learned scale as the deployed one."""
+        """Keep the learned scale as the exact one."""
         if self.log_scale.requires_grad:
             scale = self.log_scale.detach().exp().to(self.qparams.scale.device)
             self.qparams = replace(self.qparams, scale=scale)
@@ -133,7 +133,7 @@ class ActivationQuantizer(nn.Module):
         self.eval()
 
     def reset(self, qparams: QParams) -> None:
-        """Other parameters, exact."""
+        """Set other parameters and compute exactly."""
         self.qparams = qparams
         self.log_scale.data.copy_(qparams.scale.log())
         self.eval()
@@ -149,7 +149,7 @@ class ActivationQuantizer(nn.Module):
 
 
 def _bounds(qparams: QParams) -> tuple[int, int]:
-    """Lowest and highest code of one scale, counted from zero."""
+    """Return the lowest and highest code of one scale, counted from zero."""
     zero_point = int(qparams.zero_point)
     return qparams.spec.qmin - zero_point, qparams.spec.qmax - zero_point
 
@@ -212,7 +212,7 @@ class Rounding:
             self.grad.zero_()
 
     def backward(self, strength: float, beta: Tensor) -> None:
-        """Gradient of v from that of the weights, plus `strength` * d/dv of sum(1 - |2h - 1|**beta), beta []."""
+        """Set the gradient of v: from that of the weights, plus `strength` * d/dv sum(1 - |2h - 1|**beta), beta []."""
         assert self.variable.grad is not None
         with torch.no_grad():
             grad = self.variable.grad
@@ -227,7 +227,7 @@ class Rounding:
             grad.mul_(slope)
 
     def codes(self) -> list[QuantizedTensor]:
-        """Integer codes of every weight: floor or floor + 1 as v says."""
+        """Return the integer codes of every weight: floor or floor + 1 as v says."""
         with torch.no_grad():
             up = self.free & (self.variable >= 0)
             values = self.base + up
@@ -239,7 +239,7 @@ class Rounding:
         return coded
 
     def undecided(self) -> float:
-        """Share of the free elements whose h is farther than 0.001 from both 0 and 1."""
+        """Return the share of the free elements whose h is farther than 0.001 from both 0 and 1."""
         up = self.sigmoid.mul(STRETCH).sub_((STRETCH - 1) / 2).clamp_(0, 1)
         open_ = self.free & (up > 1e-3) & (up < 1 - 1e-3)
         return float(open_.sum() / self.free.sum().clamp(min=1))
@@ -250,12 +250,12 @@ def _of(w: Tensor, values: Tensor, qparams: QParams) -> Tensor:
 
 
 def _flat_limits(w: Tensor, qparams: QParams) -> list[Tensor]:
-    """Lowest and highest code of every element, in the order of `_flat`."""
+    """Return the lowest and highest code of every element, in the order of `_flat`."""
     return [_flat(torch.as_tensor(end, dtype=w.dtype, device=w.device).expand_as(w)) for end in code_limits(w, qparams)]
 
 
 def _flat(w: Tensor) -> Tensor:
-    """All elements in the memory order convolutions like best: channels last where there are four dimensions."""
+    """Return all elements in the order convolutions like best: channels last where there are four dimensions."""
     return (w.permute(0, 2, 3, 1) if w.ndim == 4 else w).reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""One block of the network as it will be deployed: weights and biases to be filled in, a quantizer on every site.
+"""One block of the quantized network: weights and biases to be filled in, a quantizer on every site.
 
 Must not know: methods, training, how values are stored.
 """
@@ -33,7 +33,7 @@ class BlockBoundary:
         self.home = {name: block.name for block in blocks for name in block.nodes}
 
     def site(self, name: str) -> Site | None:
-        """The site of a value that crosses quantized: all its readers in other blocks read its codes."""
+        """Return the site of a value that crosses quantized: all its readers in other blocks read its codes."""
         site = self.placement.activation_of.get(name)
         if site is None or name not in self.home:  # model inputs cross as they are
             return None
@@ -61,7 +61,7 @@ class ParametricOp(torch.nn.Module):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Four dimensions in the layout that convolutions like best, others as they are."""
+    """Return four dimensions in the layout that convolutions like best, others unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
@@ -125,7 +125,7 @@ class Simulation(torch.nn.Module):
         return found
 
     def _quantize(self, site: Site, boundary: BlockBoundary, quantizers: Mapping[str, ActivationQuantizer]) -> None:
-        """Put the site's quantizer behind its value, or at the entry of the block where it crosses unquantized."""
+        """Put the site's quantizer after its value, or at the entry of the block where it crosses unquantized."""
         node = self._nodes.get(site.node)
         moved = site.shares is not None and site.clip is None  # codes moved around: on the grid already
         if node is None or moved or (node.op == "placeholder" and boundary.site(site.node) is not None):
@@ -159,7 +159,7 @@ class Simulation(torch.nn.Module):
             replace_args(user, **{site.kind: value})
 
     def reading(self, name: str) -> fx.GraphModule:
-        """The part of the block that makes what one of its weighted operators reads, with what is set now.
+        """Return the part of the block that makes what one of its weighted operators reads, with what is set now.
 
         It takes block.inputs and returns a tensor.
         """
@@ -175,13 +175,13 @@ class Simulation(torch.nn.Module):
         return part
 
     def train_in(self, precision: torch.dtype) -> None:
-        """Training mode; operators that mix all channels compute in `precision`, grouped ones would only lose time."""
+        """Train; operators that mix all channels compute in `precision`, grouped ones would only lose time."""
         self.train()
         for operator in self._weighted:
             operator.train_in(precision)
 
     def set(self, site: str, value: Tensor) -> None:
-        """The float values that a weight or bias site computes with."""
+        """Set the float values that a weight or bias site computes with."""
         names = self.weights if site in self.weights else self.biases
         setattr(self.graph, names[site], value)
 

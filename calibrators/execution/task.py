@@ -31,7 +31,7 @@ class Bar(Protocol):
     """Progress of one stage of work."""
 
     def advance(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+        """Count `steps` more."""
 
 
 Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
@@ -45,7 +45,7 @@ class _Silent:
 
 @contextmanager
 def silent(name: str, total: int | None = None) -> Iterator[Bar]:
-    """A stage that nobody watches."""
+    """Open a stage without a display."""
     yield _Silent()
 
 
@@ -83,13 +83,13 @@ class Problem:
         return sample_values(self.placement.graph)
 
     def variant(self, **changes: Any) -> Problem:
-        """The same problem with other fields that leave what was observed as it is: memory, bits of the placement."""
+        """Return the problem with other fields that do not touch what was observed: memory, bits of the placement."""
         other = replace(self, **changes)
         vars(other).update(statistics=self.statistics, samples=self.samples)
         return other
 
     def activations(self, method: RangeMethod) -> dict[str, QParams]:
-        """Parameters of every activation site that owns its scale, by the site's name."""
+        """Return the parameters of every activation site that owns its scale, by the site's name."""
         return {
             site.name: self.qparams(site, method)
             for site in self.placement.sites
@@ -97,11 +97,11 @@ class Problem:
         }
 
     def weights(self, method: RangeMethod) -> dict[str, QParams]:
-        """Parameters of every weight site, by the site's name."""
+        """Return the parameters of every weight site, by the site's name."""
         return {site.name: self.qparams(site, method) for site in self.placement.sites if site.kind == "weight"}
 
     def qparams(self, site: Site, method: RangeMethod) -> QParams:
-        """Parameters of one activation site that owns its scale, or of one weight site, on the grid of its spec.
+        """Return the parameters of a weight site or of an activation site that owns its scale, on its grid.
 
         A rule for the layer that names a range method wins over `method`.
         """
@@ -111,11 +111,11 @@ class Problem:
         return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
 
     def values(self, site: Site) -> Tensor:
-        """The float weight or bias of a site."""
+        """Return the float weight or bias of a site."""
         return self.placement.values(site)
 
     def solve(self, method: RangeMethod) -> CalibrationResult:
-        """The result of a range method: every tensor on its own, weights rounded to nearest."""
+        """Return the result of a range method: every tensor on its own, weights rounded to nearest."""
         result = freeze(self.placement, self.activations(method), self.weights(method))
         return replace(result, observed=self.statistics)
 
@@ -131,7 +131,7 @@ class Problem:
         return found
 
     def select(self, rows: Tensor) -> list[Tensor]:
-        """Those samples of every model input, [rows, ...], from one pass; `rows` int64 [n], ascending."""
+        """Return the samples `rows` (int64 [n], ascending) of every model input, [n, ...], from one pass."""
         parts, start = [], 0
         for batch in self.batches:
             inside = rows[(rows >= start) & (rows < start + len(batch[0]))] - start
@@ -140,7 +140,7 @@ class Problem:
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def labels_of(self, rows: Tensor) -> Tensor | None:
-        """Labels of those samples, where there are any.
+        """Return the labels of the samples `rows`, where there are any.
 
         raises: InputError where there are not as many labels as samples.
         """
@@ -151,7 +151,7 @@ class Problem:
         return self.labels[rows]
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random generator that depends on the seed and the purpose alone."""
+        """Return a random generator that depends on the seed and the purpose alone."""
         digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

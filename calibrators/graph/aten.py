@@ -52,7 +52,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an ATen call by schema name, defaults filled in."""
+    """Return the arguments of an ATen call by schema name, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
     bound: dict[str, Any] = {}
     for index, argument in enumerate(schema.arguments):
@@ -80,7 +80,7 @@ def is_constant(node: object) -> TypeGuard[fx.Node]:
 
 
 def constant(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The tensor behind a get_attr node."""
+    """Return the tensor that a get_attr node stands for."""
     value: Any = graph
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -102,25 +102,25 @@ def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module that made the node ('' for the root or unknown)."""
+    """Return the dotted path of the module that made the node ('' for the root or unknown)."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def layer_name(node: fx.Node) -> str:
-    """Module path of an operator, or its name where no module made it."""
+    """Return the module path of an operator, or its name where no module made it."""
     return module_path(node) or node.name
 
 
 def operator_name(target: object) -> str:
-    """Short name of an operator: 'conv2d' for aten.conv2d.default."""
+    """Return the short name of an operator: 'conv2d' for aten.conv2d.default."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
     return getattr(target, "__name__", str(target))
 
 
 def where(node: fx.Node) -> str:
-    """Node, module path and source line, for error messages: `conv2d_3 (stages.0.conv, zoo.py:31)`."""
+    """Return the node, module path and source line, for error messages: `conv2d_3 (stages.0.conv, zoo.py:31)`."""
     parts = [module_path(node)]
     lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
     own = [line for line in lines if "/torch/" not in line] or lines
@@ -132,7 +132,7 @@ def where(node: fx.Node) -> str:
 
 
 def fan_in(node: fx.Node) -> int:
-    """Weights of one output channel of a convolution or linear layer: its multiply-accumulates per output."""
+    """Return the weights per output channel of a convolution or linear layer: its multiply-accumulates per output."""
     return math.prod(shape_of(bind(node)["weight"])[1:])
 
 
@@ -165,12 +165,12 @@ def overloads(names: Iterable[str]) -> list[Any]:
 
 
 def batch_of(graph: fx.GraphModule, wanted: int) -> int:
-    """How many samples to run at a time: `wanted`, or the number that the graph fixes."""
+    """Return how many samples to run at a time: `wanted`, or the number that the graph fixes."""
     return wanted if graph.meta["dynamic_batch"] else example_batch(graph)
 
 
 def example_batch(graph: fx.GraphModule) -> int:
-    """Samples of the example."""
+    """Return the number of samples in the example."""
     return next((len(x) for x in graph.meta["example"] if x.ndim), 1)
 
 
@@ -181,13 +181,13 @@ def infer_shapes(graph: fx.GraphModule) -> None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a node's value for the example; () where it is no single tensor."""
+    """Return the shape of a node's value for the example; () where it is no single tensor."""
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 
 
 def to_device(module: Module, device: torch.device) -> Module:
-    """The module, moved: its parameters and buffers, and what the calls of graphs in it make."""
+    """Move a module to a device: its parameters and buffers, and the tensors that its graphs create; return it."""
 
     def moved(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) else argument

@@ -36,7 +36,7 @@ denominator stay normal float32 numbers."""
 
 
 def along_axis(values: Tensor, x: Tensor, axis: int | None, block_size: int | None = None) -> Tensor:
-    """`values` ([], [channels] or, of blocks, [channels, blocks]) shaped to broadcast against `x` along `axis`."""
+    """Return `values` ([], [channels], or [channels, blocks]) shaped to broadcast against `x` along `axis`."""
     if block_size is not None:
         return values.repeat_interleave(block_size, 1)[:, : x.shape[1]]  # [channels, inputs]
     if axis is None or values.ndim == 0:
@@ -47,7 +47,7 @@ def along_axis(values: Tensor, x: Tensor, axis: int | None, block_size: int | No
 
 
 def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every element of `x`, shaped to broadcast against it."""
+    """Return the scale and zero point of every element of `x`, shaped to broadcast against it."""
     axis, block_size = qparams.spec.axis, qparams.spec.block_size
     return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
 
@@ -59,13 +59,13 @@ def has_middle_diagonal(shape: Sequence[int]) -> bool:
 
 
 def middle_diagonal(shape: Sequence[int]) -> tuple[Tensor | int, ...]:
-    """Index of the taps that add a channel to itself: [out, in / groups, ...] with odd kernels, out = in."""
+    """Return the index of the taps that add a channel to itself: [out, in / groups, ...], odd kernels, out = in."""
     channel = torch.arange(shape[0])
     return channel, channel % shape[1], *(size // 2 for size in shape[2:])
 
 
 def code_limits(x: Tensor, qparams: QParams) -> tuple[int | Tensor, int | Tensor]:
-    """Lowest and highest code, of every element of `x` where they are not the same."""
+    """Return the lowest and the highest code, for every element of `x` where they differ."""
     spec = qparams.spec
     if spec.tap_bits is None:
         return spec.qmin, spec.qmax
@@ -80,7 +80,7 @@ def code_limits(x: Tensor, qparams: QParams) -> tuple[int | Tensor, int | Tensor
 def round_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int | float | Tensor, qmax: int | float | Tensor
 ) -> Tensor:
-    """Codes of `x` as integer-valued floats of x's dtype; the others are numbers or broadcast against x."""
+    """Return the codes of `x` as integer-valued floats of x's dtype; the others are numbers or broadcast against x."""
     return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 
@@ -90,7 +90,7 @@ def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """Codes of `x` in the container dtype of the spec."""
+    """Return the codes of `x` in the container dtype of the spec."""
     return round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)).to(qparams.spec.dtype)
 
 
@@ -100,13 +100,13 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
-    """Round trip of `x` through the codes, without leaving floats; equals dequantize(quantize(x))."""
+    """Return dequantize(quantize(x)), computed without leaving floats."""
     scale, zero_point = grid_of(x, qparams)
     return round_codes(x, scale, zero_point, *code_limits(x, qparams)).sub_(zero_point).mul_(scale)
 
 
 def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
-    """Scale and zero point of the range [lo, hi], widened to contain 0 so that zero is a code exactly.
+    """Return the scale and zero point of the range [lo, hi], widened to contain 0 so that zero is a code exactly.
 
     lo, hi:  [], [channels] or [channels, blocks], any float dtype; lo <= hi, finite. Ranges of width zero get scale 1.
     returns: symmetric: scale = max(|lo|, |hi|) / qmax, zero_point 0.

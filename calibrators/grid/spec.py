@@ -83,7 +83,7 @@ class QParams:
     spec: QuantSpec
 
     def to(self, device: torch.device | str) -> QParams:
-        """The same on `device`."""
+        """Return the parameters on `device`."""
         return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
 
 

@@ -1,4 +1,4 @@
-"""Bits for every scale so that a network loses least within its budgets: an integer programme.
+"""Bits for every scale so that a network loses least within its budgets: an integer program.
 
     minimise    sum of loss[s, b] x[s, b]
     subject to  sum over b of x[s, b] = 1 for every scale s, x in {0, 1}
@@ -30,7 +30,7 @@ Stored = Callable[[int, int, int], int]
 """Bytes that weights take in the file: so many values of so many bits, so many of them wide taps."""
 
 NODES = 100_000
-"""Where the search of the programme ends at the latest: counted, so that a slow machine finds the same."""
+"""Nodes after which the search ends: counted, so that a slow machine finds the same."""
 
 PREFERENCE = 1e-9
 """Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
@@ -62,14 +62,14 @@ class Costs:
     stored: Stored
 
     def of(self, quantity: str, widths: Widths) -> float:
-        """A quantity of budgets.SIZES at these widths."""
+        """Return a quantity of budgets.SIZES at these widths."""
         bits = {**self.widths, **widths}
         if quantity == "bops":
             return float(sum(layer.macs * bits[layer.weight] * bits[layer.activation] for layer in self.layers))
         return sum(self.of_weight(quantity, name, bits[name]) for name in self.sizes)
 
     def of_weight(self, quantity: str, name: str, bits: int) -> float:
-        """What one weight adds to weight_bytes or avg_weight_bits."""
+        """Return what one weight adds to weight_bytes or avg_weight_bits."""
         size, (taps, wide) = self.sizes[name], self.taps.get(name, (0, 0))
         if quantity == "weight_bytes":
             return float(self.stored(size, bits, taps if bits < wide else 0))
@@ -82,12 +82,12 @@ class Costs:
 
 
 def allocate(losses: Losses, costs: Costs, limits: Mapping[str, float]) -> Widths | None:
-    """The bits of every open scale with the least sum of losses under all limits; None where nothing fits them."""
-    return _Programme(losses, costs).solve(limits)
+    """Return the bits of every open scale with the least sum of losses under all limits, or None."""
+    return _IntegerProgram(losses, costs).solve(limits)
 
 
 @dataclass
-class _Programme:
+class _IntegerProgram:
     """Variables: one per open scale and width, then the shares of pairs; rows are added by what they say."""
 
     losses: Losses
@@ -132,7 +132,7 @@ class _Programme:
         return {n: next(b for b in o if solution.x[self.index[n, str(b)]] > 0.5) for n, o in self.losses.items()}
 
     def _of_weights(self, quantity: str) -> tuple[dict[int, float], float]:
-        """Coefficients of a quantity that is a sum over weights, and what the weights with given bits add."""
+        """Return the coefficients of a sum over weights, and what the weights with given bits add to it."""
         costs, coefficients, fixed = self.costs, {}, 0.0
         for name in costs.sizes:
             if name not in self.losses:
@@ -159,7 +159,7 @@ class _Programme:
         return coefficients, fixed
 
     def _pairs(self, layer: Layer) -> dict[int, float]:
-        """Bit operations of the pairs of widths of a layer; their shares are tied to the widths of both scales."""
+        """Return the bit operations of a layer's pairs of widths, with shares tied to the widths of both scales."""
         sides = [(name, self.losses[name]) for name in (layer.weight, layer.activation)]
         pairs = {(b, c): self._variable(layer.name, str(b), str(c)) for b in sides[0][1] for c in sides[1][1]}
         for side, (name, options) in enumerate(sides):
@@ -170,7 +170,7 @@ class _Programme:
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
-    """Losses by bits that do not rise with the bits, none below 0: what noise of the measurement would make up."""
+    """Return losses by bits, none below 0, that do not rise with the bits as noise of the measurement may."""
     result: dict[int, float] = {}
     floor = 0.0
     for bits in sorted(losses, reverse=True):

@@ -1,12 +1,12 @@
 """Mixed precision: how sensitive the network is to the bits of each scale, and the bits that budgets leave it.
 
 1. Sensitivity: the loss with one scale on a coarser grid and all others on their finest.
-2. An integer programme picks the bits with the least sum of losses within the budgets (mixed_precision.ilp).
-3. Its choice is deployed and read. What each scale really costs there, the loss that its finest grid would take off,
-   corrects the sensitivities; the programme runs again, and what reads best is kept.
+2. An integer program picks the bits with the least sum of losses within the budgets (mixed_precision.ilp).
+3. The network is measured with its choice. What each scale really costs there, the loss that its finest grid would
+   take off, corrects the sensitivities; the program is solved again, and what reads best is kept.
 4. For a limit on accuracy the smallest budget whose choice keeps it is found by bisection, each step by a reading.
 
-source: the additive model and its programme are those of HAWQ-V3 (Yao et al. 2021, section 3.4).
+source: the additive model and its integer program are those of HAWQ-V3 (Yao et al. 2021, section 3.4).
 Departs: losses of the prediction are measured, not derived from Hessian traces, and corrected by measurement.
 
 Must not know: ONNX, how reports look.
@@ -25,7 +25,7 @@ from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import macs
 from calibrators.mixed_precision.budgets import ACCURACY, Budget
 from calibrators.mixed_precision.ilp import Costs, Layer, Losses, Stored, Widths, allocate, monotone
-from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, TunableScale, knobs
+from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, TunableScale, tunable_scales
 from calibrators.placement.identity_taps import spike_of
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import Placement, PlacementOptions
@@ -60,9 +60,9 @@ MATCH = "budget"
 
 
 def measure_sensitivity(problem: Problem, options: PlacementOptions, method: RangeMethod) -> Sensitivity:
-    """The loss by bits of every open weight and activation scale, for the record."""
+    """Return the loss by bits of every open weight and activation scale, for the record."""
     kinds: tuple[Kind, ...] = ("weight", "activation")
-    grids = Grids(problem, knobs(problem.placement, options, kinds), method)
+    grids = Grids(problem, tunable_scales(problem.placement, options, kinds), method)
     probe = Probe(grids, SAMPLES)
     with problem.stage("sensitivity", _readings(probe, kinds)) as bar:
         table = _Table(probe, kinds, bar)
@@ -87,7 +87,7 @@ def allocate_bits(
 
 
 def _readings(probe: Probe, kinds: Iterable[Kind]) -> int:
-    return 1 + sum(len(knob.specs) - 1 for knob in probe.grids.knobs.values() if knob.kind in kinds)
+    return 1 + sum(len(scale.specs) - 1 for scale in probe.grids.scales.values() if scale.kind in kinds)
 
 
 class _Table:
@@ -99,12 +99,12 @@ class _Table:
         bar.advance()
         self.readings: dict[str, dict[int, Reading]] = {}
         for name in probe.order:
-            knob = probe.grids.knobs[name]
-            if knob.kind in kinds:
+            scale = probe.grids.scales[name]
+            if scale.kind in kinds:
                 self.readings[name] = {}
-                for bits in knob.specs:
+                for bits in scale.specs:
                     self.readings[name][bits] = probe.read({name: bits})
-                    bar.advance(bits != knob.finest)
+                    bar.advance(bits != scale.finest)
 
     @property
     def losses(self) -> dict[str, dict[int, float]]:
@@ -114,18 +114,18 @@ class _Table:
 
     def record(self, chosen: Widths | None = None) -> Sensitivity:
         """Return everything that was read, with the bits that were chosen."""
-        problem, knobs = self.probe.grids.problem, self.probe.grids.knobs
+        problem, open_scales = self.probe.grids.problem, self.probe.grids.scales
         scales = tuple(
             ScaleSensitivity(
                 site=name,
-                kind=knobs[name].kind,
+                kind=open_scales[name].kind,
                 widths=tuple(WidthReading(**vars(reading), bits=bits) for bits, reading in readings.items()),
                 bits=chosen[name] if chosen else None,
-                **(_shape(problem, name) if knobs[name].kind == "weight" else {}),
+                **(_shape(problem, name) if open_scales[name].kind == "weight" else {}),
             )
             for name, readings in self.readings.items()
         )
-        return Sensitivity(self.probe.witness.loss_name, self.probe.samples, self.finest, scales)
+        return Sensitivity(self.probe.metrics.loss_name, self.probe.samples, self.finest, scales)
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,16 @@ class _BitAllocator:
         budgets: Sequence[Budget],
         stored: Stored,
     ) -> None:
-        self.problem = problem.variant(memory=problem.memory // 2)  # two landscapes
+        self.problem = problem.variant(memory=problem.memory // 2)  # two networks are held
         self.limits = {budget.quantity: budget.limit for budget in budgets if budget.quantity != ACCURACY}
         self.accuracy = next((budget for budget in budgets if budget.quantity == ACCURACY), None)
         self.budgets = budgets
         self.axis = next(iter(self.limits), "weight_bytes")
         self.open: tuple[Kind, ...] = ("weight", "activation") if "bops" in self.limits else ("weight",)
-        every = knobs(problem.placement, options, ("weight", "activation"))
+        every = tunable_scales(problem.placement, options, ("weight", "activation"))
         self.costs = network_costs(problem.placement, stored, every)
-        self.knobs = {knob.site: knob for knob in every if knob.kind in self.open}
-        self.given = {knob.site: self.costs.widths[knob.site] for knob in every if knob.kind not in self.open}
+        self.scales = {scale.site: scale for scale in every if scale.kind in self.open}
+        self.given = {scale.site: self.costs.widths[scale.site] for scale in every if scale.kind not in self.open}
         self._check_reach()
         grids = Grids(self.problem, every, method)
         self.probe, self.check = Probe(grids, SAMPLES), Probe(grids, CHECKED)
@@ -167,10 +167,10 @@ class _BitAllocator:
             )
 
     def _check_reach(self) -> None:
-        """Raises InputError where no choice is within the limits on size."""
-        if not self.knobs:
+        """Raise InputError if no choice is within the limits on size."""
+        if not self.scales:
             raise InputError("there is a budget, and rules for layers decide the bits of all of them; leave one out.")
-        coarsest = {name: min(knob.specs) for name, knob in self.knobs.items()}
+        coarsest = {name: min(scale.specs) for name, scale in self.scales.items()}
         for quantity, limit in self.limits.items():
             least = self.costs.of(quantity, coarsest)
             if least > limit:
@@ -212,7 +212,7 @@ class _BitAllocator:
         return self._choice(widths)
 
     def _within(self, limits: Mapping[str, float]) -> _Choice:
-        """The choice within limits on size that reads best, of those that corrected sensitivities lead to."""
+        """Return the choice within limits on size that reads best, of those that corrected sensitivities lead to."""
         best = choice = self._allocated(self.losses, limits)
         tried, losses = [best.widths], self.losses
         for _ in range(ROUNDS):
@@ -225,7 +225,7 @@ class _BitAllocator:
         return best
 
     def _corrected(self, losses: Losses, choice: _Choice) -> Losses:
-        """Losses of every scale stretched so that they say what its bits cost in the network of a choice."""
+        """Stretch the losses of every scale so that they say what its bits cost in the network of a choice."""
         corrected = dict(losses)
         for name, cost in self._costs_within(choice).items():
             expected = losses[name][choice.widths[name]]
@@ -234,21 +234,22 @@ class _BitAllocator:
         return corrected
 
     def _costs_within(self, choice: _Choice) -> dict[str, float]:
-        """Loss that the finest grid of one scale takes off in the network of a choice, by scale not yet on it.
+        """Return what the finest grid of one scale takes off the loss of a choice, for scales not yet on it.
 
         Scales whose bits are not open have their finest grid, for the noise of theirs would drown the differences.
         """
         widths = choice.widths
         loss = self.probe.read(widths).loss
-        coarse = [name for name in self.probe.order if widths.get(name, math.inf) < self.probe.grids.knobs[name].finest]
+        finest = {name: scale.finest for name, scale in self.probe.grids.scales.items()}
+        coarse = [name for name in self.probe.order if widths.get(name, math.inf) < finest[name]]
         costs = {}
         for name in coarse:
-            costs[name] = loss - self.probe.read({**widths, name: self.knobs[name].finest}).loss
+            costs[name] = loss - self.probe.read({**widths, name: finest[name]}).loss
             self.bar.advance()
         return costs
 
     def _rank_correlation(self, choice: _Choice) -> float | None:
-        """Spearman's, of what scales cost alone and what they cost in the network of a choice."""
+        """Return Spearman's correlation of what scales cost alone and what they cost in the network of a choice."""
         costs = self._costs_within(choice)
         alone = [self.losses[name][choice.widths[name]] for name in costs]
         if len(set(alone)) < 2 or len(set(costs.values())) < 2:
@@ -258,7 +259,7 @@ class _BitAllocator:
         return float(spearmanr(alone, [*costs.values()]).statistic)
 
     def _cheapest(self) -> _Choice:
-        """The smallest choice that keeps the limit on accuracy: by bisection of the budget on the axis."""
+        """Return the smallest choice that keeps the limit on accuracy: by bisection of the budget on the axis."""
         assert self.accuracy is not None
         low, high = self._reach()
         high = min(high, self.limits.get(self.axis, math.inf))
@@ -286,22 +287,22 @@ class _BitAllocator:
     # --- what is told -------------------------------------------------------------------------------------------------
 
     def _reach(self) -> tuple[float, float]:
-        """Least and most that can be spent on the axis."""
+        """Return the least and most that can be spent on the axis."""
         ends = (min, max)
         least, most = (
-            self.costs.of(self.axis, {name: end(knob.specs) for name, knob in self.knobs.items()}) for end in ends
+            self.costs.of(self.axis, {name: end(scale.specs) for name, scale in self.scales.items()}) for end in ends
         )
         return least, most
 
     def _front(self) -> tuple[MixedChoice, ...]:
-        """Choices for budgets over the whole reach, and uniform bits beside them."""
+        """Return the best choices for budgets over the whole reach, and choices of uniform bits to compare with."""
         least, most = self._reach()
         budgets = [least + (most - least) * (index / (FRONT - 1)) ** 2 for index in range(FRONT)]  # denser where small
         widths = [allocate(self.losses, self.costs, {self.axis: budget * (1 + 1e-9)}) for budget in budgets]
         mixed = [self._entry(self._choice(chosen)) for chosen in widths if chosen is not None]
-        candidates = sorted({bits for knob in self.knobs.values() for bits in knob.specs})
+        candidates = sorted({bits for scale in self.scales.values() for bits in scale.specs})
         uniform = [
-            replace(self._entry(self._choice({n: _nearest(k, bits) for n, k in self.knobs.items()})), uniform=bits)
+            replace(self._entry(self._choice({n: _nearest(k, bits) for n, k in self.scales.items()})), uniform=bits)
             for bits in candidates
         ]
         return (*mixed, *uniform)
@@ -317,17 +318,17 @@ class _BitAllocator:
         )
 
     def _rules(self, widths: Widths) -> tuple[MatchedRule, ...]:
-        """One rule per kind and bits, for the operators that read the scales."""
+        """Return one rule per kind and bits, for the operators that read the scales."""
         found: dict[tuple[Kind, int], list[str]] = {}
-        for name, knob in self.knobs.items():
-            found.setdefault((knob.kind, widths[name]), []).extend(knob.layers)
+        for name, scale in self.scales.items():
+            found.setdefault((scale.kind, widths[name]), []).extend(scale.layers)
         return tuple(
             MatchedRule(_rule(kind, bits), frozenset(layers), MATCH) for (kind, bits), layers in sorted(found.items())
         )
 
 
 def _shape(problem: Problem, name: str) -> dict[str, Any]:
-    """What makes a weight hard to quantize.
+    """Describe what makes a weight hard to quantize.
 
     spread: largest magnitude of a channel over that of the median channel; what one scale for all of them suffers.
     spike:  how far a folded identity branch stands out (placement.identity_taps), None where there cannot be one.
@@ -344,19 +345,19 @@ def _rule(kind: Kind, bits: int) -> LayerRule:
     return LayerRule(MATCH, weight_bits=bits) if kind == "weight" else LayerRule(MATCH, activation_bits=bits)
 
 
-def _nearest(knob: TunableScale, bits: int) -> int:
-    return min(knob.specs, key=lambda width: (abs(width - bits), -width))
+def _nearest(scale: TunableScale, bits: int) -> int:
+    return min(scale.specs, key=lambda width: (abs(width - bits), -width))
 
 
-def network_costs(placement: Placement, stored: Stored, knobs: Iterable[TunableScale] = ()) -> Costs:
-    """What the bits of a network cost.
+def network_costs(placement: Placement, stored: Stored, scales: Iterable[TunableScale] = ()) -> Costs:
+    """Return the costs of bits in a network.
 
-    stored: bytes that weights take in the file; knobs: scales whose bits are open.
+    stored: bytes that weights take in the file; scales: those whose bits are open.
     """
     grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
     widths = {name: spec.bits for name, (spec,) in grids.items()}
-    for knob in knobs:
-        grids[knob.site] += knob.specs.values()
+    for scale in scales:
+        grids[scale.site] += scale.specs.values()
     weights = {site.name: placement.values(site) for site in placement.sites if site.kind == "weight"}
     sizes = {name: weight.numel() for name, weight in weights.items()}
     wide = {name: max(spec.tap_bits or 0 for spec in grids[name]) for name in weights}
@@ -365,7 +366,7 @@ def network_costs(placement: Placement, stored: Stored, knobs: Iterable[TunableS
 
 
 def _layers(placement: Placement) -> Iterable[Layer]:
-    """Every weighted operator with its scales and its multiply-accumulates for one sample."""
+    """Yield every weighted operator with its scales and its multiply-accumulates for one sample."""
     samples = len(placement.graph.meta["example"][0])
     for site in (site for site in placement.sites if site.kind == "weight"):
         for user in site.users:

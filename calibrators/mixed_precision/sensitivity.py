@@ -22,7 +22,7 @@ from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.ranges.range_method import RangeMethod
 from calibrators.record import Reading
 
-__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "TunableScale", "knobs"]
+__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "TunableScale", "tunable_scales"]
 
 Kind = Literal["weight", "activation"]
 
@@ -50,8 +50,8 @@ class TunableScale:
         return max(self.specs)
 
 
-def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kind]) -> list[TunableScale]:
-    """The scales of these kinds that follow the general bits of `options`, with the grids that they get by them.
+def tunable_scales(placement: Placement, options: PlacementOptions, kinds: Collection[Kind]) -> list[TunableScale]:
+    """Return the scales of these kinds that follow the general bits of `options`, with their possible grids.
 
     A scale that a rule for single layers decides does not follow, nor one where coarser grids save nothing.
     """
@@ -69,25 +69,25 @@ def knobs(placement: Placement, options: PlacementOptions, kinds: Collection[Kin
 
 
 class Grids:
-    """Parameters of every scale at any bits of the knobs, each computed once."""
+    """Parameters of every scale at any bits of the tunable scales, each computed once."""
 
-    def __init__(self, problem: Problem, knobs: Sequence[TunableScale], method: RangeMethod) -> None:
+    def __init__(self, problem: Problem, scales: Sequence[TunableScale], method: RangeMethod) -> None:
         self.problem, self.method = problem, method
-        self.knobs = {knob.site: knob for knob in knobs}
+        self.scales = {scale.site: scale for scale in scales}
         self.given = {**problem.activations(method), **problem.weights(method)}
         self.found: dict[tuple[str, int], QParams] = {}
 
     def widths(self, chosen: Mapping[str, int]) -> dict[str, int]:
-        """Bits of every knob: those that are not chosen have their finest grid."""
-        return {name: chosen.get(name, knob.finest) for name, knob in self.knobs.items()}
+        """Return the bits of every tunable scale: those that are not chosen have their finest grid."""
+        return {name: chosen.get(name, scale.finest) for name, scale in self.scales.items()}
 
     def point(self, widths: Mapping[str, int]) -> Point:
-        """All parameters with these bits of the knobs."""
+        """Return all parameters with these bits of the tunable scales."""
         return {**self.given, **{name: self._grid(name, bits) for name, bits in widths.items()}}
 
     def _grid(self, name: str, bits: int) -> QParams:
         if (name, bits) not in self.found:
-            site = replace(self.problem.placement.by_name[name], spec=self.knobs[name].specs[bits])
+            site = replace(self.problem.placement.by_name[name], spec=self.scales[name].specs[bits])
             self.found[name, bits] = self.problem.qparams(site, self.method)
         return self.found[name, bits]
 
@@ -100,8 +100,8 @@ class Probe:
         rows = draw_samples(problem, samples, "sensitivity")
         chosen = problem.select(rows)
         floats = float_outputs(problem, chosen)
-        self.witness = _OutputMetrics(floats, problem.labels_of(rows))
-        self.network_loss = NetworkLoss(problem, chosen, grids.given, self.witness, budget=UNLIMITED)
+        self.metrics = _OutputMetrics(floats, problem.labels_of(rows))
+        self.network_loss = NetworkLoss(problem, chosen, grids.given, self.metrics, budget=UNLIMITED)
         self.readings: dict[tuple[int, ...], Reading] = {}
 
     @property
@@ -111,17 +111,17 @@ class Probe:
 
     @property
     def order(self) -> list[str]:
-        """The knobs in order of execution: neighbours in it are cheap to read one after the other."""
-        return sorted(self.grids.knobs, key=self.network_loss.first.__getitem__)
+        """The tunable scales in order of execution: neighbours in it are cheap to read one after the other."""
+        return sorted(self.grids.scales, key=self.network_loss.first.__getitem__)
 
     def read(self, chosen: Mapping[str, int]) -> Reading:
-        """The network with these bits; knobs that are not named have their finest grid."""
+        """Return the network with these bits; scales that are not named have their finest grid."""
         widths = self.grids.widths(chosen)
         key = tuple(widths.values())
         if key not in self.readings:
-            self.witness.reset()
+            self.metrics.reset()
             loss = self.network_loss.evaluate(self.grids.point(widths), whole=True)
-            self.readings[key] = self.witness.reading(loss)
+            self.readings[key] = self.metrics.reading(loss)
         return self.readings[key]
 
 

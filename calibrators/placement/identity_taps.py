@@ -26,7 +26,7 @@ LEAST_SPIKE = 10.0
 
 
 def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:
-    """How many times the diagonal of a weight exceeds the root mean square of its other values, in the median channel.
+    """Return the diagonal of a weight over the root mean square of its other values, in the median channel.
 
     None for a weight whose convolutions cannot add their input to their output.
     """

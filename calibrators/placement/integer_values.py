@@ -45,7 +45,7 @@ class Placer:
             self.absorbed[user] = node
 
     def is_weighted(self, node: fx.Node) -> bool:
-        """An operator with constant weight that the target runs on integers."""
+        """Whether an operator has a constant weight and the target runs it on integers."""
         return node in self.weighted
 
     def _is_integer_op(self, node: fx.Node) -> bool:
@@ -55,7 +55,7 @@ class Placer:
         return all(not is_constant(x) for x in _inputs(node)) and (check is None or check(node))
 
     def _moves_codes(self, node: fx.Node) -> bool:
-        """Reshapes, max pools and stand-alone clips: output codes are input codes, moved or saturated."""
+        """Whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
         if node.name not in self.selected or not is_float(node) or node in self.absorbed:
             return False
         is_move = node.target in self.target.same_scale_ops | self.target.on_codes_ops
@@ -116,7 +116,7 @@ def is_float(node: fx.Node) -> bool:
 
 
 def _inputs(node: fx.Node) -> list[object]:
-    """Tensor operands of a weightless operator, constants and numbers included."""
+    """Return the tensor operands of a weightless operator, constants and numbers included."""
     first = node.args[0]
     if isinstance(first, (list, tuple)):
         return list(first)

@@ -122,7 +122,7 @@ class MatchedRule:
 
     @classmethod
     def by_glob(cls, rule: LayerRule, labels: Mapping[str, Collection[str]], flag: str) -> MatchedRule:
-        """The rule with the nodes one of whose labels its glob matches.
+        """Return the rule with the nodes one of whose labels its glob matches.
 
         raises: UnknownNameError where there are none.
         """
@@ -140,14 +140,14 @@ class RuleList:
     rules: Sequence[MatchedRule]
 
     def decider(self, setting: str, node: str) -> MatchedRule | None:
-        """The rule that decides a setting of a node; None where no rule sets it."""
+        """Return the rule that decides a setting of a node; None where no rule sets it."""
         for matched in reversed(self.rules):
             if node in matched.nodes and getattr(matched.rule, setting) is not None:
                 return matched
         return None
 
     def value(self, setting: str, node: str) -> Any:
-        """What is set for a node; None where no rule sets it."""
+        """Return the value set for a node; None where no rule sets it."""
         decider = self.decider(setting, node)
         return None if decider is None else getattr(decider.rule, setting)
 

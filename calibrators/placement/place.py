@@ -5,7 +5,7 @@ A value is quantized when an integer kernel writes it or reads it:
 - a linear layer writes codes only between integer neighbours, else floats (the faster and exact form in transformers);
 - add, mul, concat, pools and the like run on integers when all their inputs do and somebody reads their integers;
 - a reshape or max pool moves codes and shares the scale of its input;
-- a ReLU or clip behind an integer kernel is part of that kernel: the codes saturate at its bounds;
+- a ReLU or clip after an integer kernel is part of that kernel: the codes saturate at its bounds;
 - a layer of which weights only are quantized reads and writes floats.
 
 How fine a grid is, the layers that read it say (layer_rules). Where several read one value, scale or weight, the
@@ -84,11 +84,11 @@ class Placement:
         return {name: tuple(users) for name, users in found.items()}
 
     def values(self, site: Site) -> Tensor:
-        """The float weight or bias of a site."""
+        """Return the float weight or bias of a site."""
         return constant(self.graph, self.nodes[site.node])
 
     def input_of(self, node: fx.Node) -> Site:
-        """The site that owns the scale of what a weighted operator reads."""
+        """Return the site that owns the scale of what a weighted operator reads."""
         return self.root(self.activation_of[bind(node)["input"].name])
 
     def added_to(self, bias: Site) -> tuple[Site, Site]:
@@ -97,7 +97,7 @@ class Placement:
         return self.weight_of[user], self.input_of(self.nodes[user])
 
     def root(self, site: Site) -> Site:
-        """The site that owns the scale and zero point of `site`."""
+        """Return the site that owns the scale and zero point of `site`."""
         while site.shares is not None:
             site = self.by_name[site.shares]
         return site
@@ -138,7 +138,7 @@ def place(
 
 
 def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRule]:
-    """The rules that the user gave, in order, with what they match: include, exclude, single layers."""
+    """Return the rules that the user gave, in order, with what they match: include, exclude, single layers."""
     labels = {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
     rules = [("include", LayerRule(glob, float=False)) for glob in options.include]
     rules += [("exclude", LayerRule(glob, float=True)) for glob in options.exclude]
@@ -148,7 +148,7 @@ def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRu
 
 
 def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
-    """An operator with a constant float32 weight for which the target has a kernel."""
+    """Whether an operator has a constant float32 weight and the target a kernel for it."""
     if node.target not in target.weighted or not is_float(node):
         return False
     bound = bind(node)
@@ -159,7 +159,7 @@ def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
 
 
 def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:
-    """The rules that come before all others: for every layer, for weight-only ones, for the first and the last."""
+    """Yield the rules that come before all others: for every layer, weight-only ones, the first and the last."""
     everywhere = LayerRule(
         "*",
         weight_bits=options.weight_bits,
@@ -181,7 +181,7 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
 
 
 def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> None:
-    """Raises InputError for a rule that says more than float and meets no layer to which that applies."""
+    """Raise InputError for a rule that sets more than float and matches no layer to which that applies."""
     names = {node.name for node in weighted}
     for matched in rules:
         if matched.rule.settings.keys() != {"float"} and not matched.nodes & names:
@@ -193,7 +193,7 @@ def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> N
 
 
 def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """The layers of which weights only are quantized: told so, with such a kernel and a weight that no other reads.
+    """Return the weight-only layers: those a rule names that have such a kernel and a weight of their own.
 
     raises: InputError for a rule that says so of no layer with such a kernel.
     """
@@ -208,14 +208,14 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
 
 
 def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
-    """That none of the layers has a kernel that reads codes of the weight alone."""
+    """Build the error text: none of the layers has a kernel that reads codes of the weight alone."""
     kernels = ", ".join(sorted(op.split(".")[0] for op in target.weight_only)) or "no operator"
     found = ", ".join(sorted({operator_name(node.target) for node in layers}))
     return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
 
 
 def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
-    """Raises InputError for scales per block in integer kernels."""
+    """Raise InputError for scales per block in integer kernels."""
     for node in weighted:
         decider = rules.decider("granularity", node.name)
         if decider is None or decider.rule.granularity != "block" or rules.value("weight_only", node.name):
@@ -227,7 +227,7 @@ def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
 
 
 def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
-    """What the rules decided, without the one that holds for every layer."""
+    """Return what the rules decided, without the one that holds for every layer."""
     with_weights = {node.name for node in weighted}
 
     def decides(matched: MatchedRule, node: fx.Node) -> bool:
@@ -243,7 +243,7 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
 
 
 def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
-    """One sentence for every layer that has not what a rule of the user asks for."""
+    """Yield one sentence for every layer that lacks what a rule of the user asks for."""
     specs = {(site.kind, user): site.spec for site in sites for user in site.users}
 
     def missed(setting: str, node: fx.Node, found: int) -> bool:
@@ -264,7 +264,7 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
 def _notes_on_weight_only(
     rules: RuleList, target: Target, weighted: Sequence[fx.Node], weight_only: Collection[fx.Node]
 ) -> Iterator[str]:
-    """One sentence for every layer that is not weight-only although a rule says so, or whose rules do not show."""
+    """Yield one sentence for every layer that is not weight-only despite a rule, or whose rule has no effect."""
     for node in weighted:
         if node in weight_only:
             decider = rules.decider("activation_bits", node.name)
@@ -282,7 +282,7 @@ def _notes_on_weight_only(
 
 
 def _labels(node: fx.Node) -> list[str]:
-    """What a glob may match: node name, operator, and the module path with each of its parents."""
+    """Return what a glob may match: node name, operator, and the module path with each of its parents."""
     path = module_path(node)
     parts = path.split(".") if path else []
     paths = (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -63,7 +63,7 @@ class Sites:
         return Site(self._name(node, "bias"), "bias", bind(node)["bias"].name, (node.name,), spec)
 
     def _name(self, node: fx.Node, what: str) -> str:
-        """`module.path.what`, numbered where that is taken."""
+        """Return `module.path.what`, numbered where that is taken."""
         path = module_path(node)
         readable = f"{path}.{what}" if path else what
         name = free_name(readable, self.names.__contains__)
@@ -74,7 +74,7 @@ class Sites:
         return [self.rules.value(setting, node.name) for node in nodes]
 
     def _weight_spec(self, nodes: list[fx.Node]) -> QuantSpec:
-        """The grid of a weight: of all that its readers ask for the finest."""
+        """Return the grid of a weight: the finest that its readers ask for."""
         grid = self._grid(nodes)
         reduced = self.reduce_range and self.placer.is_weighted(nodes[0])
         widest = min(grid.bits, REDUCED_BITS) if reduced else grid.bits
@@ -86,12 +86,12 @@ class Sites:
         return replace(grid, bits=bits, tap_bits=self._tap_bits(nodes, bits, widest))
 
     def _tap_bits(self, nodes: list[fx.Node], bits: int, widest: int) -> int | None:
-        """Bits of the taps of an identity branch where they are more than the others'."""
+        """Return the bits of the taps of an identity branch where they are more than the others'."""
         wide = self.wide_taps and bits < widest and needs_wide_taps(self.placer.graph, bind(nodes[0])["weight"])
         return widest if wide else None
 
     def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
-        """The grid of the target with what has one scale; blocks that hold a whole row are channels."""
+        """Return the target's grid with the granularity of the rules; blocks that hold a whole row are channels."""
         grid, granularities = self.placer.target.weight, set(self._settings("granularity", nodes))
         if granularities == {"tensor"}:
             return replace(grid, axis=None)
@@ -126,7 +126,7 @@ class Sites:
         return self._with_bits(sites)
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
-        """A reshape, pad or stand-alone clip takes the scale of its input's site."""
+        """Let a reshape, pad or stand-alone clip share the scale of its input's site."""
         target = self.placer.target
         if node.target in target.same_scale_ops | target.on_codes_ops:
             of_codes = node.target in target.on_codes_ops
@@ -137,7 +137,7 @@ class Sites:
         return site
 
     def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
-        """Sites with the bits of their readers with weights, of the widest; sites that share a scale have the same."""
+        """Give sites the most bits that a weighted reader asks for; sites that share a scale have the same."""
         by_name = {site.name: site for site in sites.values()}
 
         def root(site: Site) -> str:
@@ -157,7 +157,7 @@ class Sites:
         ]
 
     def _at_bits(self, site: Site, bits: int) -> Site:
-        """The site on a grid of that width; a wide one is made from floats, whatever stands before it."""
+        """Return the site on a grid of that width; a wide one is made from floats, whatever comes before it."""
         if bits == WIDE:
             return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
         return replace(site, spec=replace(site.spec, bits=bits))

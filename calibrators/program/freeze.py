@@ -61,7 +61,7 @@ class CalibrationResult:
         return build_program(self.placement, self.qparams_of, self.weights, self.biases)
 
     def qparams_of(self, site: Site) -> QParams:
-        """Scale and zero point of an activation site, its own or shared, on the site's grid."""
+        """Return the scale and zero point of an activation site, its own or shared, on the site's grid."""
         return replace(self.activations[self.placement.root(site).name], spec=site.spec)
 
 
@@ -71,7 +71,7 @@ def freeze(
     weights: Mapping[str, QParams | QuantizedTensor],
     biases: Mapping[str, Tensor] | None = None,
 ) -> CalibrationResult:
-    """Integer codes for every weight and bias under the chosen parameters.
+    """Return the integer codes for every weight and bias under the chosen parameters.
 
     weights: by site name: parameters, to which the graph's weight is rounded, or codes, which are kept. Parameters are
              widened as `widen` does; codes only where the bias would leave half of int32, and only the channels
@@ -100,7 +100,7 @@ def widen(
     *,
     margin: float = 1.0,
 ) -> dict[str, QParams]:
-    """Weight parameters whose scale is raised where a bias code or a sum of products would leave half of int32.
+    """Raise the scales of weights at which a bias code or a sum of products would leave half of int32.
 
     A channel without weights gets the smallest scale at which its bias fits, so that rounding does not show there.
 
@@ -125,14 +125,14 @@ class _Bias:
 
 
 def _weights(placement: Placement) -> Iterator[tuple[Site, Tensor]]:
-    """Weight sites and their float values."""
+    """Yield the weight sites and their float values."""
     return ((site, placement.values(site)) for site in placement.sites if site.kind == "weight")
 
 
 def _added_biases(
     placement: Placement, activations: Mapping[str, QParams], biases: Mapping[str, Tensor]
 ) -> dict[str, list[_Bias]]:
-    """The biases behind each weight, by its site name; `biases` go before the graph's."""
+    """Return the biases added to the products of each weight, by its site name; `biases` replace the graph's."""
     sites = {site.name: site for site in placement.sites if site.kind == "bias"}
     for name in biases:
         if name not in sites:
@@ -146,7 +146,7 @@ def _added_biases(
 
 
 def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
-    """Smallest weight scale at which the codes of the biases keep to BIAS_CODE_LIMIT, float64 [] or [channels].
+    """Return the smallest weight scale at which codes of biases keep to BIAS_CODE_LIMIT, float64 [] or [channels].
 
     And so do the sums of products, whatever is read, where there are enough inputs for more.
     """
@@ -161,7 +161,7 @@ def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
 
 
 def _fit(qparams: QParams, weight: Tensor, least: Tensor) -> QParams:
-    """Parameters with no scale below `least`; that of a channel of zeros follows from it alone."""
+    """Return the parameters with no scale below `least`; that of a channel of zeros follows from it alone."""
     scale = torch.maximum(qparams.scale.double(), least)
     dead = ~_has_weights(weight, qparams.spec)
     alive = torch.where(dead, 0.0, scale).max()
@@ -170,7 +170,7 @@ def _fit(qparams: QParams, weight: Tensor, least: Tensor) -> QParams:
 
 
 def _has_weights(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Which scales stand over a weight that is not zero, in their shape."""
+    """Return which scales belong to weights that are not all zero, in the shape of the scales."""
     if spec.axis is None:
         return weight.any()
     if spec.block_size is None:
@@ -179,7 +179,7 @@ def _has_weights(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _code(chosen: QParams | QuantizedTensor, weight: Tensor, least: Tensor, site: Site) -> QuantizedTensor:
-    """Codes of a weight with no scale below `least`."""
+    """Return the codes of a weight with no scale below `least`."""
     if isinstance(chosen, QParams):
         qparams = _fit(chosen, weight, least)
         return QuantizedTensor(quantize(weight, qparams), qparams)
@@ -192,7 +192,7 @@ def _code(chosen: QParams | QuantizedTensor, weight: Tensor, least: Tensor, site
 
 
 def _notes(chosen: QParams | QuantizedTensor, coded: QuantizedTensor, site: Site) -> list[str]:
-    """What the user should know about a weight whose scale is not the chosen one."""
+    """Return notes for the user about a weight whose scale is not the chosen one."""
     scale = (chosen.qparams if isinstance(chosen, QuantizedTensor) else chosen).scale
     changed = int((coded.qparams.scale != scale).sum())
     if not changed:
@@ -204,7 +204,7 @@ def _notes(chosen: QParams | QuantizedTensor, coded: QuantizedTensor, site: Site
 
 
 def _check_codes(coded: QuantizedTensor, weight: Tensor, site: Site) -> None:
-    """Raises InputError for codes or zero points off the grid of their site."""
+    """Raise InputError for codes or zero points off the grid of their site."""
     spec, codes, zero_point = site.spec, coded.codes, coded.qparams.zero_point
     ends = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
     fits = codes.shape == weight.shape and codes.dtype == spec.dtype
@@ -222,7 +222,7 @@ def _within(integers: Tensor, lowest: int | Tensor, highest: int | Tensor) -> bo
 
 
 def code_bias(bias: Tensor, x_scale: Tensor, weight_scale: Tensor, site: Site) -> QuantizedTensor:
-    """Codes of a bias at scale f32(x_scale * weight_scale), the only scale integer kernels accept."""
+    """Return the codes of a bias at scale f32(x_scale * weight_scale), the only scale integer kernels accept."""
     scale = (x_scale * weight_scale).expand(bias.shape).contiguous()
     qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), site.spec)
     codes = torch.round(bias / scale.double()).clamp(site.spec.qmin, site.spec.qmax).to(torch.int32)

@@ -77,7 +77,7 @@ def build_program(
     weights: Mapping[str, QuantizedTensor],
     biases: Mapping[str, QuantizedTensor],
 ) -> fx.GraphModule:
-    """The placed graph with explicit quantize and dequantize operators in the form this module's docstring gives.
+    """Return the placed graph with explicit quantize and dequantize operators, in the form described above.
 
     Node names of the placed graph are kept, so that the two can be compared value by value.
     """
@@ -118,7 +118,7 @@ class _Builder:
         return self.graph.get_attr(scale), self.graph.get_attr(zero_point_name)
 
     def activation(self, site: Site) -> None:
-        """Quantize and dequantize behind the value, for the readers the site names."""
+        """Quantize and dequantize a value for the readers that the site names."""
         node, qparams = self.nodes[site.node], self.qparams_of(site)
         readers = [user for user in node.users if user.name in set(site.users)]
         lo, hi = _code_bounds(site, qparams)
@@ -144,8 +144,10 @@ class _Builder:
             user.replace_input_with(node, value)
 
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
-        """What the quantizer reads: the ReLU or clip while saturation at the container's ends equals it, for then the
-        runtime removes it, or where it is float anyway; else its input, because the integer bounds do its work.
+        """Return what the quantizer reads.
+
+        The ReLU or clip where saturation at the ends of the container equals it, for then the runtime removes it, or
+        where it is float anyway; else its input, because the integer bounds do its work.
         """
         container = torch.iinfo(site.spec.dtype)
         lo, hi = _code_bounds(site, qparams)
@@ -157,7 +159,7 @@ class _Builder:
         return source
 
     def constant(self, site: Site, coded: QuantizedTensor) -> None:
-        """A weight or bias as dequantize of its codes; those of integer kernels are moved to the zero point 0.
+        """Replace a weight or bias by dequantize of its codes, moved to the zero point 0 for integer kernels.
 
         Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
         """
@@ -182,7 +184,7 @@ class _Builder:
                 self._add_zero_bias(user, site, len(codes))
 
     def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
-        """What keeps a quantizer or ReLU from standing directly behind a product, where runtimes do not fuse it."""
+        """Add a bias of zeros, for runtimes do not fuse a quantizer or ReLU directly after a product."""
         name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
         with self.graph.inserting_before(user):
             replace_args(user, bias=self.graph.get_attr(name))
@@ -190,7 +192,7 @@ class _Builder:
     def _shield(self, node: fx.Node) -> None:
         """Keep a weighted operator in float that was left there, or that has nothing but its weight quantized.
 
-        onnxruntime quantizes float weights by itself when codes stand directly before and behind the operator; a clip
+        onnxruntime quantizes float weights by itself when codes stand directly before and after the operator; a clip
         at the bounds of the grid changes no value and hides the codes from it.
         """
         weight, source = bind(node)["weight"], node.args[0]
@@ -226,14 +228,14 @@ class _Builder:
 
 
 def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
-    """The operator that does to codes what `node` does to values, and its arguments behind the codes."""
+    """Return the operator that does to codes what `node` does to values, and its arguments after the codes."""
     if node.target is aten.constant_pad_nd.default:
         return node.target, (node.args[1], int(qparams.zero_point))
     return aten.clamp.default, bounds
 
 
 def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
-    """First and last code of a site: its grid cut at the codes of the clip's bounds, where codes can be clipped."""
+    """Return the first and the last code of a site: its grid, cut at the bounds of its clip where codes are clipped."""
     spec = site.spec
     if site.clip is None or spec.is_wide:
         return spec.qmin, spec.qmax

@@ -1,4 +1,4 @@
-"""High biases moved on: what a channel never falls below becomes part of the next layer's bias.
+"""Absorb high biases into the next layer: what a channel never falls below becomes part of that layer's bias.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, "absorbing high
 biases": c = max(0, mean - 3 deviations) of what enters the activation; b1 - c, b2 + W2 c.
@@ -49,7 +49,7 @@ def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
 
 
 def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
-    """What can be moved from each channel of the first layer, and the deviations, [channels] each; or why nothing."""
+    """Return what can be moved from each channel of the first layer and the deviations, [channels] each; or why not."""
     known = mean_and_deviation(link.first)
     if known is None:
         return "no batch norm says what its values are"
@@ -68,7 +68,7 @@ def _move(graph: fx.GraphModule, link: Link, moved: Tensor, deviation: Tensor) -
     parted = by_group(weight, int(bind(second).get("groups", 1)))
 
     def read(x: Tensor, taps: Tensor) -> Tensor:
-        """What a constant of each channel adds to the second layer's outputs, [outputs]."""
+        """Return what a constant of each channel adds to the second layer's outputs, [outputs]."""
         return (taps @ x[link.sources].reshape(len(taps), -1, 1)).flatten()
 
     set_constants(graph, first, bias=biases[0] - moved)

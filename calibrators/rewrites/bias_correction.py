@@ -29,7 +29,7 @@ __all__ = ["correct_biases"]
 
 
 def correct_biases(result: CalibrationResult, batches: Iterable[Batch], *, samples: int = 256) -> CalibrationResult:
-    """The result with each bias shifted by the mean error of its operator's output, per output channel.
+    """Shift each bias of a result by the mean error of its operator's output, per output channel.
 
     Reads at most `samples` samples and holds only their live activations, so memory does not grow with the data.
     Operators without a bias are left as they are.
@@ -73,14 +73,14 @@ def _match_means(steps: Sequence[Step], references: Sequence[Step]) -> Tensor:
 
 
 def _shifted(coded: QuantizedTensor, shift: Tensor) -> QuantizedTensor:
-    """The bias moved by `shift`, on the scale it has."""
+    """Return the bias moved by `shift`, on the scale it has."""
     scale = coded.qparams.scale.double()
     codes = (coded.codes.double() + shift / scale).round().clamp(-BIAS_CODE_LIMIT, BIAS_CODE_LIMIT)
     return replace(coded, codes=codes.to(torch.int32))
 
 
 def _first_samples(batches: Iterable[Batch], samples: int, multiple: int) -> list[Batch]:
-    """The first samples, at most so many, but one `multiple` at least; of every batch a number of multiples."""
+    """Return at most `samples` first samples, at least one `multiple`, and whole multiples of every batch."""
     kept: list[Batch] = []
     left = max(samples, multiple)
     for batch in batches:

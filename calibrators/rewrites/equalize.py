@@ -77,7 +77,7 @@ def _groups(node: fx.Node) -> int:
 
 
 def _converge(graph: fx.GraphModule, links: list[Link], ranges: dict[fx.Node, Tensor]) -> tuple[list[Tensor], int]:
-    """The factor of every channel of every link, [channels] each, and the sweeps it took; `ranges` follow.
+    """Return the factor of every channel of every link, [channels] each, and the sweeps it took; `ranges` follow.
 
     ranges: [groups, outputs, inputs] largest magnitude of every kernel, by layer.
     """
@@ -102,7 +102,7 @@ def _converge(graph: fx.GraphModule, links: list[Link], ranges: dict[fx.Node, Te
 
 
 def _constancy(node: fx.Node) -> Tensor:
-    """What the ranges of an operator's outputs are multiplied by, at least 1, [channels]; [] where nothing is known."""
+    """Return the factors of an operator's output ranges, at least 1, [channels]; [] where nothing is known."""
     known = mean_and_deviation(node)
     if known is None:
         return torch.ones((), dtype=torch.float64)
@@ -111,7 +111,7 @@ def _constancy(node: fx.Node) -> Tensor:
 
 
 def _least(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """What the ranges of an operator's outputs count for at least, by its bias, [channels]; 0 where norms tell more."""
+    """Return the least output ranges of an operator, from its bias, [channels]; 0 where norms tell more."""
     bias = constant(graph, bind(node)["bias"]).double().abs() / HIGH_BIAS
     return torch.zeros_like(bias) if mean_and_deviation(node) is not None else bias
 
@@ -122,7 +122,7 @@ def _channels(node: fx.Node, ranges: dict[fx.Node, Tensor]) -> int:
 
 
 def _of_channels(link: Link, ranges: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
-    """Range of every channel where the first layer writes it and where the second reads it, [channels] each."""
+    """Return the range of every channel where the first layer writes and where the second reads it, [channels] each."""
     written = ranges[link.first].amax(2).flatten()
     inputs = ranges[link.second].amax(1).flatten()
     return written, torch.zeros_like(written).scatter_reduce(0, link.sources, inputs, "amax")

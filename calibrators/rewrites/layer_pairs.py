@@ -66,7 +66,7 @@ class Link:
 
 
 def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Refused]]:
-    """All links in topological order, and the operators with weights that begin none.
+    """Return all links in topological order, and the operators with weights that begin none.
 
     graph: in integer forms (calibrators.graph.canonical), with shapes.
     """
@@ -84,7 +84,7 @@ def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Refused]]:
 
 
 def by_group(weight: Tensor, groups: int) -> Tensor:
-    """[groups, outputs of a group, inputs of a group, taps] of a weight [outputs, inputs of a group, ...]."""
+    """Return a weight [outputs, inputs of a group, ...] as [groups, outputs of a group, inputs of a group, taps]."""
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
@@ -99,7 +99,7 @@ def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> Non
 
 
 def _is_weighted(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """A convolution or linear layer with constant weight and bias, channels on axis 1."""
+    """Whether a node is a convolution or linear layer with constant weight and bias, channels on axis 1."""
     if node.op != "call_function" or node.target not in LAYERS:
         return False
     bound = bind(node)
@@ -110,7 +110,7 @@ def _is_weighted(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _follow(first: fx.Node, free: set[fx.Node]) -> Link | str:
-    """The link that begins at an operator, or why there is none."""
+    """Return the link that begins at an operator, or why there is none."""
     node, between = first, list[fx.Node]()
     while True:
         if len(node.users) != 1:
@@ -146,7 +146,7 @@ def _barrier(node: fx.Node) -> str:
 
 
 def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | None:
-    """Which channel each channel behind `between` holds, and whether constants pass; None where channels mix."""
+    """Return which channel each channel after `between` holds, and whether constants pass; None where channels mix."""
     shape = shape_of(first)
     ones = torch.ones(shape, dtype=torch.float64)
     number = torch.arange(1, shape[1] + 1, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)

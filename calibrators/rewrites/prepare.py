@@ -25,7 +25,7 @@ PREPARATIONS: Mapping[str, Callable[[fx.GraphModule], tuple[fx.GraphModule, Any]
 
 
 def check_preparations(names: Collection[str]) -> None:
-    """Nothing, if all names are known.
+    """Raise UnknownNameError unless all names are known.
 
     raises: UnknownNameError.
     """

@@ -21,7 +21,7 @@ from calibrators.methods.minmax import MinMax
 from calibrators.mixed_precision import sensitivity as module
 from calibrators.mixed_precision.budgets import parse_budgets
 from calibrators.mixed_precision.mixed import CHECKED, measure_sensitivity
-from calibrators.mixed_precision.sensitivity import Grids, Probe, knobs
+from calibrators.mixed_precision.sensitivity import Grids, Probe, tunable_scales
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
@@ -63,20 +63,23 @@ def mean_bits(result: CalibrationResult) -> float:
 
 def test_scales_that_a_rule_decides_are_not_open() -> None:
     given = problem("residual")
-    names = {knob.site for knob in knobs(given.placement, FREE, ("weight",))}
+    names = {scale.site for scale in tunable_scales(given.placement, FREE, ("weight",))}
     assert names == {site.name for site in given.placement.sites if site.kind == "weight"}
     options = PlacementOptions(layers=(LayerRule("point", weight_bits=6),))
-    pinned = knobs(problem("residual", options).placement, options, ("weight", "activation"))
-    assert {knob.site for knob in pinned if knob.kind == "weight"} == {"depthwise.weight"}
-    assert {layer for knob in pinned if knob.kind == "activation" for layer in knob.layers} == {"conv2d_1", "conv2d_2"}
+    pinned = tunable_scales(problem("residual", options).placement, options, ("weight", "activation"))
+    assert {scale.site for scale in pinned if scale.kind == "weight"} == {"depthwise.weight"}
+    assert {layer for scale in pinned if scale.kind == "activation" for layer in scale.layers} == {
+        "conv2d_1",
+        "conv2d_2",
+    }
 
 
 def test_grids_are_those_of_the_placement() -> None:
     given = problem("residual")
     for bits in (3, 8):
         placed = place(given.placement.graph, given.placement.target, FREE.model_copy(update={"weight_bits": bits}))
-        for knob in knobs(given.placement, FREE, ("weight",)):
-            assert knob.specs[bits] == placed.by_name[knob.site].spec
+        for scale in tunable_scales(given.placement, FREE, ("weight",)):
+            assert scale.specs[bits] == placed.by_name[scale.site].spec
 
 
 # --- readings --------------------------------------------------------------------------------------------------------
@@ -85,18 +88,18 @@ def test_grids_are_those_of_the_placement() -> None:
 @pytest.mark.parametrize("name", NETWORKS, ids=str)
 def test_readings_are_those_of_the_program(name: str) -> None:
     given = problem(name, labels=torch.arange(SAMPLES) % 3)
-    found = knobs(given.placement, FREE, ("weight", "activation"))
+    found = tunable_scales(given.placement, FREE, ("weight", "activation"))
     probe = Probe(Grids(given, found, MinMax()), SAMPLES)
     (x,) = given.select(torch.arange(given.samples))
     floats = given.placement.graph(x)[0]
     assert given.labels is not None
     coarse = PlacementOptions(first_last_bits=None, weight_bits=4, activation_bits=4)
-    for knob in found:
-        reading = probe.read({**dict.fromkeys(probe.grids.knobs, 4), knob.site: 3})
-        rule = LayerRule("knob", **{f"{knob.kind}_bits": 3})
-        allocated = [MatchedRule(rule, frozenset(knob.layers))]
+    for scale in found:
+        reading = probe.read({**dict.fromkeys(probe.grids.scales, 4), scale.site: 3})
+        rule = LayerRule("scale", **{f"{scale.kind}_bits": 3})
+        allocated = [MatchedRule(rule, frozenset(scale.layers))]
         placement = place(given.placement.graph, given.placement.target, coarse, allocated)
-        assert placement.by_name[knob.site].spec == knob.specs[3]
+        assert placement.by_name[scale.site].spec == scale.specs[3]
         program = replace(given, placement=placement).solve(MinMax()).program
         y = torch.cat([program(part)[0] for part in torch.split(x, CHUNK)])
         assert reading.loss == pytest.approx(float(kl_divergence(y.double(), floats.double()).mean()), rel=TIES)
@@ -108,15 +111,15 @@ def test_readings_are_those_of_the_program(name: str) -> None:
 
 def test_without_labels_the_changed_predictions_count() -> None:
     given = problem("pooled")
-    probe = Probe(Grids(given, knobs(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
-    reading = probe.read(dict.fromkeys(probe.grids.knobs, 2))
+    probe = Probe(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
+    reading = probe.read(dict.fromkeys(probe.grids.scales, 2))
     assert reading.accuracy_drop is not None and 0 < reading.accuracy_drop <= 1
-    assert probe.read(dict.fromkeys(probe.grids.knobs, 2)) is reading, "read once"
+    assert probe.read(dict.fromkeys(probe.grids.scales, 2)) is reading, "read once"
 
 
 def test_the_end_of_the_network_alone_is_computed_where_that_is_enough() -> None:
     given = problem("residual")
-    probe = Probe(Grids(given, knobs(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
+    probe = Probe(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
     probe.read({})
     last = probe.order[-1]
     probe.read({last: 4})
