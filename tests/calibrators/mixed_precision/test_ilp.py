@@ -1,4 +1,4 @@
-"""The integer programme against all choices there are."""
+"""The integer program against all choices there are."""
 
 from __future__ import annotations
 
