@@ -74,7 +74,7 @@ def test_integers_are_those_of_the_reference(name: str, weight_bits: int, activa
     result = calibrated(name, weight_bits=weight_bits, activation_bits=activation_bits)
     model = prove(name, result)
     assert (weight_bits < 8) == any(coded.qparams.zero_point.any() for coded in result.weights.values())
-    assert saturation(model).risks == ()  # none of WIDTHS can saturate 16-bit sums of pairs
+    assert saturation(model).layers == ()  # none of WIDTHS can saturate 16-bit sums of pairs
 
 
 @pytest.mark.parametrize("name", ["residual", "transformer"])
@@ -105,7 +105,7 @@ def test_codes_of_a_method(name: str, generator: torch.Generator) -> None:
 )
 def test_other_grids(options: dict[str, object]) -> None:
     model = prove("residual", calibrated("residual", **options))
-    assert saturation(model).risks == ()
+    assert saturation(model).layers == ()
 
 
 MIXED = {
