@@ -423,7 +423,7 @@ def differing(run: Run) -> str:
     """How many integers differ, and whose fault it is where any do."""
     if run.values is None or run.mismatched is None:
         return ""
-    parts = f" ({run.kernel_mismatched:,} in kernels, {run.float_mismatched:,} behind float operators, node by node)"
+    parts = f" ({run.kernel_mismatched:,} in kernels, {run.float_mismatched:,} after float operators, node by node)"
     return f"{run.mismatched:,} of {run.values:,}{parts if run.mismatched else ''}"
 
 

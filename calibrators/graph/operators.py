@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Operator:
-    """What is true of one operator whatever runs it.
+    """The properties of one operator that hold on every runtime.
 
     kind:        "convolution", "transposed" (convolution) and "linear" carry a weight; "pool" averages windows; "sum",
                  "product" and "quotient" combine two operands; "pad" adds values at the borders.

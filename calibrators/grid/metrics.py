@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["LEAST_ENERGY", "SignalAndNoise", "alike", "decibels", "energy", "mean_energy", "relative_error"]
 
 LEAST_ENERGY = 1e-30
-"""What an energy counts at least where something is divided by it."""
+"""Lower bound of an energy that something is divided by."""
 
 
 def energy(values: Tensor) -> float:

@@ -88,7 +88,7 @@ class Data:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the passes so far: conversions, data that changes."""
+        """Notes for the user on the passes so far: conversions, data that changes."""
         return tuple(self._seen.notes)
 
     def example(self) -> Batch:

@@ -63,7 +63,7 @@ def _parity(level: Mapping[str, Any]) -> str:
         return f"0 of {level['values']:,} integers differ"
     text = f"{level['kernel_mismatched']:,} integers differ in integer kernels"
     if level["float_values"]:
-        text += f", {level['float_mismatched']:,} of {level['float_values']:,} behind float operators"
+        text += f", {level['float_mismatched']:,} of {level['float_values']:,} after float operators"
     return f"{text} (node by node; largest step {level['forced']['max_lsb']})"
 
 

@@ -64,7 +64,7 @@ class FloatNode:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What onnxruntime computes in integer kernels.
+    """The share of the model that onnxruntime computes in integer kernels.
 
     integer_nodes, compute_nodes: counts over the nodes that compute (no data movement, Q/DQ, shape arithmetic).
     macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default).

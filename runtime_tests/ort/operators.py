@@ -32,7 +32,7 @@ WEIGHT_ONLY = "MatMulNBits"
 
 @dataclass(frozen=True)
 class _Operator:
-    """What is known of one operator.
+    """The properties of one operator.
 
     moves:       it moves, converts or describes data; every other operator computes.
     keeps_codes: each output code is an input code, or a bound of a Clip.
