@@ -53,10 +53,9 @@ def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, An
     config, openvino = report.config or {}, report.parity.openvino is not None
     if openvino:
         check_installed()
-    program = load_reference(folder / REFERENCE)
-    inputs, expected = _golden(folder, program)
-    batch = tuple(torch.from_numpy(np.array(inputs[name])) for name in program.meta["input_names"])
-    model = Model(folder / "model.onnx")
+    model, program = Model(folder / "model.onnx"), load_reference(folder / REFERENCE)
+    inputs, expected = _golden(folder, model, program)
+    batch = tuple(torch.from_numpy(np.array(array)) for array in inputs.values())
     with progress.stage("compare"):
         proof = Proof(model, program, levels_of(openvino=openvino), threads=torch.get_num_threads())
         proof.add(batch)
@@ -76,13 +75,21 @@ def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, An
     return dump(judge(report, gates_of(config["gates"], openvino=openvino)))
 
 
-def _golden(folder: Path, program: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the golden inputs and outputs, and give those of the program the names that they have in the file.
+
+    The reference program keeps the order of its outputs, not their names.
+    """
     inputs, expected = read_golden(folder)
-    for kind, arrays in (("input", inputs), ("output", expected)):
-        if [*arrays] != [*program.meta[f"{kind}_names"]]:
+    graph = model.proto.graph
+    for kind, arrays, values in (("input", inputs, graph.input), ("output", expected, graph.output)):
+        names = [value.name for value in values]
+        if [*arrays] != names or len(names) != len(program.meta[f"{kind}_names"]):
             raise InputError(
-                f"the golden {kind}s of {folder} are not those of its reference program; take it from its source again."
+                f"the golden {kind}s of {folder} are not those of its model and reference program; take it from its "
+                "source again."
             )
+        program.meta[f"{kind}_names"] = names
     return inputs, expected
 
 

@@ -63,7 +63,7 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     input_names = [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"]
     flat.meta = {
         "input_names": input_names,
-        "output_names": _distinct(_output_names(program.call_spec.out_spec, len(outputs)), input_names),
+        "output_names": _distinct(_output_names(program.call_spec.out_spec, len(outputs)), flat, input_names),
         "notes": notes,
     }
     return flat
@@ -255,11 +255,12 @@ RULES: dict[Any, tuple[Rule, ...]] = {
 # Names of the outputs ------------------------------------------------------------------------------------------------
 
 
-def _distinct(names: list[str], taken: list[str]) -> list[str]:
-    """Append underscores to each name until it is new."""
+def _distinct(names: list[str], graph: fx.GraphModule, input_names: list[str]) -> list[str]:
+    """Append underscores to each name until no other value of the file has it: input, parameter, integers, output."""
+    taken = {*input_names, *(name for name, _ in [*graph.named_parameters(), *graph.named_buffers()])}
     found: list[str] = []
     for name in names:
-        while name in taken or name in found:
+        while not name or name in taken or name in found or name.endswith("_quantized"):
             name += "_"
         found.append(name)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,41 @@ def test_verify_proves_again(bundle: Path) -> None:
     assert report["verdict"] == "pass"
     assert report["parity"]["optimized"]["values"] > 0
     assert report["parity"]["optimized"]["mismatched"] == 0
+
+
+class Named(nn.Module):
+    """Returns three values under the given names, one of them twice, and its input."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.conv, self.head, self.names = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), names
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = torch.relu(self.conv(x))
+        z = self.head(y)
+        return dict(zip(self.names, (z, y, y, x, z), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        pytest.param(("only",), ["only"], id="one"),
+        pytest.param(("result", "again", "inner", "given", "last"), [], id="repeated-values"),
+        pytest.param(
+            ("output_1", "output_0", "a/b", "c d", "x"), ["output_1", "output_0", "a/b", "c d", "x_"], id="odd"
+        ),
+        pytest.param(
+            ("conv.bias", "x_quantized", "head.weight_quantized", "", "relu"),
+            ["conv.bias_", "x_quantized_", "head.weight_quantized_", "_", "relu"],
+            id="names-of-other-values",
+        ),
+    ],
+)
+def test_verify_knows_outputs_by_their_names(names: tuple[str, ...], expected: list[str], tmp_path: Path) -> None:
+    data = [torch.randn(4, 3, 6, 6) for _ in range(2)]
+    report = export(randomize(Named(names)), data, out=tmp_path / "out", latency_runs=0)
+    assert [output["name"] for output in report["model"]["outputs"]] == (expected or list(names))
+    assert report["verdict"] == verify(tmp_path / "out")["verdict"] == "pass"
 
 
 def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
