@@ -131,7 +131,7 @@ def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Pa
 
 
 def prepare(plain: Path, path: Path) -> None:
-    """Onnxruntime's recommended pre-processing: shape inference and graph optimisation."""
+    """Onnxruntime's recommended pre-processing: shape inference and graph optimization."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with silence():

@@ -184,7 +184,7 @@ class _Reference(Protocol):
 
 
 def validate(path: Source, *, reference: _Reference, batches: Batches) -> Parity:
-    """Compare the file at `path` with the program of a calibration result, with optimisations off and on.
+    """Compare the file at `path` with the program of a calibration result, with optimizations off and on.
 
     batches: tensors or tuples with one tensor per input; read once.
     raises:  DataError for no batches.

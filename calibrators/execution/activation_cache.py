@@ -50,7 +50,7 @@ class Memory:
         self._files = 0
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor [rows, columns].
+        """Return an uninitialized tensor [rows, columns].
 
         raises: OSError when the disk cannot hold a spilled one.
         """

@@ -117,7 +117,7 @@ def read_batch_norm(node: fx.Node, exact: Callable[[fx.Node], Tensor]) -> BatchN
 
 
 def uses_batch_statistics(node: fx.Node) -> bool:
-    """Return whether a batch norm normalises by the batch that it sees."""
+    """Return whether a batch norm normalizes by the batch that it sees."""
     bound = bind(node)
     return bool(bound["training"]) or bound["running_mean"] is None or bound["running_var"] is None
 

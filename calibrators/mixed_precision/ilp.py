@@ -1,6 +1,6 @@
 """Bits for every scale so that a network loses least within its budgets: an integer program.
 
-    minimise    sum of loss[s, b] x[s, b]
+    minimize    sum of loss[s, b] x[s, b]
     subject to  sum over b of x[s, b] = 1 for every scale s, x in {0, 1}
                 cost of every limited quantity <= its limit
 

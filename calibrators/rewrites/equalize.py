@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: factors per channel move between neighbouring layers until their ranges agree.
+"""Cross-layer equalization: factors per channel move between neighbouring layers until their ranges agree.
 
 Source: Nagel, van Baalen, Blankevoort, Welling, Data-Free Quantization Through Weight Equalization and Bias
 Correction, 2019, "cross-layer range equalization": W1[i] / s, b1[i] / s and W2[:, i] * s with s = sqrt(r1 * r2) / r2,

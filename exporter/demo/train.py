@@ -29,7 +29,7 @@ def train(seed: int = 0, epochs: int = EPOCHS) -> DigitNet:
     """Return the trained network in eval mode; the same seed gives the same weights on the same machine."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # torch's initialisers have no generator argument
+        torch.manual_seed(seed)  # torch's initializers have no generator argument
         model = DigitNet()
     (images, labels), _ = digits()
     x, y = torch.from_numpy(images), torch.from_numpy(labels)

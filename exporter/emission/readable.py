@@ -21,11 +21,11 @@ from calibrators.graph.aten import free_name
 from exporter.emission.packing import set_opset
 from exporter.emission.translations import NAME
 
-__all__ = ["annotate", "normalise"]
+__all__ = ["annotate", "normalize"]
 
 
-def normalise(model: ir.Model) -> None:
-    """Turn constants into initialisers, store weights transposed, make reshapes static, drop what nobody reads."""
+def normalize(model: ir.Model) -> None:
+    """Turn constants into initializers, store weights transposed, make reshapes static, drop what nobody reads."""
     passes.RemoveUnusedNodesPass()(model)
     fold_constants(model, should_fold=_may_fold)
     _drop_identities(model.graph)

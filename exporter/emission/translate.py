@@ -27,7 +27,7 @@ from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, where
 from calibrators.program.freeze import CalibrationResult
 from exporter.emission.packing import pack
-from exporter.emission.readable import annotate, normalise
+from exporter.emission.readable import annotate, normalize
 from exporter.emission.translations import TRANSLATIONS
 from exporter.frontend.capture import quiet
 from exporter.frontend.reference import export_program
@@ -41,7 +41,7 @@ BLOCK_OPSET = 21
 """First opset whose dequantizers read scales per block."""
 
 EXTERNAL_DATA_ABOVE = 2**31 - 2**20
-"""Bytes of initialisers above which they leave the protobuf, whose limit is 2 GiB."""
+"""Bytes of initializers above which they leave the protobuf, whose limit is 2 GiB."""
 
 
 def emit(
@@ -78,7 +78,7 @@ def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:
 
 
 def save(model: ir.Model, path: str | Path) -> None:
-    """Write the model; initialisers go to `<name>.data` beside it when they exceed the protobuf limit."""
+    """Write the model; initializers go to `<name>.data` beside it when they exceed the protobuf limit."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path = Path(path)
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
@@ -108,7 +108,7 @@ def to_onnx(
     for values, names in ((model.graph.inputs, "input_names"), (model.graph.outputs, "output_names")):
         for value, name in zip(values, program.meta[names], strict=True):
             value.name = name
-    normalise(model)
+    normalize(model)
     annotate(model, program, metadata or {})
     _check_outputs(model, program)
     return model

@@ -99,7 +99,7 @@ def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.
 def _group_norm(
     x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    """Normalise each group as an instance, then scale and shift per channel."""
+    """Normalize each group as an instance, then scale and shift per channel."""
     channels = (x.shape[1], *[1] * (len(x.shape) - 2))
     ones, zeros = (_tensor(np.full(num_groups, value, x.dtype.numpy())) for value in (1, 0))
     groups = op.Reshape(x, _tensor(np.array([0, num_groups, -1], np.int64)))

@@ -266,7 +266,7 @@ def _plus_bias(analysis: Analysis, f: AffineMap, bound: dict[str, Any]) -> Affin
 
 def _batch_norm(analysis: Analysis, node: fx.Node) -> Step | None:
     if uses_batch_statistics(node):
-        analysis.refused[node] = "batch norm without running statistics: it normalises by the batch it sees"
+        analysis.refused[node] = "batch norm without running statistics: it normalizes by the batch it sees"
     norm = analysis.batch_norm(node)
     if norm is None:
         return None

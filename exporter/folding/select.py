@@ -121,7 +121,7 @@ def _pending(analysis: Analysis) -> set[fx.Node]:
     """Return values of weighted operators that only a per-channel operator reads, which belongs to them.
 
     Without this, a batch norm between two convolutions would go to the second, and the first would keep an output that
-    is not normalised.
+    is not normalized.
     """
     absorbing: set[fx.Node] = set()
     pending: set[fx.Node] = set()

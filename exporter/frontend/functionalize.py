@@ -39,7 +39,7 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     meta has "input_names", "output_names" and "notes", what the user should know.
     """
     if any(_is_in_place(node) and not _is_plain_in_place(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})  # functionalises; splits some composite operators
+        program = program.run_decompositions({})  # functionalizes; splits some composite operators
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     graph = module.graph

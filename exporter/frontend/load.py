@@ -64,7 +64,7 @@ def load_model(spec: str, checkpoint: Path | None = None) -> Model:
         raise ModelError(
             f"{spec} returned {article(type(model).__name__)}, not a torch.nn.Module; return the module itself."
         )
-    _check_materialised(spec, model)
+    _check_materialized(spec, model)
     model = model.cpu().float().eval()
     if checkpoint is not None:
         _load_weights(model, read_state_dict(checkpoint), checkpoint)
@@ -200,7 +200,7 @@ def _mismatch(path: Path, missing: list[str], unexpected: list[str], total: int)
     return f"{path} does not fit the model: {' and '.join(parts)}.{guess} Does the factory build the same variant?"
 
 
-def _check_materialised(label: str, model: nn.Module) -> None:
+def _check_materialized(label: str, model: nn.Module) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(value) or value.is_meta:
             raise ModelError(

@@ -79,7 +79,7 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
-            "give it as the model was trained: usually float32 in 0..1, normalised, channels first."
+            "give it as the model was trained: usually float32 in 0..1, normalized, channels first."
         ) from error
     finally:
         for module in training:

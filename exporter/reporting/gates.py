@@ -237,13 +237,13 @@ METRICS: dict[str, Metric] = {
         _sqnr,
         needs_eval=True,
     ),
-    "mismatched": Metric("differing values end to end, optimisations on", _path("parity.optimized.mismatched")),
+    "mismatched": Metric("differing values end to end, optimizations on", _path("parity.optimized.mismatched")),
     "kernel_mismatched": Metric(
-        "differing values of integer kernels on the runtime's own inputs, optimisations on",
+        "differing values of integer kernels on the runtime's own inputs, optimizations on",
         _path("parity.optimized.kernel_mismatched"),
     ),
     "parity_violations": Metric(
-        "sites and outputs that are not what the reference computes from the runtime's own inputs, optimisations on",
+        "sites and outputs that are not what the reference computes from the runtime's own inputs, optimizations on",
         _path("parity.optimized.violations"),
     ),
     "unplanned_kernels": Metric(
@@ -274,4 +274,4 @@ METRICS: dict[str, Metric] = {
 DEFAULT_GATES = tuple(
     parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "unplanned_kernels", "lint_errors")
 )
-"""Conditions of every export. With optimisations off all arithmetic is float: that level is reported, not gated."""
+"""Conditions of every export. With optimizations off all arithmetic is float: that level is reported, not gated."""

@@ -289,11 +289,11 @@ def render_html(report: Report) -> str:
 
 
 def _levels(report: Report) -> list[dict[str, Any]]:
-    """Return the optimisation levels, the shipped one first, and OpenVINO where it was asked for."""
+    """Return the optimization levels, the shipped one first, and OpenVINO where it was asked for."""
     parity = report.parity
     rows = [
-        ("Optimisations on", "integer kernels, as deployed", parity.optimized, True),
-        ("Optimisations off", "float arithmetic between dequantize and quantize", parity.unoptimized, False),
+        ("Optimizations on", "integer kernels, as deployed", parity.optimized, True),
+        ("Optimizations off", "float arithmetic between dequantize and quantize", parity.unoptimized, False),
     ]
     if parity.openvino:
         note = "every kernel from its own inputs; single steps next to ties are legal"

@@ -90,7 +90,7 @@ def latency(
     runs: int = RUNS,
     warmup: int = WARMUP,
 ) -> Timings:
-    """Measure every model on the same inputs, all optimisations on; report.json wants {"float": , "quantized": }.
+    """Measure every model on the same inputs, all optimizations on; report.json wants {"float": , "quantized": }.
 
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
     """

@@ -1,6 +1,6 @@
 """Count the bytes of an ONNX file: where they are and of which type.
 
-Must not know: what the initialisers mean.
+Must not know: what the initializers mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Size", "size_of"]
 class Size:
     """Bytes of the float and of the quantized model, each the .onnx file and its external data.
 
-    by_type: bytes of the quantized model's initialisers by ONNX type name, 4- and 2-bit types counted packed; largest
+    by_type: bytes of the quantized model's initializers by ONNX type name, 4- and 2-bit types counted packed; largest
              first.
     """
 

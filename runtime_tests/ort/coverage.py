@@ -1,6 +1,6 @@
 """Count how much of a network onnxruntime computes in integers, on the graph that it executes.
 
-Every number comes from the optimised graph itself: shapes and types from running it once, reductions from the shapes of
+Every number comes from the optimized graph itself: shapes and types from running it once, reductions from the shapes of
 its weights. Nothing is matched by name with the file, so nothing can be matched wrongly.
 
 Must not know: how the file was made, what its codes should be.
@@ -50,7 +50,7 @@ Array = NDArray[Any]
 class FloatNode:
     """A node that computes in float.
 
-    name: node name in the optimised graph.
+    name: node name in the optimized graph.
     op:   operator type.
     why:  the reason, as far as the graph shows it.
     macs: multiply-accumulates of one run; 0 for operators without a reduction over weights.
@@ -74,7 +74,7 @@ class Coverage:
                   2 float16, 3 bfloat16, 4 int8; None where there are none.
     float_nodes:  the rest by name and reason, most expensive first.
     uncounted:    fused nodes whose multiply-accumulates are not counted (attention kernels), by name.
-    by_op:        how often each operator type occurs in the optimised graph.
+    by_op:        how often each operator type occurs in the optimized graph.
     """
 
     integer_nodes: int
@@ -89,7 +89,7 @@ class Coverage:
 
 
 def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Coverage:
-    """Return the integer coverage of `model` in the installed onnxruntime with all optimisations on.
+    """Return the integer coverage of `model` in the installed onnxruntime with all optimizations on.
 
     sample: inputs for the one run that yields shapes; zeros of batch 1 if None.
     raises: ModelError if onnxruntime refuses the model; DataError if it needs a sample and has none.

@@ -262,7 +262,7 @@ def _duplicate_names(model: onnx.ModelProto) -> Hits:
     made.update(name for name, count in Counter(tensor.name for tensor in graph.initializer).items() if count > 1)
     for name, count in made.items():
         if count > 1:
-            yield name, f"{count} nodes or initialisers make this value; rename all but one"
+            yield name, f"{count} nodes or initializers make this value; rename all but one"
 
 
 def _refused_versions(model: onnx.ModelProto) -> Hits:

@@ -115,7 +115,7 @@ def flag(node: ir.Node, name: str, default: int = 0) -> int:
 
 
 def array(value: ir.Value | None) -> Array | None:
-    """Return the constant in `value`: an initialiser, a Constant node, or packed codes, unpacked; else None."""
+    """Return the constant in `value`: an initializer, a Constant node, or packed codes, unpacked; else None."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -167,7 +167,7 @@ def where(node: ir.Node) -> str:
 
 
 def stated_type(value: ir.Value | None) -> ir.DataType | None:
-    """Return the type that the initialiser, the QuantizeLinear or the file states for a value; None if none does."""
+    """Return the type that the initializer, the QuantizeLinear or the file states for a value; None if none does."""
     if value is None:
         return None
     if value.const_value is not None:

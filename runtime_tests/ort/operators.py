@@ -41,7 +41,7 @@ class _Operator:
     weight:      index of the input that holds the weights or the second matrix.
     has_kernel:  an integer kernel takes its place if its operands and its result are quantized.
     is_kernel:   it is an integer kernel whose output may be wider than a code.
-    fused:       it is the runtime's own, and occurs in optimised graphs alone.
+    fused:       it is the runtime's own, and occurs in optimized graphs alone.
     """
 
     moves: bool = False

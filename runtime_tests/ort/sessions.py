@@ -29,7 +29,7 @@ PINNED = {
     "session.optimized_model_external_initializers_file_name": "weights.bin",
 }
 """Entries of every session: by default two QDQ pairs in a row are merged into one with other parameters, and
-weight-only MatMuls quantize their activations on the fly. The third keeps optimised models above 2 GB writable."""
+weight-only MatMuls quantize their activations on the fly. The third keeps optimized models above 2 GB writable."""
 
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
 LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
@@ -82,7 +82,7 @@ class Model:
 
     @cached_property
     def optimized(self) -> Model:
-        """The graph that onnxruntime executes with all optimisations on, in the layouts of ONNX.
+        """The graph that onnxruntime executes with all optimizations on, in the layouts of ONNX.
 
         The blocked layout of float convolutions pads and reorders their weights; without it the same nodes run in the
         same arithmetic.
@@ -96,7 +96,7 @@ class Model:
         return model
 
     def _with_outputs(self, probes: Sequence[str]) -> bytes:
-        """Serialise the model with `probes` as further outputs: protobuf merges concatenated messages."""
+        """Serialize the model with `probes` as further outputs: protobuf merges concatenated messages."""
         graph = self.proto.graph
         known = {info.name for info in graph.input} | {name for node in graph.node for name in node.output}
         for probe in probes:
@@ -123,10 +123,10 @@ def session(
 ) -> ort.InferenceSession:
     """Return a CPU session of `model`, deterministic, silent below errors.
 
-    optimized:      all graph optimisations (integer kernels), else none (QDQ executed literally in float32).
+    optimized:      all graph optimizations (integer kernels), else none (QDQ executed literally in float32).
     probes:         values made visible as further graph outputs, after the model's own and in this order.
-    save_optimized: file that receives the graph as it is executed; large initialisers go to weights.bin beside it.
-    disabled:       names of optimisers that do not run.
+    save_optimized: file that receives the graph as it is executed; large initializers go to weights.bin beside it.
+    disabled:       names of optimizers that do not run.
     raises:         UnknownNameError for a probe that no node or input makes; ModelError if onnxruntime refuses the
                     model.
     """

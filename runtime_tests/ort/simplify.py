@@ -51,7 +51,7 @@ class Simplifier:
 def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, Simplifier]:
     """Return `model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
 
-    sample_inputs: inputs on which the optimised outputs of both models must agree bit for bit.
+    sample_inputs: inputs on which the optimized outputs of both models must agree bit for bit.
     """
     before = len(model.graph.node)
 
@@ -75,7 +75,7 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
     if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
         return kept("nothing to simplify", after)
     gained = (
-        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initialisers less"
+        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initializers less"
     )
     return candidate, Simplifier(True, gained, before, after)
 
@@ -85,7 +85,7 @@ def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
     guards = {
         "the number of QuantizeLinear or DequantizeLinear nodes": _quantizer_counts,
         "the codes, scales or zero points of a quantizer": _quantizer_contents,
-        "the integer initialisers": _integer_initializers,
+        "the integer initializers": _integer_initializers,
         "the opsets or the IR version": _versions,
         "the names, types or shapes of inputs or outputs": _signature,
         "the metadata of the model or graph": _metadata,
@@ -134,7 +134,7 @@ def _quantizer_contents(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def _integer_initializers(model: onnx.ModelProto) -> set[str]:
-    """Return the contents of all integer initialisers that can hold codes; equal ones may be merged."""
+    """Return the contents of all integer initializers that can hold codes; equal ones may be merged."""
     return {_digest(tensor) for tensor in model.graph.initializer if tensor.data_type in CODE_TYPES}
 
 

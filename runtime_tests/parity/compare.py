@@ -87,7 +87,7 @@ class OnnxRuntime:
         return results[:count], results[count:]
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Return those of the file as it is deployed, all optimisations on."""
+        """Return those of the file as it is deployed, all optimizations on."""
         return unplanned_kernels(self.model, plan) if self.optimized else {}
 
 
@@ -120,7 +120,7 @@ def probes_of(plan: KernelPlan) -> list[str]:
 
 
 class Comparison:
-    """Running totals of one runtime at one optimisation level.
+    """Running totals of one runtime at one optimization level.
 
     runtime: with the probes of `probes_of(plan)`.
     plan:    the reference: integer kernels, or QDQ taken literally.

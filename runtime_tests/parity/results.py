@@ -30,7 +30,7 @@ FLOAT_LSB = 1
 
 FLOAT_RATE = 1e-4
 """Largest legal share of such values, per site of 8 bits. Float32 results that differ in their last bits fall on two
-sides of a tie in up to 2e-5 of the values; integer sums computed in float32 (optimisations off) did so in 1e-6 to 3e-5.
+sides of a tie in up to 2e-5 of the values; integer sums computed in float32 (optimizations off) did so in 1e-6 to 3e-5.
 A finer grid over the same range has as many more ties: 256 times at 16 bits, where up to 2e-3 were seen."""
 
 FLOAT_CHANCE = 4
@@ -140,7 +140,7 @@ class OutputParity:
 
 @dataclass(frozen=True, kw_only=True)
 class Level(Agreement):
-    """Everything that was compared in one runtime at one optimisation level; its counts are those end to end.
+    """Everything that was compared in one runtime at one optimization level; its counts are those end to end.
 
     forced:            counts of the comparison of every node from the runtime's own input codes.
     outputs_identical: the bits of all outputs agree end to end.
@@ -210,7 +210,7 @@ class Level(Agreement):
 
         The error names the first node that does not, and how far off it is.
         """
-        level = f"in {self.runtime} with optimisations {'on' if self.optimized else 'off'}"
+        level = f"in {self.runtime} with optimizations {'on' if self.optimized else 'off'}"
         illegal = [node for node in self.nodes if not node.legal]
         if illegal:
             first = illegal[0]
@@ -251,7 +251,7 @@ class SecondLevel(Level):
 
 @dataclass(frozen=True)
 class Parity:
-    """The two levels of optimisation of onnxruntime, and OpenVINO where it was asked for."""
+    """The two levels of optimization of onnxruntime, and OpenVINO where it was asked for."""
 
     unoptimized: Level
     optimized: Level

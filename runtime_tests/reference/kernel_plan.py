@@ -1,4 +1,4 @@
-"""Plan which kernels onnxruntime's optimiser makes of a program: what runs on integers, and why the rest does not.
+"""Plan which kernels onnxruntime's optimizer makes of a program: what runs on integers, and why the rest does not.
 
 An operator becomes an integer kernel when everything it reads is dequantized codes and its result is read by one
 quantizer alone. What stands between the two is absorbed: a ReLU or clip whose bounds are the ends of the container, and
@@ -134,7 +134,7 @@ def site_of(quantizer: fx.Node) -> str:
 
 
 def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
-    """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimisations off."""
+    """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off."""
     planner = _Planner(program, integer)
     for node in program.graph.nodes:
         if node.target is QUANTIZE:
@@ -179,7 +179,7 @@ class _Planner:
     def _kernel(self, op: fx.Node, y: Grid) -> Kernel:
         rule = RULES.get(op.target)
         if not self.integer:
-            raise StaysFloat(_OPTIMISATIONS_OFF)
+            raise StaysFloat(_OPTIMIZATIONS_OFF)
         if rule is None:
             raise StaysFloat(reason_without_rule(op))
         if len(op.users) > 1 and op.target not in MOVES:
@@ -191,7 +191,7 @@ class _Planner:
         """Plan a weighted operator whose result is read as floats."""
         try:
             if not self.integer:
-                raise StaysFloat(_OPTIMISATIONS_OFF)
+                raise StaysFloat(_OPTIMIZATIONS_OFF)
             if len(node.users) > 1 and any(map(_feeds_quantizer, node.users)):
                 raise StaysFloat(_BOTH)
             if _is_clipped(node):
@@ -204,7 +204,7 @@ class _Planner:
         self.steps.append(Step(node.name, made.name, "", node, quantized=False))
 
 
-_OPTIMISATIONS_OFF = "optimisations are off"
+_OPTIMIZATIONS_OFF = "optimizations are off"
 _BOTH = "its result is read both by a quantizer and as floats"
 _CLIPPED = "a ReLU or clip stands between its result and a float operator"
 

@@ -48,7 +48,7 @@ class Net:
         self.rng = np.random.default_rng(self.seed)
 
     def constant(self, hint: str, value: Array, *, dtype: int | None = None) -> str:
-        """Name of a new raw_data initialiser; `dtype` packs `value` into a 4- or 2-bit type."""
+        """Name of a new raw_data initializer; `dtype` packs `value` into a 4- or 2-bit type."""
         name = f"{hint}.{len(self.initializers)}"
         if dtype is None:
             tensor = onnx.numpy_helper.from_array(np.asarray(value), name)

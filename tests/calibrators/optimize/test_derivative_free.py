@@ -1,4 +1,4 @@
-"""Parabolas and their guards; minimisers on functions whose minimum is known; second differences."""
+"""Parabolas and their guards; minimizers on functions whose minimum is known; second differences."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_values_that_are_not_finite_do_not_spoil_the_others() -> None:
     assert parabola.verdict == "accepted"
 
 
-# --- minimisers ----------------------------------------------------------------------------------------------------
+# --- minimizers ----------------------------------------------------------------------------------------------------
 
 
 def test_one_sweep_solves_a_separable_quadratic() -> None:
@@ -111,7 +111,7 @@ def test_one_sweep_solves_a_separable_quadratic() -> None:
     assert len(objective.asked) <= 3 * len(MINIMUM)
 
 
-def test_minimisers_agree_on_a_separable_quadratic() -> None:
+def test_minimizers_agree_on_a_separable_quadratic() -> None:
     swept = coordinate_sweep(bowl, start(bowl), np.full(len(MINIMUM), STEP))
     lines = powell(bowl, start(bowl), 200)
     model = cobyqa(bowl, start(bowl), [[i] for i in range(len(MINIMUM))], 200)
@@ -120,14 +120,14 @@ def test_minimisers_agree_on_a_separable_quadratic() -> None:
         assert found.loss == bowl(found.point)
 
 
-MINIMISERS: dict[str, Callable[[Any, Found], Found]] = {
+MINIMIZERS: dict[str, Callable[[Any, Found], Found]] = {
     "parabolas": lambda f, s: coordinate_sweep(f, coordinate_sweep(f, s, np.full(3, STEP)), np.full(3, STEP)),
     "powell": lambda f, s: powell(f, s, 100),
     "cobyqa": lambda f, s: cobyqa(f, s, [[0, 1], [2]], 40),
 }
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 def test_the_best_point_met_is_returned(name: str) -> None:
     """On a surface as rough as it is bent, and infinite in places."""
 
@@ -135,27 +135,27 @@ def test_the_best_point_met_is_returned(name: str) -> None:
         return math.inf if x[0] > 0.1 else float((x**2).sum() + 0.05 * np.sin(97 * x).sum()) + 1.0
 
     objective = Counted(rough)
-    found = MINIMISERS[name](objective, start(rough, 3))
+    found = MINIMIZERS[name](objective, start(rough, 3))
     best = min(loss for _, loss in objective.asked)
     assert found.loss == min(best, rough(np.zeros(3))) == rough(found.point)
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 def test_no_variable_leaves_its_bounds(name: str) -> None:
     objective = Counted(lambda x: float(3.0 - x.sum()))
-    found = MINIMISERS[name](objective, Found(np.array([UPPER - 0.05, 0.0, LOWER]), objective(np.zeros(3))))
+    found = MINIMIZERS[name](objective, Found(np.array([UPPER - 0.05, 0.0, LOWER]), objective(np.zeros(3))))
     points = np.array([x for x, _ in objective.asked])
     assert points.min() >= LOWER and points.max() <= UPPER
     assert found.point[0] == UPPER
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 def test_a_minimum_is_not_left(name: str) -> None:
     at_start = start(lambda x: float(np.abs(x).sum()), 3)
-    assert MINIMISERS[name](lambda x: float(np.abs(x).sum()), at_start) is at_start
+    assert MINIMIZERS[name](lambda x: float(np.abs(x).sum()), at_start) is at_start
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 def test_an_objective_ends_the_search_by_raising(name: str) -> None:
     asked = []
 
@@ -166,7 +166,7 @@ def test_an_objective_ends_the_search_by_raising(name: str) -> None:
         return float((x - 0.3).sum() ** 2)
 
     with pytest.raises(TimeoutError):
-        MINIMISERS[name](limited, Found(np.zeros(3), 1.0))
+        MINIMIZERS[name](limited, Found(np.zeros(3), 1.0))
     assert len(asked) == 5
 
 

@@ -414,7 +414,7 @@ def test_aciq_clips(bits: int, laplace: float, laplace_relu: float, gauss: float
     [(stats.laplace, False, 5.03), (stats.laplace, True, 6.20), (stats.norm, False, 2.56), (stats.norm, True, 2.94)],
     ids=["laplace", "laplace-relu", "gauss", "gauss-relu"],
 )
-def test_aciq_recognises_the_law(law: str, distribution: stats.rv_continuous, relu: bool, clip: float) -> None:
+def test_aciq_recognizes_the_law(law: str, distribution: stats.rv_continuous, relu: bool, clip: float) -> None:
     x = quantiles(distribution)
     x = x.relu() if relu else x
     named = "laplace" if distribution is stats.laplace else "gauss"

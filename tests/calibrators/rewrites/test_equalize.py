@@ -1,4 +1,4 @@
-"""Equalisation and absorption: the function stays, ranges agree, what does not qualify is left alone and told."""
+"""Equalization and absorption: the function stays, ranges agree, what does not qualify is left alone and told."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_the_function_is_the_same(name: str) -> None:
     assert len(record.pairs) == count
     assert difference(graph, changed, x) < SAME
     factors = [getattr(pair, key) for pair in record.pairs for key in ("factor_lo", "factor_hi")]
-    assert max(factors) / min(factors) > 10, "there was something to equalise"
+    assert max(factors) / min(factors) > 10, "there was something to equalize"
     assert equalize(changed)[1].sweeps == 1, "and it is done"
 
 
@@ -373,7 +373,7 @@ def test_expected_outputs_are_scaled_along() -> None:
 
 
 def test_an_almost_constant_channel_is_not_blown_up() -> None:
-    """Weight decay leaves such channels: next to no weights, and a bias, which equalising blows up ten thousandfold."""
+    """Weight decay leaves such channels: next to no weights, and a bias, which equalizing blows up ten thousandfold."""
 
     def net(deviation: float) -> tuple[fx.GraphModule, Tensor]:
         layers = (nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
@@ -566,7 +566,7 @@ def test_names_are_checked_and_their_order_does_not_matter() -> None:
     assert prepare_graph(graph, ()) == (graph, Preparation())
     first, second = (prepare_graph(graph, names)[1] for names in (("cle", "absorb"), ("absorb", "cle")))
     assert first.cle is not None and first == second
-    assert first.absorb.pairs[0].largest != pytest.approx(4.7, abs=1e-2), "of the equalised values"
+    assert first.absorb.pairs[0].largest != pytest.approx(4.7, abs=1e-2), "of the equalized values"
     with pytest.raises(UnknownNameError, match=r"unknown preparation 'cles'\. Did you mean 'cle'"):
         prepare_graph(graph, ("cles",))
 
@@ -612,7 +612,7 @@ def output_error(prepare: tuple[str, ...]) -> float:
     return float((y - y_q).square().sum() / y.square().sum())
 
 
-def test_equalised_weights_survive_one_scale_per_tensor() -> None:
+def test_equalized_weights_survive_one_scale_per_tensor() -> None:
     assert output_error(("cle",)) < output_error(()) / 10
 
 

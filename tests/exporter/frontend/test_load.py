@@ -141,7 +141,7 @@ def test_half_precision_weights_become_float32(file: Path) -> None:
     assert load_model(f"{file}:half")[0].weight.dtype == torch.float32
 
 
-def test_an_infinite_buffer_outside_a_normalisation_is_a_legal_mask(file: Path) -> None:
+def test_an_infinite_buffer_outside_a_normalization_is_a_legal_mask(file: Path) -> None:
     model = load_model(f"{file}:Masked")
     assert math.isinf(model.mask[0, 1])
     assert input_names(model) == ("query", "key")

@@ -399,7 +399,7 @@ def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed:
     return pixels
 
 
-def test_a_folder_of_images_is_sorted_and_normalised(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_sorted_and_normalized(tmp_path: Path) -> None:
     pixels = [picture(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("cab")]
     (tmp_path / "notes.txt").write_text("no image")
     mean, std = (0.5, 0.25, 0.125), (0.5, 0.25, 2.0)

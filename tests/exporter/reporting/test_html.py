@@ -173,7 +173,7 @@ def test_every_block_shows_its_numbers() -> None:
         "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
         "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
         "granularity tensor, symmetric true", "none: later rules decide", "input bits",
-        "1 pair equalised in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
+        "1 pair equalized in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
         "5 of 48", "3.22", "exact", "0.00076", "zeros are padded in front of stages.0.0.conv",
     ):  # fmt: skip
         assert shown in text, shown

@@ -141,11 +141,11 @@ REFUSED: dict[str, tuple[str, Callable[[], Model]]] = {
     "int8 Transpose at opset 21": ("signed-reshape", lambda: signed_reshape("Transpose")),
     "int8 MaxPool at opset 21": ("signed-reshape", lambda: signed_reshape("MaxPool")),
 }
-"""Models that load with optimisations off and not with them on, and the rule that names each."""
+"""Models that load with optimizations off and not with them on, and the rule that names each."""
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_session_is_refused_once_optimised(form: str) -> None:
+def test_session_is_refused_once_optimized(form: str) -> None:
     rule, build = REFUSED[form]
     model = build()
     assert flagged(model, rule)

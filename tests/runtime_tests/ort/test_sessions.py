@@ -73,7 +73,7 @@ def test_external_data_load_by_path(residual: onnx.ModelProto, tmp_path: Path, p
         np.testing.assert_array_equal(given, expected)
 
 
-def test_optimisation_levels_run_different_kernels(residual: onnx.ModelProto, tmp_path: Path) -> None:
+def test_optimization_levels_run_different_kernels(residual: onnx.ModelProto, tmp_path: Path) -> None:
     session(residual, save_optimized=tmp_path / "on.onnx")
     session(residual, optimized=False, save_optimized=tmp_path / "off.onnx")
     on = {node.op_type for node in onnx.load(tmp_path / "on.onnx").graph.node}

@@ -118,7 +118,7 @@ def rename_values(model: Model) -> None:
 
 SABOTAGE: dict[str, tuple[Callable[[Model], None], str]] = {
     "quantizer dropped": (drop_pair, "the number of QuantizeLinear"),
-    "code changed": (change_code, "the integer initialisers"),
+    "code changed": (change_code, "the integer initializers"),
     "scale changed": (change_scale, "the codes, scales or zero points"),
     "opset raised": (raise_opset, "the opsets"),
     "batch fixed": (fix_batch, "the names, types or shapes"),
@@ -189,6 +189,6 @@ def test_integer_contents_may_be_merged_but_not_lost() -> None:
     x = net.signed(net.input("x", ("N", 4)))
     model = net.model(net.signed(net.op("Tanh", x.name)).name)
     result, report = simplify(model, models.sample(model))
-    assert report.applied  # both quantizers have one scale and one zero point: equal initialisers become one
+    assert report.applied  # both quantizers have one scale and one zero point: equal initializers become one
     assert len(result.graph.initializer) < len(model.graph.initializer)
     assert changes(model, result) == []

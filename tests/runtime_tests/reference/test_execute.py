@@ -241,7 +241,7 @@ IN_RUNTIME = [
     "multiplied-parts",
     "requantized",
 ]
-"""Cases whose rule is the optimiser's own and not to be read off the ONNX file."""
+"""Cases whose rule is the optimizer's own and not to be read off the ONNX file."""
 
 
 def test_runtime_agrees_with_the_plan() -> None:
@@ -385,7 +385,7 @@ def test_narrow_codes_stay_in_their_range(bits: int) -> None:
     assert min(highest.values()) == 2**bits - 1
 
 
-def test_plan_without_optimisations_has_no_integer_kernel() -> None:
+def test_plan_without_optimizations_has_no_integer_kernel() -> None:
     program = network("mobile")[0].program
     steps = plan(program, integer=False).steps
     assert {step.kernel for step in steps} == {"QuantizeLinear", FLOAT}
