@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from calibrators import PlacementOptions, calibrate
 from exporter import capture, emit, fold
-from exporter.emission.translate import emit_float
+from exporter.emission.build_model import emit_float
 from exporter.frontend.capture import quiet
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program

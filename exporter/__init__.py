@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from exporter.emission.translate import emit as emit
+    from exporter.emission.build_model import emit as emit
     from exporter.folding.fold_regions import fold as fold
     from exporter.frontend.capture import capture as capture
     from exporter.pipeline import export as export
@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "about": ["__version__"],
-        "emission.translate": ["emit"],
+        "emission.build_model": ["emit"],
         "folding.fold_regions": ["fold"],
         "frontend.capture": ["capture"],
         "pipeline": ["export"],

@@ -23,11 +23,10 @@ from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
 from calibrators.program.freeze import CalibrationResult
 from exporter.about import __version__
-from exporter.calibrating import calibrated, calibration_notes
 from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
+from exporter.emission.build_model import emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack
-from exporter.emission.translate import emit_float, needed_opset, save, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, capture
 from exporter.frontend.load import input_names, load_model
@@ -40,12 +39,13 @@ from exporter.reporting.bundle import check_out, write_bundle
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, model_of, storage_of
+from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, levels_of, machine_parts
 from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.ort.simplify import Simplifier, simplify
+from runtime_tests.ort.simplifier import Simplifier, simplify
 from runtime_tests.proof import Measurements, Proof
 
 __all__ = ["export"]

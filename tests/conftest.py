@@ -43,7 +43,7 @@ SLOW = re.compile(
             r"/test_low_bits\.py::test_integers_are_those_of_the_reference\[(pooled-[28]|transformer-2|residual-[47]|mlp-[78])",
             r"/test_weight_only\.py::test_the_runtime_computes_the_reference\[.*(-128-|8-block-32|6-channel|8-tensor|3-block)",
             r"/test_pipeline\.py::test_runtime_computes_the_reference\[(?!transformer-w8a8|pooled-w4a4)",
-            r"/test_translate\.py::test_file_computes_the_program\[(?!transformer-w8a8|residual-w4a4)",
+            r"/test_build_model\.py::test_file_computes_the_program\[(?!transformer-w8a8|residual-w4a4)",
             r"/test_cli_export\.py::test_an_interrupt_half_way_leaves_nothing\[15",
             r"/test_html\.py::test_a_missing_block_is_not_drawn\[(?!rules|layers|environment)",
             r"/test_html\.py::test_degenerate_searches_are_drawn\[(?!flat|nothing finite)",

@@ -18,8 +18,8 @@ from onnxscript.optimizer import fold_constants
 from torch import fx
 
 from calibrators.graph.aten import free_name
+from exporter.emission.onnx_forms import NAME
 from exporter.emission.packing import set_opset
-from exporter.emission.translations import NAME
 
 __all__ = ["annotate", "normalize"]
 

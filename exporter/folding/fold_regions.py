@@ -24,9 +24,9 @@ from calibrators.graph.rewrite import Call, constant_before, origin, replace_cal
 from calibrators.record import Refused
 from exporter.folding.affine_map import AffineMap
 from exporter.folding.bn_statistics import expected_output
+from exporter.folding.clean_graph import fill_borders, fold_constants, remove_identities, with_own_attributes
 from exporter.folding.interpret import BATCH_NORM, WEIGHTED, Analysis, interpret, is_computed, own_macs
 from exporter.folding.select import Candidate, Rejected, Selection, refusals, regroup_sums, select
-from exporter.folding.simplify import fill_borders, fold_constants, remove_identities, with_own_attributes
 
 __all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "fold"]
 

@@ -35,7 +35,7 @@ from exporter.folding.affine_map import (
     shift,
     stack,
 )
-from exporter.folding.simplify import Constants, exact_value, varying_axes
+from exporter.folding.clean_graph import Constants, exact_value, varying_axes
 
 __all__ = [
     "BATCH_NORM",

@@ -21,6 +21,7 @@ from calibrators.graph.aten import is_constant, shape_of, where
 from calibrators.graph.operators import SUMS, TRANSPOSED, facts
 from calibrators.graph.rewrite import call_before
 from exporter.folding.affine_map import AffineMap, NotAffine, add
+from exporter.folding.clean_graph import varying_axes
 from exporter.folding.interpret import (
     BATCH_NORM,
     MERGERS,
@@ -33,7 +34,6 @@ from exporter.folding.interpret import (
     terms_of,
     times,
 )
-from exporter.folding.simplify import varying_axes
 
 __all__ = ["Candidate", "Rejected", "Selection", "refusals", "regroup_sums", "select"]
 

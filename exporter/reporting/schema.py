@@ -31,7 +31,7 @@ from runtime_tests.measure.size import Size
 from runtime_tests.ort.coverage import Coverage
 from runtime_tests.ort.lint import Finding
 from runtime_tests.ort.saturation import Saturation
-from runtime_tests.ort.simplify import Simplifier
+from runtime_tests.ort.simplifier import Simplifier
 from runtime_tests.parity.results import Parity
 
 __all__ = [

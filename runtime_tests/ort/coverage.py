@@ -19,6 +19,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibrators.errors import DataError
+from runtime_tests.ort.onnx_operators import (
+    ELEMENTWISE,
+    FLOAT_PRODUCTS,
+    INTEGER_INSIDE,
+    MOVE_DATA,
+    QUANTIZE,
+    WEIGHT_INPUT,
+    WEIGHT_ONLY,
+)
 from runtime_tests.ort.operands import (
     Operand,
     array,
@@ -29,15 +38,6 @@ from runtime_tests.ort.operands import (
     quantizers_after,
     stated_type,
     where,
-)
-from runtime_tests.ort.operators import (
-    ELEMENTWISE,
-    FLOAT_PRODUCTS,
-    INTEGER_INSIDE,
-    MOVE_DATA,
-    QUANTIZE,
-    WEIGHT_INPUT,
-    WEIGHT_ONLY,
 )
 from runtime_tests.ort.sessions import Model, Source, session
 

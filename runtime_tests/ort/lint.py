@@ -19,6 +19,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime_tests.ort.onnx_operators import (
+    DEQUANTIZE,
+    NEED_QUANTIZER_WHEN_SIGNED,
+    PRODUCTS,
+    QUANTIZE,
+    SHARE_PARAMETERS,
+)
 from runtime_tests.ort.operands import (
     Product,
     array,
@@ -33,7 +40,6 @@ from runtime_tests.ort.operands import (
     type_range,
     where,
 )
-from runtime_tests.ort.operators import DEQUANTIZE, NEED_QUANTIZER_WHEN_SIGNED, PRODUCTS, QUANTIZE, SHARE_PARAMETERS
 from runtime_tests.ort.sessions import Model, Source, loads
 
 __all__ = ["RULES", "Finding", "Rule", "lint"]

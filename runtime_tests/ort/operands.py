@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime_tests.ort.operators import DEQUANTIZE, KEEP_CODES, PRODUCTS, QUANTIZE
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, KEEP_CODES, PRODUCTS, QUANTIZE
 
 __all__ = [
     "Operand",

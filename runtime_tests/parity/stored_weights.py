@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant
 from calibrators.grid.numerics import along_axis
+from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.operands import Operand, operand
-from runtime_tests.ort.operators import DEQUANTIZE
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.reference.kernel_rules import is_weight_only
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from calibrators.calibration import calibrate
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
-from exporter.emission.translate import emit
+from exporter.emission.build_model import emit
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage

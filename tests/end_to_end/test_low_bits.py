@@ -16,7 +16,7 @@ from calibrators.grid.spec import QuantizedTensor
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult, freeze
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation

@@ -23,7 +23,7 @@ from calibrators.methods.mse import MSE
 from calibrators.methods.qdrop import QDrop
 from calibrators.program.freeze import CalibrationResult
 from calibrators.record import Record
-from exporter import calibrating, pipeline
+from exporter import pipeline, run_calibrators
 from exporter.cli import INTERRUPTED, app
 from exporter.pipeline import export
 from exporter.progress import Bar, Progress
@@ -219,7 +219,7 @@ def test_an_accelerator_without_memory_is_no_internal_error(tmp_path: Path, monk
     def full(*_: object, **__: object) -> CalibrationResult:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(calibrating, "calibrate", full)
+    monkeypatch.setattr(run_calibrators, "calibrate", full)
     with pytest.raises(InputError, match=r"too little memory \(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\)"):
         export(*residual(), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ def test_every_source_is_read_as_often_as_a_method_wants(
         assert all(torch.equal(read[0], again) for again in read) and len(read[0]) == 24
         raise Enough
 
-    monkeypatch.setattr(calibrating, "calibrate", passes)
+    monkeypatch.setattr(run_calibrators, "calibrate", passes)
     batches = [build("residual", seed=seed)[1] for seed in range(3)]
     with pytest.raises(Enough):
         export(residual()[0], source(batches), out=tmp_path / "out", method="qdrop")
@@ -343,7 +343,7 @@ def test_methods_without_training_report_no_reconstruction() -> None:
     model, batches = residual()
     from exporter.frontend.capture import capture
 
-    record = calibrating.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
+    record = run_calibrators.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
     assert record == Record()
 
 

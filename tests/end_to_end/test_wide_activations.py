@@ -16,7 +16,7 @@ from calibrators.calibration import calibrate
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
-from exporter.emission.translate import WIDE_OPSET, emit, to_onnx
+from exporter.emission.build_model import WIDE_OPSET, emit, to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint

@@ -8,8 +8,8 @@ import onnx
 import onnx_ir as ir
 
 from calibrators.program.freeze import CalibrationResult
+from exporter.emission.build_model import needed_opset, to_onnx
 from exporter.emission.packing import pack
-from exporter.emission.translate import needed_opset, to_onnx
 
 
 def stored(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
 from calibrators.graph.canonical import clip_bounds, to_integer_forms
-from exporter.emission.translate import emit
+from exporter.emission.build_model import emit
 from exporter.frontend.capture import capture
 from runtime_tests.proof import validate
 from tests.support.networks import randomize

@@ -27,7 +27,7 @@ from calibrators.program.freeze import CalibrationResult
 from calibrators.reconstruction import layer_rounding
 from calibrators.reconstruction.hessian_rounding import BLOCK, Hessian, Im2col, Rounded, round_weight
 from exporter import export
-from exporter.emission.translate import needed_opset, to_onnx
+from exporter.emission.build_model import needed_opset, to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.proof import parity

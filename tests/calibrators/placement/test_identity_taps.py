@@ -33,7 +33,7 @@ from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.targets import get_target
 from exporter.emission import packing
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.ort.coverage import coverage

@@ -28,7 +28,7 @@ from calibrators.reconstruction.fisher import importances
 from calibrators.reconstruction.policy import BlockReconstruction
 from calibrators.reconstruction.reconstruct import Run
 from calibrators.reconstruction.training import Unit
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.proof import parity
 from tests.support.folded import folded_network, output_error

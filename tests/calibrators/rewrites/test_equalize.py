@@ -23,7 +23,7 @@ from calibrators.record import Absorption, Equalization, Preparation
 from calibrators.rewrites.absorb import absorb
 from calibrators.rewrites.equalize import CONVERGED, equalize
 from calibrators.rewrites.prepare import prepare_graph
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.proof import parity

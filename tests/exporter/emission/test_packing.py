@@ -24,8 +24,8 @@ from calibrators.program.freeze import CalibrationResult
 from exporter.checks import check_settings
 from exporter.config import make_config
 from exporter.emission import packing
+from exporter.emission.build_model import emit, to_onnx
 from exporter.emission.packing import STORAGES, alternatives, pack
-from exporter.emission.translate import emit, to_onnx
 from exporter.frontend.capture import capture
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.lint import lint

@@ -22,7 +22,7 @@ from calibrators.execution.blocks import Block, extract, merge, partition
 from calibrators.graph.batch_norm import EXPECTED, expected_outputs
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.placement.place import PlacementOptions
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from exporter.frontend.reference import export_program, save_reference

@@ -19,7 +19,7 @@ from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from calibrators.targets import get_target
-from exporter.emission.translate import to_onnx
+from exporter.emission.build_model import to_onnx
 from exporter.frontend.capture import capture
 
 

@@ -1,4 +1,6 @@
-"""Translate ATen operators where torch.onnx has no translation, or one that integer runtimes do not fuse.
+"""The table of ONNX forms: ATen operators that torch.onnx cannot translate, or not as integer runtimes fuse them.
+
+Scales and zero points enter the model here, as inputs of QuantizeLinear and DequantizeLinear.
 
 A value of torch.onnx (SymbolicTensor) is an ir.Value.
 
@@ -17,7 +19,7 @@ from onnxscript import opset21
 
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 
-__all__ = ["NAME", "TRANSLATIONS"]
+__all__ = ["NAME", "ONNX_FORMS"]
 
 NAME = "intact.name"
 """Metadata key under which a node carries the name that its output gets."""
@@ -136,7 +138,7 @@ def _is_dequantized(value: Any) -> bool:
     return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
 
 
-TRANSLATIONS: dict[Any, Any] = {
+ONNX_FORMS: dict[Any, Any] = {
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,

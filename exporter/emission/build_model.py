@@ -1,6 +1,6 @@
-"""Translate the reference program to QDQ ONNX, one operator to one operator.
+"""Build the ONNX model of the reference program, one operator for one operator, and write it to a file.
 
-torch.onnx translates most ATen operators; `translations` has the others, and quantize and dequantize, because no stock
+torch.onnx translates most ATen operators; `onnx_forms` has the others, and quantize and dequantize, because no stock
 exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes want them.
 
 Must not know: methods, runtimes, files other than the model's.
@@ -26,9 +26,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, where
 from calibrators.program.freeze import CalibrationResult
+from exporter.emission.onnx_forms import ONNX_FORMS
 from exporter.emission.packing import pack
 from exporter.emission.readable import annotate, normalize
-from exporter.emission.translations import TRANSLATIONS
 from exporter.frontend.capture import quiet
 from exporter.frontend.reference import export_program
 
@@ -122,7 +122,7 @@ def _registry(opset: int) -> ONNXRegistry:
     function beneath it takes a table.
     """
     registry = ONNXRegistry.from_torchlib(opset_version=opset)
-    for operator, translation in TRANSLATIONS.items():
+    for operator, translation in ONNX_FORMS.items():
         registry.register_op(operator, translation)
     return registry
 

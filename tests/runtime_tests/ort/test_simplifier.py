@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime_tests.ort import simplify as stage
-from runtime_tests.ort.simplify import changes, simplify
+from runtime_tests.ort import simplifier as stage
+from runtime_tests.ort.simplifier import changes, simplify
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Net
 
@@ -174,7 +174,7 @@ def test_a_failure_inside_onnxsim_is_reported(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_stage_prints_nothing() -> None:
     program = (
-        "import onnx, numpy as np; from runtime_tests.ort.simplify import simplify;"
+        "import onnx, numpy as np; from runtime_tests.ort.simplifier import simplify;"
         "from tests.support import onnx_models as models;"
         "m = models.squeeze_excite(); simplify(m, models.sample(m))"
     )

@@ -19,8 +19,8 @@ from calibrators.errors import ExportError
 from calibrators.graph.aten import constant
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
-from exporter.emission import translate as emit_module
-from exporter.emission.translate import emit, emit_float
+from exporter.emission import build_model as emit_module
+from exporter.emission.build_model import emit, emit_float
 from exporter.frontend.capture import capture
 from exporter.frontend.reference import export_program, load_reference, save_reference
 from runtime_tests.ort.sessions import optimized_model, session
@@ -160,7 +160,7 @@ def test_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
 
     x = torch.randn(2, 3, 4, 4)
     result = calibrate(capture(randomize(Odd()), x), [x], method="minmax")
-    with pytest.raises(ExportError, match=r"'special_bessel_j0' at .*test_translate\.py:\d+.* has no ONNX form"):
+    with pytest.raises(ExportError, match=r"'special_bessel_j0' at .*test_build_model\.py:\d+.* has no ONNX form"):
         emit(result, path)
     assert not path.exists()
 
@@ -211,5 +211,5 @@ def test_operator_that_torch_splits_before_it_fails_is_named(tmp_path: Path) -> 
 
     x = torch.randn(2, 3, 4, 4)
     result = calibrate(capture(randomize(Random()), x), [x], method="minmax")
-    with pytest.raises(ExportError, match=r"'rrelu' at .*test_translate\.py:\d+.* has no ONNX form"):
+    with pytest.raises(ExportError, match=r"'rrelu' at .*test_build_model\.py:\d+.* has no ONNX form"):
         emit(result, tmp_path / "model.onnx")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from runtime_tests.ort.operators import DEQUANTIZE, QUANTIZE
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.sessions import session
 
 __all__ = ["Simplifier", "changes", "simplify"]
