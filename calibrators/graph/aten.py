@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from calibrators.graph.operators import facts
+from calibrators.graph.operators import CONVOLUTIONS, PADDED_BY_NAME, TRANSPOSED, facts
 
 __all__ = [
     "add_constant",
     "batch_of",
     "bind",
     "constant",
+    "convolution",
     "example_batch",
     "fan_in",
     "free_name",
@@ -162,6 +163,13 @@ def per_axis(value: Any, spatial: int) -> tuple[int, ...]:
 def overloads(names: Iterable[str]) -> list[Any]:
     """Return the targets of calls that operators.name_of names so: "conv2d.default" gives aten.conv2d.default."""
     return [operator.getitem if name == "getitem" else attrgetter(name)(torch.ops.aten) for name in names]
+
+
+def convolution(spatial: int, *, transposed: bool = False) -> Any:
+    """Return the target of the convolution with so many spatial dimensions, whose padding are numbers."""
+    names = TRANSPOSED if transposed else CONVOLUTIONS - PADDED_BY_NAME
+    (target,) = overloads(name for name in names if facts(name).spatial == spatial)
+    return target
 
 
 def batch_of(graph: fx.GraphModule, wanted: int) -> int:

@@ -14,14 +14,17 @@ from typing import Any
 
 __all__ = [
     "CONVOLUTIONS",
+    "DROPOUTS",
     "HOMOGENEOUS",
     "LISTS",
     "MOVES",
     "ON_FLOATS",
+    "PADDED_BY_NAME",
     "PADS",
     "POOLS",
     "PRODUCTS",
     "QUOTIENTS",
+    "REVERSED",
     "SUMS",
     "TRANSPOSED",
     "WEIGHTED",
@@ -37,8 +40,11 @@ class Operator:
     """The properties of one operator that hold on every runtime.
 
     kind:        "convolution", "transposed" (convolution) and "linear" carry a weight; "pool" averages windows; "sum",
-                 "product" and "quotient" combine two operands; "pad" adds values at the borders.
+                 "product" and "quotient" combine two operands; "pad" adds values at the borders; "dropout" returns its
+                 input outside training.
     spatial:     spatial dimensions of a convolution or pool.
+    by_name:     its padding is "same" or "valid".
+    reversed:    it subtracts the first operand from the second.
     onnx:        the ONNX operator for it, where it moves values: every value of the result is one of the first operand,
                  so that it gives the same on codes.
     is_list:     the result is a list of tensors.
@@ -48,6 +54,8 @@ class Operator:
 
     kind: str = ""
     spatial: int = 0
+    by_name: bool = False
+    reversed: bool = False
     onnx: str = ""
     is_list: bool = False
     homogeneous: bool = False
@@ -60,9 +68,12 @@ def _rows(names: str, **columns: Any) -> dict[str, Operator]:
 
 OPERATORS: dict[str, Operator] = {
     # carry a weight
-    **_rows("conv1d.default conv1d.padding", kind="convolution", spatial=1),
-    **_rows("conv2d.default conv2d.padding", kind="convolution", spatial=2),
-    **_rows("conv3d.default conv3d.padding", kind="convolution", spatial=3),
+    **_rows("conv1d.default", kind="convolution", spatial=1),
+    **_rows("conv2d.default", kind="convolution", spatial=2),
+    **_rows("conv3d.default", kind="convolution", spatial=3),
+    **_rows("conv1d.padding", kind="convolution", spatial=1, by_name=True),
+    **_rows("conv2d.padding", kind="convolution", spatial=2, by_name=True),
+    **_rows("conv3d.padding", kind="convolution", spatial=3, by_name=True),
     **_rows("conv_transpose1d.default", kind="transposed", spatial=1),
     **_rows("conv_transpose2d.input", kind="transposed", spatial=2),
     **_rows("conv_transpose3d.input", kind="transposed", spatial=3),
@@ -91,9 +102,13 @@ OPERATORS: dict[str, Operator] = {
     **_rows("adaptive_avg_pool1d.default adaptive_avg_pool2d.default mean.dim", homogeneous=True),
     **_rows("upsample_bilinear2d.vec leaky_relu.default", homogeneous=True),
     # combine two operands
-    **_rows("add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Tensor rsub.Scalar", kind="sum"),
+    **_rows("add.Tensor add.Scalar sub.Tensor sub.Scalar", kind="sum"),
+    **_rows("rsub.Tensor rsub.Scalar", kind="sum", reversed=True),
     **_rows("mul.Tensor mul.Scalar", kind="product"),
     **_rows("div.Tensor div.Scalar", kind="quotient"),
+    # act in training alone
+    **_rows("dropout.default feature_dropout.default", kind="dropout"),
+    **_rows("alpha_dropout.default feature_alpha_dropout.default", kind="dropout"),
 }
 
 
@@ -128,11 +143,14 @@ def _where(holds: Callable[[Operator], object]) -> Operators:
 
 
 CONVOLUTIONS = _where(lambda row: row.kind == "convolution")
+PADDED_BY_NAME = _where(lambda row: row.by_name)
 TRANSPOSED = _where(lambda row: row.kind == "transposed")
 WEIGHTED = CONVOLUTIONS | TRANSPOSED | _where(lambda row: row.kind == "linear")
 POOLS = _where(lambda row: row.kind == "pool")
 PADS = _where(lambda row: row.kind == "pad")
+DROPOUTS = _where(lambda row: row.kind == "dropout")
 SUMS = _where(lambda row: row.kind == "sum")
+REVERSED = _where(lambda row: row.reversed)
 PRODUCTS = _where(lambda row: row.kind == "product")
 QUOTIENTS = _where(lambda row: row.kind == "quotient")
 MOVES = _where(lambda row: row.onnx)

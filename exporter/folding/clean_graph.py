@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibrators.graph.aten import bind, constant, is_constant, module_path, overloads, shape_of
-from calibrators.graph.operators import PADS
+from calibrators.graph.operators import DROPOUTS, PADS, PRODUCTS, QUOTIENTS, REVERSED, SUMS
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, constant_before, replace_by
 from calibrators.graph.walk import call
 
@@ -171,10 +171,7 @@ IDENTITIES: dict[Any, tuple[Rule, ...]] = {
         "alias.default detach.default clone.default contiguous.default lift_fresh_copy.default positive.default "
         "to.dtype to.device to.dtype_layout to.other _to_copy.default type_as.default",
     ),
-    **_removed_if(
-        lambda node: not bind(node)["train"],
-        "dropout.default feature_dropout.default alpha_dropout.default feature_alpha_dropout.default",
-    ),
+    **_removed_if(lambda node: not bind(node)["train"], " ".join(DROPOUTS)),
     **_removed_if(
         _keeps_shape,
         "reshape.default view.default expand.default flatten.using_ints squeeze.default squeeze.dim squeeze.dims "
@@ -182,8 +179,8 @@ IDENTITIES: dict[Any, tuple[Rule, ...]] = {
     ),
     **_removed_if(_keeps_order, "permute.default"),
     **_removed_if(lambda node: not any(bind(node)["pad"]), " ".join(PADS)),
-    **_removed_if(lambda node: bool(bind(node)["other"] == 0), "add.Tensor add.Scalar sub.Tensor sub.Scalar"),
-    **_removed_if(lambda node: bool(bind(node)["other"] == 1), "mul.Tensor mul.Scalar div.Tensor div.Scalar"),
+    **_removed_if(lambda node: bool(bind(node)["other"] == 0), " ".join(SUMS - REVERSED)),
+    **_removed_if(lambda node: bool(bind(node)["other"] == 1), " ".join(PRODUCTS | QUOTIENTS)),
     aten.cat.default: (_concatenation_of_one,),
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import ModelError
-from calibrators.graph.aten import bind, infer_shapes, module_path, shape_of, where
+from calibrators.graph.aten import bind, convolution, infer_shapes, module_path, shape_of, where
 from calibrators.graph.batch_norm import EXPECTED, Expected
 from calibrators.graph.operators import SUMS, TRANSPOSED
 from calibrators.graph.rewrite import Call, constant_before, origin, replace_call
@@ -39,7 +39,6 @@ CHANNEL_FLOOR = 1e-6
 cancel leave a channel with rounding noise only."""
 MAX_REGROUPINGS = 4
 """Rounds of reordering sums: one settles all of them unless a regrouped sum is itself an operand of another."""
-CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _operator(f: AffineMap) -> _Replacement:
     widths = [width for low, high in zip(shape.low[::-1], shape.high[::-1], strict=True) for width in (low, high)]
     own = list(shape.low) if is_plain else [0] * len(f.stride)
     return _Replacement(
-        target=CONVOLUTION[len(f.stride)],
+        target=convolution(len(f.stride)),
         weight=weight,
         bias=bias,
         arguments=(list(f.stride), own, list(shape.dilation), f.groups),
@@ -223,7 +222,7 @@ def _errors(analysis: Analysis, candidate: Candidate, made: _Replacement) -> lis
         if before.shape != after.shape:
             return [math.inf]
         channels = 1 if candidate.root.spatial else before.ndim - 1
-        errors.append(_relative_error(before.movedim(channels, 0).flatten(1), after.movedim(channels, 0).flatten(1)))
+        errors.append(_largest_error(before.movedim(channels, 0).flatten(1), after.movedim(channels, 0).flatten(1)))
     return errors
 
 
@@ -239,7 +238,7 @@ def _proof_sizes(candidate: Candidate) -> list[list[int]]:
     return [[1, shape[1], *(size + (axis + turn) % 2 for axis, size in enumerate(odd))] for turn in rounds]
 
 
-def _relative_error(before: Tensor, after: Tensor) -> float:
+def _largest_error(before: Tensor, after: Tensor) -> float:
     """Return the largest |difference| per row over the row's largest value, with the floor of CHANNEL_FLOOR."""
     largest = before.abs().amax(1)
     floor = CHANNEL_FLOOR * largest.amax()

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, is_constant, macs, overloads, per_axis, shape_of
+from calibrators.graph.aten import bind, constant, convolution, is_constant, macs, overloads, per_axis, shape_of
 from calibrators.graph.batch_norm import BatchNorm, read_batch_norm, uses_batch_statistics
-from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, SUMS, facts
+from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, REVERSED, SUMS, facts
 from calibrators.graph.walk import call
 from exporter.folding.affine_map import (
     AffineMap,
@@ -175,7 +175,7 @@ def terms_of(node: fx.Node) -> list[tuple[float, Any]]:
     bound = bind(node)
     factor = float(bound.get("alpha") or 1)
     first, second = bound["self"], bound["other"]
-    if node.target in (aten.rsub.Tensor, aten.rsub.Scalar):
+    if node.target in REVERSED:
         return [(-factor, first), (1.0, second)]
     is_add = node.target in (aten.add.Tensor, aten.add.Scalar)
     return [(1.0, first), (factor if is_add else -factor, second)]
@@ -376,7 +376,7 @@ def _concatenation(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys(overloads(name for name in CONVOLUTIONS if name.endswith(".default")), _convolution),
+    **{convolution(spatial): _convolution for spatial in (1, 2, 3)},
     **dict.fromkeys(overloads(POOLS), _average_pool),
     **dict.fromkeys(overloads(SUMS), _sum),
     **dict.fromkeys(overloads(SCALES), _product),

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from calibrators.graph.aten import bind, is_constant
+from calibrators.graph.aten import bind, convolution, is_constant, overloads
+from calibrators.graph.operators import DROPOUTS, PADDED_BY_NAME
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
 
 __all__ = ["HALVES", "flatten"]
@@ -23,14 +24,6 @@ __all__ = ["HALVES", "flatten"]
 aten = torch.ops.aten
 
 HALVES = {torch.float16, torch.bfloat16}
-
-RETURN_THEIR_INPUT = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-"""In evaluation, though their schemas do not say so."""
 
 
 def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -128,9 +121,12 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Return whether a call may return memory that it was given; for several results the schema does not say which."""
+    """Return whether a call may return memory that it was given; for several results the schema does not say which.
+
+    A dropout does so in evaluation, and its schema does not say so at all.
+    """
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in RETURN_THEIR_INPUT:
+    if target in DROPOUTS or not isinstance(target, torch._ops.OpOverload):
         return True
     return any(argument.alias_info is not None for argument in target._schema.arguments)
 
@@ -185,14 +181,9 @@ def _batch_norm(node: fx.Node) -> None:
 
 def _convolution(node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-    rest: tuple[Any, ...]
-    if transposed:
-        kinds = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-        rest = (stride, padding, output_padding, groups, dilation)
-    else:
-        kinds = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-        rest = (stride, padding, dilation, groups)
-    replace_call(node, (kinds[len(stride) - 1], (x, weight, bias, *rest)))  # type: ignore[arg-type]
+    target = convolution(len(stride), transposed=transposed)  # type: ignore[arg-type]
+    rest = (padding, output_padding, groups, dilation) if transposed else (padding, dilation, groups)
+    replace_call(node, (target, (x, weight, bias, stride, *rest)))
 
 
 def _linear(node: fx.Node) -> None:
@@ -234,7 +225,7 @@ def _padding_by_name(node: fx.Node) -> None:
         sides = [side for amount in reversed(total) for side in (0, amount % 2)]
         x = call_before(node, aten.constant_pad_nd.default, x, sides)
         x.meta = origin(node)
-    node.target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[len(kernel)]
+    node.target = convolution(len(kernel))
     padding = [amount // 2 for amount in total]
     node.args = (x, bound["weight"], bound["bias"], stride, padding, dilation, bound["groups"])
     node.kwargs = {}
@@ -247,7 +238,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), (_reshape,)),
     **dict.fromkeys((aten.reshape.default, aten.unflatten.int), (_reshape,)),
     aten.pad.default: (_constant_pad,),
-    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), (_padding_by_name,)),
+    **dict.fromkeys(overloads(PADDED_BY_NAME), (_padding_by_name,)),
 }
 """Core-ATen operators become those that modules call; views and paddings have one form."""
 

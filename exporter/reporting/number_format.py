@@ -47,14 +47,14 @@ def compact(value: object) -> str:
     return f"{number:,.0f}"
 
 
-def percent(value: object, digits: int = 2) -> str:
-    """0.9035 -> 90.35 %; a share below 1 never reads 100 %, one above 0 never 0 %."""
+def percent(value: object, digits: int = 2, *, missing: str = DASH, rounded: bool = False) -> str:
+    """0.9035 -> 90.35 %; a share below 1 never reads 100 %, one above 0 never 0 %, unless it is `rounded`."""
     number = measured(value)
     if number is None:
-        return DASH
+        return missing
     step = 10.0**-digits
     shown = number * 100
-    if 0 < number < 1:
+    if 0 < number < 1 and not rounded:
         shown = min(max(shown, step), 100 - step)
     return f"{shown:.{digits}f} %"
 
@@ -102,10 +102,10 @@ def duration(value: object) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{number:.1f} s"
 
 
-def significant(value: object, digits: int = 4) -> str:
+def significant(value: object, digits: int = 4, *, missing: str = DASH, minus: str = "−") -> str:
     """Few digits, whatever the magnitude."""
     number = measured(value)
-    return DASH if number is None else f"{number:.{digits}g}".replace("-", "−", 1 if number < 0 else 0)
+    return missing if number is None else f"{number:.{digits}g}".replace("-", minus, 1 if number < 0 else 0)
 
 
 class _Compared(Protocol):

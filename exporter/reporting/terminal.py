@@ -6,15 +6,19 @@ Must not know: how anything is computed, the command line.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
 
-from exporter.reporting.number_format import compared
+from exporter.reporting.number_format import compared, percent, significant
 
 __all__ = ["verdict_panel"]
+
+_percent = partial(percent, missing="not measured", rounded=True)
+_number = partial(significant, digits=6, missing="not measured", minus="-")
 
 
 def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
@@ -74,11 +78,3 @@ def _second(level: Mapping[str, Any]) -> str:
     )
     alike = f"; as deployed it decides as the reference in {_percent(level['agreement'])} of the samples"
     return text if level["agreement"] is None else text + alike
-
-
-def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.2f} %"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.6g}"
