@@ -76,10 +76,7 @@ def calibrate(
     target = get_target(target) if isinstance(target, str) else target
     _check_constants(graph)
     prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
-    placement = placement or PlacementOptions()
-    for rule in placement.layers:
-        if rule.method is not None:
-            range_method(rule.method)
+    placement = _checked(placement or PlacementOptions())
     problem = Problem(
         placement=place(prepared, target, placement),
         batches=_Batches(batches, graph),
@@ -91,20 +88,38 @@ def calibrate(
         explain=explain,
         stage=stage,
     )
-    record: dict[str, Any] = {"preparation": preparation} if prepare else {}
-    ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     with _float32_convolutions():
-        if budgets:
-            rules, sensitivities, mixed = allocate_bits(problem, placement, ranges, budgets, stored)
-            record |= {"sensitivity": sensitivities, "mixed_precision": mixed}
-            problem = problem.variant(placement=place(prepared, target, placement, rules))
-        elif sensitivity:
-            record["sensitivity"] = measure_sensitivity(problem, placement, ranges)
+        problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
+    record |= {"preparation": preparation} if prepare else {}
     result = replace(result, record=replace(result.record, **record))
-    if bias_correction:
-        result = correct_biases(result, problem.batches)
-    return result
+    return correct_biases(result, problem.batches) if bias_correction else result
+
+
+def _checked(options: PlacementOptions) -> PlacementOptions:
+    """Return the options if the range methods of their rules exist; placing takes longer."""
+    for rule in options.layers:
+        if rule.method is not None:
+            range_method(rule.method)
+    return options
+
+
+def _with_chosen_bits(
+    problem: Problem,
+    options: PlacementOptions,
+    method: Method,
+    budgets: Sequence[Budget],
+    stored: Stored,
+    *,
+    sensitivity: bool,
+) -> tuple[Problem, dict[str, Any]]:
+    """Return the problem with bits within the budgets, if there are any, and what the record says of bits."""
+    ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
+    if not budgets:
+        return problem, {"sensitivity": measure_sensitivity(problem, options, ranges)} if sensitivity else {}
+    rules, sensitivities, mixed = allocate_bits(problem, options, ranges, budgets, stored)
+    placement = place(problem.placement.graph, problem.placement.target, options, rules)
+    return problem.variant(placement=placement), {"sensitivity": sensitivities, "mixed_precision": mixed}
 
 
 class _Batches:
