@@ -3,39 +3,54 @@
     python benchmarks/accuracy.py zoo.py:repvgg zoo.py:mobilenetv2 --data zoo.py:calibration --eval zoo.py:evaluation \
         --bits 4/4 3/3 2/4 --method mse 'qdrop(iters=1000)' 'brecq(iters=1000)' --json low_bits.json
 
-Prints a markdown table, one row per network, bits (weights/activations; first and last layer keep 8) and method:
-top-1 as mean ± sample standard deviation over the seeds; seconds of calibration; milliseconds per training step (time
-of all units, caches included, by steps); integers that differ from the reference on the first images of seed 0. Methods
-that only search ranges (`mse` is nearest rounding, always measured) draw nothing at random and run once.
+Prints a markdown table, one row per network, bits (weights/activations; first and last layer keep 8) and method, then
+the geometric mean over the networks. Columns that are empty in all rows are left out.
+
+float, top-1              of the folded float graph, and as mean ± sample standard deviation over the seeds; with labels
+top-1 minus float         with the standard error of a difference between two networks on the same samples
+agreement                 share of the decisions that are those of the float network
+KL                        mean over the samples of KL(float || emitted file) of the softmax over the last axis
+KL ratio to `mse`         divided by that of nearest rounding, with a 95 % bootstrap interval paired by sample
+SQNR                      energy of the float outputs divided by that of the difference
+time                      seconds of calibration
+per step                  milliseconds of a training step: time of all units, caches included, by steps
+differing integers        from the reference, on the first images of seed 0
+
+Methods that only search ranges (`mse` is nearest rounding, always measured) draw nothing at random and run once. What
+several seeds say of a sample is averaged.
 
 With --budget every layer has bits of its own; `uniform` as a limit is what the uniform bits of the row take:
 
     --bits 4/4 --budget 'avg_weight_bits<=uniform' 'bops<=uniform'
 
-With --json every finished run is in the file at once; --resume goes on behind the runs that are there.
+With --peers, the tools of peers.py quantize the same float file to 8/8 with the same calibration data; their time is
+that of the whole tool.
+
+With --json every finished run is in the file at once, and the scores of every sample in an .npz beside it; --resume
+goes on after the runs that are there. The file can be put into docs/results as it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
-import json
-import os
 import re
-import statistics
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import peers
 import torch
-from torch import Tensor, fx
+from accuracy_table import NEAREST, both_tables, groups, main_table, markdown, mean_table
+from evaluated import Network, Samples
+from runs import Results, Run
+from scores import PerSample, Scores
 
 from calibrators import CalibrationResult, PlacementOptions, calibrate
 from calibrators.errors import InputError, IntactError
@@ -45,21 +60,14 @@ from calibrators.mixed_precision.ilp import Costs
 from calibrators.mixed_precision.mixed import network_costs
 from calibrators.reconstruction.policy import Reconstruction
 from calibrators.rewrites.prepare import check_preparations
-from exporter import capture, emit, fold
+from exporter import emit
 from exporter.emission.packing import STORAGES, stored_bytes
-from exporter.frontend.load import Model, load_model
-from exporter.inputs.data import Batch, Data
-from exporter.inputs.open import open_data
+from exporter.emission.translate import emit_float
+from exporter.frontend.load import load_model
 from exporter.progress import Progress, console_progress
-from runtime_tests.ort.sessions import session
 from runtime_tests.proof import parity
 
 PARITY_SAMPLES = 256
-NEAREST = "mse"
-COLUMNS = (
-    "network", "bits", "mean bits", "file", "float", "nearest", "method", "top-1", "seeds", "calibration", "per step",
-    "differing integers",
-)  # fmt: skip
 
 UNIFORM = "uniform"
 """The limit of a budget that is what uniform bits take."""
@@ -67,6 +75,7 @@ UNIFORM = "uniform"
 NEXT_OPTION = re.compile(r",(?=\s*\w+\s*=)", re.ASCII)
 """Commas between options; others belong to a value, such as groups=2-3,5-6."""
 CALL = re.compile(r"(?P<name>\w+)(?:\((?P<options>[^()]*)\))?", re.ASCII)
+FILE = re.compile(r".+\.(json|npz|py:[\w.]+)", re.ASCII)
 WIDTHS = re.compile(r"([2-8])/([2-8])", re.ASCII)
 
 
@@ -97,7 +106,7 @@ class Widths:
 
 
 def candidate(text: str) -> Candidate:
-    """The method that `name` or `name(key=value, ...)` describes.
+    """Return the method that `name` or `name(key=value, ...)` describes.
 
     raises: InputError, UnknownNameError.
     """
@@ -111,7 +120,7 @@ def candidate(text: str) -> Candidate:
 
 
 def widths(text: str) -> Widths:
-    """The bits that `W/A` gives.
+    """Return the bits that `W/A` gives.
 
     raises: InputError.
     """
@@ -122,7 +131,7 @@ def widths(text: str) -> Widths:
 
 
 def preparations(text: str) -> list[str]:
-    """The rewrites of the float graph that `NAME,NAME` names.
+    """Return the rewrites of the float graph that `NAME,NAME` names.
 
     raises: UnknownNameError.
     """
@@ -131,119 +140,10 @@ def preparations(text: str) -> list[str]:
     return names
 
 
-# One network ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Calibration and evaluation data, and where the work is shown.
-
-    batches, labels: calibration inputs, and int64 [samples] or None; read once, for all runs.
-    """
-
-    evaluation: Data
-    batches: list[tuple[Tensor, ...]]
-    labels: Tensor | None
-
-    @classmethod
-    def of(cls, data: str, evaluation: str) -> Samples:
-        """The data that two specifications name.
-
-        raises: DataError.
-        """
-        held_out = open_data(evaluation).with_labels()
-        held_out.example()
-        batches = list(open_data(data))
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        return cls(held_out, [batch.inputs for batch in batches], torch.cat(labels) if labels else None)
-
-    def held_out(self, samples: int) -> Iterator[tuple[Tensor, ...]]:
-        """Inputs of the first `samples` evaluation samples."""
-        for batch in self.evaluation:
-            yield tuple(x[:samples] for x in batch.inputs)
-            samples -= len(batch)
-            if samples <= 0:
-                return
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A model and its folded graph, made when first needed."""
-
-    spec: str
-    model: Model
-    samples: Samples
-
-    @cached_property
-    def graph(self) -> fx.GraphModule:
-        graph = capture(self.model, self.samples.batches[0])
-        if not graph.meta["dynamic_batch"]:
-            raise InputError(f"{self.spec} fixes its batch size; this benchmark needs networks that take any.")
-        return fold(graph)
-
-    @cached_property
-    def float_top1(self) -> float:
-        """Accuracy of the folded float graph."""
-        with torch.no_grad():
-            return top1((self.graph(*batch.inputs)[0].numpy(), batch) for batch in self.samples.evaluation)
-
-    def runtime_top1(self, path: Path) -> float:
-        """Accuracy of the file at `path` in onnxruntime, all optimisations on."""
-        runtime = session(path, optimized=True, threads=torch.get_num_threads())
-        names = [info.name for info in runtime.get_inputs()]
-
-        def outputs(batch: Batch) -> Any:
-            return runtime.run(None, {name: x.numpy() for name, x in zip(names, batch.inputs, strict=True)})[0]
-
-        return top1((outputs(batch), batch) for batch in self.samples.evaluation)
-
-
-def top1(answers: Iterator[tuple[Any, Batch]]) -> float:
-    """Share of the samples whose largest output, [n, classes], is that of the label."""
-    hits = samples = 0
-    for outputs, batch in answers:
-        assert batch.labels is not None
-        hits += int(np.sum(outputs.argmax(1) == batch.labels.numpy()))
-        samples += len(batch)
-    return hits / samples
-
-
 # One run -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """One network calibrated once.
-
-    float_top1, top1: of the float graph and of the emitted file; seconds: of calibration; step_ms: per training step.
-    budget:           limit within which layers have bits of their own; mean_bits: of all weights.
-    values:           integers compared with the reference, None where they were not; mismatched: how many differ,
-                      kernel_mismatched: by the fault of an integer kernel, float_mismatched: of a float operator.
-    """
-
-    network: str
-    bits: str
-    method: str
-    wide_taps: bool
-    per_tensor_weights: bool
-    seed: int
-    float_top1: float
-    top1: float
-    seconds: float
-    step_ms: float | None = None
-    values: int | None = None
-    mismatched: int | None = None
-    kernel_mismatched: int | None = None
-    float_mismatched: int | None = None
-    prepare: str = ""
-    budget: str = ""
-    file_bytes: int | None = None
-    mean_bits: float | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        how = (self.wide_taps, self.per_tensor_weights, self.prepare, self.budget)
-        return (self.network, self.bits, self.method, *how, self.seed)
+Outcome = tuple[Run, PerSample]
 
 
 @dataclass(frozen=True)
@@ -258,7 +158,7 @@ class Settings:
     device: str
 
     def placement(self, bits: Widths) -> PlacementOptions:
-        """Where quantizers stand for these bits."""
+        """Return where quantizers stand for these bits."""
         return PlacementOptions(
             weight_bits=bits.weight,
             activation_bits=bits.activation,
@@ -267,7 +167,7 @@ class Settings:
         )
 
     def budgets(self, network: Network, bits: Widths) -> list[Budget]:
-        """The budgets as they are for these bits of this network."""
+        """Return the budgets as they are for these bits of this network."""
         if not self.budget:
             return []
         batches, how = network.samples.batches, preparations(self.prepare)
@@ -279,12 +179,25 @@ class Settings:
             for quantity, limit in pairs
         ]
 
+    def run(self, network: Network, bits: str, method: str, seed: int) -> Run:
+        """Return a run that was not measured yet."""
+        return Run(
+            network=network.spec,
+            bits=bits,
+            method=method,
+            wide_taps=self.wide_taps,
+            per_tensor_weights=self.per_tensor_weights,
+            prepare=self.prepare,
+            budget=", ".join(self.budget),
+            seed=seed,
+        )
+
     def costs(self, result: CalibrationResult) -> Costs:
-        """What the bits of a calibrated network cost."""
+        """Return what the bits of a calibrated network cost."""
         return network_costs(result.placement, partial(stored_bytes, storage=self.storage))
 
 
-def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: Settings, progress: Progress) -> Run:
+def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: Settings, progress: Progress) -> Outcome:
     """Calibrate, emit, evaluate; compare integers for seed 0."""
     graph, samples = network.graph, network.samples
     needs_labels = bool(getattr(chosen.method, "needs_labels", False))
@@ -307,36 +220,50 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         emit(result, path, weight_storage=how.storage)
-        reached = network.runtime_top1(path)
+        scores = network.scores(path)
         compared = compare(path, result, samples) if seed == 0 else {}
         size = path.stat().st_size
-    return Run(
-        network=network.spec,
-        bits=str(bits),
-        method=chosen.text,
-        wide_taps=how.wide_taps,
-        per_tensor_weights=how.per_tensor_weights,
-        prepare=how.prepare,
-        budget=", ".join(how.budget),
+    run = scored(
+        how.run(network, str(bits), chosen.text, seed),
+        scores,
         file_bytes=size,
         mean_bits=how.costs(result).of("avg_weight_bits", {}),
-        seed=seed,
-        float_top1=network.float_top1,
-        top1=reached,
         seconds=seconds,
         step_ms=step_ms(result, chosen.method),
         **compared,
     )
+    return run, scores.per_sample
+
+
+def measure_peer(network: Network, name: str, how: Settings) -> Outcome:
+    """Quantize the float file with another tool and evaluate.
+
+    raises: peers.PeerError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        float_file, path = Path(folder) / "float.onnx", Path(folder) / "model.onnx"
+        emit_float(network.graph, float_file)
+        made = peers.make(name, float_file, network.samples.batches, path)
+        scores, size = network.scores(path), path.stat().st_size
+    run = scored(how.run(network, peers.BITS, name, 0), scores, file_bytes=size, seconds=made.seconds, tool=made.tool)
+    return run, scores.per_sample
+
+
+def scored(run: Run, scores: Scores, **figures: Any) -> Run:
+    """Return a run with its scores and other figures."""
+    kl = None if scores.per_sample.kl is None else float(scores.per_sample.kl.mean(dtype="float64"))
+    same = {name: getattr(scores, name) for name in ("float_top1", "top1", "agreement", "noise")}
+    return replace(run, kl=kl, **same, **figures)
 
 
 def compare(path: Path, result: CalibrationResult, samples: Samples) -> dict[str, int]:
-    """The file's integers against the reference's, all optimisations on."""
+    """Compare the file's integers with the reference's, all optimisations on."""
     report = parity(path, result.program, samples.held_out(PARITY_SAMPLES), optimized=True)
     return {name: getattr(report, name) for name in ("values", "mismatched", "kernel_mismatched", "float_mismatched")}
 
 
 def step_ms(result: CalibrationResult, method: Method) -> float | None:
-    """Milliseconds that a training step took, None where nothing was trained."""
+    """Return the milliseconds that a training step took, None where nothing was trained."""
     if not isinstance(method, Reconstruction):
         return None
     assert result.record.reconstruction is not None
@@ -347,139 +274,92 @@ def step_ms(result: CalibrationResult, method: Method) -> float | None:
 # All runs ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Results:
-    """Finished runs, in the file as soon as they are here.
-
-    inputs: what all runs of the file have in common.
-    """
-
-    path: Path | None
-    inputs: dict[str, str]
-    runs: dict[tuple[Any, ...], Run] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path | None, inputs: dict[str, str], *, resume: bool) -> Results:
-        """An empty collection, or what `path` holds.
-
-        raises: InputError when a file would be lost, is none of these, or was measured on other data.
-        """
-        if resume and path is None:
-            raise InputError("--resume goes on with a file; name it with --json.")
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"the folder {path.parent} does not exist; make it, or write {path.name} elsewhere.")
-        if path is None or not path.exists():
-            return cls(path, inputs)
-        if not resume:
-            raise InputError(f"{path} exists; give --resume to go on with it, or another file.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found, runs = content["inputs"], [Run(**run) for run in content["runs"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} holds no results of this benchmark ({error}); name another file.") from error
-        if found != inputs:
-            raise InputError(f"{path} was measured with {found}, asked for is {inputs}; name another file.")
-        return cls(path, inputs, {run.key: run for run in runs})
-
-    def add(self, run: Run) -> None:
-        """Keep a run, on disk too."""
-        self.runs[run.key] = run
-        if self.path is None:
-            return
-        content = {"inputs": self.inputs, "environment": environment(), "runs": [asdict(r) for r in self.runs.values()]}
-        aside = self.path.with_name(f"{self.path.name}.tmp")
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
-
-
-def environment() -> dict[str, str]:
-    """Versions of what computes."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime")}
-
-
-def row(runs: Sequence[Run], nearest: float) -> str:
-    """The line of one network, bits and method."""
-    first, reached = runs[0], [run.top1 for run in runs]
-    spread = f" ± {100 * statistics.stdev(reached):.2f}" if len(runs) > 1 else ""
-    told = ["uniform taps" * (not first.wide_taps), "per tensor" * first.per_tensor_weights]
-    cells = [
-        first.network.split(":")[-1],
-        ", ".join(filter(None, [first.bits, *told, first.prepare, first.budget])),
-        "" if first.mean_bits is None else f"{first.mean_bits:.2f}",
-        "" if first.file_bytes is None else f"{first.file_bytes / 1e3:,.0f} kB",
-        f"{first.float_top1:.2%}",
-        f"{nearest:.2%}",
-        first.method,
-        f"{100 * statistics.fmean(reached):.2f}{spread} %",
-        f"{len(runs)}",
-        f"{statistics.fmean(run.seconds for run in runs):.1f} s",
-        "" if first.step_ms is None else f"{statistics.fmean(run.step_ms or 0.0 for run in runs):.1f} ms",
-        differing(first),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def differing(run: Run) -> str:
-    """How many integers differ, and whose fault it is where any do."""
-    if run.values is None or run.mismatched is None:
-        return ""
-    parts = f" ({run.kernel_mismatched:,} in kernels, {run.float_mismatched:,} after float operators, node by node)"
-    return f"{run.mismatched:,} of {run.values:,}{parts if run.mismatched else ''}"
-
-
 def benchmark(arguments: argparse.Namespace) -> None:
-    """All rows; everything that was typed is checked before the first of them."""
-    candidates = {chosen.text: chosen for chosen in map(candidate, (NEAREST, *arguments.method))}
+    """Measure all rows; everything that was typed is checked before the first of them."""
+    candidates = list({chosen.text: chosen for chosen in map(candidate, (NEAREST, *arguments.method))}.values())
     bits = list(dict.fromkeys(map(widths, arguments.bits)))
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}; at least one run is needed.")
-    prepare = ",".join(preparations(arguments.prepare))
-    threads = str(torch.get_num_threads())
-    inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
-    results = Results.open(arguments.json, inputs, resume=arguments.resume)
-    models = {spec: load_model(spec) for spec in arguments.models}
-    samples = Samples.of(arguments.data, arguments.eval)
-    networks = [Network(spec, model, samples) for spec, model in models.items()]
     how = Settings(
         arguments.wide_taps,
         arguments.per_tensor_weights,
-        prepare,
+        ",".join(preparations(arguments.prepare)),
         tuple(arguments.budget),
         arguments.weight_storage,
         arguments.device,
     )
+    if arguments.peers:
+        check_peers(bits, how)
+    threads = str(torch.get_num_threads())
+    inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
+    results = Results.open(arguments.json, inputs, resume=arguments.resume, command=command(sys.argv[1:]))
+    models = {spec: load_model(spec) for spec in arguments.models}
+    samples = Samples.of(arguments.data, arguments.eval)
     progress = console_progress(quiet=arguments.quiet)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for network, width, chosen in itertools.product(networks, bits, candidates.values()):
+    wanted: dict[tuple[Any, ...], Callable[[], Outcome]] = {}
+    for network in [Network(spec, model, samples) for spec, model in models.items()]:
+        for width, chosen in itertools.product(bits, candidates):
+            for seed in range(arguments.seeds if chosen.is_random else 1):
+                key = how.run(network, str(width), chosen.text, seed).key
+                wanted[key] = partial(measure, network, width, chosen, seed, how, progress)
+        for name in arguments.peers:
+            wanted[how.run(network, peers.BITS, name, 0).key] = partial(measure_peer, network, name, how)
+    try:
+        fill(results, wanted)
+    finally:
+        show(results, wanted)
 
-        def key(method: str, seed: int, spec: str = network.spec, width: Widths = width) -> tuple[Any, ...]:
-            return (
-                spec,
-                str(width),
-                method,
-                how.wide_taps,
-                how.per_tensor_weights,
-                how.prepare,
-                ", ".join(how.budget),
-                seed,
-            )
 
-        keys = [key(chosen.text, seed) for seed in range(arguments.seeds if chosen.is_random else 1)]
-        for seed, wanted in enumerate(keys):
-            if wanted not in results.runs:
-                print(f"{network.spec} {width} {chosen.text} seed {seed}", file=sys.stderr, flush=True)
-                results.add(measure(network, width, chosen, seed, how, progress))
-        nearest = results.runs[key(NEAREST, 0)]
-        print(row([results.runs[done] for done in keys], nearest.top1), flush=True)
+def check_peers(bits: Sequence[Widths], how: Settings) -> None:
+    """Check that rows of other tools can be compared with those of this project.
+
+    raises: InputError.
+    """
+    if peers.BITS not in map(str, bits):
+        raise InputError(f"--peers quantize to {peers.BITS}; name these --bits too, for something to compare with.")
+    if how.prepare or how.budget or how.per_tensor_weights or not how.wide_taps:
+        raise InputError(
+            "--peers know none of --prepare, --budget, --per-tensor-weights, --no-wide-taps; leave them out."
+        )
+
+
+def fill(results: Results, wanted: dict[tuple[Any, ...], Callable[[], Outcome]]) -> None:
+    """Measure what is missing; a tool that fails is told in one line."""
+    for key, run in wanted.items():
+        network, bits, *_, method, seed = key
+        if key in results.runs:
+            continue
+        print(f"{network} {bits} {method} seed {seed}", file=sys.stderr, flush=True)
+        try:
+            results.add(*run())
+        except peers.PeerError as error:
+            print(f"{error}; left out", file=sys.stderr, flush=True)
+
+
+def show(results: Results, wanted: Container[tuple[Any, ...]]) -> None:
+    """Print the tables of the wanted runs, and keep those of all runs in the file."""
+    if rows := groups(results, lambda run: run.key in wanted):
+        print(markdown(*main_table(rows)), flush=True)
+        means = mean_table(rows)
+        if means[1]:
+            print(f"\n{markdown(*means)}", flush=True)
+    results.show(*both_tables(groups(results)))
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Return the command as documentation shows it, without the folders of files."""
+    short = [Path(text).name if FILE.fullmatch(text) else text for text in arguments]
+    return shlex.join(["python", "benchmarks/accuracy.py", *short])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="file.py:factory")
     parser.add_argument("--data", required=True, help="file.py:callable of calibration batches")
-    parser.add_argument("--eval", required=True, help="file.py:callable of labelled batches")
+    parser.add_argument("--eval", required=True, help="file.py:callable of batches, with labels for top-1")
     parser.add_argument("--bits", nargs="+", default=["4/4"], help="weights/activations")
     parser.add_argument("--method", nargs="+", default=[NEAREST], help="name or name(key=value, ...)")
+    parser.add_argument("--peers", nargs="+", default=[], choices=[*peers.PEERS], help="other tools, on 8/8")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method that draws at random")
     parser.add_argument(
         "--no-wide-taps", dest="wide_taps", action="store_false", help="all taps of a kernel have the same bits"

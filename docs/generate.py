@@ -256,7 +256,7 @@ def results(name: str) -> str:
 def cell(value: Any, form: str) -> str:
     """Return one value of a measured table as text.
 
-    value: a number, text, None, {mean, spread, seeds} or {value, note}.
+    value: a number, text, None, {mean, spread, seeds}, {value, note}, {value, error} or {value, low, high}.
     form:  the column's format of numbers, such as "{:.2f} %".
     """
     if value is None:
@@ -268,6 +268,10 @@ def cell(value: Any, form: str) -> str:
     if "note" in value:
         return f"{form.format(value['value'])} {value['note']}"
     number, unit = form.partition("}")[0] + "}", form.partition("}")[2]
+    if "low" in value:
+        return f"{number.format(value['value'])} [{number.format(value['low'])}, {number.format(value['high'])}]{unit}"
+    if "error" in value:
+        return f"{number.format(value['value'])} ± {number.replace('+', '').format(value['error'])}{unit}"
     return f"{number.format(value['mean'])} ± {number.format(value['spread'])}{unit} ({value['seeds']} seeds)"
 
 

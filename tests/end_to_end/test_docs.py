@@ -79,6 +79,8 @@ def test_every_measured_table_is_shown_once_and_well_formed() -> None:
         (80150528, "{:,}", "80,150,528"),
         ({"mean": 84.23, "spread": 0.24, "seeds": 3}, "{:.2f} %", "84.23 ± 0.24 % (3 seeds)"),
         ({"value": 83.3, "note": "(2 seeds)"}, "{:.2f} %", "83.30 % (2 seeds)"),
+        ({"value": -0.35, "error": 0.214}, "{:+.2f}", "-0.35 ± 0.21"),
+        ({"value": 0.4124, "low": 0.38, "high": 0.447}, "{:.3f}", "0.412 [0.380, 0.447]"),
     ],
 )
 def test_cells(generate: ModuleType, value: object, form: str, text: str) -> None:

@@ -1,0 +1,102 @@
+"""A network of the accuracy benchmark with the data that calibrate and evaluate it.
+
+Must not know: methods, bits, files of results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from scores import Array, Outputs, Scores, score
+from torch import Tensor, fx
+
+from calibrators.errors import InputError
+from exporter import capture, fold
+from exporter.frontend.load import Model
+from exporter.inputs.data import Batch, Data
+from exporter.inputs.open import open_data
+from runtime_tests.ort.sessions import session
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Calibration and evaluation data, and where the work is shown.
+
+    batches, labels: calibration inputs, and int64 [samples] or None; read once, for all runs.
+    """
+
+    evaluation: Data
+    batches: list[tuple[Tensor, ...]]
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, data: str, evaluation: str) -> Samples:
+        """Return the data that two specifications name.
+
+        raises: DataError.
+        """
+        held_out = open_data(evaluation)
+        held_out.example()
+        batches = list(open_data(data))
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return cls(held_out, [batch.inputs for batch in batches], torch.cat(labels) if labels else None)
+
+    def held_out(self, samples: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the inputs of the first `samples` evaluation samples."""
+        for batch in self.evaluation:
+            yield tuple(x[:samples] for x in batch.inputs)
+            samples -= len(batch)
+            if samples <= 0:
+                return
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model and its folded graph, made when first needed."""
+
+    spec: str
+    model: Model
+    samples: Samples
+
+    @cached_property
+    def graph(self) -> fx.GraphModule:
+        graph = capture(self.model, self.samples.batches[0])
+        if not graph.meta["dynamic_batch"]:
+            raise InputError(f"{self.spec} fixes its batch size; this benchmark needs networks that take any.")
+        return fold(graph)
+
+    @cached_property
+    def float_outputs(self) -> list[tuple[float, Outputs]]:
+        """Return, per batch of the evaluation data, a checksum of its inputs and the outputs of the folded float graph."""
+        with torch.no_grad():
+            return [(checksum(batch), arrays(self.graph(*batch.inputs))) for batch in self.samples.evaluation]
+
+    def scores(self, path: Path) -> Scores:
+        """Return the scores of the file at `path` in onnxruntime, all optimisations on."""
+        return score(self._compared(path))
+
+    def _compared(self, path: Path) -> Iterator[tuple[Outputs, Outputs, Array | None]]:
+        runtime = session(path, optimized=True, threads=torch.get_num_threads())
+        names = [info.name for info in runtime.get_inputs()]
+        for batch, (known, exact) in zip(self.samples.evaluation, self.float_outputs, strict=True):
+            if checksum(batch) != known:
+                raise InputError(
+                    f"{self.samples.evaluation.label} differs from pass to pass; fix its order and content."
+                )
+            found = runtime.run(None, {name: x.numpy() for name, x in zip(names, batch.inputs, strict=True)})
+            yield exact, tuple(found), None if batch.labels is None else batch.labels.numpy()
+
+
+def checksum(batch: Batch) -> float:
+    """Return a number that tells a batch from another."""
+    return sum(float(x.sum(dtype=torch.float64)) for x in batch.inputs)
+
+
+def arrays(outputs: Any) -> Outputs:
+    """Return what a graph gives, one array per output."""
+    return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple | list) else (outputs,)))
