@@ -61,8 +61,8 @@ from calibrators.mixed_precision.mixed import network_costs
 from calibrators.reconstruction.policy import Reconstruction
 from calibrators.rewrites.prepare import check_preparations
 from exporter import emit
+from exporter.emission.build_model import emit_float
 from exporter.emission.packing import STORAGES, stored_bytes
-from exporter.emission.translate import emit_float
 from exporter.frontend.load import load_model
 from exporter.progress import Progress, console_progress
 from runtime_tests.proof import parity

@@ -25,7 +25,7 @@ from runtime_tests.ort.sessions import session
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Calibration and evaluation data, and where the work is shown.
+    """Calibration and evaluation data.
 
     batches, labels: calibration inputs, and int64 [samples] or None; read once, for all runs.
     """
@@ -72,7 +72,7 @@ class Network:
 
     @cached_property
     def float_outputs(self) -> list[tuple[float, Outputs]]:
-        """Return, per batch of the evaluation data, a checksum of its inputs and the outputs of the folded float graph."""
+        """Checksum of the inputs and outputs of the folded float graph, per batch of the evaluation data."""
         with torch.no_grad():
             return [(checksum(batch), arrays(self.graph(*batch.inputs))) for batch in self.samples.evaluation]
 

@@ -13,17 +13,14 @@ torch.onnx.export writes for the folded net; `prepared` the same after its optio
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peers import prepare, quantize_statically
 from torch import Tensor, nn
 
 from calibrators import PlacementOptions, calibrate
@@ -119,55 +116,15 @@ def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Pa
     for name, (weight, activation) in LOW_BITS.items():
         options = PlacementOptions(weight_bits=weight, activation_bits=activation)
         emit(calibrate(graph, batches, placement=options), paths[name])
-    plain = folder / "plain.onnx"
+    plain, inputs = folder / "plain.onnx", [(batch,) for batch in batches]
     with quiet():
         program = torch.onnx.export(export_program(graph), verbose=False)
     assert program is not None
     program.save(plain)
-    quantize_statically(plain, batches, paths["static"])
+    quantize_statically(plain, inputs, paths["static"])
     prepare(plain, folder / "ready.onnx")
-    quantize_statically(folder / "ready.onnx", batches, paths["prepared"])
+    quantize_statically(folder / "ready.onnx", inputs, paths["prepared"])
     return paths
-
-
-def prepare(plain: Path, path: Path) -> None:
-    """Onnxruntime's recommended pre-processing: shape inference and graph optimization."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with silence():
-        quant_pre_process(str(plain), str(path))
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep the warnings of other people's tools out of the table."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def quantize_statically(plain: Path, batches: Iterable[Tensor], path: Path) -> None:
-    """What onnxruntime.quantization makes of the float file."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    name = session(plain).get_inputs()[0].name
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = iter([{name: batch.numpy()} for batch in batches])
-
-        def get_next(self) -> Any:
-            return next(self.feeds, None)
-
-    with silence():
-        quantize_static(
-            str(plain), str(path), Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, per_channel=True,
-        )  # fmt: skip
 
 
 def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]:

@@ -69,27 +69,39 @@ def make(name: str, float_file: Path, batches: Batches, path: Path) -> Made:
 
 def quantize_static(float_file: Path, batches: Batches, path: Path) -> Made:
     """Write what onnxruntime.quantization makes of the float file."""
-    from onnxruntime import quantization
+    prepared = path.with_name("prepared.onnx")
+    start = time.perf_counter()
+    prepare(float_file, prepared)
+    quantize_statically(prepared, batches, path)
+    return Made(time.perf_counter() - start, f"onnxruntime {importlib.metadata.version('onnxruntime')}")
+
+
+def prepare(float_file: Path, path: Path) -> None:
+    """Write what onnxruntime's recommended pre-processing makes: shape inference and graph optimisation."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with silence():
+        quant_pre_process(str(float_file), str(path))
+
+
+def quantize_statically(float_file: Path, batches: Batches, path: Path) -> None:
+    """Write what quantize_static makes of a float file, prepared or not."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     names = [info.name for info in session(float_file).get_inputs()]
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.feeds = iter([dict(zip(names, map(_array, batch), strict=True)) for batch in batches])
 
         def get_next(self) -> Any:
             return next(self.feeds, None)
 
-    prepared = path.with_name("prepared.onnx")
-    start = time.perf_counter()
     with silence():
-        quant_pre_process(str(float_file), str(prepared))
-        quantization.quantize_static(
-            str(prepared), str(path), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        quantize_static(
+            str(float_file), str(path), Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8, per_channel=True,
         )  # fmt: skip
-    return Made(time.perf_counter() - start, f"onnxruntime {importlib.metadata.version('onnxruntime')}")
 
 
 def nncf(float_file: Path, batches: Batches, path: Path) -> Made:
