@@ -63,12 +63,12 @@ def calibrate(
     prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.rewrites.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
-    cache_gib: memory of the device for activations kept between steps, of a GPU at most a quarter of what is free; what
+    cache_gib: memory of the device for activations kept between steps, on a GPU at most a quarter of what is free; what
                does not fit goes to temporary files.
     explain:   also compute what explains the method's choice; it goes into the record.
     sensitivity: also measure what the bits of each layer cost; it goes into the record.
-    budgets:   limits within which bits are allocated to the layers instead of the general ones (mixed_precision.mixed).
-    stored:    bytes that weights take in the file, by size, bits and wide taps; one each where it is not given.
+    budgets:   limits within which bits are allocated to layers, in place of the general ones (mixed_precision.mixed).
+    stored:    function from size, bits and wide taps of a weight to its bytes in the file; by default one byte a code.
     stage:     opens a stage of work for a progress display.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
@@ -123,7 +123,7 @@ def _with_chosen_bits(
 
 
 class _Batches:
-    """Batches as tuples that fit the graph's inputs."""
+    """Batches as tuples, checked against the inputs of the graph."""
 
     def __init__(self, batches: Iterable[Batch | Tensor], graph: fx.GraphModule) -> None:
         self.batches, self.graph = batches, graph
@@ -138,16 +138,20 @@ class _Batches:
         example: Batch = self.graph.meta["example"]
         if len(inputs) != len(example):
             raise DataError(
-                f"{where} has {len(inputs)} tensors, the model takes {len(example)}: give its inputs alone; labels go "
-                "into an argument of their own"
+                f"{where} has {len(inputs)} tensors, but the model takes {len(example)}; give its inputs alone, and "
+                "labels as the argument of that name"
             )
         for x, like in zip(inputs, example, strict=True):
             if not isinstance(x, Tensor) or x.dtype != like.dtype or x.shape[1:] != like.shape[1:] or not x.ndim:
                 seen = f"{list(x.shape)} {str(x.dtype)[6:]}" if isinstance(x, Tensor) else type(x).__name__
                 shape = ", ".join(map(str, ["n", *like.shape[1:]]))
-                raise DataError(f"{where} holds {seen}, the model takes [{shape}] {str(like.dtype)[6:]}: convert it")
+                raise DataError(
+                    f"{where} holds {seen}, but the model takes [{shape}] {str(like.dtype)[6:]}; convert it"
+                )
         if len({len(x) for x in inputs}) > 1:
-            raise DataError(f"{where} has inputs of different numbers of samples: {[len(x) for x in inputs]}")
+            raise DataError(
+                f"{where} has inputs with different numbers of samples: {[len(x) for x in inputs]}; give all the same"
+            )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every error that this project raises on purpose, with the exit code of the command.
+"""All errors that this project raises on purpose, with the exit codes of the command.
 
     IntactError
     ├── InputError            exit code 2: unusable input
@@ -32,7 +32,7 @@ SHOWN = 40
 
 
 class IntactError(Exception):
-    """Root of the tree; never raised itself."""
+    """Base of all errors; never raised itself."""
 
     exit_code = 2
 

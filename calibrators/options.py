@@ -24,7 +24,7 @@ EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option as it is listed: its name, type ("int", "float", "bool" or "str"), default and a line of help."""
+    """One option as it is listed: its name, type ("int", "float", "bool" or "str"), default and help."""
 
     name: str
     type: str
@@ -65,7 +65,7 @@ def build(method: type[Method], name: str, options: Mapping[str, object]) -> Met
 
 
 class Options:
-    """Base of a method's dataclass, which checks the options of every object that is made."""
+    """Base of a method's dataclass, which checks the options of every new object."""
 
     def __post_init__(self) -> None:
         """Raise InputError for the first field whose value its declaration does not allow."""
@@ -76,7 +76,7 @@ class Options:
 
 
 def _validated(name: str, field: dataclasses.Field[Any], kind: type, value: object, *, strict: bool) -> Any:
-    """Return a value as the type of its field; without `strict` it may be text, or another type without loss."""
+    """Return a value in the type of its field; without `strict` it may be text, or of a type that converts exactly."""
     limits = field.metadata["limits"]
     strict = strict or isinstance(value, bool)  # True is not the number 1
     try:
@@ -95,7 +95,7 @@ def _adapter(kind: type, minimum: float | None, maximum: float | None, choices: 
 
 
 def _expected(kind: type, minimum: float | None, maximum: float | None, choices: tuple[str, ...]) -> str:
-    """Return what to give instead of a value that is not allowed."""
+    """Return the part of an error that says which values are allowed."""
     if choices:
         return f"choose one of {', '.join(map(repr, choices))}"
     wanted = f"give {EXPECTED[kind.__name__]}"

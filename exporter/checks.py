@@ -24,7 +24,7 @@ __all__ = ["check_settings", "checked_data"]
 
 
 def check_settings(config: ExportConfig) -> None:
-    """Check that every name is known, and that device, libraries and storage of weights can do what is asked.
+    """Check that every name is known, and that device, libraries and weight storage can do what is asked.
 
     raises: InputError.
     """
@@ -56,8 +56,8 @@ def checked_data(
         calibration = calibration.with_labels() if needs_labels or limits_accuracy else calibration
     elif needs_labels:
         raise DataError(
-            f"method {config.method!r} with these options needs labels and {calibration.label} has none; yield "
-            "(x, labels), or name them 'labels' in the .npz."
+            f"method {config.method!r} with these options needs labels, but {calibration.label} has none; yield "
+            "(x, labels), or store them as 'labels' in the .npz file."
         )
     for opened in (calibration, evaluation):
         if opened is not None:
@@ -71,14 +71,14 @@ def _check_storage(config: ExportConfig) -> None:
     opset = refused_opset(config.weight_storage)
     if config.weight_storage != "auto" and packed and narrowest > max(packed):
         problem = (
-            f"and no weight has {max(packed)} bits or fewer; give --weight-bits {max(packed)}, or leave "
+            f"but no weight has {max(packed)} bits or fewer; give --weight-bits {max(packed)}, or leave "
             "--weight-storage out"
         )
     elif config.openvino and 2 in packed:
-        problem = "whose 2-bit types OpenVINO does not read; give --weight-storage auto, or leave --openvino out"
+        problem = "but OpenVINO does not read its 2-bit types; give --weight-storage auto, or leave --openvino out"
     elif opset is not None:
         problem = (
-            f"whose types came with opset {opset}, which the installed onnxruntime does not load; upgrade onnxruntime, "
+            f"which needs opset {opset}, but the installed onnxruntime does not load that; upgrade onnxruntime, "
             "or give --weight-storage int8"
         )
     else:

@@ -1,4 +1,4 @@
-"""The command `intact`: flags become settings, errors one message and an exit code, a report a verdict.
+"""The command `intact`: flags become settings, an error one message and an exit code, a report a verdict.
 
 Exit codes: 0 all gates passed, 1 a gate failed, 2 bad input or usage, 3 not exportable to this target, 70 an internal
 error, 130 interrupted. Only commands that need torch, or the settings of an export, import them: help answers at once.
@@ -45,7 +45,7 @@ EXPORT_HELP = (
 
 
 class _Commands(TyperGroup):
-    """The commands, of which `export` gets its flags when it is called: listing it needs no settings."""
+    """The commands. `export` gets its flags only when it is called, so that listing it loads no settings."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -77,7 +77,7 @@ def _option(help: str, *names: str, metavar: str = "", panel: str | None = None)
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
 
 
-Out = Annotated[Path, _option("Folder of the bundle; must not exist yet or be empty.", "--out", metavar="DIR")]
+Out = Annotated[Path, _option("Folder for the bundle; it must be empty or not exist yet.", "--out", metavar="DIR")]
 Overwrite = Annotated[bool, _option("Replace an earlier bundle in DIR.", "--overwrite")]
 Quiet = Annotated[bool, _option("Show no progress.", "--quiet", "-q", panel=RUNNING)]
 Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug", panel=RUNNING)]
@@ -103,7 +103,7 @@ def _root(
 
 @app.command(name="export", help=EXPORT_HELP)
 def _listed() -> None:
-    """Stand for `export` in the list of commands; _Commands calls the command itself."""
+    """Hold the place of `export` in the list of commands; _Commands calls the command itself."""
 
 
 def export(  # noqa: PLR0913 (a command's arguments are its flags)
@@ -127,7 +127,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     sets: Annotated[
         list[str] | None,
         _option(
-            "Any setting of the export or option of the method, repeatable: `--set q=99.99`.",
+            "Set any setting of the export or option of the method; repeatable: `--set q=99.99`.",
             "--set",
             metavar="KEY=VALUE",
             panel=RUNNING,
@@ -137,7 +137,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Export a model as the flags say; `flags` are the settings that were given."""
+    """Export a model; `flags` are the settings that were given."""
     with _reported_errors(debug=debug):
         from exporter.config import load_config
 
@@ -147,7 +147,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
 
 @cache
 def export_command() -> Any:
-    """Return the command `export` with a flag for every setting that has one, in place of its `**flags`."""
+    """Return the command `export`, whose `**flags` are replaced by a flag for every setting that has one."""
     from exporter.config import list_settings
 
     signature = inspect.signature(export, eval_str=True)
@@ -191,7 +191,7 @@ def verify(
 @app.command(no_args_is_help=True)
 def lint(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, from any exporter.")],
-    target: Annotated[str, typer.Option(help="The runtime it is meant for.", metavar="NAME")] = "ort-cpu",
+    target: Annotated[str, typer.Option(help="Runtime that the file is meant for.", metavar="NAME")] = "ort-cpu",
     debug: Debug = False,
 ) -> None:
     """Find what the runtime refuses, computes wrongly or runs in float; the exit code is 1 if there is an error.
@@ -221,7 +221,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Export a small RepVGG-style network with handwritten digits, both shipped with the package.
+    """Export a small RepVGG-style network that reads handwritten digits; network and data ship with the package.
 
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
@@ -256,9 +256,9 @@ def methods(
             return
         Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
         options = [(option.name, str(option.default), option.doc) for option in known[name].options]
-        _print_table(("option", "default", "description"), options, empty="It has no options.")
+        _print_table(("option", "default", "description"), options, empty="This method has no options.")
         if options:
-            Console().print(f"Set them with `intact export ... --method {name} --set OPTION=VALUE`.")
+            Console().print(f"Set an option with `intact export ... --method {name} --set OPTION=VALUE`.")
 
 
 @app.command()
@@ -276,8 +276,8 @@ def targets(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how CI ends a job: clean up as on Ctrl-C
-    gc.set_threshold(50_000, 20, 20)  # imports make many objects and no garbage: a second less at each start
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
+    gc.set_threshold(50_000, 20, 20)  # imports make many objects but no garbage; this saves a second at each start
     app()
 
 
@@ -317,9 +317,13 @@ def _described(error: Exception) -> tuple[str, str, int]:
         return str(error), "error: ", error.exit_code
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
-        reason = f"{error.strerror or error}{place}; nothing was written: free space, or check rights and paths."
+        reason = (
+            f"{error.strerror or error}{place}; nothing was written. Free some space, or check permissions and paths."
+        )
         return reason, "error: ", InputError.exit_code
-    reason = f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report it."
+    reason = (
+        f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report the traceback."
+    )
     return reason, "", INTERNAL_FAULT
 
 

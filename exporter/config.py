@@ -28,7 +28,7 @@ __all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_conf
 NO_EFFECT = frozenset(
     {"cache_gib", "explain", "sensitivity", "gates", "openvino", "parity_samples", "latency_runs", "threads"}
 )
-"""Settings that change how an export is computed, verified and reported, and nothing in the model."""
+"""Settings that change how an export is computed, verified and reported, but nothing in the model."""
 
 PROOF, RUNNING = "Proof and verdict", "Running"
 """Panels of `intact export --help`."""
@@ -38,7 +38,7 @@ Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, 
 
 
 class _Calibration(Settings):
-    """The settings that come first wherever settings are listed."""
+    """Target and method: a base class, so that they come first wherever settings are listed."""
 
     target: str = setting("ort-cpu", "Runtime to export to; `intact targets` lists them.")
     method: str = setting("mse", "Calibration method; `intact methods` lists them.")
@@ -52,31 +52,31 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
 
     weight_storage: Literal["auto", "int8", "int4", "int2"] = setting(
         "auto",
-        "Type of the weights in the file: `int8`, or `int4` or `int2`, which the runtime unpacks on loading for the "
-        "same integer kernels; auto: int4 where they fit.",
+        "Type of the weights in the file: `int8`, or `int4` or `int2`, which the runtime unpacks for the same integer "
+        "kernels when it loads the file; auto: int4 for weights that fit.",
         metavar="TYPE",
     )
     prepare: Names = setting(
         (),
         "Rewrites of the float model before calibration: `cle` equalizes the ranges of neighbouring layers, `absorb` "
-        "absorbs high biases into the next layer. For weights with one scale per tensor.",
+        "absorbs high biases into the next layer. They help weights with one scale per tensor.",
         metavar="NAME,NAME",
     )
     bias_correction: bool = setting(False, "Shift biases by the mean error of each layer.")
     budget: Budgets = setting(
         (),
-        "Choose bits per layer (mixed precision) within this limit, repeatable: `weight_bytes<=0.6M`, "
+        "Choose bits per layer (mixed precision) within this limit; repeatable: `weight_bytes<=0.6M`, "
         "`avg_weight_bits<=3.5`, `bops<=2G` (chooses activation bits too), `accuracy_drop<=1%`.",
         metavar="LIMIT",
     )
-    sensitivity: bool = setting(False, "Measure and plot the cost of bits, layer by layer; `--budget` does too.")
+    sensitivity: bool = setting(False, "Measure and plot what fewer bits cost in each layer; `--budget` does this too.")
     explain: bool = setting(False, "Compute and plot the reasons for the method's choice; takes longer.")
     simplify: bool = setting(True, "Simplify the ONNX graph where that provably changes nothing.", flag=None)
     calibration_batches: Positive | None = setting(
         None, "Use only the first N calibration batches.", panel=DATA, metavar="N", shown="all"
     )
     gates: tuple[str, ...] = setting(
-        (), "Condition for exit code 0, repeatable: `accuracy_drop<=0.01`.", panel=PROOF, flag="gate", metavar="EXPR"
+        (), "Condition for exit code 0; repeatable: `accuracy_drop<=0.01`.", panel=PROOF, flag="gate", metavar="EXPR"
     )
     openvino: bool = setting(
         False, "Prove the model in OpenVINO too, kernel by kernel; needs the extra `openvino`.", panel=PROOF
@@ -86,7 +86,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         50, "Timed runs per model; 0: no timing.", panel=PROOF, flag=None
     )
     threads: Positive = setting(1, "Threads of the runtime while timing.", panel=PROOF, flag=None)
-    seed: Annotated[int, Field(ge=0)] = setting(0, "Seed of everything random.", panel=RUNNING)
+    seed: Annotated[int, Field(ge=0)] = setting(0, "Seed of all random numbers.", panel=RUNNING)
     device: Device = setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", panel=RUNNING)
     cache_gib: Annotated[float, Field(gt=0)] = setting(
         4.0,
@@ -100,10 +100,10 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     def _layers_are_rules(cls, rules: object) -> list[LayerRule]:
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
-        raise InputError(f"layers = {rules!r} should be a list of rules; write [[layers]] above each in a file.")
+        raise InputError(f"layers = {rules!r} is not a list of rules; in a file, write [[layers]] above each rule.")
 
     def digest(self) -> str:
-        """Return the sha256 of the canonical JSON of all fields but those without effect on the model."""
+        """Return the sha256 of the canonical JSON of all fields that can change the model."""
         values = self.model_dump(mode="json", exclude=set(NO_EFFECT))
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -150,7 +150,7 @@ def load_config(
 ) -> ExportConfig:
     """Return the settings of a TOML file, overridden by flags, overridden by `key=value` texts.
 
-    file:  keys are fields (dashes or underscores), the method's options stand in a table `[options]`, each rule for
+    file:  keys are fields (dashes or underscores), the method's options are in a table `[options]`, each rule for
            layers in a table `[[layers]]`.
     flags: None and [] are flags that were not given; `layers` come after those of the file, for later rules win.
     sets:  `key=value`; a key that is a field sets the field, any other key is an option of the method.
@@ -213,7 +213,7 @@ def _rule(given: object) -> LayerRule:
         raise InputError(f"layers holds {given!r}; a rule is a table, for example match = 'a.*' and weight_bits = 4.")
     values = _with_underscores(table)
     if "match" not in values:
-        raise InputError(f"the layer rule {dict(table)!r} has no match; name its layers, as in match = 'a.*'.")
+        raise InputError(f"the rule for layers {dict(table)!r} has no match; name its layers, as in match = 'a.*'.")
     return LayerRule(**values)
 
 
@@ -226,14 +226,14 @@ def _rule_of_text(text: str) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if not pairs or not glob.strip() or len(set(keys)) < len(keys) or "match" in keys or None in dict(pairs).values():
         raise InputError(
-            f"layer rule {text!r} is not GLOB: key=value, key=value with each key once; write for example "
+            f"the rule for layers {text!r} is not GLOB: key=value, key=value with each key once; write for example "
             "--layer 'stages.3.*: weight_bits=4, activation_bits=4'."
         )
     return {"match": glob.strip(), **dict(pairs)}
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    """Return key and value of `key=value`; the value is TOML, none, or else text."""
+    """Return key and value of `key=value`; the value is `none` or TOML, and text where it is neither."""
     key, equals, value = (part.strip() for part in text.partition("="))
     key = key.replace("-", "_")
     if not equals or not key.isidentifier():

@@ -116,7 +116,7 @@ class _Export:
     def __init__(self, config: ExportConfig, progress: Progress, source: str, folder: Path) -> None:
         self.config, self.progress, self.source, self.folder = config, progress, source, folder
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
-        self.alternatives: dict[str, Path] = {}  # the file with weights stored otherwise
+        self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
         self.times = dict.fromkeys(STEPS, 0.0)
         self.warnings: list[str] = []
 
@@ -128,14 +128,14 @@ class _Export:
 
     @contextmanager
     def _step(self, name: str, title: str | None = None) -> Iterator[Bar]:
-        """Show a bar, and count the time inside as that of the step `name`."""
+        """Show a bar, and add the time of the body to the step `name`."""
         with self._timed(name), self.progress.stage(title or name) as bar:
             yield bar
 
     def run(
         self, model: nn.Module | torch.export.ExportedProgram, calibration: Data, evaluation: Data | None
     ) -> tuple[Report, Golden]:
-        """Return the report and the golden inputs and outputs; the files are left in the folder."""
+        """Run all steps; return the report and the golden inputs and outputs. The files stay in the folder."""
         example = calibration.example()
         if isinstance(model, nn.Module):
             check_takes_integers(model, example, calibration.label)
@@ -173,8 +173,8 @@ class _Export:
         shutil.move(self.folder / "reference.pt2", target / REFERENCE)
 
     def _check_folding(self, graph: fx.GraphModule, result: CalibrationResult, batch: Batch) -> None:
-        """Refuse what no proof against the reference program would find: that it is another network's."""
-        if "absorb" in self.config.prepare:  # which changes what stands below the constants
+        """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
+        if "absorb" in self.config.prepare:  # which changes outputs a little
             return
         batch = cut(graph, batch, COMPARED_SAMPLES)
         with torch.no_grad():
@@ -183,7 +183,7 @@ class _Export:
             if ours.is_floating_point() and not alike(ours, theirs, SAME):
                 raise ModelError(
                     f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
-                    "it must not: report this model, please"
+                    "is a fault of intact; please report this model"
                 )
 
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
@@ -203,7 +203,7 @@ class _Export:
             return simplifier
 
     def _store(self, model: ir.Model) -> None:
-        """Write the model as it is to be stored, and beside it, for comparison, as it could be."""
+        """Write the model in its storage and, for comparison, in the other ones."""
         for name, other in alternatives(model, self.config.weight_storage).items():
             self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
             save(other, self.alternatives[name])
@@ -211,7 +211,7 @@ class _Export:
         save(model, self.folder / "model.onnx")
 
     def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, Simplifier]:
-        """Return the model after the guarded simplifier, and what became of that."""
+        """Return the model after the guarded simplifier, and the simplifier's report."""
         if not self.config.simplify:
             return model, Simplifier(applied=False, why="switched off")
         simpler, report = simplify(ir.to_proto(model), feed(result.program, result.program.meta["example"]))
@@ -220,7 +220,7 @@ class _Export:
     def _proved(
         self, graph: fx.GraphModule, program: fx.GraphModule, noise: Noise, batches: GraphBatches, *, evaluated: bool
     ) -> Proof:
-        """Compare and measure in one pass; every sample counts where there is evaluation data."""
+        """Compare and measure in one pass over the evaluation data, or over the calibration data if there is none."""
         measured = Measurements(
             parity_samples=self.config.parity_samples,
             golden_samples=GOLDEN_SAMPLES,
@@ -247,14 +247,16 @@ class _Export:
         simplifier: Simplifier,
         sources: DataSources,
     ) -> Report:
-        """Measure the file and compose the report; what it lacks is the verdict."""
+        """Measure the file and compose the report, still without a verdict."""
         program, config, record = result.program, self.config, result.record
         with self._step("validate", "measure"):
             parts = machine_parts(self.model, program, program.meta["example"], config.threads)
             timings, batch = self._timings(program, proof)
             size = size_of(self.folder / "model.onnx", self.float_path)
         if parts["saturation"].affected_here:
-            self.warnings.append("this CPU has no VNNI and can saturate 16-bit sums: use reduce_range")
+            self.warnings.append(
+                "this CPU has no VNNI instructions, so 16-bit sums can saturate; give --set reduce_range=true"
+            )
         return Report(
             schema=SCHEMA_VERSION,
             verdict="fail",
@@ -286,7 +288,7 @@ class _Export:
         )
 
     def _timings(self, program: fx.GraphModule, proof: Proof) -> tuple[Timings | None, int]:
-        """Time all files on one sample, where that is wanted; return the samples of a run as well."""
+        """Return the latencies of all files, None if not wanted, and the batch size they were timed with."""
         if not self.config.latency_runs or proof.golden is None:
             return None, 0
         sample = feed(program, cut(program, proof.golden[0]))

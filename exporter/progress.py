@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, plain lines elsewhere, silence for library use.
+"""Show the progress of long work: bars on a terminal, plain lines elsewhere, nothing for library use.
 
 Must not know: what the work is.
 """
@@ -30,12 +30,12 @@ from exporter.reporting.number_format import duration
 __all__ = ["Bar", "Progress", "console_progress"]
 
 LINE_EVERY_S, LINE_EVERY_SHARE, LINE_AT_LEAST_EVERY_S = 5.0, 0.1, 60.0
-"""Time between two plain lines of one stage: seconds, or a share of the time so far, but at most so many seconds. A log
-of hours stays short, and a reader sees that work goes on."""
+"""Seconds between two plain lines of one stage; a share of the time so far, if that is longer; and the limit of both.
+The log of a long run stays short but still shows progress."""
 
 
 class Progress:
-    """Silence: the base of the others, and what library callers get."""
+    """Shows nothing: the base of the others, and the default for library callers."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]:
         """Open a stage of work with a bar of `total` steps, None where their number is not known."""
@@ -43,7 +43,7 @@ class Progress:
 
 
 class _Bars(Progress):
-    """Bars of rich, one stage below the other; finished ones stay with their time."""
+    """Shows rich's bars, one stage below the other; finished ones stay, with their time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -59,7 +59,7 @@ class _Bars(Progress):
 
     @contextmanager
     def _display(self) -> Iterator[RichProgress]:
-        """Return the live display: one for a stage and the stages inside it, as a terminal has room for one."""
+        """Yield the live display, which a stage shares with the stages inside it: a terminal can show only one."""
         if self._live is not None:
             yield self._live
             return
@@ -89,7 +89,7 @@ class _RichBar:
 
 
 class _Lines(Progress):
-    """Lines such as `reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then and at the end of a stage."""
+    """Prints lines such as `reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then and at the end of a stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

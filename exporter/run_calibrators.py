@@ -58,19 +58,18 @@ def calibrated(
 
 
 def calibration_notes(result: CalibrationResult) -> list[str]:
-    """Return what the user should know of a calibration."""
+    """Return notes for the user on a calibration."""
     notes = [*result.placement.notes, *result.record.notes]
     if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
         notes.append(
-            f"kernels of {len(wide)} convolutions keep {wide[0].spec.tap_bits} bits for the one tap per channel "
-            f"that was an identity branch, which fewer cannot hold ({wide[0].name}, ...); --set wide_taps=false "
-            "gives all taps the same bits"
+            f"the identity taps of {len(wide)} kernel{'s' if len(wide) > 1 else ''} keep {wide[0].spec.tap_bits} bits, "
+            f"because fewer cannot hold them ({wide[0].name}, ...); --set wide_taps=false gives all taps the same bits"
         )
     return notes
 
 
 def _labelled(batches: GraphBatches) -> tuple[Iterable[Batch], Tensor | None]:
-    """Return the calibration batches, and labels where they are wanted: from one pass, as data may be shuffled."""
+    """Return the calibration batches, and labels where they are needed: from one pass, as data may be shuffled."""
     if not batches.data.labelled:
         return batches, None
     pairs = list(batches.labelled())

@@ -1,4 +1,4 @@
-"""Prove a bundle again, and what that shares with the first proof.
+"""Prove a bundle again; also the parts that the first proof shares with this.
 
 Must not know: the command line, how pages look, how the model was made.
 """
@@ -44,7 +44,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, An
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
     quantized value. Accuracy and latency keep the numbers of the export; nothing is written.
 
-    raises: InputError for a missing, damaged or changed file, or where OpenVINO was asked for and is not installed.
+    raises: InputError for a missing, damaged or changed file, or if OpenVINO was asked for and is not installed.
     """
     folder, progress = Path(folder), progress or Progress()
     with progress.stage("manifest"):
@@ -86,8 +86,8 @@ def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[s
         names = [value.name for value in values]
         if [*arrays] != names or len(names) != len(program.meta[f"{kind}_names"]):
             raise InputError(
-                f"the golden {kind}s of {folder} are not those of its model and reference program; take it from its "
-                "source again."
+                f"the golden {kind}s of {folder} are not those of its model and reference program; get a fresh copy of "
+                "the bundle."
             )
         program.meta[f"{kind}_names"] = names
     return inputs, expected
@@ -109,13 +109,13 @@ def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: 
 
 
 def gates_of(expressions: Iterable[str], *, openvino: bool) -> list[Gate]:
-    """Return the gates of every export, of OpenVINO where it is asked for, and the user's."""
+    """Return the gates of every export, that of OpenVINO where it is asked for, and the user's."""
     second = [parse("parity.openvino.violations==0")] if openvino else []
     return [*DEFAULT_GATES, *second, *map(parse, expressions)]
 
 
 def judge(report: Report, gates: Sequence[Gate]) -> Report:
-    """Return the report with the results of the gates and the verdict, and a warning for names that are going."""
+    """Return the report with gate results and verdict, and with a warning for each old gate name."""
     results = evaluate(gates, dump(report))
     warnings = dict.fromkeys([*(report.warnings or ()), *renamed(gates)])
     return replace(report, gates=results, verdict=verdict(results), warnings=tuple(warnings))

@@ -28,7 +28,7 @@ __all__ = ["Cache", "Memory", "Recording"]
 
 
 GPU_SHARE = 4
-"""Caches take at most one part in so many of what a GPU has free when they are opened: training needs the rest."""
+"""Divisor of the free memory of a GPU that caches may take when they are opened; training needs the rest."""
 
 
 class Memory:
@@ -52,7 +52,7 @@ class Memory:
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized tensor [rows, columns].
 
-        raises: OSError when the disk cannot hold a spilled one.
+        raises: OSError if the tensor is spilled and the disk is full.
         """
         size = rows * columns * dtype.itemsize
         if self.used + size <= self.budget:
@@ -74,18 +74,18 @@ class Memory:
                 _reserve(file.fileno(), path, size)
             return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
         finally:
-            with contextlib.suppress(PermissionError):  # where a mapped file has to stay, it goes with the folder
+            with contextlib.suppress(PermissionError):  # a mapped file that cannot be removed yet goes with the folder
                 path.unlink(missing_ok=True)  # elsewhere the mapping keeps the data until it is dropped
 
     def release(self, data: Tensor) -> None:
-        """Count what `allocate` gave as free again; a spilled one frees its disk space when it is dropped."""
+        """Count memory from `allocate` as free; a spilled tensor frees its disk space when it is dropped."""
         # torch knows the file of a shared mapping
         if data.device.type != "cpu" or data.untyped_storage().filename is None:
             self.used -= data.numel() * data.element_size()
 
 
 def _reserve(descriptor: int, path: Path, size: int) -> None:
-    """Give a file its size on disk now, so that a full disk is an error here and not a signal later.
+    """Reserve the disk space of a file now, so that a full disk is an error here and not a signal later.
 
     raises: OSError, ENOSPC for a full disk.
     """
@@ -104,8 +104,8 @@ def _reserve(descriptor: int, path: Path, size: int) -> None:
 class Cache:
     """One tensor of every sample, [samples, ...], four dimensions kept channels last.
 
-    like:    any batch of it: says shape and dtype.
-    qparams: where given, values lie on that grid and are kept as its codes; those of one tensor only, no channels.
+    like:    any batch of the tensor, which gives shape and dtype.
+    qparams: grid of the values, which are then kept as codes; one scale for the whole tensor. None: kept as they are.
     """
 
     def __init__(self, memory: Memory, samples: int, like: Tensor, qparams: QParams | None = None) -> None:
@@ -117,7 +117,7 @@ class Cache:
         return len(self.data)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Put the samples [n, ...] at `start`."""
+        """Store the samples [n, ...] from index `start` on."""
         values = quantize(values, self.qparams) if self.qparams else values
         ordered = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
         self.data[start : start + len(values)] = ordered.reshape(len(values), -1)
@@ -127,7 +127,7 @@ class Cache:
         return self._values(self.data.index_select(0, index.to(self.data.device, non_blocking=True)))
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """Yield all samples in order, `size` at a time; what is not kept as codes is the cache's own memory."""
+        """Yield all samples in order, `size` at a time; those not kept as codes are views of the cache."""
         for rows in torch.split(self.data, size):
             yield self._values(rows)
 
@@ -140,16 +140,16 @@ class Cache:
         return dequantize(rows, self.qparams) if self.qparams else rows
 
     def free(self) -> None:
-        """Give the memory back; the cache is empty afterwards."""
+        """Free the memory; the cache is empty afterwards."""
         self.memory.release(self.data)
         self.data = self.data[:0].clone()
 
 
 class Recording:
-    """Caches of those of some named values that come sample by sample, filled batch by batch.
+    """Caches of named values, filled batch by batch; values without samples are left out.
 
-    names: of the values that do.
-    grid:  on which a value is kept as codes, by its name; None for one that is kept as it is.
+    names: of the values that have samples.
+    grid:  returns, by name, the grid on which a value is kept as codes, None for one that is kept as it is.
     """
 
     def __init__(

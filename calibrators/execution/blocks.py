@@ -1,7 +1,7 @@
-"""Reconstruction units: the graph cut into consecutive blocks, where it can be at places that one tensor crosses.
+"""Reconstruction units: the graph cut into consecutive blocks, if possible where only one tensor crosses.
 
-    values   what calls make of the inputs. What comes from constants alone, or from the batch size, is made again where
-             it is needed and crosses nothing; a value that is read and also returned is live as long as it is read.
+    values   results that depend on the inputs. What follows from constants or the batch size alone is computed where
+             it is needed and crosses no cut; a value that is read and also returned is live as long as it is read.
     cut      after the call that makes the only live value; every path from an input to an output leads through it,
              so that cuts do not depend on the order in which branches are listed.
     atom     what lies between two cuts. One without weights belongs to the atom before it.
@@ -56,7 +56,7 @@ class Block:
 def partition(
     graph: fx.GraphModule, weighted: Collection[str], *, chain: int = 3, largest: int = 16
 ) -> tuple[Block, ...]:
-    """Cut a graph into blocks that hold every call that reaches an output once, each with a weighted node at least.
+    """Cut a graph into blocks, each with at least one weighted node; every call that reaches an output is in one block.
 
     graph:    as in calibrators.graph.aten, with the shapes of its example.
     weighted: fx names of the nodes whose weights are quantized; all others count as weightless.
@@ -82,7 +82,7 @@ def partition(
 
 
 def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
-    """Merge consecutive blocks of a partition; values that only they read are no outputs any more.
+    """Merge consecutive blocks of a partition; values that only they read are no longer outputs.
 
     raises: ValueError if there are none or they are not consecutive.
     """
@@ -130,7 +130,7 @@ def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
         inputs = [made[source[name]] for name in block.inputs]
         samples = next((x for x in inputs if shape_of(x)[:1] == (batch,)), None)
         if samples is None:
-            raise ValueError(f"block {block.name!r} needs the batch size, and none of its inputs has it")
+            raise ValueError(f"block {block.name!r} needs the batch size, but none of its inputs has it")
         return new.create_node("call_function", torch.ops.aten.sym_size.int, (samples, 0), name=node.name)
 
     for name in block.inputs:
@@ -156,7 +156,7 @@ def _live_calls(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_batch_size(node: fx.Node, batch: int) -> bool:
-    """Whether the call asks a tensor for the number of samples, which any other tensor can tell as well."""
+    """Return whether a call reads the number of samples from a tensor; any other tensor with samples has it too."""
     if node.target is not torch.ops.aten.sym_size.int:
         return False
     x, dim = node.args
@@ -206,12 +206,12 @@ class _Flow:
         )
 
     def counts_samples(self, node: fx.Node) -> bool:
-        """Whether the value is a tensor that has its samples along the first dimension."""
+        """Return whether the first dimension of the value counts samples."""
         return node.name in self.samples
 
     @cached_property
     def spans(self) -> dict[fx.Node, tuple[int, int]]:
-        """For every value that is read: the first boundary that it crosses, and the first that it does not."""
+        """By value that is read: the first boundary that it crosses, and the first that it no longer crosses."""
         return {
             node: (self.position.get(node, 0), max(self.position[user] for user in users))
             for node, users in self.readers.items()
@@ -227,7 +227,7 @@ class _Flow:
 
     @cached_property
     def cuts(self) -> list[int]:
-        """Boundaries that one tensor of samples crosses, made by the call before; the end of the graph is the last."""
+        """Boundaries that only the result of the call before crosses, a tensor of samples; the last ends the graph."""
         end = len(self.calls)
         leaves = self.returned & self.position.keys() - self.spans.keys() - self.constants
         spans = self.spans | {node: (self.position[node], end) for node in leaves}
@@ -243,7 +243,7 @@ class _Flow:
     def live_bytes(self) -> list[int]:
         """Bytes that later calls still read, at every boundary; -1 where blocks cannot meet.
 
-        That is where something crosses that is no tensor of samples, or stands between a value and the clip that
+        Blocks cannot meet where a value without samples crosses, or between a value and the clip that belongs to it.
         belongs to it.
         """
         blocked = self.crossing((span, 1) for node, span in self.spans.items() if not self._may_cross(node))
@@ -280,7 +280,7 @@ def _starts(flow: _Flow, chain: int, largest: int) -> list[int]:
 
 
 def _reading(flow: _Flow, starts: list[int]) -> list[int]:
-    """Keep the starts of blocks that read something; layers on constants alone (learned queries) join a neighbour."""
+    """Return the starts of blocks that read a value; layers on constants alone (learned queries) join a neighbour."""
 
     def reads(start: int, end: int) -> bool:
         return any(flow.position.get(x, -1) < start for node in flow.calls[start:end] for x in flow.reads(node))
@@ -340,8 +340,8 @@ def _least(live_bytes: list[int], first: int, last: int) -> int | None:
 def _divide(prices: Sequence[Price | None], limit: int) -> list[int]:
     """Divide a row of operators; return the index of the first operator of every part but the first.
 
-    prices: of a break between neighbours, None where there must be none.
-    returns: as few operators beyond `limit` per part as possible, then the least sum of prices (first entries first),
+    prices: of breaks between neighbours, None where a break is not allowed.
+    returns: division with the fewest operators beyond `limit` per part, then the least sum of prices (entry by entry),
              then long parts first.
     """
     count = len(prices) + 1

@@ -1,4 +1,4 @@
-"""How far predictions of the quantized network are from what they should be, sample by sample.
+"""Losses of the predictions of the quantized network against the float network or labels, sample by sample.
 
 Must not know: graphs, quantization, methods.
 """
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def is_logits(output: Tensor) -> bool:
-    """Whether an output looks like logits: [n, classes]."""
+    """Return whether an output has the shape of logits, [n, classes]."""
     return output.ndim == 2 and output.shape[1] > 1
 
 
@@ -64,16 +64,18 @@ def prediction_loss(
     if not logits or (name == "ce" and len(floats) != 1):
         shapes = ", ".join(str(["n", *y.shape[1:]]).replace("'", "") for y in floats)
         wanted = "one output" if name == "ce" else "outputs"
-        raise InputError(f"loss {name!r} needs {wanted} of shape [n, classes]; the model gives {shapes}: use loss=mse.")
+        raise InputError(
+            f"loss {name!r} needs {wanted} of shape [n, classes], but the model returns {shapes}; use loss=mse."
+        )
     if name == "kl":
         return _Divergence(tuple(y.double() for y in floats), temperature)
     if labels is None:
-        raise InputError("loss 'ce' needs labels, and the calibration data has none: give labels, or use loss=kl.")
+        raise InputError("loss 'ce' needs labels, but the calibration data has none; give labels, or use loss=kl.")
     classes = floats[0].shape[1]
     if len(labels) != len(floats[0]) or int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise InputError(
-            f"loss 'ce' needs one label from 0 to {classes - 1} for each of the {len(floats[0])} samples; there are "
-            f"{len(labels)} labels from {int(labels.min())} to {int(labels.max())}: check them, or use loss=kl."
+            f"loss 'ce' needs one label from 0 to {classes - 1} for each of {len(floats[0])} samples, but there are "
+            f"{len(labels)} labels from {int(labels.min())} to {int(labels.max())}; check them, or use loss=kl."
         )
     return _CrossEntropy(labels)
 

@@ -1,4 +1,4 @@
-"""Run the graph and record activations: statistics at the sites, and the program's values beside the float graph's.
+"""Run the graph and measure activations: statistics at the sites, and errors of the program's values.
 
 Must not know: methods, ONNX.
 """
@@ -23,7 +23,7 @@ __all__ = ["EMPTY_AGAIN", "Batch", "observe", "relative_errors"]
 
 Batch = tuple[Tensor, ...]
 
-EMPTY_AGAIN = "the calibration data was empty when read again: give a list or another re-iterable"
+EMPTY_AGAIN = "the calibration data was empty when read again; give a list or another re-iterable"
 
 
 def observe(
@@ -31,7 +31,7 @@ def observe(
 ) -> dict[str, Statistic]:
     """Return statistics of every activation site that owns its scale, from one float pass over the batches.
 
-    raises: DataError when there are no batches, or where an activation is not finite.
+    raises: DataError if there are no batches, or an activation is not finite.
     """
     owners = {s.node: s.name for s in placement.sites if s.kind == "activation" and s.shares is None}
     statistics = {name: Statistic() for name in owners.values()}
@@ -44,17 +44,20 @@ def observe(
             count += 1
             advance()
     if count == 0:
-        raise DataError("no calibration batches: the calibration data is empty; give at least one batch")
+        raise DataError("the calibration data has no batches; give at least one")
     for node in placement.graph.graph.nodes:
         if node.name in owners and (bad := statistics[owners[node.name]].nonfinite):
-            raise DataError(f"{bad} values of activation {where(node)} are NaN or infinite on the calibration data")
+            raise DataError(
+                f"{bad} values of activation {where(node)} are NaN or infinite on the calibration data; check the data "
+                "and the float model"
+            )
     return statistics
 
 
 def relative_errors(result: CalibrationResult, names: Collection[str], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the mean squared errors of the program's values (dequantized where they are quantized) by fx name.
+    """Return by fx name the mean squared errors of the program's values, dequantized where they are quantized.
 
-    They are in units of the mean squares of the float graph's values.
+    Errors are in units of the mean squares of the float graph's values.
     """
     nodes = {site.name: node for node, site in result.placement.activation_of.items()}
     errors = {name: SignalAndNoise() for name in names}

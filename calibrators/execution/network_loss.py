@@ -1,8 +1,8 @@
-"""The loss of the quantized network as a function of all its scales, evaluated as cheaply as exactness allows.
+"""The loss of the quantized network as a function of all its scales, evaluated exactly but without repeated work.
 
 A point gives the parameters of every activation site that owns its scale and of every weight, by site name; biases
-follow from them. What crosses into the first block that a point changes is kept for all samples, so that points which
-differ late in the network run its end only; a point that is clearly worse than the best one is given up early.
+follow from them. The values that enter the first block that a point changes are kept for all samples, so that points
+that differ late in the network run only its end; a point that is clearly worse than the best one is given up early.
 
 Work is counted in evaluations: the multiply-accumulates of weighted operators over all samples of one full pass are
 one evaluation; a part of the network or of the samples counts by its share.
@@ -41,13 +41,13 @@ FIRST_LOOK = 0.25
 """Share of the samples after which a point may be given up."""
 
 MARGIN = 0.25
-"""It is given up when its loss over the samples seen exceeds that of the best point by this share."""
+"""A point is given up when its loss over the samples seen exceeds that of the best point by this share."""
 
 Point = Mapping[str, QParams]
 
 
 class BudgetExhausted(Exception):
-    """The budget does not hold another evaluation."""
+    """The budget does not suffice for another evaluation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Prefix:
-    """The values that cross into block `at` under `point`, for all samples."""
+    """The values that enter block `at` under `point`, for all samples."""
 
     at: int
     caches: Mapping[str, Cache]
@@ -127,7 +127,7 @@ class NetworkLoss(StreamedNetwork):
         return first
 
     def _live_at(self, index: int) -> list[str]:
-        """Return the values that cross into block `index`; after the last block, the outputs that are compared."""
+        """Return the values that enter block `index`; after the last block, the outputs that are compared."""
         made = {*self.entry.caches, *(name for block in self.blocks[:index] for name in block.outputs)}
         read = [name for block in self.blocks[index:] for name in block.inputs]
         read += self.compared
@@ -136,9 +136,9 @@ class NetworkLoss(StreamedNetwork):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, point: Point, *, whole: bool = False) -> float:
-        """Return the mean loss at a point; of a point clearly worse than the best one an estimate from some samples.
+        """Return the mean loss at a point; for a point clearly worse than the best one, an estimate from some samples.
 
-        whole:  use all samples whatever they show.
+        whole:  use all samples in any case.
         raises: BudgetExhausted, before any work, if the budget does not hold a whole evaluation.
         """
         if self.best and self._agree_until(point, self.best.point) == len(self.blocks):
@@ -173,7 +173,7 @@ class NetworkLoss(StreamedNetwork):
         return measured.loss
 
     def _losses(self, at: int, *, race: bool) -> Tensor:
-        """Return the loss of each sample from block `at` on, or of the first samples where they show enough."""
+        """Return the losses of the samples, computed from block `at` on; with `race`, of as many as it takes."""
         losses = torch.empty(0, dtype=torch.float64)
         for start, values in self._chunks_at(at):
             outputs = self._forward(values, at, len(self.blocks))
@@ -193,7 +193,7 @@ class NetworkLoss(StreamedNetwork):
     # --- running ----------------------------------------------------------------------------------------------------
 
     def _chunks_at(self, at: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield the first sample and the values that cross into block `at`, which the prefix holds, chunk by chunk."""
+        """Yield by chunk the index of its first sample and the values that enter block `at`, which the prefix holds."""
         names, start = self.live[at], 0
         caches = (self.prefix if at else self.entry).caches
         for parts in self.chunks([caches[name] for name in names], CHUNK):
@@ -201,7 +201,7 @@ class NetworkLoss(StreamedNetwork):
             start += len(parts[0])
 
     def _forward(self, values: dict[str, Tensor], at: int, to: int) -> dict[str, Tensor]:
-        """Return the values that cross into block `to`, from those that cross into block `at`."""
+        """Return the values that enter block `to`, from those that enter block `at`."""
         for index in range(at, to):
             block = self.blocks[index]
             made = self.simulations[index](*(values[name] for name in block.inputs))
@@ -210,7 +210,7 @@ class NetworkLoss(StreamedNetwork):
         return values
 
     def _advance(self, at: int, to: int, point: Point) -> None:
-        """Move the prefix from block `at`, its own or the first, to block `to`."""
+        """Move the prefix from block `at`, where it is, or from the first block, to block `to`."""
         held = self.prefix if at else self.entry
         if held is not self.prefix:
             self._drop(self.prefix, {})
@@ -233,7 +233,7 @@ class NetworkLoss(StreamedNetwork):
     # --- setting a point --------------------------------------------------------------------------------------------
 
     def _set_point(self, point: Point) -> None:
-        """Give every block the parameters of a point; what does not change stays as it is."""
+        """Set the parameters of a point in every block; unchanged ones are not set again."""
         changed = {name for name in point if not _same(point[name], self.current.get(name))}
         for name in changed & self.quantizers.keys():
             self.quantizers[name].reset(point[name].to(self.device))
@@ -268,9 +268,9 @@ def draw_samples(problem: Problem, samples: int, purpose: str) -> Tensor:
 
 
 def compared_outputs(problem: Problem) -> dict[str, int]:
-    """Return the outputs that a loss compares, floats of every sample: their place among all outputs by fx name.
+    """Return by fx name the index of each output that a loss compares: floats with one row per sample.
 
-    raises: InputError where there is none.
+    raises: InputError if there is none.
     """
     graph = problem.placement.graph
     found: dict[str, int] = {}
@@ -279,8 +279,8 @@ def compared_outputs(problem: Problem) -> dict[str, int]:
             found.setdefault(node.name, index)
     if not found:
         raise InputError(
-            "the model has no output of floats with one row per sample, by which the effect of a grid could be "
-            "measured: use a method that looks at layers (mse, gptq, qdrop), and no budget or sensitivity"
+            "the model has no floating-point output with one row per sample, by which the effect of a grid could be "
+            "measured; use a method that looks at layers (mse, gptq, qdrop), without --budget and --sensitivity"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Quantizers that learn: an activation scale under random drop, and the rounding of a unit's weights.
+"""Trainable quantizers: an activation scale, with random drop, and the rounding of a unit's weights.
 
 Exported values always come from grid.numerics; this is the differentiable form that training sees.
 
@@ -23,11 +23,11 @@ STRETCH = 1.2
 """Width of the stretched sigmoid: from -0.1 to 1.1, so that 0 and 1 are reached (AdaRound, eq. 23)."""
 
 INSIDE = 0.5001
-"""A value less than this many steps from its code was rounded, farther away it was clipped."""
+"""A value closer than this many steps to its code was rounded; one farther away was clipped."""
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """Return a generator for random numbers on a device: the given one on the CPU, else one that it seeds."""
+    """Return a generator for a device: the given one on the CPU, else a new one seeded from it."""
     if device.type == "cpu":
         return generator
     return torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
@@ -117,14 +117,14 @@ class ActivationQuantizer(nn.Module):
         self.bounds = _bounds(qparams)
 
     def learn(self, masks: Masks | None, *, scale: bool, bypass: bool = False) -> None:
-        """Run differentiably from here on, dropping as `masks` says (None: never), or not quantizing at all."""
+        """Quantize differentiably from now on, with random drop by `masks` (None: never); `bypass`: do not quantize."""
         self.train()
         self.masks, self.bypass = masks, bypass
         self.bounds = _bounds(self.qparams)
         self.log_scale.requires_grad_(scale)
 
     def harden(self) -> None:
-        """Keep the learned scale as the exact one."""
+        """Make the learned scale the exact one, and compute exactly from now on."""
         if self.log_scale.requires_grad:
             scale = self.log_scale.detach().exp().to(self.qparams.scale.device)
             self.qparams = replace(self.qparams, scale=scale)
@@ -133,7 +133,7 @@ class ActivationQuantizer(nn.Module):
         self.eval()
 
     def reset(self, qparams: QParams) -> None:
-        """Set other parameters and compute exactly."""
+        """Set other parameters, and compute exactly from now on."""
         self.qparams = qparams
         self.log_scale.data.copy_(qparams.scale.log())
         self.eval()
@@ -203,7 +203,7 @@ class Rounding:
         return _unflat(flat[start:end], self.shapes[index])
 
     def soften(self) -> None:
-        """Write the soft weights and clear their gradients."""
+        """Compute the soft weights in place and clear their gradients."""
         with torch.no_grad():
             torch.sigmoid(self.variable, out=self.sigmoid)
             up = self.sigmoid.mul(STRETCH).sub_((STRETCH - 1) / 2).clamp_(0, 1)
@@ -212,7 +212,7 @@ class Rounding:
             self.grad.zero_()
 
     def backward(self, strength: float, beta: Tensor) -> None:
-        """Set the gradient of v: from that of the weights, plus `strength` * d/dv sum(1 - |2h - 1|**beta), beta []."""
+        """Set the gradient of v: that of the weights by v, plus `strength` * d/dv sum(1 - |2h - 1|**beta), beta []."""
         assert self.variable.grad is not None
         with torch.no_grad():
             grad = self.variable.grad

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 class BlockBoundary:
-    """What crosses between blocks: for every value whether it crosses as codes, and which site gives them meaning."""
+    """The values that cross between blocks: which of them cross as codes, and the site that gives these meaning."""
 
     def __init__(self, placement: Placement, blocks: tuple[Block, ...]) -> None:
         self.placement = placement
@@ -66,7 +66,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def speed_up(graph: fx.GraphModule, weighted: Iterable[str]) -> list[ParametricOp]:
-    """Make a block's own graph cheap to train through; the modules that its weighted operators have become.
+    """Make a block's own graph cheap to train through; return the modules that replace its weighted operators.
 
     Clips become hardtanh: the same values, with a gradient that is one kernel instead of four.
     """
@@ -125,9 +125,9 @@ class Simulation(torch.nn.Module):
         return found
 
     def _quantize(self, site: Site, boundary: BlockBoundary, quantizers: Mapping[str, ActivationQuantizer]) -> None:
-        """Put the site's quantizer after its value, or at the entry of the block where it crosses unquantized."""
+        """Insert the site's quantizer after its value, or at the entry of the block if it crosses unquantized."""
         node = self._nodes.get(site.node)
-        moved = site.shares is not None and site.clip is None  # codes moved around: on the grid already
+        moved = site.shares is not None and site.clip is None  # moved codes are on the grid already
         if node is None or moved or (node.op == "placeholder" and boundary.site(site.node) is not None):
             return
         readers = [user for user in node.users if user.name in site.users]
@@ -146,7 +146,7 @@ class Simulation(torch.nn.Module):
         self.sites.append(site.name)
 
     def _free(self, site: Site) -> None:
-        """Let a weight or bias be set from outside."""
+        """Replace a weight or bias by a buffer that can be set."""
         users = [self._nodes[user] for user in site.users if user in self.block.weighted]
         if not users:
             return
@@ -159,7 +159,7 @@ class Simulation(torch.nn.Module):
             replace_args(user, **{site.kind: value})
 
     def reading(self, name: str) -> fx.GraphModule:
-        """Return the part of the block that makes what one of its weighted operators reads, with what is set now.
+        """Return the part of the block that computes the input of one of its weighted operators, with what is set now.
 
         It takes block.inputs and returns a tensor.
         """
@@ -175,7 +175,7 @@ class Simulation(torch.nn.Module):
         return part
 
     def train_in(self, precision: torch.dtype) -> None:
-        """Train; operators that mix all channels compute in `precision`, grouped ones would only lose time."""
+        """Enter training mode; operators that mix all channels compute in `precision`, others would only lose time."""
         self.train()
         for operator in self._weighted:
             operator.train_in(precision)

@@ -1,4 +1,4 @@
-"""What a method is given to solve: a placed network, calibration data, and the means to work with.
+"""The problem that a method solves: a placed network, calibration data, and limits on time and memory.
 
 Must not know: which methods there are, ONNX.
 """
@@ -31,11 +31,11 @@ class Bar(Protocol):
     """Progress of one stage of work."""
 
     def advance(self, steps: int = 1) -> None:
-        """Count `steps` more."""
+        """Advance the display by `steps`."""
 
 
 Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
-"""Opens a stage of work under a name with a number of steps, None where it is not known."""
+"""A function that opens a stage of work, given its name and number of steps, None where that is not known."""
 
 
 class _Silent:
@@ -51,7 +51,7 @@ def silent(name: str, total: int | None = None) -> Iterator[Bar]:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One calibration to be done.
+    """One calibration problem.
 
     batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it anew.
     range_method: range methods by name, and options as a mapping (calibrators.methods.range_method).
@@ -83,7 +83,7 @@ class Problem:
         return sample_values(self.placement.graph)
 
     def variant(self, **changes: Any) -> Problem:
-        """Return the problem with other fields that do not touch what was observed: memory, bits of the placement."""
+        """Return the problem with changed fields that have no effect on statistics: memory, bits of the placement."""
         other = replace(self, **changes)
         vars(other).update(statistics=self.statistics, samples=self.samples)
         return other
@@ -123,7 +123,7 @@ class Problem:
     def samples(self) -> int:
         """Samples of the calibration data.
 
-        raises: DataError when the data cannot be read a second time.
+        raises: DataError if the data cannot be read a second time.
         """
         found = sum(len(batch[0]) for batch in self.batches)
         if not found:
@@ -142,12 +142,14 @@ class Problem:
     def labels_of(self, rows: Tensor) -> Tensor | None:
         """Return the labels of the samples `rows`, where there are any.
 
-        raises: InputError where there are not as many labels as samples.
+        raises: InputError unless there is one label per sample.
         """
         if self.labels is None:
             return None
         if len(self.labels) != self.samples:
-            raise InputError(f"there are {len(self.labels)} labels for {self.samples} calibration samples.")
+            raise InputError(
+                f"there are {len(self.labels)} labels for {self.samples} calibration samples; give one per sample."
+            )
         return self.labels[rows]
 
     def generator(self, purpose: str) -> torch.Generator:

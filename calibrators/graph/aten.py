@@ -6,7 +6,7 @@ The contract of that graph:
 - `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
 - `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
 - `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known;
-- `node.meta["expected"]` says what batch norms knew of a value, where any did (calibrators.graph.batch_norm).
+- `node.meta["expected"]` holds what batch norms tell about a value, where any do (calibrators.graph.batch_norm).
 
 Must not know: quantization, folding, ONNX.
 """
@@ -76,12 +76,12 @@ def replace_args(node: fx.Node, **changes: Any) -> None:
 
 
 def is_constant(node: object) -> TypeGuard[fx.Node]:
-    """Whether an argument is a get_attr node: a parameter, buffer or constant."""
+    """Return whether an argument is a get_attr node: a parameter, buffer or constant."""
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def constant(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """Return the tensor that a get_attr node stands for."""
+    """Return the tensor of a get_attr node."""
     value: Any = graph
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -161,7 +161,7 @@ def per_axis(value: Any, spatial: int) -> tuple[int, ...]:
 
 
 def overloads(names: Iterable[str]) -> list[Any]:
-    """Return the targets of calls that operators.name_of names so: "conv2d.default" gives aten.conv2d.default."""
+    """Return the call targets with these names (operators.name_of): "conv2d.default" gives aten.conv2d.default."""
     return [operator.getitem if name == "getitem" else attrgetter(name)(torch.ops.aten) for name in names]
 
 
@@ -173,7 +173,7 @@ def convolution(spatial: int, *, transposed: bool = False) -> Any:
 
 
 def batch_of(graph: fx.GraphModule, wanted: int) -> int:
-    """Return how many samples to run at a time: `wanted`, or the number that the graph fixes."""
+    """Return the number of samples to run at a time: `wanted`, or the batch size that the graph fixes."""
     return wanted if graph.meta["dynamic_batch"] else example_batch(graph)
 
 
@@ -189,7 +189,7 @@ def infer_shapes(graph: fx.GraphModule) -> None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's value for the example; () where it is no single tensor."""
+    """Return the shape of a node's value for the example; () unless it is a single tensor."""
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 

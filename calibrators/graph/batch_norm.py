@@ -1,4 +1,4 @@
-"""Batch norms in evaluation: what they compute, and what they say of values over the training set.
+"""Batch norms in evaluation: what they compute, and what they tell about values over the training set.
 
 A batch norm with its running statistics is y = slope * x + offset in every channel. If the statistics are true, its
 output has the mean beta and the deviation |gamma| * sqrt(variance / (variance + eps)). Folding carries both to the
@@ -53,19 +53,19 @@ class Expected:
 
     @property
     def std(self) -> Tensor | None:
-        """Standard deviation [channels]; None where several norms reach a channel: nobody knows their covariance."""
+        """Standard deviation [channels]; None where several norms reach a channel, as their covariance is unknown."""
         if not self.gains or bool((torch.stack(self.gains).count_nonzero(0) > 1).any()):
             return None
         return torch.stack(self.gains).sum(0)
 
     @property
     def spread(self) -> Tensor | None:
-        """Deviation if the norms were independent; None where it is not known at all."""
+        """Deviation if the norms were independent; None where no norm tells it."""
         return torch.stack(self.gains).square().sum(0).sqrt() if self.gains else None
 
     @property
     def largest_std(self) -> Tensor | None:
-        """Upper bound of the deviation, however the norms vary together; None where it is not known at all."""
+        """Upper bound of the deviation, whatever the covariance of the norms; None where no norm tells it."""
         return torch.stack(self.gains).sum(0) if self.gains else None
 
     def to(self, dtype: torch.dtype) -> Expected:
@@ -117,7 +117,7 @@ def read_batch_norm(node: fx.Node, exact: Callable[[fx.Node], Tensor]) -> BatchN
 
 
 def uses_batch_statistics(node: fx.Node) -> bool:
-    """Return whether a batch norm normalizes by the batch that it sees."""
+    """Return whether a batch norm normalizes with the statistics of the batch."""
     bound = bind(node)
     return bool(bound["training"]) or bound["running_mean"] is None or bound["running_var"] is None
 
@@ -137,7 +137,7 @@ def mean_and_deviation(node: fx.Node) -> tuple[Tensor, Tensor] | None:
 
 
 def update_expected(node: fx.Node, change: Callable[[Expected], Expected], later: Iterable[fx.Node] = ()) -> None:
-    """Record what a rewrite did to a node's output; nothing stays known of `later` values, which follow from it."""
+    """Record how a rewrite changed a node's output; forget what was known of `later` values, which follow from it."""
     if EXPECTED in node.meta:
         node.meta[EXPECTED] = change(node.meta[EXPECTED])
     for each in later:

@@ -5,7 +5,7 @@ Pooling and resizing
 - adaptive average pooling to a divisor of the size -> average pooling
 - average pooling of a sequence -> the same of an image of height 1
 - average pooling with ceil_mode or divisor_override -> padding, plain average pooling, a factor per position
-- max pooling with indices that nobody reads -> max pooling
+- max pooling with unused indices -> max pooling
 - resizing to a multiple of the size -> resizing by that factor
 
 Layers
@@ -24,7 +24,7 @@ Elementwise
 Moves
 - split, chunk, unbind, select -> slices (and a squeeze where the dimension is dropped)
 - roll -> concatenation of two slices
-- operand expanded to the shape to which the operator broadcasts it anyway -> the operand
+- operand expanded to a shape to which the operator broadcasts it anyway -> the operand
 
 Must not know: targets, scales, ONNX.
 """
@@ -129,7 +129,7 @@ def _pool_of_sequence(node: fx.Node) -> None:
 
 
 def _average_pool(node: fx.Node) -> None:
-    """Make every average pool a plain one over two dimensions; its ceiling and divisor become padding and a factor."""
+    """Rewrite an average pool as a plain one over two dimensions; ceiling and divisor become padding and a factor."""
     bound = bind(node)
     x, shape, after = bound["self"], shape_of(bound["self"]), shape_of(node)
     dims = 1 if node.target is aten.avg_pool1d.default else 2
@@ -163,7 +163,7 @@ def _average_pool(node: fx.Node) -> None:
 
 
 def _max_pool(node: fx.Node) -> None:
-    """Drop the indices of the maxima where nobody reads them."""
+    """Drop the indices of the maxima where nothing reads them."""
     bound, rank = bind(node), len(shape_of(bind(node)["self"]))
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         return
@@ -205,7 +205,7 @@ def _matmul(node: fx.Node) -> None:
 
 
 def _linear(node: fx.Node) -> None:
-    """Runtimes fuse a matrix product with its bias only for matrices; layers that share an input share the reshape."""
+    """Reshape the input to a matrix, as runtimes fuse a bias only then; layers with one input share its reshape."""
     x, shape = bind(node)["input"], shape_of(bind(node)["input"])
     if len(shape) < 3:
         return
@@ -219,7 +219,7 @@ def _linear(node: fx.Node) -> None:
 
 
 def _sizes(node: fx.Node) -> list[int]:
-    """Return the shape of a value, -1 at the dimension that the batch decides."""
+    """Return the shape of a value, with -1 for the dimension that depends on the batch."""
     value = node.meta.get("val")
     if isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape):
         return [size if isinstance(size, int) else -1 for size in value.shape]
@@ -277,7 +277,7 @@ def _attention(node: fx.Node) -> None:
 
 
 def _additive_mask(bound: dict[str, Any]) -> Tensor | None:
-    """Return zeros and minus infinities; None for a computed mask, or where a row may see nothing."""
+    """Return the mask as zeros and minus infinities; None for a computed mask, or one that hides a whole row."""
     given = bound["attn_mask"]
     if not (given is None or is_constant(given)) or _is_free(bound["query"], -2):
         return None
@@ -304,7 +304,7 @@ def _hardtanh(node: fx.Node) -> None:
 
 
 def _scaled_gate(node: fx.Node) -> None:
-    """Move the constant onto the gate, which is small, as a depthwise 1x1 convolution, which has an integer kernel."""
+    """Move the constant to the gate, which is small, as a depthwise 1x1 convolution, which has an integer kernel."""
     nodes = node.all_input_nodes
     scale = next(filter(is_constant, nodes), None)
     product = next((x for x in nodes if x is not scale), None)
@@ -354,7 +354,7 @@ def _select(node: fx.Node) -> None:
 
 
 def _roll(node: fx.Node) -> None:
-    """Let the two parts of each dimension change places."""
+    """Rewrite a roll: swap the two parts of each rolled dimension."""
     x, shifts, dims = bind(node).values()
     if not dims or any(_is_free(x, dim) for dim in dims) or not all(isinstance(shift, int) for shift in shifts):
         return

@@ -1,4 +1,4 @@
-"""The ATen operators that the project knows, in one table; other modules read their column.
+"""The ATen operators that the project knows, in one table; every other module reads the columns that it needs.
 
 A row holds what is true on every target; which operators have integer kernels is in calibrators.targets. Operators go
 by name ("conv2d.default"), so that the table can be read without torch.
@@ -45,11 +45,11 @@ class Operator:
     spatial:     spatial dimensions of a convolution or pool.
     by_name:     its padding is "same" or "valid".
     reversed:    it subtracts the first operand from the second.
-    onnx:        the ONNX operator for it, where it moves values: every value of the result is one of the first operand,
+    onnx:        its ONNX operator, if it moves values: every value of the result is one of the first operand,
                  so that it gives the same on codes.
     is_list:     the result is a list of tensors.
     homogeneous: f(a x) = a f(x) for a > 0, whatever its arguments.
-    on_integers: torch has it for integers.
+    on_integers: torch implements it for integers.
     """
 
     kind: str = ""

@@ -29,13 +29,13 @@ Call = tuple[Any, tuple[Any, ...]]
 """An operator and its arguments, of which Ellipsis stands for the result of the call before it."""
 
 Rule = Callable[[fx.Node], None]
-"""Rewrites one call where it can, and leaves it alone otherwise."""
+"""A function that rewrites one call if it can, and leaves it alone otherwise."""
 
 
 def apply_rules(graph: fx.GraphModule, rules: Mapping[Any, Sequence[Rule]]) -> None:
-    """Apply to every call that the graph has now the rules for its operator, then remove what nobody reads.
+    """Apply the rules for its operator to every call in the graph, then remove unused nodes.
 
-    The code of the graph is not generated anew: recompile it after the last rewrite.
+    Calls that a rule inserts are not visited. Recompile the graph after the last rewrite.
     """
     for node in list(graph.graph.nodes):
         for rule in rules.get(node.target, ()) if node.op == "call_function" else ():
@@ -54,13 +54,13 @@ def replace_call(node: fx.Node, *calls: Call) -> fx.Node:
 
 
 def replace_by(node: fx.Node, value: fx.Node) -> None:
-    """Let every reader of `node` read `value` instead, and erase it."""
+    """Make every reader of `node` read `value` instead, and erase `node`."""
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
 
 
 def call_before(node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
-    """Insert a call before `node`, which comes from the same module and has another value."""
+    """Insert a call before `node` and return it: same module, but a value of its own."""
     with node.graph.inserting_before(node):
         made = node.graph.call_function(target, arguments, keywords)
     made.meta = meta_of_part(node)
@@ -76,7 +76,7 @@ def constant_before(node: fx.Node, name: str, value: Tensor) -> fx.Node:
 
 
 def meta_of_part(node: fx.Node) -> dict[str, Any]:
-    """Return the metadata of `node` for another that comes from the same module and has another value."""
+    """Return the metadata of `node` for a node of the same module with another value."""
     return {key: value for key, value in node.meta.items() if key != EXPECTED}
 
 

@@ -1,4 +1,4 @@
-"""Run a graph node by node, with every value free as soon as nobody reads it any more.
+"""Run a graph node by node, and free every value after its last reader.
 
 Must not know: quantization, what is done with the values.
 """
@@ -20,7 +20,7 @@ Values = dict[fx.Node, Any]
 
 
 def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Return what a call_function node makes of the values that it reads."""
+    """Return the result of a call_function node for the values that it reads."""
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -35,7 +35,7 @@ def walk(
 ) -> Iterator[tuple[fx.Node, Values]]:
     """Run the graph on one tensor per input; yield every node with the values alive after it, its own among them.
 
-    A value put in place of a node's is what later nodes read. The value of the output node is the tuple of outputs.
+    The caller may replace the value of a node for later readers. The value of the output node is the tuple of outputs.
 
     evaluate: makes the value of a call_function node; reads: the nodes whose values it needs.
     skipped:  nodes that are not run.
@@ -63,7 +63,7 @@ def walk(
 def sample_values(graph: fx.GraphModule) -> frozenset[str]:
     """Return the names of the values whose first dimension counts the samples.
 
-    Where the batch is free it is seen by running one sample more than the example has: sizes may agree by chance.
+    If the batch is free, one more sample than the example has is run as well, because sizes may agree by chance.
     """
     batch = example_batch(graph)
     names = {node.name for node in graph.graph.nodes if shape_of(node)[:1] == (batch,)}

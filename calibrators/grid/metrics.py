@@ -1,4 +1,4 @@
-"""How far values are from what they should be: energies, relative errors and decibels.
+"""Measures of error: energies, relative errors and decibels.
 
 Must not know: graphs, grids, methods.
 """
@@ -34,7 +34,7 @@ def relative_error(values: Tensor, exact: Tensor, unit: float) -> Tensor:
 
 
 def alike(expected: Tensor, found: Tensor, limit: float) -> bool:
-    """Return whether an output is what it should be, up to `limit` of itself and of its largest finite value."""
+    """Return whether an output is as expected, up to `limit` of each value and of the largest finite one."""
     expected, found = expected.double(), found.double()
     finite = expected[expected.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
@@ -48,13 +48,13 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass
 class SignalAndNoise:
-    """Energy of exact values, and of how far others are from them; both add up."""
+    """Running energies of exact values and of the errors of other ones."""
 
     signal: float = 0.0
     noise: float = 0.0
 
     def add(self, values: Tensor, exact: Tensor) -> None:
-        """Count more values."""
+        """Add the energies of more values."""
         self.signal += energy(exact)
         self.noise += energy(values - exact)
 

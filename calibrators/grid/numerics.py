@@ -53,7 +53,7 @@ def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
 
 
 def has_middle_diagonal(shape: Sequence[int]) -> bool:
-    """Whether a weight [out, in / groups, ...] is a kernel with taps that can add a channel to itself, one for each."""
+    """Return whether a weight [out, in / groups, ...] is a kernel with one tap per channel that adds it to itself."""
     channels, inputs, *kernel = shape
     return bool(kernel) and inputs > 1 and channels % inputs == 0 and all(size % 2 for size in kernel)
 
@@ -80,7 +80,7 @@ def code_limits(x: Tensor, qparams: QParams) -> tuple[int | Tensor, int | Tensor
 def round_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int | float | Tensor, qmax: int | float | Tensor
 ) -> Tensor:
-    """Return the codes of `x` as integer-valued floats of x's dtype; the others are numbers or broadcast against x."""
+    """Return the codes of `x` as integer-valued floats of x's dtype; parameters are numbers or broadcast against x."""
     return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Frozen data that everything else passes around: what a quantizer can represent, and what was chosen.
+"""Frozen data that all other modules share: what a quantizer can represent, and the parameters chosen for it.
 
 Must not know: graphs, ONNX, runtimes, methods.
 """
@@ -22,12 +22,12 @@ __all__ = ["QParams", "QuantSpec", "QuantizedTensor", "Site", "Target"]
 class QuantSpec:
     """The integer grid of one tensor.
 
-    bits:      width of the grid; below 8 the codes still live in an 8-bit container, 16 are signed.
+    bits:      width of the grid; codes below 8 bits are stored in an 8-bit container; those of 16 bits are signed.
     signed:    two's complement codes, else unsigned.
     symmetric: zero_point is 0 (signed) and never searched.
     axis:      dimension that carries one scale per index, None for one scale per tensor.
     narrow:    the lowest signed code is not used, so that the grid is symmetric about 0.
-    block_size: of matrices with axis 0: so many entries of a row have one scale, None for all; the last may be fewer.
+    block_size: of matrices with axis 0: entries of a row under one scale, None for all of it; the last may have fewer.
     tap_bits:  of kernels with a folded identity branch: width of the codes on their middle diagonal, which have the
                scale and zero point of the others and lie within 2**(tap_bits - 1) - 1 of it. None: `bits`.
     """
@@ -42,7 +42,7 @@ class QuantSpec:
 
     @property
     def granularity(self) -> Literal["tensor", "channel", "block"]:
-        """What has one scale."""
+        """The part of the tensor that has one scale."""
         if self.block_size is not None:
             return "block"
         return "tensor" if self.axis is None else "channel"
@@ -99,13 +99,13 @@ class QuantizedTensor:
 class Target:
     """What one integer runtime can represent, and which operators it runs on integers. Data only.
 
-    wide_activation:   grid of activations as an escape for single layers; what writes or reads it is computed in float.
+    wide_activation:   16-bit grid for activations of single layers; operators that write or read it compute in float.
     weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).
     weighted_to_float: operators with a constant weight whose integer kernel may write floats.
     weight_only:       operators with a kernel that reads codes of the weight alone, and computes in float.
-    integer_ops:       operators with an integer kernel when every input and the output are quantized.
+    integer_ops:       operators with an integer kernel if every input and the output are quantized.
     same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
-    on_codes_ops:      operators that move codes likewise, but only where the file applies them to the codes themselves.
+    on_codes_ops:      operators that move codes likewise, but only if the file applies them to the codes themselves.
     fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
     """
@@ -140,10 +140,10 @@ class Site:
     spec:      the grid.
     shares:    name of the site whose scale and zero point this one has; None for its own.
     fixed:     (scale, zero_point) where the operator decides the range.
-    clip:      bounds of a ReLU or clip that the codes realise by saturation; None where there is none.
+    clip:      bounds of a ReLU or clip that the saturation of the codes performs; None where there is none.
     method:    name of the range method that a rule asks for; None leaves it to the calibration.
-    of_codes:  the value is made from the codes of `shares` without leaving integers: by that clip, or by the operator.
-    weight_only: of a weight: what reads it reads floats besides and computes in float.
+    of_codes:  the value is computed from the codes of `shares` on integers: by that clip, or by the operator.
+    weight_only: of a weight: its layer reads float activations and computes in float.
     """
 
     name: str

@@ -30,12 +30,12 @@ class Method(Protocol):
     """The interface of a method."""
 
     def fit(self, problem: Problem) -> CalibrationResult:
-        """Return scales, zero points, integer weights and biases."""
+        """Return scales, zero points, integer weights and biases for a problem."""
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method as it is listed: its name, a line about it, and its options."""
+    """One method as it is listed: its name, its summary, and its options."""
 
     name: str
     summary: str
@@ -56,12 +56,12 @@ def get_method(name: str, options: Mapping[str, object] | None = None) -> Any:
 def range_method(name: str, options: Mapping[str, object] | None = None) -> RangeMethod:
     """Return the range method called `name` with `options`.
 
-    raises: UnknownNameError, InputError for a method that needs the whole network.
+    raises: UnknownNameError for a name or option, InputError for a method that needs the whole network.
     """
     method = get_method(name, options)
     if not isinstance(method, RangeMethod):
         ranges = ", ".join(known for known in _names() if issubclass(_class(known), RangeMethod))
-        raise InputError(f"method {name!r} works on whole networks; a rule for layers takes one of {ranges}.")
+        raise InputError(f"method {name!r} works on whole networks; a rule for layers takes a range method: {ranges}.")
     return method
 
 

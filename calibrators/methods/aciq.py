@@ -2,8 +2,8 @@
 
 source: Banner et al., Post training 4-bit quantization of convolutional networks for rapid-deployment (ACIQ, 2019),
 section 2: the expected squared error of clipping at a is, for M bits, 2 b^2 exp(-a/b) + a^2 / (3 * 4^M) under a Laplace
-law with mean distance b, and has a like form under a Gauss law; data after a ReLU count as M + 1 bits.
-Departs: the minimum is solved (Lambert's W, a root of the derivative) instead of tabulated; "auto" chooses the law by
+law with mean distance b, and has a similar form under a Gauss law; data after a ReLU count as M + 1 bits.
+Departs: the minimum is computed (Lambert's W, a root of the derivative) instead of tabulated; "auto" chooses the law by
 mean |x| / std; a symmetric signed grid that sees one sign only has M bits, not M + 1. As in the source the range is cut
 into 2^M intervals, which is coarse below 4 bits: prefer mse there.
 """

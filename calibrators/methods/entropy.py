@@ -3,9 +3,9 @@
 source: Migacz, 8-bit inference with TensorRT (GTC 2017): for every threshold, P is the histogram inside it with the
 clipped mass added to its end bins, Q the histogram inside it without that mass, averaged over the non-empty bins of
 each level; the threshold with the least KL(P, Q) wins.
-Departs: exact zeros are left out (every grid represents them, and after a ReLU their spike would decide); a share of
-Q's mass is spread evenly over all bins, so that KL is finite where clipped mass lands in an empty bin; levels follow
-the bits and the sides in use; asymmetric grids search both ends; thresholds are fractions of the observed range.
+Departs: exact zeros are left out (every grid represents them, and after a ReLU they would dominate); a share of
+Q's mass is spread evenly over all bins, so that KL is finite where clipped mass falls into an empty bin; levels follow
+from the bits and from the signs that occur; asymmetric grids search both ends; thresholds are fractions of the range.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 source: Nahshan et al., Loss Aware Post-training Quantization (2019), sections 3 and 4.
 Departs: the loss needs no labels; p from 1 to 5 with a guarded parabola near the best one, not one parabola over 2 to
 4; two powers; multipliers in logarithms, within [0.4, 2.5]; COBYQA over groups and then parabolas, tensor by tensor,
-instead of Powell; the best point met is the result, so that none of the ranges compared is better on the samples.
+instead of Powell; the result is the best point that was evaluated, so it is no worse than any range compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LAPQ"]
 
 FIRST_EVALUATIONS = len(POWERS) + 3
-"""Every power, min-max, percentile and the vertex: the smallest budget."""
+"""The smallest budget: every power, min-max, percentile and the vertex."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LAPQ(Options):
     temperature: float = option(1.0, "temperature of both predictions in kl", minimum=0.1, maximum=100.0)
     optimizer: str = option(
         "cobyqa",
-        "parabola: tensor by tensor; cobyqa: groups first, then the same; powell: as published",
+        "parabola: tensor by tensor; cobyqa: groups of tensors, then parabola; powell: as published",
         choices=("parabola", "cobyqa", "powell"),
     )
     max_evals: int = option(
@@ -58,12 +58,12 @@ class LAPQ(Options):
         return self.loss == "ce"
 
     def fit(self, problem: Problem) -> CalibrationResult:
-        """Return the network at the best scales met, with a record of the search.
+        """Return the network at the best scales that the search found, with a record of the search.
 
-        raises: InputError where labels or outputs do not fit the loss, DataError for data that cannot be read again.
+        raises: InputError if labels or outputs do not fit the loss, DataError if the data cannot be read again.
         """
         if self.loss == "ce" and problem.labels is None:
-            raise InputError("loss 'ce' of method 'lapq' needs labels, and the calibration data has none: use loss=kl.")
+            raise InputError("loss 'ce' of method 'lapq' needs labels, but the calibration data has none; use loss=kl.")
         from calibrators.optimize.scale_search import ScaleSearch
 
         return ScaleSearch(problem, self).run()

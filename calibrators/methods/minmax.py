@@ -1,7 +1,7 @@
 """The observed range.
 
-source: the rule of every quantizer; in onnxruntime `MinMaxCalibrater` with moving averages off.
-Departs: none. Nothing is averaged over batches, so the range does not depend on how the data were batched.
+source: common practice; in onnxruntime, `MinMaxCalibrater` without moving averages.
+Departs: none. Nothing is averaged over batches, so the range does not depend on how the data is batched.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 source: Liu et al. 2023, "PD-Quant: Post-Training Quantization based on Prediction Difference Metric" (CVPR).
 Departs: the prediction is made from the mixed inputs of reconstruction, not in a second pass, and for a share of every
 minibatch, since it runs the rest of the network; outputs that are not logits are compared by their relative squared
-error; the prediction trains activation scales alone, because when rounding follows it too, as published (reach=all),
+error; the prediction trains activation scales alone, because if rounding follows it too, as published (reach=all),
 calibration images gain what others lose; correction is off by default, because it costs more than training and also
 favoured calibration images.
 """

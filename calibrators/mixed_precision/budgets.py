@@ -24,7 +24,7 @@ SIZES = {
 }
 QUANTITIES = {
     **SIZES,
-    ACCURACY: "loss of top-1 on the calibration samples; without labels the share of predictions that change",
+    ACCURACY: "loss of top-1 on the calibration samples; without labels, the share of predictions that change",
 }
 
 LIMIT = re.compile(r"(?P<quantity>\w+)\s*<=\s*(?P<number>[\d.]+(?:e[+-]?\d+)?)\s*(?P<unit>[kMGT%]?)", re.ASCII)
@@ -42,7 +42,7 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Return the budget of a text such as `weight_bytes<=0.6M`; units are k, M, G, T (powers of 1000) and %.
 
-        raises: InputError for text of another form or a limit that is not positive, UnknownNameError for a quantity.
+        raises: InputError for text of another form or a limit that is not positive, UnknownNameError.
         """
         found = LIMIT.fullmatch(text.strip())
         if found is None:
@@ -54,7 +54,9 @@ class Budget:
         except ValueError:
             limit = math.nan
         if not 0 < limit < math.inf:
-            raise InputError(f"budget {text!r} has no limit above 0; write for example '{found['quantity']}<=1'.")
+            raise InputError(
+                f"the limit of budget {text!r} is not above 0; write for example '{found['quantity']}<=1'."
+            )
         return cls(found["quantity"], limit)
 
     def __str__(self) -> str:
@@ -73,7 +75,7 @@ def _distinct(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
     quantities = [budget.quantity for budget in budgets]
     for quantity in quantities:
         if quantities.count(quantity) > 1:
-            raise InputError(f"{quantity} has two budgets; leave one out.")
+            raise InputError(f"two budgets limit {quantity}; leave one out.")
     return budgets
 
 
@@ -82,6 +84,6 @@ Budgets = Annotated[
     BeforeValidator(_listed),
     AfterValidator(_distinct),
 ]
-"""Budgets from one or more texts, of which no two limit the same quantity; InputError for others."""
+"""Budgets from one or more texts; raises InputError if two limit the same quantity."""
 
 parse_budgets = TypeAdapter(Budgets).validate_python

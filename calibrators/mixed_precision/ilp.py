@@ -1,11 +1,11 @@
-"""Bits for every scale so that a network loses least within its budgets: an integer program.
+"""Choose bits for every scale so that the network loses least within its budgets: an integer program.
 
     minimize    sum of loss[s, b] x[s, b]
     subject to  sum over b of x[s, b] = 1 for every scale s, x in {0, 1}
                 cost of every limited quantity <= its limit
 
-Bit operations multiply the bits of a weight with those of the activation that it meets. For a layer where both are
-open, shares y[b, c] of the pairs of widths, whose sums over one side are the x of the other, keep that linear.
+Bit operations are the bits of a weight times those of the activation that it multiplies. For a layer where both are
+open, variables y[b, c] for pairs of widths, whose sums over one side are the x of the other, keep that linear.
 
 Must not know: graphs, tensors, how losses are measured.
 """
@@ -21,19 +21,19 @@ import numpy as np
 __all__ = ["Costs", "Layer", "Losses", "Stored", "Widths", "allocate", "monotone"]
 
 Widths = Mapping[str, int]
-"""Bits by the name of a scale's site."""
+"""Bits of scales, by the name of the site."""
 
 Losses = Mapping[str, Mapping[int, float]]
-"""Loss by scale and bits: of the scales whose bits are open, and the bits that they may have."""
+"""Loss by scale and bits, for scales whose bits are open and the bits that they may have."""
 
 Stored = Callable[[int, int, int], int]
-"""Bytes that weights take in the file: so many values of so many bits, so many of them wide taps."""
+"""A function that returns the bytes of a weight in the file from its number of values, its bits and its wide taps."""
 
 NODES = 100_000
-"""Nodes after which the search ends: counted, so that a slow machine finds the same."""
+"""Nodes after which the search ends; a count and not a time, so that a slow machine finds the same."""
 
 PREFERENCE = 1e-9
-"""Share of the largest loss that one more bit is worth: among equal losses the finest grid is taken."""
+"""Reward for one more bit, as a share of the largest loss, so that among equal losses the finest grid is taken."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """What widths cost.
+    """The costs of widths.
 
-    sizes:  values of every weight, by site; taps: how many of them keep how many bits (QuantSpec.tap_bits).
-    widths: bits of every weight and activation scale, where no other are given.
-    stored: bytes of so many values of so many bits, so many of them taps.
+    sizes:  number of values of every weight, by site; taps: number of wide taps among them, and their bits.
+    widths: bits of every weight and activation scale whose bits are not open.
+    stored: the bytes of a weight in the file.
     """
 
     layers: Sequence[Layer]
@@ -69,7 +69,7 @@ class Costs:
         return sum(self.of_weight(quantity, name, bits[name]) for name in self.sizes)
 
     def of_weight(self, quantity: str, name: str, bits: int) -> float:
-        """Return what one weight adds to weight_bytes or avg_weight_bits."""
+        """Return what one weight contributes to weight_bytes or avg_weight_bits."""
         size, (taps, wide) = self.sizes[name], self.taps.get(name, (0, 0))
         if quantity == "weight_bytes":
             return float(self.stored(size, bits, taps if bits < wide else 0))
@@ -77,7 +77,7 @@ class Costs:
 
     @cached_property
     def total(self) -> int:
-        """Values of all weights."""
+        """Number of values of all weights."""
         return sum(self.sizes.values())
 
 
@@ -88,7 +88,7 @@ def allocate(losses: Losses, costs: Costs, limits: Mapping[str, float]) -> Width
 
 @dataclass
 class _IntegerProgram:
-    """Variables: one per open scale and width, then the shares of pairs; rows are added by what they say."""
+    """The program in matrix form. Variables: one per open scale and width, then those of pairs of widths."""
 
     losses: Losses
     costs: Costs
@@ -132,7 +132,7 @@ class _IntegerProgram:
         return {n: next(b for b in o if solution.x[self.index[n, str(b)]] > 0.5) for n, o in self.losses.items()}
 
     def _of_weights(self, quantity: str) -> tuple[dict[int, float], float]:
-        """Return the coefficients of a sum over weights, and what the weights with given bits add to it."""
+        """Return the coefficients of a sum over weights, and the contribution of weights whose bits are not open."""
         costs, coefficients, fixed = self.costs, {}, 0.0
         for name in costs.sizes:
             if name not in self.losses:
@@ -159,7 +159,7 @@ class _IntegerProgram:
         return coefficients, fixed
 
     def _pairs(self, layer: Layer) -> dict[int, float]:
-        """Return the bit operations of a layer's pairs of widths, with shares tied to the widths of both scales."""
+        """Return the bit operations of a layer's pairs of widths, whose variables are tied to those of both scales."""
         sides = [(name, self.losses[name]) for name in (layer.weight, layer.activation)]
         pairs = {(b, c): self._variable(layer.name, str(b), str(c)) for b in sides[0][1] for c in sides[1][1]}
         for side, (name, options) in enumerate(sides):
@@ -170,7 +170,7 @@ class _IntegerProgram:
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
-    """Return losses by bits, none below 0, that do not rise with the bits as noise of the measurement may."""
+    """Return losses by bits without the noise of measurement: none is below 0, and none rises with the bits."""
     result: dict[int, float] = {}
     floor = 0.0
     for bits in sorted(losses, reverse=True):

@@ -1,10 +1,10 @@
-"""Mixed precision: how sensitive the network is to the bits of each scale, and the bits that budgets leave it.
+"""Mixed precision: measure how sensitive the network is to the bits of each scale, and choose bits within budgets.
 
 1. Sensitivity: the loss with one scale on a coarser grid and all others on their finest.
 2. An integer program picks the bits with the least sum of losses within the budgets (mixed_precision.ilp).
-3. The network is measured with its choice. What each scale really costs there, the loss that its finest grid would
-   take off, corrects the sensitivities; the program is solved again, and what reads best is kept.
-4. For a limit on accuracy the smallest budget whose choice keeps it is found by bisection, each step by a reading.
+3. The network is measured with this choice. What each scale really costs there, the loss that its finest grid would
+   take off, corrects the sensitivities; the program is solved again, and the best choice measured is kept.
+4. For a limit on accuracy, bisection finds the smallest budget whose choice keeps it; each step is one reading.
 
 source: the additive model and its integer program are those of HAWQ-V3 (Yao et al. 2021, section 3.4).
 Departs: losses of the prediction are measured, not derived from Hessian traces, and corrected by measurement.
@@ -35,28 +35,28 @@ from calibrators.record import MixedChoice, MixedPrecision, Reading, ScaleSensit
 __all__ = ["allocate_bits", "measure_sensitivity", "network_costs"]
 
 SAMPLES = 256
-"""Samples that sensitivities are read on: with all but one scale on the finest grid there is little noise."""
+"""Samples for the readings of sensitivities: with all but one scale on the finest grid there is little noise."""
 
 CHECKED = 512
-"""Samples that choices are read on."""
+"""Samples for the readings of choices."""
 
 ROUNDS = 2
-"""Corrections of the sensitivities by what the scales cost in the network that was found."""
+"""Number of corrections of the sensitivities by what the scales cost in the network that was found."""
 
 STRETCH = 4.0
-"""Most that one correction changes a sensitivity, either way: single readings are noisy."""
+"""Largest factor by which one correction raises or lowers a sensitivity, because single readings are noisy."""
 
 FRONT = 7
-"""Budgets, evenly spread over what bits can be had, whose best choice is read for the front."""
+"""Number of budgets, from the least to the most that can be spent, whose best choice is read for the front."""
 
 HALVINGS = 6
-"""Readings of the bisection for a limit on accuracy."""
+"""Number of readings of the bisection for a limit on accuracy."""
 
 FLOAT, FLOAT_BITS = "", 32
-"""What stands for the scale of an input that is not quantized, and its bits."""
+"""Name that stands for the scale of an input that is not quantized, and its bits."""
 
 MATCH = "budget"
-"""What stands for a glob in the rules that budgets led to."""
+"""Text in place of a glob in the rules that budgets led to."""
 
 
 def measure_sensitivity(problem: Problem, options: PlacementOptions, method: RangeMethod) -> Sensitivity:
@@ -76,12 +76,12 @@ def allocate_bits(
     budgets: Sequence[Budget],
     stored: Stored,
 ) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:
-    """Return rules with the bits that budgets leave every open scale, and the records of how they were found.
+    """Return rules with the bits of every open scale within the budgets, and the records of how they were found.
 
-    The bits of weights are open; those of activations where a budget limits bit operations, else they stay as given.
+    The bits of weights are open; those of activations only if a budget limits bit operations.
 
-    stored: bytes that weights take in the file.
-    raises: InputError where the coarsest grids, or for a limit on accuracy the finest, do not meet a budget.
+    stored: the bytes of a weight in the file.
+    raises: InputError if the coarsest grids, or for a limit on accuracy the finest, do not meet a budget.
     """
     return _BitAllocator(problem, options, method, budgets, stored).run()
 
@@ -108,7 +108,7 @@ class _Table:
 
     @property
     def losses(self) -> dict[str, dict[int, float]]:
-        """What every scale adds to the loss, by bits."""
+        """Loss that every scale adds, by its bits."""
         base = self.finest.loss
         return {name: monotone({b: r.loss - base for b, r in rs.items()}) for name, rs in self.readings.items()}
 
@@ -163,13 +163,15 @@ class _BitAllocator:
         self.probe, self.check = Probe(grids, SAMPLES), Probe(grids, CHECKED)
         if self.accuracy and self.check.read({}).accuracy_drop is None:
             raise InputError(
-                f"budget '{self.accuracy}' needs an output of shape [n, classes]; limit {self.axis} instead."
+                f"budget '{self.accuracy}' needs a model output of shape [n, classes]; limit {self.axis} instead."
             )
 
     def _check_reach(self) -> None:
         """Raise InputError if no choice is within the limits on size."""
         if not self.scales:
-            raise InputError("there is a budget, and rules for layers decide the bits of all of them; leave one out.")
+            raise InputError(
+                "a budget is given, but rules for layers decide the bits of all layers; leave one of them out."
+            )
         coarsest = {name: min(scale.specs) for name, scale in self.scales.items()}
         for quantity, limit in self.limits.items():
             least = self.costs.of(quantity, coarsest)
@@ -212,7 +214,7 @@ class _BitAllocator:
         return self._choice(widths)
 
     def _within(self, limits: Mapping[str, float]) -> _Choice:
-        """Return the choice within limits on size that reads best, of those that corrected sensitivities lead to."""
+        """Return the best choice measured within limits on size, of those that corrected sensitivities lead to."""
         best = choice = self._allocated(self.losses, limits)
         tried, losses = [best.widths], self.losses
         for _ in range(ROUNDS):
@@ -225,7 +227,7 @@ class _BitAllocator:
         return best
 
     def _corrected(self, losses: Losses, choice: _Choice) -> Losses:
-        """Stretch the losses of every scale so that they say what its bits cost in the network of a choice."""
+        """Scale the losses of every scale so that they match what its bits cost in the network of a choice."""
         corrected = dict(losses)
         for name, cost in self._costs_within(choice).items():
             expected = losses[name][choice.widths[name]]
@@ -234,9 +236,9 @@ class _BitAllocator:
         return corrected
 
     def _costs_within(self, choice: _Choice) -> dict[str, float]:
-        """Return what the finest grid of one scale takes off the loss of a choice, for scales not yet on it.
+        """Return, for scales that are not on their finest grid, how much that grid lowers the loss of a choice.
 
-        Scales whose bits are not open have their finest grid, for the noise of theirs would drown the differences.
+        Scales whose bits are not open have their finest grid, so that their noise does not hide the differences.
         """
         widths = choice.widths
         loss = self.probe.read(widths).loss
@@ -249,7 +251,7 @@ class _BitAllocator:
         return costs
 
     def _rank_correlation(self, choice: _Choice) -> float | None:
-        """Return Spearman's correlation of what scales cost alone and what they cost in the network of a choice."""
+        """Return Spearman's correlation between the costs of scales alone and in the network of a choice."""
         costs = self._costs_within(choice)
         alone = [self.losses[name][choice.widths[name]] for name in costs]
         if len(set(alone)) < 2 or len(set(costs.values())) < 2:
@@ -268,7 +270,7 @@ class _BitAllocator:
             cost, drop = self.costs.of(self.axis, best.widths), best.reading.accuracy_drop
             raise InputError(
                 f"budget '{self.accuracy}' cannot be met: with {self.axis}={cost:.10g} the drop is {drop:.4g} on "
-                f"{self.check.samples} calibration samples; allow more, or give activations more bits."
+                f"{self.check.samples} calibration samples; raise the limit, or give activations more bits."
             )
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -284,7 +286,7 @@ class _BitAllocator:
         drop = choice.reading.accuracy_drop
         return drop is not None and drop <= self.accuracy.limit
 
-    # --- what is told -------------------------------------------------------------------------------------------------
+    # --- records -------------------------------------------------------------------------------------------------
 
     def _reach(self) -> tuple[float, float]:
         """Return the least and most that can be spent on the axis."""
@@ -295,7 +297,7 @@ class _BitAllocator:
         return least, most
 
     def _front(self) -> tuple[MixedChoice, ...]:
-        """Return the best choices for budgets over the whole reach, and choices of uniform bits to compare with."""
+        """Return the best choices for budgets between these ends, and choices of uniform bits for comparison."""
         least, most = self._reach()
         budgets = [least + (most - least) * (index / (FRONT - 1)) ** 2 for index in range(FRONT)]  # denser where small
         widths = [allocate(self.losses, self.costs, {self.axis: budget * (1 + 1e-9)}) for budget in budgets]
@@ -330,7 +332,7 @@ class _BitAllocator:
 def _shape(problem: Problem, name: str) -> dict[str, Any]:
     """Describe what makes a weight hard to quantize.
 
-    spread: largest magnitude of a channel over that of the median channel; what one scale for all of them suffers.
+    spread: largest magnitude of a channel over that of the median channel: the price of one scale for all of them.
     spike:  how far a folded identity branch stands out (placement.identity_taps), None where there cannot be one.
     """
     site = problem.placement.by_name[name]
@@ -352,7 +354,7 @@ def _nearest(scale: TunableScale, bits: int) -> int:
 def network_costs(placement: Placement, stored: Stored, scales: Iterable[TunableScale] = ()) -> Costs:
     """Return the costs of bits in a network.
 
-    stored: bytes that weights take in the file; scales: those whose bits are open.
+    stored: the bytes of a weight in the file; scales: those whose bits are open.
     """
     grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
     widths = {name: spec.bits for name, (spec,) in grids.items()}

@@ -1,4 +1,4 @@
-"""What coarser grids cost the network's prediction, measured at its end, for any bits of its scales.
+"""Measure what coarser grids cost the network's prediction, at its outputs, for any bits of its scales.
 
 The samples that do not reach the first changed block are not computed again (calibrators.execution.network_loss).
 
@@ -27,15 +27,15 @@ __all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "TunableScale", "tunable_scal
 Kind = Literal["weight", "activation"]
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
-"""Bits that are tried."""
+"""Widths that are tried."""
 
 UNLIMITED = 1 << 40
-"""Evaluations that a network_loss may take."""
+"""Budget of a NetworkLoss, in evaluations."""
 
 
 @dataclass(frozen=True, eq=False)
 class TunableScale:
-    """A scale whose bits are open: of a weight, or of an activation with all that share it.
+    """A scale whose bits are open: that of a weight, or of an activation and all values that share it.
 
     layers: names of the weighted operators that read it; specs: its grids by bits, ascending.
     """
@@ -53,7 +53,7 @@ class TunableScale:
 def tunable_scales(placement: Placement, options: PlacementOptions, kinds: Collection[Kind]) -> list[TunableScale]:
     """Return the scales of these kinds that follow the general bits of `options`, with their possible grids.
 
-    A scale that a rule for single layers decides does not follow, nor one where coarser grids save nothing.
+    Left out are scales that a rule for single layers decides, and those where coarser grids save nothing.
     """
     found = []
     for kind in kinds:
@@ -78,7 +78,7 @@ class Grids:
         self.found: dict[tuple[str, int], QParams] = {}
 
     def widths(self, chosen: Mapping[str, int]) -> dict[str, int]:
-        """Return the bits of every tunable scale: those that are not chosen have their finest grid."""
+        """Return the bits of every tunable scale; those that are not in `chosen` have their finest grid."""
         return {name: chosen.get(name, scale.finest) for name, scale in self.scales.items()}
 
     def point(self, widths: Mapping[str, int]) -> Point:
@@ -93,7 +93,7 @@ class Grids:
 
 
 class Probe:
-    """Reads the network on some calibration samples, each choice of bits once; weights are rounded to nearest."""
+    """Measures the network on some calibration samples, each choice of bits once; weights are rounded to nearest."""
 
     def __init__(self, grids: Grids, samples: int) -> None:
         self.grids, problem = grids, grids.problem
@@ -106,16 +106,16 @@ class Probe:
 
     @property
     def samples(self) -> int:
-        """Samples that are read."""
+        """Number of samples of a reading."""
         return self.network_loss.samples
 
     @property
     def order(self) -> list[str]:
-        """The tunable scales in order of execution: neighbours in it are cheap to read one after the other."""
+        """The tunable scales in order of execution, in which readings one after the other are cheap."""
         return sorted(self.grids.scales, key=self.network_loss.first.__getitem__)
 
     def read(self, chosen: Mapping[str, int]) -> Reading:
-        """Return the network with these bits; scales that are not named have their finest grid."""
+        """Return the reading with these bits; scales that are not named have their finest grid."""
         widths = self.grids.widths(chosen)
         key = tuple(widths.values())
         if key not in self.readings:
@@ -126,7 +126,7 @@ class Probe:
 
 
 class _OutputMetrics:
-    """A loss that also keeps what else the outputs say."""
+    """A loss that also collects the other numbers of a reading."""
 
     def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
         self.floats, self.labels = floats, labels

@@ -39,13 +39,13 @@ __all__ = [
 LOWER, UPPER = math.log(0.4), math.log(2.5)
 
 STEP = 0.15
-"""First distance of a probe, which widens a range by 16 %."""
+"""Distance of the first probe, which widens a range by 16 %."""
 
 REACH = 2.0
-"""Largest distance, in steps, of a vertex that is tried."""
+"""Largest distance of a vertex that is tried, in steps."""
 
 NARROWER, WIDER = 0.6, 1.5
-"""Factors of a step whose variable moved less than half of it, or more than one and a half."""
+"""Factors for a step whose variable moved less than half of it, and more than one and a half of it."""
 
 SMALLEST_STEP, NEAR = 0.01, 0.1
 """Smallest step of a variable, and the distance from a known value, in steps, below which a probe is not worth it."""
@@ -54,7 +54,7 @@ CONVERGED = 0.005
 """Final radius of COBYQA's trust region."""
 
 FLAT = 1e-12
-"""Curvature of a parabola, as a share of the values, that rounding explains."""
+"""Curvature of a parabola, as a share of the values, up to which rounding may explain it."""
 
 Vector = NDArray[np.float64]
 Objective = Callable[[Vector], float]

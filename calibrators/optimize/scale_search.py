@@ -42,17 +42,17 @@ NEIGHBOURS = 2
 """Powers on each side of the best one that take part in the parabola."""
 
 GROUPS, GROUP_EVALUATIONS = 8, 32
-"""Groups of tensors that COBYQA moves, and evaluations it may take: four per group."""
+"""Number of groups of tensors that COBYQA moves, and of evaluations that it may take: four per group."""
 
 QUARTERS = 4
-"""The vertex is rounded to a multiple of 1/4: the grid is no finer than 1/2."""
+"""The vertex is rounded to a multiple of 1/4, since the powers are 1/2 or more apart."""
 
 EIGHT = 8
-"""Bits at which a loss is flat in the scales."""
+"""Bits at which the loss is flat in the scales."""
 
 EXPLAINED_BITS = (2, 4, 8)
 EXPLAINED_SITES, EXPLAINED_SAMPLES, EXPLAINED_STEP = 12, 128, 0.1
-"""Activations in the Hessian, samples it is measured on, and the finite difference in the log scale."""
+"""Number of activations in the Hessian, of samples for it, and the finite difference in the log scale."""
 
 
 class ScaleSearch:
@@ -84,7 +84,7 @@ class ScaleSearch:
         return NetworkLoss(self.problem, inputs, start, loss, budget=evaluations)
 
     def run(self) -> CalibrationResult:
-        """Run all phases and return the network at the best scales met."""
+        """Run all phases and return the network at the best scales found."""
         started = time.perf_counter()
         with self.problem.stage("search", self.method.max_evals) as bar:
             self.network_loss.watch = _steps(self.network_loss, bar.advance)
@@ -224,7 +224,7 @@ def _powers(curve: Mapping[float, float]) -> tuple[PowerLoss, ...]:
 
 
 def _low(sites: Sequence[Site], first: Mapping[str, int]) -> list[str]:
-    """Return the sites below 8 bits in order of execution, all if there are none; fixed scales are left out."""
+    """Return the sites below 8 bits in order of execution, or all if there are none; fixed scales are left out."""
     free = [site for site in sites if site.fixed is None]
     low = [site for site in free if site.spec.bits < EIGHT] or free
     return [site.name for site in sorted(low, key=lambda site: (first[site.name], site.kind == "weight"))]

@@ -1,9 +1,9 @@
-"""Identity branches that folding hid in a kernel: how far they stand out, and where low bits cannot hold both.
+"""Identity branches that folding put into a kernel: how far they stand out, and where few bits cannot hold both.
 
 A reparameterized block adds its input to the result of its convolution; folded, that is a spike in the middle of every
 kernel, tens of times larger than the weights around it. A grid of few bits that reaches the spike rounds everything
-else to zero. The containers of integer kernels have 8 bits, whatever the grid: where it matters, the one code per
-channel that the branch became keeps all of them (QuantSpec.tap_bits), on the scale that suits the other weights.
+else to zero. The containers of integer kernels have 8 bits, whatever the grid. Where it matters, the one code per
+channel that holds the branch keeps all of them (QuantSpec.tap_bits), on the scale that suits the other weights.
 
 Must not know: methods, ONNX, runtimes.
 """
@@ -22,13 +22,13 @@ __all__ = ["needs_wide_taps", "spike_of"]
 aten = torch.ops.aten
 
 LEAST_SPIKE = 10.0
-"""Times the root mean square of the other weights, which reach three times that themselves."""
+"""Least spike, in root mean squares of the other weights, which themselves reach three of these."""
 
 
 def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:
-    """Return the diagonal of a weight over the root mean square of its other values, in the median channel.
+    """Return the diagonal of a weight divided by the root mean square of its other values, in the median channel.
 
-    None for a weight whose convolutions cannot add their input to their output.
+    returns: None for a weight whose convolutions cannot add their input to their output.
     """
     if not all(_may_add_its_input(graph, weight, user) for user in weight.users):
         return None
@@ -41,15 +41,15 @@ def spike_of(graph: fx.GraphModule, weight: fx.Node) -> float | None:
 
 
 def needs_wide_taps(graph: fx.GraphModule, weight: fx.Node) -> bool:
-    """Whether the diagonal of a weight dictates a step that is too coarse for its other values."""
+    """Return whether the diagonal of a weight would force a step that is too coarse for its other values."""
     spike = spike_of(graph, weight)
     return spike is not None and spike > LEAST_SPIKE
 
 
 def _may_add_its_input(graph: fx.GraphModule, weight: fx.Node, user: fx.Node) -> bool:
-    """Whether the user is a convolution whose middle tap lies on the output's place, one input channel per output.
+    """Return whether `user` is a convolution whose middle tap reads the position of the output, channel by channel.
 
-    Depthwise ones are left alone, for a channel's range is its own there.
+    Depthwise convolutions do not count: in them every channel has a range of its own.
     """
     if user.target not in CONVOLUTIONS or bind(user)["weight"] is not weight:
         return False

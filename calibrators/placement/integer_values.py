@@ -1,4 +1,4 @@
-"""Which values of a graph are integers on a target: what has kernels that read and write codes, and what is wanted so.
+"""Decide which values of a graph are integers on a target: those that integer kernels write, and those that they read.
 
 Must not know: rules, bits, names of sites, methods, ONNX.
 """
@@ -20,14 +20,14 @@ aten = torch.ops.aten
 
 
 class Placer:
-    """Decides node by node: what can be an integer, and what is wanted as one."""
+    """Decides for every node whether its value can be an integer, and whether it is needed as one."""
 
     def __init__(
         self, graph: fx.GraphModule, target: Target, selected: frozenset[str], weighted: frozenset[fx.Node]
     ) -> None:
         self.graph, self.target, self.selected, self.weighted = graph, target, selected, weighted
         self.nodes = [node for node in graph.graph.nodes if node.op in ("placeholder", "call_function")]
-        self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel does it
+        self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel performs it
         for node in self.nodes:
             self._absorb_clip(node)
         self.available: dict[fx.Node, bool] = {}
@@ -45,7 +45,7 @@ class Placer:
             self.absorbed[user] = node
 
     def is_weighted(self, node: fx.Node) -> bool:
-        """Whether an operator has a constant weight and the target runs it on integers."""
+        """Return whether an operator has a constant weight and the target runs it on integers."""
         return node in self.weighted
 
     def _is_integer_op(self, node: fx.Node) -> bool:
@@ -55,7 +55,7 @@ class Placer:
         return all(not is_constant(x) for x in _inputs(node)) and (check is None or check(node))
 
     def _moves_codes(self, node: fx.Node) -> bool:
-        """Whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
+        """Return whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
         if node.name not in self.selected or not is_float(node) or node in self.absorbed:
             return False
         is_move = node.target in self.target.same_scale_ops | self.target.on_codes_ops
@@ -63,7 +63,7 @@ class Placer:
         return (is_move and (check is None or check(node))) or clip_bounds(node) is not None
 
     def _is_available(self, node: fx.Node) -> bool:
-        """Whether the value can be had as integers without forcing a float operator's result into codes."""
+        """Return whether integers can produce the value, without quantizing the result of a float operator."""
         if node.op == "placeholder":
             return is_float(node)
         if node in self.absorbed:
@@ -76,7 +76,7 @@ class Placer:
         return False
 
     def reads_codes(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether `user` runs an integer kernel on `value`."""
+        """Return whether `user` runs an integer kernel on `value`."""
         if user.op != "call_function":
             return False
         if self.is_weighted(user):
@@ -84,7 +84,7 @@ class Placer:
         return self.runs_on_integers(user)
 
     def runs_on_integers(self, node: fx.Node) -> bool:
-        """Whether a weightless operator is executed on codes: its result is a site and its inputs can be."""
+        """Return whether a weightless operator runs on codes: its inputs can be integers, its result is quantized."""
         if not (self._is_integer_op(node) or self._moves_codes(node)) or not self.available[node]:
             return False
         carrier = next(iter(node.users)) if self._carried(node) else node
@@ -102,7 +102,7 @@ class Placer:
         return any(self.reads_codes(user, node) for user in node.users)
 
     def writes_codes(self, node: fx.Node) -> bool:
-        """Whether the value comes out of an integer kernel, so that only its dequantized form exists."""
+        """Return whether an integer kernel writes the value, so that only its dequantized form exists."""
         origin = self.absorbed.get(node, node)
         if origin.op != "call_function":
             return False
@@ -110,7 +110,7 @@ class Placer:
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether a value is a float32 tensor."""
+    """Return whether a value is a float32 tensor."""
     meta = node.meta.get("tensor_meta")
     return getattr(meta, "dtype", None) == torch.float32
 

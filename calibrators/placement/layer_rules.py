@@ -1,4 +1,4 @@
-"""Rules that say how layers are quantized: a glob and what it sets. They stand in one list, and later ones win.
+"""Rules that say how layers are quantized: a glob and settings. They form one list, and later ones win.
 
 Must not know: graphs, torch, how rules are written in files and flags.
 """
@@ -19,9 +19,9 @@ __all__ = ["DEFAULT_BLOCK", "WIDE", "AppliedRule", "BlockSize", "LayerRule", "Ma
 
 NARROWEST, WIDEST = 2, 8
 WIDE = 16
-"""Bits of activations for layers for which 8 do not suffice; no integer kernel has them."""
+"""Bits of activations for layers for which 8 do not suffice; integer kernels do not read them."""
 LEAST_BLOCK, DEFAULT_BLOCK = 16, 32
-"""Inputs of a layer under one weight scale, a power of two: what kernels for quantized weights take."""
+"""Smallest block, in inputs per weight scale; kernels for quantized weights take powers of two from this on."""
 
 
 def _power_of_two(size: int) -> int:
@@ -46,13 +46,13 @@ class LayerRule(Settings):
 
     match:           glob on the module path or one of its parents, the operator, or the node name.
     weight_bits:     bits of the weight, 2 to 8.
-    activation_bits: bits of the value that the layer reads, 2 to 8, or 16: its writers and readers are float then.
-    weight_only:     linear layers: the weight is quantized, the value that the layer reads is not; kernels are float.
+    activation_bits: bits of the value that the layer reads, 2 to 8, or 16, for which its writers and readers are float.
+    weight_only:     for linear layers: quantize the weight but not the value that the layer reads; kernels are float.
     granularity:     one weight scale per "channel", per "tensor", or, in weight-only layers, per "block".
     block_size:      inputs of a channel per block, a power of two from 16 on; 32 by default.
     method:          range method for the weight and for the value that the layer reads.
-    symmetric:       the weight's zero point is 0; False gives grids below 8 bits a zero point, and one more level.
-    float:           the operators stay in float; False takes that back.
+    symmetric:       whether the weight's zero point is 0; otherwise grids below 8 bits have one, and one more level.
+    float:           whether the operators stay in float; False revokes an earlier True.
     raises:          InputError naming the rule, if it sets nothing, contradicts itself, or has a value out of range.
     """
 
@@ -73,7 +73,7 @@ class LayerRule(Settings):
         try:
             super().__init__(match=match, **settings)
         except InputError as error:
-            raise InputError(f"layer rule {match!r}: {error}") from error
+            raise InputError(f"the rule for layers {match!r}: {error}") from error
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,10 +92,10 @@ class LayerRule(Settings):
         contradictions = (
             (not self.settings, f"it sets nothing; give at least one of {', '.join(names)}"),
             (self.float and others, f"float = true and {''.join(others[:1])} exclude each other; leave one out"),
-            (wide, f"weights of {WIDEST} bits have no zero point; leave symmetric out or give fewer bits"),
+            (wide, f"weights of {WIDEST} bits have no zero point; leave symmetric out or give fewer weight_bits"),
             (
                 self.weight_only and self.activation_bits is not None,
-                "weight_only = true leaves the value that the layer reads in float; leave activation_bits out",
+                "weight_only = true keeps the value that the layer reads in float; leave activation_bits out",
             ),
             (
                 self.weight_only is False and self.granularity == "block",
@@ -103,7 +103,7 @@ class LayerRule(Settings):
             ),
             (
                 self.block_size is not None and self.granularity != "block",
-                "block_size belongs to granularity = 'block'; give both",
+                "block_size needs granularity = 'block'; give both",
             ),
         )
         for applies, reason in contradictions:
@@ -114,7 +114,7 @@ class LayerRule(Settings):
 
 @dataclass(frozen=True, eq=False)
 class MatchedRule:
-    """A rule and the names of the nodes that it matches; `flag` is where the user wrote it, '' for an implied one."""
+    """A rule and the names of the nodes that it matches; `flag` says where the user gave it, '' for an implied one."""
 
     rule: LayerRule
     nodes: frozenset[str]
@@ -122,9 +122,9 @@ class MatchedRule:
 
     @classmethod
     def by_glob(cls, rule: LayerRule, labels: Mapping[str, Collection[str]], flag: str) -> MatchedRule:
-        """Return the rule with the nodes one of whose labels its glob matches.
+        """Return the rule with the nodes that have a label which its glob matches.
 
-        raises: UnknownNameError where there are none.
+        raises: UnknownNameError if there are none.
         """
         nodes = [node for node, names in labels.items() if any(fnmatchcase(label, rule.match) for label in names)]
         if not nodes:
@@ -154,7 +154,7 @@ class RuleList:
 
 @dataclass(frozen=True)
 class AppliedRule:
-    """A rule, for reports: the layers of which it decides at least one setting. What later rules took over is not."""
+    """A rule as reports show it, with the layers for which it decides at least one setting that no later rule sets."""
 
     match: str
     settings: Mapping[str, Any]

@@ -15,9 +15,9 @@ from calibrators.settings import Settings, setting
 __all__ = ["PlacementOptions"]
 
 LAYER_RULE = (
-    "Settings of matching layers, repeatable; the last match wins: `'stages.3.*: weight_bits=4, activation_bits=4'`. "
+    "Settings of matching layers; repeatable, the last match wins: `'stages.3.*: weight_bits=4, activation_bits=4'`. "
     "Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, granularity (tensor, channel; "
-    "block, with block_size, where weight_only), symmetric, method (of its ranges), float."
+    "block, with block_size, if weight_only), symmetric, method (a range method), float."
 )
 
 
@@ -34,8 +34,8 @@ class PlacementOptions(Settings):
     weight_only:     linear layers have quantized weights, float inputs and float biases.
     reduce_range:    |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs of products in 16 bits do
                      not saturate.
-    wide_taps:       where the bits cannot hold an identity branch beside the other weights of a kernel that it was
-                     folded into, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
+    wide_taps:       where the bits cannot hold an identity branch together with the weights of the kernel into which it
+                     was folded, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
     include, exclude: globs on module path, operator or node name.
     layers:          rules for single layers, in order; they win over all of the above.
     """
@@ -47,32 +47,32 @@ class PlacementOptions(Settings):
     )
     per_tensor_weights: bool = setting(False, "One weight scale per tensor instead of per channel.")
     weight_only: bool = setting(
-        False, "Linear layers: quantized weights, float inputs, float kernels; convolutions are unaffected."
+        False, "Quantize only the weights of linear layers, whose inputs stay in float; convolutions stay as they are."
     )
     block_size: BlockSize | None = setting(
         None, "Inputs per weight scale of weight-only layers: 16, 32, 64, ...", metavar="N", shown="per channel"
     )
     reduce_range: bool = setting(False, "7-bit weights, for CPUs without VNNI.")
     wide_taps: bool = setting(
-        True, "Keep 8 bits for identity branches that few bits cannot hold beside the kernel.", flag=None
+        True, "Keep 8 bits for identity branches that fewer bits cannot hold together with the kernel.", flag=None
     )
     include: tuple[str, ...] = setting(
-        (), "Quantize only operators whose name, module or type matches this glob, repeatable.", metavar="GLOB"
+        (), "Quantize only operators whose name, module or type matches this glob; repeatable.", metavar="GLOB"
     )
-    exclude: tuple[str, ...] = setting((), "Keep matching operators in float, repeatable.", metavar="GLOB")
+    exclude: tuple[str, ...] = setting((), "Keep matching operators in float; repeatable.", metavar="GLOB")
     layers: tuple[LayerRule, ...] = setting((), LAYER_RULE, flag="layer", metavar="RULE")
 
     @model_validator(mode="after")
     def _patterns_are_unambiguous(self) -> Self:
         if both := sorted({*self.include} & {*self.exclude}):
-            raise ValueError(f"pattern {both[0]!r} stands in include and in exclude")
+            raise ValueError(f"pattern {both[0]!r} is in include and in exclude; remove one of them")
         return self
 
     @model_validator(mode="after")
     def _blocks_are_of_weight_only_layers(self) -> Self:
         if self.block_size is not None and not self.weight_only:
             raise ValueError(
-                f"block_size is {self.block_size} and weight_only is not set, but integer kernels have no scales per "
-                "block; set weight_only, or in a rule for layers granularity = 'block' beside its own weight_only"
+                f"block_size is {self.block_size} without weight_only, but integer kernels have no scales per block; "
+                "set weight_only, or give a rule for layers weight_only, granularity = 'block' and block_size"
             )
         return self

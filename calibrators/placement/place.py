@@ -1,15 +1,15 @@
-"""Where quantizers stand: the graph and a target's rules become sites.
+"""Decide where quantizers stand: the graph and a target's rules become sites.
 
 A value is quantized when an integer kernel writes it or reads it:
 - operators with a weight read codes; convolutions write codes too, so a quantizer stands on both sides;
 - a linear layer writes codes only between integer neighbours, else floats (the faster and exact form in transformers);
-- add, mul, concat, pools and the like run on integers when all their inputs do and somebody reads their integers;
+- add, mul, concat, pools and the like run on integers if all their inputs are integers and something reads their codes;
 - a reshape or max pool moves codes and shares the scale of its input;
 - a ReLU or clip after an integer kernel is part of that kernel: the codes saturate at its bounds;
-- a layer of which weights only are quantized reads and writes floats.
+- a weight-only layer reads and writes floats.
 
-How fine a grid is, the layers that read it say (layer_rules). Where several read one value, scale or weight, the
-most demanding decides: most bits, a scale per channel, a zero point.
+The layers that read a value decide how fine its grid is (layer_rules). Where several read one value, scale or weight,
+the most demanding one decides: most bits, a scale per channel, a zero point.
 
 Must not know: data, methods, ONNX.
 """
@@ -38,14 +38,14 @@ __all__ = ["Placement", "PlacementOptions", "place"]
 aten = torch.ops.aten
 
 FIRST_LAST = "first and last layer"
-"""What stands for a glob in the rule that first_last_bits implies."""
+"""Text in place of a glob in the rule that first_last_bits implies."""
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
     """The graph in integer forms and its sites, in topological order of the values.
 
-    rules: which layers the rules decided; notes: which of their settings could not be kept, and why.
+    rules: the layers that each rule decided; notes: the settings that could not be kept, and why.
     """
 
     graph: fx.GraphModule
@@ -113,7 +113,7 @@ def place(
 
     allocated: rules that mixed precision found for operators by name; `options.layers` win over them.
 
-    raises: UnknownNameError for a pattern that matches nothing, InputError when nothing is left to quantize.
+    raises: UnknownNameError for a pattern that matches nothing, InputError if nothing is left to quantize.
     """
     options = options or PlacementOptions()
     given = _matched(graph, options)
@@ -124,8 +124,8 @@ def place(
     if not weighted:
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
-            f"{', '.join(sorted(op.split('.')[0] for op in target.weighted))} with constant weights, and the model "
-            "(after --include, --exclude and float layers) has none of them"
+            f"{', '.join(sorted(op.split('.')[0] for op in target.weighted))} with constant weights, but the model "
+            "(after --include, --exclude and float layers) has none of them; check these settings"
         )
     _check_reach(given, weighted)
     rules = RuleList([*_implied(options, target, weighted), *allocated, *given])
@@ -148,7 +148,7 @@ def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRu
 
 
 def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
-    """Whether an operator has a constant float32 weight and the target a kernel for it."""
+    """Return whether an operator has a constant float32 weight and the target has a kernel for it."""
     if node.target not in target.weighted or not is_float(node):
         return False
     bound = bind(node)
@@ -181,21 +181,21 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
 
 
 def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> None:
-    """Raise InputError for a rule that sets more than float and matches no layer to which that applies."""
+    """Raise InputError for a rule that sets more than `float` but matches no layer to which the settings apply."""
     names = {node.name for node in weighted}
     for matched in rules:
         if matched.rule.settings.keys() != {"float"} and not matched.nodes & names:
             first = next(iter(matched.rule.settings))
             raise InputError(
-                f"--layer pattern {matched.rule.match!r} sets {first} and matches no quantized layer with weights, the "
-                f"only ones that have it; they are {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
+                f"--layer pattern {matched.rule.match!r} sets {first}, but matches no quantized layer with weights; "
+                f"only these have it: {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
             )
 
 
 def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """Return the weight-only layers: those a rule names that have such a kernel and a weight of their own.
+    """Return the weight-only layers: those that a rule names and that have such a kernel and a weight of their own.
 
-    raises: InputError for a rule that says so of no layer with such a kernel.
+    raises: InputError for a weight-only rule that matches no layer with such a kernel.
     """
     able = {node.name for node in weighted if node.target in target.weight_only}
     for matched in rules.rules:
@@ -208,10 +208,10 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
 
 
 def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
-    """Build the error text: none of the layers has a kernel that reads codes of the weight alone."""
+    """Return the error text: none of the layers has a weight-only kernel."""
     kernels = ", ".join(sorted(op.split(".")[0] for op in target.weight_only)) or "no operator"
     found = ", ".join(sorted({operator_name(node.target) for node in layers}))
-    return f"target {target.name!r} has kernels with quantized weights and float inputs for {kernels}, not for {found}"
+    return f"target {target.name!r} has weight-only kernels for {kernels}, but not for {found}"
 
 
 def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
@@ -227,7 +227,7 @@ def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
 
 
 def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]) -> tuple[AppliedRule, ...]:
-    """Return what the rules decided, without the one that holds for every layer."""
+    """Return the rules with the layers that they decided, without the rule that holds for all layers."""
     with_weights = {node.name for node in weighted}
 
     def decides(matched: MatchedRule, node: fx.Node) -> bool:
@@ -256,9 +256,9 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
         if missed("weight_bits", node, weight.bits) and not rescales(node):
             yield f"{name}: its weight keeps {weight.bits} bits, because another layer shares the weight"
         if read is not None and missed("activation_bits", node, read.bits):
-            yield f"{name}: its input keeps {read.bits} bits, because another layer shares value or scale"
+            yield f"{name}: its input keeps {read.bits} bits, because another layer shares the value or its scale"
         if weight.symmetric and rules.value("symmetric", node.name) is False:
-            yield f"{name}: its weight stays symmetric, because only fewer than {weight.bits} bits have a zero point"
+            yield f"{name}: its weight stays symmetric, because only weights below {weight.bits} bits have a zero point"
 
 
 def _notes_on_weight_only(
@@ -269,7 +269,7 @@ def _notes_on_weight_only(
         if node in weight_only:
             decider = rules.decider("activation_bits", node.name)
             if decider is not None and decider.flag == "layer":
-                yield f"{layer_name(node)}: activation_bits has no effect, because it is weight_only"
+                yield f"{layer_name(node)}: activation_bits has no effect, because the layer is weight_only"
         elif rules.value("weight_only", node.name):
             if node.target in target.weight_only:
                 yield f"{layer_name(node)}: not weight_only, because another layer shares its weight"
@@ -278,7 +278,7 @@ def _notes_on_weight_only(
     others = {operator_name(node.target) for node in weighted if node.target not in target.weight_only}
     everywhere = any(matched.rule.weight_only and not matched.flag for matched in rules.rules)
     if everywhere and others:
-        yield f"weight_only does not apply to {', '.join(sorted(others))}: there is no such kernel, it stays as it was"
+        yield f"weight_only does not apply to {', '.join(sorted(others))}, for which there is no such kernel"
 
 
 def _labels(node: fx.Node) -> list[str]:

@@ -1,4 +1,4 @@
-"""Quantizers by name: the grid of every weight, bias and activation as the rules for layers have it.
+"""Quantizers by name: the grid of every weight, bias and activation, according to the rules for layers.
 
 Must not know: how rules were written, methods, ONNX.
 """
@@ -26,7 +26,7 @@ REDUCED_BITS = 7
 
 
 def rescales(node: fx.Node) -> bool:
-    """Whether a weight is one number per channel: its grid is the widest there is."""
+    """Return whether a weight is one number per channel; such a weight always has the widest grid."""
     return fan_in(node) == 1
 
 
@@ -63,7 +63,7 @@ class Sites:
         return Site(self._name(node, "bias"), "bias", bind(node)["bias"].name, (node.name,), spec)
 
     def _name(self, node: fx.Node, what: str) -> str:
-        """Return `module.path.what`, numbered where that is taken."""
+        """Return `module.path.what`, followed by a number if that is taken."""
         path = module_path(node)
         readable = f"{path}.{what}" if path else what
         name = free_name(readable, self.names.__contains__)
@@ -86,12 +86,12 @@ class Sites:
         return replace(grid, bits=bits, tap_bits=self._tap_bits(nodes, bits, widest))
 
     def _tap_bits(self, nodes: list[fx.Node], bits: int, widest: int) -> int | None:
-        """Return the bits of the taps of an identity branch where they are more than the others'."""
+        """Return the bits of wide identity taps, None if the taps have the bits of the other weights."""
         wide = self.wide_taps and bits < widest and needs_wide_taps(self.placer.graph, bind(nodes[0])["weight"])
         return widest if wide else None
 
     def _grid(self, nodes: list[fx.Node]) -> QuantSpec:
-        """Return the target's grid with the granularity of the rules; blocks that hold a whole row are channels."""
+        """Return the target's grid with the granularity of the rules; a block that holds a whole row is a channel."""
         grid, granularities = self.placer.target.weight, set(self._settings("granularity", nodes))
         if granularities == {"tensor"}:
             return replace(grid, axis=None)
@@ -126,7 +126,7 @@ class Sites:
         return self._with_bits(sites)
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
-        """Let a reshape, pad or stand-alone clip share the scale of its input's site."""
+        """Return the site of a reshape, pad or stand-alone clip with its input's scale, other sites unchanged."""
         target = self.placer.target
         if node.target in target.same_scale_ops | target.on_codes_ops:
             of_codes = node.target in target.on_codes_ops
@@ -137,7 +137,7 @@ class Sites:
         return site
 
     def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
-        """Give sites the most bits that a weighted reader asks for; sites that share a scale have the same."""
+        """Return the sites with the most bits that a weighted reader asks for, the same for all that share a scale."""
         by_name = {site.name: site for site in sites.values()}
 
         def root(site: Site) -> str:
@@ -157,7 +157,7 @@ class Sites:
         ]
 
     def _at_bits(self, site: Site, bits: int) -> Site:
-        """Return the site on a grid of that width; a wide one is made from floats, whatever comes before it."""
+        """Return the site on a grid of that width; one of 16 bits is quantized from floats in any case."""
         if bits == WIDE:
             return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
         return replace(site, spec=replace(site.spec, bits=bits))

@@ -1,6 +1,6 @@
 """From chosen parameters to integers: codes of weights and biases, and the record of the calibration.
 
-The exporter re-rounds nothing: what is here is what the file holds.
+The exporter rounds nothing again: the file holds exactly these integers.
 
 Must not know: how the parameters were chosen, ONNX.
 """
@@ -28,10 +28,10 @@ BIAS_CODE_LIMIT = 2**30
 """Largest bias code: half of int32, so that accumulator plus bias stays inside int32."""
 
 LARGEST_INPUT, LARGEST_WEIGHT = 255, 127
-"""Largest distances between an 8-bit code and its zero point."""
+"""Largest distances between 8-bit codes and their zero points."""
 
 ROUNDED = 1 + 2.0**-22
-"""More than what rounding a weight scale and its product with an activation scale to float32 can take away."""
+"""Upper bound for the loss from rounding a weight scale and its product with an activation scale to float32."""
 
 DEAD_CHANNEL_FLOOR = 2.0**-20
 """Smallest scale of a channel without weights, relative to the largest scale of its tensor."""
@@ -73,11 +73,11 @@ def freeze(
 ) -> CalibrationResult:
     """Return the integer codes for every weight and bias under the chosen parameters.
 
-    weights: by site name: parameters, to which the graph's weight is rounded, or codes, which are kept. Parameters are
-             widened as `widen` does; codes only where the bias would leave half of int32, and only the channels
+    weights: by site name, parameters, with which the graph's weight is rounded, or codes, which are kept. Parameters
+             are widened as by `widen`; codes only where the bias would leave half of int32, and only the channels
              concerned are rounded anew.
     biases:  float values by site name, instead of the graph's.
-    raises:  InputError for codes off the grid of their site, UnknownNameError for a bias the placement does not have.
+    raises:  InputError for codes off the grid of their site, UnknownNameError for a bias that the placement lacks.
     """
     added = _added_biases(placement, activations, biases or {})
     weight_codes: dict[str, QuantizedTensor] = {}
@@ -104,8 +104,8 @@ def widen(
 
     A channel without weights gets the smallest scale at which its bias fits, so that rounding does not show there.
 
-    margin: how much biases may grow or activation scales shrink afterwards before anything has to be raised again.
-    raises: UnknownNameError for a bias the placement does not have.
+    margin: factor by which biases may grow or activation scales shrink before a scale has to be raised again.
+    raises: UnknownNameError for a bias that the placement lacks.
     """
     added = _added_biases(placement, activations, biases or {})
     return {
@@ -146,9 +146,9 @@ def _added_biases(
 
 
 def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
-    """Return the smallest weight scale at which codes of biases keep to BIAS_CODE_LIMIT, float64 [] or [channels].
+    """Return the smallest weight scale at which bias codes stay within BIAS_CODE_LIMIT, float64 [] or [channels].
 
-    And so do the sums of products, whatever is read, where there are enough inputs for more.
+    So do the sums of products, whatever the inputs, if there are enough inputs to exceed it.
     """
     least = torch.zeros((), dtype=torch.float64)
     if biases and weight[0].numel() * LARGEST_INPUT * LARGEST_WEIGHT > BIAS_CODE_LIMIT:
@@ -161,7 +161,7 @@ def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
 
 
 def _fit(qparams: QParams, weight: Tensor, least: Tensor) -> QParams:
-    """Return the parameters with no scale below `least`; that of a channel of zeros follows from it alone."""
+    """Return the parameters with no scale below `least`, which alone decides the scale of a channel of zeros."""
     scale = torch.maximum(qparams.scale.double(), least)
     dead = ~_has_weights(weight, qparams.spec)
     alive = torch.where(dead, 0.0, scale).max()
@@ -197,9 +197,9 @@ def _notes(chosen: QParams | QuantizedTensor, coded: QuantizedTensor, site: Site
     changed = int((coded.qparams.scale != scale).sum())
     if not changed:
         return []
-    note = f"{site.name}: {changed} of {scale.numel()} scales changed, where a channel has no weights or a large bias"
+    note = f"{site.name}: {changed} of {scale.numel()} scales changed, because a channel has no weights or a large bias"
     if isinstance(chosen, QuantizedTensor):
-        note += f"; {int((coded.codes != chosen.codes).sum())} codes of the method changed with them"
+        note += f"; this also changed {int((coded.codes != chosen.codes).sum())} codes of the method"
     return [note]
 
 

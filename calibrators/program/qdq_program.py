@@ -1,6 +1,6 @@
 """The reference program: the graph with explicit quantize and dequantize operators, one step before ONNX.
 
-Emission translates it one operator to one; `runtime_tests.reference.execute` executes it as the runtime's integer
+Emission translates it operator by operator; `runtime_tests.reference.execute` executes it as the runtime's integer
 kernels; called as a module it executes as QDQ: float arithmetic between dequantize and quantize.
 
 Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
@@ -10,8 +10,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
-- the weight of a layer with float inputs keeps codes and zero points, for both are stored in few bits; its scales may
-  stand for blocks of `block_size` entries of a row; its bias is a float buffer, of zeros where the model has none;
+- the weight of a weight-only layer keeps codes and zero points, since both are stored in few bits; its scales may
+  belong to blocks of `block_size` entries of a row; its bias is a float buffer, of zeros if the model has none;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -118,7 +118,7 @@ class _Builder:
         return self.graph.get_attr(scale), self.graph.get_attr(zero_point_name)
 
     def activation(self, site: Site) -> None:
-        """Quantize and dequantize a value for the readers that the site names."""
+        """Insert quantize and dequantize after a value, for the readers that the site names."""
         node, qparams = self.nodes[site.node], self.qparams_of(site)
         readers = [user for user in node.users if user.name in set(site.users)]
         lo, hi = _code_bounds(site, qparams)
@@ -146,8 +146,8 @@ class _Builder:
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
         """Return what the quantizer reads.
 
-        The ReLU or clip where saturation at the ends of the container equals it, for then the runtime removes it, or
-        where it is float anyway; else its input, because the integer bounds do its work.
+        That is the ReLU or clip itself if saturation at the ends of the container equals it, since the runtime removes
+        it then, or if it runs in float anyway; else its input, because the integer bounds do its work.
         """
         container = torch.iinfo(site.spec.dtype)
         lo, hi = _code_bounds(site, qparams)
@@ -184,13 +184,13 @@ class _Builder:
                 self._add_zero_bias(user, site, len(codes))
 
     def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
-        """Add a bias of zeros, for runtimes do not fuse a quantizer or ReLU directly after a product."""
+        """Add a bias of zeros, since runtimes do not fuse a quantizer or ReLU directly after a product."""
         name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
         with self.graph.inserting_before(user):
             replace_args(user, bias=self.graph.get_attr(name))
 
     def _shield(self, node: fx.Node) -> None:
-        """Keep a weighted operator in float that was left there, or that has nothing but its weight quantized.
+        """Shield an operator that stays in float, or of which only the weight is quantized, from codes before it.
 
         onnxruntime quantizes float weights by itself when codes stand directly before and after the operator; a clip
         at the bounds of the grid changes no value and hides the codes from it.
@@ -228,7 +228,7 @@ class _Builder:
 
 
 def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the operator that does to codes what `node` does to values, and its arguments after the codes."""
+    """Return the operator that does to codes what `node` does to values, and its arguments other than the codes."""
     if node.target is aten.constant_pad_nd.default:
         return node.target, (node.args[1], int(qparams.zero_point))
     return aten.clamp.default, bounds

@@ -60,7 +60,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Move every image by a random number of pixels of its own."""
+    """Move each image by its own random number of pixels."""
     offsets = torch.randint(0, 2 * SHIFT + 1, (len(x), 2), generator=generator)
     padded = F.pad(x, (SHIFT,) * 4)
     height, width = x.shape[-2:]

@@ -63,7 +63,7 @@ def emit(
 
 
 def needed_opset(result: CalibrationResult) -> int:
-    """Return the target's opset, or the first that has what wide activations and blocks need."""
+    """Return the target's opset, or the first one that has what 16-bit activations and blocks need."""
     specs = [site.spec for site in result.placement.sites]
     wide = [WIDE_OPSET for spec in specs if spec.is_wide]
     blocks = [BLOCK_OPSET for spec in specs if spec.block_size is not None]
@@ -94,7 +94,7 @@ def to_onnx(
     """Translate a flat graph to a named and annotated ONNX model.
 
     exported: the program after `export_program`, where the caller has it already; it is exported here otherwise.
-    raises:   ExportError naming the operator that has no ONNX form, or the output that ONNX gives another meaning.
+    raises:   ExportError naming the operator that has no ONNX form, or the output whose meaning differs in ONNX.
     """
     distinct = _with_distinct_outputs(program)
     try:
@@ -142,7 +142,7 @@ def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
 
 
 def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
-    """Copy outputs that are another output, an input or a constant: a value has one name in ONNX."""
+    """Copy outputs that are also another output, an input or a constant: in ONNX a value has one name."""
     results = _results(program)
     shared = [x.op != "call_function" or x in results[:index] for index, x in enumerate(results)]
     if not any(shared):
@@ -163,7 +163,7 @@ def _results(program: fx.GraphModule) -> Sequence[fx.Node]:
 
 
 def _refusal(program: fx.GraphModule, error: BaseException) -> str:
-    """Build the error text: the operator that ONNX cannot express, where it stands, and what to do."""
+    """Return the error text: the operator that ONNX cannot express, its place in the model, and what to do."""
     messages, cause = [str(error)], error.__cause__
     while cause is not None:
         messages.append(str(cause))
@@ -179,4 +179,6 @@ def _refusal(program: fx.GraphModule, error: BaseException) -> str:
     if missing is not None:
         return f"operator {missing[1]!r} {advice}"
     lines = [line for line in messages[-1].splitlines() if line.strip()]
-    return f"the program cannot be written as ONNX: {type(error).__name__}: {lines[0] if lines else ''}"
+    return (
+        f"the program cannot be written as ONNX: {type(error).__name__}: {lines[0] if lines else ''}; please report it"
+    )

@@ -45,7 +45,7 @@ def _dequantize(
 
 
 def _keep_name(value: Any, name: str) -> Any:
-    """Record the name on the node until `annotate`: torch.onnx names values itself."""
+    """Record the name on the node for `annotate`, because torch.onnx names values itself."""
     value.producer().metadata_props[NAME] = name
     return value
 
@@ -123,7 +123,7 @@ def _pad(x: Any, pad: Any, value: Any = 0.0) -> Any:
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Use Gemm for matrices, MatMul and Add otherwise: the forms that integer runtimes fuse.
 
-    onnxruntime makes a kernel for weight-only layers of [in, out] weights if no quantizer, ReLU or clip follows the
+    onnxruntime makes a kernel for weight-only layers from [in, out] weights if no quantizer, ReLU or clip follows the
     product directly; the sum with the bias may, and the kernel absorbs it.
     """
     weight_only = _is_dequantized(weight) and not _is_dequantized(x)

@@ -56,7 +56,7 @@ TAP_BYTES, TAPS_OVERHEAD = 5, 1024
 """Bytes of a wide tap with its place, and of the nodes and names that scatter those of one weight."""
 
 BEYOND = 128
-"""Larger than every int8 code."""
+"""A number larger than every int8 code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +103,18 @@ class _Weight:
             yield replace(self, taps=taps)
 
     def saving(self, widths: tuple[int, ...]) -> int:
-        """Bytes that packing saves, 0 if the codes do not fit."""
+        """Return the bytes that packing saves, 0 if the codes do not fit."""
         width = self.width(widths)
         if width is None:
             return 0
         return _saving(self.array.size, width) - (0 if self.reads_floats else _overhead(int(self.taps.sum())))
 
     def width(self, widths: tuple[int, ...]) -> int | None:
-        """Narrowest of `widths` that holds the codes under every scale, and what they are shifted by."""
+        """Return the narrowest of `widths` that holds codes and offsets under every scale, None if none does."""
         return next(filter(self._fits_as_stored if self.reads_floats else self._fits_shifted, widths), None)
 
     def offsets(self, width: int) -> Array:
-        """Shift under each scale, nearest to 0, that brings the codes into `width` bits when subtracted."""
+        """Return the number under each scale, nearest to 0, whose subtraction brings the codes into `width` bits."""
         low, high = self.extremes
         limit = 1 << (width - 1)
         return np.asarray(np.clip(0, high - (limit - 1), low + limit))
@@ -125,7 +125,7 @@ class _Weight:
         return bool((high - low).max() < 2 * limit and -limit < offsets.min() and offsets.max() <= limit)
 
     def _fits_as_stored(self, width: int) -> bool:
-        """Whether a float kernel can read codes and zero points of that width, and they fit unchanged."""
+        """Return whether codes and zero points fit unchanged into a width that a float kernel can read."""
         limit = 1 << (width - 1)
         stored = (value.const_value.numpy() for value in self.integers if value.const_value is not None)
         fit = all(int(array.min(initial=0)) >= -limit and int(array.max(initial=0)) < limit for array in stored)
@@ -145,9 +145,9 @@ def pack(model: ir.Model, storage: str) -> dict[str, int]:
 
 
 def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
-    """Return the unpacked `model` in every other storage, by name.
+    """Return a copy of the unpacked `model` in every other storage, by name.
 
-    Left out are those equal to `storage` and those that the installed onnxruntime does not load.
+    Storages equal to `storage` and those that the installed onnxruntime does not load are left out.
     """
     proto = ir.to_proto(model)
     known = [_widths(_packable(model.graph, storage))]
@@ -188,17 +188,17 @@ def _ir_version(opset: int) -> int:
 
 
 def _overhead(taps: int) -> int:
-    """Bytes that packing adds for unpacking a weight with so many wide taps."""
+    """Return the bytes that unpacking a weight with so many wide taps adds to the file."""
     return OVERHEAD + bool(taps) * TAPS_OVERHEAD + TAP_BYTES * taps
 
 
 def _saving(size: int, width: int) -> int:
-    """Bytes that packing so many codes saves."""
+    """Return the bytes saved by packing `size` codes into `width` bits each."""
     return size * (8 - width) // 8
 
 
 def _packable(graph: ir.Graph, storage: str) -> list[tuple[_Weight, int]]:
-    """Weights that are worth packing, with the bits they are packed to."""
+    """Return the weights that are worth packing, with the bits they are packed to."""
     widths = STORAGES[storage]
     best = (max(weight.variants(), key=lambda variant: variant.saving(widths)) for weight in _weights(graph))
     return [(weight, weight.width(widths) or 8) for weight in best if weight.saving(widths) > 0]
@@ -220,7 +220,7 @@ def _weights(graph: ir.Graph) -> Iterator[_Weight]:
 
 
 def _axis(node: ir.Node) -> int | None:
-    """Axis of the scales of a DequantizeLinear, None for one scale, whose attribute says nothing."""
+    """Return the axis of the scales of a DequantizeLinear, None for a single scale."""
     scale = node.inputs[1]
     if scale is not None and scale.const_value is not None and not len(scale.const_value.shape):
         return None

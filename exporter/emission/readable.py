@@ -25,7 +25,7 @@ __all__ = ["annotate", "normalize"]
 
 
 def normalize(model: ir.Model) -> None:
-    """Turn constants into initializers, store weights transposed, make reshapes static, drop what nobody reads."""
+    """Turn constants into initializers, store weights transposed, make reshapes static, drop unused values."""
     passes.RemoveUnusedNodesPass()(model)
     fold_constants(model, should_fold=_may_fold)
     _drop_identities(model.graph)
@@ -72,12 +72,12 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Keep codes as they are: no dequantized weight is ever stored."""
+    """Return False for dequantizers, so that no dequantized weight is ever stored; None leaves the default."""
     return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
 def _drop_identities(graph: ir.Graph) -> None:
-    """Let the readers of a copy read the original; a copy that is an output keeps its name and stays."""
+    """Make readers of a copy read the original; a copy that is an output keeps its name and stays."""
     outputs = set(graph.outputs)
     for node in list(graph):
         if node.op_type == "Identity" and node.inputs[0] is not None and node.outputs[0] not in outputs:
@@ -114,7 +114,7 @@ def _only_transpose(reader: ir.Node, codes: ir.Value) -> ir.Node | None:
 
 
 def _fold_reshape_targets(graph: ir.Graph) -> None:
-    """Give a Reshape whose computed target has one unknown dimension a constant target with -1 there."""
+    """Replace the computed target of a Reshape by a constant one, with -1 for its one unknown dimension."""
     for node in graph:
         if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
             continue
@@ -160,7 +160,7 @@ class _Names:
         self.nodes: set[str | None] = set()
 
     def rename(self, value: ir.Value, name: str) -> None:
-        """Name a value `name`, with a number where another value has that name."""
+        """Name a value `name`, followed by a number if another value has that name."""
         if value.name == name:
             return
         name = free_name(name, self.values.__contains__)
@@ -175,6 +175,6 @@ class _Names:
         self.initializers[name] = value
 
     def rename_node(self, node: ir.Node, name: str) -> None:
-        """Name a node `name`, with a number where another node has that name."""
+        """Name a node `name`, followed by a number if another node has that name."""
         node.name = free_name(name, self.nodes.__contains__)
         self.nodes.add(node.name)

@@ -49,7 +49,7 @@ CANCELLED = 1e-12
 
 
 class NotAffine(Exception):
-    """The result of an operation is no affine map; the message says why, for the list of refused folds."""
+    """The result of an operation is not an affine map; the message says why, for the list of refused folds."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _plus(a: Vector, b: Vector) -> Vector:
 
 
 def _regroup(matrix: Tensor, groups: int) -> Tensor:
-    """Write a block diagonal [g, o, c] with fewer, larger blocks [groups, g/groups * o, g/groups * c]."""
+    """Rewrite a block diagonal [g, o, c] with fewer, larger blocks [groups, g/groups * o, g/groups * c]."""
     blocks, rows, columns = matrix.shape
     ratio = blocks // groups
     if ratio == 1:

@@ -42,7 +42,7 @@ def expected_output(analysis: Analysis, candidate: Candidate, sizes: Sequence[in
     cell: tuple[int | slice, ...] = (0, slice(None), *_interior(candidate, sizes))
 
     def response(moved: fx.Node | None = None) -> Tensor:
-        """Return the output where every norm has its mean all over the image, `moved` one deviation more."""
+        """Return the output for images on which every norm has its mean, and `moved` its mean plus one deviation."""
         images = {
             norm: (each.mean + (each.gains[0] if norm is moved else 0.0))
             .reshape(-1, *[1] * (values[norm].ndim - 2))

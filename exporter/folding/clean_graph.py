@@ -31,7 +31,7 @@ __all__ = [
 aten = torch.ops.aten
 
 LARGEST_CONSTANT = 1 << 20
-"""Elements up to which a constant subgraph is always evaluated; beyond, only if it makes its inputs no larger."""
+"""Elements up to which a constant subgraph is always evaluated; above, only if it is not larger than its inputs."""
 
 Constants = dict[fx.Node, Tensor]
 """Float64 values of those get_attr nodes that stand for a whole evaluated subgraph."""

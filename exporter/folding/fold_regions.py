@@ -62,7 +62,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class FoldedRegion:
-    """One fold: the module it came from, how many operators became which one, its proof and its MACs per sample."""
+    """One fold: its module, the number of operators and the one they became, its proof and its MACs per sample."""
 
     where: str
     nodes: int
@@ -153,7 +153,7 @@ def _proved(analysis: Analysis, candidate: Candidate) -> _Replacement:
         raise Rejected("its weights or statistics are not finite, or their product overflows the model's dtype")
     rel_error = max(_errors(analysis, candidate, made))
     if not rel_error <= MAX_REL_ERROR:
-        raise Rejected(f"the proof failed: the folded operator differs by {rel_error:.1e} relative in float64")
+        raise Rejected(f"the proof failed: the folded operator has a relative error of {rel_error:.1e} in float64")
     expected = expected_output(analysis, candidate, _proof_sizes(candidate)[0])
     return replace(made, rel_error=rel_error, expected=expected)
 
@@ -178,7 +178,7 @@ def _operator(f: AffineMap) -> _Replacement:
 
 
 def _describe(name: str, kernel: Any, stride: Any, dilation: Any, groups: int) -> str:
-    """Return `conv2d 3x3 s1 g1`; unequal strides as s1x2, a dilation only if there is one."""
+    """Return `conv2d 3x3 s1 g1`: kernel, stride (s1x2 if unequal), dilation if there is one, groups."""
 
     def short(values: Any) -> str:
         return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
@@ -294,7 +294,7 @@ def _insert(exit_: fx.Node, source: fx.Node, made: _Replacement) -> fx.Node:
 
 
 def _set_origin(nodes: tuple[fx.Node, ...]) -> str:
-    """Let the exit come from the one weighted operator of a chain, else from the common module; return the module."""
+    """Set the module of the exit to that of the only weighted operator, else to the common one; return its path."""
     weighted = [node for node in nodes if node.target in WEIGHTED or node.target in TRANSPOSED]
     branches = any(node.target in SUMS and sum(map(is_computed, node.all_input_nodes)) > 1 for node in nodes)
     exit_ = nodes[-1]

@@ -145,7 +145,7 @@ class Step:
 
 
 Rule = Callable[[Analysis, fx.Node], Step | None]
-"""Returns the step that an operator is; None where it is not affine."""
+"""A function that returns the step of an operator, None where the operator is not affine."""
 
 
 def interpret(graph: fx.GraphModule, constants: Constants) -> Analysis:
@@ -233,7 +233,7 @@ def _extend(analysis: Analysis, node: fx.Node, step: Step) -> dict[Root, Linear]
 
 
 def _convolution(analysis: Analysis, node: fx.Node) -> Step | None:
-    """Zero padding, then correlation, then the bias."""
+    """Return the step of a convolution: zero padding, then correlation, then the bias."""
     spatial, bound = facts(node.target).spatial, bind(node)
     if not _has_constant_parameters(bound) or len(shape_of(bound["input"])) != spatial + 2:
         return None
@@ -248,7 +248,7 @@ def _convolution(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _linear(analysis: Analysis, node: fx.Node) -> Step | None:
-    """A product with a constant matrix on the last axis, then the bias."""
+    """Return the step of a linear layer: the product with a constant matrix on the last axis, then the bias."""
     bound = bind(node)
     if not _has_constant_parameters(bound) or len(shape_of(bound["weight"])) != 2:
         return None
@@ -266,7 +266,7 @@ def _plus_bias(analysis: Analysis, f: AffineMap, bound: dict[str, Any]) -> Affin
 
 def _batch_norm(analysis: Analysis, node: fx.Node) -> Step | None:
     if uses_batch_statistics(node):
-        analysis.refused[node] = "batch norm without running statistics: it normalizes by the batch it sees"
+        analysis.refused[node] = "batch norm without running statistics: it normalizes with those of the batch"
     norm = analysis.batch_norm(node)
     if norm is None:
         return None
@@ -275,7 +275,7 @@ def _batch_norm(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _average_pool(analysis: Analysis, node: fx.Node) -> Step | None:
-    """A depthwise convolution with equal weights, where every window has the same divisor."""
+    """Return the step of an average pool whose windows have one divisor: a depthwise convolution of equal weights."""
     spatial, bound = facts(node.target).spatial, bind(node)
     kernel, padding = per_axis(bound["kernel_size"], spatial), per_axis(bound["padding"], spatial)
     stride = per_axis(bound["stride"], spatial) if bound["stride"] else kernel
@@ -292,7 +292,7 @@ def _average_pool(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _sum(analysis: Analysis, node: fx.Node) -> Step | None:
-    """Coefficients times operands; a constant operand must be one number or one per channel."""
+    """Return the step of a sum: coefficients times operands; a constant must be one number or one per channel."""
     terms = terms_of(node)
     computed = [(factor, operand) for factor, operand in terms if is_computed(operand)]
     fixed = [(factor, operand) for factor, operand in terms if not is_computed(operand)]
@@ -313,7 +313,7 @@ def _sum(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _product(analysis: Analysis, node: fx.Node) -> Step | None:
-    """A product with, or a quotient by, one number or one per channel."""
+    """Return the step of a product with, or a quotient by, one number or one per channel."""
     first, second = node.args[:2]
     is_quotient = node.target in QUOTIENTS
     if is_computed(second) and not is_quotient:
@@ -340,7 +340,7 @@ def _per_channel(analysis: Analysis, operand: Any, node: fx.Node, spatial: int) 
 
 
 def _constant_pad(analysis: Analysis, node: fx.Node) -> Step | None:
-    """Padding of spatial axes with one number."""
+    """Return the step that pads spatial axes with one number."""
     bound, axes = bind(node), len(shape_of(node)) - 2
     widths = list(bound["pad"])
     is_spatial = axes > 0 and len(widths) <= 2 * axes and all(isinstance(width, int) for width in widths)
@@ -352,7 +352,7 @@ def _constant_pad(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _slice(analysis: Analysis, node: fx.Node) -> Step | None:
-    """Every step-th cell of one spatial axis, from a fixed start to the end or a fixed distance before it."""
+    """Return the step that slices one spatial axis, from a fixed start to the end or a fixed distance before it."""
     bound, axes = bind(node), len(shape_of(node)) - 2
     axis, start, step = bound["dim"] % (axes + 2) - 2, bound["start"] or 0, bound["step"]
     end = sys.maxsize if bound["end"] is None else bound["end"]
@@ -367,7 +367,7 @@ def _slice(analysis: Analysis, node: fx.Node) -> Step | None:
 
 
 def _concatenation(analysis: Analysis, node: fx.Node) -> Step | None:
-    """Values side by side on the channel axis."""
+    """Return the step that concatenates values on the channel axis."""
     bound, rank = bind(node), len(shape_of(node))
     spatial = {1: rank - 2, rank - 1: 0}.get(bound["dim"] % rank)
     if spatial is None or not all(is_computed(operand) for operand in bound["tensors"]):

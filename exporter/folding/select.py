@@ -261,7 +261,7 @@ def _content(terms: list[_Term]) -> Counter[tuple[float, Any]]:
 
 
 def _mergeable(analysis: Analysis, root: Root, terms: list[_Term], sums: list[fx.Node]) -> list[_Term]:
-    """Return terms whose sum is one operator of no more MACs than they have apart; the largest first."""
+    """Return terms whose sum is one operator that needs no more MACs than they do apart, the largest first."""
 
     def macs(term: _Term) -> int:
         linear = analysis.values[term.operand][root]

@@ -73,7 +73,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.
                 program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
             except Exception as fixed:
                 raise ModelError(_refusal(model, inputs, fixed)) from fixed
-            return program, False, [f"the batch is fixed at 1: no free batch can be exported ({reason})"]
+            return program, False, [f"the batch is fixed at 1, because a free batch cannot be exported ({reason})"]
     finally:
         for module in was_training:
             module.training = True
@@ -90,7 +90,7 @@ def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.E
     traced, limit = program.module(), _limit(program, inputs)
     for size in (1, 2, 3):
         if not all(_agreement(model, traced, _with_batch(inputs, size), limit)):
-            raise ValueError(f"at a batch of {size} it computes something else than at a batch of 2")
+            raise ValueError(f"at a batch of {size} the model computes something else than at a batch of 2")
     return program
 
 
@@ -125,8 +125,8 @@ def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None
     for name, is_same in zip(graph.meta["output_names"], same, strict=True):
         if not is_same:
             raise ModelError(
-                f"the captured graph computes another {name!r} than the model: an operator that writes into memory of "
-                "another value may be the cause; write it without in-place operators"
+                f"the captured graph computes another {name!r} than the model; an operator that writes into the memory "
+                "of another value may be the cause: replace in-place operators in the model"
             )
 
 
@@ -152,7 +152,7 @@ def _declared_example(program: torch.export.ExportedProgram) -> tuple[Tensor, ..
 
 
 def _check(graph: fx.GraphModule) -> None:
-    """Run the captured graph once to infer shapes; refuse branches at run time and outputs that are no tensors."""
+    """Run the captured graph once to infer shapes; refuse branches at run time and outputs that are not tensors."""
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise ModelError(
@@ -165,7 +165,7 @@ def _check(graph: fx.GraphModule) -> None:
         raise ModelError(f"the captured graph does not run on its own example: {first_line(error)}") from error
     for value in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
         if not isinstance(value, fx.Node):
-            raise ModelError(f"the model returns {value!r}, which is no tensor; return tensors only")
+            raise ModelError(f"the model returns {value!r}, which is not a tensor; return tensors only")
 
 
 def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:

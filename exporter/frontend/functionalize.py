@@ -199,7 +199,7 @@ def _is_transposed_constant(node: fx.Node) -> bool:
 
 
 def _reshape(node: fx.Node) -> None:
-    """Make a view a reshape, which asks nothing of memory layout, to constant sizes, at most one of them free (-1)."""
+    """Replace a view by a reshape, which takes any memory layout, to constant sizes, at most one of them free (-1)."""
     node.target = aten.reshape.default
     value = node.meta.get("val")
     sizes = [size if isinstance(size, int) else -1 for size in value.shape] if isinstance(value, Tensor) else []
@@ -208,7 +208,7 @@ def _reshape(node: fx.Node) -> None:
 
 
 def _constant_pad(node: fx.Node) -> None:
-    """Give padding with a constant the one operator that does just that."""
+    """Replace padding with a constant by the operator that does only that."""
     x, widths, mode, value = bind(node).values()
     if mode == "constant":
         node.target, node.args, node.kwargs = aten.constant_pad_nd.default, (x, widths, value or 0), {}

@@ -1,6 +1,6 @@
-"""A model from what the user typed: a factory in a file or module, a .pt2 program, weights from a checkpoint.
+"""Load the model that the user names: a factory in a file or module, a .pt2 program, weights from a checkpoint.
 
-Files are data here: nothing found in a checkpoint or a .pt2 file is executed. A factory is the user's own code and is.
+Nothing found in a checkpoint or a .pt2 file is executed. A factory is the user's own code, and is executed.
 
 Must not know: calibration, targets, ONNX, the command line.
 """
@@ -121,10 +121,10 @@ def _read_pickle(path: Path) -> Any:
         if (name := _forbidden(error)) is None:
             raise ModelError(f"{path} is damaged or not a checkpoint; save it again with torch.save.") from error
         raise ModelError(
-            f"{path} holds Python objects beside tensors ({name}): loading them could run code, refused. "
-            "Save torch.save(model.state_dict(), path) or a .safetensors file instead."
+            f"{path} holds Python objects beside tensors ({name}), which is refused because loading them could run "
+            "code; use torch.save(model.state_dict(), path), or save a .safetensors file."
         ) from error
-    except Exception as error:  # damaged files raise many types, all with the same meaning
+    except Exception as error:  # damaged files raise many types of exception
         raise ModelError(f"{path} is damaged or not a checkpoint ({first_line(error)}); save it again.") from error
 
 
@@ -134,12 +134,12 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
     archive = clean_archive(path)
     loader = logging.getLogger("torch.export")
     level = loader.level
-    loader.setLevel(logging.CRITICAL)  # its own message for a bad file is a traceback
+    loader.setLevel(logging.CRITICAL)  # its message for a bad file is a traceback
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(archive)
-    except Exception as error:  # a file of another torch raises whatever its reader meets first
+    except Exception as error:  # a file of another torch version raises many types of exception
         raise ModelError(
             f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {first_line(error)}); "
             "export it again with this version."
@@ -204,7 +204,7 @@ def _check_materialized(label: str, model: nn.Module) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(value) or value.is_meta:
             raise ModelError(
-                f"{label}: {name} has no values yet (a lazy or meta tensor); run the model once in the factory."
+                f"{label}: {name} has no values yet (it is a lazy or meta tensor); run the model once in the factory."
             )
 
 

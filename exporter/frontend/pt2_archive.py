@@ -2,7 +2,7 @@
 
 That loader unpickles members, evaluates shape expressions, generates Python from names, follows dotted operator names
 and opens compiled libraries. Here each of these is held to the form that `torch.export.save` writes for plain networks;
-any other file is refused before torch sees it. A refusal costs little: a factory and a checkpoint do the same.
+any other file is refused before torch sees it. A refused user can give a factory and a checkpoint instead.
 
 Must not know: how the program is used afterwards.
 """
@@ -51,10 +51,10 @@ SAFE_NODES = (
 
 
 def clean_archive(path: Path) -> io.BytesIO:
-    """Return a new archive of the checked members of `path` alone: loading it can only build a graph and tensors.
+    """Return a new archive with only the checked members of `path`: loading it can only build a graph and tensors.
 
     The copy matters: torch's own zip reader may see other members in a crafted file than the check did.
-    raises: ModelError if the file is no .pt2 archive, is damaged, or holds anything that could run code.
+    raises: ModelError if the file is not a .pt2 archive, is damaged, or holds anything that could run code.
     """
     copy = io.BytesIO()
     try:
@@ -67,7 +67,7 @@ def clean_archive(path: Path) -> io.BytesIO:
                     _check_pickle(path, name, content)
                 clean.writestr(f"model/{name}", content)
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, RecursionError, NotImplementedError) as error:
-        reason = f"{path} is no readable .pt2 archive ({error}); write it again with torch.export.save."
+        reason = f"{path} is not a readable .pt2 archive ({error}); write it again with torch.export.save."
         raise ModelError(reason) from error
     copy.seek(0)
     return copy
@@ -80,7 +80,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
         raise _refusal(path, "a member stored twice")
     if "serialized_exported_program.json" in names:
         raise ModelError(
-            f"{path} is in the archive form of torch < 2.8; load it there and save it again with torch 2.8 or newer."
+            f"{path} is in the archive form of torch < 2.8; export the model again with torch 2.8 or newer."
         )
     members = {name.partition("/")[2]: name for name in names}
     if not any(name.startswith("models/") for name in members):
@@ -131,9 +131,10 @@ def _entries(document: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_safe_expression(text: str) -> bool:
-    """Whether sympy, which evaluates `text` as Python, can only build a number from it.
+    """Return whether sympy, which evaluates `text` as Python, can only build a number from it.
 
-    Calls of capitalised names (sympy's constructors), numbers, and strings that are identifiers: `Symbol('s0')`.
+    Allowed are numbers, strings that are identifiers, and calls of capitalized names (sympy's constructors), as in
+    `Symbol('s0')`.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
@@ -151,6 +152,6 @@ def _is_safe_expression(text: str) -> bool:
 
 def _refusal(path: Path, what: str) -> ModelError:
     return ModelError(
-        f"{path} holds {what}, which could run code when loaded: refused. "
-        "Give the network as file.py:factory with its weights in --checkpoint FILE.safetensors instead."
+        f"{path} holds {what}, which is refused because it could run code when loaded; "
+        "give the network as file.py:factory and its weights as --checkpoint FILE.safetensors."
     )

@@ -29,7 +29,7 @@ def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
 
 
 def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an exported reference program as .pt2: same program, same bytes, nothing of the machine that wrote it.
+    """Write an exported reference program as .pt2: the same program gives the same bytes on any machine.
 
     The metadata of its nodes is removed in place: emit the program as ONNX first.
     """
@@ -38,7 +38,7 @@ def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:
             for key in ("stack_trace", "from_node", "nn_module_stack", "custom"):
                 node.meta.pop(key, None)
         exported._guards_code = []  # shape checks as Python source, which loading refuses to run
-        content = io.BytesIO()  # torch's own writer takes the process down when the disk fills
+        content = io.BytesIO()  # torch's own writer ends the process when the disk is full
         torch.export.save(exported, content)
     path.write_bytes(content.getvalue())
 
@@ -50,5 +50,5 @@ def load_reference(path: Path) -> fx.GraphModule:
     """
     program = load_model(str(path))
     if not isinstance(program, torch.export.ExportedProgram):
-        raise ModelError(f"{path} holds no reference program; export the bundle again")
+        raise ModelError(f"{path} holds no reference program; export the model again")
     return capture(program, tuple(program.example_inputs[0]) if program.example_inputs else ())

@@ -59,7 +59,9 @@ def load_callable(spec: str, *, error: type[InputError]) -> UserCallable:
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise error(f"{spec!r} names no callable; write file.py:name or package.module:name.{_available(spec, error)}")
+        raise error(
+            f"{spec!r} does not name a callable; write file.py:name or package.module:name.{_available(spec, error)}"
+        )
     folder = Path(source).resolve().parent if source.endswith(".py") else None
     module = _import_file(Path(source), error) if folder else _import_module(source, error)
     value: Any = module
@@ -76,7 +78,7 @@ def load_callable(spec: str, *, error: type[InputError]) -> UserCallable:
 
 @contextmanager
 def users_code(label: str, verb: str, folder: Path | None, error: type[InputError]) -> Iterator[None]:
-    """Turn exceptions inside into `error` with the user's own line; `folder` leads sys.path meanwhile."""
+    """Turn exceptions in the body into `error` with the user's own line; meanwhile `folder` is first on sys.path."""
     entry = [] if folder is None else [str(folder)]
     sys.path[:0] = entry
     try:
@@ -133,7 +135,7 @@ def _import_module(name: str, error: type[InputError]) -> ModuleType:
         except ModuleNotFoundError as cause:
             if not f"{name}.".startswith(f"{cause.name}."):
                 raise  # a module that the user's own imports
-            raise error(f"no module named {cause.name!r}; for a file write its path with .py.") from cause
+            raise error(f"no module named {cause.name!r}; for a file, write its path with .py.") from cause
 
 
 def _users_line(error: BaseException) -> str:
@@ -152,7 +154,7 @@ def _users_line(error: BaseException) -> str:
 def _required_arguments(function: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):  # builtins without a signature: calling them tells
+    except (ValueError, TypeError):  # builtins without a signature: calling them will tell
         return []
     return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 

@@ -1,4 +1,4 @@
-"""Batches as a graph takes them: named, of the size it insists on, and checked against it before any work.
+"""Batches as a graph takes them: named, of the batch size that it fixes, and checked before any work.
 
 Must not know: where data come from, quantization, ONNX.
 """
@@ -21,11 +21,11 @@ __all__ = ["GraphBatches", "check_evaluation", "cut", "feed"]
 
 
 class GraphBatches:
-    """The batches of `data` for `graph`, anew at each pass.
+    """The batches of `data` for `graph`; each pass reads the data again.
 
-    Where the graph fixes its batch, others are put together and cut; an incomplete rest is dropped.
+    Where the graph fixes its batch size, samples are regrouped to it; an incomplete last batch is dropped.
 
-    samples: of the longest pass so far.
+    samples: number of samples in the longest pass so far.
     """
 
     def __init__(self, graph: fx.GraphModule, data: Data) -> None:
@@ -64,16 +64,16 @@ def feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
 
 
 def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data) -> None:
-    """Refuse evaluation data that the model would not take, as far as the first batch shows it.
+    """Refuse evaluation data that the model cannot take, judged by its first batch.
 
-    raises: DataError for inputs of another form than those of calibration, or labels of classes that do not exist.
+    raises: DataError if inputs have another form than in calibration, or labels name classes that do not exist.
     """
     ours, theirs = calibration.example(), evaluation.example()
     for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
         if x.dtype != y.dtype or x.shape[1:] != y.shape[1:]:
             forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
             raise DataError(
-                f"input {name!r} is {forms[0]} in --data and {forms[1]} in --eval: give both the same form."
+                f"input {name!r} is {forms[0]} in --data and {forms[1]} in --eval; give both the same shape and type."
             )
     if theirs.labels is None:
         return
@@ -81,4 +81,6 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data)
         output = graph(*graph.meta["example"])[0]
     highest = int(theirs.labels.max())
     if is_logits(output) and highest >= output.shape[1]:
-        raise DataError(f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}.")
+        raise DataError(
+            f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}; check the labels."
+        )

@@ -1,6 +1,6 @@
 """Calibration and evaluation data: batches that are checked while they stream, whatever their source.
 
-An error is one sentence that names the batch. Only the current batch is kept in memory.
+Errors name the batch. Only the current batch is kept in memory.
 
 Must not know: models (beyond the names of their inputs), quantization, ONNX.
 """
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass
 class _Seen:
-    """Findings of earlier passes over one source, shared by all views of it."""
+    """What earlier passes over one source found, shared by all views of it."""
 
     notes: list[str] = field(default_factory=list)
     digests: dict[tuple[object, ...], str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Data:
 
     label:       name of the source, for messages.
     start:       begins a pass over the source's own items.
-    names:       the model's input names, by which named inputs are ordered; () while unknown.
+    names:       the model's input names, in whose order named inputs are put; () while unknown.
     by_position: named inputs that match none of `names` are taken in order (.npz files).
     limit:       batches of a pass; None for all.
     labelled:    a batch without labels is an error.
@@ -83,12 +83,12 @@ class Data:
         return replace(self, limit=batches)
 
     def with_labels(self) -> Data:
-        """Return the same data, in which a batch without labels is an error."""
+        """Return the same data, but with an error for a batch without labels."""
         return replace(self, labelled=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on the passes so far: conversions, data that changes."""
+        """Notes for the user on the passes so far: conversions, and data that differs between passes."""
         return tuple(self._seen.notes)
 
     def example(self) -> Batch:
@@ -98,7 +98,7 @@ class Data:
     def digest(self) -> str:
         """Return the sha256 of the bytes, shapes and dtypes of everything a pass yields, whatever the batch size.
 
-        Computed while a complete pass streams; makes a pass of its own only if there was none.
+        A complete pass computes it as it streams; if there was none, this makes one.
         """
         if self._key not in self._seen.digests:
             for _ in self:
@@ -124,7 +124,7 @@ class Data:
             )
         if self._seen.digests.setdefault(self._key, digest.hexdigest()) != digest.hexdigest():
             self._seen.note(
-                f"{self.label} differs from pass to pass (shuffled or augmented): results depend on the pass"
+                f"{self.label} differs from pass to pass (shuffled or augmented), so results are not reproducible"
             )
 
     def _read(self, item: object, where: str) -> tuple[Batch, tuple[str, ...]]:
@@ -144,12 +144,14 @@ class Data:
                 self._seen.note(f"{self.label}: input {name!r} {note}")
         if len({len(x) for x in inputs.values()}) > 1:
             sizes = ", ".join(f"{name} {len(x)}" for name, x in inputs.items())
-            raise DataError(f"{where}: inputs have different numbers of samples: {sizes}.")
+            raise DataError(
+                f"{where}: inputs have different numbers of samples: {sizes}; give each input one per sample."
+            )
         batch = Batch(tuple(inputs.values()))
         if len(parts) == 2 and parts[1] is not None:
             batch = replace(batch, labels=_label_tensor(parts[1], len(batch), where))
         elif self.labelled:
-            raise DataError(f"{where} has no labels; yield (x, labels), or name them 'labels' in the .npz.")
+            raise DataError(f"{where} has no labels; yield (x, labels), or store them as 'labels' in the .npz file.")
         return batch, tuple(inputs)
 
     def _ordered(self, inputs: object, where: str) -> dict[str, object]:
@@ -173,7 +175,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _Form:
-    """Properties that the first batch fixes for all later ones."""
+    """The properties of the first batch, which all later ones must have."""
 
     names: tuple[str, ...]
     shapes: tuple[list[int], ...]
@@ -187,22 +189,26 @@ class _Form:
 
     def check(self, batch: Batch, where: str) -> None:
         if len(batch.inputs) != len(self.names):
-            raise DataError(f"{where} has {len(batch.inputs)} inputs, the first batch has {len(self.names)}.")
+            raise DataError(
+                f"{where} has {len(batch.inputs)} inputs, the first batch has {len(self.names)}; use the same in all."
+            )
         for name, shape, dtype, x in zip(self.names, self.shapes, self.dtypes, batch.inputs, strict=True):
             if list(x.shape[1:]) != shape:
                 raise DataError(
-                    f"{where}: samples of input {name!r} have shape {list(x.shape[1:])}, those of the first batch "
+                    f"{where}: samples of input {name!r} have shape {list(x.shape[1:])}, but those of the first batch "
                     f"{shape}; bring them to one shape (--image-size does it for a folder of images)."
                 )
             if _dtype(x) != dtype:
-                raise DataError(f"{where}: input {name!r} is {_dtype(x)}, in the first batch {dtype}.")
+                raise DataError(
+                    f"{where}: input {name!r} is {_dtype(x)}, but {dtype} in the first batch; use one type."
+                )
         if (batch.labels is not None) != self.labelled:
             has, had = ("has", "has none") if batch.labels is not None else ("has no", "has some")
-            raise DataError(f"{where} {has} labels, the first batch {had}; label all batches or none.")
+            raise DataError(f"{where} {has} labels, but the first batch {had}; label all batches or none.")
 
 
 class _Digest:
-    """sha256 of each stream of samples, then of those together with shapes and dtypes: independent of batch sizes."""
+    """A sha256 that does not depend on batch sizes: one per stream of samples, then one of these, shapes and dtypes."""
 
     def __init__(self) -> None:
         self._streams: list[Any] = []
@@ -229,11 +235,11 @@ def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
     tensor = _tensor(value, where)
     if tensor.ndim == 0 or len(tensor) == 0:
         what = "a single number" if tensor.ndim == 0 else "empty (no samples)"
-        raise DataError(f"{where} is {what}; the first dimension counts the samples of a batch.")
+        raise DataError(f"{where} is {what}; give an array whose first dimension counts samples.")
     note = ""
     if tensor.dtype not in KEPT_DTYPES:
         if not tensor.is_floating_point():
-            raise DataError(f"{where} is {_dtype(tensor)}; models take floats or integers: convert it.")
+            raise DataError(f"{where} is {_dtype(tensor)}, but models take floats or integers; convert it.")
         note = f"was converted from {_dtype(tensor)} to float32"
         tensor = tensor.to(torch.float32)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -248,7 +254,7 @@ def _label_tensor(value: object, samples: int, where: str) -> Tensor:
     labels = _tensor(value, f"{where}: labels")
     if labels.is_floating_point() and not bool((labels == labels.round()).all()):
         raise DataError(
-            f"{where}: labels are not integers; labels are class indices. If this is a second model input, yield "
+            f"{where}: labels are not integers; give class indices. If this is a second model input, yield "
             "({name: x, name: x}, labels or None)."
         )
     if labels.is_complex() or tuple(labels.shape) != (samples,):
@@ -257,7 +263,7 @@ def _label_tensor(value: object, samples: int, where: str) -> Tensor:
         )
     labels = labels.to(torch.int64)
     if bool((labels < 0).any()):
-        raise DataError(f"{where}: label {int(labels.min())} is negative; labels are class indices from 0.")
+        raise DataError(f"{where}: label {int(labels.min())} is negative; give class indices from 0.")
     return labels
 
 
@@ -282,7 +288,7 @@ def _tensor(value: object, where: str) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise DataError(f"{where} is {array.dtype}, not numbers that torch knows; convert it to float32.") from error
+        raise DataError(f"{where} is {array.dtype}, a type that torch does not know; convert it to float32.") from error
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Settings of the data: the batches and the images, where a source leaves them open.
+"""Settings of the data: batch size and images, for sources that do not decide them.
 
 Must not know: torch, models, where data comes from.
 """
@@ -56,10 +56,10 @@ ImageSize = Annotated[
 
 
 class DataForm(Settings):
-    """How data without batches is cut, and how the images of a folder become inputs.
+    """How data without batches is cut into them, and how the images of a folder become inputs.
 
     image_size: (height, width) to which images are scaled and cropped; None leaves them as they are.
-    mean, std:  per channel, of values in 0..1.
+    mean, std:  one number per channel, of values in 0..1.
     """
 
     batch_size: Positive = setting(64, "Samples per batch for .npz files and folders.", panel=DATA)
@@ -78,5 +78,5 @@ class DataForm(Settings):
 
     @property
     def is_for_images(self) -> bool:
-        """Whether it says anything of images."""
+        """Whether any setting of images is given."""
         return any(value is not None for value in (self.image_size, self.mean, self.std))

@@ -1,4 +1,4 @@
-"""Open the data that a text names or a Python object is; nothing is read before the first pass.
+"""Open data, given as text or as a Python object; nothing is read before the first pass.
 
 Must not know: models, methods.
 """
@@ -24,12 +24,12 @@ PLAIN = DataForm()
 
 
 def open_data(source: object, form: DataForm = PLAIN) -> Data:
-    """Return the data that `source` names or is; nothing is read before the first pass.
+    """Return the data of `source`; nothing is read before the first pass.
 
     source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
             of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
             any iterable of batches. Batches are x, (x, labels), ({name: x}, labels) or ((x1, x2), labels).
-    form:   batches, where the source has none of its own, and images, which only folders have.
+    form:   the batch size, for sources without batches, and how to read images, for folders.
     raises: DataError, UnknownNameError.
     """
     if isinstance(source, Data):
@@ -37,7 +37,9 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
     if isinstance(source, Path) or (isinstance(source, str) and (":" not in source or Path(source).exists())):
         return _open_path(Path(source), form)
     if form.is_for_images:
-        raise DataError("image size, mean and std belong to a folder of images; here the data comes preprocessed.")
+        raise DataError(
+            "image size, mean and std apply to folders of images only; this data is used as it is. Omit them."
+        )
     if isinstance(source, str):
         function = load_callable(source, error=DataError)
         return Data(source, lambda: _guarded(function, form.batch_size))
@@ -52,7 +54,7 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
 
 
 def open_both(calibration: object, evaluation: object | None, form: DataForm) -> tuple[Data, Data | None]:
-    """Return the data of an export; settings of images apply to folders, and are an error if there is none.
+    """Return the calibration and evaluation data; settings of images are an error if neither is a folder of images.
 
     raises: DataError, UnknownNameError.
     """
@@ -79,7 +81,7 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
-            "give it as the model was trained: usually float32 in 0..1, normalized, channels first."
+            "preprocess it as in training: usually float32 in 0..1, normalized, channels first."
         ) from error
     finally:
         for module in training:
@@ -91,7 +93,7 @@ def _is_array(value: object) -> bool:
 
 
 def _is_pair_of_arrays(value: object) -> bool:
-    """Whether this is (x, labels) or ({name: x}, labels), all samples at once; a list of two is two batches."""
+    """Return whether this is (x, labels) or ({name: x}, labels), all samples at once; a list of two is two batches."""
     return (
         isinstance(value, tuple)
         and len(value) == 2
@@ -101,7 +103,7 @@ def _is_pair_of_arrays(value: object) -> bool:
 
 
 def _guarded(function: UserCallable, batch: int) -> Raw:
-    """Make a pass over what the user's callable returns; its exceptions become DataErrors with their place."""
+    """Yield the items that the user's callable returns; its exceptions become DataErrors with the user's line."""
     end = object()
     items = _items(function(), function.label, batch)
     while True:
@@ -119,18 +121,18 @@ def _items(result: object, label: str, batch: int) -> Raw:
     if isinstance(result, Iterable) and not isinstance(result, str | bytes):
         return iter(result)
     raise DataError(
-        f"{label} gave {article(type(result).__name__)}; give arrays, or an iterable of batches such as a DataLoader."
+        f"{label} returned {article(type(result).__name__)}; return arrays, or batches such as those of a DataLoader."
     )
 
 
 def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
-    """Return what starts a pass; a second one is an error with advice."""
+    """Return the function that starts a pass; a second call raises a DataError."""
     left = [source]
 
     def start() -> Raw:
         if not left:
             raise DataError(
-                f"{label} can be read only once and a second pass is needed; give a list, a DataLoader, or the "
+                f"{label} can be read only once, but a second pass is needed; give a list, a DataLoader, or the "
                 "function that makes the generator instead of the generator."
             )
         return left.pop()
@@ -142,7 +144,7 @@ def _open_path(path: Path, form: DataForm) -> Data:
     if path.is_dir():
         return Data(str(path), lambda: from_images(path, form))
     if form.is_for_images:
-        raise DataError(f"image size, mean and std belong to a folder of images; {path} is none.")
+        raise DataError(f"image size, mean and std apply to folders of images only; {path} is not one. Omit them.")
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a .npz file, a folder of images or file.py:callable.")
     if path.suffix != ".npz":

@@ -37,12 +37,14 @@ def from_arrays(value: object, label: str, batch: int) -> Raw:
     if isinstance(inputs, Mapping) and labels is None:
         found = [name for name in LABEL_NAMES if name in arrays]
         if len(found) > 1:
-            raise DataError(f"{label} holds both 'labels' and 'y'; keep one of them.")
+            raise DataError(f"{label} holds both 'labels' and 'y'; keep only one of them.")
         labels = arrays.pop(found[0]) if found else None
     lengths = {name: len(array) for name, array in [*arrays.items(), ("labels", labels)] if array is not None}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
-        raise DataError(f"{label}: arrays have different numbers of samples: {counts}.")
+        raise DataError(
+            f"{label}: arrays have different numbers of samples: {counts}; give each array one entry per sample."
+        )
     for start in range(0, max(lengths.values(), default=0), batch):
         cut = {name: array[start : start + batch] for name, array in arrays.items()}
         part = cut if isinstance(inputs, Mapping) else cut["x"]
@@ -58,7 +60,7 @@ def from_npz(path: Path, batch: int) -> Raw:
                 name = member.removesuffix(".npy")
                 arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}")
             if not arrays.keys() - {*LABEL_NAMES}:
-                raise DataError(f"{path} holds no input array; save one array per model input, labels in 'labels'.")
+                raise DataError(f"{path} holds no input array; save one array per model input, and labels as 'labels'.")
             yield from from_arrays(arrays, str(path), batch)
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable .npz file ({error}); save it again with numpy.savez.") from error
@@ -72,11 +74,13 @@ class _Rows:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self._shape, fortran, self._dtype = read_header(stream)
         if self._dtype.hasobject:
-            raise DataError(f"{where} holds Python objects, whose loading could run code: refused; save plain numbers.")
+            raise DataError(
+                f"{where} holds Python objects, refused as loading them could run code; save plain numbers."
+            )
         if not self._shape:
-            raise DataError(f"{where} is a single number; the first dimension counts the samples.")
+            raise DataError(f"{where} is a single number; save an array whose first dimension counts samples.")
         self._stream = stream
-        # Column-major arrays cannot be read by rows: all of it is read here.
+        # A column-major array cannot be read by rows, so all of it is read here.
         self._whole = self._read(self._shape[::-1]).transpose() if fortran and len(self._shape) > 1 else None
 
     def __len__(self) -> int:
@@ -125,15 +129,15 @@ def _image_files(root: Path) -> tuple[list[Path], list[int] | None]:
     inside = sum(len(files) for _, files in classes)
     if direct and inside:
         raise DataError(
-            f"{root} holds images and folders of images; use either one folder, or one sub-folder per class."
+            f"{root} holds both images and folders of images; use either one folder, or one sub-folder per class."
         )
     if not direct and not inside:
-        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder that does.")
     if direct:
         return direct, None
     empty = [folder.name for folder, files in classes if not files]
     if empty:
-        raise DataError(f"{root / empty[0]} holds no images; it would shift the class numbers: fill or remove it.")
+        raise DataError(f"{root / empty[0]} holds no images and would shift the class numbers; fill it or remove it.")
     return [f for _, files in classes for f in files], [i for i, (_, files) in enumerate(classes) for _ in files]
 
 
@@ -146,13 +150,15 @@ def _found(entries: Iterable[Path]) -> list[Path]:
 def _image(path: Path, form: DataForm) -> np.ndarray[Any, Any]:
     """Return one image as float32 [3, height, width].
 
-    It is converted to RGB; with a size, it is scaled (bilinear, antialiased) until it just covers the size, and its
-    centre is cropped, as torchvision's Resize(n) and CenterCrop(n) do. Values in 0..1, then (x - mean) / std.
+    The image is converted to RGB; if a size is given, it is scaled (bilinear, antialiased) to just cover it, and the
+    centre is cropped, as torchvision's Resize(n) and CenterCrop(n) do. Values are in 0..1, then (x - mean) / std.
     """
     try:
         with Image.open(path) as opened:
             if opened.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits per channel ({opened.mode}); give such data as .npz.")
+                raise DataError(
+                    f"{path} has more than 8 bits per channel ({opened.mode}); give such data as a .npz file."
+                )
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is not a readable image ({error}); replace or remove it.") from error

@@ -51,12 +51,12 @@ def write_bundle(
     config: Mapping[str, Any],
     overwrite: bool = False,
 ) -> Path:
-    """The absolute path of the finished bundle.
+    """Write a bundle to the folder `out` and return its absolute path.
 
-    files:     what writes model.onnx (and its external data) into the folder it is given, or its files by name.
+    files:     a function that writes model.onnx and its external data into a given folder, or the files by name.
     golden:    inputs and outputs of the model by name, in the order of its signature.
     overwrite: replace a bundle that is already there; a folder with anything else in it is never replaced.
-    raises:    InputError if DIR is taken or cannot be written; then, as on Ctrl-C, nothing is left and DIR untouched.
+    raises:    InputError if DIR is taken or cannot be written; DIR then stays untouched, as it does on Ctrl-C.
     """
     content = dump(report)
     with _staging(out, overwrite=overwrite) as folder:
@@ -70,7 +70,7 @@ def write_bundle(
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
-    """Nothing, if a bundle can be written to DIR: call it before the work starts.
+    """Check that a bundle can be written to DIR; call this before the work starts.
 
     raises: InputError if DIR holds something, or if no folder can be made beside it.
     """
@@ -106,24 +106,24 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
     strangers = sorted(set(_walk(out)) - set(_read_manifest(out)["files"]) - {_MANIFEST})
     if strangers:
         raise InputError(
-            f"{out} also holds {strangers[0]}, which this tool did not write; move it away, then --overwrite."
+            f"{out} also holds {strangers[0]}, which intact did not write; move it away, then use --overwrite."
         )
 
 
 @contextmanager
 def _os_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one message."""
+    """Turn an error of the operating system into an InputError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"cannot write the bundle {out}: {reason}. Nothing was left there; free space or "
-                         "rights, or another --out, will do.") from error  # fmt: skip
+        raise InputError(f"cannot write the bundle {out}: {reason}. Nothing was left there; free some space, fix the "
+                         "permissions, or choose another --out.") from error  # fmt: skip
 
 
 @contextmanager
 def _staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place if the body succeeds and vanishes if not."""
+    """Yield a new folder that becomes `out` if the body succeeds and is removed if it fails."""
     out = out.resolve()
     with _os_errors(out):
         _check_free(out, overwrite=overwrite)
@@ -187,7 +187,7 @@ def _put_golden(golden: tuple[Arrays, Arrays], folder: Path) -> None:
 
 
 def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-    """Inputs and outputs of the golden set by name, in the order of the model's signature.
+    """Return inputs and outputs of the golden set by name, in the order of the model's signature.
 
     raises: InputError if a file is missing or is no ONNX tensor.
     """
@@ -198,7 +198,7 @@ def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, np
 def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
     paths = sorted(folder.glob(f"{kind}_*.pb"), key=lambda path: (len(path.name), path.name))  # 10 after 9
     if not paths:
-        raise InputError(f"no golden {kind} in {folder}; the bundle is incomplete, export the model again.")
+        raise InputError(f"{folder} holds no golden {kind}; the bundle is incomplete: export the model again.")
     arrays = {}
     for path in paths:
         try:
@@ -210,7 +210,7 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 
 
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What manifest.json says; `artifact_sha256` covers what a rebuild must reproduce: the model and the golden set."""
+    """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
     report_files = ("report.json", "report.html", "junit.xml")  # these hold measured times
     artifact = {name: entry["sha256"] for name, entry in files.items() if name not in report_files}
@@ -231,7 +231,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _digest(value: object) -> str:
-    """Hash of a JSON value that does not depend on the order of its keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys."""
     canonical = json.dumps(json.loads(dump_json(value)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -242,7 +242,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def verify_manifest(bundle: Path) -> dict[str, Any]:
-    """The manifest, once every file it lists is there unchanged and there is no other.
+    """Return the manifest after checking that every file it lists is there, unchanged, and that there is no other file.
 
     raises: InputError naming the first file that is missing, changed, extra or not contained in the folder.
     """
@@ -250,10 +250,10 @@ def verify_manifest(bundle: Path) -> dict[str, Any]:
     here, listed = set(_walk(bundle)) - {_MANIFEST}, manifest["files"]
     for name, entry in sorted(listed.items()):
         if name not in here:
-            raise InputError(f"{bundle} is not intact: {name} is missing; take the bundle from its source again.")
+            raise InputError(f"{bundle} is not intact: {name} is missing; get a fresh copy of the bundle.")
         if _entry(_inside(bundle, name)) != {"bytes": entry.get("bytes"), "sha256": entry.get("sha256")}:
             raise InputError(
-                f"{bundle} is not intact: {name} was changed after the export; take it from its source again."
+                f"{bundle} is not intact: {name} was changed after the export; get a fresh copy of the bundle."
             )
     if here - set(listed):
         raise InputError(f"{bundle} is not intact: {min(here - set(listed))} is not in its {_MANIFEST}; remove it.")
@@ -261,17 +261,17 @@ def verify_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def _read_manifest(bundle: Path) -> dict[str, Any]:
-    """The manifest with its shape and its file names checked, the files themselves not."""
+    """Read the manifest and check its form and its file names, but not the files."""
     path = bundle / _MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{bundle} is not a readable bundle: {path.name}: {error}; give the folder `export` wrote."
+            f"{bundle} is not a readable bundle: {path.name}: {error}; give the folder that `intact export` wrote."
         ) from error
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise InputError(f"{path} is not a manifest of this tool: it lists no files; give the folder `export` wrote.")
+        raise InputError(f"{path} is not a manifest of intact: it lists no files; give a folder that it exported.")
     if manifest.get("schema") != _MANIFEST_VERSION:
         raise InputError(f"{path} has schema {manifest.get('schema')!r}, this version reads {_MANIFEST_VERSION}; "
                          "use the version of intact that wrote it.")  # fmt: skip
@@ -281,18 +281,18 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the bundle.
+    """Return the path of a file in the bundle.
 
     raises: InputError if the name leads out of the folder.
     """
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
-        raise InputError(f"the file name {name!r} leads out of the bundle {folder}; do not trust this bundle.")
+        raise InputError(f"the file name {name!r} leads out of the bundle {folder}; do not use this bundle.")
     return folder / pure
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """POSIX names of every file below, relative to the folder.
+    """Yield the POSIX name of every file in the folder and its sub-folders, relative to the folder.
 
     raises: InputError at a symbolic link or anything else that is neither file nor folder.
     """
@@ -300,7 +300,7 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in (*folders, *names):
             path = Path(root, name)
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise InputError(f"{path} is not a plain file or folder; a bundle holds nothing else. Remove it.")
+                raise InputError(f"{path} is not a plain file or folder, and a bundle holds nothing else; remove it.")
             if not path.is_dir():
                 yield path.relative_to(folder).as_posix()
 

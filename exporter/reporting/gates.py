@@ -40,7 +40,7 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A short name: one line of help, and its value in a report (None: not measured)."""
+    """A short name for a number of the report: its help, and how to read its value (None: not measured)."""
 
     help: str
     value: Callable[[Report], float | None]
@@ -65,12 +65,12 @@ class Gate:
 def parse(expression: str) -> Gate:
     """Parse a text such as `accuracy_drop<=0.01`, `accuracy_drop<=1%` or `outputs_identical==true`.
 
-    raises: InputError if the text is no condition on a finite number, UnknownNameError if nothing measures the metric.
+    raises: InputError if the text is not a condition on a finite number, UnknownNameError if there is no such metric.
     """
     match = _EXPRESSION.fullmatch(expression)
     if match is None:
-        raise InputError(f"gate {expression!r} is not METRIC OP NUMBER; write for instance 'accuracy_drop<=0.01', "
-                         f"with one of {', '.join(_COMPARE)}.")  # fmt: skip
+        raise InputError(f"gate {expression!r} is not METRIC OP NUMBER; write for example 'accuracy_drop<=0.01', "
+                         f"where OP is one of {', '.join(_COMPARE)}.")  # fmt: skip
     given, compare, limit = match.groups()
     name = _RENAMED.get(given, given)
     if name not in METRICS and not _is_path(name):
@@ -82,14 +82,15 @@ def parse(expression: str) -> Gate:
 def renamed(gates: Iterable[Gate]) -> list[str]:
     """Return one warning per gate that was given by the old name of its metric."""
     return [
-        f"the gate metric {gate.old_name!r} is now called {gate.name!r}; the next release drops the old name"
+        f"the gate metric {gate.old_name!r} is now called {gate.name!r}: use the new name, as the next release drops "
+        "the old one"
         for gate in gates
         if gate.old_name
     ]
 
 
 def _limit(text: str, expression: str) -> float:
-    number = f"{text[:-1]}e-2" if text.endswith("%") else text  # not a division: 0.3 / 100 is not 0.003
+    number = f"{text[:-1]}e-2" if text.endswith("%") else text  # text, not a division: 0.3 / 100 is not 0.003
     try:
         limit = _WORDS[text.lower()] if text.lower() in _WORDS else float(number)
     except ValueError as error:
@@ -100,7 +101,7 @@ def _limit(text: str, expression: str) -> float:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a dotted path leads to a number; the last part is free below counts by operator or type."""
+    """Return whether a dotted path leads to a number; the last part is free below counts by operator or type."""
     return name in metric_paths() or ("." in name and f"{name.rpartition('.')[0]}.*" in metric_paths())
 
 
@@ -216,7 +217,7 @@ METRICS: dict[str, Metric] = {
         needs_labels=True,
     ),
     "accuracy_drop_upper": Metric(
-        "upper end of the 95 % interval of accuracy_drop: few samples do not pass by luck",
+        "upper end of the 95 % interval of accuracy_drop, so that few samples do not pass by luck",
         _path("accuracy.drop_ci.1"),
         needs_eval=True,
         needs_labels=True,
@@ -228,7 +229,7 @@ METRICS: dict[str, Metric] = {
         needs_labels=True,
     ),
     "agreement": Metric(
-        "share of held-out samples where float model and runtime decide the same",
+        "share of held-out samples for which float model and runtime make the same decision",
         _path("accuracy.agreement"),
         needs_eval=True,
     ),
@@ -239,19 +240,19 @@ METRICS: dict[str, Metric] = {
     ),
     "mismatched": Metric("differing values end to end, optimizations on", _path("parity.optimized.mismatched")),
     "kernel_mismatched": Metric(
-        "differing values of integer kernels on the runtime's own inputs, optimizations on",
+        "differing values of integer kernels, each from the runtime's own inputs, optimizations on",
         _path("parity.optimized.kernel_mismatched"),
     ),
     "parity_violations": Metric(
-        "sites and outputs that are not what the reference computes from the runtime's own inputs, optimizations on",
+        "sites and outputs that differ by more than is allowed, each from the runtime's own inputs, optimizations on",
         _path("parity.optimized.violations"),
     ),
     "unplanned_kernels": Metric(
-        "kernels on codes that the runtime executes and the plan does not hold, or the other way round",
+        "integer kernels that the runtime executes and the plan lacks, or the other way round",
         _unplanned_kernels,
     ),
     "float_mismatch_rate": Metric(
-        "differing share of the values that float operators compute, on the runtime's own inputs", _float_mismatch_rate
+        "share of differing values after float operators, each from the runtime's own inputs", _float_mismatch_rate
     ),
     "max_lsb": Metric("largest difference end to end, in steps of the grid", _path("parity.optimized.max_lsb")),
     "outputs_identical": Metric(

@@ -27,21 +27,21 @@ def _proof(level: Level) -> str:
     if not level.values:
         return "No value was compared."
     if not level.mismatched:
-        outputs = ", and its outputs are identical bit for bit" if level.outputs_identical else ""
-        return f"All {count(level.values)} integers the runtime computed equal the calibrated model’s{outputs}."
+        outputs = ", and the outputs are identical bit for bit" if level.outputs_identical else ""
+        return f"All {count(level.values)} integers in the runtime equal those of the calibrated model{outputs}."
     steps = "1 step" if level.max_lsb == 1 else f"{count(level.max_lsb)} steps"
     end_to_end = f"End to end, {differ(level)} integers differ, by at most {steps}."
     if not level.kernel_mismatched:
-        return f"From its own inputs, every integer kernel computes exactly the calibrated model’s codes. {end_to_end}"
+        return f"From its own inputs, every integer kernel computes the codes of the calibrated model. {end_to_end}"
     return end_to_end
 
 
 def failure(gate: GateResult) -> str:
-    """Say which gate failed and what was measured."""
+    """Return which gate failed and what was measured."""
     found = "it was not measured" if gate.value is None else f"it is {significant(gate.value, 6)}"
     return f"Gate {gate.expression} failed: {found}"
 
 
 def unplanned_kernels(found: Mapping[str, int]) -> str:
-    """{"QLinearConv": -1} -> 1 QLinearConv fewer than planned."""
+    """Name the differences from the plan: {"QLinearConv": -1} -> 1 QLinearConv fewer than planned."""
     return ", ".join(f"{abs(n)} {name} {'more' if n > 0 else 'fewer'} than planned" for name, n in found.items())

@@ -88,7 +88,7 @@ def _scores(report: Report) -> list[dict[str, Any]]:
 
 
 def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
-    """Return the activations and the weights: rows with their plots, the worst of them, the overview figure."""
+    """Return activations and weights, each with the rows of the table, the worst of them, and the overview figure."""
     groups = []
     for kind, title in (("activation", "Activations"), ("weight", "Weights")):
         layers = [layer for layer in report.layers or () if layer.kind == kind]
@@ -109,7 +109,7 @@ def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
 
 
 def _reconstruction(report: Report) -> dict[str, Any] | None:
-    """Return the units with what training left of their error, and the figure of all."""
+    """Return the units with their errors before and after training, and the figure of all."""
     if not report.reconstruction or not report.reconstruction.units:
         return None
     units, grouping = report.reconstruction.units, report.reconstruction.grouping
@@ -144,7 +144,7 @@ _RANGES: Final = {
 
 
 def _lapq(report: Report) -> dict[str, Any] | None:
-    """Return the search of scales by the network's loss."""
+    """Return what the page shows of the search of scales by the network's loss (LAPQ)."""
     record = report.lapq
     if not record:
         return None
@@ -198,7 +198,7 @@ def _added_loss(scale: ScaleSensitivity, bits: int, finest: float) -> dict[str, 
 
 
 def _mixed(report: Report) -> dict[str, Any] | None:
-    """Return the choice of bits, the front, and uniform bits beside them."""
+    """Return the chosen bits, the measured front, and uniform bits for comparison."""
     entry = report.mixed_precision
     if not entry:
         return None
@@ -216,7 +216,7 @@ def _quotient(part: object, whole: object) -> float | None:
 
 
 def _sort_key(noise: float | None) -> float:
-    """Return the key of the table: unmeasured sites first, exact ones last; no script reads "inf" as a number."""
+    """Return the sort key of a site: unmeasured ones first, exact ones last; no script reads "inf" as a number."""
     return -1e9 if noise is None else min(noise, 1e9)
 
 
@@ -289,14 +289,14 @@ def render_html(report: Report) -> str:
 
 
 def _levels(report: Report) -> list[dict[str, Any]]:
-    """Return the optimization levels, the shipped one first, and OpenVINO where it was asked for."""
+    """Return the optimization levels, the deployed one first, and OpenVINO where it was asked for."""
     parity = report.parity
     rows = [
         ("Optimizations on", "integer kernels, as deployed", parity.optimized, True),
         ("Optimizations off", "float arithmetic between dequantize and quantize", parity.unoptimized, False),
     ]
     if parity.openvino:
-        note = "every kernel from its own inputs; single steps next to ties are legal"
+        note = "every kernel from its own inputs; differences of one step next to ties are allowed"
         rows.append((f"OpenVINO {parity.openvino.version}", note, parity.openvino, True))
     return [{"title": title, "note": note, "level": level, "gated": gated} for title, note, level, gated in rows]
 

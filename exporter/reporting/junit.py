@@ -72,7 +72,7 @@ def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:
         message = f"{differ(node)} values differ, by at most {node.max_lsb} ({node.kernel})"
         yield _case(node.site, failure="" if node.legal or not gated else message, note=message)
     for output in level.outputs:
-        message = f"differs by {significant(output.relative)} of its largest value"
+        message = f"the output differs by {significant(output.relative)} of its largest value"
         yield _case(f"output {output.name}", failure=message if gated and not output.legal else "")
     if gated and level.unplanned is not None:
         yield _case("kernels as planned", failure=unplanned_kernels(level.unplanned))

@@ -1,4 +1,4 @@
-"""The part of the report about single sites: the range chosen, the range observed, its histogram, and the noise.
+"""The part of the report about single sites: chosen and observed range, histogram, and noise.
 
 Must not know: files, runtimes, how pages look.
 """
@@ -32,7 +32,7 @@ class LayerEntry:
     sqnr_db:     signal over quantization noise.
     tap_bits:    bits of the taps of a folded identity branch.
     input_bits:  bits of the value that a layer reads, at its weight; the widest where several layers share the weight,
-                 left out where that is float.
+                 None where that value is float.
     """
 
     site: str
@@ -104,7 +104,7 @@ def _grid(qparams: QParams, site: Site) -> dict[str, Any]:
 
 
 def _reach_with_taps(weight: Tensor, qparams: QParams) -> dict[str, float]:
-    """Return the ends of what the codes of a weight with wide taps reach."""
+    """Return the lowest and highest value that the codes of a weight with wide taps can represent."""
     scale, zero_point = (values.double() for values in grid_of(weight, qparams))
     low, high = (scale * (limit - zero_point) for limit in code_limits(weight, qparams))
     return {"lo": float(low.min()), "hi": float(high.max())}

@@ -26,18 +26,18 @@ DASH: Final = "–"
 
 
 def measured(value: object) -> float | None:
-    """The value as a float, None for what was not measured."""
+    """Return the value as a float, None for what was not measured."""
     return float(value) if isinstance(value, (int, float)) and not math.isnan(value) else None
 
 
 def count(value: object) -> str:
-    """12345678 -> 12,345,678."""
+    """Write a number in full: 12345678 -> 12,345,678."""
     number = measured(value)
     return DASH if number is None else f"{number:,.0f}"
 
 
 def compact(value: object) -> str:
-    """12345678 -> 12.3 M."""
+    """Write a number with three digits and a unit: 12345678 -> 12.3 M."""
     number = measured(value)
     if number is None:
         return DASH
@@ -48,7 +48,7 @@ def compact(value: object) -> str:
 
 
 def percent(value: object, digits: int = 2, *, missing: str = DASH, rounded: bool = False) -> str:
-    """0.9035 -> 90.35 %; a share below 1 never reads 100 %, one above 0 never 0 %, unless it is `rounded`."""
+    """Write a share: 0.9035 -> 90.35 %; below 1 it never reads 100 %, above 0 never 0 %, unless `rounded`."""
     number = measured(value)
     if number is None:
         return missing
@@ -60,7 +60,7 @@ def percent(value: object, digits: int = 2, *, missing: str = DASH, rounded: boo
 
 
 def compared(before: object, after: object, less: str, more: str) -> str:
-    """10, 4 -> 2.50x smaller; 4, 10 -> 2.50x larger."""
+    """Write a ratio with its direction: 10, 4 -> 2.50x smaller; 4, 10 -> 2.50x larger."""
     numbers = measured(before), measured(after)
     if not numbers[0] or not numbers[1]:
         return DASH
@@ -69,13 +69,13 @@ def compared(before: object, after: object, less: str, more: str) -> str:
 
 
 def points(value: object) -> str:
-    """0.001 -> 0.10 points, with a proper minus."""
+    """Write a difference of shares in points: 0.001 -> 0.10 points, with the minus sign U+2212."""
     number = measured(value)
     return DASH if number is None else f"{number * 100:+.2f}".replace("-", "−").removeprefix("+") + " points"
 
 
 def decibel(value: object) -> str:
-    """31.42 -> 31.4 dB; infinite means exact."""
+    """Write decibels: 31.42 -> 31.4 dB; infinity is written as exact."""
     number = measured(value)
     if number is None:
         return DASH
@@ -83,7 +83,7 @@ def decibel(value: object) -> str:
 
 
 def size(value: object) -> str:
-    """8000000 -> 7.63 MiB."""
+    """Write a number of bytes: 8000000 -> 7.63 MiB."""
     number = measured(value)
     if number is None:
         return DASH
@@ -94,7 +94,7 @@ def size(value: object) -> str:
 
 
 def duration(value: object) -> str:
-    """83.0 -> 1 min 23 s; 2.14 -> 2.1 s."""
+    """Write seconds: 83.0 -> 1 min 23 s; 2.14 -> 2.1 s."""
     number = measured(value)
     if number is None:
         return DASH
@@ -103,7 +103,7 @@ def duration(value: object) -> str:
 
 
 def significant(value: object, digits: int = 4, *, missing: str = DASH, minus: str = "−") -> str:
-    """Few digits, whatever the magnitude."""
+    """Write a number of any magnitude with a few significant digits: 0.012345678 -> 0.01235."""
     number = measured(value)
     return missing if number is None else f"{number:.{digits}g}".replace("-", minus, 1 if number < 0 else 0)
 
@@ -116,5 +116,5 @@ class _Compared(Protocol):
 
 
 def differ(found: _Compared) -> str:
-    """Return how many of how many values differ."""
+    """Write how many values differ: 3 of 4,096."""
     return f"{count(found.mismatched)} of {count(found.values)}"

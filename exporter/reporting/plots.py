@@ -1,6 +1,6 @@
 """The plots of the page as inline SVG: small strips written by hand, the overview by Matplotlib.
 
-They carry no colours of their own but the variables of the page, and depend on the numbers only.
+Their colours are the CSS variables of the page, and the same numbers give the same text.
 
 Must not know: the page around them, where a number comes from.
 """
@@ -51,7 +51,7 @@ _SHADES = 12  # of a cell in a matrix
 
 
 def interval_plot(value: float, interval: tuple[float, float], domain: tuple[float, float]) -> Markup:
-    """Dot and whisker on a shared axis, for a table cell."""
+    """Draw a value and its interval as dot and whisker on an axis that rows share, for a table cell."""
     span = (domain[1] - domain[0]) or 1.0
     x, low, high = (8 + (v - domain[0]) / span * (_WIDTH - 16) for v in (value, *interval))
     return Markup(
@@ -62,7 +62,7 @@ def interval_plot(value: float, interval: tuple[float, float], domain: tuple[flo
 
 
 def range_plot(layer: LayerEntry) -> Markup:
-    """Histogram of the observed values (log height) over the chosen range; what lies outside is drawn as clipped."""
+    """Draw the histogram of the observed values (log height) over the chosen range; clipped values stand out."""
     lo, hi = layer.lo, layer.hi
     seen_lo, seen_hi = measured(layer.observed_lo), measured(layer.observed_hi)
     left = lo if seen_lo is None else min(lo, seen_lo)
@@ -87,7 +87,7 @@ def range_plot(layer: LayerEntry) -> Markup:
 
 
 def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
-    """SVG path of a histogram on the line y = 19; empty bins leave no ink, others at least one unit."""
+    """Return the SVG path of a histogram on the line y = 19: empty bins have no height, others at least one unit."""
     path, height_before = "", 0.0
     for index, number in enumerate([*bins, 0]):
         height = 1 + 17 * math.log1p(number) / math.log1p(top) if number else 0.0
@@ -101,7 +101,7 @@ def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
 
 
 def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str) -> Markup:
-    """Bars of SQNR in graph order; the worst ones carry the number under which the caption names them."""
+    """Plot the SQNR of layers as bars in graph order; the worst have the number under which the caption names them."""
     values = [measured(layer.sqnr_db) for layer in layers]
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if len(finite) < 2:
@@ -112,7 +112,7 @@ def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str)
 
 
 def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> None:
-    """One bar per height; those in `marks` (index -> number) stand out."""
+    """Draw one bar per height; those in `marks` (index -> number) stand out."""
     colors = [_WARN if index in marks else _ACCENT for index in range(len(heights))]
     width = min(0.16 + 0.03 * len(heights), 0.8)  # few bars stay slim, many leave a gap
     axes.bar(range(1, len(heights) + 1), heights, width=width, color=colors, linewidth=0)
@@ -130,7 +130,7 @@ def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> Non
 def error_plot(
     *curves: Sequence[float | None], salt: str, groups: Sequence[Sequence[int]] = (), labels: Sequence[str] = ()
 ) -> Markup:
-    """Relative errors of units in order, of one state or before and after, on a logarithmic axis; zeros are gaps.
+    """Plot the relative errors of units, in one state or before and after, on a logarithmic axis; zeros are gaps.
 
     groups: indices of neighbouring units that are shaded together; labels: of the curves.
     """
@@ -159,7 +159,7 @@ def error_plot(
 
 
 def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vertex: float | None, salt: str) -> Markup:
-    """Loss over p, the parabola fitted to it (drawn where it is not above all losses), and its vertex."""
+    """Plot the loss over p, the parabola fitted to it (where that is not above all losses), and its vertex."""
     finite = {p: loss for p, loss in sorted(powers.items()) if math.isfinite(loss)}
     if len(finite) < 2:
         return Markup()
@@ -179,7 +179,7 @@ def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vert
 
 
 def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: str) -> Markup:
-    """What every scale adds to the loss, one line per bits, paler for more; rings mark the bits that a budget left."""
+    """Plot the loss that every scale adds, one line per width, paler for more bits; rings mark the bits of a budget."""
     added = [{w.bits: _added(w.loss, finest) for w in scale.widths} for scale in scales]
     widths = sorted({bits for losses in added for bits in losses})[:-1]  # the finest adds nothing
     if len(scales) < 2 or not any(math.isfinite(losses.get(b, math.nan)) for losses in added for b in widths):
@@ -210,7 +210,7 @@ def _added(loss: object, finest: float) -> float:
 
 
 def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
-    """Loss of mixed and of uniform bits over what they take, as measured; a ring marks the choice."""
+    """Plot the measured loss of mixed and of uniform bits over their cost; a ring marks the choice."""
     finite = [choice for choice in mixed.front if math.isfinite(_positive(choice.loss))]
     if len(finite) < 2:
         return Markup()
@@ -243,7 +243,7 @@ def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
 
 
 def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
-    """A square matrix as cells, shaded by the square root of the magnitude; negative ones have a colour of their own.
+    """Draw a square matrix as cells, shaded by the square root of the magnitude; negative cells have their own colour.
 
     Cells of one shade are one path, neighbours in a row one rectangle, so that large matrices stay small.
     """
@@ -267,13 +267,13 @@ def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
 
 
 def _positive(value: object) -> float:
-    """The number, NaN for one that a logarithmic axis cannot show."""
+    """Return the number, or NaN for one that a logarithmic axis cannot show."""
     number = measured(value)
     return number if number is not None and 0 < number < math.inf else math.nan
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
-    """Names of the axes, and the look that all figures share."""
+    """Name the axes, and give them the look that all figures share."""
     axes.set_xlabel(x, color=_MUTED, fontsize=9)
     axes.set_ylabel(y, color=_MUTED, fontsize=9)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
@@ -283,7 +283,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
-    """The SVG of what `paint` draws; ids come from the salt."""
+    """Return the SVG of what `paint` draws; ids come from the salt."""
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever style the user's own matplotlib has
         mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
@@ -293,7 +293,7 @@ def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
 
 
 def _inline(figure: Figure) -> Markup:
-    """The figure as SVG for a page: theme colours, the page's font, no metadata, ids from the salt alone."""
+    """Return the figure as SVG for a page: theme colours, the page's font, no metadata, ids from the salt alone."""
     stream = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)  # type: ignore[no-untyped-call]

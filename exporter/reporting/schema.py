@@ -94,7 +94,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class DataSource:
-    """The source of samples; sha256 is of their values."""
+    """Where samples came from; sha256 is that of their values."""
 
     source: str
     samples: int
@@ -164,7 +164,7 @@ def dump_json(value: object) -> str:
 
 
 def validate_report(report: object) -> Report:
-    """Return the report that a mapping is.
+    """Return the report in a mapping, which must have the form of report.json.
 
     raises: InputError naming the first key that is missing or wrong.
     """
@@ -203,7 +203,7 @@ def metric_paths() -> frozenset[str]:
 
 
 def _number_paths(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[str]:
-    """Yield the paths below one part of a JSON schema, except in lists of objects (which entry would be meant?)."""
+    """Yield the paths below one part of a JSON schema, except in lists, where a path names no single entry."""
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rpartition("/")[2]]
     prefix = f"{path}." if path else ""

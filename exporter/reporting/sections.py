@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of the model; a free dimension is its name or None."""
+    """One input or output of the model; a free dimension is given by its name, or None."""
 
     name: str
     shape: tuple[int | str | None, ...]
@@ -58,7 +58,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Emission:
-    """The file as written; nodes: how many by operator."""
+    """The file as written; nodes: their number by operator."""
 
     opset: int
     ir_version: int
@@ -76,7 +76,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Storage:
-    """How weights of few bits are stored, and what other types would cost; those that change nothing are left out."""
+    """How weights below 8 bits are stored, and what other types would cost; types that change nothing are left out."""
 
     storage: str
     alternatives: tuple[Alternative, ...]
@@ -123,7 +123,7 @@ def emission_of(model: ir.Model) -> Emission:
 
 
 def storage_of(storage: str, alternatives: Mapping[str, Path], timings: Timings | None) -> Storage:
-    """Describe how weights are stored, and what the files `alternatives` cost that store them otherwise."""
+    """Describe how weights are stored, and the cost of the files `alternatives`, which store them otherwise."""
     return Storage(
         storage,
         tuple(

@@ -22,7 +22,7 @@ _number = partial(significant, digits=6, missing="not measured", minus="-")
 
 
 def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
-    """Return the box that sums up the report of the bundle in `folder`."""
+    """Sum up the report of the bundle in `folder` in a box."""
     table = Table.grid(padding=(0, 2))
     for name, value in (*_summary(report), ("report", str(folder / "report.html"))):
         table.add_row(f"[bold]{name}[/bold]", value)
@@ -47,7 +47,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "latency", f"{latency['quantized']:.2f} ms, {speed} than float"
     for gate in report["gates"]:
         if not gate["passed"]:
-            yield "failed gate", f"{gate['name']}: {_number(gate['value'])} against a limit of {_number(gate['limit'])}"
+            yield "failed gate", f"{gate['name']} is {_number(gate['value'])}, the limit is {_number(gate['limit'])}"
 
 
 def _weight_only(coverage: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def _accuracy(accuracy: Mapping[str, Any]) -> str:
 
 
 def _parity(level: Mapping[str, Any]) -> str:
-    """End to end where all is equal, else node by node: what differs there is what a node itself does differently."""
+    """Sum up parity end to end where all values are equal, else node by node, where no difference travels."""
     if not level["mismatched"]:
         return f"0 of {level['values']:,} integers differ"
     text = f"{level['kernel_mismatched']:,} integers differ in integer kernels"
@@ -76,5 +76,5 @@ def _second(level: Mapping[str, Any]) -> str:
     text = (
         f"{differ:,} of {level['values']:,} integers differ kernel by kernel{f', by {most} at most' if differ else ''}"
     )
-    alike = f"; as deployed it decides as the reference in {_percent(level['agreement'])} of the samples"
+    alike = f"; as deployed it makes the decision of the reference for {_percent(level['agreement'])} of the samples"
     return text if level["agreement"] is None else text + alike

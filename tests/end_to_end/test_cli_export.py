@@ -284,7 +284,7 @@ DATA: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"x": GOOD[:0]}, "no "),
     "channels": ({"x": np.ones((4, 2, 6, 6), np.float32)}, "shape"),
     "two-inputs": ({"x": GOOD, "z": GOOD}, "input"),
-    "text": ({"x": np.array(["a"] * 4)}, "not numbers"),
+    "text": ({"x": np.array(["a"] * 4)}, "a type that torch does not know"),
 }
 
 
@@ -386,7 +386,7 @@ def test_lint_reads_any_file(shell: tuple[Any, Path], tmp_path: Path) -> None:
         pytest.param(
             ["--layer", "relu: weight_bits=4"], ["'relu'", "no quantized layer with weights"], id="no-weights"
         ),
-        pytest.param(["--layer", "0: weight_bits=17"], ["layer rule '0'", "2 to 8"], id="bits-of-a-layer"),
+        pytest.param(["--layer", "0: weight_bits=17"], ["rule for layers '0'", "2 to 8"], id="bits-of-a-layer"),
         pytest.param(["--prepare", "cle,absorp"], ["unknown preparation 'absorp'", "Did you mean"], id="preparation"),
         pytest.param(["--layer", "0 weight_bits=4"], ["is not GLOB: key=value"], id="malformed-layer"),
         pytest.param(["--gate", "agreement>=0.9"], ["--eval"], id="gate-without-data"),

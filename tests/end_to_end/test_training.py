@@ -334,7 +334,7 @@ def test_labels_that_a_method_needs_and_the_data_lacks_are_missed_at_once(
     monkeypatch.setattr(QDrop, "needs_labels", True, raising=False)
     monkeypatch.setattr(pipeline, "capture", lambda *_: pytest.fail("work began"))
     with pytest.raises(
-        DataError, match=r"method 'qdrop' .* needs labels and data \(list\) has none; yield \(x, labels\)"
+        DataError, match=r"method 'qdrop' .* needs labels, but data \(list\) has none; yield \(x, labels\)"
     ):
         export(*residual(), out=tmp_path / "out", method="qdrop")
 
@@ -357,7 +357,7 @@ def test_wide_taps_are_told(tmp_path: Path) -> None:
     x = torch.randn(16, 3, 8, 8)
     told = export(model, [x], out=tmp_path / "wide", **settings)
     narrow = export(model, [x], out=tmp_path / "narrow", wide_taps=False, **settings)
-    assert any("kernels of 1 convolutions keep 8 bits" in warning for warning in told["warnings"])
+    assert any("the identity taps of 1 kernel keep 8 bits" in warning for warning in told["warnings"])
     assert not any("identity branch" in warning for warning in narrow["warnings"])
     assert (told["verdict"], narrow["verdict"]) == ("pass", "pass")
     wide = {layer["site"]: layer["tap_bits"] for layer in told["layers"] if "tap_bits" in layer}

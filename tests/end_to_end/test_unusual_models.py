@@ -168,7 +168,7 @@ def test_nothing_to_compare_is_said(make: Callable[[Tensor], Any]) -> None:
     batches = [torch.randn(16, 8)]
     calibrate(graph, batches, method="qdrop", options=OPTIONS["qdrop"])
     for wanted in ({"method": "lapq", "options": OPTIONS["lapq"]}, {"sensitivity": True}):
-        with pytest.raises(InputError, match="no output of floats with one row per sample"):
+        with pytest.raises(InputError, match="no floating-point output with one row per sample"):
             calibrate(graph, batches, **wanted)  # type: ignore[arg-type]
 
 

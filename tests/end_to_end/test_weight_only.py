@@ -644,7 +644,7 @@ def data():
     [
         (["--weight-only", "--weight-bits", "4", "--block-size", "16"], 0, "weight-only MACs"),
         (["--layer", "0: weight_only=true, weight_bits=4, granularity=block, block_size=16"], 0, "weight-only MACs"),
-        (["--block-size", "16"], 2, "weight_only is not set"),
+        (["--block-size", "16"], 2, "without weight_only"),
         (["--layer", "0: granularity=block"], 2, "integer kernels do not have"),
         (["--layer", "0: weight_only=true, activation_bits=8"], 2, "leave activation_bits out"),
     ],

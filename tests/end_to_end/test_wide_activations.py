@@ -134,7 +134,9 @@ def test_one_wide_reader_widens_all_and_is_told() -> None:
     result, _ = calibrated("pooled", "left", activation_bits=4)
     sites = result.placement.by_name
     assert sites["mul"].spec == sites["max_pool2d"].spec == result.placement.target.wide_activation
-    assert result.placement.notes == ("right: its input keeps 16 bits, because another layer shares value or scale",)
+    assert result.placement.notes == (
+        "right: its input keeps 16 bits, because another layer shares the value or its scale",
+    )
 
 
 def test_methods_that_train_take_it() -> None:

@@ -208,7 +208,7 @@ def test_image_flags_reach_the_folder_only(run: Callable[..., Any], pipeline: li
 def test_image_flags_without_a_folder_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     refused = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--image-size", "4x8")
     assert refused.exit_code == 2
-    assert "belong to a folder of images" in refused.stderr
+    assert "apply to folders of images" in refused.stderr
 
 
 def test_the_demo_uses_what_ships_with_the_package(
@@ -233,7 +233,7 @@ def test_a_failed_gate_exits_1_and_is_named(
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     assert "FAIL" in result.stdout
-    assert "accuracy_drop: 0.005 against a limit of 0.001" in result.stdout
+    assert "accuracy_drop is 0.005, the limit is 0.001" in result.stdout
 
 
 def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_taken_folder_is_refused_before_any_work(
         pytest.param(
             KeyError("x"),
             INTERNAL_FAULT,
-            "internal error: KeyError: 'x'; run again with --debug and report it.\n",
+            "internal error: KeyError: 'x'; run again with --debug and report the traceback.\n",
             id="bug",
         ),
     ],

@@ -118,7 +118,7 @@ def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
     [
         pytest.param(
             '[[layers]]\nmatch = "a"\nweight_bit = 4',
-            ["layer rule 'a'", "unknown setting of layers 'weight_bit'", "Did you mean 'weight_bits'"],
+            ["rule for layers 'a'", "unknown setting of layers 'weight_bit'", "Did you mean 'weight_bits'"],
             id="unknown key",
         ),
         pytest.param('[[layers]]\nmatch = "a"\npower = 2', ["'power'", "Known: activation_bits"], id="unknown key"),
@@ -160,7 +160,7 @@ def test_a_bad_rule_in_a_file_is_one_message(tmp_path: Path, text: str, parts: l
         pytest.param("image_size = 0", ["image_size = 0"], id="size"),
         pytest.param("options = 3", ["options = 3", "dictionary"], id="options"),
         pytest.param("weight_bits = 1\nthreads = 0", ["weight_bits = 1", "threads = 0"], id="two faults"),
-        pytest.param('include = ["a"]\nexclude = ["a"]', ["'a' stands in include and in exclude"], id="contradiction"),
+        pytest.param('include = ["a"]\nexclude = ["a"]', ["'a' is in include and in exclude"], id="contradiction"),
         pytest.param("weight_bits = ", ["not a readable TOML"], id="syntax"),
         pytest.param('device = "cuda:"', ["device = 'cuda:'", "cpu, cuda or cuda:N"], id="device"),
         pytest.param("cache-gib = -1", ["cache_gib = -1", "greater than 0"], id="no memory"),

@@ -69,10 +69,15 @@ def test_the_shape_of_the_outputs_chooses(shape: tuple[int, ...], other: str, ge
 @pytest.mark.parametrize(
     ("name", "shapes", "labels", "message"),
     [
-        ("kl", [(6, 4, 2)], None, r"loss 'kl' needs outputs of shape \[n, classes\]; the model gives \[n, 4, 2\]"),
+        (
+            "kl",
+            [(6, 4, 2)],
+            None,
+            r"loss 'kl' needs outputs of shape \[n, classes\], but the model returns \[n, 4, 2\]",
+        ),
         ("ce", [(6, 4), (6, 4)], [0] * 6, r"loss 'ce' needs one output of shape"),
-        ("ce", [(6, 4)], None, r"loss 'ce' needs labels, and the calibration data has none"),
-        ("ce", [(6, 4)], [0, 1, 2], r"the 6 samples; there are 3 labels from 0 to 2"),
+        ("ce", [(6, 4)], None, r"loss 'ce' needs labels, but the calibration data has none"),
+        ("ce", [(6, 4)], [0, 1, 2], r"6 samples, but there are 3 labels from 0 to 2"),
         ("ce", [(6, 4)], [0, 1, 2, 3, 4, 0], r"one label from 0 to 3 .* labels from 0 to 4"),
     ],
     ids=["map", "two-outputs", "no-labels", "few-labels", "unknown-class"],

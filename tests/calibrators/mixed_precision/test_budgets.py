@@ -43,5 +43,5 @@ def test_unknown_quantities_are_told_their_neighbours() -> None:
 
 def test_a_quantity_has_one_budget() -> None:
     assert len(parse_budgets(["bops<=1G", "avg_weight_bits<=4"])) == 2
-    with pytest.raises(InputError, match="bops has two budgets"):
+    with pytest.raises(InputError, match="two budgets limit bops"):
         parse_budgets(["bops<=1G", "bops<=2G"])

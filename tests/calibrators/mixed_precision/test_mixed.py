@@ -222,7 +222,7 @@ def test_same_seed_same_bits_and_the_record_tells_the_rest() -> None:
     [
         (["avg_weight_bits<=1.9"], FREE, "fewest bits that may be chosen take 2"),
         (["avg_weight_bits<=4"], PlacementOptions(layers=(LayerRule("*", weight_bits=4),)), "decide the bits of all"),
-        (["accuracy_drop<=0.01%", "avg_weight_bits<=2"], FREE, "allow more"),
+        (["accuracy_drop<=0.01%", "avg_weight_bits<=2"], FREE, "raise the limit"),
         (["bops<=1k", "avg_weight_bits<=8"], FREE, "cannot be met"),
     ],
 )
@@ -233,7 +233,7 @@ def test_what_cannot_be_met_is_refused(budgets: list[str], options: PlacementOpt
 
 def test_accuracy_needs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_logits", lambda output: False)
-    with pytest.raises(InputError, match=r"needs an output of shape \[n, classes\]; limit weight_bytes"):
+    with pytest.raises(InputError, match=r"needs a model output of shape \[n, classes\]; limit weight_bytes"):
         mixed("residual", "accuracy_drop<=1%")
 
 

@@ -265,7 +265,7 @@ def test_the_widest_weights_have_no_zero_point(reduce_range: bool) -> None:
     """Also where the bits come from elsewhere: here from the first and last layer."""
     bits = 7 if reduce_range else 8
     placement = chain(rule("linear", symmetric=False), weight_bits=4, reduce_range=reduce_range)
-    expected = f"a.0: its weight stays symmetric, because only fewer than {bits} bits have a zero point"
+    expected = f"a.0: its weight stays symmetric, because only weights below {bits} bits have a zero point"
     assert expected in placement.notes and placement.by_name["a.0.weight"].spec.symmetric
     specs = chain(rule("a.2", symmetric=False), weight_bits=4, reduce_range=reduce_range).by_name
     assert not specs["a.2.weight"].spec.symmetric

@@ -385,7 +385,7 @@ def test_bias_correction_removes_the_mean_error() -> None:
 
 def test_no_batches() -> None:
     model, x = build("residual")
-    with pytest.raises(DataError, match="no calibration batches"):
+    with pytest.raises(DataError, match="the calibration data has no batches"):
         calibrate(capture(model, x), [], method="minmax")
 
 

@@ -180,7 +180,7 @@ class TestSettings:
 
     def test_an_old_runtime(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(packing, "loads", lambda **_: False)
-        with pytest.raises(InputError, match="opset 25, which the installed onnxruntime does not load"):
+        with pytest.raises(InputError, match="opset 25, but the installed onnxruntime does not load"):
             check_settings(make_config({"weight_storage": "int2", "weight_bits": 2}))
 
     def test_unknown(self) -> None:

@@ -192,7 +192,7 @@ def test_output_that_is_no_tensor() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, int]:
             return x + 1, 3
 
-    with pytest.raises(ModelError, match="no tensor"):
+    with pytest.raises(ModelError, match="not a tensor"):
         capture(Number(), torch.ones(2, 3))
 
 

@@ -273,8 +273,8 @@ def nan_at(index: int) -> np.ndarray:
         pytest.param([np.float32(1)], ["single number"], id="scalar"),
         pytest.param([X[:4], X[4:, :, :2]], ["batch 1", "[3, 2, 4]", "[3, 4, 4]"], id="shapes"),
         pytest.param([X, X.astype(np.int32)], ["batch 1", "int32", "float32"], id="dtype changes"),
-        pytest.param([np.array(["a", "b"])], ["batch 0: input 'x'", "not numbers"], id="text"),
-        pytest.param([np.array([{}, {}])], ["not numbers"], id="objects"),
+        pytest.param([np.array(["a", "b"])], ["batch 0: input 'x'", "a type that torch does not know"], id="text"),
+        pytest.param([np.array([{}, {}])], ["a type that torch does not know"], id="objects"),
         pytest.param(["ab"], ["is a str"], id="string"),
         pytest.param([X.astype(np.complex64)], ["complex64"], id="complex"),
         pytest.param([X, nan_at(6)], ["batch 1: input 'x'", "NaN", "sample 6"], id="nan"),
@@ -310,7 +310,7 @@ def test_labels_can_be_required() -> None:
     [
         pytest.param("breaks", ["RuntimeError: disk on fire", "source.py:", "in breaks"], id="raises"),
         pytest.param("nothing", ["no batches"], id="nothing"),
-        pytest.param("number", ["gave an int", "DataLoader"], id="number"),
+        pytest.param("number", ["returned an int", "DataLoader"], id="number"),
     ],
 )
 def test_a_bad_callable_is_one_message(file: Path, name: str, parts: list[str]) -> None:
@@ -329,7 +329,7 @@ def test_a_callable_must_return_fresh_data(file: Path) -> None:
     [
         pytest.param("nowhere.npz", {}, "does not exist", id="missing"),
         pytest.param(3, {}, "is not data", id="number"),
-        pytest.param([X], {"image_size": 8}, "belong to a folder", id="image size without folder"),
+        pytest.param([X], {"image_size": 8}, "apply to folders", id="image size without folder"),
     ],
 )
 def test_a_bad_source_is_one_message(source: object, options: dict[str, Any], part: str) -> None:

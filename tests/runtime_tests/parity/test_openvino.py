@@ -100,7 +100,7 @@ def test_a_file_that_openvino_does_not_read(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_bit_types_are_refused_before_the_work() -> None:
-    with pytest.raises(InputError, match="2-bit types OpenVINO does not read"):
+    with pytest.raises(InputError, match="OpenVINO does not read its 2-bit types"):
         check_settings(make_config({"weight_storage": "int2", "weight_bits": 2, "openvino": True}))
 
 
