@@ -1,7 +1,7 @@
 """The record of a calibration: everything that it reports besides its numbers, with the keys of report.json.
 
-A field that is None by default is left out of the report; where a number is None without being so by default, it could
-not be measured. Shares and accuracies are fractions from 0 to 1.
+A field whose default is None is left out of the report while it is None; any other number that is None could not be
+measured. Shares and accuracies are fractions from 0 to 1.
 
 Must not know: torch, how any number was obtained, how reports look.
 """
@@ -21,7 +21,7 @@ def _number(value: object) -> object:
 
 
 Real = Annotated[float, BeforeValidator(_number), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
-"""A number that JSON writes as null where it is not finite; read back it is NaN."""
+"""A number that is null in JSON if it is not finite, and NaN when it is read back."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class ReconstructedUnit:
     """A part of the network that was optimized as one; errors are relative to the energy of its output.
 
     before, after: error with weights rounded to nearest and as the method left them, after quantized units.
-    steps:         training steps; a unit that others were joined to has theirs as well.
+    steps:         training steps; a joined unit has the steps of all its members.
     weights:       layers with weights.
     undecided:     share of the roundings that training left between 0 and 1.
-    loss_before, loss_after: what the method minimizes; where it did not fall, nearest rounding was kept.
+    loss_before, loss_after: the loss that the method minimizes; if it did not fall, nearest rounding was kept.
     gain_lo, gain_hi: smallest and largest learned factor of the weight scales.
     """
 
@@ -119,7 +119,7 @@ class ReconstructedUnit:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which units were joined, and the losses or capacities that decided it, one for each of `units_before`.
+    """The units that were joined, and the losses or capacities that decided this, one for each of `units_before`.
 
     groups:       indices of the units that were trained jointly.
     losses:       relative error at the output of every unit after a shorter run that trained each unit alone.
@@ -194,7 +194,7 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Bend(Coupling):
-    """The loss at one width of the activations: over p, and the Hessian of some log scales at the best p."""
+    """The loss at one width of the activations: over p, and its Hessian in some log scales at the best p."""
 
     hessian: tuple[tuple[Real, ...], ...]
     p: float
@@ -242,8 +242,8 @@ class Reading:
 
     loss:          mean over the samples: kl where every output is [samples, classes], otherwise mse.
     sqnr_db:       energy of the outputs over that of their error, in dB.
-    accuracy_drop: of top-1 against the float network; without labels the share of predictions that change, which is
-                   never less. None where the output is not [samples, classes].
+    accuracy_drop: drop of top-1 from the float network; without labels the share of predictions that change, which is
+                   not smaller. None if the output is not [samples, classes].
     """
 
     loss: Real
@@ -262,11 +262,11 @@ class WidthReading(Reading):
 class ScaleSensitivity:
     """The cost of the bits of one weight or activation scale.
 
-    bits:   those that a budget left it.
+    bits:   the bits that a budget left it.
     values: number of values of a weight.
-    spread: largest magnitude of a weight's channel over that of the median channel, which is what a single scale for
-            all of them suffers from.
-    spike:  factor by which a folded identity branch exceeds the values around it, None where there cannot be one.
+    spread: largest magnitude of a weight's channel over that of the median channel, which is the price of a single
+            scale for all of them.
+    spike:  factor by which a folded identity branch exceeds the values around it, None if there cannot be one.
     """
 
     site: str
@@ -290,7 +290,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class MixedChoice(Reading):
-    """A choice of bits: its size, and the loss predicted above that of the finest grids; uniform: a single width."""
+    """A choice of bits: its size, and the predicted rise of the loss over the finest grids; uniform: its only width."""
 
     weight_bytes: float
     avg_weight_bits: float
@@ -303,7 +303,7 @@ class MixedChoice(Reading):
 class MixedPrecision:
     """Bits within budgets: the choice found, and the front of choices along `axis` next to uniform bits.
 
-    rank_correlation: Spearman's, of the costs of scales alone and in the network found.
+    rank_correlation: Spearman's, between the costs of scales alone and in the network found.
     """
 
     budgets: tuple[str, ...]

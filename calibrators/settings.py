@@ -1,4 +1,4 @@
-"""Settings declared once, as the fields of a pydantic model: type, default, help, and how a command line shows them.
+"""Declare settings once, as the fields of a pydantic model: type, default, help, and their form on a command line.
 
 Must not know: which settings there are, torch.
 """
@@ -16,7 +16,7 @@ __all__ = ["Settings", "expected", "setting"]
 
 
 class Settings(BaseModel):
-    """A frozen set of settings; what it does not allow raises one InputError of one line."""
+    """A frozen set of settings; values that it does not allow raise one InputError of one line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     noun: ClassVar[str] = "setting"
@@ -38,14 +38,14 @@ def setting(
 
     panel: heading of `--help` under which the flag stands.
     flag:  name of the flag; by default the field's name, None for a setting without one.
-    shown: default as `--help` prints it, where it is not the value itself.
+    shown: default as `--help` prints it, if not the value itself.
     """
     extra: dict[str, JsonValue] = {"panel": panel, "flag": flag, "metavar": metavar, "shown": shown}
     return Field(default, description=help, json_schema_extra=extra)
 
 
 def expected(text: str) -> WrapValidator:
-    """Annotate a type with the words for its values, which errors use in place of pydantic's."""
+    """Return an annotation with the words for a type's values, which errors use in place of pydantic's."""
 
     def validate(value: object, handler: Callable[[object], Any]) -> Any:
         try:

@@ -1,11 +1,11 @@
-"""Prove a file on data, in one pass: the reference runs once per batch, and all that is measured reads that run.
+"""Prove a file on data, in one pass: the reference runs once per batch, and all measurements read that run.
 
     proof = Proof("model.onnx", result.program)
     for inputs in batches:
         proof.add(inputs)
     proof.levels["optimized"].raise_for_mismatch()
 
-Nothing but counts, sums and the golden samples is kept from batch to batch: memory does not grow with their number.
+Only counts, sums and the golden samples are kept from batch to batch, so memory does not grow with their number.
 
 Must not know: how the model was made, reports.
 """
@@ -35,19 +35,19 @@ __all__ = ["Measurements", "Proof", "parity", "second_parity", "validate"]
 Batches = Iterable[Sequence[Tensor] | Tensor]
 
 LARGEST_BATCH = 64
-"""Samples compared at once where the batch is free: both sides hold the codes of every site of one batch."""
+"""Samples compared at once if the batch is free: both sides hold the codes of all sites for one batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """The measurements of a proof; a batch of a free size is cut where one of the numbers of samples is reached.
+    """The measurements of a proof. A batch whose size is free is cut where one of these numbers of samples is reached.
 
-    The golden samples stay in one piece.
+    The golden samples are never cut.
 
-    parity_samples: first samples whose codes are compared.
-    golden_samples: first samples whose inputs and reference outputs are kept.
-    noise_samples:  first samples that show `noise`.
-    float_model:    where given, the accuracy of all samples is measured against its first output.
+    parity_samples: number of samples, from the first on, whose codes are compared.
+    golden_samples: number of samples whose inputs and reference outputs are kept.
+    noise_samples:  number of samples that `noise` reads.
+    float_model:    if given, accuracy is measured on all samples against its first output.
     """
 
     parity_samples: float = math.inf
@@ -63,12 +63,12 @@ class Measurements:
 
 
 class Proof:
-    """One file against its program.
+    """The proof of one file against its program.
 
     levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
-    measured: parity of all samples if None.
+    measured: what to measure; if None, parity on all samples.
     raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
-              quantized values; ParityError if it lacks a weight; InputError where OpenVINO is not installed.
+              quantized values; ParityError if it lacks a weight; InputError if OpenVINO is not installed.
     """
 
     def __init__(
@@ -109,20 +109,20 @@ class Proof:
 
     @property
     def is_done(self) -> bool:
-        """Whether further samples would change nothing."""
+        """Whether more samples would change nothing."""
         return self.accuracy is None and self.samples >= max(self.measured.limits)
 
     @property
     def levels(self) -> dict[str, Level]:
         """The parity at each level.
 
-        raises: DataError for no samples.
+        raises: DataError if there are no samples.
         """
         return {name: each.report() for name, each in self._comparisons.items()}
 
     @property
     def parity(self) -> Parity:
-        """The levels together, once both of onnxruntime are among them."""
+        """The levels together; both levels of onnxruntime must be among them."""
         return Parity(**cast(dict[str, Any], self.levels))
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
@@ -134,7 +134,7 @@ class Proof:
         names = [value.name for value in self.model.proto.graph.input]
         if len(inputs) != len(names):
             raise DataError(
-                f"a batch holds {len(inputs)} tensors, the model has {len(names)} inputs: {', '.join(names)}"
+                f"a batch holds {len(inputs)} tensors, but the model has {len(names)} inputs: {', '.join(names)}"
             )
         for cut in self._cuts(len(inputs[0])):
             if self.is_done:
@@ -147,7 +147,7 @@ class Proof:
             self.add(batch)
 
     def _cuts(self, count: int) -> Iterator[slice]:
-        """Cut a batch where a limit is reached, unless the program fixes its size."""
+        """Yield the slices of a batch, cut where a limit is reached unless the program fixes its size."""
         start = 0
         while start < count:
             rooms = [int(limit - self.samples) for limit in self.measured.limits if self.samples < limit < math.inf]
@@ -186,8 +186,8 @@ class _Reference(Protocol):
 def validate(path: Source, *, reference: _Reference, batches: Batches) -> Parity:
     """Compare the file at `path` with the program of a calibration result, with optimizations off and on.
 
-    batches: tensors or tuples with one tensor per input; read once.
-    raises:  DataError for no batches.
+    batches: tensors, or tuples with one tensor per input; read once.
+    raises:  DataError if there are no batches.
     """
     proof = Proof(path, reference.program)
     proof.add_all(batches)
@@ -197,7 +197,7 @@ def validate(path: Source, *, reference: _Reference, batches: Batches) -> Parity
 def parity(model: Source, program: fx.GraphModule, batches: Batches, *, optimized: bool, threads: int = 1) -> Level:
     """Compare `model` in onnxruntime with `program`: as integer kernels if optimized, else literally as QDQ.
 
-    raises: DataError for no batches or a wrong number of inputs, and as Proof.
+    raises: DataError if there are no batches or a wrong number of inputs, and the errors of Proof.
     """
     proof = Proof(model, program, ["optimized" if optimized else "unoptimized"], threads=threads)
     proof.add_all(batches)
@@ -207,7 +207,7 @@ def parity(model: Source, program: fx.GraphModule, batches: Batches, *, optimize
 def second_parity(model: Source, program: fx.GraphModule, batches: Batches, *, threads: int = 1) -> SecondLevel:
     """Compare `model` in OpenVINO with the integer kernels of `program`.
 
-    raises: InputError where OpenVINO is not installed; ModelError where it refuses the file; else as `parity`.
+    raises: InputError if OpenVINO is not installed; ModelError if it refuses the file; also the errors of `parity`.
     """
     proof = Proof(model, program, ["openvino"], threads=threads)
     proof.add_all(batches)

@@ -19,7 +19,7 @@ from calibrators.ranges.samples import Samples
 __all__ = ["aciq_bounds", "gauss_clip", "laplace_clip", "moments"]
 
 RATIO = 0.5 * (math.sqrt(0.5) + math.sqrt(2.0 / math.pi))
-"""Halfway between mean |x| / std of a Laplace (0.707) and of a Gauss (0.798) distribution."""
+"""The middle between mean |x| / std of a Laplace (0.707) and of a Gauss (0.798) distribution."""
 
 
 def aciq_bounds(samples: Samples, spec: QuantSpec, law: str) -> tuple[Tensor, Tensor]:

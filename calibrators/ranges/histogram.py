@@ -23,7 +23,7 @@ BINS = 8192
 
 CHUNK = 1 << 15
 """Values binned at a time: temporaries stay in cache, and torch runs operations of this size on the calling thread.
-Counting is serial anyway, and many short parallel regions would wait for each other on a busy machine."""
+Counting is serial anyway, and on a busy machine many short parallel sections would wait for each other."""
 
 EXPONENT_FLOOR = -100
 """Smallest log2 of R, so that BINS / R is a float32 number."""
@@ -37,7 +37,7 @@ class Statistic:
 
     lo, hi:    exact extremes of the finite values; +inf and -inf before the first one.
     counts:    int64 [2 * BINS + 1], bin k at index BINS + k.
-    nonfinite: NaN and infinities seen, which count nowhere else.
+    nonfinite: number of NaN and infinities, which are not counted anywhere else.
     """
 
     def __init__(self) -> None:
@@ -95,8 +95,8 @@ class Statistic:
         counts = self.counts[first + BINS :]
         for chunk in _chunks(values):
             scaled = self._in_bins(chunk)
-            inner = scaled.to(torch.int16).to(scaled.dtype)  # rounded towards zero ...
-            index = scaled.sub_(inner).sign_().add_(inner).to(torch.int16)  # ... and where that changed it, away
+            inner = scaled.to(torch.int16).to(scaled.dtype)  # rounded towards zero,
+            index = scaled.sub_(inner).sign_().add_(inner).to(torch.int16)  # and away from zero if that changed it
             counts += torch.bincount(index.sub_(first), minlength=len(counts))
 
     def _in_bins(self, values: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _coarsened(counts: Tensor, doublings: int) -> Tensor:
 
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
-    """Yield views of CHUNK values each; the last one may be shorter."""
+    """Yield consecutive views of CHUNK values; the last one may be shorter."""
     for start in range(0, values.numel(), CHUNK):
         yield values[start : start + CHUNK]
 

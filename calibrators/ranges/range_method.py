@@ -56,7 +56,7 @@ class RangeMethod(Options, abc.ABC):
 
 
 class PowerRange(RangeMethod):
-    """Range with the least mean |error| ** power of the round trip.
+    """Range with the least mean |error| ** power of quantizing and dequantizing.
 
     source: grid search over the clipping range as in BRECQ's code (Li et al., 2021: 80 fractions) and MQBench's
     observer. Departs: golden section after the grid; both ends searched separately where the grid is asymmetric; errors

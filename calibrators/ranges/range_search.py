@@ -42,7 +42,7 @@ REFINEMENTS = 12
 """Steps of golden section, which narrow a bracket of two grid steps to 1/300 of it."""
 
 ROUNDS = 3
-"""Most searches of each of two free ends; a round that changes nothing is the last."""
+"""Largest number of searches of each of two free ends; a round that changes nothing is the last."""
 
 
 def lp_bounds(samples: Samples, spec: QuantSpec, p: float) -> tuple[Tensor, Tensor]:
@@ -71,9 +71,9 @@ def lp_error(samples: Samples, spec: QuantSpec, p: float) -> RangeError:
 def search_bounds(
     error: RangeError, samples: Samples, *, symmetric: bool, refinements: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return the ends of the best range met, the observed one included; float64 [rows] each.
+    """Return the ends of the best range evaluated, the observed one included; float64 [rows] each.
 
-    symmetric: both ends shrink together. Otherwise each end goes on from there on its own.
+    symmetric: both ends shrink together. Otherwise each end is then searched by itself.
     """
     lo, hi = samples.lo.clamp(max=0.0), samples.hi.clamp(min=0.0)
 

@@ -1,4 +1,4 @@
-"""From values to QParams: the values of a tensor as the criterion of a range method sees them.
+"""Choose QParams from values: the values of a tensor as the criterion of a range method sees them.
 
 A range method chooses the interval [lo, hi] that an integer grid should span, for rows of weighted values: the bins of
 an activation's statistic are one row, and the channels of a weight are rows.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "Samples", "activation_qparams", "weight_qparams"]
 
 BLOCK = 1 << 17
-"""Values that a vectorized step works on at a time: its temporaries stay in the second-level cache."""
+"""Values per vectorized step, few enough for its temporaries to stay in the second-level cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Samples:
 
     values: [rows, n], float64 bin centres of a statistic or the float32 weights themselves.
     counts: [n] or [1], dtype of values.
-    total:  values that one row stands for.
-    width:  each value is spread over an interval this wide around it; 0.0 for exact values. Zeros are always exact.
+    total:  number of values that one row represents.
+    width:  width of the interval that each value represents; 0.0 for exact values. Zeros are always exact.
     lo, hi: exact extremes, float64 [rows].
     """
 
@@ -54,7 +54,7 @@ class Samples:
         """
         if not statistic.count:
             seen = f"{statistic.nonfinite} values, none of them finite" if statistic.nonfinite else "no value at all"
-            raise DataError(f"an activation to calibrate showed {seen}; check the calibration data and the float model")
+            raise DataError(f"an activation to calibrate has {seen}; check the calibration data and the float model")
         filled = statistic.counts > 0
         values, counts = statistic.centers()[None, filled], statistic.counts[filled].to(torch.float64)
         lo, hi = torch.tensor([[statistic.lo], [statistic.hi]], dtype=torch.float64)
@@ -73,7 +73,7 @@ class Samples:
 
     @property
     def crosses_zero(self) -> Tensor:
-        """Tell which rows hold values of both signs, bool [rows]."""
+        """Return which rows hold values of both signs, bool [rows]."""
         return (self.lo < 0.0) & (self.hi > 0.0)
 
     def magnitudes(self) -> Samples:
@@ -95,7 +95,7 @@ def activation_qparams(method: RangeMethod, statistic: Statistic, spec: QuantSpe
     raises: DataError if the statistic holds no finite value; InputError if spec.axis is set.
     """
     if spec.axis is not None:
-        raise InputError(f"activations have one scale per tensor; axis is {spec.axis}: set it to None")
+        raise InputError(f"activations have one scale per tensor, but axis is {spec.axis}; set it to None")
     lo, hi = method.bounds(Samples.of_statistic(statistic), spec)
     return qparams_from_range(lo[0], hi[0], spec)
 
@@ -139,7 +139,7 @@ def _beside_taps(method: RangeMethod, values: Tensor, spec: QuantSpec) -> QParam
     needed, found = values[middle].abs() / room, rest.any(1)
     if spec.axis is None:
         needed, found = needed.max(), found.any()
-    alone = ~found & (needed > 0)  # nothing but taps
+    alone = ~found & (needed > 0)  # rows with no values but taps
     scale = torch.maximum(torch.where(alone, 0.0, chosen.scale), needed)
     return replace(chosen, scale=scale.clamp(min=SMALLEST_SCALE))
 
@@ -156,7 +156,7 @@ def _bounds_of_blocks(method: RangeMethod, values: Tensor, spec: QuantSpec) -> t
 
 
 def _bounds_of_rows(method: RangeMethod, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the bounds of rows, which do not influence each other, some rows at a time."""
+    """Return the bounds of rows, which are independent of each other, some rows at a time."""
     height = max(1, BLOCK // rows.shape[1])
     blocks = torch.split(rows, height)
     lo, hi = zip(*(method.bounds(Samples.of_rows(block), spec) for block in blocks), strict=True)

@@ -1,4 +1,4 @@
-"""Calls that differ only in the values of their tensors: a GPU records their kernels once and launches them together.
+"""Record the kernels of a call once and launch them together on a GPU, for calls that differ only in tensor values.
 
 A training step is a few hundred small kernels, each of which a GPU finishes before the next is launched; a CUDA graph
 launches them all at once. On other devices, calls are made as they are.
@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["RECORDERS", "Function", "Recorded", "Recorder"]
 
 WARM = 3
-"""Plain calls of every kind before one is recorded, in which libraries choose kernels and optimizers make state."""
+"""Plain calls of every kind before one is recorded, during which libraries choose kernels and optimizers make state."""
 
 
 class Function(Protocol):
@@ -38,10 +38,10 @@ class Function(Protocol):
 
 
 class Recorder(Protocol):
-    """The way a device records."""
+    """How a device records calls."""
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
-        """Call without recording, in a place that allows recording later."""
+        """Call without recording, where recording will be possible later."""
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Record a call without computing it; return a function that computes it and the tensor of its result.
@@ -78,7 +78,7 @@ class CudaGraphs:
                     graph.register_generator_state(generator)
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     result = call()
-        except RuntimeError as error:  # leave the stream, and the generators as they were
+        except RuntimeError as error:  # restore the stream and the generators
             torch.cuda.set_stream(outside)
             for generator, state in before:
                 generator.graphsafe_set_state(state)
@@ -88,12 +88,12 @@ class CudaGraphs:
 
 
 RECORDERS: dict[str, Callable[[torch.device, Sequence[torch.Generator]], Recorder]] = {"cuda": CudaGraphs}
-"""By type of device; other devices call plainly."""
+"""Recorders by type of device; on other devices all calls are plain."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Recording:
-    """A recorded call: arguments, whose memory is read at every replay, the computation, and the result."""
+    """A recorded call: its arguments, whose memory every replay reads, the computation, and the result."""
 
     arguments: Sequence[Sequence[Tensor]]
     compute: Callable[[], None]
@@ -139,6 +139,9 @@ class Recorded:
             refused = str(error)  # the traceback would hold the memory of the call
         if not refused:
             return self.recordings[kind].replay(groups)
-        warnings.warn(f"steps are launched kernel by kernel, which is slow: {refused}", stacklevel=2)
+        warnings.warn(
+            f"training steps cannot be recorded and are launched kernel by kernel, which is slower: {refused}",
+            stacklevel=2,
+        )
         self.recorder = None
         return call()

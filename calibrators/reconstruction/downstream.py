@@ -1,4 +1,4 @@
-"""Effects of a unit's errors downstream: the float network from a unit to a later point.
+"""Follow a unit's errors downstream, through the float network from the unit to a later point.
 
 A loss can send the outputs of the unit in training through the following units, in float and frozen, and compare the
 values at a later point with those of the float network. Values that bypass the unit come from the network quantized so
@@ -57,7 +57,7 @@ class DownstreamTarget:
 
     units:   the units in between; None where the later values are the unit's own outputs.
     own:     position of each input of `units` among the unit's supervised outputs, by fx name.
-    passing: caches of its other inputs in the network quantized so far, by fx name.
+    passing: caches of the other inputs of `units`, in the network quantized so far, by fx name.
     supervised: indices of the later values among the outputs of `units`.
     goals:   later values in the float network, all samples; energy: their mean squares.
     """

@@ -1,4 +1,4 @@
-"""Importance of each element of a value for the prediction: the diagonal of the empirical Fisher information.
+"""Weigh each element of a value by its effect on the prediction: the diagonal of the empirical Fisher information.
 
 source: Li et al. 2021 (BRECQ), section 3.2, eq. 10: the Hessian of the task loss at a unit's output is approximated by
 the squared gradient. Departs: no labels; the gradient is that of the log likelihood of a class drawn from the model's
@@ -28,7 +28,7 @@ __all__ = ["Importance", "importances"]
 class Importance:
     """Weights of squared errors, 1 on average.
 
-    elements: [...] as one sample of the value; samples: [samples]. The weight of an element is their product.
+    elements: [...], shaped as one sample of the value; samples: [samples]. The weight of an element is their product.
     """
 
     elements: Tensor
@@ -62,7 +62,7 @@ def importances(
 
 
 def _score(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Return what is differentiated: the log likelihood of drawn classes, a random projection if not logits."""
+    """Return the value to differentiate: the log likelihood of drawn classes, or a random projection if not logits."""
     if is_logits(output):
         chosen = torch.multinomial(output.detach().softmax(1), 1, generator=generator)
         return output.log_softmax(1).gather(1, chosen).sum()
@@ -71,6 +71,6 @@ def _score(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _normal(weights: Tensor) -> Tensor:
-    """Scale weights to a mean of 1."""
+    """Return the weights scaled to a mean of 1."""
     mean = weights.mean()
     return weights / mean if float(mean) > 0 else torch.ones_like(weights)

@@ -1,4 +1,4 @@
-"""Choice of neighbouring units that are reconstructed jointly.
+"""Choose neighbouring units that are reconstructed jointly.
 
 Where a unit of small capacity follows one of large capacity, or the reverse, the reconstruction error jumps and falls
 back. Joining both sides of the largest jumps smooths the error that reaches the output.
@@ -6,7 +6,7 @@ back. Joining both sides of the largest jumps smooths the error that reaches the
 source: Ma et al. 2023 (MRECG, "Solving Oscillation Problem in Post-Training Quantization Through a Theoretical
 Perspective"): capacity of a module, top-k differentials.
 Departs: the published schemes were written by hand; here they are selected. Losses are relative; capacities are
-compared by their ratio, since they grow with depth; by losses only drops are joined, as in the published schemes.
+compared by their ratio, since they grow with depth; by losses, only drops are joined, as in the published schemes.
 
 Must not know: how units are trained, methods.
 """
@@ -57,7 +57,7 @@ def _layer_capacity(node: fx.Node, bits: int) -> float:
 def by_loss(losses: Sequence[float], k: int = 0) -> Pairs:
     """Return the pairs in which the error falls, largest fall first.
 
-    losses: of every unit after a reconstruction on its own.
+    losses: of every unit, after each was reconstructed alone.
     k:      number of pairs; 0: every fall by more than NOTABLE_DROP.
     """
     falls = [(a - b, i) for i, (a, b) in enumerate(pairwise(losses)) if b < a]
@@ -97,7 +97,7 @@ def stage_ends(graph: fx.GraphModule, blocks: Sequence[Block]) -> list[int]:
 
 
 def join(units: int, pairs: Pairs, largest: int) -> list[list[int]]:
-    """Join pairs of `units` units, in order of importance, into groups of at most `largest`; return their indices."""
+    """Join pairs, in order of importance, into groups of at most `largest` of all `units`; return their indices."""
     group = list(range(units))  # index of the first unit of each unit's group
     size = [1] * units
     for i in pairs:
@@ -120,8 +120,8 @@ def parse_groups(text: str, units: int) -> Pairs:
             raise InputError(f"groups {text!r}: {part!r} is not a range of units; write for example groups=2-3,5-7")
         first, last = int(ends[0]), int(ends[-1])
         if not first <= last < units:
-            raise InputError(f"groups {text!r}: {part!r} is not within the {units} units, numbered from 0")
+            raise InputError(f"groups {text!r}: {part!r} is not within the {units} units, which are numbered from 0")
         pairs += range(first, last)
     if len(set(pairs)) != len(pairs):
-        raise InputError(f"groups {text!r}: groups overlap")
+        raise InputError(f"groups {text!r}: two groups overlap; name each unit once")
     return pairs

@@ -43,7 +43,7 @@ class _Statistics:
         self.unit = spread.float().clamp(min=LEAST_GAIN * float(spread.mean())).to(device)
 
     def mismatch(self, y: Tensor) -> Tensor:
-        """Return the distance of a value [n, channels, ...] from its statistics, in its deviations, per sample [n]."""
+        """Return per sample [n] how far a value [n, channels, ...] is from its statistics, in deviations."""
         cells = y.flatten(2)
         error = ((cells.mean(2) - self.mean) / self.unit).square().mean(1)
         if self.std is None:
@@ -65,7 +65,7 @@ class Descent:
 
 
 class Correction:
-    """Corrector of the inputs of one unit; `expected` are statistics by fx name of a value."""
+    """Corrects the inputs of one unit; `expected` holds statistics by the fx name of a value."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ PRESETS = {"fast": 500, "best": 5000}
 """Training steps per unit."""
 
 GRANULARITIES = ("block", "loss", "modcap", "boundary")
-"""Train every unit alone, or join neighbours where the loss falls, capacities differ or shapes change."""
+"""Which neighbours are joined: none, or those where the loss falls, capacities differ or shapes change."""
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -35,11 +35,15 @@ class TrainingOptions:
     """Steps, learning rates and the regularizer."""
 
     preset: str = option("fast", "steps per unit: fast 500, best 5000", choices=tuple(PRESETS))
-    iters: int = option(0, "steps per unit, for each of those that are joined; 0: as the preset says", minimum=0)
+    iters: int = option(
+        0, "steps per unit (a joined unit has those of all its members); 0: those of the preset", minimum=0
+    )
     batch: int = option(32, "samples per step", minimum=1)
     lr: float = option(0.0, "learning rate of rounding; 0: 10 / iters", minimum=0)
     bias_lr: float = option(0.0, "learning rate of biases, relative to the mean bias; 0: 1 / iters", minimum=0)
-    affine: bool = option(False, "learn a gain per weight scale, which absorbs it (per-channel weights: per channel)")
+    affine: bool = option(
+        False, "learn a gain per weight scale, which the scale absorbs (per channel for per-channel weights)"
+    )
     affine_lr: float = option(0.0, "learning rate of the logarithm of a gain; 0: 1 / iters", minimum=0)
     strength: float = option(100.0, "weight of the term that drives rounding to 0 or 1", minimum=0)
     warmup: float = option(0.2, "share of the steps before that term acts", minimum=0, maximum=0.9)
@@ -58,7 +62,9 @@ class PrecisionOptions:
     """Arithmetic of training."""
 
     precision: str = option(
-        "auto", "of training; auto: bfloat16 where that is fast and weights have few bits", choices=PRECISIONS
+        "auto",
+        "arithmetic of training; auto: bfloat16 where that is fast and weights have few bits",
+        choices=PRECISIONS,
     )
 
 
@@ -69,8 +75,8 @@ class GroupingOptions:
     granularity: str = option("block", "which neighbours are trained jointly", choices=GRANULARITIES)
     joined: int = option(0, "number of pairs of neighbours to join; 0: all notable ones", minimum=0)
     group: int = option(3, "largest number of units trained jointly", minimum=1)
-    probe: float = option(0.25, "share of iters of the run that measures losses", minimum=0.01, maximum=1)
-    groups: str = option("", "units to train jointly instead, such as 2-3,5-7 (counted from 0)")
+    probe: float = option(0.25, "length of the run that measures losses, as a share of iters", minimum=0.01, maximum=1)
+    groups: str = option("", "units to train jointly, in place of granularity, such as 2-3,5-7 (counted from 0)")
 
 
 @dataclass(frozen=True)

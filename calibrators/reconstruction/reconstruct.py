@@ -47,12 +47,12 @@ SHRINKING = 4.0
 """Factor by which training may lower an activation scale before a bias needs a coarser weight scale."""
 
 NARROW = 4
-"""Most bits of weights at which the rounding errors of bfloat16 are negligible next to those of quantization."""
+"""Most weight bits at which the rounding errors of bfloat16 are negligible next to those of quantization."""
 
 
 @dataclass(frozen=True, eq=False)
 class Floats:
-    """Outputs of units in the float network.
+    """Outputs of a unit in the float network.
 
     caches: all outputs that have samples, by fx name; energy: mean squares of the floating-point ones.
     """
@@ -63,7 +63,7 @@ class Floats:
 
 @dataclass(frozen=True, eq=False)
 class Deployed:
-    """A unit as it would be exported: mean relative error of its outputs, the method's loss, outputs by fx name."""
+    """Results of a unit as it would be exported: mean relative error, the method's loss, outputs by fx name."""
 
     error: float
     loss: float
@@ -124,10 +124,10 @@ def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -
 class Run(RoundedNetwork):
     """One pass through the network, whose blocks are the units.
 
-    sizes:    number of units that were joined to each.
+    sizes:    number of original units in each unit.
     position: index of the current unit.
     floats:   caches of the float values that the current and later units read, by fx name.
-    goals:    float values downstream that losses compare with, by the index after the units that compute them.
+    goals:    float values downstream with which losses compare, by the index after the units that compute them.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Run(RoundedNetwork):
         return replace(result, observed=self.problem.statistics, record=record)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the result of `compute`, which is called once per run and name."""
+        """Return the result of `compute`, which is called only once per run and name."""
         if name not in self._computed:
             self._computed[name] = compute()
         return self._computed[name]
@@ -223,7 +223,7 @@ class Run(RoundedNetwork):
         nearest = self._harden(unit, learned)
         after = self._deploy(unit, loss)
         if not math.isfinite(after.error):
-            raise DataError(f"unit {block.name} gives values that are not finite; check the calibration data")
+            raise DataError(f"unit {block.name} computes values that are not finite; check the calibration data")
         kept, dropped = after, before
         if after.loss > before.loss:
             nearest()
@@ -246,7 +246,7 @@ class Run(RoundedNetwork):
         )
 
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
-        """Train the unit as the method prepares it; a unit without targets stays as it is."""
+        """Prepare the unit as the method does, and train it; a unit without targets stays as it is."""
         if not unit.targets:
             advance(self.settings_of(unit).iters)
             return Learned(None, {}, {})
@@ -299,7 +299,7 @@ class Run(RoundedNetwork):
 
     @torch.no_grad()
     def _floats(self, network: torch.nn.Module, names: tuple[str, ...], inputs: tuple[Cache, ...]) -> Floats:
-        """Compute the outputs of a float network, called `names`, for all samples."""
+        """Return the outputs `names` of a float network for all samples."""
         recording = Recording(self.memory, len(inputs[0]), self.problem.sample_values)
         squares: dict[str, float] = {}
         for chunk in self.chunks(inputs):
@@ -315,7 +315,7 @@ class Run(RoundedNetwork):
 
     @torch.no_grad()
     def _deploy(self, unit: Unit, loss: Loss) -> Deployed:
-        """Run the unit as it would be exported."""
+        """Run the unit as it would be exported, on all samples, and return the results."""
         self.fill(unit.simulation)
         recording = self.recording(len(unit.inputs[0]))
         noise = [0.0] * len(unit.targets)
@@ -344,7 +344,7 @@ def _gain_range(learned: Learned) -> tuple[float, float] | tuple[None, None]:
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device has instructions for bfloat16."""
+    """Return whether the device has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()

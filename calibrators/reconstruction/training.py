@@ -1,4 +1,4 @@
-"""Training of one unit: rounding, activation scales and biases follow the gradient of a loss.
+"""Train one unit: rounding, activation scales and biases follow the gradient of a loss.
 
 Must not know: which methods there are, the order of units.
 """
@@ -63,7 +63,7 @@ class Loss(Protocol):
     """The loss that a unit is trained on."""
 
     def reads(self, index: Tensor) -> Sequence[Tensor]:
-        """Return what it needs of the samples `index` [n] besides outputs and targets, on any device."""
+        """Return what the loss needs of the samples `index` [n] besides outputs and targets, on any device."""
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         """Return the loss [] of a minibatch: outputs and targets [n, ...] and what it `reads`, on one device."""
@@ -146,16 +146,16 @@ def train(
 ) -> Learned:
     """Train the unit; its quantizers stay in training mode.
 
-    raises: DataError when the loss stops being finite.
+    raises: DataError if the loss is no longer finite.
     """
     trainer = _Trainer(unit, loss, settings, generator)
-    # not an attribute of the trainer: a reference cycle would outlive the unit
+    # not an attribute of the trainer, as a reference cycle would outlive the unit
     descend = Recorded(trainer.descend, unit.device, [trainer.drawing])
     for step in range(settings.iters):
         value = descend(*trainer.minibatch(step))
         if (step % CHECK_EVERY == 0 or step == settings.iters - 1) and not math.isfinite(float(value)):
             raise DataError(
-                f"the loss of unit {unit.block.name} became {float(value)} in step {step}: training diverged; "
+                f"training diverged: the loss of unit {unit.block.name} became {float(value)} in step {step}; "
                 "lower the learning rates (lr, scale_lr, bias_lr) or check the calibration data"
             )
         advance(1)
@@ -258,7 +258,7 @@ class _Trainer:
         return torch.tensor([beta, *rates], dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
 
     def descend(self, regular: Hashable, /, *groups: Sequence[Tensor]) -> Tensor:
-        """Take one step and return the loss before it, []; `regular` tells whether the regularizer acts."""
+        """Take one step and return the loss before it, []; `regular`: whether the regularizer acts."""
         (schedule,), quantized, floats, targets, read = groups
         beta, *rates = schedule.unbind()
         for parameter in (*self.gains.values(), *self.biases.values(), *self.scales):
@@ -306,7 +306,7 @@ class _Trainer:
 
 
 def _minibatches(samples: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield random samples without replacement, epoch after epoch; incomplete minibatches are dropped."""
+    """Yield minibatches of samples drawn without replacement, epoch after epoch; incomplete ones are dropped."""
     size = min(size, samples)
     while True:
         order = torch.randperm(samples, generator=generator)

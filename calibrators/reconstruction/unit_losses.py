@@ -1,4 +1,4 @@
-"""Losses beyond the squared error of a unit: weighted by importance, across blocks, on the prediction.
+"""Losses of a unit other than its squared error: weighted by importance, across blocks, on the prediction.
 
 Must not know: which methods there are, ONNX.
 """
@@ -80,7 +80,7 @@ class AcrossBlocks:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Difference of the predictions that follow from the unit's outputs, weighted."""
+    """`weight` times the difference between the prediction that follows from the unit's outputs and the float one."""
 
     downstream: DownstreamTarget
     weight: float

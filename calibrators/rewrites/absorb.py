@@ -1,10 +1,10 @@
-"""Absorb high biases into the next layer: what a channel never falls below becomes part of that layer's bias.
+"""Absorb high biases into the next layer: the floor of a channel's values becomes part of that layer's bias.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, "absorbing high
 biases": c = max(0, mean - 3 deviations) of what enters the activation; b1 - c, b2 + W2 c.
 
-Exact without an activation between the layers; with one, exact wherever a value is not below c. Of normally distributed
-values 0.135 percent are, by 0.28 deviations on average; they count as c.
+Without an activation between the layers this is exact; with one, it is exact wherever a value is not below c. Of
+normally distributed values 0.135 percent are below c, by 0.28 deviations on average; they are treated as c.
 
 Departs: a next layer that pads with zeros is left alone. The paper absorbs there as well, although a padded cell holds
 nothing to move: the result is off by the weights over the padding times c along the whole border. Where several batch
@@ -28,7 +28,7 @@ from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_con
 __all__ = ["absorb"]
 
 MEAN_LOSS = math.exp(-(HIGH_BIAS**2) / 2) / math.sqrt(2 * math.pi) - HIGH_BIAS * math.erfc(HIGH_BIAS / 2**0.5) / 2
-"""Mean of max(0, c - x) of a normal x in deviations, c being three below the mean: 0.00038."""
+"""Mean of max(0, c - x) for a normal x, in deviations, where c is three of them below the mean: 0.00038."""
 
 
 def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
@@ -49,12 +49,12 @@ def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
 
 
 def _constants(link: Link) -> tuple[Tensor, Tensor] | str:
-    """Return what can be moved from each channel of the first layer and the deviations, [channels] each; or why not."""
+    """Return the constants to move and the deviations of the first layer's channels, [channels] each; or why not."""
     known = mean_and_deviation(link.first)
     if known is None:
-        return "no batch norm says what its values are"
+        return "no batch norm tells the range of its values"
     if not link.keeps_constants or any(bind(link.second).get("padding", ())):
-        return f"zeros are padded in front of {layer_name(link.second)}"
+        return f"the input of {layer_name(link.second)} is padded with zeros"
     mean, deviation = known
     moved = (mean - HIGH_BIAS * deviation).clamp(min=0.0)
     return (moved, deviation) if bool(moved.any()) else "no channel stays above zero"

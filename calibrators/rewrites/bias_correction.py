@@ -1,4 +1,4 @@
-"""Empirical bias correction: every weighted operator keeps, on average, its float output.
+"""Empirical bias correction: give every weighted operator the mean output of the float network.
 
 Source: Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2,
 measured on data instead of derived from batch norm.
@@ -34,7 +34,7 @@ def correct_biases(result: CalibrationResult, batches: Iterable[Batch], *, sampl
     Reads at most `samples` samples and holds only their live activations, so memory does not grow with the data.
     Operators without a bias are left as they are.
 
-    raises: DataError when the data cannot be read again.
+    raises: DataError if the data cannot be read again.
     """
     placement = result.placement
     kept = _first_samples(batches, samples, batch_of(placement.graph, 1))
@@ -54,7 +54,7 @@ Step = tuple[fx.Node, Values]
 
 
 def _run_until(name: str, walks: Iterable[Iterator[Step]]) -> list[Step]:
-    """Run the graph up to the node called `name`, one walk per batch."""
+    """Advance the walks, one per batch, to the node called `name`, and return their steps there."""
     return [next(step for step in steps if step[0].name == name) for steps in walks]
 
 
@@ -80,7 +80,7 @@ def _shifted(coded: QuantizedTensor, shift: Tensor) -> QuantizedTensor:
 
 
 def _first_samples(batches: Iterable[Batch], samples: int, multiple: int) -> list[Batch]:
-    """Return at most `samples` first samples, at least one `multiple`, and whole multiples of every batch."""
+    """Return the first `samples` samples or fewer, at least `multiple`, and of every batch a multiple of that."""
     kept: list[Batch] = []
     left = max(samples, multiple)
     for batch in batches:

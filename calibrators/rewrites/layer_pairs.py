@@ -2,11 +2,11 @@
 
 Two operators are linked when only the second reads the first, through operators f with f(a x) = a f(x) for a > 0: ReLU,
 leaky ReLU, pools, padding with zeros, and whatever moves values. Which channel of the first each input channel of the
-second holds is not derived from shapes but seen: images that are constant in every channel go through f, channel k
-with the value k and with 1 / k. For whatever mixes channels, averages and maxima alike, the product of both results
+second holds is not derived from shapes but observed: images that are constant in every channel pass f, channel k
+with the value k and with 1 / k. Where channels mix, in averages as in maxima, the product of both results
 is above 1 (Jensen's inequality).
 
-A clip such as ReLU6 links nothing: its bound would have to move along, one per channel, for which no integer kernel is.
+A clip such as ReLU6 ends a link: its bound would have to move too, one per channel, and no integer kernel has that.
 
 Must not know: what moves between the operators, targets, ONNX.
 """
@@ -42,15 +42,15 @@ aten = torch.ops.aten
 LAYERS = Operators("conv1d.default", "conv2d.default", "linear.default")
 
 ROUNDING = 1e-9
-"""Float64 rounding of averages of channel numbers; two channels differ by 1."""
+"""Tolerance for float64 rounding of averages of channel numbers, which differ by 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """Two operators with weights, and what stands between them.
+    """Two operators with weights, and the operators between them.
 
     sources:         [input channels of the second] the output channel of the first that each holds.
-    keeps_constants: a constant channel passes unchanged, so that f(x + c) = f(x) + c where no activation bends it.
+    keeps_constants: whether a constant channel passes unchanged, so that f(x + c) = f(x) + c, activations aside.
     """
 
     first: fx.Node
@@ -66,7 +66,7 @@ class Link:
 
 
 def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Refused]]:
-    """Return all links in topological order, and the operators with weights that begin none.
+    """Return all links in topological order, and the operators with weights that begin none, with reasons.
 
     graph: in integer forms (calibrators.graph.canonical), with shapes.
     """
@@ -75,7 +75,7 @@ def find_links(graph: fx.GraphModule) -> tuple[list[Link], list[Refused]]:
     free = {node for node in weighted if reads[str(bind(node)["weight"].target)] == 1}
     links, unlinked = [], []
     for node in weighted:
-        found = _follow(node, free) if node in free else "its weight is read elsewhere as well"
+        found = _follow(node, free) if node in free else "another operator reads its weight too"
         if isinstance(found, Link):
             links.append(found)
         else:
@@ -89,7 +89,7 @@ def by_group(weight: Tensor, groups: int) -> Tensor:
 
 
 def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> None:
-    """Give an operator other constants, in the dtype of those that it has; whoever shares the old ones keeps them."""
+    """Replace constants of an operator, keeping their dtype; other readers of the old constants keep those."""
     before = bind(node)
     for name, value in values.items():
         dtype = constant(graph, before[name]).dtype
@@ -99,7 +99,7 @@ def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> Non
 
 
 def _is_weighted(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a convolution or linear layer with constant weight and bias, channels on axis 1."""
+    """Return whether a node is a convolution or linear layer with constant weight and bias, channels on axis 1."""
     if node.op != "call_function" or node.target not in LAYERS:
         return False
     bound = bind(node)
@@ -122,11 +122,11 @@ def _follow(first: fx.Node, free: set[fx.Node]) -> Link | str:
             return _barrier(node)
         between.append(node)
     found = _sources(first, between)
-    return "channels mix on the way" if found is None else Link(first, node, tuple(between), *found)
+    return "channels mix before the next layer" if found is None else Link(first, node, tuple(between), *found)
 
 
 def _is_homogeneous(node: fx.Node) -> bool:
-    """Whether f(a x) = a f(x) for a > 0, each value of the result being of one channel."""
+    """Return whether f(a x) = a f(x) for a > 0 in each channel."""
     if node.op != "call_function" or len(node.all_input_nodes) != 1:
         return False
     if node.target in PADS:
@@ -139,10 +139,10 @@ def _barrier(node: fx.Node) -> str:
     if node.op == "output":
         return "its result is an output of the model"
     if node.target in LAYERS:
-        return f"{layer_name(node)} behind it shares its weight"
+        return f"the next layer, {layer_name(node)}, shares its weight with another operator"
     if (bounds := clip_bounds(node)) is not None:
-        return f"the clip to {bounds[0]:g} ... {bounds[1]:g} behind it has the same bounds for all channels"
-    return f"{operator_name(node.target)} stands behind it"
+        return f"the clip to {bounds[0]:g} ... {bounds[1]:g} after it has the same bounds for all channels"
+    return f"{operator_name(node.target)} comes after it"
 
 
 def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | None:

@@ -21,7 +21,7 @@ PREPARATIONS: Mapping[str, Callable[[fx.GraphModule], tuple[fx.GraphModule, Any]
     "cle": equalize,
     "absorb": absorb,
 }
-"""In the order in which they are done, whatever the order of the names."""
+"""The preparations in the order in which they are done, whatever the order of the names."""
 
 
 def check_preparations(names: Collection[str]) -> None:
@@ -37,7 +37,7 @@ def check_preparations(names: Collection[str]) -> None:
 def prepare_graph(graph: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphModule, Preparation]:
     """Return the graph after the named preparations, and their record.
 
-    graph:  in integer forms (calibrators.graph.canonical). Returned as it is without names, else as a changed copy.
+    graph:  in integer forms (calibrators.graph.canonical). Returned unchanged without names, else as a changed copy.
     raises: UnknownNameError.
     """
     check_preparations(names)

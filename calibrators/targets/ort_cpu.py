@@ -1,7 +1,7 @@
 """onnxruntime on x86-64 CPUs: the operators that its QDQ fusion turns into integer kernels (measured on 1.31, 1.32).
 
-Activations are uint8, because int8 activations keep branches in float there; weights int8, symmetric, without -128;
-biases int32 with exactly the product of the two scales. Fewer bits use the same containers. Activations of 16 bits are
+Activations are uint8, because int8 ones keep branches in float there; weights are int8, symmetric, without -128;
+biases are int32 with exactly the product of the two scales. Fewer bits use the same containers. 16-bit activations are
 int16, which needs opset 21; operators that write or read them compute in float. Linear layers have a kernel that reads
 only the weight as codes (MatMulNBits).
 """

@@ -1,7 +1,7 @@
 """Measure how much accuracy quantization costs, from outputs that arrive batch by batch.
 
-Three networks answer the same questions: the float model, the reference program and the runtime. Nothing but counts
-and float64 sums is kept: memory does not grow, and how the samples are split into batches does not matter.
+The float model, the reference program and the runtime are compared on the same samples. Nothing but counts
+and float64 sums is kept: memory does not grow, and the split of the samples into batches does not matter.
 
 Must not know: where the outputs come from.
 """
@@ -31,7 +31,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Triple:
-    """The same score of the float model, of the reference program and in the runtime; None was not measured."""
+    """A score of the float model, of the reference program and in the runtime; None if it was not measured."""
 
     float: Real | None
     reference: Real | None
@@ -43,8 +43,8 @@ class Accuracy(Triple):
     """Scores on held-out data: the "accuracy" part of report.json. Shares are fractions from 0 to 1.
 
     metric:    of the scores: "top1" with labels, "agreement" with the float model, or "sqnr_db".
-    top5:      with labels only.
-    agreement: share of the samples that the runtime decides as the float model does.
+    top5:      top-5 accuracy of the same three; only with labels.
+    agreement: share of the samples for which runtime and float model make the same decision.
     sqnr_db:   of the runtime's outputs; None where they are identical.
     mean_kl:   divergence of the runtime's predictions from the float model's.
     drop_ci:   95 % interval of float - runtime, paired by sample.
@@ -105,29 +105,29 @@ class RunningAccuracy:
 
     @property
     def metric(self) -> str:
-        """What `value` measures: "top1" with labels, "agreement" with the float model, or "sqnr_db"."""
+        """The metric that `value` returns: "top1" with labels, "agreement" with the float model, or "sqnr_db"."""
         if not self.classifier:
             return "sqnr_db"
         return "top1" if self.labelled else "agreement"
 
     def value(self, network: str) -> float | None:
-        """The metric of "float", "reference" or "runtime"; an infinite signal-to-noise ratio is None."""
+        """Return the metric of "float", "reference" or "runtime"; None for an infinite signal-to-noise ratio."""
         if self.metric == "sqnr_db":
             return self.sqnr_db(network)
         counts = self._top1 if self.labelled else self._agree
         return self._share(counts[network])
 
     def sqnr_db(self, network: str) -> float | None:
-        """10 log10(sum float^2 / sum (float - network)^2) over all outputs; None where they are identical."""
+        """Return 10 log10(sum float^2 / sum (float - network)^2) over all outputs; None if they are identical."""
         noise = self._noise[network]
         return decibels(self._signal, noise) if noise else None
 
     def drop_interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""
+        """Return the 95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""
         return paired_interval(self._lost, self._gained, self.samples) if self.labelled and self.samples else None
 
     def result(self) -> Accuracy:
-        """Return what all batches together say."""
+        """Return the scores over all batches."""
         return Accuracy(
             **{name: self.value(name) for name in NETWORKS},
             metric=self.metric,
@@ -146,7 +146,9 @@ class RunningAccuracy:
         shapes = {name: each.shape for name, each in outputs.items()}
         shape = shapes["float"]
         if not shape or len(set(shapes.values())) > 1:
-            raise DataError(f"outputs of batch {self._batches} have shapes {shapes}: all three must be one [N, ...].")
+            raise DataError(
+                f"outputs of batch {self._batches} have shapes {shapes}; all three must have one shape [N, ...]."
+            )
         if broken := [name for name, each in outputs.items() if not np.isfinite(each).all()]:
             raise DataError(
                 f"outputs of batch {self._batches} are not finite in: {', '.join(broken)}; check weights and inputs."
@@ -155,27 +157,31 @@ class RunningAccuracy:
         if self._batches == 0:
             self.classifier = classifier
         elif classifier != self.classifier:
-            raise DataError(f"outputs of batch {self._batches} have shape {shape}, unlike those of the first batch.")
+            raise DataError(
+                f"outputs of batch {self._batches} have shape {shape}, unlike those of the first batch; use one shape."
+            )
 
     def _check_labels(self, labels: ArrayLike | None, truth: Array) -> Array | None:
         labelled = labels is not None and self.classifier
         if self._batches == 0:
             self.labelled = labelled
         elif labelled != self.labelled:
-            raise DataError(f"batch {self._batches} has {'' if labelled else 'no '}labels, unlike the first batch.")
+            raise DataError(
+                f"batch {self._batches} has {'' if labelled else 'no '}labels, unlike the first; label all or none."
+            )
         if labels is None or not labelled:
             return None
         given = np.asarray(labels)
         count, classes = truth.shape
         if given.shape not in ((count,), (count, 1)) or not np.issubdtype(given.dtype, np.integer):
             raise DataError(
-                f"labels of batch {self._batches} are {given.dtype} {list(given.shape)}: "
-                f"expected {count} integers, one class index per sample."
+                f"labels of batch {self._batches} are {given.dtype} {list(given.shape)}; "
+                f"give {count} integers, one class index per sample."
             )
         given = given.reshape(count)
         if wrong := given[(given < 0) | (given >= classes)].tolist():
             raise DataError(
-                f"labels of batch {self._batches} hold {wrong[0]}, but the model has classes 0..{classes - 1}."
+                f"labels of batch {self._batches} hold {wrong[0]}, but the model's classes are 0..{classes - 1}."
             )
         return given
 
@@ -198,7 +204,7 @@ class RunningAccuracy:
 def paired_interval(lost: int, gained: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the confidence interval of a difference of two proportions measured on the same samples.
 
-    lost, gained: samples that only the first, only the second network gets right.
+    lost, gained: number of samples that only the first network gets right, and only the second.
     returns:      bounds of p(first) - p(second), within [-1, 1]; never empty, even for lost = gained = 0.
     source:       Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions
                   based on paired data: one sample is added to each discordant cell.
@@ -210,7 +216,7 @@ def paired_interval(lost: int, gained: int, samples: int, confidence: float = CO
 
 
 def _rank(outputs: Array, labels: Array) -> Array:
-    """Count the classes before the label, [N]; of equal scores the lower index is first, as argmax has it."""
+    """Count the classes that rank before the label, [N]; of equal scores the lower index ranks first, as in argmax."""
     score = outputs[np.arange(len(labels)), labels][:, None]  # [N, 1]
     earlier = np.arange(outputs.shape[1])[None] < labels[:, None]  # [N, classes]
     return np.asarray(np.sum((outputs > score) | ((outputs == score) & earlier), axis=1))

@@ -1,4 +1,4 @@
-"""Measure how long models take, so that a busy machine disturbs all of them equally.
+"""Measure how long models take, in a way that a busy machine disturbs all of them equally.
 
 Must not know: what the models are, which of them should be faster.
 """
@@ -33,7 +33,7 @@ class Latency:
 
     ratio:   quantized over float.
     batch:   samples of one run.
-    iqr:     interquartile range by model; speedup: over the float model.
+    iqr:     interquartile range by model, in milliseconds; speedup: of each model over the float model.
     """
 
     float: Real | None
@@ -63,16 +63,16 @@ class Timings:
         return float(np.median(self._column(name)))
 
     def iqr_ms(self, name: str) -> float:
-        """Interquartile range: the spread of the middle half of the runs."""
+        """Return the interquartile range in milliseconds: the spread of the middle half of the runs."""
         low, high = np.percentile(self._column(name), [25, 75])
         return float(high - low)
 
     def speedup(self, name: str) -> float:
-        """Median over the rounds of baseline time / time of `name`: a slow spell hits both sides of each ratio."""
+        """Return the median over the rounds of baseline time / time of `name`, as a slow spell affects both times."""
         return float(np.median(self._column(self.names[0]) / self._column(name)))
 
     def summary(self, batch: int) -> Latency:
-        """Sum up the models "float" and "quantized", timed on inputs of so many samples, and what was timed beside."""
+        """Sum up the times of "float", "quantized" and the other models, measured on inputs of `batch` samples."""
         exact, quantized = self.median_ms("float"), self.median_ms("quantized")
         iqr = {name: self.iqr_ms(name) for name in self.names}
         speedup = {name: self.speedup(name) for name in self.names[1:]}
@@ -98,7 +98,9 @@ def latency(
     for name, each in sessions.items():
         if {value.name for value in each.get_inputs()} != set(inputs):
             wanted = ", ".join(value.name for value in each.get_inputs())
-            raise InputError(f"model {name!r} takes the inputs {wanted}; got {', '.join(inputs) or 'none'}.")
+            raise InputError(
+                f"model {name!r} takes the inputs {wanted}, but got {', '.join(inputs) or 'none'}; give each by name."
+            )
     calls = {name: partial(each.run, None, dict(inputs)) for name, each in sessions.items()}
     return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
 
@@ -110,12 +112,12 @@ def interleave(
     warmup: int = WARMUP,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Array:
-    """Time calls in milliseconds, [runs, calls]: every round calls each once, odd rounds in reverse order.
+    """Return the times of calls in milliseconds, [runs, calls]; each round makes each call once, odd ones in reverse.
 
     clock: nanoseconds, monotonic.
     """
     if runs < 1 or not calls:
-        raise InputError(f"latency needs at least one model and one run; got {len(calls)} models, {runs} runs.")
+        raise InputError(f"latency needs at least one model and one run, but got {len(calls)} models and {runs} runs.")
     ordered = list(enumerate(calls.values()))
     for _ in range(warmup):
         for _, call in ordered:

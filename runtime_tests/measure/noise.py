@@ -1,4 +1,4 @@
-"""How much noise quantization adds to each value: the program's values against those of the float graph.
+"""Measure the noise that quantization adds to each value: the program's values against those of the float graph.
 
 Must not know: runtimes, files.
 """
@@ -28,7 +28,7 @@ class Noise:
         self._floats: dict[str, Tensor] = {}
 
     def start(self, inputs: Sequence[Tensor]) -> None:
-        """Run the float graph on a batch, whose values `see` is going to be shown."""
+        """Run the float graph on a batch, before `see` gets the program's values for it."""
         with torch.no_grad():
             steps = walk(self.result.placement.graph, inputs)
             self._floats = {
@@ -36,7 +36,7 @@ class Noise:
             }
 
     def see(self, site: str, value: Tensor) -> None:
-        """Count the program's value at a site: what runtime_tests.reference.execute.run shows."""
+        """Add the program's value at a site, as runtime_tests.reference.execute.run passes it."""
         exact = self._floats.pop(site, None)
         if exact is not None:
             self._energies[site].add(value, exact)

@@ -1,4 +1,4 @@
-"""Count the bytes of an ONNX file: where they are and of which type.
+"""Count the bytes of an ONNX file, in total and by type.
 
 Must not know: what the initializers mean.
 """
@@ -41,6 +41,6 @@ def _tensors(path: str | Path) -> list[ir.TensorProtocol]:
 
 
 def _bytes(path: str | Path) -> int:
-    """Count the bytes on disk of the file and of every external data file it refers to."""
+    """Count the bytes on disk of the file and of every external data file that it names."""
     external = {Path(tensor.path) for tensor in _tensors(path) if isinstance(tensor, ir.ExternalTensor)}
     return sum(file.stat().st_size for file in (Path(path), *external))

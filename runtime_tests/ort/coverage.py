@@ -1,7 +1,7 @@
-"""Count how much of a network onnxruntime computes in integers, on the graph that it executes.
+"""Measure how much of a network onnxruntime computes in integers, on the graph that it executes.
 
 Every number comes from the optimized graph itself: shapes and types from running it once, reductions from the shapes of
-its weights. Nothing is matched by name with the file, so nothing can be matched wrongly.
+its weights. Nothing is matched with the file by name, so nothing can be matched wrongly.
 
 Must not know: how the file was made, what its codes should be.
 """
@@ -70,7 +70,7 @@ class Coverage:
     macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default).
     integer_macs: share of them in integer kernels, 0..1; 1 where there are none.
     weight_only_macs: share of them in float kernels that read codes of the weight alone.
-    accuracy_level: what those kernels may round their other operand to, the coarsest of all: 0 (unset) and 1 float32,
+    accuracy_level: type to which those kernels may round activations, the coarsest of all: 0 (unset) and 1 float32,
                   2 float16, 3 bfloat16, 4 int8; None where there are none.
     float_nodes:  the rest by name and reason, most expensive first.
     uncounted:    fused nodes whose multiply-accumulates are not counted (attention kernels), by name.
@@ -124,7 +124,7 @@ INDICES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_))
 
 
 def _is_shape_arithmetic(node: ir.Node, values: Mapping[str, Array]) -> bool:
-    """Whether a node makes indices or conditions only."""
+    """Return whether a node computes only indices or conditions."""
     return node.op_type not in INTEGER_INSIDE and _output(node, values).dtype in INDICES
 
 
@@ -156,14 +156,14 @@ def _zeros(value: ir.Value) -> Array:
     fixed = [size for size in sizes if size is not None]
     if value.shape is None or len(fixed) < len(sizes) or value.dtype is None:
         raise DataError(
-            f"input {value.name!r} of the model has shape {value.shape}: only the first dimension may be free. "
-            "Pass a sample of every input."
+            f"input {value.name!r} of the model has shape {value.shape}, but only the first dimension may be free; "
+            "pass a sample of every input."
         )
     return np.zeros(fixed, value.dtype.numpy())
 
 
 def _macs(node: ir.Node, values: Mapping[str, Array]) -> int:
-    """Count the multiply-accumulates of a node: output elements times the length of the reduction of each.
+    """Count the multiply-accumulates of a node: the number of output elements times the length of their reduction.
 
     Conv: prod(weight.shape[1:]) per output; ConvTranspose: the same per input; matrix products: rows of the second
     matrix. MatMulNBits states its reduction as attribute K.
@@ -196,7 +196,7 @@ def _shape(value: ir.Value | None, values: Mapping[str, Array]) -> tuple[int, ..
 NO_KERNEL = "onnxruntime has no integer kernel for this operator"
 NOT_FUSED = "onnxruntime did not fuse it"
 WIDE = "16-bit activations have no integer kernels"
-SIGNED = "int8 activations: on x86 only chains without fan-out are moved to the uint8 kernels"
+SIGNED = "int8 activations: on x86, only chains without fan-out are moved to the uint8 kernels"
 TYPE_REASONS = {ir.DataType.INT16: WIDE, ir.DataType.UINT16: WIDE, ir.DataType.INT8: SIGNED}
 
 
@@ -204,7 +204,7 @@ def _why(node: ir.Node) -> str:
     """Return the first reason that the graph shows for a node being in float."""
     if node.op_type == WEIGHT_ONLY:
         level = flag(node, "accuracy_level")
-        return f"weights only are quantized: a float kernel expands them, at accuracy level {level}"
+        return f"only the weights are quantized: a float kernel expands them, at accuracy level {level}"
     if node.op_type == "ReduceMean":
         return "ReduceMean has no integer kernel; GlobalAveragePool has"
     if node.op_type in FLOAT_PRODUCTS:
@@ -224,7 +224,7 @@ def _why_product(node: ir.Node) -> str:
         is_constant = array(node.inputs[1]) is not None
         return "its weights are not stored as codes" if is_constant else "its second input is float"
     if weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-        return f"{weight.dtype} weights have no integer kernel: they are expanded to float at every run"
+        return f"{weight.dtype} weights have no integer kernel and are expanded to float at every run"
     reason = _why_types(node, x)
     if reason is None and x.dtype != ir.DataType.UINT8:
         reason = f"{x.dtype} activations have no integer kernel"
@@ -235,14 +235,14 @@ def _why_product(node: ir.Node) -> str:
 
 
 def _why_types(node: ir.Node, *operands: Operand) -> str | None:
-    """Return why codes of these types are computed in float, at an operand or a quantizer after the node."""
+    """Return why codes of these types are computed in float, None if they are not; checks operands and quantizers."""
     after = [stated_type(reader.outputs[0]) for reader in quantizers_after(node.outputs[0])]
     found = {TYPE_REASONS.get(dtype) for dtype in (*after, *(each.dtype for each in operands)) if dtype is not None}
     return next((reason for reason in (WIDE, SIGNED) if reason in found), None)
 
 
 def _why_activation(node: ir.Node) -> str | None:
-    """Return why the activation function fused into a float convolution is there."""
+    """Return why an activation function was fused into a float convolution, None if none was."""
     stated = node.attributes.get("activation")
     if stated is None:
         return None
@@ -250,8 +250,8 @@ def _why_activation(node: ir.Node) -> str | None:
     if name not in ("Relu", "Clip"):
         return f"its output is not quantized before {name}"
     return (
-        f"{name} cannot be merged into the quantizer after it: the zero point there is not the lowest code, "
-        "or the range is wider than the activation's"
+        f"{name} cannot be merged into the quantizer after it, whose zero point is not the lowest code "
+        "or whose range is wider than that of the activation"
     )
 
 
@@ -260,7 +260,7 @@ def _why_bias(node: ir.Node, x: Operand, weight: Operand, bias: Operand | None) 
         return None
     if bias is None:
         takes_floats = "Conv" in node.op_type or _is_quantized(node)
-        return None if takes_floats else "its bias is float and its output not quantized"
+        return None if takes_floats else "its bias is float and its output is not quantized"
     if bias.dtype != ir.DataType.INT32:
         return f"its bias has codes of type {bias.dtype}, not INT32"
     if x.scale is None or weight.scale is None or bias.scale is None:
@@ -284,6 +284,6 @@ def _why_elementwise(node: ir.Node) -> str:
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    """Whether every reader of the node's output quantizes it."""
+    """Return whether every reader of the node's output quantizes it."""
     readers = consumers(node.outputs[0])
     return bool(readers) and all(reader.op_type == QUANTIZE for reader in readers)

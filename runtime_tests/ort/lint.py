@@ -1,7 +1,7 @@
 """Find forms of a QDQ graph that onnxruntime refuses, computes wrongly, or runs in float without need.
 
-Each rule reads the structure of the file only; nothing is run. "error" means that the model does not load or that its
-numbers are not those of the QDQ text; "warning" that something leaves the integer path or wastes space.
+Rules read the structure of the file only; nothing is run. "error" means that the model does not load or that its
+numbers are not those of the QDQ text; "warning" means that something runs in float or wastes space.
 
 Must not know: who wrote the file.
 """
@@ -46,7 +46,7 @@ __all__ = ["RULES", "Finding", "Rule", "lint"]
 
 Array = NDArray[Any]
 Hits = Iterator[tuple[str, str]]
-"""Place and message of each violation."""
+"""The violations of a rule: place and message of each."""
 
 
 SIGNED_FAILS_FROM_OPSET = 21
@@ -60,7 +60,7 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Finding:
-    """One violation: which rule, how bad ("error" or "warning"), which node or value, what to do."""
+    """One violation: its rule, severity ("error" or "warning"), node or value, and a message that says what to do."""
 
     rule: str
     severity: str
@@ -72,8 +72,8 @@ class Finding:
 class Rule:
     """A check of a whole model.
 
-    why:      what goes wrong where the rule is broken.
-    on_proto: whether it reads the file itself, before it is known to be a graph.
+    why:      what goes wrong if the rule is broken.
+    on_proto: whether the rule reads the protobuf, before it is known to be a graph.
     """
 
     name: str
@@ -89,7 +89,7 @@ Subject = TypeVar("Subject", bound="ir.Node | Product | _Quantizer | _Merge")
 def lint(model: Source) -> list[Finding]:
     """Return the findings of every rule, errors first; external weights are read only where a rule needs their values.
 
-    A file whose names are not unique is not a graph: then only the rules on the file itself run.
+    A file whose names are not unique is not a graph; then only the rules on the protobuf run.
 
     raises: ModelError for a file that is not an ONNX model.
     """
@@ -110,7 +110,7 @@ def _any(
     broken: Callable[[Subject], object],
     message: str | Callable[[Subject], str],
 ) -> Callable[[ir.Model], Hits]:
-    """Build the check that reports each of `subjects` that is `broken`; a text is formatted with the subject."""
+    """Return the check that reports each of `subjects` that is `broken`; `message` is formatted with the subject."""
 
     def check(model: ir.Model) -> Hits:
         for subject in subjects(model):
@@ -121,7 +121,7 @@ def _any(
     return check
 
 
-# ---- what rules look at
+# ---- subjects of rules
 
 
 def _nodes(*ops: str) -> Callable[[ir.Model], Iterator[ir.Node]]:
@@ -143,7 +143,7 @@ class _Quantizer:
 
     @property
     def is_one_channel(self) -> bool:
-        """Whether parameters of shape [1] are per channel: the constant that they belong to has one channel."""
+        """Whether parameters of shape [1] are per channel, because their constant has one channel."""
         data = array(self.node.inputs[0])
         return data is not None and data.ndim > 0 and data.shape[flag(self.node, "axis", 1 % data.ndim)] == 1
 
@@ -177,7 +177,7 @@ class _Merge:
         return code_type(self.quantizer)
 
     def holds(self, low: Array | float | None, high: Array | float | None) -> bool:
-        """Whether the quantizer saturates at these bounds, or before."""
+        """Return whether the quantizer saturates at these bounds or within them."""
         return self._saturates(low, 0) and self._saturates(high, 1)
 
     def _saturates(self, bound: Array | float | None, end: int) -> bool:
@@ -192,7 +192,7 @@ class _Merge:
 
 
 def _merges(op: str) -> Callable[[ir.Model], Iterator[_Merge]]:
-    """Find nodes of type `op` before quantizers, except those of 16 bits, which no kernel could merge them into."""
+    """Return a search for nodes of type `op` before quantizers, except for 16-bit ones, into which none is merged."""
 
     def find(model: ir.Model) -> Iterator[_Merge]:
         pairs = (_Merge(node, after) for node in _nodes(op)(model) for after in quantizers_after(node.outputs[0]))
@@ -205,13 +205,13 @@ def _merges(op: str) -> Callable[[ir.Model], Iterator[_Merge]]:
 
 
 def _has_kernel(value: ir.Value | None) -> bool:
-    """Whether `value` comes from an operator that takes a following Relu into its integer kernel."""
+    """Return whether `value` comes from an operator whose integer kernel absorbs a Relu after it."""
     node = value.producer() if value is not None else None
     return node is not None and node.op_type in PRODUCTS | {"Add", "Mul"} and operand(node.inputs[0]) is not None
 
 
 def _dequantizer(node: ir.Node) -> str:
-    """Return the name of the DequantizeLinear of an activation before `node`, '' where there is none."""
+    """Return the name of the DequantizeLinear of an activation before `node`, '' if there is none."""
     before = operand(node.inputs[0])
     return "" if before is None or before.is_constant else where(before.node)
 
@@ -243,22 +243,22 @@ def _has_quantized_weight_alone(node: ir.Node) -> bool:
 
 
 def _bias_scale_differs(found: Product) -> bool:
-    """Whether the scale of the bias is not float32(input scale * weight scale), bit for bit.
+    """Return whether the scale of the bias differs from float32(input scale * weight scale) in any bit.
 
-    The integer kernels add the codes of the bias as if it were. onnxruntime 1.31 does not compare the scales for Gemm
-    and accepts a difference of 1 % for Conv: silently other numbers. Beyond that Conv runs in float.
+    Integer kernels assume that it does not. onnxruntime 1.31 does not compare the scales for Gemm, and accepts a
+    difference of 1 % for Conv, so that the numbers are silently wrong; beyond that Conv runs in float.
     """
     scales = [codes.scale if codes is not None else None for codes in (found.bias, found.x, found.weight)]
     bias, x, weight = scales
     if bias is None or x is None or weight is None:
         return False
     expected = x * weight
-    same_shape = expected.size in (1, bias.size)  # a scalar stands for one value per channel
+    same_shape = expected.size in (1, bias.size)  # a scalar means one value for all channels
     same = expected.dtype == bias.dtype and same_shape and np.all(expected.reshape(-1) == bias.reshape(-1))
     return not same
 
 
-# ---- rules that say more than one thing
+# ---- rules with more than one message
 
 
 def _duplicate_names(model: onnx.ModelProto) -> Hits:
@@ -268,7 +268,7 @@ def _duplicate_names(model: onnx.ModelProto) -> Hits:
     made.update(name for name, count in Counter(tensor.name for tensor in graph.initializer).items() if count > 1)
     for name, count in made.items():
         if count > 1:
-            yield name, f"{count} nodes or initializers make this value; rename all but one"
+            yield name, f"{count} nodes or initializers have this output name; rename all but one"
 
 
 def _refused_versions(model: onnx.ModelProto) -> Hits:
@@ -283,7 +283,7 @@ def _packed_data(model: onnx.ModelProto) -> Hits:
     narrow = {dtype.value for dtype in (*BYTE, *NARROW)}
     for tensor in model.graph.initializer:
         if tensor.data_type in narrow and tensor.int32_data:
-            yield tensor.name, "its codes are stored in int32_data, one varint per code or pair; write raw_data"
+            yield tensor.name, "its codes are stored in int32_data, one varint per code or pair; store them in raw_data"
 
 
 def _qparam_shapes(model: ir.Model) -> Hits:
@@ -293,9 +293,9 @@ def _qparam_shapes(model: ir.Model) -> Hits:
             continue
         if zero_point is not None and zero_point.shape != scale.shape:
             shapes = f"scale has shape {list(scale.shape)}, zero point {list(zero_point.shape)}"
-            yield where(found.node), f"{shapes}; make them equal"
+            yield where(found.node), f"{shapes}; make the shapes equal"
         if scale.shape == (1,) and not found.is_one_channel:
-            yield where(found.node), "scale and zero point have shape [1]; per tensor they must be 0-d, or fusion fails"
+            yield where(found.node), "scale and zero point have shape [1]; make them 0-d, or fusion fails"
 
 
 def _different_qparams(model: ir.Model) -> Hits:
@@ -313,7 +313,7 @@ def _different_qparams(model: ir.Model) -> Hits:
             if not all(map(is_same, inputs(before.node, 3)[1:], inputs(after, 3)[1:])):
                 yield (
                     where(node),
-                    f"{node.op_type} stands between quantizers of different scale or zero point; share them",
+                    f"{node.op_type} is between quantizers of different scale or zero point; give both the same",
                 )
 
 
@@ -340,10 +340,10 @@ def _signed_moves(model: ir.Model) -> Hits:
 def _float_weights(model: ir.Model) -> Hits:
     for node in _nodes(*PRODUCTS)(model):
         if operand(node.inputs[0]) is not None and array(inputs(node, 2)[1]) is not None:
-            yield where(node), "its activations are quantized and its weights float; store the weights as codes"
+            yield where(node), "its activations are quantized but its weights are float; store the weights as codes"
     for found in _quantizers(QUANTIZE)(model):
         if not found.is_activation:
-            yield where(found.node), "it quantizes a constant, whose floats stay in the file; store the codes"
+            yield where(found.node), "it quantizes a constant, so the file holds floats; store the codes"
 
 
 def _overflows(model: ir.Model) -> Hits:
@@ -366,20 +366,20 @@ _both, _quantize = _quantizers(QUANTIZE, DEQUANTIZE), _quantizers(QUANTIZE)
 
 _TABLE = (
     # the file
-    Rule("duplicate-name", "error", "A value made twice: the file is not a graph.", _duplicate_names, on_proto=True),
+    Rule("duplicate-name", "error", "Two values share a name: the file is no graph.", _duplicate_names, on_proto=True),
     Rule("runtime-version", "error", "The installed onnxruntime does not load it.", _refused_versions, on_proto=True),
     Rule("packed-data", "warning", "int32_data takes up to four bytes per narrow code.", _packed_data, on_proto=True),
     # quantization parameters
-    Rule("qparam-shape", "error", "Per tensor both must be 0-d, else of one shape.", _qparam_shapes),
+    Rule("qparam-shape", "error", "Per tensor both must be 0-d, else have one shape.", _qparam_shapes),
     Rule("missing-zero-point", "error", "Without the zero point input Gemm is not fused.", _any(
         _nodes(QUANTIZE, DEQUANTIZE), lambda node: inputs(node, 3)[2] is None,
-        "the zero point input is absent; write it even where it is 0")),
-    Rule("float16-scale", "error", "Float16 scales are refused beside float32 data and never fused.", _any(
+        "the zero point input is absent; write it even if it is 0")),
+    Rule("float16-scale", "error", "Float16 scales are refused for float32 data and never fused.", _any(
         _both, lambda q: q.scale is not None and q.scale.dtype != np.float32,
-        "its scale is {0.scale.dtype}; integer kernels need float32 scales")),
+        "its scale is {0.scale.dtype}, but integer kernels need float32; convert it")),
     Rule("double-qdq", "error", "Two pairs in a row are merged into one with new parameters.", _any(
         _nodes(QUANTIZE), _dequantizer,
-        lambda q: f"it quantizes what {_dequantizer(q)} just dequantized; keep one pair, or put an operator between")),
+        lambda q: f"it quantizes what {_dequantizer(q)} just dequantized; keep only one of the pairs")),
     Rule("different-qparams", "warning", "Data movement between different parameters runs in float.",
          _different_qparams),
     Rule("softmax-scale", "warning", "QLinearSoftmax multiplies by floor(1/scale).", _softmax_scales),
@@ -397,15 +397,15 @@ _TABLE = (
     Rule("signed-reshape", "error", "Sessions fail from opset 21 on.", _signed_moves),
     Rule("relu-narrow", "error", "A Relu before 4- or 2-bit codes is dropped whatever the zero point.", _any(
         _merges("Relu"), lambda m: m.dtype in NARROW and not m.holds(0.0, None),
-        "onnxruntime drops this Relu before {0.dtype} codes: negative values come through")),
+        "onnxruntime drops this Relu before {0.dtype} codes, so negative values pass; use UINT8 codes")),
     Rule("relu-not-merged", "warning", "A Relu merges into a quantizer whose zero point is the lowest code.", _any(
         _merges("Relu"), lambda m: m.dtype not in NARROW and _has_kernel(m.node.inputs[0]) and not m.holds(0.0, None),
-        "the zero point after this Relu is not the lowest code: the operator before it stays float")),
+        "the zero point after this Relu is not the lowest code, so the operator before it stays in float")),
     Rule("clip-not-merged", "warning", "A Clip merges into a quantizer that saturates at least as early.", _any(
         _merges("Clip"), lambda m: not m.holds(*map(array, inputs(m.node, 3)[1:])),
         "the quantizer after this Clip holds codes beyond its bounds; clip the codes instead")),
     # operators in float
-    Rule("bare-flatten", "warning", "Flatten passes no quantization on: its readers compute in float.", _any(
+    Rule("bare-flatten", "warning", "Flatten does not pass quantization on: its readers compute in float.", _any(
         _nodes("Flatten"), lambda node: operand(node.inputs[0]) is not None
         and any(reader.op_type != QUANTIZE for reader in consumers(node.outputs[0])),
         "Flatten of codes without a quantizer after it; put the same parameters on both sides")),
@@ -427,10 +427,10 @@ _TABLE = (
         "{0.weight.dtype} weights have no integer kernel here; store the codes as INT8")),
     Rule("unsigned-weight", "warning", "Unsigned weights use the slow kernels.", _any(
         _products, lambda p: p.weight.dtype == ir.DataType.UINT8,
-        "UINT8 weights run at less than half the speed of INT8 ones")),
+        "UINT8 weights run at less than half the speed of INT8 weights; store INT8")),
     Rule("blocked-weight", "error", "Blocked 8-bit weights beside quantized activations fail at run time.", _any(
         _products, lambda p: flag(p.weight.node, "block_size") and p.weight.dtype in BYTE,
-        "its weights have one scale per block; integer kernels take one per channel or tensor")),
+        "its weights have one scale per block, but integer kernels take one per channel or tensor")),
     Rule("weight-only", "warning", "MatMulNBits quantizes its float activations by itself.", _any(
         _nodes("MatMul", "Gemm"), _has_quantized_weight_alone,
         "only its weights are quantized: by default activations are rounded inside the kernel too; set "
@@ -438,15 +438,15 @@ _TABLE = (
     Rule("float-weight", "warning", "Float weights are quantized at load time, or keep a layer in float.",
          _float_weights),
     # biases
-    Rule("float-bias", "warning", "A float bias keeps Gemm in float, and onnxruntime rounds that of Conv itself.", _any(
+    Rule("float-bias", "warning", "A float bias keeps Gemm in float, and onnxruntime itself rounds that of Conv.", _any(
         _biased, lambda p: p.bias is None,
         "its bias is float; store INT32 codes with scale float32(input scale * weight scale)")),
     Rule("bias-type", "warning", "The codes of a bias must be int32.", _any(
         _biased, lambda p: p.bias is not None and p.bias.dtype != ir.DataType.INT32,
         "its bias has {0.bias.dtype} codes, so it runs in float; store INT32")),
-    Rule("bias-scale", "error", "Kernels add the codes of a bias whatever its scale is.", _any(
+    Rule("bias-scale", "error", "Kernels add the codes of a bias and ignore its scale.", _any(
         _biased, _bias_scale_differs,
-        "the scale of its bias is not float32(input scale * weight scale): kernels ignore it")),
+        "the scale of its bias is not float32(input scale * weight scale), as kernels assume; store that scale")),
     Rule("accumulator-overflow", "error", "Bias and the largest possible sum must fit int32.", _overflows),
 )  # fmt: skip
 

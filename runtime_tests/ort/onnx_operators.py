@@ -1,4 +1,4 @@
-"""The ONNX operators that the checks of a file know, in one table: each check reads its column.
+"""The ONNX operators that the checks of a file know, in one table; each check reads the columns that it needs.
 
 Must not know: models, files, sessions.
 """

@@ -1,4 +1,4 @@
-"""Read one edge of a QDQ graph: the codes that a DequantizeLinear reads and what is known about them.
+"""Read one edge of a QDQ graph: the codes that a DequantizeLinear reads, and what the file says about them.
 
 Must not know: which kernels a runtime has, what is good or bad about an edge.
 """
@@ -40,10 +40,10 @@ class Operand:
     """The codes that a DequantizeLinear turns into floats.
 
     node:       the DequantizeLinear.
-    data:       the codes themselves where they are constant (weights, biases), else None.
-    scale:      constant scale, None where computed.
-    zero_point: constant zero point as int64, None where absent or computed.
-    dtype:      type of the codes, None where nothing in the file states it.
+    data:       the codes if they are constant (weights, biases), else None.
+    scale:      constant scale, None if it is computed.
+    zero_point: constant zero point as int64, None if it is absent or computed.
+    dtype:      type of the codes, None if nothing in the file states it.
     lo, hi:     lowest and highest code that can be stored: the type's range, narrowed by a Clip of the codes.
     """
 
@@ -64,8 +64,8 @@ class Operand:
 class Product:
     """A Conv, Gemm or MatMul of quantized activations and constant quantized weights.
 
-    bias_value: its third input, None where it has none.
-    bias:       the codes of that, None where it is float.
+    bias_value: the third input, None if there is none.
+    bias:       the codes of that input, None if it is float.
     """
 
     node: ir.Node
@@ -87,7 +87,7 @@ def products(nodes: Iterable[ir.Node]) -> Iterator[Product]:
 
 
 def operand(value: ir.Value | None) -> Operand | None:
-    """Return the codes that `value` was dequantized from, or None if no DequantizeLinear makes it."""
+    """Return the codes from which `value` was dequantized, or None if no DequantizeLinear makes it."""
     node = value.producer() if value is not None else None
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
         return None
@@ -98,7 +98,7 @@ def operand(value: ir.Value | None) -> Operand | None:
 
 
 def qparams(node: ir.Node) -> tuple[Array | None, Array | None]:
-    """Return the scale and zero point (int64) of a QuantizeLinear or DequantizeLinear; None where not constant."""
+    """Return scale and zero point (int64) of a QuantizeLinear or DequantizeLinear, each None unless constant."""
     scale, zero_point = (array(value) for value in inputs(node, 3)[1:])
     return scale, None if zero_point is None else zero_point.astype(np.int64)
 
@@ -152,7 +152,7 @@ _UNPACKING: dict[str, Callable[..., Array]] = {
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
-    """Return the nodes that read `value`, each once."""
+    """Return the nodes that read `value`, without repetition."""
     return list(dict.fromkeys(use.node for use in value.uses()))
 
 
@@ -162,7 +162,7 @@ def quantizers_after(value: ir.Value) -> list[ir.Node]:
 
 
 def where(node: ir.Node) -> str:
-    """Return the name of a node, or of the value it makes."""
+    """Return the name of a node, or of its first output if it has none."""
     return node.name or next((value.name for value in node.outputs if value.name), node.op_type)
 
 
@@ -189,7 +189,7 @@ def code_type(node: ir.Node) -> ir.DataType | None:
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
-    """Yield `value` and what it was before operators that keep codes as they are or clip them."""
+    """Yield `value`, then the values from which operators that keep or clip codes made it, backwards."""
     while value is not None:
         yield value
         node = value.producer()

@@ -1,13 +1,13 @@
 """Find the layers that give wrong sums on x86 CPUs with AVX2 but without VNNI.
 
 There the kernels multiply uint8 activations with int8 weights by VPMADDUBSW, which adds two neighbouring products in a
-saturating int16. The sum of a pair stays exact exactly when, with `a` the highest activation code,
+saturating int16. The sum of a pair is exact if and only if, with `a` the highest activation code,
 
     a * (max(w0, 0) + max(w1, 0)) <= 32767   and   a * (min(w0, 0) + min(w1, 0)) >= -32768.
 
 Pairs: the reduction is packed from its start in steps of two (2k, 2k + 1), an odd rest alone. A matrix product reduces
 over the rows of its second operand, a convolution over (channel, row, column) in NCHW layout and over (row, column,
-channel) in the NHWC layout that integer networks get; which of them runs depends on the neighbours, so both are checked
+channel) in the NHWC layout of integer networks; which of them runs depends on the neighbours, so both are checked
 and a layer is reported if either can saturate. Depthwise convolutions have kernels of their own, which are exact.
 
 Must not know: how codes were chosen.
@@ -51,9 +51,9 @@ class SaturationRisk:
     """A layer that can saturate.
 
     name, op:       the node.
-    worst:          largest magnitude that a pair of products can reach; beyond `limit` it is cut.
+    worst:          largest magnitude that a pair of products can reach; beyond `limit` it saturates.
     activation_max: highest code its activations can hold.
-    pairs:          how many pairs of weights can saturate, of `pairs_total`.
+    pairs:          number of pairs of weights that can saturate, of `pairs_total`.
     """
 
     name: str
@@ -67,7 +67,7 @@ class SaturationRisk:
 
 @dataclass(frozen=True)
 class Cpu:
-    """A machine: architecture, brand, and those of REPORTED_FLAGS it has."""
+    """A machine: its architecture, its brand, and those of REPORTED_FLAGS that it has."""
 
     arch: str
     brand: str
@@ -83,8 +83,8 @@ class Cpu:
 class Saturation:
     """Whether the file gives the same integers on CPUs without VNNI, and whether this is such a CPU.
 
-    layers:  those that can saturate.
-    checked: number of layers with uint8 activations and int8 weights that were looked at.
+    layers:  layers that can saturate.
+    checked: number of layers with uint8 activations and int8 weights.
     """
 
     safe_without_vnni: bool
@@ -103,12 +103,12 @@ def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """Return the architecture and instruction sets of this machine, as far as the operating system tells."""
+    """Return architecture and instruction sets of this machine, as far as the operating system reports them."""
     return cpu_from(cpuinfo.get_cpu_info())
 
 
 def cpu_from(info: Mapping[str, Any]) -> Cpu:
-    """Read what py-cpuinfo reports; flags are compared without underscores, which systems place differently."""
+    """Return the CPU that py-cpuinfo describes; underscores in flags are ignored, as systems place them differently."""
     present = {str(flag).replace("_", "").lower() for flag in info.get("flags", ())}
     flags = tuple(flag for flag in REPORTED_FLAGS if flag.replace("_", "") in present)
     return Cpu(str(info.get("arch", "unknown")), str(info.get("brand_raw", "unknown")), flags)
@@ -126,7 +126,7 @@ def pair_sums(weights: Array) -> tuple[Array, Array]:
 
 
 def _matrices(found: Product) -> list[Array]:
-    """Return the weights as [channels, reduction] in each layout; none where no sum can saturate."""
+    """Return the weights as [channels, reduction] in each layout; none if no sum can saturate."""
     node, weight = found.node, found.weight.data
     if weight is None or found.weight.dtype != ir.DataType.INT8 or found.x.dtype not in LOWEST:
         return []

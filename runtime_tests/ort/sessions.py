@@ -1,4 +1,4 @@
-"""ONNX models, read once, and onnxruntime sessions of them with every option that changes a number pinned.
+"""Read ONNX models once, and open onnxruntime sessions of them with every option that changes a number pinned.
 
 Must not know: what a model means, which of its values are codes, how results are compared.
 """
@@ -41,7 +41,7 @@ REFUSALS = tuple(
     for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
                  "RuntimeException", "NoModel", "EPFail", "NotFound")
 )  # fmt: skip
-"""What onnxruntime raises when it cannot build a session: unrelated classes without a common root."""
+"""Errors of onnxruntime that cannot build a session: classes without a common base."""
 
 
 class Model:
@@ -69,7 +69,7 @@ class Model:
         try:
             return onnx.load(self.source, load_external_data=False)
         except (OSError, DecodeError) as error:
-            raise ModelError(f"{self.source} cannot be read as an ONNX model: {error}. Export it again.") from error
+            raise ModelError(f"{self.source} cannot be read as an ONNX model: {error}; export it again.") from error
 
     @cached_property
     def graph_model(self) -> ir.Model:
@@ -109,7 +109,7 @@ class Model:
 
 
 Source = Model | onnx.ModelProto | str | Path
-"""What names a model."""
+"""A model, or what names one."""
 
 
 def session(
@@ -152,7 +152,7 @@ def _create(
     in_memory = isinstance(model.source, onnx.ModelProto)
     if in_memory and model.proto.ByteSize() > PROTOBUF_LIMIT:
         raise ModelError(
-            f"the model in memory has {model.proto.ByteSize() / 2**30:.1f} GiB and protobuf writes no more than 2: "
+            f"the model in memory has {model.proto.ByteSize() / 2**30:.1f} GiB, but protobuf writes at most 2 GiB; "
             "save it with external data and pass the path."
         )
     content: str | bytes = str(model.source)
@@ -167,7 +167,7 @@ def _create(
     except REFUSALS as error:
         raise ModelError(
             f"onnxruntime {ort.__version__} refuses {'the model' if in_memory else model.source}: "
-            f"{str(error).strip()}. Check it with `intact lint`, which knows the forms that do not load."
+            f"{str(error).strip()}. Check it with `intact lint`, which names forms that do not load."
         ) from error
 
 
@@ -185,7 +185,7 @@ def optimized_model(model: Source, *, layouts: bool = True) -> onnx.ModelProto:
 
 @functools.cache
 def loads(*, opset: int, ir_version: int) -> bool:
-    """Return whether the installed onnxruntime accepts models of this opset and IR version: tried, not looked up."""
+    """Return whether the installed onnxruntime accepts models of this opset and IR version, by loading one."""
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Identity", ["x"], ["y"])], "empty", [value("x", 1, [1])], [value("y", 1, [1])]

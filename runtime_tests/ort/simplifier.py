@@ -1,6 +1,6 @@
-"""Simplify a file by onnxsim, whose result is used only if nothing that matters changed and something got simpler.
+"""Simplify a file with onnxsim, whose result is used only if nothing that matters changed and something got simpler.
 
-It drops the metadata of nodes and of the graph; they are put back by output value name, which it keeps.
+onnxsim drops the metadata of nodes and of the graph; they are restored by the names of outputs, which it keeps.
 
 Must not know: which simplifications there are, what the metadata say.
 """
@@ -25,7 +25,7 @@ __all__ = ["Simplifier", "changes", "simplify"]
 Array = NDArray[Any]
 
 MAX_BYTES = 1_500_000_000
-"""Above this onnxsim's own copies come near the 2 GB that protobuf can write."""
+"""Largest model for onnxsim, whose copies of a larger one come near the 2 GB that protobuf can write."""
 
 CODE_TYPES = frozenset(
     getattr(onnx.TensorProto, name)
@@ -39,7 +39,7 @@ class Simplifier:
     """Whether the simplified model was kept.
 
     applied: whether the simplified model is the one returned.
-    why:     the reason if not, else what was gained.
+    why:     the gain, or the reason why it was not kept.
     """
 
     applied: bool
@@ -60,28 +60,30 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
 
     if model.ByteSize() > MAX_BYTES:
         return kept(
-            f"skipped: the model has {model.ByteSize() / 1e9:.1f} GB, the stage takes up to {MAX_BYTES / 1e9:.1f}"
+            f"skipped: the model has {model.ByteSize() / 1e9:.1f} GB, and the limit is {MAX_BYTES / 1e9:.1f} GB"
         )
     try:
         candidate = _run_onnxsim(model)
-    except Exception as error:  # a third-party stage may fail in any way: the model goes on without it, and says so
+    except (
+        Exception
+    ) as error:  # third-party code may fail in any way; the export goes on without it, and the report says so
         return kept(f"dropped: onnxsim failed with {type(error).__name__}: {error}")
     _restore(candidate, model)
     after = len(candidate.graph.node)
     if found := changes(model, candidate):
         return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
     if not _same_outputs(model, candidate, sample_inputs):
-        return kept("dropped: the outputs on the sample inputs are not the same bits", after)
+        return kept("dropped: the outputs on the sample inputs differ", after)
     if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
         return kept("nothing to simplify", after)
     gained = (
-        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initializers less"
+        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initializers fewer"
     )
     return candidate, Simplifier(True, gained, before, after)
 
 
 def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
-    """Return which of the things that must not change did: one phrase each."""
+    """Return what changed although it must not, as one phrase each."""
     guards = {
         "the number of QuantizeLinear or DequantizeLinear nodes": _quantizer_counts,
         "the codes, scales or zero points of a quantizer": _quantizer_contents,
@@ -93,7 +95,7 @@ def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
     found = [name for name, read in guards.items() if read(model) != read(candidate)]
     lost = sum(1 for node in candidate.graph.node if not node.metadata_props)
     if lost > sum(1 for node in model.graph.node if not node.metadata_props):
-        found.append(f"the output names of {lost} nodes, whose metadata are lost")
+        found.append(f"the output names of {lost} nodes, whose metadata is lost")
     return found
 
 
@@ -106,7 +108,7 @@ def _run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _restore(candidate: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Put back what onnxsim drops, and take out what it adds: metadata, and shapes of inner values."""
+    """Restore the metadata that onnxsim drops, and remove the shapes of inner values that it adds."""
     del candidate.metadata_props[:]
     candidate.metadata_props.extend(model.metadata_props)
     del candidate.graph.metadata_props[:]
@@ -127,7 +129,7 @@ def _quantizer_counts(model: onnx.ModelProto) -> Counter[str]:
 
 
 def _quantizer_contents(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """Return digests of the constant inputs of each quantizer, by the value it makes."""
+    """Return digests of the constant inputs of each quantizer, by the name of its output."""
     digests = {tensor.name: _digest(tensor) for tensor in model.graph.initializer}
     quantizers = (node for node in model.graph.node if node.op_type in QUANTIZERS)
     return {node.output[0]: tuple(digests.get(name, "computed") for name in node.input) for node in quantizers}
@@ -139,7 +141,7 @@ def _integer_initializers(model: onnx.ModelProto) -> set[str]:
 
 
 def _digest(tensor: onnx.TensorProto) -> str:
-    """Return the SHA-256 of type, shape, values and the way they are stored (raw or typed)."""
+    """Return the SHA-256 of type, shape, values and their storage (raw or typed)."""
     raw = tensor.raw_data or np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).tobytes()
     return hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} {bool(tensor.raw_data)} ".encode() + raw).hexdigest()
 

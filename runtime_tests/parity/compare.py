@@ -1,11 +1,11 @@
 """Compare a runtime with the reference program at every quantized value, code by code.
 
 There are two comparisons. *End to end* both sides start from the same input and run to the end. *Per node* the
-reference is fed with the runtime's own codes, so that a difference belongs to the kernel at which it shows. Where all
-nodes agree, both sides agree end to end: the second comparison decides, and runs only if the first finds something.
+reference reads the runtime's own codes, so that a difference belongs to the kernel at which it shows. Where all
+nodes agree, both sides agree end to end. The second comparison decides; it runs only if the first finds a difference.
 
-The graph that the runtime executes is compared with the plan too: an operator that should run on integers and does not,
-or the other way round, is reported even where its numbers agree.
+The graph that the runtime executes is also compared with the plan: an operator that should run on integers but does
+not, or the other way round, is reported even if its numbers agree.
 
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
 the two sides; they may differ by one code at the rare values next to a tie. Where a float kernel reads codes of its
@@ -44,13 +44,13 @@ __all__ = [
 ]
 
 WEIGHT = "DequantizeLinear"
-"""What reads the codes of a weight that are compared as the file holds them."""
+"""Kernels that read the codes of a weight, which are compared as the file holds them."""
 
 
 class Runtime(Protocol):
     """A file loaded into a runtime, with some of its values made visible as probes.
 
-    kernel_rate: legal share of codes that one of its integer kernels may have one step off; 0: none.
+    kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
     """
 
     @property
@@ -63,11 +63,11 @@ class Runtime(Protocol):
         """Return the model's outputs and the probes."""
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int] | None:
-        """Return the kernels executed minus those planned, by operator, where they differ; None without a plan."""
+        """Return executed minus planned kernels by operator, where the two differ; None if there is no plan."""
 
 
 class OnnxRuntime:
-    """A session, its probes being the codes of every site."""
+    """A session of onnxruntime whose probes are the codes of every site."""
 
     name = "onnxruntime"
     kernel_rate = 0.0
@@ -87,12 +87,12 @@ class OnnxRuntime:
         return results[:count], results[count:]
 
     def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Return those of the file as it is deployed, all optimizations on."""
+        """Return the differences for the file as it is deployed, with all optimizations on."""
         return unplanned_kernels(self.model, plan) if self.optimized else {}
 
 
 def unplanned_kernels(model: Source, plan: KernelPlan) -> dict[str, int]:
-    """Count the kernels on codes that the runtime executes, minus those of the plan, where the two differ."""
+    """Count the integer kernels that the runtime executes, minus those of the plan, where the two differ."""
     executed = Counter(node.op_type for node in Model.of(model).optimized.proto.graph.node)
     return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
 
@@ -122,9 +122,9 @@ def probes_of(plan: KernelPlan) -> list[str]:
 class Comparison:
     """Running totals of one runtime at one optimization level.
 
-    runtime: with the probes of `probes_of(plan)`.
+    runtime: the runtime, with the probes of `probes_of(plan)`.
     plan:    the reference: integer kernels, or QDQ taken literally.
-    weights: how far each weight of a float kernel is from the reference, by site.
+    weights: agreement of each weight of a float kernel with the reference, by site.
     """
 
     def __init__(self, runtime: Runtime, plan: KernelPlan, weights: Mapping[str, Agreement]) -> None:
@@ -136,7 +136,7 @@ class Comparison:
         self.outputs = [_OutputTally() for _ in runtime.output_names]
 
     def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
-        """Run a batch and compare it with the codes and outputs that the reference has for it."""
+        """Run a batch and compare it with the codes and outputs of the reference."""
         self.samples += len(inputs[0])
         outputs, probes = self.runtime.run(inputs)
         theirs = dict(zip(self.plan.sites, probes, strict=True))
@@ -152,16 +152,16 @@ class Comparison:
             tally.add(*values)
 
     def report(self) -> Level:
-        """Return what all batches together say."""
+        """Return the result over all batches."""
         return Level.of(**self._found())
 
     def _found(self) -> dict[str, Any]:
         """Return the arguments of `Level.of`.
 
-        raises: DataError for no samples.
+        raises: DataError if there are no samples.
         """
         if not self.samples:
-            raise DataError("no batch to compare runtime and reference on: a proof needs at least one sample")
+            raise DataError("there is no batch on which to compare runtime and reference; give at least one sample")
         outputs = zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         return {
             "nodes": [
@@ -194,8 +194,8 @@ def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agree
     for site, distance in differing_weights(model, program).items():
         if distance is None:
             raise ParityError(
-                f"the file does not hold the codes of {site!r} in the shape that the reference has: it belongs to "
-                "another program; emit it again."
+                f"the file does not hold the codes of {site!r} in the shape that they have in the reference, so it "
+                "belongs to another program; emit it again."
             )
         found[site] = Agreement(distance.numel(), int(distance.count_nonzero()), int(distance.max()))
     return found
@@ -205,7 +205,7 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         raise ParityError(
             f"the codes of {site!r} are {theirs.dtype} {list(theirs.shape)} in the runtime and {ours.dtype} "
-            f"{list(ours.shape)} in the reference: the file belongs to another program; emit it again."
+            f"{list(ours.shape)} in the reference, so the file belongs to another program; emit it again."
         )
     different = ours != theirs
     count = int(different.sum())
@@ -216,13 +216,13 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal shape, dtype and bits; NaN equals NaN, 0.0 does not equal -0.0."""
+    """Return whether shape, dtype and bits are equal; NaN equals NaN, 0.0 does not equal -0.0."""
     same_form = ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return same_form and ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
 def largest_finite(x: Tensor) -> float:
-    """Return the largest absolute value, infinities and NaN left out."""
+    """Return the largest absolute value other than infinity and NaN."""
     return float(x.double().abs().where(x.isfinite(), 0.0).max())
 
 

@@ -1,9 +1,9 @@
 """Compare OpenVINO, kernel by kernel, with the reference program of the same file.
 
-Its kernels multiply by float32 scales that were folded together, so that a result next to a tie may be rounded to the
+Its kernels multiply by float32 scales that were merged, so that a result next to a tie may be rounded to the
 other side: codes may rarely differ by one. A wrong scale, zero point, weight or bias changes far more than that.
-Probes keep OpenVINO from fusing across them; the file as it is deployed runs beside, without probes, and its outputs
-are reported, not judged: from the float input on, single steps travel through the network.
+OpenVINO does not fuse across probes, so the file also runs as it is deployed, without them. Its outputs then are
+reported but not judged, because single steps travel through the network.
 
 Must not know: how the model was made, reports.
 """
@@ -32,10 +32,10 @@ __all__ = ["SecondComparison", "check_installed"]
 NAME = "OpenVINO"
 
 PINNED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""By default float operators run in bfloat16 where the processor has it, and weight-only products round activations."""
+"""Settings that override defaults: bfloat16 in float operators, rounded activations in weight-only products."""
 
 KERNEL_RATE = 5e-2
-"""Largest legal share of codes of one site that lie one step off. Measured: 1e-4 after convolutions, 1.7e-3 at a sum
+"""Largest legal share of codes of one site that are one step off. Measured: 1e-4 after convolutions, 1.7e-3 at a sum
 whose operands meet many ties, 3.1e-2 at a pool whose codes OpenVINO quantizes once more. A zero point that is off by
 one moves all codes by one."""
 
@@ -47,7 +47,7 @@ _PLUMBING = ("Parameter", "Result", "Input", "Output", "Const", "Constant", "Reo
 def check_installed() -> None:
     """Raise InputError unless OpenVINO is installed."""
     if find_spec("openvino") is None:
-        raise InputError("OpenVINO is not installed; pip install 'openvino>=2025.4', or leave --openvino out.")
+        raise InputError("OpenVINO is not installed; run pip install 'openvino>=2025.4', or leave --openvino out.")
 
 
 class SecondComparison(Comparison):
@@ -61,7 +61,7 @@ class SecondComparison(Comparison):
         self.agreeing = self.decided = 0
 
     def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
-        """Run a batch both ways and compare it with the codes and outputs that the reference has for it."""
+        """Run a batch with and without probes, and compare it with the codes and outputs of the reference."""
         super().add(inputs, codes, ours)
         theirs, _ = self.deployed.run(inputs)
         for index, (y, t) in enumerate(zip(ours, theirs, strict=True)):
@@ -84,7 +84,7 @@ class SecondComparison(Comparison):
 
 
 class _OpenVino:
-    """A model compiled for the CPU, `probes` made visible; everything that changes a number is pinned."""
+    """A model compiled for the CPU, with `probes` as outputs; everything that changes a number is pinned."""
 
     name = NAME
     kernel_rate = KERNEL_RATE
@@ -112,7 +112,7 @@ class _OpenVino:
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the model's outputs and the probes."""
-        read = {name for port in self.compiled.inputs for name in port.names}  # those that nobody reads are gone
+        read = {name for port in self.compiled.inputs for name in port.names}  # unused ones are gone
         feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True) if name in read}
         found = self.compiled(feeds)
         values = [torch.from_numpy(np.array(found[index])) for index in range(len(self.compiled.outputs))]
@@ -120,10 +120,10 @@ class _OpenVino:
         return values[:count], values[count:]
 
     def unplanned(self, plan: KernelPlan) -> None:
-        """Return None: there is no plan of its kernels."""
+        """Return None, because there is no plan of OpenVINO's kernels."""
 
     def kernels(self) -> dict[str, int]:
-        """Count the layers that OpenVINO made of the file."""
+        """Count the layers into which OpenVINO compiled the file, by type and precision."""
         found: Counter[str] = Counter()
         for node in self.compiled.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()

@@ -26,21 +26,21 @@ __all__ = [
 ]
 
 FLOAT_LSB = 1
-"""Largest legal step after a float operator: two correctly computed floats lie on the two sides of one tie."""
+"""Largest legal step after a float operator: two correctly computed floats may lie on the two sides of a tie."""
 
 FLOAT_RATE = 1e-4
 """Largest legal share of such values, per site of 8 bits. Float32 results that differ in their last bits fall on two
 sides of a tie in up to 2e-5 of the values; integer sums computed in float32 (optimizations off) did so in 1e-6 to 3e-5.
-A finer grid over the same range has as many more ties: 256 times at 16 bits, where up to 2e-3 were seen."""
+A finer grid over the same range has proportionally more ties: 256 times at 16 bits, where up to 2e-3 were seen."""
 
 FLOAT_CHANCE = 4
-"""Differences allowed at a site whatever the rate: a small tensor holds a rare tie by chance."""
+"""Number of differences allowed at any site, because a small tensor may hold a rare tie by chance."""
 
 FLOAT_OUTPUT_ERROR = 1e-4
 """Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
 
 WORST = 5
-"""Sites that a summary names."""
+"""Number of sites that a summary names."""
 
 
 class ParityError(IntactError):
@@ -51,7 +51,7 @@ class ParityError(IntactError):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many codes were compared, how many differ, and by how many steps at most."""
+    """Number of codes that were compared and that differ, and the largest difference in steps."""
 
     values: int
     mismatched: int
@@ -68,9 +68,9 @@ class Agreement:
 
 
 def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
-    """Return the share of a site's codes that may be one step off: after float operators, or if kernels may as well.
+    """Return the share of a site's codes that may be one step off: after float operators, or after kernels.
 
-    bits: of the container of the codes.
+    bits: of the container of the codes; of_kernels: legal share after integer kernels.
     """
     return max(FLOAT_RATE if kernel == FLOAT else 0.0, of_kernels) * 2.0 ** (bits - 8)
 
@@ -79,8 +79,8 @@ def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0) -> float:
 class NodeParity(Agreement):
     """One quantized value, compared from the runtime's own input codes, so that no error travels.
 
-    kernel:     the runtime's operator that writes it, "float" for float arithmetic.
-    reason:     why it is float.
+    kernel:     the runtime's operator that writes the value, "float" for float arithmetic.
+    reason:     why the value is computed in float.
     rate:       legal share of codes that are one step off; 0: none may differ.
     legal:      whether its differences are allowed: none in an integer kernel, rare single steps after float operators.
     end_to_end: the same value with the errors that travelled through the network.
@@ -106,7 +106,7 @@ class NodeParity(Agreement):
 
     @property
     def is_integer(self) -> bool:
-        """Whether an integer kernel computed it, so that no difference at all is allowed."""
+        """Whether an integer kernel computed the value, so that no difference is allowed."""
         return not self.kernel.lower().startswith(FLOAT)
 
 
@@ -114,11 +114,11 @@ class NodeParity(Agreement):
 class OutputParity:
     """One float output of the network.
 
-    exact:              an integer kernel writes it, so that its bits must agree.
-    identical:          its bits agree end to end.
-    per_node_identical: its bits agree from the runtime's own codes.
+    exact:              whether an integer kernel writes it, so that its bits must agree.
+    identical:          whether its bits agree end to end.
+    per_node_identical: whether its bits agree, computed from the runtime's own codes.
     max_abs:            largest difference end to end.
-    relative:           largest difference from the runtime's own codes, as a share of the largest value.
+    relative:           largest difference, computed from the runtime's own codes, as a share of the largest value.
     """
 
     name: str
@@ -143,10 +143,10 @@ class Level(Agreement):
     """Everything that was compared in one runtime at one optimization level; its counts are those end to end.
 
     forced:            counts of the comparison of every node from the runtime's own input codes.
-    outputs_identical: the bits of all outputs agree end to end.
-    violations:        number of sites and outputs that are not what the reference computes from the same inputs.
+    outputs_identical: whether the bits of all outputs agree end to end.
+    violations:        number of sites and outputs that differ by more than is legal, computed from the same inputs.
     unplanned:         integer kernels executed minus planned, by operator, where they differ; left out without a plan.
-    kernel_*, float_*: of `forced`, those of integer kernels and of float arithmetic.
+    kernel_*, float_*: the counts of `forced` for integer kernels and for float arithmetic.
     kernels:           number of sites by the kernel that computes them.
     worst:             sites with differences in `forced`: illegal ones first, then by their share.
     nodes:             all sites in the order of computation.
@@ -178,7 +178,7 @@ class Level(Agreement):
         unplanned: Mapping[str, int] | None = None,
         **about: Any,
     ) -> Self:
-        """Sum up what was found at the sites and outputs; about: the remaining fields."""
+        """Sum up the results of sites and outputs; about: the remaining fields."""
         nodes, outputs = tuple(nodes), tuple(outputs)
         total = Agreement.total(node.end_to_end for node in nodes)
         integer = Agreement.total(node for node in nodes if node.is_integer)
@@ -216,21 +216,21 @@ class Level(Agreement):
             first = illegal[0]
             raise ParityError(
                 f"{first.mismatched} of {first.values} codes of {first.site!r} ({first.kernel}) differ from the "
-                f"reference by up to {first.max_lsb}, on the runtime's own input codes, {level}; "
+                f"reference by up to {first.max_lsb}, computed from the runtime's own input codes, {level}; "
                 f"{len(illegal)} of {len(self.nodes)} sites are affected. The file and the program disagree there "
-                "(scale, zero point, weight or bias), or this runtime computes otherwise: compare its version and CPU."
+                "(scale, zero point, weight or bias), or this runtime computes otherwise; compare its version and CPU."
             )
         for output in self.outputs:
             if not output.legal:
                 raise ParityError(
                     f"output {output.name!r} differs from the reference by {output.relative:.3g} of its largest value "
-                    f"{level}, though all codes before it agree: look at the operators after {self.nodes[-1].site!r}."
+                    f"{level}, although all codes before it agree; check the operators after {self.nodes[-1].site!r}."
                 )
         if self.unplanned:
             kernels = ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in self.unplanned.items())
             raise ParityError(
-                f"the runtime executes other kernels than planned: {kernels}. The coverage names what is left in float "
-                "and why; what the runtime quantizes by itself was never calibrated."
+                f"the runtime executes other kernels than planned: {kernels}. Coverage names operators left in float "
+                "and why; values that the runtime quantizes by itself were never calibrated."
             )
 
 
@@ -238,8 +238,8 @@ class Level(Agreement):
 class SecondLevel(Level):
     """OpenVINO, every site compared from its own codes.
 
-    executed:  layers of the file as it is deployed, by type and precision ("Convolution u8").
-    relative:  largest difference of its outputs there from the reference's, as a share of the largest output.
+    executed:  number of layers of the file as it is deployed, by type and precision ("Convolution u8").
+    relative:  largest difference of the outputs of that file from the reference's, as a share of the largest output.
     agreement: share of samples for which the first output, if it is [n, classes], is largest at the same class.
     """
 
@@ -251,7 +251,7 @@ class SecondLevel(Level):
 
 @dataclass(frozen=True)
 class Parity:
-    """The two levels of optimization of onnxruntime, and OpenVINO where it was asked for."""
+    """The two optimization levels of onnxruntime, and OpenVINO if it was asked for."""
 
     unoptimized: Level
     optimized: Level

@@ -1,7 +1,7 @@
 """Compare the weights of the file with those of the reference, integer by integer, for layers that compute in float.
 
-Wrong codes of integer kernels show in their results. Float kernels round, so that a wrong code could hide in a
-tolerance: their codes, zero points and scales are compared as the file holds them.
+Wrong codes of integer kernels show in their results. Float kernels round, so that a wrong code could hide within a
+tolerance; their codes, zero points and scales are therefore compared as the file holds them.
 
 Must not know: sessions, what a kernel computes.
 """
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 def differing_weights(model: Source, program: fx.GraphModule) -> dict[str, Tensor | None]:
-    """Return how far each weight of a float kernel is from the reference, by its site; None where the file lacks it.
+    """Return by site how far each weight of a float kernel is from the reference; None for one that the file lacks.
 
     returns: int32 [out, in]: |code - zero point| apart in steps, at least 1 where a zero point or scale differs.
     """

@@ -27,12 +27,12 @@ from runtime_tests.reference.kernel_rules import Kernel, source
 __all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
 
 See = Callable[[str, Tensor], None]
-"""Called with the name of a site and its dequantized codes."""
+"""A function that gets the name of a site and its dequantized codes."""
 
 
 @dataclass(frozen=True, eq=False)
 class _QuantizedTensor:
-    """Codes that stand for the floats of a dequantize node, which are computed only when they are read."""
+    """Codes in place of the floats of a dequantize node, which are computed only when they are read."""
 
     codes: Tensor
     scale: Tensor
@@ -52,9 +52,9 @@ def run(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """Return the codes of every site and the outputs of the program.
 
-    forced:  codes by site that replace the computed ones downstream, after these have been recorded: with the runtime's
-             own codes, every site shows what its own kernel did to the inputs which the runtime had.
-    see:     is shown the floats of every dequantized site that no kernel covers.
+    forced:  codes by site that replace the computed ones downstream, once these are recorded. With the runtime's
+             own codes, every site shows what its kernel computes from the inputs that the runtime had.
+    see:     gets the floats of every dequantized site that no kernel covers.
     returns: codes in their container dtype by site name, and the outputs in order.
     """
     forced = forced or {}
@@ -80,7 +80,7 @@ def run_qdq(
     forced: Mapping[str, Tensor] | None = None,
     see: See | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Do the same with float arithmetic between dequantize and quantize: what the text of the ONNX file says."""
+    """Return the same, computed in float between dequantize and quantize, as the text of the ONNX file says."""
     return run(plan(program, integer=False), inputs, forced, see)
 
 
@@ -95,7 +95,7 @@ def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) ->
 
 
 def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Move codes, or floats where the scale follows an axis that may move too."""
+    """Move codes, or floats if the scale follows an axis that may move too."""
     coded: _QuantizedTensor = values[source(node)]
     if coded.axis is not None:
         return _call(node, values, {})
@@ -113,14 +113,14 @@ def _run_kernel(kernel: Kernel, values: Mapping[fx.Node, Any]) -> Tensor:
 
 
 def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
-    """Move codes, as integer-valued floats where torch has no such operator on integers."""
+    """Move codes, as integer-valued floats if torch does not implement the operator on integers."""
     if node.target in ON_FLOATS:
         return _call(node, values, {source(node): codes.to(torch.float32)}).to(codes.dtype)
     return _call(node, values, {source(node): codes})
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
-    """Run the operator itself on floats, `instead` replacing some operands."""
+    """Run the operator itself on floats, with some operands replaced by those of `instead`."""
     return call(node, {source: instead.get(source, _floats(values.get(source))) for source in node.all_input_nodes})
 
 
@@ -130,7 +130,7 @@ def _floats(value: Any) -> Any:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Allow no reduced-precision products, whatever the caller chose: integers in float32 need all 24 bits."""
+    """Forbid products of reduced precision, whatever the caller chose, since integers in float32 need all 24 bits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,7 +1,7 @@
-"""Plan which kernels onnxruntime's optimizer makes of a program: what runs on integers, and why the rest does not.
+"""Plan the kernels that onnxruntime's optimizer makes of a program: what runs on integers, and why the rest does not.
 
-An operator becomes an integer kernel when everything it reads is dequantized codes and its result is read by one
-quantizer alone. What stands between the two is absorbed: a ReLU or clip whose bounds are the ends of the container, and
+An operator becomes an integer kernel if everything it reads is dequantized codes and only one quantizer reads its
+result. Operators between the two are absorbed: a ReLU or clip whose bounds are the ends of the container, and
 reshapes, transposes, slices and max pools, through which the runtime moves the quantizer. A linear layer or matrix
 product without a quantizer after it has an integer kernel too, which writes floats.
 
@@ -42,17 +42,17 @@ from runtime_tests.reference.kernels import Grid
 __all__ = ["COUNTED", "FLOAT", "KernelPlan", "Step", "plan", "site_of"]
 
 FLOAT = "float"
-"""Kernel name of what no integer kernel computes."""
+"""Kernel name for values that no integer kernel computes."""
 
 WEIGHT_ONLY = "MatMulNBits"
-"""Float kernel that reads codes of its weight alone."""
+"""Float kernel that reads only its weight as codes."""
 
 COUNTED = (
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearAdd", "QLinearMul", "QLinearConcat"),
     *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
     WEIGHT_ONLY,
 )
-"""Kernels that compute: the runtime runs as many of each as the plan holds. Moves it may merge, double or remove."""
+"""Kernels that compute: the runtime runs as many of each as planned. It may merge, double or remove moves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Step:
 
     site:     name of the site; of the node for a float result.
     kernel:   the runtime's operator, or FLOAT.
-    reason:   why it is float; '' otherwise.
+    reason:   why it is float; '' for an integer kernel.
     op:       the operator that computes the value.
     quantized: whether the value is a site's codes.
     """
@@ -79,12 +79,12 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class KernelPlan:
-    """A program and the way each of its values is computed.
+    """A program and how each of its values is computed.
 
     steps:   one per quantizer, and one per weighted operator with a float result.
     kernels: by the node at which they run: the quantizer, or the operator itself for a float result.
-    skipped: nodes that no one evaluates, because a kernel covers them.
-    integer: whether integer kernels were planned, or QDQ is taken literally.
+    skipped: nodes that are not evaluated, because a kernel covers them.
+    integer: whether integer kernels were planned; if not, QDQ is taken literally.
     """
 
     program: fx.GraphModule
@@ -111,20 +111,20 @@ class KernelPlan:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """How often each kernel of COUNTED is planned, zeros included."""
+        """Number of planned kernels by operator of COUNTED, zeros included."""
         found = Counter(step.kernel for step in self.steps)
         found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes))
         return {name: found[name] for name in COUNTED}
 
     @cached_property
     def exact_outputs(self) -> tuple[bool, ...]:
-        """Whether an integer kernel or a dequantizer writes each output of the program."""
+        """For each output of the program, whether an integer kernel or a dequantizer writes it."""
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
         writers = (before_moves(node, MOVES) for node in output.args[0])
         return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes whose values are needed to evaluate one."""
+        """Return the nodes whose values are needed to evaluate `node`."""
         return self.kernels[node].reads if node in self.kernels else node.all_input_nodes
 
 
@@ -206,7 +206,7 @@ class _Planner:
 
 _OPTIMIZATIONS_OFF = "optimizations are off"
 _BOTH = "its result is read both by a quantizer and as floats"
-_CLIPPED = "a ReLU or clip stands between its result and a float operator"
+_CLIPPED = "a ReLU or clip is between its result and a float operator"
 
 
 def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
@@ -224,7 +224,7 @@ def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], t
 
 
 def _saturates(node: fx.Node, y: Grid) -> bool:
-    """Whether a ReLU or clip does what the ends of the container do anyway."""
+    """Return whether a ReLU or clip has no effect beyond saturation at the ends of the container."""
     bounds = clip_bounds(node)
     if bounds is None:
         return False
@@ -237,9 +237,9 @@ def _saturates(node: fx.Node, y: Grid) -> bool:
 
 
 def _is_clipped(node: fx.Node) -> bool:
-    """Whether a ReLU or clip alone reads the result, and one float operator reads that.
+    """Return whether only a ReLU or clip reads the result, and only one float operator reads that.
 
-    The runtime takes it for a part of a kernel that writes codes, finds no quantizer after it and makes no kernel.
+    The runtime takes the clip for part of a kernel that writes codes, finds no quantizer after it, and makes no kernel.
     """
     clip = next(iter(node.users))
     readers = list(clip.users)

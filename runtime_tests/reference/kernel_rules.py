@@ -1,4 +1,4 @@
-"""Choose the integer kernel that onnxruntime has for one operator between codes, and prepare its constants.
+"""Choose the integer kernel of onnxruntime for one operator between codes, and prepare its constants.
 
 A rule takes the operator and the grid of its result (None: floats) and returns the kernel, or says why there is none.
 
@@ -43,21 +43,21 @@ aten = torch.ops.aten
 
 CHANNELS_LAST_RANK = 4
 """The runtime holds tensors of this rank with channels last between its integer convolutions and pools. Where a graph
-input is broadcast against one of them it may choose otherwise; that shows at ties of the sum alone."""
+input is broadcast against one of them, it may choose another layout; that changes only ties of the sum."""
 
 _THROUGH = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
 PROPAGATED = Operators(*(name for name in MOVES if facts(name).onnx in _THROUGH))
-"""Moves through which the runtime moves quantizers and dequantizers. All moves run on codes when they stand between a
+"""Moves that the runtime swaps with quantizers and dequantizers. All moves run on codes if they are between a
 dequantizer and a quantizer with the same parameters."""
 
 
 class StaysFloat(Exception):
-    """Why the runtime keeps an operator in float."""
+    """The runtime keeps an operator in float; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """An integer kernel with its constants prepared: codes of `inputs` -> codes or floats; then codes move."""
+    """An integer kernel with its constants prepared: from codes of `inputs` to codes or floats; then codes move."""
 
     name: str
     inputs: tuple[fx.Node, ...]
@@ -66,7 +66,7 @@ class Kernel:
 
     @property
     def reads(self) -> list[fx.Node]:
-        """Every node whose value the kernel needs: codes, and sizes that moves take from the graph."""
+        """The nodes whose values the kernel needs: codes, and sizes that moves take from the graph."""
         inside = set(self.moves)
         sizes = [n for move in self.moves for n in move.all_input_nodes if n is not move.args[0] and n not in inside]
         return [*self.inputs, *sizes]
@@ -83,7 +83,7 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def before_moves(node: fx.Node, moves: Container[Any] = PROPAGATED) -> fx.Node:
-    """Return the node that computes a value, moves aside."""
+    """Return the node that computes a value before it is moved."""
     while node.target in moves:
         node = source(node)
     return node
@@ -101,7 +101,7 @@ def _grid(program: fx.GraphModule, bound: dict[str, Any], limits: tuple[Any, Any
 
 
 def is_coded(node: object) -> bool:
-    """Whether a value is the dequantized form of codes with one scale, moved or not."""
+    """Return whether a value is the dequantized form of codes with one scale, moved or not."""
     if not isinstance(node, fx.Node):
         return False
     origin = before_moves(node)
@@ -111,12 +111,12 @@ def is_coded(node: object) -> bool:
 def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
     """Return the grids of the activations that an operator reads.
 
-    Their ranges are those of their quantizers or of the clips of their codes, else of their containers.
+    A range is that of the quantizer or of a clip of the codes, else that of the container.
     """
     grids = []
     for node in nodes:
         if not isinstance(node, fx.Node):
-            raise StaysFloat("an operand is a number")
+            raise StaysFloat("one of its operands is a number")
         if not is_coded(node):
             raise StaysFloat(f"its input {node.name} is not quantized")
         bound = bind(before_moves(node))
@@ -133,7 +133,7 @@ def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
 
 
 def check_container(grid: Grid) -> None:
-    """Raise StaysFloat for codes that no integer kernel reads or writes."""
+    """Raise StaysFloat for codes of a type that no integer kernel reads or writes."""
     if grid.dtype == torch.int16:
         raise StaysFloat("16-bit activations have no integer kernels")
     if grid.dtype != torch.uint8:
@@ -145,14 +145,14 @@ def _is_quantized_constant(node: Any) -> bool:
 
 
 def is_weight_only(node: fx.Node) -> bool:
-    """Whether a linear layer reads codes of its weight alone: a float kernel, MatMulNBits, computes it."""
+    """Return whether a linear layer is weight-only, so that the float kernel MatMulNBits computes it."""
     if node.target is not aten.linear.default or not _is_quantized_constant(bind(node)["weight"]):
         return False
     return before_moves(source(node)).target is not DEQUANTIZE
 
 
 def _check_weight(node: fx.Node) -> None:
-    """Raise StaysFloat for float weights, whatever stands around the operator: the program shields its input then."""
+    """Raise StaysFloat for float weights in any case, because the program shields the input of such an operator."""
     if not _is_quantized_constant(bind(node)["weight"]):
         raise StaysFloat("its weight is not quantized")
 
@@ -170,7 +170,7 @@ def _weights(program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None) ->
 def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid | None) -> Tensor:
     if is_constant(bias):
         if y is None:
-            raise StaysFloat("its bias is float and so is its result")
+            raise StaysFloat("its bias and its result are float")
         return kernels.quantize_bias(constant(program, bias), scale)
     if not _is_quantized_constant(bias):
         raise StaysFloat("its bias is computed")
@@ -219,7 +219,7 @@ def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     (x,) = _grids(program, left)
     codes, scale, zero_point = (constant(program, argument) for argument in right.args[:3])
     if codes.ndim != 2:
-        raise StaysFloat("a constant factor that is not a matrix has no rule")
+        raise StaysFloat("a constant factor that is not a matrix has no integer kernel here")
     weights = kernels.prepare_weights(codes.T, zero_point, scale, None, x)
     return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y))
 
@@ -228,7 +228,7 @@ def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     left, right, factor = bind(node).values()
     a, b = _grids(program, left, right)
     if factor != 1:
-        raise StaysFloat("a factor on the second summand has no integer kernel")
+        raise StaysFloat("a sum with a factor (alpha) has no integer kernel")
     tables = kernels.add_table(a, b, y), kernels.add_table(b, a, y).T.contiguous()
 
     def compute(a_codes: Tensor, b_codes: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def _mul(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
 
 
 def _unary(name: str, prepare: Callable[[dict[str, Any], Grid, Grid], Callable[[Tensor], Tensor]]) -> Rule:
-    """Make the rule of an operator with one operand from the function on its codes, given its arguments and grids."""
+    """Return the rule of an operator with one operand; `prepare` returns its function on codes."""
 
     def rule(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
         (x,) = _grids(program, source(node))
@@ -276,7 +276,7 @@ def _global_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], 
 
 def _average_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
     if bound["ceil_mode"] or bound["divisor_override"] is not None:
-        raise StaysFloat("average pooling with a ceiling or a divisor of its own has no integer kernel")
+        raise StaysFloat("average pooling with ceil_mode or divisor_override has no integer kernel")
     size = bound["kernel_size"]
     kernel, stride, padding = ((v * 2)[:2] for v in map(tuple, (size, bound["stride"] or size, bound["padding"])))
     return partial(
@@ -298,22 +298,22 @@ def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
 
 
 def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    """The move is evaluated on codes like any other; the clip is left for the quantizer."""
+    """Return the kernel of a move: it moves codes as usual, and leaves a clip to the quantizer."""
     cut = node.target is operator.getitem
     if cut and source(node).target not in LISTS:
         raise StaysFloat(reason_without_rule(source(node)))
     (x,) = _grids(program, source(source(node)) if cut else source(node))
     if not torch.equal(x.scale, y.scale) or x.zero_point != y.zero_point:
-        raise StaysFloat(f"{facts(node.target).onnx} between different scales is executed on floats")
+        raise StaysFloat(f"{facts(node.target).onnx} between different scales runs on floats")
     return Kernel(facts(node.target).onnx, (node,), partial(kernels.integer_clip, y=y))
 
 
 def reason_without_rule(node: fx.Node) -> str:
-    """Say why an operator that has no rule is computed in float."""
+    """Return why an operator that has no rule is computed in float."""
     if node.target is DEQUANTIZE:
-        return "a quantizer directly after another"
+        return "it is a quantizer directly after another one"
     if clip_bounds(node) is not None:
-        return "a clip that is not the saturation of an integer kernel before it"
+        return "it is a clip that no integer kernel before it performs by saturation"
     return f"{operator_name(node.target)} has no integer kernel"
 
 
@@ -324,7 +324,7 @@ WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None], Kernel]] = 
     aten.linear.default: _linear,
     **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _matmul),
 }
-"""Operators that multiply and accumulate: reported whether or not their result is quantized."""
+"""Operators that multiply and accumulate; they are reported even if their result is not quantized."""
 
 RULES: dict[Any, Rule] = {
     **WEIGHTED,

@@ -1,4 +1,4 @@
-"""The integer kernels of onnxruntime's CPU provider as functions on codes, equal to them in every code.
+"""The integer kernels of onnxruntime's CPU provider as functions on codes, which agree with them in every code.
 
 Every formula is the order of float32 roundings that the x86 kernels (AVX2 and newer) execute; a different but
 algebraically equal order gives other codes at ties. Accumulators are integers held in float32, which is exact while
@@ -61,7 +61,7 @@ CODES = 256
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Where the codes of one activation live.
+    """The grid of the codes of one activation.
 
     scale:      float32, [].
     qmin, qmax: range of the codes, which may be narrower than the container.
@@ -85,16 +85,16 @@ class Grid:
         return max(abs(self.qmin - self.zero_point), abs(self.qmax - self.zero_point))
 
     def every_code(self) -> Tensor:
-        """All codes of the container in ascending order, float32 [256]."""
+        """Return all codes of the container in ascending order, float32 [256]."""
         low, high = self.container
         return torch.arange(low, high + 1, dtype=torch.float32)
 
     def centred(self, codes: Tensor) -> Tensor:
-        """`codes` - zero_point as integer-valued float32."""
+        """Return codes - zero_point as integer-valued float32."""
         return codes.to(torch.float32).sub_(self.zero_point)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Float32 values of `codes`."""
+        """Return the float32 values of `codes`."""
         return self.centred(codes).mul_(self.scale)
 
 
@@ -125,8 +125,8 @@ class Weights:
     parts: (range of the reduction axis, integer-valued weight [out, part, ...]); float32 where sums are exact in it.
     bias:  int32 [out] or None.
     scale: float32, [] or [out].
-    wide:  the accumulator may leave float32's exact integers once the parts and the bias are added.
-    wraps: it may even leave int32.
+    wide:  whether the sum of all parts and the bias may exceed float32's exact integers.
+    wraps: whether that sum may even exceed int32.
     """
 
     parts: tuple[tuple[slice, Tensor], ...]
@@ -162,7 +162,7 @@ def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tens
 def _split(bound: Tensor) -> list[slice]:
     """Return the fewest ranges of the reduction axis with exact sums; none if one index alone exceeds them.
 
-    bound: [out, in], what each index can add to the accumulator.
+    bound: [out, in], the most that each index can add to the accumulator.
     """
     total = bound.cumsum(1)  # [out, in]
     ranges: list[slice] = []
@@ -182,8 +182,8 @@ def _accumulate(
 ) -> Tensor:
     """Return the accumulators, rounded once to float32.
 
-    pick:  the part of the centred input that meets a range of the reduction axis.
-    shape: of the bias against the accumulators.
+    pick:  returns the part of the centred input that belongs to a range of the reduction axis.
+    shape: in which the bias broadcasts against the accumulators.
     """
     bias = None if weights.bias is None else weights.bias.reshape(shape)
     if not weights.wide:
@@ -198,14 +198,14 @@ def _accumulate(
 
 
 def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
-    """Return the codes of float32 accumulators, which are overwritten."""
+    """Return the codes of float32 accumulators, whose memory is overwritten."""
     low, high = y.container
     codes = accumulators.mul_(multiplier).clamp_(low - y.zero_point, high - y.zero_point).round_().add_(y.zero_point)
     return codes.clamp_(y.qmin, y.qmax).to(y.dtype)
 
 
 def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry) -> Tensor:
-    """QLinearConv.
+    """Compute QLinearConv.
 
     codes:   [batch, channels, *space], one or two dimensions of space.
     returns: codes [batch, out, *space].
@@ -227,7 +227,7 @@ def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeomet
 
 
 def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None) -> Tensor:
-    """QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
+    """Compute QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
 
     codes:   [..., in].
     returns: codes [..., out], or float32 if y is None.
@@ -239,7 +239,7 @@ def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None) -> Tensor:
 
 
 def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -> Tensor:
-    """QLinearMatMul of two activations, MatMulIntegerToFloat if y is None.
+    """Compute QLinearMatMul of two activations, MatMulIntegerToFloat if y is None.
 
     a_codes, b_codes: [..., m, k], [..., k, n].
     returns:          codes [..., m, n], or float32 if y is None.
@@ -258,18 +258,18 @@ def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -
 
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
-    """Round float values that already carry the zero point."""
+    """Return the codes of float values that already include the zero point."""
     low, high = y.container
     return torch.round(values).clamp(low, high).clamp(y.qmin, y.qmax).to(y.dtype)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """f32(a * b + c): the float64 product of two float32 numbers is exact."""
+    """Return f32(a * b + c), computed in float64, where the product of two float32 numbers is exact."""
     return (a.double() * b.double() + c.double()).to(torch.float32)
 
 
 def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
-    """QLinearAdd of every pair of codes, [256, 256]."""
+    """Return the result of QLinearAdd for every pair of codes, [256, 256]."""
     ra, rb = a.scale / y.scale, b.scale / y.scale
     za, zb, zy = (torch.tensor(float(grid.zero_point)) for grid in (a, b, y))
     fix = zy - _fma(ra, za, rb * zb)
@@ -277,15 +277,15 @@ def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
 
 
 def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
-    """QLinearMul of every pair of codes, [256, 256]."""
+    """Return the result of QLinearMul for every pair of codes, [256, 256]."""
     product = a.centred(a.every_code())[:, None] * b.centred(b.every_code())
     return _saturate(product * ((a.scale * b.scale) / y.scale) + y.zero_point, y)
 
 
 def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_last: bool) -> bool:
-    """Whether QLinearAdd computes b + a: it does when the innermost run of `a` is one element and that of `b` is not.
+    """Return whether QLinearAdd computes b + a: if the innermost run of `a` is one element and that of `b` is not.
 
-    channels_last: the runtime holds both tensors with the axis 1 innermost.
+    channels_last: whether the runtime holds both tensors with axis 1 innermost.
     """
 
     def innermost_first(shape: Sequence[int]) -> list[int]:
@@ -298,33 +298,33 @@ def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_las
 
 
 def lookup_pair(table: Tensor, a_codes: Tensor, b_codes: Tensor) -> Tensor:
-    """`table`[a, b], with the broadcasting of an addition."""
+    """Return table[a, b], where the codes broadcast as in an addition."""
     index = (a_codes.to(torch.int32) - torch.iinfo(a_codes.dtype).min) * CODES
     index = index + (b_codes.to(torch.int32) - torch.iinfo(b_codes.dtype).min)
     return table.flatten().index_select(0, index.flatten()).view(index.shape)
 
 
 def unary_table(function: Callable[[Tensor], Tensor], x: Grid, y: Grid) -> Tensor:
-    """quantize(function(dequantize(code))) of every code, [256]; the identity function gives QLinearConcat's table."""
+    """Return quantize(function(dequantize(code))) for every code, [256]; with the identity, QLinearConcat's table."""
     values = function(x.values(x.every_code()))
     zero_point = torch.tensor(float(y.zero_point))
     return round_codes(values, y.scale, zero_point, *y.container).clamp(y.qmin, y.qmax).to(y.dtype)
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """`table`[code]."""
+    """Return table[code] for every code."""
     index = codes.to(torch.int32) - torch.iinfo(codes.dtype).min
     return table.index_select(0, index.flatten()).view(codes.shape)
 
 
 def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
-    """QLinearSoftmax, which multiplies by floor(1 / scale)."""
+    """Compute QLinearSoftmax, which multiplies by floor(1 / scale)."""
     probabilities = torch.softmax(x.values(codes), dim)
     return _saturate(torch.round(probabilities * torch.floor(1.0 / y.scale)) + y.zero_point, y)
 
 
 def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
-    """QLinearGlobalAveragePool: codes [batch, channels, *space] -> codes [batch, channels, 1...]."""
+    """Compute QLinearGlobalAveragePool: codes [batch, channels, *space] -> codes [batch, channels, 1...]."""
     space = tuple(range(2, codes.ndim))
     count = codes[0, 0].numel()
     sums = codes.sum(space, keepdim=True, dtype=torch.int64) - count * x.zero_point
@@ -333,7 +333,7 @@ def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
 
 
 def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Tensor:
-    """QLinearAveragePool: codes [batch, channels, height, width] -> codes, the window moved without ceiling."""
+    """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, height, width] -> codes."""
     (kh, kw), (sh, sw), (ph, pw) = geometry.kernel, geometry.stride, geometry.padding
     values = functional.pad(x.values(codes), (pw, pw, ph, ph))
     height = (values.shape[-2] - kh) // sh + 1
@@ -354,6 +354,6 @@ def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Ten
 
 
 def integer_clip(codes: Tensor, y: Grid) -> Tensor:
-    """Clip the codes: what is left of a kernel that only moves or selects codes."""
+    """Clip the codes, which is all that remains of a kernel that only moves or selects codes."""
     low, high = y.container
     return codes if (y.qmin, y.qmax) == (low, high) else codes.clamp(y.qmin, y.qmax)

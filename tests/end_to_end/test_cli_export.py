@@ -224,7 +224,7 @@ def test_preparations_are_done_and_told(intact: Callable[..., Result], tmp_path:
     assert [(pair["first"], pair["second"]) for pair in done["cle"]["pairs"]] == [("0", "2"), ("2", "5")]
     assert done["absorb"]["pairs"] == [] and {each["where"] for each in done["absorb"]["skipped"]} == {"0", "2", "5"}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "2 pairs equalized" in page and "no batch norm says what its values are" in page
+    assert "2 pairs equalized" in page and "no batch norm tells the range of its values" in page
 
 
 def test_a_file_of_settings_and_options_of_the_method(intact: Callable[..., Result], tmp_path: Path) -> None:

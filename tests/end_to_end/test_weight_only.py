@@ -573,7 +573,7 @@ def test_coverage_counts_them_as_what_they_are() -> None:
     covered = coverage(stored(result))
     assert (covered.integer_macs, covered.weight_only_macs, covered.accuracy_level) == (0.0, 1.0, 0)
     assert {node.why for node in covered.float_nodes if node.macs} == {
-        "weights only are quantized: a float kernel expands them, at accuracy level 0"
+        "only the weights are quantized: a float kernel expands them, at accuracy level 0"
     }
 
 

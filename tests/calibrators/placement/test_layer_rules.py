@@ -302,7 +302,7 @@ def scales_of(result: CalibrationResult) -> dict[str, Tensor]:
 
 def test_methods_of_whole_networks_are_no_range_methods() -> None:
     model, x = build("residual", batch=4)
-    for name, message in (("qdrop", "takes one of aciq"), ("minmx", "Did you mean 'minmax'")):
+    for name, message in (("qdrop", "takes a range method: aciq"), ("minmx", "Did you mean 'minmax'")):
         with pytest.raises(InputError, match=message):
             calibrate(capture(model, x), [x], placement=PlacementOptions(layers=(rule("point", method=name),)))
     with pytest.raises(InputError, match="name of a range method"):

@@ -329,11 +329,11 @@ def between(activation: nn.Module) -> nn.Module:
 LEFT: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str]], dict[str, str]]] = {
     "relu6": (lambda: between(nn.ReLU6()), [], {"0": "clip to 0 ... 6"}),
     "silu": (lambda: between(nn.SiLU()), [], {"0": "2 readers"}),
-    "gelu": (lambda: between(nn.GELU()), [], {"0": "gelu stands behind it"}),
+    "gelu": (lambda: between(nn.GELU()), [], {"0": "gelu comes after it"}),
     "residual": (
-        Residual, [("a", "b")], {"stem": "2 readers", "b": "add stands behind it", "head": "output of the model"},
+        Residual, [("a", "b")], {"stem": "2 readers", "b": "add comes after it", "head": "output of the model"},
     ),
-    "tied": (Tied, [], {"stem": "conv behind it shares its weight", "conv": "read elsewhere"}),
+    "tied": (Tied, [], {"stem": "the next layer, conv, shares its weight", "conv": "reads its weight too"}),
     "returned": (Returned, [], {"a": "2 readers", "b": "output of the model"}),
     "mixed": (Mixed, [], {"a": "channels mix"}),
 }  # fmt: skip
@@ -436,7 +436,7 @@ class Between(nn.Module):
 def test_what_mixes_channels_ends_a_link(function: Callable[[Tensor], Tensor], width: int) -> None:
     graph, x = forms(uneven(Between(function, width)), 8)
     changed, record = equalize(graph)
-    assert record.pairs == () and reasons(record)["first"] == "channels mix on the way"
+    assert record.pairs == () and reasons(record)["first"] == "channels mix before the next layer"
     assert difference(graph, changed, x) == 0
 
 
@@ -536,9 +536,9 @@ def test_branches_may_vary_together() -> None:
 @pytest.mark.parametrize(
     ("behind", "why"),
     [
-        (lambda: (nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)), "zeros are padded in front of 3"),
-        (lambda: (nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(6, 4, 3)), "zeros are padded in front of 4"),
-        (lambda: (nn.ReLU(), nn.AvgPool2d(3, padding=1), nn.Conv2d(6, 4, 1)), "zeros are padded in front of 4"),
+        (lambda: (nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)), "the input of 3 is padded with zeros"),
+        (lambda: (nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(6, 4, 3)), "the input of 4 is padded with zeros"),
+        (lambda: (nn.ReLU(), nn.AvgPool2d(3, padding=1), nn.Conv2d(6, 4, 1)), "the input of 4 is padded with zeros"),
         (lambda: (nn.ReLU6(), nn.Conv2d(6, 4, 1)), "clip to 0 ... 6"),
     ],
     ids=["convolution-pads", "pad", "pool-pads", "relu6"],
@@ -555,7 +555,7 @@ def test_where_a_constant_cannot_pass_nothing_is_absorbed(
 def test_without_batch_norms_nothing_is_absorbed() -> None:
     graph, _ = forms(uneven(NETS["dense"][0]()), *IMAGE)
     _, record = absorb(graph)
-    assert record.pairs == () and reasons(record)["0"] == "no batch norm says what its values are"
+    assert record.pairs == () and reasons(record)["0"] == "no batch norm tells the range of its values"
 
 
 # --- from end to end

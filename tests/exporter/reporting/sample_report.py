@@ -291,7 +291,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                     }
                     for exact in (False, True)
                 ],
-                "skipped": [{"where": "stem.conv", "why": "zeros are padded in front of stages.0.0.conv"}],
+                "skipped": [{"where": "stem.conv", "why": "the input of stages.0.0.conv is padded with zeros"}],
             },
         },
         "rules": [

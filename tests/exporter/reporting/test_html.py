@@ -174,7 +174,7 @@ def test_every_block_shows_its_numbers() -> None:
         "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
         "granularity tensor, symmetric true", "none: later rules decide", "input bits",
         "1 pair equalized in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
-        "5 of 48", "3.22", "exact", "0.00076", "zeros are padded in front of stages.0.0.conv",
+        "5 of 48", "3.22", "exact", "0.00076", "the input of stages.0.0.conv is padded with zeros",
     ):  # fmt: skip
         assert shown in text, shown
 

@@ -65,7 +65,7 @@ def test_int8_activations_lose_coverage_and_are_named(name: str) -> None:
 def test_a_float_bias_takes_the_last_linear_layer_out(name: str) -> None:
     result = coverage(models.NETS[name](float_bias=True))
     assert [(node.op, node.why) for node in result.float_nodes] == [
-        ("Gemm", "its bias is float and its output not quantized")
+        ("Gemm", "its bias is float and its output is not quantized")
     ]
     assert result.integer_macs == 1 - result.float_nodes[0].macs / result.macs
 

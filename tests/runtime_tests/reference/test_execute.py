@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Program], fx.Node], str, str]] = {
     "matmul": (product(quantized=True), "QLinearMatMul", ""),
     "matmul-to-float": (product(quantized=False), "MatMulIntegerToFloat", ""),
     "add": (pair(aten.add.Tensor), "QLinearAdd", ""),
-    "add-number": (unary(aten.add.Tensor, 1.5), FLOAT, "an operand is a number"),
+    "add-number": (unary(aten.add.Tensor, 1.5), FLOAT, "one of its operands is a number"),
     "sub": (pair(aten.sub.Tensor), FLOAT, "sub has no integer kernel"),
     "mul": (pair(aten.mul.Tensor), "QLinearMul", ""),
     "cat": (lambda p: p.quantized(p.call(aten.cat.default, [image(p), image(p)], 1)), "QLinearConcat", ""),
