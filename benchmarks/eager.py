@@ -28,11 +28,11 @@ LR, SCALE_LR = 1e-3, 4e-5
 STEPS = 20_000
 
 START = 1e-4
-"""Least distance of the first soft rounding from 0 and 1: the engine's, so that both start at the same point."""
+"""Least distance of the first soft rounding from 0 and 1, as in the engine, so that both start at the same point."""
 
 
 class EagerActivation(nn.Module):
-    """Round straight through, clamp, dequantize, and keep the float value where the draw says so."""
+    """Rounds with a straight-through gradient, clamps and dequantizes; elements drawn at random keep their float."""
 
     def __init__(self, qparams: QParams, keep: float, *, learns: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class EagerRounding(nn.Module):
         self.variable = nn.Parameter(-torch.log((UPPER - LOWER) / (rest - LOWER) - 1))
 
     def up(self) -> Tensor:
-        """Share of the way from floor to floor + 1."""
+        """Return the soft rounding, from 0 (floor) to 1 (floor + 1), in the shape of the weight."""
         return torch.clamp(torch.sigmoid(self.variable) * (UPPER - LOWER) + LOWER, 0, 1)
 
     def forward(self) -> Tensor:
@@ -69,12 +69,12 @@ class EagerRounding(nn.Module):
         return (codes - self.zero_point) * self.scale
 
     def regularizer(self) -> Tensor:
-        """How far the rounding is from 0 or 1, summed over the elements."""
+        """Return the rounding regularizer, which is 0 where the rounding is 0 or 1, summed over the elements."""
         return (1 - (2 * self.up() - 1).abs().pow(BETA)).sum()
 
 
 class EagerUnit:
-    """The unit of a run of the engine, to be trained from where the engine starts.
+    """The unit of a run of the engine, which starts training at the engine's starting point.
 
     keep: probability that an activation, inside or at the entrance, is the quantized one.
     """
@@ -106,14 +106,14 @@ class EagerUnit:
         return [rounding.variable for rounding in self.roundings.values()]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The supervised outputs under the current soft weights."""
+        """Return the supervised outputs with the current soft weights."""
         for name, rounding in self.roundings.items():
             self.network.set(name, rounding())
         outputs = self.network(*inputs)
         return [outputs[i] for i in self.supervised]
 
     def step(self) -> None:
-        """One descent on a random minibatch."""
+        """Take one training step on a random minibatch."""
         index = torch.randint(0, len(self.inputs[0]), (self.batch,), device=self.inputs[0].device)
         pairs = zip(self.inputs, self.float_inputs, strict=True)
         mixed = [_mix(quantized[index], floating[index], self.keep) for quantized, floating in pairs]
@@ -133,7 +133,7 @@ class EagerUnit:
 
 
 def given(unit: Unit, run: Run) -> dict[str, Tensor]:
-    """Values that rounding does not decide here, by site: biases, and weights that an earlier unit has trained."""
+    """Return by site the values that training does not change: biases, and weights that an earlier unit has trained."""
     codes = {name: run.weights[name] for name in unit.simulation.weights if name not in unit.weights}
     weights = {name: dequantize(coded.codes, coded.qparams).to(run.device) for name, coded in codes.items()}
     return {**weights, **unit.biases}
@@ -144,5 +144,5 @@ def _mix(quantized: Tensor, floating: Tensor, keep: float) -> Tensor:
 
 
 def _all(cache: Cache, device: torch.device) -> Tensor:
-    """Every sample of a cache in float32, contiguous as PyTorch lays tensors out by default."""
+    """Return all samples of a cache in float32, in PyTorch's default layout."""
     return cache.gather(torch.arange(len(cache))).contiguous().to(device)

@@ -1,4 +1,4 @@
-"""Latency of the shipped files against float and against onnxruntime's own static quantization of the same folded net.
+"""Compare the latency of exported files with float and with onnxruntime's own static quantization of the folded net.
 
     python benchmarks/latency.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration
     python benchmarks/latency.py [RepVGGLike MobileNetLike TransformerMlps]
@@ -7,7 +7,7 @@ Without models: RepVGG-like and MobileNet-like stacks at 224x224, and the MLPs o
 Batch 1, one thread, all models interleaved in one process, order shuffled every round; medians, and ratios to float.
 `static` is onnxruntime's quantize_static (QDQ, uint8 activations, int8 weights per channel) on the file that plain
 torch.onnx.export writes for the folded net; `prepared` the same after its optional pre-processing of the float file.
-`w4a8` and `w4a4` are `intact` with fewer bits; their share of multiply-accumulates on integer kernels is told too.
+`w4a8` and `w4a4` are `intact` with fewer bits; the share of multiply-accumulates in integer kernels is printed too.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ class Mlp(nn.Module):
 
 
 class TransformerMlps(nn.Sequential):
-    """Four of them on 196 tokens."""
+    """Four of these MLPs on 196 tokens."""
 
     def __init__(self) -> None:
         super().__init__(*(Mlp() for _ in range(4)))
 
 
 def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Path]:
-    """The files of one network."""
+    """Write all variants of one network to `folder` and return their files by name."""
     graph = fold(capture(model, batches[0]))
     paths = {name: folder / f"{name}.onnx" for name in ("float", "intact", *LOW_BITS, "static", "prepared")}
     emit_float(graph, paths["float"])
@@ -128,8 +128,9 @@ def files(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[str, Pa
 
 
 def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]:
-    """Median milliseconds per file; the order is drawn anew every round, so that nobody always runs behind the large
-    float model, which leaves cold caches.
+    """Return the median milliseconds per file.
+
+    The order is shuffled every round, so that no file always runs after the large float model, with cold caches.
     """
     sessions = {name: session(path, threads=1) for name, path in paths.items()}
     feeds = {name: feed(path, x) for name, path in paths.items()}
@@ -145,12 +146,12 @@ def medians_ms(paths: dict[str, Path], x: Tensor, runs: int) -> dict[str, float]
 
 
 def feed(path: Path, x: Tensor) -> dict[str, Any]:
-    """What the file of a network with one input is run on."""
+    """Return the input of a file with one input, by name."""
     return {session(path).get_inputs()[0].name: x.numpy()}
 
 
 def report(label: str, model: nn.Module, batches: list[Tensor], runs: int) -> None:
-    """One line: medians and ratios."""
+    """Measure one network and print one line: medians and ratios."""
     with tempfile.TemporaryDirectory() as folder:
         paths = files(model, batches, Path(folder))
         median = medians_ms(paths, batches[0][:1], runs)

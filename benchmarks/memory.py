@@ -1,8 +1,8 @@
-"""Peak memory and time of calibration with 1x and 10x the batches, each in a process of its own.
+"""Measure peak memory and time of calibration with 1x and 10x the batches, each in a process of its own.
 
     python benchmarks/memory.py file.py:factory --data file.py:callable [--batches 16]
 
-The data is repeated to fill 10x. The ratio of the peaks shall stay below 1.1.
+The data is repeated for 10x. The ratio of the peaks must stay below 1.1.
 """
 
 from __future__ import annotations

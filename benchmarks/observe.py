@@ -18,7 +18,7 @@ from calibrators.ranges.histogram import BINS, Statistic
 
 
 def inputs(elements: int) -> dict[str, Tensor]:
-    """Named activations: after ReLU, before it, with a heavy tail, and all equal (the worst case of counting)."""
+    """Return named activations: after a ReLU, before it, with a heavy tail, and all equal (slowest to count)."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(elements, generator=generator)
     heavy = normal / torch.randn(elements, generator=generator).abs().clamp(min=0.05)
@@ -26,12 +26,12 @@ def inputs(elements: int) -> dict[str, Tensor]:
 
 
 def update(values: Tensor) -> None:
-    """A fresh statistic over `values`."""
+    """Update a new statistic with `values`."""
     Statistic().update(values)
 
 
 def numpy_histogram(values: Tensor) -> None:
-    """What tools that bin with NumPy do, over the same number of bins."""
+    """Count `values` in the same number of bins with NumPy, as other tools do."""
     np.histogram(values.numpy(), bins=2 * BINS)
 
 
@@ -43,7 +43,7 @@ CONTESTANTS: dict[str, Callable[[Tensor], object]] = {
 
 
 def nanoseconds(contestant: Callable[[Tensor], object], values: Tensor, repeats: int) -> float:
-    """Median time of one call in nanoseconds per element, the first call not counted."""
+    """Return the median time of a call in nanoseconds per element, without the first call."""
     contestant(values)
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Time of one reconstruction step: the engine against the same QDrop step in plain eager PyTorch (eager.py).
+"""Time one reconstruction step: the engine against the same QDrop step in plain eager PyTorch (eager.py).
 
     python benchmarks/step.py zoo.py:mobilenetv2 --data zoo.py:calibration [--units 0 3 8] [--steps 20] [--bits 4/4]
 
@@ -41,14 +41,14 @@ from exporter.inputs.open import open_data
 
 BATCH, KEEP = 32, 0.5
 WARM = 3
-"""Rounds before those that count, at every number of threads."""
+"""Warm-up rounds at every number of threads."""
 
 TOLERANCE = 1e-9
 """Legal relative difference of the two forward passes in float64: far below one changed code among the millions of a
 minibatch, far above rounding errors."""
 
 QUIET = 1.5
-"""Load of the machine, before this program adds to it, above which times are provisional."""
+"""Load average of the machine before the benchmark above which times are provisional."""
 
 
 @dataclass
@@ -63,13 +63,13 @@ class Times:
 
 
 class Enough(Exception):
-    """The last unit that was asked for is done."""
+    """The last requested unit is done."""
 
 
 class Race:
-    """Watches the engine's loop as its progress bar and lets the baseline step in between.
+    """Follows the engine's loop as its progress bar, and takes the steps of the baseline in between.
 
-    group: steps between two looks at the clock: one on a CPU, several on a device that works asynchronously.
+    group: steps per time measurement: one on a CPU, several on a device that works asynchronously.
     """
 
     def __init__(self, units: Sequence[int], rounds: int, threads: Sequence[int], device: torch.device) -> None:
@@ -84,17 +84,17 @@ class Race:
 
     @property
     def iters(self) -> int:
-        """Steps that the engine has to take per unit."""
+        """Number of steps that the engine has to take per unit."""
         return self.group * (WARM + self.rounds) * len(self.threads)
 
     def begin(self, unit: Unit, run: Run) -> None:
-        """The engine is about to train `unit`.
+        """Prepare the baseline of `unit`, which the engine is about to train.
 
-        raises: InputError for a number that no unit has; Enough when all are done.
+        raises: InputError for a unit number that does not exist; Enough if all units are done.
         """
         for number in self.units:
             if not 0 <= number < len(run.blocks):
-                raise InputError(f"there is no unit {number}; the network has {len(run.blocks)}, counted from 0.")
+                raise InputError(f"there is no unit {number}; the network has {len(run.blocks)} units, counted from 0.")
         if self.units and self.seen > max(self.units):
             raise Enough
         number, self.seen = self.seen, self.seen + 1
@@ -108,7 +108,7 @@ class Race:
         self.start = self._now()
 
     def advance(self, steps: int = 1) -> None:
-        """The engine took steps."""
+        """Record that the engine took `steps`; let the baseline take as many and time both."""
         self.pending += steps
         if self.eager is None or self.pending < self.group:
             return
@@ -133,12 +133,12 @@ class Race:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Race | Silent]:
-        """Progress of the engine: the race watches its training, nothing else."""
+        """Open a stage of the engine's progress: the race for training, a silent bar for anything else."""
         yield self if name == "reconstruct" else Silent()
 
 
 class Silent:
-    """A bar that nobody watches."""
+    """A progress bar that shows nothing."""
 
     def advance(self, steps: int = 1) -> None:
         pass
@@ -146,7 +146,7 @@ class Silent:
 
 @torch.no_grad()
 def forward_difference(unit: Unit, run: Run) -> float:
-    """Relative difference of the engine's and the baseline's outputs before training, nothing dropped, in float64."""
+    """Return the relative difference of engine and baseline outputs before training, without drop, in float64."""
     exact = in_float64(unit, run)
     index = torch.arange(min(BATCH, len(unit.inputs[0])))
     inputs = [cache.gather(index).to(run.device).double() for cache in unit.inputs]
@@ -168,7 +168,7 @@ def forward_difference(unit: Unit, run: Run) -> float:
 
 
 def in_float64(unit: Unit, run: Run) -> Unit:
-    """The unit with quantizers, weights and biases in float64; its caches stay as they are."""
+    """Return the unit with quantizers, weights and biases in float64; its caches stay as they are."""
 
     def double(grid: QParams) -> QParams:
         return replace(grid, scale=grid.scale.double())
@@ -190,7 +190,7 @@ def relative(y: Tensor, other: Tensor) -> float:
 
 
 def watched(race: Race) -> QDrop:
-    """The method, with the race told about every unit; steps as large as those of its default preset."""
+    """Return the method, which announces every unit to the race; learning rates are those of its default preset."""
 
     class Watched(QDrop):
         def prepare(self, unit: Unit, run: Run) -> Unit:
@@ -211,7 +211,7 @@ def watched(race: Race) -> QDrop:
 
 
 def table(units: Sequence[Times], threads: Sequence[int]) -> str:
-    """Medians and ratios, and their sum over the units."""
+    """Return the table of medians and ratios, with a row for the sum over the units."""
     sides = [f"{side}{n}" for n in threads for side in ("engine x", "eager x", "ratio x")]
     lines = [f"| unit | layers | same forward | {' | '.join(sides)} |", f"|{'---|' * (3 + len(sides))}"]
     sums = dict.fromkeys([(side, n) for n in threads for side in ("ours", "eager")], 0.0)
@@ -233,10 +233,10 @@ def pair(ours: float, eager: float) -> list[str]:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """One network; prints its table."""
+    """Run the benchmark on one network and print its table."""
     load = os.getloadavg()[0]
     if arguments.steps < 1 or min(arguments.threads) < 1:
-        raise InputError("--steps and --threads are numbers from 1 up.")
+        raise InputError("--steps and --threads must be at least 1.")
     bits: Widths = widths(arguments.bits)
     model = load_model(arguments.model)
     assert isinstance(model, nn.Module)
@@ -251,7 +251,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
     print(table(race.finished, threads))
     print(f"\nload before {load:.1f}{': the machine was busy, times are provisional' if load > QUIET else ''}")
     if any(not times.difference < TOLERANCE for times in race.finished):
-        raise SystemExit(f"error: the forward passes differ by more than {TOLERANCE:g}: these are not the same steps.")
+        raise SystemExit(
+            f"error: the forward passes differ by more than {TOLERANCE:g}, so the steps are not comparable."
+        )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One line per network for the README's table: accuracy, parity, coverage, size, latency and time of a whole export.
+"""Print one line per network for the README: accuracy, parity, coverage, size, latency and time of a whole export.
 
 python benchmarks/zoo.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration --eval zoo.py:evaluation [--method mse]
 """
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def line(model: str, data: str, evaluation: str, method: str) -> str:
-    """One row of the table."""
+    """Export one network and return its row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         report = export(

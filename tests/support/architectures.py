@@ -36,7 +36,7 @@ class Architecture:
 
 
 def construct(name: str, batch: int = 8, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network with random weights and one batch of inputs."""
+    """Return the network with random weights and one batch of inputs."""
     architecture = ARCHITECTURES[name]
     torch.manual_seed(seed)
     model = randomize(architecture.make(), seed)
@@ -225,7 +225,7 @@ class Inverted(nn.Module):
 
 
 def activated(*layers: nn.Module) -> nn.Sequential:
-    """Convolutions with the given modules between them."""
+    """Return convolutions with the given modules between them."""
     parts: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
     for layer in layers:
         parts += [layer, nn.Conv2d(8, 8, 3, padding=1)]

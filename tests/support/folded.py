@@ -1,4 +1,4 @@
-"""Networks of the tests, folded, with what methods that calibrate them are compared by."""
+"""Folded networks of the tests, and the error by which methods are compared on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.networks import NETWORKS, build
 
 @functools.cache
 def folded_network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """The folded graph of a network or an architecture, and inputs for 64 samples."""
+    """Return the folded graph of a network or an architecture, and 64 input samples."""
     if name in NETWORKS:
         model, x = build(name, batch=64)
         inputs: tuple[Tensor, ...] = (x,)
@@ -26,7 +26,7 @@ def folded_network(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
 
 
 def output_error(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
-    """Relative squared error of the network's outputs, the mean of all of them."""
+    """Return the relative squared error of the network's outputs, averaged over all of them."""
     with torch.no_grad():
         pairs = list(zip(graph(*inputs), result.program(*inputs), strict=True))
     return sum(float((y - t).square().sum() / t.square().sum()) for t, y in pairs) / len(pairs)

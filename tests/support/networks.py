@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights and batch norm statistics, nothing at its default; eval mode."""
+    """Draw random weights and batch norm statistics, none at its default, and return the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -103,7 +103,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 
 
 def build(name: str, seed: int = 0, batch: int = 8) -> tuple[nn.Module, Tensor]:
-    """A network with random weights and one batch of standard normal inputs."""
+    """Return a network with random weights and one batch of standard normal inputs."""
     kind, shape = NETWORKS[name]
     generator = torch.Generator().manual_seed(seed + 1)
     return randomize(kind(), seed), torch.randn(batch, *shape, generator=generator)

@@ -8,7 +8,7 @@ from runtime_tests.reference.execute import run_qdq
 
 
 def noise_of(result: CalibrationResult, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Signal to noise in dB of every site on one batch."""
+    """Return the signal-to-noise ratio of every site on one batch, in dB."""
     noise = Noise(result)
     noise.start(inputs)
     run_qdq(result.program, inputs, see=noise.see)

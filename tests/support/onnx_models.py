@@ -34,7 +34,7 @@ class Edge:
 
 @dataclass
 class Net:
-    """A graph under construction; every method appends nodes and returns the value it made."""
+    """A graph under construction; methods append nodes and return the value that these compute."""
 
     seed: int = 0
     opset: int = 20
@@ -48,7 +48,7 @@ class Net:
         self.rng = np.random.default_rng(self.seed)
 
     def constant(self, hint: str, value: Array, *, dtype: int | None = None) -> str:
-        """Name of a new raw_data initializer; `dtype` packs `value` into a 4- or 2-bit type."""
+        """Add a raw_data initializer and return its name; `dtype` packs `value` into a 4- or 2-bit type."""
         name = f"{hint}.{len(self.initializers)}"
         if dtype is None:
             tensor = onnx.numpy_helper.from_array(np.asarray(value), name)
@@ -59,7 +59,7 @@ class Net:
         return name
 
     def op(self, op_type: str, *inputs: str, hint: str = "", domain: str = "", **attributes: Any) -> str:
-        """Name of the value that a new one-output node makes."""
+        """Append a node and return the name of its one output."""
         name = hint or f"{op_type.lower()}_{len(self.nodes)}"
         self.nodes.append(
             helper.make_node(op_type, list(inputs), [name], name=f"node_{name}", domain=domain, **attributes)
@@ -67,19 +67,19 @@ class Net:
         return name
 
     def input(self, name: str, shape: tuple[int | str, ...], dtype: int = TensorProto.FLOAT) -> str:
-        """A new graph input."""
+        """Add a graph input and return its name."""
         self.inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
         return name
 
     def quantize(self, value: str, lo: float, hi: float, *, clip: tuple[int, int] | None = None) -> Edge:
-        """Q, an optional Clip of the codes, and DQ after `value`, for the range [lo, hi]."""
+        """Append Q, an optional Clip of the codes, and DQ after `value`, for the range [lo, hi]."""
         low, high = (0, 255) if self.activation == "u8" else (-128, 127)
         low, high = clip or (low, high)
         scale = (hi - lo) / (high - low)
         return self.quantize_with(value, scale, round(low - lo / scale), clip=clip)
 
     def quantize_with(self, value: str, scale: float, zero: int, *, clip: tuple[int, int] | None = None) -> Edge:
-        """Q, an optional Clip of the codes, and DQ after `value`, for given parameters."""
+        """Append Q, an optional Clip of the codes, and DQ after `value`, for given parameters."""
         dtype = ACTIVATIONS[self.activation][1]
         params = (
             self.constant(f"{value}.scale", np.array(scale, np.float32)),
@@ -88,7 +88,7 @@ class Net:
         return self.pair(value, params, float(np.float32(scale)), clip=clip)
 
     def pair(self, value: str, params: tuple[str, str], scale: float, *, clip: tuple[int, int] | None = None) -> Edge:
-        """Q, an optional Clip of the codes, and DQ after `value`, with parameters that exist already."""
+        """Append Q, an optional Clip of the codes, and DQ after `value`, with parameters that exist already."""
         codes = self.op("QuantizeLinear", value, *params, hint=f"{value}.q{len(self.nodes)}")
         if clip is not None:
             dtype = ACTIVATIONS[self.activation][1]
@@ -97,11 +97,11 @@ class Net:
         return Edge(self.op("DequantizeLinear", codes, *params, hint=f"{codes}.dq"), scale, params)
 
     def like(self, value: str, edge: Edge) -> Edge:
-        """Q and DQ after `value` with the parameters of `edge`."""
+        """Append Q and DQ after `value`, with the parameters of `edge`."""
         return self.pair(value, edge.params, edge.scale)
 
     def weight(self, shape: tuple[int, ...], *, axis: int, limit: int = 127) -> tuple[str, Array]:
-        """Dequantized random weights (variance 1/fan_in) and their float32 scales, one per channel of `axis`."""
+        """Add dequantized random weights (variance 1/fan_in); return them and their scales, one per channel of `axis`."""
         channels = shape[axis]
         fan_in = int(np.prod(shape)) // channels
         weight = np.moveaxis(self.rng.normal(0, fan_in**-0.5, shape), axis, 0)
@@ -111,13 +111,13 @@ class Net:
         return self.dequantize_codes("weight", np.ascontiguousarray(codes), scale, axis=axis), scale
 
     def dequantize_codes(self, hint: str, codes: Array, scale: Array, *, axis: int) -> str:
-        """DequantizeLinear of constant codes with a zero point of zeros."""
+        """Append DequantizeLinear of constant codes, with zero points of 0."""
         zeros = self.constant(f"{hint}.zero_point", np.zeros(scale.shape, codes.dtype))
         names = (self.constant(f"{hint}.codes", codes), self.constant(f"{hint}.scale", scale), zeros)
         return self.op("DequantizeLinear", *names, axis=axis, hint=f"{names[0]}.dq")
 
     def bias(self, channels: int, x: Edge, scale: Array) -> str:
-        """Bias of `channels` values: int32 codes with scale f32(x.scale * scale), or floats."""
+        """Add a bias of `channels` values: int32 codes with scale f32(x.scale * scale), or floats."""
         bias = self.rng.normal(0, 0.1, channels)
         if self.float_bias:
             return self.constant("bias", bias.astype(np.float32))
@@ -125,38 +125,38 @@ class Net:
         return self.dequantize_codes("bias", np.rint(bias / scale).astype(np.int32), scale, axis=0)
 
     def conv(self, x: Edge, out: int, into: int, *, kernel: int = 3, group: int = 1, limit: int = 127) -> str:
-        """Float output of a convolution with same padding; `into` input channels."""
+        """Append a convolution of `into` input channels with same padding and return its float output."""
         weight, scale = self.weight((out, into // group, kernel, kernel), axis=0, limit=limit)
         pads = [kernel // 2] * 4
         bias = self.bias(out, x, scale)
         return self.op("Conv", x.name, weight, bias, group=group, kernel_shape=[kernel] * 2, pads=pads)
 
     def linear(self, x: Edge, out: int, into: int) -> str:
-        """Float output of a Gemm with transB=1."""
+        """Append a Gemm with transB=1 and return its float output."""
         weight, scale = self.weight((out, into), axis=0)
         return self.op("Gemm", x.name, weight, self.bias(out, x, scale), transB=1)
 
     def matmul(self, x: Edge, out: int, into: int) -> str:
-        """Float output of a MatMul (weights [into, out]) and its bias Add."""
+        """Append a MatMul (weights [into, out]) with its bias Add and return the float output."""
         weight, scale = self.weight((into, out), axis=1)
         return self.op("Add", self.op("MatMul", x.name, weight), self.bias(out, x, scale))
 
     def relu(self, value: str, hi: float = SIGNED_LIMIT) -> Edge:
-        """Relu and its quantizer [0, hi]."""
+        """Append a Relu and its quantizer with the range [0, hi]."""
         return self.quantize(self.op("Relu", value), 0.0, hi)
 
     def relu6(self, value: str, *, bits: int = 8) -> Edge:
-        """Relu6 by saturation: the lowest code is 0, the highest 6; below 8 bits with a Clip of the codes."""
+        """Append a quantizer that saturates as Relu6 does: from 0 to 6; below 8 bits with a Clip of the codes."""
         low = 0 if self.activation == "u8" else -128
         clip = (low, low + (1 << bits) - 1) if bits < 8 else None
         return self.quantize(self.op("Relu", value), 0.0, 6.0, clip=clip)
 
     def signed(self, value: str) -> Edge:
-        """Quantizer of a value without activation function."""
+        """Append the quantizer of a value without activation function."""
         return self.quantize(value, -SIGNED_LIMIT, SIGNED_LIMIT)
 
     def model(self, *outputs: str, ir_version: int = 10) -> onnx.ModelProto:
-        """The finished model, its outputs typed by shape inference."""
+        """Return the finished model, with outputs typed by shape inference."""
         graph = helper.make_graph(self.nodes, "toy", self.inputs, [], list(self.initializers.values()))
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets)
@@ -167,14 +167,14 @@ class Net:
 
 
 def classifier_tail(net: Net, x: Edge, channels: int, classes: int = 10) -> str:
-    """Global average pool, flatten with a quantizer on both sides, last linear layer with float output."""
+    """Append a global average pool, a flatten between two quantizers, and a linear layer with float output."""
     pooled = net.quantize(net.op("GlobalAveragePool", x.name), 0.0, SIGNED_LIMIT)
     flat = net.like(net.op("Flatten", pooled.name), pooled)
     return net.linear(flat, classes, channels)
 
 
 def residual(**options: Any) -> onnx.ModelProto:
-    """Stem, two residual blocks of two convolutions, max pool, classifier: [N, 3, 16, 16] -> [N, 10]."""
+    """Return a stem, two residual blocks of two convolutions, max pool and classifier: [N, 3, 16, 16] -> [N, 10]."""
     net = Net(**options)
     x = net.signed(net.input("x", ("N", 3, 16, 16)))
     x = net.relu(net.conv(x, 16, 3))
@@ -188,7 +188,7 @@ def residual(**options: Any) -> onnx.ModelProto:
 
 
 def squeeze_excite(**options: Any) -> onnx.ModelProto:
-    """Convolution whose channels are scaled by a squeeze-and-excite branch: [N, 3, 16, 16] -> [N, 10]."""
+    """Return a convolution whose channels a squeeze-and-excite branch scales: [N, 3, 16, 16] -> [N, 10]."""
     net = Net(**options)
     x = net.relu(net.conv(net.signed(net.input("x", ("N", 3, 16, 16))), 16, 3))
     gate = net.quantize(net.op("GlobalAveragePool", x.name), 0.0, SIGNED_LIMIT)
@@ -200,7 +200,7 @@ def squeeze_excite(**options: Any) -> onnx.ModelProto:
 
 
 def mobilenet(*, bits: int = 8, **options: Any) -> onnx.ModelProto:
-    """Two inverted residual blocks with relu6 as integer Clip: [N, 3, 16, 16] -> [N, 10]."""
+    """Return two inverted residual blocks with relu6 as integer Clip: [N, 3, 16, 16] -> [N, 10]."""
     net = Net(**options)
     x = net.relu6(net.conv(net.signed(net.input("x", ("N", 3, 16, 16))), 8, 3), bits=bits)
     for _ in range(2):
@@ -212,7 +212,7 @@ def mobilenet(*, bits: int = 8, **options: Any) -> onnx.ModelProto:
 
 
 def transformer_mlp(**options: Any) -> onnx.ModelProto:
-    """Pre-norm MLP blocks, quantized at the linear inputs only: [N, 12, 16] -> [N, 12, 16]."""
+    """Return pre-norm MLP blocks, quantized only at the inputs of linear layers: [N, 12, 16] -> [N, 12, 16]."""
     net = Net(**options)
     value = net.input("x", ("N", 12, 16))
     for _ in range(2):
@@ -241,7 +241,7 @@ MACS = {
 
 
 def sample(model: onnx.ModelProto, *, batch: int = 2, seed: int = 1) -> dict[str, Array]:
-    """Standard normal inputs of a toy network."""
+    """Return standard normal inputs of a toy network by name."""
     rng = np.random.default_rng(seed)
     shapes = {
         info.name: [dim.dim_value or batch for dim in info.type.tensor_type.shape.dim] for info in model.graph.input
@@ -250,7 +250,7 @@ def sample(model: onnx.ModelProto, *, batch: int = 2, seed: int = 1) -> dict[str
 
 
 def chain(*ops: str, opset: int = 20) -> onnx.ModelProto:
-    """A float [N, 4] graph of unary operators one after the other."""
+    """Return a float graph on [N, 4] of unary operators, one after the other."""
     net = Net(opset=opset)
     value = net.input("x", ("N", 4))
     for op_type in ops:

@@ -1,4 +1,4 @@
-"""Float64 NumPy oracles: each says one thing in the most literal way and shares no code with the product."""
+"""Float64 NumPy oracles: each computes one thing in the most literal way and shares no code with the product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 
 
 def bin_counts(values: NDArray[np.float32], bins: int) -> tuple[float, NDArray[np.int64]]:
-    """Reach R (a power of two) and counts of bins -bins..bins of width R / bins, distances rounded away from zero."""
+    """Return R (a power of two) and counts of bins -bins..bins of width R / bins, distances rounded away from zero."""
     exact = values.astype(np.float64)
     reach = 2.0**-100
     while reach < np.abs(exact).max(initial=0.0):
@@ -19,13 +19,13 @@ def bin_counts(values: NDArray[np.float32], bins: int) -> tuple[float, NDArray[n
 
 
 def round_trip(values: Array, scale: float, zero_point: int, qmin: int, qmax: int) -> Array:
-    """The values after quantization and back."""
+    """Return the values after quantization and dequantization."""
     codes = np.clip(np.round(values / scale) + zero_point, qmin, qmax)
     return (codes - zero_point) * scale
 
 
 def divergence(mass: Array, first: int, end: int, levels: int, smoothing: float) -> float:
-    """KL(P, Q) of the window [first, end): P with the clipped mass in its end bins, Q averaged level by level."""
+    """Return KL(P, Q) of the window [first, end): P with the clipped mass in its end bins, Q averaged by level."""
     window = mass[first:end]
     p = window.copy()
     p[0] += mass[:first].sum()

@@ -19,7 +19,7 @@ Block = Callable[[Array], Array]
 def probe(
     block: Block, *, channels: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Dense kernel [outputs, channels, kh, kw] and bias [outputs] of a block [n, c, h, w] -> [n, o, h', w'].
+    """Return the dense kernel [outputs, channels, kh, kw] and bias [outputs] of a block [n, c, h, w] -> [n, o, h', w'].
 
     An impulse at (r, q) is seen by output (i, j) through cell (r - s i + p, q - s j + p), so one impulse per residue
     modulo the stride shows every cell once.
@@ -44,7 +44,7 @@ def probe(
 
 
 def is_affine(block: Block, shape: Sequence[int], seed: int = 0) -> bool:
-    """Whether block(u + v) - block(0) is the sum of the two parts, to float64 rounding (1e-12 of the largest value)."""
+    """Return whether block(u + v) - block(0) is the sum of both parts, up to 1e-12 of the largest value (float64)."""
     rng = np.random.default_rng(seed)
     u, v = rng.standard_normal((2, *shape))
     silence = block(np.zeros(shape))
@@ -53,7 +53,7 @@ def is_affine(block: Block, shape: Sequence[int], seed: int = 0) -> bool:
 
 
 def convolve(x: Array, weight: Array, *, stride: Sequence[int], low: Sequence[int], high: Sequence[int]) -> Array:
-    """Direct convolution of [n, c, h, w] with [o, c, kh, kw]; `low` and `high` zeros per axis, negative: crop."""
+    """Convolve [n, c, h, w] directly with [o, c, kh, kw]; `low` and `high` zeros per axis, negative: crop."""
     x = np.pad(x, ((0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(low, high, strict=True))))
     top, left = (max(-a, 0) for a in low)
     bottom, right = (n - max(-b, 0) for n, b in zip(x.shape[2:], high, strict=True))
@@ -70,7 +70,7 @@ def convolve(x: Array, weight: Array, *, stride: Sequence[int], low: Sequence[in
 
 
 def dense(weight: Array, groups: int) -> Array:
-    """Grouped weight [o, c / groups, kh, kw] with zeros written between the groups: [o, c, kh, kw]."""
+    """Return a grouped weight [o, c / groups, kh, kw] with zeros between the groups: [o, c, kh, kw]."""
     outputs, columns = weight.shape[0] // groups, weight.shape[1]
     wide = np.zeros((weight.shape[0], columns * groups, *weight.shape[2:]))
     for group in range(groups):
@@ -80,7 +80,7 @@ def dense(weight: Array, groups: int) -> Array:
 
 
 def spread(weight: Array, dilation: Sequence[int]) -> Array:
-    """Kernel with the zeros of its dilation written out."""
+    """Return the kernel with the zeros of its dilation written out."""
     kh, kw = weight.shape[2:]
     wide = np.zeros((*weight.shape[:2], (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1))
     wide[:, :, :: dilation[0], :: dilation[1]] = weight

@@ -1,4 +1,4 @@
-"""Networks as their papers define them, at full width: what published partitions and weight counts refer to.
+"""Networks as their papers define them, at full width, to which published partitions and weight counts refer.
 
 torchvision's layout and module names where it has the network.
 """

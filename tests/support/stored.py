@@ -13,7 +13,7 @@ from exporter.emission.packing import pack
 
 
 def stored(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:
-    """The model with its weights stored so. Translating to ONNX takes longest and is done once for all storages."""
+    """Return the model with its weights in a storage; the slow translation to ONNX is done once for all storages."""
     model = ir.from_proto(_unpacked(result))
     pack(model, storage)
     return ir.to_proto(model)
