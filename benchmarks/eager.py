@@ -91,7 +91,7 @@ class EagerUnit:
             for name, quantizer in unit.simulation.quantizers.items()
         }
         self.roundings = {name: EagerRounding(*pair) for name, pair in unit.weights.items()}
-        self.network = Simulation(run.placement, run.frontier, unit.block, activations).to(device)  # type: ignore[arg-type]
+        self.network = Simulation(run.placement, run.boundary, unit.block, activations).to(device)  # type: ignore[arg-type]
         for name, value in given(unit, run).items():
             self.network.set(name, value)
         scales = [a.scale for a in activations.values() if a.scale.requires_grad]

@@ -179,7 +179,7 @@ def in_float64(unit: Unit, run: Run) -> Unit:
     }
     return replace(
         unit,
-        simulation=Simulation(run.placement, run.frontier, unit.block, quantizers).to(run.device).double(),
+        simulation=Simulation(run.placement, run.boundary, unit.block, quantizers).to(run.device).double(),
         weights={name: (weight.double(), double(grid)) for name, (weight, grid) in unit.weights.items()},
         biases={name: bias.double() for name, bias in unit.biases.items()},
     )

@@ -101,7 +101,7 @@ class Net:
         return self.pair(value, edge.params, edge.scale)
 
     def weight(self, shape: tuple[int, ...], *, axis: int, limit: int = 127) -> tuple[str, Array]:
-        """Add dequantized random weights (variance 1/fan_in); return them and their scales, one per channel of `axis`."""
+        """Add dequantized random weights (variance 1/fan_in); return them and their scales along `axis`."""
         channels = shape[axis]
         fan_in = int(np.prod(shape)) // channels
         weight = np.moveaxis(self.rng.normal(0, fan_in**-0.5, shape), axis, 0)
