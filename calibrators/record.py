@@ -193,7 +193,7 @@ class Coupling:
 
 
 @dataclass(frozen=True)
-class Bend(Coupling):
+class Curvature(Coupling):
     """The loss at one width of the activations: over p, and its Hessian in some log scales at the best p."""
 
     hessian: tuple[tuple[Real, ...], ...]
@@ -211,7 +211,7 @@ class LossLandscape:
     sites: tuple[str, ...]
     samples: int
     step: float
-    bits: Mapping[str, Bend]
+    bits: Mapping[str, Curvature]
 
 
 @dataclass(frozen=True)

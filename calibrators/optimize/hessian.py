@@ -31,11 +31,11 @@ def hessian(objective: Callable[[Vector], float], centre: Vector, step: float) -
     axes = step * np.eye(len(centre))
     middle = objective(centre)
     sides = [objective(centre + axis) + objective(centre - axis) for axis in axes]  # sums of opposite neighbours
-    bends = np.array(sides) - 2.0 * middle
-    matrix = np.diag(bends)
+    curvatures = np.array(sides) - 2.0 * middle
+    matrix = np.diag(curvatures)
     for i, j in combinations(range(len(centre)), 2):
         both = objective(centre + axes[i] + axes[j]) + objective(centre - axes[i] - axes[j]) - 2.0 * middle
-        matrix[i, j] = matrix[j, i] = (both - bends[i] - bends[j]) / 2.0
+        matrix[i, j] = matrix[j, i] = (both - curvatures[i] - curvatures[j]) / 2.0
     return np.asarray(matrix / step**2)
 
 

@@ -31,7 +31,7 @@ from calibrators.optimize.derivative_free import STEP, Found, Vector, cobyqa, co
 from calibrators.optimize.hessian import coupling, hessian, hessian_evaluations
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.range_method import POWERS, RangeMethod
-from calibrators.record import Bend, Lapq, LossLandscape, PowerLoss, SplitLoss
+from calibrators.record import Curvature, Lapq, LossLandscape, PowerLoss, SplitLoss
 
 if TYPE_CHECKING:
     from calibrators.methods.lapq import LAPQ
@@ -201,7 +201,7 @@ class ScaleSearch:
         base = {**self._best().point, **weights}
         evaluations = len(POWERS) + hessian_evaluations(len(shown))
         network_loss = self._network_loss(self._draw(EXPLAINED_SAMPLES), base, len(EXPLAINED_BITS) * evaluations)
-        bent = {}
+        curvatures = {}
         with self.problem.stage("explain", len(EXPLAINED_BITS) * evaluations) as bar:
             network_loss.watch = _steps(network_loss, bar.advance)
             for bits in EXPLAINED_BITS:
@@ -211,8 +211,10 @@ class ScaleSearch:
                 objective = partial(_at, network_loss, points[power], shown, whole=True)
                 matrix = hessian(objective, np.zeros(len(shown)), EXPLAINED_STEP)
                 rows = tuple(map(tuple, matrix.tolist()))
-                bent[str(bits)] = Bend(**vars(coupling(matrix)), hessian=rows, p=power, powers=_powers(curve))
-        return LossLandscape(tuple(shown), network_loss.samples, EXPLAINED_STEP, bent)
+                curvatures[str(bits)] = Curvature(
+                    **vars(coupling(matrix)), hessian=rows, p=power, powers=_powers(curve)
+                )
+        return LossLandscape(tuple(shown), network_loss.samples, EXPLAINED_STEP, curvatures)
 
     def _at_bits(self, names: Sequence[str], p: float, bits: int) -> Point:
         sites = self.placement.by_name

@@ -149,7 +149,7 @@ def _lapq(report: Report) -> dict[str, Any] | None:
     if not record:
         return None
     worst = max(filter(None, map(measured, record.losses.values())), default=0.0)
-    bends = record.landscape.bits if record.landscape else {}
+    curvatures = record.landscape.bits if record.landscape else {}
     return {
         "losses": [
             {"name": _RANGES.get(name, name), "loss": loss, "share": _share(loss, worst)}
@@ -164,9 +164,9 @@ def _lapq(report: Report) -> dict[str, Any] | None:
             record.parabola.vertex,
             "intact-powers",
         ),
-        "bends": [
-            {"bits": bits, "bend": bend, "plot": matrix_plot(bend.hessian)}
-            for bits, bend in sorted(bends.items(), key=lambda item: (len(item[0]), item[0]))
+        "curvatures": [
+            {"bits": bits, "of": curvature, "plot": matrix_plot(curvature.hessian)}
+            for bits, curvature in sorted(curvatures.items(), key=lambda item: (len(item[0]), item[0]))
         ],
         "sites": record.landscape.sites if record.landscape else (),
     }

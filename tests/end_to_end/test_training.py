@@ -117,7 +117,7 @@ def test_a_search_keeps_the_promise_and_tells_what_it_found(files: Path, tmp_pat
     assert 0 < search["evaluations"] <= 20 and search["seconds"] <= report["time_s"]["calibrate"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Search of scales</h2>" in page and all(site in page for site in search["multipliers"])
-    assert "landscape" not in search and "How the loss bends" not in page
+    assert "landscape" not in search and "Curvature of the loss" not in page
 
 
 def test_a_budget_gives_layers_their_own_bits_and_the_proof_holds(files: Path, tmp_path: Path) -> None:

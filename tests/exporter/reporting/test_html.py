@@ -138,7 +138,7 @@ def test_surprises_of_the_runtime_are_shown() -> None:
     report["parity"]["optimized"].update(violations=2, unplanned={"QLinearConv": -3})
     page = _Page(render_html(report))
     assert "3 QLinearConv fewer than planned" in page.text
-    assert "sites and outputs beyond what is legal" in page.text
+    assert "sites and outputs that differ by more than is allowed" in page.text
     assert sum(attributes.get("class") == "bad" for tag, attributes in page.tags if tag == "dd") == 2
 
 
@@ -375,7 +375,7 @@ def test_degenerate_searches_are_drawn(change: dict[str, Any]) -> None:
 def test_the_choice_stands_in_the_front_and_its_bits_among_the_sensitivities() -> None:
     html = render_html(sample_report(9))
     text = _Page(html).text
-    for shown in ("avg_weight_bits<=4.25", "4.2 bits per weight on average", "rank correlation of 0.87", "all 4",
+    for shown in ("avg_weight_bits<=4.25", "4.2 bits per weight on average", "in the network found: 0.87", "all 4",
                   "512 calibration samples", "31"):  # fmt: skip
         assert shown in text, shown
     assert "bits per weight" in text and html.count("<b>0.0") + html.count("<b>0.00") >= 9, "chosen bits are bold"
