@@ -19,7 +19,7 @@ Layers
 Elementwise
 - SiLU -> x * sigmoid(x)
 - ReLU6, hardtanh -> clamp
-- scale * (x * gate) with a gate of one value per channel -> x * conv1x1(gate): layer scale after a squeeze-excite
+- scale * (x * factor), one factor per channel -> x * conv1x1(factor): layer scale after a squeeze-excite
 
 Moves
 - split, chunk, unbind, select -> slices (and a squeeze where the dimension is dropped)
@@ -303,22 +303,22 @@ def _hardtanh(node: fx.Node) -> None:
     replace_call(node, (aten.clamp.default, (bound["self"], float(lo), float(hi))))
 
 
-def _scaled_gate(node: fx.Node) -> None:
-    """Move the constant to the gate, which is small, as a depthwise 1x1 convolution, which has an integer kernel."""
+def _scaled_factor(node: fx.Node) -> None:
+    """Multiply the constant into the factors, which are few, by a depthwise 1x1 convolution with an integer kernel."""
     nodes = node.all_input_nodes
     scale = next(filter(is_constant, nodes), None)
     product = next((x for x in nodes if x is not scale), None)
     if scale is None or product is None or product.target is not aten.mul.Tensor or len(product.users) != 1:
         return
-    gate = next((x for x in product.all_input_nodes if len(shape_of(x)) == 4 and shape_of(x)[2:] == (1, 1)), None)
-    x = next((x for x in product.all_input_nodes if x is not gate), None)
-    if gate is None or x is None or is_constant(x):
+    factor = next((x for x in product.all_input_nodes if len(shape_of(x)) == 4 and shape_of(x)[2:] == (1, 1)), None)
+    x = next((x for x in product.all_input_nodes if x is not factor), None)
+    if factor is None or x is None or is_constant(x):
         return
-    channels = shape_of(gate)[1]
+    channels = shape_of(factor)[1]
     if shape_of(scale) not in ((channels, 1, 1), (1, channels, 1, 1)):
         return
     weight = constant_before(node, f"{scale.target}_gate", _value(scale).reshape(channels, 1, 1, 1))
-    convolution = (aten.conv2d.default, (gate, weight, None, [1, 1], [0, 0], [1, 1], channels))
+    convolution = (aten.conv2d.default, (factor, weight, None, [1, 1], [0, 0], [1, 1], channels))
     replace_call(node, convolution, (aten.mul.Tensor, (x, ...)))
     _bias(next(iter(weight.users)))
 
@@ -393,7 +393,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.scaled_dot_product_attention.default: (_attention,),
     aten.silu.default: (_silu,),
     **dict.fromkeys((aten.hardtanh.default, aten.relu6.default), (_hardtanh,)),
-    aten.mul.Tensor: (_scaled_gate,),
+    aten.mul.Tensor: (_scaled_factor,),
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes), (_split,)),
     **dict.fromkeys((aten.chunk.default, aten.unbind.int), (_split,)),
     aten.select.int: (_select,),

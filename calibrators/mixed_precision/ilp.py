@@ -159,7 +159,7 @@ class _IntegerProgram:
         return coefficients, fixed
 
     def _pairs(self, layer: Layer) -> dict[int, float]:
-        """Return the bit operations of a layer's pairs of widths, whose variables are tied to those of both scales."""
+        """Return the bit operations of a layer's pairs of widths; the variables are linked to those of both scales."""
         sides = [(name, self.losses[name]) for name in (layer.weight, layer.activation)]
         pairs = {(b, c): self._variable(layer.name, str(b), str(c)) for b in sides[0][1] for c in sides[1][1]}
         for side, (name, options) in enumerate(sides):

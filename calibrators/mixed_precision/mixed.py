@@ -25,7 +25,7 @@ from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import macs
 from calibrators.mixed_precision.budgets import ACCURACY, Budget
 from calibrators.mixed_precision.ilp import Costs, Layer, Losses, Stored, Widths, allocate, monotone
-from calibrators.mixed_precision.sensitivity import Grids, Kind, Probe, TunableScale, tunable_scales
+from calibrators.mixed_precision.sensitivity import Grids, Kind, Meter, TunableScale, tunable_scales
 from calibrators.placement.identity_taps import spike_of
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import Placement, PlacementOptions
@@ -63,9 +63,9 @@ def measure_sensitivity(problem: Problem, options: PlacementOptions, method: Ran
     """Return the loss by bits of every open weight and activation scale, for the record."""
     kinds: tuple[Kind, ...] = ("weight", "activation")
     grids = Grids(problem, tunable_scales(problem.placement, options, kinds), method)
-    probe = Probe(grids, SAMPLES)
-    with problem.stage("sensitivity", _readings(probe, kinds)) as bar:
-        table = _Table(probe, kinds, bar)
+    meter = Meter(grids, SAMPLES)
+    with problem.stage("sensitivity", _readings(meter, kinds)) as bar:
+        table = _Table(meter, kinds, bar)
     return table.record()
 
 
@@ -86,24 +86,24 @@ def allocate_bits(
     return _BitAllocator(problem, options, method, budgets, stored).run()
 
 
-def _readings(probe: Probe, kinds: Iterable[Kind]) -> int:
-    return 1 + sum(len(scale.specs) - 1 for scale in probe.grids.scales.values() if scale.kind in kinds)
+def _readings(meter: Meter, kinds: Iterable[Kind]) -> int:
+    return 1 + sum(len(scale.specs) - 1 for scale in meter.grids.scales.values() if scale.kind in kinds)
 
 
 class _Table:
     """Readings with one scale at a time on a coarser grid."""
 
-    def __init__(self, probe: Probe, kinds: Sequence[Kind], bar: Bar) -> None:
-        self.probe = probe
-        self.finest = probe.read({})
+    def __init__(self, meter: Meter, kinds: Sequence[Kind], bar: Bar) -> None:
+        self.meter = meter
+        self.finest = meter.read({})
         bar.advance()
         self.readings: dict[str, dict[int, Reading]] = {}
-        for name in probe.order:
-            scale = probe.grids.scales[name]
+        for name in meter.order:
+            scale = meter.grids.scales[name]
             if scale.kind in kinds:
                 self.readings[name] = {}
                 for bits in scale.specs:
-                    self.readings[name][bits] = probe.read({name: bits})
+                    self.readings[name][bits] = meter.read({name: bits})
                     bar.advance(bits != scale.finest)
 
     @property
@@ -114,7 +114,7 @@ class _Table:
 
     def record(self, chosen: Widths | None = None) -> Sensitivity:
         """Return everything that was read, with the bits that were chosen."""
-        problem, open_scales = self.probe.grids.problem, self.probe.grids.scales
+        problem, open_scales = self.meter.grids.problem, self.meter.grids.scales
         scales = tuple(
             ScaleSensitivity(
                 site=name,
@@ -125,7 +125,7 @@ class _Table:
             )
             for name, readings in self.readings.items()
         )
-        return Sensitivity(self.probe.metrics.loss_name, self.probe.samples, self.finest, scales)
+        return Sensitivity(self.meter.metrics.loss_name, self.meter.samples, self.finest, scales)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _BitAllocator:
         self.given = {scale.site: self.costs.widths[scale.site] for scale in every if scale.kind not in self.open}
         self._check_reach()
         grids = Grids(self.problem, every, method)
-        self.probe, self.check = Probe(grids, SAMPLES), Probe(grids, CHECKED)
+        self.meter, self.check = Meter(grids, SAMPLES), Meter(grids, CHECKED)
         if self.accuracy and self.check.read({}).accuracy_drop is None:
             raise InputError(
                 f"budget '{self.accuracy}' needs a model output of shape [n, classes]; limit {self.axis} instead."
@@ -183,8 +183,8 @@ class _BitAllocator:
 
     def run(self) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:
         started = time.perf_counter()
-        with self.problem.stage("sensitivity", _readings(self.probe, self.open)) as bar:
-            self.table = _Table(self.probe, self.open, bar)
+        with self.problem.stage("sensitivity", _readings(self.meter, self.open)) as bar:
+            self.table = _Table(self.meter, self.open, bar)
         self.losses: Losses = self.table.losses
         with self.problem.stage("allocate", None) as self.bar:
             best = self._cheapest() if self.accuracy else self._within(self.limits)
@@ -241,12 +241,12 @@ class _BitAllocator:
         Scales whose bits are not open have their finest grid, so that their noise does not hide the differences.
         """
         widths = choice.widths
-        loss = self.probe.read(widths).loss
-        finest = {name: scale.finest for name, scale in self.probe.grids.scales.items()}
-        coarse = [name for name in self.probe.order if widths.get(name, math.inf) < finest[name]]
+        loss = self.meter.read(widths).loss
+        finest = {name: scale.finest for name, scale in self.meter.grids.scales.items()}
+        coarse = [name for name in self.meter.order if widths.get(name, math.inf) < finest[name]]
         costs = {}
         for name in coarse:
-            costs[name] = loss - self.probe.read({**widths, name: finest[name]}).loss
+            costs[name] = loss - self.meter.read({**widths, name: finest[name]}).loss
             self.bar.advance()
         return costs
 

@@ -22,7 +22,7 @@ from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.ranges.range_method import RangeMethod
 from calibrators.record import Reading
 
-__all__ = ["CANDIDATES", "Grids", "Kind", "Probe", "TunableScale", "tunable_scales"]
+__all__ = ["CANDIDATES", "Grids", "Kind", "Meter", "TunableScale", "tunable_scales"]
 
 Kind = Literal["weight", "activation"]
 
@@ -92,7 +92,7 @@ class Grids:
         return self.found[name, bits]
 
 
-class Probe:
+class Meter:
     """Measures the network on some calibration samples, each choice of bits once; weights are rounded to nearest."""
 
     def __init__(self, grids: Grids, samples: int) -> None:

@@ -39,7 +39,7 @@ __all__ = [
 LOWER, UPPER = math.log(0.4), math.log(2.5)
 
 STEP = 0.15
-"""Distance of the first probe, which widens a range by 16 %."""
+"""Distance of the first trial, which widens a range by 16 %."""
 
 REACH = 2.0
 """Largest distance of a vertex that is tried, in steps."""
@@ -48,7 +48,7 @@ NARROWER, WIDER = 0.6, 1.5
 """Factors for a step whose variable moved less than half of it, and more than one and a half of it."""
 
 SMALLEST_STEP, NEAR = 0.01, 0.1
-"""Smallest step of a variable, and the distance from a known value, in steps, below which a probe is not worth it."""
+"""Smallest step of a variable, and the distance from a known value, in steps, below which a trial is not worth it."""
 
 CONVERGED = 0.005
 """Final radius of COBYQA's trust region."""
@@ -85,16 +85,16 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
 
 
 def coordinate_sweep(objective: Objective, start: Found, steps: Vector) -> Found:
-    """Search one variable after the other: probe both sides, then the vertex of the parabola.
+    """Search one variable after the other: try both sides, then the vertex of the parabola.
 
-    steps: distances of the probes [variables], adapted in place, for the next sweep, to how far each variable moved.
+    steps: distances of the trials [variables], adapted in place, for the next sweep, to how far each variable moved.
     """
     found = start
     for index, step in enumerate(steps.tolist()):
         line = _Line(objective, found, index, step)
-        line.probe(line.centre + step)
-        line.probe(line.centre - step)
-        line.probe(line.promising())
+        line.attempt(line.centre + step)
+        line.attempt(line.centre - step)
+        line.attempt(line.promising())
         found = line.best
         moved = abs(float(found.point[index]) - line.centre) / step
         factor = NARROWER if moved < 0.5 else WIDER if moved > 1.5 else 1.0
@@ -110,7 +110,7 @@ class _Line:
         self.centre = float(start.point[index])
         self.values = {self.centre: start.loss}
 
-    def probe(self, x: float) -> None:
+    def attempt(self, x: float) -> None:
         """Evaluate at `x`, clamped to the bounds, unless that is next to a known value."""
         x = min(max(x, LOWER), UPPER)
         if min(abs(x - known) for known in self.values) < NEAR * self.step:
@@ -122,7 +122,7 @@ class _Line:
             self.best = Found(point, self.values[x])
 
     def promising(self) -> float:
-        """Return the vertex, at most REACH steps away; without one, a point twice as far as the better probe."""
+        """Return the vertex, at most REACH steps away; without one, a point twice as far as the better trial."""
         reach = REACH * self.step
         coefficients = fit_parabola([*self.values], [*self.values.values()]).coefficients
         if coefficients and coefficients[0] > 0.0:

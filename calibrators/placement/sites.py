@@ -43,7 +43,7 @@ class Sites:
 
     def build(self) -> tuple[Site, ...]:
         activations = self._activations()
-        readers: dict[str, list[fx.Node]] = {}  # of each weight: tied layers share one site
+        readers: dict[str, list[fx.Node]] = {}  # of each weight: layers that share it share one site
         for node in self.weighted:
             readers.setdefault(bind(node)["weight"].name, []).append(node)
         weights = [self._weight(name, nodes) for name, nodes in readers.items()]

@@ -58,8 +58,8 @@ class RangeMethod(Options, abc.ABC):
 class PowerRange(RangeMethod):
     """Range with the least mean |error| ** power of quantizing and dequantizing.
 
-    source: grid search over the clipping range as in BRECQ's code (Li et al., 2021: 80 fractions) and MQBench's
-    observer. Departs: golden section after the grid; both ends searched separately where the grid is asymmetric; errors
+    source: search over the clipping range as in BRECQ's code (Li et al., 2021: 80 fractions) and MQBench's
+    observer. Departs: golden section after the scan; both ends searched separately where the grid is asymmetric; errors
     of an activation are taken over all batches at once, at the bin centres of its statistic; exact zeros cost nothing.
     """
 

@@ -1,11 +1,11 @@
-"""The range that minimizes an error: a grid over fractions of the observed range, then golden section.
+"""The range that minimizes an error: a scan of fractions of the observed range, then golden section.
 
-An error is at best piecewise smooth in the ends of the range, so the grid finds the valley and golden section only
+An error is at best piecewise smooth in the ends of the range, so the scan finds the valley and golden section only
 refines inside it. All rows (channels) and many candidates are evaluated at once. Errors are summed in float64 and
 compared in float32, so that the order of a sum, which depends on threads and vector width, does not choose the range.
 
 Must not know: methods, statistics, graphs.
-source: grid and golden section, as in the searches of BRECQ and Brevitas. Departs: both, one after the other; two free
+source: scan and golden section, as in the searches of BRECQ and Brevitas. Departs: both, one after the other; two free
 ends are searched in turn, each over all its fractions, instead of over their product.
 """
 
@@ -39,7 +39,7 @@ to 1/200. The widest comes first, so that it is kept among equals."""
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 REFINEMENTS = 12
-"""Steps of golden section, which narrow a bracket of two grid steps to 1/300 of it."""
+"""Steps of golden section, which narrow a bracket of two steps of the scan to 1/300 of it."""
 
 ROUNDS = 3
 """Largest number of searches of each of two free ends; a round that changes nothing is the last."""
@@ -96,8 +96,8 @@ def search_bounds(
 
 def _line_search(error: Callable[[Tensor], Tensor], start: Tensor, refinements: int) -> Tensor:
     """Return the fraction with the smallest error, [rows]; `start` [rows] unless one is strictly better."""
-    grid = FRACTIONS[:, None].expand(-1, len(start))  # [candidates, rows]
-    errors = error(grid)
+    scan = FRACTIONS[:, None].expand(-1, len(start))  # [candidates, rows]
+    errors = error(scan)
     best = errors.argmin(0)
     found, found_error = FRACTIONS[best], errors.amin(0)
     if refinements:
@@ -116,11 +116,11 @@ def _golden_section(
     for _ in range(steps):
         lower = low_error < high_error  # the valley is left of `high`
         left, right = torch.where(lower, left, low), torch.where(lower, high, right)
-        probe = torch.where(lower, right - GOLDEN * (right - left), left + GOLDEN * (right - left))
-        probe_error = error(probe[None])[0]
+        trial = torch.where(lower, right - GOLDEN * (right - left), left + GOLDEN * (right - left))
+        trial_error = error(trial[None])[0]
         inner, inner_error = torch.where(lower, low, high), torch.where(lower, low_error, high_error)
-        low, low_error = torch.where(lower, probe, inner), torch.where(lower, probe_error, inner_error)
-        high, high_error = torch.where(lower, inner, probe), torch.where(lower, inner_error, probe_error)
+        low, low_error = torch.where(lower, trial, inner), torch.where(lower, trial_error, inner_error)
+        high, high_error = torch.where(lower, inner, trial), torch.where(lower, inner_error, trial_error)
         better = inner_error < found_error
         found, found_error = torch.where(better, inner, found), torch.where(better, inner_error, found_error)
     return found, found_error

@@ -103,17 +103,17 @@ def _groups(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) 
         record = replace(record, capacities=tuple(capacities))
         pairs = grouping.by_capacity(capacities, method.joined)
     elif method.granularity == "loss":
-        losses = _probe(problem, method, units)
+        losses = _short_run(problem, method, units)
         record = replace(record, losses=losses)
         pairs = grouping.by_loss(losses, method.joined)
     else:
         return [[i] for i in range(len(units))], record
     if problem.explain and record.losses is None:
-        record = replace(record, losses=_probe(problem, method, units))
+        record = replace(record, losses=_short_run(problem, method, units))
     return grouping.join(len(units), pairs, len(units) if method.groups else method.group), record
 
 
-def _probe(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[float, ...]:
+def _short_run(problem: Problem, method: Reconstruction, units: tuple[Block, ...]) -> tuple[float, ...]:
     """Return the errors of the units after a shorter run in which each is trained alone."""
     steps = max(1, round(method.probe * method.settings().iters))
     done = Run(problem, replace(method, iters=steps), units, [1] * len(units)).result().record.reconstruction

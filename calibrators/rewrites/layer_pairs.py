@@ -150,8 +150,8 @@ def _sources(first: fx.Node, between: list[fx.Node]) -> tuple[Tensor, bool] | No
     shape = shape_of(first)
     ones = torch.ones(shape, dtype=torch.float64)
     number = torch.arange(1, shape[1] + 1, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
-    probes = ones, number, 1 / number
-    passed, numbers, inverses = (_by_channel(_run(between, x)) for x in probes)  # [channels, rest]
+    images = ones, number, 1 / number
+    passed, numbers, inverses = (_by_channel(_run(between, x)) for x in images)  # [channels, rest]
     seen = passed > 0
     if not bool(seen.any(1).all()):
         return None

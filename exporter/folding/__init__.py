@@ -1,1 +1,1 @@
-"""Fold linear branches and batch norms into single operators, with proof."""
+"""Fold linear branches and batch norms into single operators, and check every fold."""

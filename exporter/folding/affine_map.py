@@ -1,6 +1,6 @@
 """Affine maps: the normal form of every linear, shift-invariant piece of a network, and its algebra in float64.
 
-An affine map says how a value y follows from one root x (x is zero outside its grid, i counts positions per axis):
+An affine map says how a value y follows from one root x (x is zero outside its borders, i counts positions per axis):
 
     y[n, o, i] = sum_d sum_c T_d[o, c] * x[n, c, stride * i + d]  +  bias[o]
 
@@ -204,7 +204,7 @@ def stack(maps: Sequence[AffineMap]) -> AffineMap:
 def pad(f: AffineMap, low: Vector, high: Vector, value: float = 0.0) -> AffineMap:
     """Return f with `value` written around its output: per axis `low` cells before, `high` after (negative: cut off).
 
-    A map may be padded only if, evaluated one cell beyond its grid, it reads nothing but zeros: there it yields its
+    A map may be padded only if, evaluated one cell beyond its border, it reads nothing but zeros: there it yields its
     bias, as the merged convolution does. Before the first cell that needs every offset <= stride - 1, after the last
     one every offset >= -(extra + 1); and the padding value must be the bias.
 

@@ -1,6 +1,6 @@
 """Fold batch norms, branches and scales away: affine regions become single convolutions and linear layers.
 
-The algebra is folding.affine_map's, in float64; what is folded is folding.select's choice. Every fold is proved when
+The algebra is folding.affine_map's, in float64; what is folded is folding.select's choice. Every fold is checked when
 it is made: region and replacement run in float64 on random inputs of odd and even sizes, border included, and a fold
 that differs is dropped and listed. What the folded norms said of outputs is kept in their nodes (bn_statistics).
 
@@ -62,7 +62,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class FoldedRegion:
-    """One fold: its module, the number of operators and the one they became, its proof and its MACs per sample."""
+    """One fold: its module, the number of operators and the one they became, its error and its MACs per sample."""
 
     where: str
     nodes: int
@@ -118,7 +118,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
         if not regroup_sums(analysis):
             break
         analysis = interpret(graph, constants)
-    selection = select(analysis, lambda candidate: _proved(analysis, candidate))
+    selection = select(analysis, lambda candidate: _checked(analysis, candidate))
     refused = tuple(Refused(where(node), why) for node, why in refusals(analysis, selection).items())
     regions = _emit(analysis, selection)
     graph.graph.eliminate_dead_code()
@@ -142,10 +142,10 @@ def _macs(graph: fx.GraphModule) -> int:
 # One region ----------------------------------------------------------------------------------------------------------
 
 
-def _proved(analysis: Analysis, candidate: Candidate) -> _Replacement:
-    """Return the replacement of a region, with its proof.
+def _checked(analysis: Analysis, candidate: Candidate) -> _Replacement:
+    """Return the replacement of a region, checked against it.
 
-    raises: Rejected if its weights do not fit the model's dtype or the proof fails.
+    raises: Rejected if its weights do not fit the model's dtype or it computes something else.
     """
     made = _transposed(analysis, candidate) if candidate.ends_transposed else _operator(candidate.map)
     dtype = candidate.exit.meta["tensor_meta"].dtype
@@ -153,8 +153,8 @@ def _proved(analysis: Analysis, candidate: Candidate) -> _Replacement:
         raise Rejected("its weights or statistics are not finite, or their product overflows the model's dtype")
     rel_error = max(_errors(analysis, candidate, made))
     if not rel_error <= MAX_REL_ERROR:
-        raise Rejected(f"the proof failed: the folded operator has a relative error of {rel_error:.1e} in float64")
-    expected = expected_output(analysis, candidate, _proof_sizes(candidate)[0])
+        raise Rejected(f"the check failed: the folded operator has a relative error of {rel_error:.1e} in float64")
+    expected = expected_output(analysis, candidate, _check_sizes(candidate)[0])
     return replace(made, rel_error=rel_error, expected=expected)
 
 
@@ -210,11 +210,11 @@ def _transposed(analysis: Analysis, candidate: Candidate) -> _Replacement:
 
 
 def _errors(analysis: Analysis, candidate: Candidate, made: _Replacement) -> list[float]:
-    """Return the largest relative difference per channel, for each of the proof's inputs."""
+    """Return the largest relative difference per channel, for each of the random inputs."""
     source, nodes = candidate.region
     errors = []
     generator = torch.Generator().manual_seed(0)
-    for sizes in _proof_sizes(candidate):
+    for sizes in _check_sizes(candidate):
         x = torch.randn(sizes, generator=generator, dtype=torch.float64)
         before = analysis.run(nodes, {source: x})[candidate.exit]
         padded = aten.constant_pad_nd(x, list(made.padding)) if made.padding else x
@@ -226,8 +226,8 @@ def _errors(analysis: Analysis, candidate: Candidate, made: _Replacement) -> lis
     return errors
 
 
-def _proof_sizes(candidate: Candidate) -> list[list[int]]:
-    """Return shapes for the proof: an interior beside the border, odd and even, both parities if strides round."""
+def _check_sizes(candidate: Candidate) -> list[list[int]]:
+    """Return shapes for random inputs: an interior beside the border, odd and even, both parities if strides round."""
     shape, stride = shape_of(candidate.region[0]), candidate.map.stride
     if not stride:
         return [[1, *[3] * (len(shape) - 2), shape[-1]]]

@@ -4,7 +4,7 @@ A region is everything between a root and an exit. It is worth folding if it has
 and something to absorb (batch norm, sum, per-channel constant, padding, concatenation), or if it is a chain that gets
 cheaper. It may be folded if nobody outside reads its interior and the result needs no more MACs than its parts.
 
-Must not know: how a region is emitted or proved, module names.
+Must not know: how a region is emitted or checked, module names.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class _Term:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _RegroupedSum:
     """A sum to be written as (group) + (group) + rest."""
 
     top: fx.Node
@@ -213,12 +213,13 @@ def regroup_sums(analysis: Analysis) -> bool:
     """
     graph = analysis.graph.graph
     tops = [node for node in graph.nodes if node.op == "call_function" and node.target in SUMS]
-    plans = [plan for plan in (_plan_sum(analysis, top) for top in tops if not _is_inner_sum(top)) if plan is not None]
+    outer = [top for top in tops if not _is_inner_sum(top)]
+    sums = [regrouped for top in outer if (regrouped := _regroup_sum(analysis, top)) is not None]
     newest: dict[fx.Node, fx.Node] = {}
-    for plan in plans:
-        newest[plan.top] = _rebuild_sum(plan, newest)
+    for regrouped in sums:
+        newest[regrouped.top] = _rebuild_sum(regrouped, newest)
     graph.eliminate_dead_code()
-    return bool(plans)
+    return bool(sums)
 
 
 def _is_inner_sum(node: fx.Node) -> bool:
@@ -239,7 +240,7 @@ def _flatten_sum(node: fx.Node, factor: float = 1.0) -> tuple[list[_Term], list[
     return terms, sums
 
 
-def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
+def _regroup_sum(analysis: Analysis, top: fx.Node) -> _RegroupedSum | None:
     """Return how to reorder a sum, None if it may stay as it is."""
     terms, sums = _flatten_sum(top)
     computed = [term for term in terms if is_computed(term.operand) and shape_of(term.operand) == shape_of(top)]
@@ -253,7 +254,7 @@ def _plan_sum(analysis: Analysis, top: fx.Node) -> _Plan | None:
     parts = [_content(_flatten_sum(part)[0]) for part in sums]
     if all(_content(group) in parts for group in groups):
         return None
-    return _Plan(top, groups, left + [term for term in terms if term not in computed])
+    return _RegroupedSum(top, groups, left + [term for term in terms if term not in computed])
 
 
 def _content(terms: list[_Term]) -> Counter[tuple[float, Any]]:
@@ -286,13 +287,13 @@ def _mergeable(analysis: Analysis, root: Root, terms: list[_Term], sums: list[fx
     return group
 
 
-def _rebuild_sum(plan: _Plan, newest: dict[fx.Node, fx.Node]) -> fx.Node:
+def _rebuild_sum(regrouped: _RegroupedSum, newest: dict[fx.Node, fx.Node]) -> fx.Node:
     def current(terms: list[_Term]) -> list[_Term]:
         return [_Term(term.factor, newest.get(term.operand, term.operand)) for term in terms]
 
-    totals = [_Term(1.0, _chain(current(group), plan.top)) for group in plan.groups]
-    total = _chain(totals + current(plan.rest), plan.top)
-    plan.top.replace_all_uses_with(total)
+    totals = [_Term(1.0, _chain(current(group), regrouped.top)) for group in regrouped.groups]
+    total = _chain(totals + current(regrouped.rest), regrouped.top)
+    regrouped.top.replace_all_uses_with(total)
     return total
 
 

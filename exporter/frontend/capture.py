@@ -55,7 +55,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
     _check(graph)
-    _prove(program, graph)
+    _check_same(program, graph)
     return graph
 
 
@@ -117,7 +117,7 @@ def _as_called(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*values[:first], values[first:]) if first < len(values) else values
 
 
-def _prove(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None:
+def _check_same(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> None:
     """Refuse a graph that computes something else than the program on its own example."""
     example = graph.meta["example"]
     with torch.no_grad(), quiet():

@@ -21,7 +21,7 @@ from calibrators.methods.minmax import MinMax
 from calibrators.mixed_precision import sensitivity as module
 from calibrators.mixed_precision.budgets import parse_budgets
 from calibrators.mixed_precision.mixed import CHECKED, measure_sensitivity
-from calibrators.mixed_precision.sensitivity import Grids, Probe, tunable_scales
+from calibrators.mixed_precision.sensitivity import Grids, Meter, tunable_scales
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
@@ -89,13 +89,13 @@ def test_grids_are_those_of_the_placement() -> None:
 def test_readings_are_those_of_the_program(name: str) -> None:
     given = problem(name, labels=torch.arange(SAMPLES) % 3)
     found = tunable_scales(given.placement, FREE, ("weight", "activation"))
-    probe = Probe(Grids(given, found, MinMax()), SAMPLES)
+    meter = Meter(Grids(given, found, MinMax()), SAMPLES)
     (x,) = given.select(torch.arange(given.samples))
     floats = given.placement.graph(x)[0]
     assert given.labels is not None
     coarse = PlacementOptions(first_last_bits=None, weight_bits=4, activation_bits=4)
     for scale in found:
-        reading = probe.read({**dict.fromkeys(probe.grids.scales, 4), scale.site: 3})
+        reading = meter.read({**dict.fromkeys(meter.grids.scales, 4), scale.site: 3})
         rule = LayerRule("scale", **{f"{scale.kind}_bits": 3})
         allocated = [MatchedRule(rule, frozenset(scale.layers))]
         placement = place(given.placement.graph, given.placement.target, coarse, allocated)
@@ -111,21 +111,21 @@ def test_readings_are_those_of_the_program(name: str) -> None:
 
 def test_without_labels_the_changed_predictions_count() -> None:
     given = problem("pooled")
-    probe = Probe(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
-    reading = probe.read(dict.fromkeys(probe.grids.scales, 2))
+    meter = Meter(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
+    reading = meter.read(dict.fromkeys(meter.grids.scales, 2))
     assert reading.accuracy_drop is not None and 0 < reading.accuracy_drop <= 1
-    assert probe.read(dict.fromkeys(probe.grids.scales, 2)) is reading, "read once"
+    assert meter.read(dict.fromkeys(meter.grids.scales, 2)) is reading, "read once"
 
 
 def test_the_end_of_the_network_alone_is_computed_where_that_is_enough() -> None:
     given = problem("residual")
-    probe = Probe(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
-    probe.read({})
-    last = probe.order[-1]
-    probe.read({last: 4})
-    before = probe.network_loss.evaluations
-    probe.read({last: 3})
-    assert probe.network_loss.evaluations - before < 0.5
+    meter = Meter(Grids(given, tunable_scales(given.placement, FREE, ("weight",)), MinMax()), SAMPLES)
+    meter.read({})
+    last = meter.order[-1]
+    meter.read({last: 4})
+    before = meter.network_loss.evaluations
+    meter.read({last: 3})
+    assert meter.network_loss.evaluations - before < 0.5
 
 
 def test_sensitivities_tell_every_open_scale() -> None:

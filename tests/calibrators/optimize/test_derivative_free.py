@@ -189,7 +189,7 @@ def test_steps_follow_how_far_a_variable_moved() -> None:
     assert (steps[(moved > 0.5) & (moved < 1.5)] == STEP).all()
 
 
-def test_a_slope_is_followed_farther_than_the_probe() -> None:
+def test_a_slope_is_followed_farther_than_the_trial() -> None:
     found = coordinate_sweep(lambda x: 1.0 - float(x[0]), Found(np.zeros(1), 1.0), np.full(1, STEP))
     assert found.point[0] == pytest.approx(2 * STEP)
 
