@@ -170,7 +170,7 @@ def _weights(program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None) ->
 def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid | None) -> Tensor:
     if is_constant(bias):
         if y is None:
-            raise StaysFloat("its bias and its result are float")
+            raise StaysFloat("its bias is float, as is its result")
         return kernels.quantize_bias(constant(program, bias), scale)
     if not _is_quantized_constant(bias):
         raise StaysFloat("its bias is computed")

@@ -46,7 +46,7 @@ def test_methods_on_a_device(case: str) -> None:
         assert recorded["digest"] == plain["digest"]
         assert recorded["replays"] == sum(steps - KINDS * WARM for steps in recorded["steps"]) > 0
         assert found["refused"]["digest"] == plain["digest"]
-        assert found["refused"]["replays"] == 0 and "slow: operation failed due to a previous error" in done.stderr
+        assert found["refused"]["replays"] == 0 and "slower: operation failed due to a previous error" in done.stderr
 
 
 class Notes:

@@ -146,13 +146,13 @@ def test_interval_covers_the_true_difference_as_often_as_it_says(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.array([0, 1, 12]), r"labels of batch 1 hold 12, but the model has classes 0\.\.11"),
+        (np.array([0, 1, 12]), r"labels of batch 1 hold 12, but the model's classes are 0\.\.11"),
         (np.array([0, -1, 2]), "labels of batch 1 hold -1"),
         (np.array([0.0, 1.0, 2.0]), "labels of batch 1 are float64"),
         (np.array([True, False, True]), "labels of batch 1 are bool"),
-        (np.array([0, 1]), r"labels of batch 1 are int64 \[2\]: expected 3 integers"),
+        (np.array([0, 1]), r"labels of batch 1 are int64 \[2\]; give 3 integers"),
         (np.eye(3, CLASSES, dtype=np.int64), r"labels of batch 1 are int64 \[3, 12\]"),
-        (None, "batch 1 has no labels, unlike the first batch"),
+        (None, "batch 1 has no labels, unlike the first"),
     ],
     ids=["too high", "negative", "float", "bool", "too few", "one-hot", "missing"],
 )

@@ -70,11 +70,11 @@ def test_real_models_are_timed_from_paths_and_protos(tmp_path: Path) -> None:
 
 
 def test_inputs_that_a_model_does_not_take_are_named() -> None:
-    with pytest.raises(InputError, match="model 'm' takes the inputs x; got y"):
+    with pytest.raises(InputError, match="model 'm' takes the inputs x, but got y"):
         latency({"m": models.chain("Tanh")}, {"y": np.zeros((1, 4), np.float32)}, runs=1)
 
 
 @pytest.mark.parametrize(("count", "runs"), [(0, 1), (1, 0)], ids=["no model", "no runs"])
 def test_nothing_to_measure_is_an_error(count: int, runs: int) -> None:
-    with pytest.raises(InputError, match=f"got {count} models, {runs} runs"):
+    with pytest.raises(InputError, match=f"got {count} models and {runs} runs"):
         latency({"m": models.chain("Tanh")} if count else {}, {"x": np.zeros((1, 4), np.float32)}, runs=runs)

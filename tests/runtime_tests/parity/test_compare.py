@@ -249,7 +249,7 @@ def test_nothing_compared_is_no_proof() -> None:
 
 def test_number_of_inputs() -> None:
     result, x, model = honest("residual")
-    with pytest.raises(DataError, match="2 tensors, the model has 1 inputs: x"):
+    with pytest.raises(DataError, match="2 tensors, but the model has 1 inputs: x"):
         parity(model, result.program, [(x, x)], optimized=True)
 
 
