@@ -115,14 +115,17 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     ],
     out: Out,
     evaluation: Annotated[
-        str | None, _option("Held-out data in the same forms; with labels it gives accuracy.", "--eval", metavar="EVAL")
+        str | None,
+        _option(
+            "Held-out data in the same forms as CALIB; with labels, accuracy is measured.", "--eval", metavar="EVAL"
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, _option("Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", metavar="FILE")
     ] = None,
     overwrite: Overwrite = False,
     config: Annotated[
-        Path | None, _option("Settings from a file; flags win.", metavar="FILE.toml", panel=RUNNING)
+        Path | None, _option("Settings from a file; flags take precedence.", metavar="FILE.toml", panel=RUNNING)
     ] = None,
     sets: Annotated[
         list[str] | None,

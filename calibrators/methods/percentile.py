@@ -24,7 +24,7 @@ __all__ = ["Percentile"]
 
 @dataclass(frozen=True)
 class Percentile(RangeMethod):
-    """Range that holds q percent of the values; two-sided data lose half of the rest at each end."""
+    """Range that holds q percent of the values; of two-sided data, half of the rest is clipped at each end."""
 
     q: float = option(99.999, "percentage of the values inside the range", minimum=50.0, maximum=100.0)
 
