@@ -54,6 +54,7 @@ from scores import PerSample, Scores
 
 from calibrators import CalibrationResult, PlacementOptions, calibrate
 from calibrators.errors import InputError, IntactError
+from calibrators.grid.metrics import decibels
 from calibrators.methods import Method, RangeMethod, get_method
 from calibrators.mixed_precision.budgets import Budget
 from calibrators.mixed_precision.ilp import Costs
@@ -331,9 +332,23 @@ def fill(results: Results, wanted: dict[tuple[Any, ...], Callable[[], Outcome]])
             continue
         print(f"{network} {bits} {method} seed {seed}", file=sys.stderr, flush=True)
         try:
-            results.add(*run())
+            outcome = run()
         except peers.PeerError as error:
-            print(f"{error}; left out", file=sys.stderr, flush=True)
+            print(f"  {error}; left out", file=sys.stderr, flush=True)
+            continue
+        results.add(*outcome)
+        print(f"  {brief(outcome[0])}", file=sys.stderr, flush=True)
+
+
+def brief(run: Run) -> str:
+    """Return the scores of a run in one line, for who waits for the table."""
+    parts = [
+        None if run.top1 is None else f"top-1 {run.top1:.2%}",
+        None if run.kl is None else f"KL {run.kl:.3g}",
+        f"SQNR {decibels(1.0, run.noise or 0.0):.1f} dB",
+        f"{run.seconds:.1f} s",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def show(results: Results, wanted: Container[tuple[Any, ...]]) -> None:

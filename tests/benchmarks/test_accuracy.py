@@ -94,7 +94,9 @@ def test_a_table_and_its_file(benchmark: Benchmark, tmp_path: Path) -> None:
 def test_resume_measures_what_is_missing(benchmark: Benchmark, tmp_path: Path) -> None:
     first, _ = benchmark("--bits", "8/8", "--json", "out.json")
     again, err = benchmark("--bits", "8/8", "4/8", "--json", "out.json", "--resume")
-    assert err.splitlines() == ["net.py:classifier 4/8 mse seed 0"]
+    started, finished = err.splitlines()
+    assert started == "net.py:classifier 4/8 mse seed 0"
+    assert finished.startswith("  top-1 ") and "KL" in finished
     assert again[2] == first[2] and len(again) == 4
     _, err = benchmark("--bits", "4/8", "--json", "out.json", "--resume")
     assert err == "" and len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 2
@@ -169,7 +171,7 @@ def test_a_peer_that_cannot_be_installed_is_left_out(benchmark: Benchmark, monke
 
     monkeypatch.setattr(peers, "nncf_python", missing)
     lines, err = benchmark("--bits", "8/8", "--peers", "nncf", "quantize_static")
-    assert "nncf cannot be installed (no network); left out" in err.splitlines()
+    assert "  nncf cannot be installed (no network); left out" in err.splitlines()
     assert [line[2] for line in lines[2:4]] == ["`mse`", "`quantize_static`"]
 
 
