@@ -97,7 +97,7 @@ def calibrate(
 
 
 def _checked(options: PlacementOptions) -> PlacementOptions:
-    """Return the options if the range methods of their rules exist; placing takes longer."""
+    """Return the options after a check of the range methods in their rules, before placement, which takes longer."""
     for rule in options.layers:
         if rule.method is not None:
             range_method(rule.method)
@@ -113,7 +113,7 @@ def _with_chosen_bits(
     *,
     sensitivity: bool,
 ) -> tuple[Problem, dict[str, Any]]:
-    """Return the problem with bits within the budgets, if there are any, and what the record says of bits."""
+    """Return the problem with bits within the budgets, if there are any, and the entries of the record about bits."""
     ranges = method if isinstance(method, RangeMethod) else Lp(2.0)
     if not budgets:
         return problem, {"sensitivity": measure_sensitivity(problem, options, ranges)} if sensitivity else {}

@@ -53,7 +53,7 @@ def silent(name: str, total: int | None = None) -> Iterator[Bar]:
 class Problem:
     """One calibration problem.
 
-    batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it anew.
+    batches: calibration data, tuples with one tensor per model input [samples, ...]; every pass reads it again.
     range_method: range methods by name, and options as a mapping (calibrators.methods.range_method).
     labels:  int64 [samples] in the order of the batches, None where there are none.
     device:  where heavy steps run.

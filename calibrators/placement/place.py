@@ -203,8 +203,8 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
             reached = [node for node in weighted if node.name in matched.nodes]
             raise InputError(f"--layer pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}.")
     readers = Counter(bind(node)["weight"].name for node in weighted)
-    told = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
-    return frozenset(node for node in told if readers[bind(node)["weight"].name] == 1)
+    asked = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
+    return frozenset(node for node in asked if readers[bind(node)["weight"].name] == 1)
 
 
 def _no_weight_only(target: Target, layers: Sequence[fx.Node]) -> str:
@@ -238,8 +238,8 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
         nodes = (node for node in graph.graph.nodes if node.name in matched.nodes and decides(matched, node))
         return tuple(dict.fromkeys(map(layer_name, nodes)))
 
-    told = [matched for matched in rules.rules if matched.flag]
-    return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in told)
+    given = [matched for matched in rules.rules if matched.flag]
+    return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in given)
 
 
 def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
@@ -248,8 +248,8 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
 
     def missed(setting: str, node: fx.Node, found: int) -> bool:
         decider = rules.decider(setting, node.name)
-        told = decider is not None and (decider.flag == "layer" or found == WIDE)
-        return told and found > rules.value(setting, node.name)
+        asked = decider is not None and (decider.flag == "layer" or found == WIDE)
+        return asked and found > rules.value(setting, node.name)
 
     for node in weighted:
         name, weight, read = layer_name(node), specs["weight", node.name], specs.get(("activation", node.name))

@@ -75,7 +75,7 @@ def freeze(
 
     weights: by site name, parameters, with which the graph's weight is rounded, or codes, which are kept. Parameters
              are widened as by `widen`; codes only where the bias would leave half of int32, and only the channels
-             concerned are rounded anew.
+             concerned are rounded again.
     biases:  float values by site name, instead of the graph's.
     raises:  InputError for codes off the grid of their site, UnknownNameError for a bias that the placement lacks.
     """

@@ -1,7 +1,7 @@
 """Build the ONNX model of the reference program, one operator for one operator, and write it to a file.
 
 torch.onnx translates most ATen operators; `onnx_forms` has the others, and quantize and dequantize, because no stock
-exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes want them.
+exporter writes narrow ranges, int32 biases and scalar scales as integer runtimes need them.
 
 Must not know: methods, runtimes, files other than the model's.
 """
@@ -118,7 +118,7 @@ def to_onnx(
 def _registry(opset: int) -> ONNXRegistry:
     """Return torch's table of translations with ours in it.
 
-    torch.onnx.export builds the table anew at every call, which takes longer than exporting a small network; the
+    torch.onnx.export builds the table again at every call, which takes longer than exporting a small network; the
     function beneath it takes a table.
     """
     registry = ONNXRegistry.from_torchlib(opset_version=opset)
@@ -173,8 +173,8 @@ def _refusal(program: fx.GraphModule, error: BaseException) -> str:
     advice = "has no ONNX form; rewrite that line of the model with other operators"
     for node in program.graph.nodes:
         name = operator_name(node.target)
-        alike = missing is not None and (missing[1] in name or missing[1].startswith(f"{name}_"))
-        if node.op == "call_function" and (alike or str(node.target) in text):
+        named = missing is not None and (missing[1] in name or missing[1].startswith(f"{name}_"))
+        if node.op == "call_function" and (named or str(node.target) in text):
             return f"operator {name!r} at {where(node)} {advice}"
     if missing is not None:
         return f"operator {missing[1]!r} {advice}"

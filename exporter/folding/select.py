@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def region(self) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """Input node and nodes of what is replaced."""
+        """The input node and the nodes that are replaced."""
         if self.ends_transposed:
             return self.root.node.args[0], (self.root.node, *self.nodes)  # type: ignore[return-value]
         return self.root.node, self.nodes
@@ -326,8 +326,8 @@ def refusals(analysis: Analysis, selection: Selection) -> dict[fx.Node, str]:
         if reason is not None:
             found[node] = reason
     for node in analysis.graph.graph.nodes:
-        told = any(each in found for each in (node, *node.all_input_nodes, *node.users))
-        if node not in selection.folded and not told and (node.target is BATCH_NORM or _is_vector_scale(node)):
+        explained = any(each in found for each in (node, *node.all_input_nodes, *node.users))
+        if node not in selection.folded and not explained and (node.target is BATCH_NORM or _is_vector_scale(node)):
             computed = next(filter(is_computed, node.all_input_nodes))
             nothing = f"no convolution or linear layer next to it: its input comes from {computed.target}"
             found[node] = selection.reason(node) or nothing

@@ -159,7 +159,7 @@ def _swap(new: Path, out: Path, old: Path) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the parents this run made, innermost first, as far as nobody else has put something there."""
+    """Remove the parent folders that this run made, innermost first, unless something else was put there."""
     for folder in folders:
         if not folder.is_dir() or any(folder.iterdir()):
             return

@@ -285,7 +285,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
 def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
     """Return the SVG of what `paint` draws; ids come from the salt."""
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever style the user's own matplotlib has
+        mpl.rcdefaults()  # undo the style of the user's matplotlib
         mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
         figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
         paint(figure.add_subplot(facecolor="none"))

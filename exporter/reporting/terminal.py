@@ -76,5 +76,7 @@ def _second(level: Mapping[str, Any]) -> str:
     text = (
         f"{differ:,} of {level['values']:,} integers differ kernel by kernel{f', by {most} at most' if differ else ''}"
     )
-    alike = f"; as deployed it makes the decision of the reference for {_percent(level['agreement'])} of the samples"
-    return text if level["agreement"] is None else text + alike
+    agreement = (
+        f"; as deployed it makes the decision of the reference for {_percent(level['agreement'])} of the samples"
+    )
+    return text if level["agreement"] is None else text + agreement

@@ -75,7 +75,7 @@ class Cpu:
 
     @property
     def saturates(self) -> bool:
-        """Whether its u8 x s8 kernels add pairs in int16: AVX2 without VNNI. Older x86 and Arm are exact."""
+        """Whether its u8 x s8 kernels add pairs in int16, as AVX2 without VNNI does; older x86 and Arm are exact."""
         return "avx2" in self.flags and not any(flag in self.flags for flag in EXACT_FLAGS)
 
 

@@ -47,7 +47,7 @@ REFUSALS = tuple(
 class Model:
     """An ONNX model whose forms are each read once, on first use.
 
-    source: a proto below 2 GB, or a path (any size; external data are read from its folder).
+    source: a proto below 2 GB, or a path (any size; external data is read from its folder).
     """
 
     def __init__(self, source: onnx.ModelProto | str | Path) -> None:
@@ -60,7 +60,7 @@ class Model:
 
     @cached_property
     def proto(self) -> onnx.ModelProto:
-        """The model as it is stored, external data left where they are.
+        """The model as it is stored, external data left where it is.
 
         raises: ModelError for a file that is not an ONNX model.
         """
@@ -73,7 +73,7 @@ class Model:
 
     @cached_property
     def graph_model(self) -> ir.Model:
-        """The model as a graph; external data are mapped into memory where they are read."""
+        """The model as a graph; external data is mapped into memory where it is read."""
         model = ir.from_proto(self.proto)
         if not isinstance(self.source, onnx.ModelProto):
             for graph in model.graphs():
