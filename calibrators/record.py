@@ -179,7 +179,7 @@ class Parabola:
 
 @dataclass(frozen=True)
 class Coupling:
-    """How much of the curvature of a loss couples variables.
+    """The share of the curvature of a loss that couples variables.
 
     eigenvalues:   of the Hessian, ascending.
     mean_diagonal: mean |H_ii|; mean_off_diagonal: mean |H_ij| for i != j.

@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread and a seeded generator."""
+"""Fixtures of every test: one torch thread and a seeded generator."""
 
 from __future__ import annotations
 

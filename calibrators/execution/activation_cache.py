@@ -32,7 +32,7 @@ GPU_SHARE = 4
 
 
 class Memory:
-    """Where caches live: memory of the device up to a budget, then files in a temporary folder that vanish with it.
+    """The storage of caches: memory of the device up to a budget, then files in a temporary folder, removed with it.
 
     budget:  bytes of the device's memory that all live caches together may take.
     used:    bytes of it that they take.

@@ -97,7 +97,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Target:
-    """What one integer runtime can represent, and which operators it runs on integers. Data only.
+    """The grids that one integer runtime can represent, and the operators that it runs on integers. Data only.
 
     wide_activation:   16-bit grid for activations of single layers; operators that write or read it compute in float.
     weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).

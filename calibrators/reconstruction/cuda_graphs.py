@@ -38,7 +38,7 @@ class Function(Protocol):
 
 
 class Recorder(Protocol):
-    """How a device records calls."""
+    """The way in which a device records calls."""
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
         """Call without recording, where recording will be possible later."""

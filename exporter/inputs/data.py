@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass
 class _Seen:
-    """What earlier passes over one source found, shared by all views of it."""
+    """The findings of earlier passes over one source, shared by all views of it."""
 
     notes: list[str] = field(default_factory=list)
     digests: dict[tuple[object, ...], str] = field(default_factory=dict)

@@ -56,7 +56,7 @@ ImageSize = Annotated[
 
 
 class DataForm(Settings):
-    """How data without batches is cut into them, and how the images of a folder become inputs.
+    """The batch size of data without batches, and the steps from the images of a folder to inputs.
 
     image_size: (height, width) to which images are scaled and cropped; None leaves them as they are.
     mean, std:  one number per channel, of values in 0..1.

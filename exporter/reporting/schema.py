@@ -94,7 +94,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where samples came from; sha256 is that of their values."""
+    """The origin of samples; sha256 is that of their values."""
 
     source: str
     samples: int

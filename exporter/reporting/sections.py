@@ -76,7 +76,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Storage:
-    """How weights below 8 bits are stored, and what other types would cost; types that change nothing are left out."""
+    """The storage of weights below 8 bits, and the cost of other types; types that change nothing are left out."""
 
     storage: str
     alternatives: tuple[Alternative, ...]

@@ -57,7 +57,7 @@ COUNTED = (
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """How one quantized value, or one float result of a weighted operator, is computed.
+    """The computation of one quantized value, or of one float result of a weighted operator.
 
     site:     name of the site; of the node for a float result.
     kernel:   the runtime's operator, or FLOAT.

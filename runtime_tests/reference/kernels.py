@@ -100,7 +100,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How the window moves; padding is a tuple or torch's 'same' / 'valid'."""
+    """The moves of a convolution's window; padding is a tuple or torch's 'same' / 'valid'."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -110,7 +110,7 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class PoolGeometry:
-    """How a two-dimensional averaging window moves."""
+    """The moves of a two-dimensional averaging window."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]

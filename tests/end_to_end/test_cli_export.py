@@ -63,10 +63,10 @@ MAIN = (
 )
 QUICK = ("--set", "latency_runs=0", "--set", "simplify=false", "--quiet")
 MADE_BY_LIBRARIES = (".ses", "torchinductor_")
-"""What onnxruntime and torch put into the folder for temporary files as soon as they are imported."""
+"""Entries that onnxruntime and torch make in the folder for temporary files as soon as they are imported."""
 
 STARTED_AFTER_S = 60.0
-"""How long a busy machine may take to import torch and reach the data."""
+"""Seconds that a busy machine may take to import torch and reach the data."""
 
 
 def network() -> nn.Module:

@@ -66,7 +66,7 @@ def evaluation() -> Tensor:
 
 
 def weighted(graph: fx.GraphModule) -> Counter[str]:
-    """How many convolutions, linear layers and batch norms a graph has, depthwise convolutions apart."""
+    """Count the convolutions, linear layers and batch norms of a graph, depthwise convolutions separately."""
     kinds = {aten.linear.default: "linear", aten.batch_norm.default: "batch_norm"}
     found = Counter(kinds[node.target] for node in graph.graph.nodes if node.target in kinds)
     convolutions = [node for node in graph.graph.nodes if node.target is aten.conv2d.default]
@@ -86,7 +86,7 @@ FOLDED = {
     "fastvit": Counter(conv=19, depthwise=14, linear=1),
     "vit": Counter(conv=1, linear=25),
 }
-"""What is left of each network: one convolution per block of branches, nothing of its batch norms."""
+"""The operators of each folded network: one convolution per block of branches, and no batch norms."""
 
 
 @functools.cache

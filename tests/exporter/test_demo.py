@@ -14,7 +14,7 @@ from exporter.frontend.load import load_model
 from exporter.inputs.open import open_data
 
 REQUIRED_ACCURACY = 0.97
-"""What the demo promises on images the network never saw; the shipped weights reach more."""
+"""Accuracy that the demo promises on images that the network never saw; the shipped weights reach more."""
 
 
 def test_the_shipped_weights_classify_held_out_digits() -> None:

@@ -21,7 +21,7 @@ __all__ = ["ARCHITECTURES", "Architecture", "construct"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a network and one of its batches, and what is expected of its export.
+    """A recipe for a network and one of its batches, and the expected result of its export.
 
     shapes: one sample of each input; tokens: vocabulary size where the inputs are integers.
     floats: operators of the runtime's graph that stay in float; none by default.

@@ -26,7 +26,7 @@ TINY_FILESYSTEM = Path("/dev/shm")  # memory-backed: it refuses at once what it 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where spilled values go in these tests."""
+    """Folder of spilled values in these tests."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

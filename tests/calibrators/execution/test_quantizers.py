@@ -292,7 +292,7 @@ def _scale(grid: QParams, weight: Tensor) -> Tensor:
 
 
 def positions(weight: Tensor, grid: QParams) -> Tensor:
-    """Where weights lie in steps of their grid, with its zero point, float32."""
+    """Return the weights in steps of their grid, with its zero point, float32."""
     return weight / _scale(grid, weight) + along_axis(grid.zero_point, weight, grid.spec.axis)
 
 

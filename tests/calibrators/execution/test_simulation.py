@@ -138,7 +138,7 @@ def values_of(simulations: Sequence[Simulation], inputs: Sequence[Tensor]) -> di
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the program computes: its outputs, float values by fx name, dequantized ones by the name of their site."""
+    """The outputs of the program, its float values by fx name, and dequantized ones by site name."""
 
     outputs: Sequence[Tensor]
     floats: dict[str, Tensor]

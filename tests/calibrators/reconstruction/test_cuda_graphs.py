@@ -28,7 +28,7 @@ KINDS = 2
 )
 @pytest.mark.parametrize("case", CASES)
 def test_methods_on_a_device(case: str) -> None:
-    """What the CPU gives where nothing is dropped at random, else as good; recorded steps give the same bit for bit."""
+    """The result is that of the CPU without random drop, else as good; recorded steps give the same bit for bit."""
     command = [sys.executable, "-m", "tests.calibrators.reconstruction.on_pretend_device", case]
     root = Path(__file__).parents[3]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What folded operators know of their outputs, against NumPy's means and deviations of the outputs themselves.
+"""Statistics that folded operators keep of their outputs, against NumPy's means and deviations of the outputs.
 
 Every batch norm gets the true statistics of its input, measured on the batch that the outputs are measured on. Then
 each entry must hold of the value it is kept at, whatever was rewritten in between.

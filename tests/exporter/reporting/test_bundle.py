@@ -199,7 +199,7 @@ def _half(action: Callable[..., None]) -> Callable[[Path], None]:
 
 @pytest.fixture(params=["new", "new-parents", "overwrite"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, bool]]:
-    """Where to write, and whether to overwrite; afterwards everything must be as before."""
+    """A folder to write to, and whether to overwrite; afterwards everything must be as before."""
     out = tmp_path / "a" / "b" / "build" if request.param == "new-parents" else tmp_path / "build"
     if request.param == "overwrite":
         _write(out)

@@ -1,4 +1,4 @@
-"""What onnxruntime gets wrong, kept as tests: each form still fails as described, and lint flags it.
+"""Forms that onnxruntime computes wrongly, kept as tests: each still fails as described, and lint flags it.
 
 A test that fails after an upgrade is good news: that form may have been repaired. Then relax its lint rule from that
 version on, and change the test.
