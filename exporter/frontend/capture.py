@@ -162,7 +162,9 @@ def _check(graph: fx.GraphModule) -> None:
     try:
         infer_shapes(graph)
     except Exception as error:
-        raise ModelError(f"the captured graph does not run on its own example: {first_line(error)}") from error
+        raise ModelError(
+            f"the captured graph does not run on its own example: {first_line(error)}; please report this model"
+        ) from error
     for value in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
         if not isinstance(value, fx.Node):
             raise ModelError(f"the model returns {value!r}, which is not a tensor; return tensors only")
