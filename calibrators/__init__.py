@@ -12,7 +12,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from calibrators.calibration import calibrate as calibrate
     from calibrators.placement.layer_rules import LayerRule as LayerRule
-    from calibrators.placement.options import PlacementOptions as PlacementOptions
+    from calibrators.placement.placement_options import PlacementOptions as PlacementOptions
     from calibrators.program.freeze import CalibrationResult as CalibrationResult
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "calibration": ["calibrate"],
         "placement.layer_rules": ["LayerRule"],
-        "placement.options": ["PlacementOptions"],
+        "placement.placement_options": ["PlacementOptions"],
         "program.freeze": ["CalibrationResult"],
     },
 )

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from calibrators.errors import InputError, UnknownNameError
+from calibrators.settings import expected, words
 
 __all__ = ["Option", "Options", "Value", "build", "list_options", "option"]
 
@@ -40,15 +41,14 @@ def option(
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field of a method's dataclass: its default, a line of help, and its values (bounds inclusive)."""
+    """Declare a field of a method's dataclass: a default of its type, a line of help, and its values (with bounds)."""
     return dataclasses.field(default=default, metadata={"doc": doc, "limits": (minimum, maximum, choices)})
 
 
 def list_options(method: type) -> tuple[Option, ...]:
     """Return the options of a method class, in order of declaration."""
-    types = get_type_hints(method)
     fields: tuple[Any, ...] = dataclasses.fields(method)
-    return tuple(Option(f.name, types[f.name].__name__, f.default, f.metadata["doc"]) for f in fields)
+    return tuple(Option(f.name, type(f.default).__name__, f.default, f.metadata["doc"]) for f in fields)
 
 
 def build(method: type[Method], name: str, options: Mapping[str, object]) -> Method:
@@ -60,8 +60,7 @@ def build(method: type[Method], name: str, options: Mapping[str, object]) -> Met
     for given in options:
         if given not in known:
             raise UnknownNameError(f"{name} option", given, known)
-    types = get_type_hints(method)
-    return method(**{o: _validated(name, known[o], types[o], value, strict=False) for o, value in options.items()})
+    return method(**{option: _validated(name, known[option], value, strict=False) for option, value in options.items()})
 
 
 class Options:
@@ -69,36 +68,29 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise InputError for the first field whose value its declaration does not allow."""
-        method = type(self)
-        types = get_type_hints(method)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            _validated(method.__name__.lower(), field, types[field.name], getattr(self, field.name), strict=True)
+            _validated(type(self).__name__.lower(), field, getattr(self, field.name), strict=True)
 
 
-def _validated(name: str, field: dataclasses.Field[Any], kind: type, value: object, *, strict: bool) -> Any:
+def _validated(name: str, field: dataclasses.Field[Any], value: object, *, strict: bool) -> Any:
     """Return a value in the type of its field; without `strict` it may be text, or of a type that converts exactly."""
-    limits = field.metadata["limits"]
     strict = strict or isinstance(value, bool)  # True is not the number 1
+    kind: Any = type(field.default)
     try:
-        return _adapter(kind, *limits).validate_python(value, strict=strict)
-    except ValidationError:
-        expected = _expected(kind, *limits)
-        raise InputError(f"option {field.name!r} of method {name!r} is {value!r}; {expected}.") from None
+        return _adapter(kind, *field.metadata["limits"]).validate_python(value, strict=strict)
+    except ValidationError as error:
+        wanted = words(error.errors(include_url=False)[0])
+        raise InputError(f"option {field.name!r} of method {name!r} is {value!r}; {wanted}.") from None
 
 
 @cache
 def _adapter(kind: type, minimum: float | None, maximum: float | None, choices: tuple[str, ...]) -> TypeAdapter[Any]:
+    """Return what parses and checks a value, and says what to give instead of one that is not allowed."""
     allowed: Any = Annotated[kind, Field(ge=minimum, le=maximum, allow_inf_nan=False if kind is float else None)]
-    if choices:
-        allowed = Literal[choices]
-    return TypeAdapter(allowed)
-
-
-def _expected(kind: type, minimum: float | None, maximum: float | None, choices: tuple[str, ...]) -> str:
-    """Return the part of an error that says which values are allowed."""
-    if choices:
-        return f"choose one of {', '.join(map(repr, choices))}"
     wanted = f"give {EXPECTED[kind.__name__]}"
-    if minimum is None:
-        return wanted
-    return f"{wanted} from {minimum:g} up" if maximum is None else f"{wanted} between {minimum:g} and {maximum:g}"
+    if choices:
+        allowed, wanted = Literal[choices], f"choose one of {', '.join(map(repr, choices))}"
+    elif minimum is not None:
+        wanted += f" from {minimum:g} up" if maximum is None else f" between {minimum:g} and {maximum:g}"
+    allowed = Annotated[allowed, expected(wanted)]
+    return TypeAdapter(allowed)

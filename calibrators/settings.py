@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WrapValidator
+from pydantic_core import ErrorDetails
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["Settings", "expected", "setting"]
+__all__ = ["Settings", "expected", "setting", "words"]
 
 
 class Settings(BaseModel):
@@ -56,11 +57,15 @@ def expected(text: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def words(fault: ErrorDetails) -> str:
+    """Return what pydantic says a value should be, or what `expected` says in its place."""
+    return fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+
+
 def _explained(error: ValidationError) -> str:
     """Return one sentence per wrong setting."""
     sentences: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        name = str(fault["loc"][0]) if fault["loc"] else ""
-        what = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        name, what = str(fault["loc"][0]) if fault["loc"] else "", words(fault)
         sentences.setdefault(name or what, f"{name} = {fault['input']!r} should be {what}" if name else what)
     return "; ".join(sentences.values()) + "."

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from calibrators.errors import InputError, near_file
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
-from calibrators.placement.options import PlacementOptions
+from calibrators.placement.placement_options import PlacementOptions
 from calibrators.settings import Settings, expected, setting
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 

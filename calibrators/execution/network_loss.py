@@ -27,7 +27,7 @@ from calibrators.execution.losses import PredictionLoss
 from calibrators.execution.simulation import channels_last
 from calibrators.execution.streamed_network import StreamedNetwork
 from calibrators.execution.task import Problem
-from calibrators.graph.aten import batch_of, macs
+from calibrators.graph.aten import batch_of, macs, outputs_of
 from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.grid.spec import QParams
 from calibrators.program.freeze import code_bias, widen
@@ -274,7 +274,7 @@ def compared_outputs(problem: Problem) -> dict[str, int]:
     """
     graph = problem.placement.graph
     found: dict[str, int] = {}
-    for index, node in enumerate(graph.graph.output_node().args[0]):  # type: ignore[arg-type]
+    for index, node in enumerate(outputs_of(graph)):
         if node.name in problem.sample_values and node.meta["tensor_meta"].dtype.is_floating_point:
             found.setdefault(node.name, index)
     if not found:

@@ -41,6 +41,7 @@ __all__ = [
     "macs",
     "module_path",
     "operator_name",
+    "outputs_of",
     "overloads",
     "per_axis",
     "replace_args",
@@ -152,6 +153,11 @@ def macs(node: fx.Node) -> int:
     has_constant = any(not isinstance(argument, fx.Node) or is_constant(argument) for argument in node.args)
     scales = row.kind in ("product", "quotient") and has_constant
     return outputs if scales or node.target is torch.ops.aten.batch_norm.default else 0
+
+
+def outputs_of(graph: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """Return the nodes whose values the graph returns, in order."""
+    return tuple(graph.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def per_axis(value: Any, spatial: int) -> tuple[int, ...]:

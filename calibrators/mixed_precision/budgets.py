@@ -10,11 +10,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["ACCURACY", "QUANTITIES", "SIZES", "Budget", "Budgets", "parse_budgets"]
+__all__ = ["ACCURACY", "QUANTITIES", "SIZES", "Budget", "Budgets"]
 
 ACCURACY = "accuracy_drop"
 SIZES = {
@@ -85,5 +85,3 @@ Budgets = Annotated[
     AfterValidator(_distinct),
 ]
 """Budgets from one or more texts; raises InputError if two limit the same quantity."""
-
-parse_budgets = TypeAdapter(Budgets).validate_python

@@ -30,7 +30,7 @@ from calibrators.graph.aten import bind, constant, is_constant, layer_name, modu
 from calibrators.grid.spec import Site, Target
 from calibrators.placement.integer_values import Placer, is_float
 from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
-from calibrators.placement.options import PlacementOptions
+from calibrators.placement.placement_options import PlacementOptions
 from calibrators.placement.sites import Sites, rescales
 
 __all__ = ["Placement", "PlacementOptions", "place"]

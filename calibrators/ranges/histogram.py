@@ -10,7 +10,6 @@ Must not know: criteria, quantization grids, graphs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -74,26 +73,17 @@ class Statistic:
             self.nonfinite += values.numel() - finite.numel()
             self.update(finite)
             return
-        self._include(lo, hi, _exponent(max(-lo, hi)))
-        self._count(values, signed=lo < 0.0)
-
-    def merge(self, other: Statistic) -> None:
-        """Add the values that `other` has seen."""
-        self.nonfinite += other.nonfinite
-        if other.lo <= other.hi:
-            self._include(other.lo, other.hi, other.exponent)
-            self.counts += _coarsened(other.counts, self.exponent - other.exponent)
-
-    def _include(self, lo: float, hi: float, exponent: int) -> None:
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+        exponent = _exponent(max(-lo, hi))
         if exponent > self.exponent:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
+        self._count(values, signed=lo < 0.0)
 
     def _count(self, values: Tensor, *, signed: bool) -> None:
         first = -BINS if signed else 0
         counts = self.counts[first + BINS :]
-        for chunk in _chunks(values):
+        for chunk in torch.split(values, CHUNK):
             scaled = self._in_bins(chunk)
             inner = scaled.to(torch.int16).to(scaled.dtype)  # rounded towards zero,
             index = scaled.sub_(inner).sign_().add_(inner).to(torch.int16)  # and away from zero if that changed it
@@ -119,12 +109,6 @@ def _coarsened(counts: Tensor, doublings: int) -> Tensor:
     return torch.zeros_like(counts).index_add_(0, index, counts)
 
 
-def _chunks(values: Tensor) -> Iterator[Tensor]:
-    """Yield consecutive views of CHUNK values; the last one may be shorter."""
-    for start in range(0, values.numel(), CHUNK):
-        yield values[start : start + CHUNK]
-
-
 def _in_memory_order(x: Tensor) -> Tensor:
     """Flatten `x` in the order of memory, without a copy for any dense layout."""
     strides = x.stride()
@@ -134,6 +118,5 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 def _extremes(values: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest value, NaN if there is one, with 0.0 for -0.0."""
-    lo, hi = torch.stack([torch.stack(chunk.aminmax()) for chunk in _chunks(values)]).unbind(1)  # [chunks] each
-    lo, hi = lo.amin(), hi.amax()
-    return float(lo) + 0.0, float(hi) + 0.0
+    ends = torch.stack([torch.stack(chunk.aminmax()) for chunk in torch.split(values, CHUNK)])  # [chunks, 2]
+    return float(ends[:, 0].amin()) + 0.0, float(ends[:, 1].amax()) + 0.0

@@ -11,9 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import onnx_ir as ir
 import torch
@@ -24,7 +23,7 @@ from torch.onnx._internal.exporter._core import exported_program_to_ir
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calibrators.errors import ExportError
-from calibrators.graph.aten import operator_name, where
+from calibrators.graph.aten import operator_name, outputs_of, where
 from calibrators.program.freeze import CalibrationResult
 from exporter.emission.onnx_forms import ONNX_FORMS
 from exporter.emission.packing import pack
@@ -129,7 +128,7 @@ def _registry(opset: int) -> ONNXRegistry:
 
 def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
     """Raise ExportError unless the outputs have the names, types and static sizes of the program's, in its order."""
-    for value, name, node in zip(model.graph.outputs, program.meta["output_names"], _results(program), strict=True):
+    for value, name, node in zip(model.graph.outputs, program.meta["output_names"], outputs_of(program), strict=True):
         meta = node.meta["tensor_meta"]
         sizes = list(value.shape) if value.shape is not None else []
         same = len(sizes) == len(meta.shape) and value.dtype == from_torch_dtype(meta.dtype) and value.name == name
@@ -143,7 +142,7 @@ def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
 
 def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
     """Copy outputs that are also another output, an input or a constant: in ONNX a value has one name."""
-    results = _results(program)
+    results = outputs_of(program)
     shared = [x.op != "call_function" or x in results[:index] for index, x in enumerate(results)]
     if not any(shared):
         return program
@@ -151,15 +150,11 @@ def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
     with program.graph.inserting_before(program.graph.output_node()):
         values = tuple(
             program.graph.call_function(torch.ops.aten.clone.default, (x,)) if doubled else x
-            for x, doubled in zip(_results(program), shared, strict=True)
+            for x, doubled in zip(outputs_of(program), shared, strict=True)
         )
     program.graph.output_node().args = (values,)
     program.recompile()
     return program
-
-
-def _results(program: fx.GraphModule) -> Sequence[fx.Node]:
-    return cast(Sequence[fx.Node], program.graph.output_node().args[0])
 
 
 def _refusal(program: fx.GraphModule, error: BaseException) -> str:

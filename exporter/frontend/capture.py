@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError, first_line
-from calibrators.graph.aten import infer_shapes, where
+from calibrators.graph.aten import infer_shapes, outputs_of, where
 from calibrators.grid.metrics import alike
 from exporter.frontend.functionalize import HALVES, flatten
 
-__all__ = ["SAME", "capture", "quiet"]
+__all__ = ["SAME", "capture", "evaluating", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
 
@@ -61,22 +61,16 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
     """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), quiet():
-            try:
-                return _export_free(model, inputs), True, []
-            except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
-                reason = first_line(free)
-            try:
-                program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
-            except Exception as fixed:
-                raise ModelError(_refusal(model, inputs, fixed)) from fixed
-            return program, False, [f"the batch is fixed at 1, because a free batch cannot be exported ({reason})"]
-    finally:
-        for module in was_training:
-            module.training = True
+    with evaluating(model), torch.no_grad(), quiet():
+        try:
+            return _export_free(model, inputs), True, []
+        except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
+            reason = first_line(free)
+        try:
+            program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
+        except Exception as fixed:
+            raise ModelError(_refusal(model, inputs, fixed)) from fixed
+        return program, False, [f"the batch is fixed at 1, because a free batch cannot be exported ({reason})"]
 
 
 def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -165,7 +159,7 @@ def _check(graph: fx.GraphModule) -> None:
         raise ModelError(
             f"the captured graph does not run on its own example: {first_line(error)}; please report this model"
         ) from error
-    for value in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
+    for value in outputs_of(graph):
         if not isinstance(value, fx.Node):
             raise ModelError(f"the model returns {value!r}, which is not a tensor; return tensors only")
 
@@ -202,6 +196,18 @@ def _frames(error: BaseException | None) -> Iterator[tuple[Any, int]]:
     while error is not None:
         yield from traceback.walk_tb(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside, and those of its modules that were training back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

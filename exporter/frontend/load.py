@@ -8,9 +8,7 @@ Must not know: calibration, targets, ONNX, the command line.
 from __future__ import annotations
 
 import inspect
-import logging
 import pickle
-import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
@@ -25,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from calibrators.errors import ModelError, first_line, near_file
+from exporter.frontend.capture import quiet
 from exporter.frontend.pt2_archive import clean_archive
 from exporter.frontend.user_code import article, listed, load_callable
 
@@ -114,8 +113,7 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if (name := _forbidden(error)) is None:
@@ -132,20 +130,14 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
     if not path.is_file():
         raise ModelError(f"{path} does not exist{near_file(path)}")
     archive = clean_archive(path)
-    loader = logging.getLogger("torch.export")
-    level = loader.level
-    loader.setLevel(logging.CRITICAL)  # its message for a bad file is a traceback
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():  # its message for a bad file is a traceback
             return torch.export.load(archive)
     except Exception as error:  # a file of another torch version raises many types of exception
         raise ModelError(
             f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {first_line(error)}); "
             "export it again with this version."
         ) from error
-    finally:
-        loader.setLevel(level)
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

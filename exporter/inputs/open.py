@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import DataError, first_line
+from exporter.frontend.capture import evaluating
 from exporter.frontend.user_code import UserCallable, article, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.form import DataForm
@@ -74,18 +75,14 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     """
     if not any(x.dtype == torch.uint8 for x in batch.inputs):
         return
-    training = [module for module in model.modules() if module.training]
     try:
-        with torch.no_grad():
-            model.eval()(*(x[:1] for x in batch.inputs))
+        with evaluating(model), torch.no_grad():
+            model(*(x[:1] for x in batch.inputs))
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
             "preprocess it as in training: usually float32 in 0..1, normalized, channels first."
         ) from error
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _is_array(value: object) -> bool:

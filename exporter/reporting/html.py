@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from operator import attrgetter
 from typing import Any, Final
@@ -49,14 +49,6 @@ from exporter.reporting.schema import Report, dump_json
 __all__ = ["render_html"]
 
 Z_95: Final = 1.959963984540054  # two-sided 95 % point of the normal distribution
-_TYPES: Final = {
-    "FLOAT": "float32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "FLOAT16": "float16",
-}
 
 
 def _wilson(share: float, samples: int) -> tuple[float, float]:
@@ -87,7 +79,7 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
+def _layer_groups(report: Report) -> list[dict[str, Any]]:
     """Return activations and weights, each with the rows of the table, the worst of them, and the overview figure."""
     groups = []
     for kind, title in (("activation", "Activations"), ("weight", "Weights")):
@@ -96,7 +88,7 @@ def _layer_groups(report: Report, worst: int = 3) -> list[dict[str, Any]]:
             continue
         noise = [measured(layer.sqnr_db) for layer in layers]
         finite = sorted((n, index) for index, n in enumerate(noise) if n is not None and math.isfinite(n))
-        lowest = [layers[index] for _, index in finite[:worst]] if len(finite) > worst else []
+        lowest = [layers[index] for _, index in finite[:WORST]] if len(finite) > WORST else []
         numbers = {layer.site: index for index, layer in enumerate(lowest, start=1)}
         top = finite[-1][0] if finite else 0.0
         rows = [
@@ -134,6 +126,7 @@ def _oscillation(grouping: Grouping) -> Markup:
     return error_plot(*measured_curves.values(), salt="intact-oscillation", groups=groups, labels=[*measured_curves])
 
 
+WORST: Final = 3  # sites that the overview names
 _RANGES: Final = {
     "minmax": "min-max",
     "percentile": "percentile",
@@ -276,7 +269,7 @@ def render_html(report: Report) -> str:
         lapq=_lapq(report),
         sensitivity=_sensitivity(report),
         mixed=_mixed(report),
-        sizes=_parts(report.size.by_type.items(), names=_TYPES),
+        sizes=_parts(({"FLOAT": "float32"}.get(name, name.lower()), n) for name, n in report.size.by_type.items()),
         times=_parts(vars(report.time_s).items()),
         speed=_quotient(latency.float, latency.quantized) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),
@@ -301,11 +294,8 @@ def _levels(report: Report) -> list[dict[str, Any]]:
     return [{"title": title, "note": note, "level": level, "gated": gated} for title, note, level, gated in rows]
 
 
-def _parts(items: Iterable[tuple[str, Any]], names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def _parts(items: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
     """Return the parts of a whole with their shares, for a stacked bar."""
     numbers = [(name, measured(value) or 0.0) for name, value in items]
     total = sum(value for _, value in numbers)
-    return [
-        {"name": (names or {}).get(name, name), "value": value, "share": _share(value, total)}
-        for name, value in numbers
-    ]
+    return [{"name": name, "value": value, "share": _share(value, total)} for name, value in numbers]

@@ -201,7 +201,7 @@ class RunningAccuracy:
         self._gained += int(np.sum(after & ~before))
 
 
-def paired_interval(lost: int, gained: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def paired_interval(lost: int, gained: int, samples: int) -> tuple[float, float]:
     """Return the confidence interval of a difference of two proportions measured on the same samples.
 
     lost, gained: number of samples that only the first network gets right, and only the second.
@@ -211,7 +211,7 @@ def paired_interval(lost: int, gained: int, samples: int, confidence: float = CO
     """
     first, second = (lost + 1) / (samples + 2), (gained + 1) / (samples + 2)
     difference = first - second
-    error = float(ndtri((1 + confidence) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
+    error = float(ndtri((1 + CONFIDENCE) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
     return max(-1.0, difference - error), min(1.0, difference + error)
 
 

@@ -21,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError
 
-__all__ = ["Model", "Source", "loads", "optimized_model", "session"]
+__all__ = ["Model", "Source", "loads", "session"]
 
 PINNED = {
     "session.disable_double_qdq_remover": "1",
@@ -169,18 +169,6 @@ def _create(
             f"onnxruntime {ort.__version__} refuses {'the model' if in_memory else model.source}: "
             f"{str(error).strip()}. Check it with `intact lint`, which names forms that do not load."
         ) from error
-
-
-def optimized_model(model: Source, *, layouts: bool = True) -> onnx.ModelProto:
-    """Return the graph that onnxruntime executes, weights included.
-
-    layouts: keep the blocked layout of float convolutions (see Model.optimized).
-    raises:  ModelError if onnxruntime refuses the model.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        session(model, save_optimized=path, disabled=() if layouts else LAYOUT_OPTIMIZERS)
-        return onnx.load(path)
 
 
 @functools.cache

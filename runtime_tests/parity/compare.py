@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
+from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.sessions import Model, Source, session
 from runtime_tests.parity.results import Agreement, Level, NodeParity, OutputParity, ParityError, legal_rate
 from runtime_tests.parity.stored_weights import differing_weights
@@ -42,9 +43,6 @@ __all__ = [
     "unplanned_kernels",
     "weight_agreements",
 ]
-
-WEIGHT = "DequantizeLinear"
-"""Kernels that read the codes of a weight, which are compared as the file holds them."""
 
 
 class Runtime(Protocol):
@@ -165,7 +163,7 @@ class Comparison:
         outputs = zip(self.runtime.output_names, self.plan.exact_outputs, self.outputs, strict=True)
         return {
             "nodes": [
-                *(NodeParity.of(site, WEIGHT, found, found) for site, found in self.weights.items()),
+                *(NodeParity.of(site, DEQUANTIZE, found, found) for site, found in self.weights.items()),
                 *map(self._node, self.plan.sites),
             ],
             "outputs": [

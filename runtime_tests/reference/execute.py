@@ -24,7 +24,7 @@ from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
 
-__all__ = ["FLOAT", "KernelPlan", "plan", "run", "run_qdq"]
+__all__ = ["FLOAT", "KernelPlan", "plan", "run"]
 
 See = Callable[[str, Tensor], None]
 """A function that gets the name of a site and its dequantized codes."""
@@ -72,16 +72,6 @@ def run(
             elif see is not None and node.target is DEQUANTIZE:
                 see(values[node].site, values[node].values)
     return codes, outputs
-
-
-def run_qdq(
-    program: fx.GraphModule,
-    inputs: Sequence[Tensor],
-    forced: Mapping[str, Tensor] | None = None,
-    see: See | None = None,
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Return the same, computed in float between dequantize and quantize, as the text of the ONNX file says."""
-    return run(plan(program, integer=False), inputs, forced, see)
 
 
 def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

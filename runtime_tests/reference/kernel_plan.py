@@ -19,10 +19,11 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from calibrators.graph.aten import bind
+from calibrators.graph.aten import bind, outputs_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import MOVES
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from runtime_tests.ort.onnx_operators import WEIGHT_ONLY
 from runtime_tests.reference.kernel_rules import (
     PROPAGATED,
     RULES,
@@ -43,9 +44,6 @@ __all__ = ["COUNTED", "FLOAT", "KernelPlan", "Step", "plan", "site_of"]
 
 FLOAT = "float"
 """Kernel name for values that no integer kernel computes."""
-
-WEIGHT_ONLY = "MatMulNBits"
-"""Float kernel that reads only its weight as codes."""
 
 COUNTED = (
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearAdd", "QLinearMul", "QLinearConcat"),
@@ -119,8 +117,7 @@ class KernelPlan:
     @cached_property
     def exact_outputs(self) -> tuple[bool, ...]:
         """For each output of the program, whether an integer kernel or a dequantizer writes it."""
-        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
-        writers = (before_moves(node, MOVES) for node in output.args[0])
+        writers = (before_moves(node, MOVES) for node in outputs_of(self.program))
         return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibrators import LayerRule, PlacementOptions, calibrate
 from calibrators.errors import DataError, InputError, ModelError
-from calibrators.mixed_precision.budgets import parse_budgets
+from calibrators.mixed_precision.budgets import Budget
 from exporter import capture, emit, fold
 from runtime_tests import validate
 from runtime_tests.ort.lint import lint
@@ -251,6 +251,6 @@ def test_zero_points_by_a_rule_where_bits_are_open() -> None:
     """Eight bits, which are tried as well, cannot have one."""
     graph = capture(randomize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))), torch.randn(2, 8))
     options = PlacementOptions(weight_bits=4, first_last_bits=None, layers=(LayerRule("2", symmetric=False),))
-    budget = parse_budgets(["avg_weight_bits<=4.5"])
+    budget = [Budget.parse("avg_weight_bits<=4.5")]
     result = calibrate(graph, [torch.randn(32, 8)], placement=options, budgets=budget)
     assert result.record.sensitivity

@@ -41,11 +41,12 @@ from exporter.reporting.layer_sections import layer_entries
 from exporter.verify import verify
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
-from runtime_tests.ort.sessions import loads, optimized_model, session
-from runtime_tests.parity.compare import WEIGHT
+from runtime_tests.ort.onnx_operators import DEQUANTIZE
+from runtime_tests.ort.sessions import loads, session
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR, Level, ParityError
 from runtime_tests.proof import parity
 from tests.support.networks import build, randomize
+from tests.support.onnx_models import optimized_model
 from tests.support.stored import stored
 
 FLOAT32_ERROR = 2e-6
@@ -286,7 +287,7 @@ def test_a_changed_integer_in_the_file_is_found(what: str, edit: Any, mismatched
     result, x = pair(4, "block-32")
     report = compared(changed(stored(result), f"first.weight_{what}", edit), result, x)
     [site] = [site for site in report.nodes if not site.legal]
-    assert (site.site, site.kernel, site.mismatched) == ("first.weight", WEIGHT, mismatched)
+    assert (site.site, site.kernel, site.mismatched) == ("first.weight", DEQUANTIZE, mismatched)
     with pytest.raises(ParityError, match=r"'first\.weight'"):
         report.raise_for_mismatch()
 

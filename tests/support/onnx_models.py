@@ -5,13 +5,17 @@ Knows nothing of the exporter: these files are the ground truth its output is me
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+
+from runtime_tests.ort.sessions import LAYOUT_OPTIMIZERS, Source, session
 
 Array = NDArray[Any]
 
@@ -256,3 +260,15 @@ def chain(*ops: str, opset: int = 20) -> onnx.ModelProto:
     for op_type in ops:
         value = net.op(op_type, value)
     return net.model(value)
+
+
+def optimized_model(model: Source, *, layouts: bool = True) -> onnx.ModelProto:
+    """Return the graph that onnxruntime executes, weights included.
+
+    layouts: keep the blocked layout of float convolutions (see Model.optimized).
+    raises:  ModelError if onnxruntime refuses the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model, save_optimized=path, disabled=() if layouts else LAYOUT_OPTIMIZERS)
+        return onnx.load(path)

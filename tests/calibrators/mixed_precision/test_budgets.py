@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import TypeAdapter
 
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.mixed_precision.budgets import QUANTITIES, Budget, parse_budgets
+from calibrators.mixed_precision.budgets import QUANTITIES, Budget, Budgets
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,6 @@ def test_unknown_quantities_are_told_their_neighbours() -> None:
 
 
 def test_a_quantity_has_one_budget() -> None:
-    assert len(parse_budgets(["bops<=1G", "avg_weight_bits<=4"])) == 2
+    assert len(TypeAdapter(Budgets).validate_python(["bops<=1G", "avg_weight_bits<=4"])) == 2
     with pytest.raises(InputError, match="two budgets limit bops"):
-        parse_budgets(["bops<=1G", "bops<=2G"])
+        TypeAdapter(Budgets).validate_python(["bops<=1G", "bops<=2G"])

@@ -19,7 +19,7 @@ from calibrators.methods import range_method
 from calibrators.methods.adaround import AdaRound
 from calibrators.methods.minmax import MinMax
 from calibrators.mixed_precision import sensitivity as module
-from calibrators.mixed_precision.budgets import parse_budgets
+from calibrators.mixed_precision.budgets import Budget
 from calibrators.mixed_precision.mixed import CHECKED, measure_sensitivity
 from calibrators.mixed_precision.sensitivity import Grids, Meter, tunable_scales
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
@@ -45,7 +45,7 @@ def problem(name: str, options: PlacementOptions = FREE, labels: Tensor | None =
 def mixed(name: str, *budgets: str, options: PlacementOptions = FREE, **more: Any) -> CalibrationResult:
     model, x = build(name, batch=SAMPLES)
     settings = {"method": "minmax", "placement": options, **more}  # the fastest to find ranges
-    return calibrate(capture(model, x[:2]), [x], budgets=parse_budgets(budgets), **settings)
+    return calibrate(capture(model, x[:2]), [x], budgets=[Budget.parse(budget) for budget in budgets], **settings)
 
 
 def weight_bits(result: CalibrationResult) -> dict[str, int]:

@@ -23,9 +23,10 @@ from exporter.emission import build_model as emit_module
 from exporter.emission.build_model import emit, emit_float
 from exporter.frontend.capture import capture
 from exporter.frontend.reference import export_program, load_reference, save_reference
-from runtime_tests.ort.sessions import optimized_model, session
+from runtime_tests.ort.sessions import session
 from tests.support.architectures import construct
 from tests.support.networks import NETWORKS, build, randomize
+from tests.support.onnx_models import optimized_model
 
 QDQ_TOLERANCE = 1e-5
 """Relative, on outputs: float32 sums in another order; one code that falls the other way shows as 1e-3 or more."""

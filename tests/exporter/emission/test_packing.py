@@ -29,8 +29,9 @@ from exporter.emission.packing import STORAGES, alternatives, pack
 from exporter.frontend.capture import capture
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.lint import lint
-from runtime_tests.ort.sessions import loads, optimized_model, session
+from runtime_tests.ort.sessions import loads, session
 from runtime_tests.proof import parity
+from tests.support.onnx_models import optimized_model
 from tests.support.stored import stored
 
 OPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

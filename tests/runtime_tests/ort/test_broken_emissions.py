@@ -18,8 +18,8 @@ from onnx import TensorProto
 from calibrators.errors import ModelError
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import this_cpu
-from runtime_tests.ort.sessions import optimized_model, session
-from tests.support.onnx_models import Edge, Net
+from runtime_tests.ort.sessions import session
+from tests.support.onnx_models import Edge, Net, optimized_model
 
 DESCRIBED = (1, 31)
 """The release these failures were seen in; older ones may fail in other ways."""

@@ -10,9 +10,8 @@ import pytest
 from onnx import TensorProto
 
 from runtime_tests.ort.lint import RULES, lint
-from runtime_tests.ort.sessions import optimized_model
 from tests.support import onnx_models as models
-from tests.support.onnx_models import Edge, Net
+from tests.support.onnx_models import Edge, Net, optimized_model
 
 Model = onnx.ModelProto
 IMAGE: tuple[int | str, ...] = ("N", 4, 6, 6)

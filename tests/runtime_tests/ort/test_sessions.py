@@ -10,8 +10,9 @@ import pytest
 
 from calibrators.errors import ModelError, UnknownNameError
 from runtime_tests.ort import sessions
-from runtime_tests.ort.sessions import Model, loads, optimized_model, session
+from runtime_tests.ort.sessions import Model, loads, session
 from tests.support import onnx_models as models
+from tests.support.onnx_models import optimized_model
 
 
 @pytest.fixture(scope="module")

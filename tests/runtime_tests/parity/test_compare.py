@@ -14,7 +14,6 @@ from torch import Tensor
 from calibrators.errors import DataError, UnknownNameError
 from calibrators.graph.operators import MOVES, facts
 from calibrators.program.freeze import CalibrationResult
-from runtime_tests.ort.sessions import optimized_model
 from runtime_tests.parity.compare import _OutputTally
 from runtime_tests.parity.results import (
     FLOAT_CHANCE,
@@ -29,6 +28,7 @@ from runtime_tests.proof import LARGEST_BATCH, parity, validate
 from runtime_tests.reference.execute import FLOAT, plan
 from runtime_tests.reference.kernel_plan import COUNTED
 from tests.runtime_tests.reference.programs import NETWORKS, Program, emitted, file_of, network
+from tests.support.onnx_models import optimized_model
 
 FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "MatMul"}
 

@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from calibrators.graph.operators import MOVES
 from calibrators.program.qdq_program import DEQUANTIZE
 from calibrators.targets import list_targets
-from runtime_tests.ort.sessions import optimized_model, session
+from runtime_tests.ort.sessions import session
 from runtime_tests.parity.compare import unplanned_kernels
-from runtime_tests.reference.execute import FLOAT, plan, run, run_qdq
+from runtime_tests.reference.execute import FLOAT, plan, run
 from tests.runtime_tests.reference.programs import NETWORKS, X_SCALE, Program, file_of, network
-from tests.support.onnx_models import Net
+from tests.support.onnx_models import Net, optimized_model
 
 aten = torch.ops.aten
 SIX = 6 / 255
@@ -304,7 +304,7 @@ def test_qdq_execution_is_the_program(name: str) -> None:
     result, x = network(name)
     with torch.no_grad():
         expected = result.program(x)
-    _, outputs = run_qdq(result.program, (x,))
+    _, outputs = run(plan(result.program, integer=False), (x,))
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
@@ -312,7 +312,7 @@ def test_qdq_execution_is_the_program(name: str) -> None:
 def test_both_ways_agree_but_for_ties(name: str) -> None:
     result, x = network(name)
     integers, _ = run(plan(result.program), (x,))
-    floats, _ = run_qdq(result.program, (x,))
+    floats, _ = run(plan(result.program, integer=False), (x,))
     assert list(integers) == list(floats) == list(plan(result.program).sites)
     for site in integers:
         steps = (integers[site].int() - floats[site].int()).abs()
@@ -360,7 +360,7 @@ def test_values_are_freed_when_their_last_reader_is_done() -> None:
     value = p.input(2, 4)
     for _ in range(8):
         value = p.call(tracked, value)
-    run_qdq(p.build(value), p.example)
+    run(plan(p.build(value), integer=False), p.example)
     assert len(counts) == 8
     assert max(counts) <= 2
 

@@ -21,7 +21,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from runtime_tests.ort.sessions import optimized_model, session
+from runtime_tests.ort.sessions import session
 from runtime_tests.reference.kernels import (
     EXACT_FLOAT32,
     ConvGeometry,
@@ -44,7 +44,7 @@ from runtime_tests.reference.kernels import (
     softmax,
     unary_table,
 )
-from tests.support.onnx_models import Net
+from tests.support.onnx_models import Net, optimized_model
 
 Array = NDArray[Any]
 
