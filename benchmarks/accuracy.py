@@ -36,6 +36,7 @@ import argparse
 import itertools
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -395,4 +396,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is finished is still printed
     main()

@@ -136,7 +136,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Group], Any]], ...] = (
     ("top-1", "{:.2f} %", _top1),
     ("top-1 minus float, points", "{:+.2f}", _change),
     ("agreement", "{:.2f} %", _mean("agreement", 100)),
-    ("KL, nats", "{:.3g}", _mean("kl")),
+    ("KL, nats", "{:#.3g}", _mean("kl")),
     (RATIO["title"], RATIO["format"], _ratio),
     ("SQNR", "{:.1f} dB", _sqnr),
     ("mean bits", "{:.2f}", _first("mean_bits")),
