@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
 from calibrators.graph.operators import WEIGHTED
+from calibrators.graph.rewrite import origin
 from calibrators.grid.numerics import along_axis, grid_of, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
@@ -138,7 +139,7 @@ class _Builder:
             value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
         self.graph.erase_node(anchor)
         for made in (codes, value):
-            made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            made.meta = origin(node)
         self.codes[site.name] = codes
         for user in readers:
             user.replace_input_with(node, value)
@@ -178,7 +179,7 @@ class _Builder:
                 axis = None if qparams.scale.ndim == 0 else 0
                 block = () if site.spec.block_size is None else (site.spec.block_size,)
                 value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
-            value.meta = {k: v for k, v in user.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            value.meta = origin(user)
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
             if site.weight_only and bind(user)["bias"] is None:
                 self._add_zero_bias(user, site, len(codes))

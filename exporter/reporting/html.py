@@ -20,30 +20,9 @@ import jinja2
 from markupsafe import Markup
 
 from calibrators.record import Grouping, ScaleSensitivity
+from exporter.reporting import number_format, plots
 from exporter.reporting.headline import headline, unplanned_kernels
-from exporter.reporting.number_format import (
-    compact,
-    compared,
-    count,
-    decibel,
-    differ,
-    duration,
-    measured,
-    percent,
-    points,
-    significant,
-    size,
-)
-from exporter.reporting.plots import (
-    error_plot,
-    front_plot,
-    interval_plot,
-    loss_plot,
-    matrix_plot,
-    range_plot,
-    sensitivity_plot,
-    sqnr_plot,
-)
+from exporter.reporting.number_format import measured
 from exporter.reporting.schema import Report, dump_json
 
 __all__ = ["render_html"]
@@ -75,7 +54,7 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     if rows:
         low, high = min(row["ci"][0] for row in rows), max(row["ci"][1] for row in rows)
         for row in rows:
-            row["plot"] = interval_plot(row["value"], row["ci"], (low, high))
+            row["plot"] = plots.interval_plot(row["value"], row["ci"], (low, high))
     return rows
 
 
@@ -92,10 +71,10 @@ def _layer_groups(report: Report) -> list[dict[str, Any]]:
         numbers = {layer.site: index for index, layer in enumerate(lowest, start=1)}
         top = finite[-1][0] if finite else 0.0
         rows = [
-            {"layer": layer, "plot": range_plot(layer), "share": _share(n, top), "key": _sort_key(n)}
+            {"layer": layer, "plot": plots.range_plot(layer), "share": _share(n, top), "key": _sort_key(n)}
             for layer, n in zip(layers, noise, strict=True)
         ]
-        figure = sqnr_plot(layers, numbers, f"intact-{kind}")
+        figure = plots.sqnr_plot(layers, numbers, f"intact-{kind}")
         groups.append({"kind": kind, "title": title, "rows": rows, "worst": lowest, "figure": figure})
     return groups
 
@@ -106,7 +85,7 @@ def _reconstruction(report: Report) -> dict[str, Any] | None:
         return None
     units, grouping = report.reconstruction.units, report.reconstruction.grouping
     left = [_quotient(unit.after, unit.before) for unit in units]
-    figure = error_plot([u.before for u in units], [u.after for u in units], salt="intact-reconstruction")
+    figure = plots.error_plot([u.before for u in units], [u.after for u in units], salt="intact-reconstruction")
     return {
         "rows": [{"unit": unit, "left": share} for unit, share in zip(units, left, strict=True)],
         "better": sum(share is not None and share < 1 for share in left),
@@ -123,7 +102,9 @@ def _oscillation(grouping: Grouping) -> Markup:
     if not measured_curves:
         return Markup()
     groups = grouping.groups or ()
-    return error_plot(*measured_curves.values(), salt="intact-oscillation", groups=groups, labels=[*measured_curves])
+    return plots.error_plot(
+        *measured_curves.values(), salt="intact-oscillation", groups=groups, labels=[*measured_curves]
+    )
 
 
 WORST: Final = 3  # sites that the overview names
@@ -151,14 +132,14 @@ def _lapq(report: Report) -> dict[str, Any] | None:
         "start": record.losses.get("init"),
         "end": record.losses.get("final"),
         "parabola": record.parabola,
-        "figure": loss_plot(
+        "figure": plots.loss_plot(
             {power.p: power.loss for power in record.powers},
             record.parabola.coefficients,
             record.parabola.vertex,
             "intact-powers",
         ),
         "curvatures": [
-            {"bits": bits, "of": curvature, "plot": matrix_plot(curvature.hessian)}
+            {"bits": bits, "of": curvature, "plot": plots.matrix_plot(curvature.hessian)}
             for bits, curvature in sorted(curvatures.items(), key=lambda item: (len(item[0]), item[0]))
         ],
         "sites": record.landscape.sites if record.landscape else (),
@@ -179,7 +160,7 @@ def _sensitivity(report: Report) -> dict[str, Any] | None:
             {"scale": scale, "cells": [_added_loss(scale, bits, finest) for bits in widths[:-1]]} for scale in scales
         ]
         if rows:
-            figure = sensitivity_plot(scales, finest, f"intact-sensitivity-{kind}")
+            figure = plots.sensitivity_plot(scales, finest, f"intact-sensitivity-{kind}")
             groups.append({"kind": kind, "title": title, "widths": widths[:-1], "rows": rows, "figure": figure})
     return {"groups": groups}
 
@@ -199,7 +180,7 @@ def _mixed(report: Report) -> dict[str, Any] | None:
     rows = sorted(entry.front, key=lambda choice: (cost(choice), choice.uniform is not None))
     return {
         "rows": [{"choice": entry.found, "chosen": True}, *({"choice": row, "chosen": False} for row in rows)],
-        "figure": front_plot(entry, "intact-front"),
+        "figure": plots.front_plot(entry, "intact-front"),
     }
 
 
@@ -249,8 +230,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (count, compact, compared, percent, points, decibel, size, duration, significant, differ)
-    environment.filters |= {function.__name__: function for function in (*filters, unplanned_kernels)}
+    environment.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
+    environment.filters["unplanned_kernels"] = unplanned_kernels
     environment.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return environment.get_template("report.html.j2")
 

@@ -122,8 +122,6 @@ def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> Non
         axes.annotate(str(number), (index + 1, top * 1.06), (0, 1), textcoords="offset points",
                       ha="center", color=_WARN, fontsize=9, weight="bold")  # fmt: skip
     axes.set(xlim=(0.3, len(heights) + 0.7), ylim=(min(0.0, *heights), top * 1.18))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     _label(axes, "site, in graph order", "SQNR, dB")
 
 
@@ -148,12 +146,10 @@ def error_plot(
         if labels:
             axes.legend(axes.lines, labels, frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log", xlim=(0.7, count + 0.3))
+        _label(axes, "unit, in graph order", "relative error")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-        _label(axes, "unit, in graph order", "relative error")
 
     return _figure(salt, paint)
 
@@ -172,7 +168,6 @@ def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vert
         if vertex is not None:
             axes.axvline(vertex, color=_WARN, linewidth=0.8, linestyle=":")
         axes.plot([*finite], [*finite.values()], color=_ACCENT, linewidth=0, marker="o", markersize=5)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         _label(axes, "p", "loss")
 
     return _figure(salt, paint)
@@ -196,9 +191,6 @@ def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: st
         chosen = [losses.get(scale.bits or 0, math.nan) for scale, losses in zip(scales, added, strict=True)]
         axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=7, markerfacecolor="none")
         axes.set(yscale="log", xlim=(0.3, len(scales) + 0.7))
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
         _label(axes, "scale, in graph order", "added loss")
 
     return _figure(salt, paint)
@@ -233,8 +225,6 @@ def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
                   markerfacecolor="none", markeredgewidth=1.8, label="chosen")  # fmt: skip
         axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
         _label(axes, {"weight_bytes": "bytes of weights", "avg_weight_bits": "mean bits of a weight",
                       "bops": "bit operations per sample"}[mixed.axis], "loss")  # fmt: skip
@@ -276,6 +266,13 @@ def _label(axes: Axes, x: str, y: str) -> None:
     """Name the axes, and give them the look that all figures share."""
     axes.set_xlabel(x, color=_MUTED, fontsize=9)
     axes.set_ylabel(y, color=_MUTED, fontsize=9)
+    if x.endswith("in graph order"):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)

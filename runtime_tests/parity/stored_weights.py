@@ -56,13 +56,11 @@ def _distance(program: fx.GraphModule, weight: fx.Node, stored: Operand | None) 
     ours = codes.to(torch.int32), scale, zero_point.to(torch.int32)
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return None
-    steps, other = (
-        (
-            code - along_axis(zero, codes, bound["axis"], bound["block_size"]),
-            along_axis(step.view(torch.int32), codes, bound["axis"], bound["block_size"]),
-            along_axis(zero, codes, bound["axis"], bound["block_size"]),
-        )
-        for code, step, zero in (ours, theirs)
-    )
-    changed = (steps[1] != other[1]) | (steps[2] != other[2])
-    return torch.maximum((steps[0] - other[0]).abs(), changed.to(torch.int32))
+
+    def spread(values: Tensor) -> Tensor:
+        return along_axis(values, codes, bound["axis"], bound["block_size"])
+
+    shifted = spread(ours[2] - theirs[2])
+    rescaled = spread(ours[1].view(torch.int32) - theirs[1].view(torch.int32))
+    changed = (rescaled != 0) | (shifted != 0)
+    return torch.maximum((ours[0] - theirs[0] - shifted).abs(), changed.to(torch.int32))
