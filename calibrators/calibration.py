@@ -38,7 +38,7 @@ def calibrate(
     graph: fx.GraphModule,
     batches: Iterable[Batch | Tensor],
     *,
-    method: str | Method = "mse",
+    method: str | Method = "gptq",
     options: Mapping[str, object] | None = None,
     target: str | Target = "ort-cpu",
     placement: PlacementOptions | None = None,

@@ -102,6 +102,7 @@ class ReconstructedUnit:
     undecided:     share of the roundings that training left between 0 and 1.
     loss_before, loss_after: the loss that the method minimizes; if it did not fall, nearest rounding was kept.
     gain_lo, gain_hi: smallest and largest learned factor of the weight scales.
+    strength:      share of the step towards the float output that was taken before rounding.
     """
 
     name: str
@@ -114,6 +115,7 @@ class ReconstructedUnit:
     undecided: float | None = None
     gain_lo: float | None = None
     gain_hi: float | None = None
+    strength: float | None = None
     seconds: float | None = None
 
 

@@ -218,8 +218,11 @@ def lint(
 def demo(
     out: Out,
     method: Annotated[
-        str, typer.Option(help="Calibration method; `intact methods` lists them.", metavar="NAME")
-    ] = "mse",
+        str | None,
+        typer.Option(
+            help="Calibration method; `intact methods` lists them.  [default: that of export]", metavar="NAME"
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -233,7 +236,7 @@ def demo(
 
         source = "exporter.demo.model:"
         data = (f"{source}calibration", f"{source}evaluation")
-        settings = make_config({"method": method})
+        settings = make_config({} if method is None else {"method": method})
         _export(f"{source}network", data, settings, out=out, overwrite=overwrite, quiet=quiet)
 
 

@@ -41,7 +41,7 @@ class _Calibration(Settings):
     """Target and method: a base class, so that they come first wherever settings are listed."""
 
     target: str = setting("ort-cpu", "Runtime to export to; `intact targets` lists them.")
-    method: str = setting("mse", "Calibration method; `intact methods` lists them.")
+    method: str = setting("gptq", "Calibration method; `intact methods` lists them.")
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the method: the table [options], or `--set NAME=VALUE`."
     )

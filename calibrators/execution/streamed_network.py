@@ -8,25 +8,26 @@ Must not know: how parameters are chosen, ONNX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.execution.activation_cache import Cache, Memory, Recording
 from calibrators.execution.blocks import Block
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
 from calibrators.execution.task import Problem
-from calibrators.graph.aten import batch_of, to_device
+from calibrators.graph.aten import batch_of, example_batch, shape_of, to_device
 from calibrators.grid.numerics import dequantize, quantize
 from calibrators.grid.spec import QParams, QuantizedTensor
 from calibrators.program.freeze import CalibrationResult, code_bias, freeze
 
 __all__ = ["RoundedNetwork", "StreamedNetwork"]
 
-CHUNK = 64
-"""Samples per forward pass over the whole calibration set."""
+CHUNK, LARGEST_VALUE = 64, 16 << 20
+"""Samples per forward pass over the whole calibration set; fewer where a value of so many would take more bytes."""
 
 
 class StreamedNetwork:
@@ -41,6 +42,7 @@ class StreamedNetwork:
         self.placement, self.device = problem.placement, problem.device
         self.boundary = BlockBoundary(self.placement, blocks)
         self.memory = Memory(problem.memory, problem.device)
+        self.chunk = _chunk(self.placement.graph)
         self.quantizers = {
             name: ActivationQuantizer(qparams.to(self.device), nonnegative=problem.statistics[name].lo >= 0)
             for name, qparams in activations.items()
@@ -50,9 +52,9 @@ class StreamedNetwork:
         """Return the block to be run; its weights and biases are still to be set."""
         return to_device(Simulation(self.placement, self.boundary, block, self.quantizers), self.device).eval()
 
-    def chunks(self, caches: Sequence[Cache], size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
+    def chunks(self, caches: Sequence[Cache], size: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield all samples in order, `size` at a time (or as many as the graph fixes), on the device."""
-        size = batch_of(self.placement.graph, size)
+        size = batch_of(self.placement.graph, size or self.chunk)
         for chunk in zip(*(cache.chunks(size) for cache in caches), strict=True):
             yield tuple(x.to(self.device) for x in chunk)
 
@@ -62,6 +64,14 @@ class StreamedNetwork:
         recording = Recording(self.memory, samples, names)
         for batch in batches:
             recording.append(dict(zip(names, batch, strict=True)), len(batch[0]))
+        return recording.caches
+
+    @torch.no_grad()
+    def run(self, network: torch.nn.Module, names: Sequence[str], inputs: Sequence[Cache]) -> dict[str, Cache]:
+        """Return caches of the outputs of a float network, called `names`, for all samples."""
+        recording = Recording(self.memory, len(inputs[0]), self.problem.sample_values)
+        for chunk in self.chunks(inputs):
+            recording.append(dict(zip(names, network(*chunk), strict=True)), len(chunk[0]))
         return recording.caches
 
     def crossing_grid(self, name: str) -> QParams | None:
@@ -142,3 +152,9 @@ class RoundedNetwork(StreamedNetwork):
         weight, source = self.placement.added_to(site)
         scale = self.quantizers[source.name].qparams.scale.cpu()
         return code_bias(self.bias(name), scale, self.weights[weight.name].qparams.scale, site)
+
+
+def _chunk(graph: fx.GraphModule) -> int:
+    """Return the samples per forward pass."""
+    largest = max(4 * math.prod(shape_of(node)) // example_batch(graph) for node in graph.graph.nodes)
+    return max(1, min(CHUNK, LARGEST_VALUE // max(1, largest)))

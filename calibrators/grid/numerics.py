@@ -86,7 +86,9 @@ def round_codes(
 
 def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return f32(f32(code - zero_point) * scale); the parameters broadcast against the codes."""
-    return (codes.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+    if codes.dtype.itemsize > 2:
+        return (codes.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+    return codes.to(torch.float32).sub_(zero_point).mul_(scale)  # the same: differences of short codes are exact
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:

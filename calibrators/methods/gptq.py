@@ -25,8 +25,10 @@ class GPTQ(Options):
     """Rounding layer by layer in which later weights compensate for the errors of earlier ones, without training."""
 
     damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
-    act_order: bool = option(False, "round the weights of strong inputs first")
-    positions: int = option(32768, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
+    output_target: str = option("float", "output that rounding aims at", choices=("float", "quantized"))
+    ridge: float = option(0.01, "as damping, of the step towards the float output", minimum=1e-6, maximum=1)
+    act_order: bool = option(True, "round the weights of strong inputs first")
+    positions: int = option(16384, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
     ranges: str = option("mse", "range method for the activations")
     weight_ranges: str = option("mse", "range method for the weights")
 

@@ -16,132 +16,103 @@ Must not know: methods, how activations are computed and cached.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from calibrators.errors import DataError
-from calibrators.graph.aten import bind, per_axis, shape_of
 from calibrators.grid.numerics import code_limits, dequantize, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams
+from calibrators.reconstruction.output_target import damped_cholesky
 
-__all__ = ["Hessian", "Im2col", "Rounded", "round_weight"]
+__all__ = ["Limits", "Rounded", "round_weight"]
 
 BLOCK = 128
 """Columns whose errors reach later columns together, as one matrix product."""
 
-LARGEST_DAMPING = 1.0
 
-PIECE = 4096
-"""Positions whose columns are copied at a time."""
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """Codes that a target allows besides those of the grid; zero points count as code 0 here.
 
-
-@dataclass(frozen=True)
-class Im2col:
-    """The way a convolution or linear layer cuts its input into columns; a linear layer has no spatial dimensions.
-
-    Layers that read the same value with equal `Im2col` share their Hessian.
+    lowest, highest: of one code, for every element of the weight or broadcast against it.
+    partner:         int64 [groups, columns]: the column whose code shares a limit with that of this one, itself where
+                     there is none. Partners name each other.
+    pair_lowest, pair_highest: of the sum of two partners of one sign; 0 lies between them.
     """
 
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
+    lowest: int | Tensor = -(2**20)
+    highest: int | Tensor = 2**20
+    partner: Tensor | None = None
+    pair_lowest: int = -(2**20)
+    pair_highest: int = 2**20
 
-    @classmethod
-    def of(cls, node: fx.Node) -> Im2col:
-        """Return the `Im2col` of an ATen call."""
-        bound = bind(node)
-        kernel = shape_of(bound["weight"])[2:]
-        if not kernel:
-            return cls()
-        stride, padding, dilation = (per_axis(bound[key], len(kernel)) for key in ("stride", "padding", "dilation"))
-        return cls(kernel, stride, padding, dilation, bound["groups"])
-
-    def cut(self, x: Tensor) -> Tensor:
-        """Return the inputs of every position, [*positions, channels, *kernel], as a view of the padded input."""
-        if not self.kernel:
-            return x
-        windows = F.pad(x, [width for width in reversed(self.padding) for _ in range(2)])
-        for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), start=2):
-            windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
-        return windows.movedim(1, 1 + len(self.kernel))  # [n, *out, channels, *kernel]
-
-    def take(self, x: Tensor, share: float, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield columns [groups, columns, positions] of a random share of the positions, at most PIECE at a time."""
-        windows = self.cut(x)
-        positions = windows.shape[: windows.ndim - 1 - len(self.kernel)]
-        total = math.prod(positions)
-        index = torch.arange(total)
-        if share < 1:
-            index = torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
-        for piece in torch.split(index.to(x.device), PIECE):
-            seen = windows[torch.unravel_index(piece, positions)]  # [positions, channels, *kernel]
-            yield seen.reshape(len(piece), self.groups, -1).permute(1, 2, 0)
-
-
-class Hessian:
-    """Mean of 2 x x^T over the inputs of a layer, updated batch by batch.
-
-    matrix: float32 [groups, columns, columns]; count: inputs so far.
-    """
-
-    def __init__(self, groups: int, columns: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(groups, columns, columns, device=device)
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        """Include columns [groups, columns, positions]."""
-        x = x.contiguous() if len(x) > 1 else x  # many times faster for batches of small products
-        before, self.count = self.count, self.count + x.shape[-1]
-        self.matrix.baddbmm_(x, x.mT, beta=before / self.count, alpha=2 / self.count)
+    def __post_init__(self) -> None:
+        """Raise ValueError for limits that leave nothing, or partners that do not name each other."""
+        if not self.pair_lowest <= 0 <= self.pair_highest or bool(
+            torch.any(torch.as_tensor(self.lowest > self.highest))
+        ):
+            raise ValueError("limits leave no code")
+        if self.partner is not None:
+            columns = torch.arange(self.partner.shape[1]).expand_as(self.partner)
+            if not torch.equal(self.partner.take_along_dim(self.partner, 1), columns):
+                raise ValueError("partners do not name each other")
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Codes of a weight, and the relative errors of its output with nearest rounding and with these codes.
+    """Codes of a weight, and the errors of its output relative to its energy with nearest rounding and these codes.
 
-    kept: output channels that keep nearest rounding.
+    kept: output channels that keep nearest rounding; free: the error without `Limits`, None where there were none.
     """
 
     codes: Tensor
     nearest: float
     error: float
     kept: int
+    free: float | None = None
 
 
 def round_weight(
-    weight: Tensor, qparams: QParams, hessian: Tensor, *, damping: float = 0.01, act_order: bool = False
+    weight: Tensor,
+    qparams: QParams,
+    hessian: Tensor,
+    *,
+    target: Tensor | None = None,
+    limits: Limits | None = None,
+    damping: float = 0.01,
+    act_order: bool = False,
 ) -> Rounded:
     """Round a weight, under fixed parameters, to codes that lower the error of its output.
 
     weight:    [out, ...], its elements in the order of the columns; qparams: per tensor, or along axis 0.
     hessian:   [groups, columns, columns], finite.
+    target:    [groups, out / groups, columns]: weights to come close to instead (output_target), None for the weight's.
+    limits:    codes that the target allows, kept while other codes compensate.
     damping:   added to the diagonal, in units of its mean; raised tenfold, up to 1, while H is not positive definite.
     act_order: round columns in the order of their inputs' energy, the largest first.
+    raises:    DataError where no damping makes H positive definite.
     """
     matrix = hessian.double()
     groups, columns = matrix.shape[:2]
     order = _order(matrix, act_order)
-    ordered = matrix.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    limits = (torch.as_tensor(limit, device=weight.device) for limit in code_limits(weight, qparams))
-    rows, *grid = (
-        x.expand_as(weight).double().reshape(groups, -1, columns) for x in (weight, *grid_of(weight, qparams), *limits)
-    )  # [groups, out / groups, columns]
-    first, *grid = (x.take_along_dim(order[:, None], 2) for x in (rows, *grid))
-    fed = _feed_errors(first, grid, _factor(ordered, damping))
+    factor = _factor(matrix.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2), damping)
+    rows = weight.double().reshape(groups, -1, columns)
+    wanted = rows if target is None else target
+    grid = _Grid.of(weight, qparams, limits, order)
     nearest = quantize(weight, qparams)
-    codes = fed.take_along_dim(order.argsort(1)[:, None], 2).reshape(weight.shape).to(nearest.dtype)
-    before, after = (_energy(rows - dequantize(c, qparams).reshape(rows.shape), matrix) for c in (nearest, codes))
+    if limits is not None:
+        nearest = grid.round(rows, torch.eye(columns).to(factor).expand_as(factor)).reshape(weight.shape).to(nearest)
+    codes = grid.round(wanted, factor).reshape(weight.shape).to(nearest)
+    before, after = (_energy(wanted - dequantize(c, qparams).reshape(rows.shape), matrix) for c in (nearest, codes))
     worse = after > before
     codes[worse.flatten()] = nearest[worse.flatten()]
     energy = float(_energy(rows, matrix).sum()) or 1.0
-    return Rounded(codes, float(before.sum()) / energy, float(before.minimum(after).sum()) / energy, int(worse.sum()))
+    free = None
+    if limits is not None:
+        free = round_weight(weight, qparams, hessian, target=target, damping=damping, act_order=act_order).error
+    error = float(before.minimum(after).sum()) / energy
+    return Rounded(codes, float(before.sum()) / energy, error, int(worse.sum()), free)
 
 
 def _energy(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -162,37 +133,83 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
 
     With J the reversal of columns and J H J = L L^T, H is V V^T for the upper V = J L J, and U its inverse.
     """
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    live = diagonal > 0
-    mean = torch.where(live.any(1), diagonal.sum(1) / live.sum(1).clamp(min=1), 1.0)[:, None]  # of live inputs
-    dampings = torch.full_like(mean, damping)
-    while True:
-        damped = matrix + torch.diag_embed(torch.where(live, dampings * mean, mean))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
-        if not failed.any():
-            identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-            upper: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), identity, upper=True)
-            return upper
-        if (dampings[failed > 0] >= LARGEST_DAMPING).any():
-            raise DataError("second moments of a layer's inputs are not positive; check the calibration data")
-        dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)
+    lower = damped_cholesky(matrix.flip(1, 2), damping)
+    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    upper: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), identity, upper=True)
+    return upper
 
 
-def _feed_errors(rows: Tensor, grid: Sequence[Tensor], factor: Tensor) -> Tensor:
-    """Round column after column, passing errors on; return codes as float64 [groups, rows, columns].
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """The grid of every element, float64 [groups, columns, rows] in the order of rounding.
 
-    grid: scale, zero point, lowest and highest code of every element, in the shape of the rows.
+    order: int64 [groups, columns]; partner: the partner of each column by its place in the order.
     """
-    groups, count, columns = rows.shape
-    left, *grid = (x.mT.contiguous() for x in (rows, *grid))  # [groups, columns, rows]
-    scale, zero_point, _, _ = grid
-    codes = torch.empty_like(left)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        errors = left.new_empty(groups, end - start, count)
-        for j in range(start, end):
-            codes[:, j] = round_codes(left[:, j], *(x[:, j] for x in grid))
-            errors[:, j - start] = (left[:, j] - (codes[:, j] - zero_point[:, j]) * scale[:, j]) / factor[:, j, j, None]
-            left[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
-        left[:, end:] -= factor[:, start:end, end:].mT @ errors
-    return codes.mT
+
+    scale: Tensor
+    zero_point: Tensor
+    lowest: Tensor
+    highest: Tensor
+    order: Tensor
+    limits: Limits
+    partner: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, qparams: QParams, limits: Limits | None, order: Tensor) -> _Grid:
+        """Return the grid of a weight within the limits of its codes."""
+        limits = limits or Limits()
+        scale, zero_point = grid_of(weight, qparams)
+        lowest, highest = (torch.as_tensor(code, device=weight.device) for code in code_limits(weight, qparams))
+        lowest = torch.maximum(lowest, limits.lowest + zero_point)
+        highest = torch.minimum(highest, limits.highest + zero_point)
+        groups, columns = order.shape
+
+        def ordered(x: Tensor) -> Tensor:
+            x = x.expand_as(weight).double().reshape(groups, -1, columns)
+            return x.take_along_dim(order[:, None], 2).mT.contiguous()
+
+        place = order.argsort(1)
+        partner = None if limits.partner is None else place.gather(1, limits.partner.to(place).gather(1, order))
+        scale, zero_point, lowest, highest = map(ordered, (scale, zero_point, lowest, highest))
+        return cls(scale, zero_point, lowest, highest, order, limits, partner)
+
+    def round(self, rows: Tensor, factor: Tensor) -> Tensor:
+        """Round column after column, passing errors on by `factor`; return codes, float64 [groups, rows, columns]."""
+        groups, count, columns = rows.shape
+        left = rows.take_along_dim(self.order[:, None], 2).mT.contiguous()
+        codes = torch.empty_like(left)
+        for start in range(0, columns, BLOCK):
+            end = min(start + BLOCK, columns)
+            errors = left.new_empty(groups, end - start, count)
+            for j in range(start, end):
+                lowest, highest = self._allowed(j, left, codes)
+                codes[:, j] = round_codes(left[:, j], self.scale[:, j], self.zero_point[:, j], lowest, highest)
+                rounded = (codes[:, j] - self.zero_point[:, j]) * self.scale[:, j]
+                errors[:, j - start] = (left[:, j] - rounded) / factor[:, j, j, None]
+                left[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
+            left[:, end:] -= factor[:, start:end, end:].mT @ errors
+        return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
+
+    def _allowed(self, j: int, left: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest code of column j, [groups, rows], with the codes of earlier columns given.
+
+        Of two partners the first leaves the second half of what the two have to give up.
+        """
+        lowest, highest = self.lowest[:, j], self.highest[:, j]
+        if self.partner is None:
+            return lowest, highest
+        at = self.partner[:, j, None, None]
+        zero_point = self.zero_point[:, j]
+        own = (left[:, j] / self.scale[:, j]).round()
+        scale, zero, value, code = (x.take_along_dim(at, 1)[:, 0] for x in (self.scale, self.zero_point, left, codes))
+        place = at[:, 0]
+        other = torch.where(place < j, code - zero, (value / scale).round())
+        top, bottom = self.limits.pair_highest, self.limits.pair_lowest
+        above = torch.where(place < j, top - other, ((top + own - other) / 2).floor()).clamp(0, top)
+        below = torch.where(place < j, bottom - other, ((bottom + own - other) / 2).ceil()).clamp(bottom, 0)
+        above, below = torch.where(other > 0, above, top), torch.where(other < 0, below, bottom)
+        lone = place == j
+        return (
+            torch.where(lone, lowest, lowest.maximum(zero_point + below)),
+            torch.where(lone, highest, highest.minimum(zero_point + above)),
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
-from calibrators.execution.blocks import partition
+from calibrators.execution.activation_cache import Cache
+from calibrators.execution.blocks import Block, extract, partition
 from calibrators.execution.simulation import Simulation
 from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
-from calibrators.graph.aten import bind, fan_in, layer_name, shape_of
+from calibrators.graph.aten import bind, fan_in, layer_name, shape_of, to_device
 from calibrators.grid.spec import QuantizedTensor, Site
 from calibrators.program.freeze import CalibrationResult, widen
-from calibrators.reconstruction.hessian_rounding import Hessian, Im2col, round_weight
+from calibrators.reconstruction.hessian_rounding import round_weight
+from calibrators.reconstruction.moments import HALVES, Im2col, Moments
+from calibrators.reconstruction.output_target import toward_float
 from calibrators.record import ReconstructedUnit, Reconstruction
 
 if TYPE_CHECKING:
@@ -32,6 +36,9 @@ __all__ = ["round_layers"]
 
 LARGEST = 8192
 """Most columns of a Hessian, whose factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
+
+PER_COLUMN, LEAST = 64, 2048
+"""Positions for each column of the moments, and for any layer, up to those of the option: more change no result."""
 
 
 def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
@@ -53,20 +60,22 @@ def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
 
 
 Reading = tuple[str, Im2col]
-"""The input of a Hessian: a value, by fx name, and the way layers cut it into columns."""
+"""What moments are taken of: a value, by fx name, and the way layers cut it into columns."""
 
 
 class _Layers:
     """The layers in order of execution.
 
-    hessians: those that later layers share; units: the record of every layer; notes: for the user.
+    floats:  caches of the float values that the current and later blocks read, by fx name; none where not needed.
+    moments: those that later layers share; units: the record of every layer; notes: for the user.
     """
 
     def __init__(self, method: GPTQ, network: RoundedNetwork) -> None:
         self.method, self.network = method, network
+        self.floats = dict(network.quantized) if method.output_target == "float" else {}
         self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
-        self.hessians: dict[Reading, Tensor] = {}
+        self.moments: dict[Reading, Moments] = {}
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
         for name in (name for block in network.blocks for name in block.weighted):
             if self._is_feasible(name):
@@ -100,50 +109,85 @@ class _Layers:
             if self.sites.get(self._site(layer).name) == layer:
                 self.network.fill(simulation)
                 self._round(simulation, layer)
+        if self.floats:
+            inputs = tuple(self.floats[name] for name in block.inputs)
+            self.floats |= self.network.run(self._float_part(block, block.outputs), block.outputs, inputs)
         self.network.advance(simulation)
-        self.network.forget(index, self.network.quantized)
+        self.network.forget(index, self.network.quantized, self.floats)
+
+    def _float_part(self, block: Block, outputs: tuple[str, ...]) -> fx.GraphModule:
+        """Return the float network from the inputs of a block to some of its values."""
+        part = extract(self.network.placement.graph, replace(block, outputs=outputs))
+        return to_device(part, self.network.device)
 
     def _round(self, simulation: Simulation, layer: str) -> None:
         start = time.perf_counter()
-        site = self._site(layer).name
-        qparams = self.network.weights[site].qparams
-        device = self.network.device
+        node, site, how = self._node(layer), self._site(layer), self.method
+        qparams = self.network.weights[site.name].qparams
+        moments = self._moments(simulation, layer)
+        hessian = moments.hessian
+        weight = self.network.placement.values(site).to(self.network.device)
+        rows = weight.double().reshape(len(hessian), -1, hessian.shape[1])
+        target = toward_float(rows, moments, how.ridge)
         rounded = round_weight(
-            self._weight(layer).to(device),
-            qparams.to(device),
-            self._hessian(simulation, layer),
-            damping=self.method.damping,
-            act_order=self.method.act_order,
+            weight,
+            qparams.to(self.network.device),
+            hessian,
+            target=target.rows,
+            damping=how.damping,
+            act_order=how.act_order,
         )
-        self.network.weights[site] = QuantizedTensor(rounded.codes.cpu(), qparams)
-        seconds = time.perf_counter() - start
-        name = layer_name(self._node(layer))
-        self.units.append(ReconstructedUnit(name, 1, before=rounded.nearest, after=rounded.error, seconds=seconds))
+        self.network.weights[site.name] = QuantizedTensor(rounded.codes.cpu(), qparams)
+        done = ReconstructedUnit(
+            layer_name(node),
+            1,
+            before=rounded.nearest,
+            after=rounded.error,
+            strength=target.strength if self.floats else None,
+            seconds=time.perf_counter() - start,
+        )
+        self.units.append(done)
 
-    def _weight(self, layer: str) -> Tensor:
-        return self.network.placement.values(self._site(layer))
-
-    def _hessian(self, simulation: Simulation, layer: str) -> Tensor:
-        """Return the second moments of the layer's inputs in the network quantized so far."""
+    def _moments(self, simulation: Simulation, layer: str) -> Moments:
+        """Return the moments of the layer's inputs in the network quantized so far."""
         reading = self._reading(layer)
-        if reading not in self.hessians:
-            self.hessians[reading] = self._measured(simulation, layer)
+        if reading not in self.moments:
+            self.moments[reading] = self._measured(simulation, layer)
         self.readers[reading] -= 1
-        return self.hessians[reading] if self.readers[reading] else self.hessians.pop(reading)
+        return self.moments[reading] if self.readers[reading] else self.moments.pop(reading)
 
     @torch.no_grad()
-    def _measured(self, simulation: Simulation, layer: str) -> Tensor:
+    def _measured(self, simulation: Simulation, layer: str) -> Moments:
         node, columns = self._node(layer), Im2col.of(self._node(layer))
-        hessian = Hessian(columns.groups, fan_in(node), self.network.device)
-        inputs = self.network.inputs_of(simulation.block)
-        examples = len(self.network.placement.graph.meta["example"][0])
-        positions = math.prod(shape_of(node)) // len(self._weight(layer)) * len(inputs[0]) / examples
-        share = self.method.positions / positions
-        generator = self.network.problem.generator(layer)
-        network = simulation.reading(layer)
-        for chunk in self.network.chunks(inputs):
-            for x in columns.take(network(*chunk), share, generator):
-                hessian.add(x)
-        if not hessian.matrix.isfinite().all():
+        moments = Moments(columns.groups, fan_in(node), self.network.device, with_error=bool(self.floats))
+        share, generator = self._share(node, simulation.block), self.network.problem.generator(layer)
+        seen = 0
+        for read in self._inputs(simulation, layer):
+            for half in range(HALVES):
+                part = [x[(half + seen) % HALVES :: HALVES] for x in read]
+                for piece in columns.take(part, share, generator) if len(part[0]) else ():
+                    moments.add(half, *piece)
+            seen += len(read[0])
+        if not moments.hessian.isfinite().all():
             raise DataError(f"layer {layer_name(node)} reads values that are not finite; check the calibration data")
-        return hessian.matrix
+        return moments
+
+    def _share(self, node: fx.Node, block: Block) -> float:
+        """Return the share of a layer's positions that its moments are measured on; all of them from 1 up."""
+        samples = len(self.network.inputs_of(block)[0])
+        examples = len(self.network.placement.graph.meta["example"][0])
+        positions = math.prod(shape_of(node)) // shape_of(bind(node)["weight"])[0] * samples / examples
+        return min(self.method.positions, max(LEAST, PER_COLUMN * fan_in(node))) / positions
+
+    def _inputs(self, simulation: Simulation, layer: str) -> Iterator[list[Tensor]]:
+        """Yield the layer's input in the quantized network, and in the float one where that runs, chunk by chunk."""
+        block = simulation.block
+        parts: list[tuple[fx.GraphModule, tuple[Cache, ...]]] = [
+            (simulation.reading(layer), self.network.inputs_of(block))
+        ]
+        if self.floats:
+            caches = tuple(self.floats[name] for name in block.inputs)
+            parts.append((self._float_part(block, (bind(self._node(layer))["input"].name,)), caches))
+        for chunks in zip(*(self.network.chunks(caches) for _, caches in parts), strict=True):
+            values = [part(*chunk) for (part, _), chunk in zip(parts, chunks, strict=True)]
+            yield [x if isinstance(x, Tensor) else x[0] for x in values]

@@ -25,7 +25,8 @@ from calibrators.methods.mse import MSE
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
 from calibrators.reconstruction import layer_rounding
-from calibrators.reconstruction.hessian_rounding import BLOCK, Hessian, Im2col, Rounded, round_weight
+from calibrators.reconstruction.hessian_rounding import BLOCK, Limits, Rounded, round_weight
+from calibrators.reconstruction.moments import Im2col, Moments
 from exporter import export
 from exporter.emission.build_model import needed_opset, to_onnx
 from exporter.folding.fold_regions import fold
@@ -60,11 +61,15 @@ def inputs_of(columns: int, positions: int, generator: torch.Generator, groups: 
     return (mixing @ torch.randn(groups, columns, positions, generator=generator) + 0.3).relu()
 
 
-def hessian_of(x: Tensor, pieces: int = 1) -> Tensor:
-    hessian = Hessian(x.shape[0], x.shape[1], x.device)
-    for piece in x.chunk(pieces, 2):
-        hessian.add(piece)
-    return hessian.matrix
+def moments_of(quantized: Tensor, exact: Tensor | None = None, pieces: int = 2) -> Moments:
+    moments = Moments(quantized.shape[0], quantized.shape[1], quantized.device, with_error=exact is not None)
+    for index, piece in enumerate(torch.arange(quantized.shape[2]).chunk(pieces)):
+        moments.add(index % 2, *(x[:, :, piece] for x in (quantized, exact) if x is not None))
+    return moments
+
+
+def hessian_of(x: Tensor, pieces: int = 2) -> Tensor:
+    return moments_of(x, pieces=pieces).hessian
 
 
 def objectives(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor) -> Tensor:
@@ -187,6 +192,72 @@ def test_a_hessian_does_not_depend_on_how_inputs_are_cut(generator: torch.Genera
         torch.testing.assert_close(hessian_of(x, pieces).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+# Limits of codes ------------------------------------------------------------------------------------------------------
+
+W8 = dataclasses.replace(W4, bits=8, symmetric=True)
+
+
+def neighbors(groups: int, columns: int) -> Tensor:
+    """Partners of columns: the first two, the next two; an odd last one is alone."""
+    pairs = torch.arange(columns - columns % 2).view(-1, 2).flip(1).flatten()
+    return torch.cat([pairs, torch.arange(columns - columns % 2, columns)]).expand(groups, columns).contiguous()
+
+
+def pair_sums(codes: Tensor, groups: int, columns: int) -> tuple[int, int]:
+    """Largest sum of the positive and smallest sum of the negative codes of neighbors."""
+    rows = codes.long().reshape(groups, -1, columns)[:, :, : columns - columns % 2].unflatten(2, (-1, 2))
+    return int(rows.clamp(min=0).sum(3).max()), int(rows.clamp(max=0).sum(3).min())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("columns", "groups"), [(18, 1), (9, 4), (BLOCK + 11, 2)])
+def test_pairs_keep_their_limit(columns: int, groups: int, act_order: bool, generator: torch.Generator) -> None:
+    weight = torch.randn(8, columns, generator=generator)
+    weight[:, : columns // 3] *= 3
+    qparams = MSE().weight(weight, W8)
+    hessian = hessian_of(inputs_of(columns, 3 * columns, generator, groups))
+    limits = Limits(partner=neighbors(groups, columns), pair_lowest=-128, pair_highest=128)
+    free = round_weight(weight, qparams, hessian, act_order=act_order)
+    rounded = round_weight(weight, qparams, hessian, limits=limits, act_order=act_order)
+    above, below = pair_sums(free.codes, groups, columns)
+    assert above > 128 or below < -128
+    above, below = pair_sums(rounded.codes, groups, columns)
+    assert below >= -128 and above <= 128
+    assert rounded.free == free.error < rounded.error <= rounded.nearest
+    changed = (rounded.codes != free.codes).reshape(groups, -1, columns).any(2)
+    assert changed.any()
+
+
+def test_channels_keep_limits_of_their_own(generator: torch.Generator) -> None:
+    weight = torch.randn(6, 20, generator=generator)
+    qparams = MSE().weight(weight, W8)
+    hessian = hessian_of(inputs_of(20, 90, generator))
+    reach = torch.tensor([127, 63, 31, 127, 20, 7])[:, None]
+    rounded = round_weight(weight, qparams, hessian, limits=Limits(-reach, reach))
+    assert (rounded.codes.abs() <= reach).all() and rounded.codes.abs().amax(1)[2] == 31
+    free = round_weight(weight, qparams, hessian)
+    assert rounded.free == free.error < rounded.error
+    wide = round_weight(weight, qparams, hessian, limits=Limits(-128, 127))
+    assert torch.equal(wide.codes, free.codes) and wide.error == wide.free
+
+
+def test_later_codes_compensate_for_a_limit(generator: torch.Generator) -> None:
+    weight = torch.randn(6, 20, generator=generator)
+    qparams = MSE().weight(weight, W8)
+    hessian = hessian_of(inputs_of(20, 90, generator))
+    rounded = round_weight(weight, qparams, hessian, limits=Limits(-100, 100))
+    clipped = quantize(weight, qparams).clamp(-100, 100)
+    cut, kept = (objectives(weight, codes, qparams, hessian).sum() for codes in (clipped, rounded.codes))
+    assert kept < 0.5 * cut
+
+
+def test_limits_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="no code"):
+        Limits(5, 4)
+    with pytest.raises(ValueError, match="each other"):
+        Limits(partner=torch.tensor([[1, 2, 0]]))
+
+
 # Inputs as columns ----------------------------------------------------------------------------------------------------
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -198,6 +269,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 8, 8)),
     "point": (nn.Conv2d(4, 6, 1), (4, 5, 5)),
     "same": (nn.Conv2d(4, 6, 3, padding="same"), (4, 5, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, stride=2), (4, 5, 5)),
     "conv1d": (nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2), (4, 17)),
     "linear": (nn.Linear(7, 5), (7,)),
     "tokens": (nn.Linear(7, 5), (6, 7)),
@@ -218,19 +290,19 @@ def single(name: str) -> tuple[fx.GraphModule, Tensor]:
     return fold(capture(randomize(nn.Sequential(layer)), x)), x
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "same"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("same", "transposed")])
 def test_columns_times_the_weight_are_the_output(name: str, generator: torch.Generator) -> None:
     graph, x = single(name)
     (node,) = (n for n in graph.graph.nodes if "conv" in str(n.target) or "linear" in str(n.target))
     (layer,) = LAYERS[name][:1]
     columns = Im2col.of(node)
-    seen = torch.cat([*columns.take(x, 1.0, generator)], 2)
+    seen = torch.cat([piece for (piece,) in columns.take([x], 1.0, generator)], 2)
     rows = layer.weight.detach().reshape(seen.shape[0], -1, seen.shape[1])
     with torch.no_grad():
         y = layer(x) - (layer.bias.reshape(-1, *[1] * (x.ndim - 2)) if columns.kernel else layer.bias)
     expected = y.movedim(1, -1) if columns.kernel else y
     torch.testing.assert_close((rows @ seen).flatten(0, 1).mT, expected.reshape(-1, len(layer.weight)))
-    some = torch.cat([*columns.take(x, 0.25, generator)], 2)
+    some = torch.cat([piece for (piece,) in columns.take([x], 0.25, generator)], 2)
     assert some.shape == (*seen.shape[:2], -(-seen.shape[2] // 4))
     everything = {tuple(column) for column in seen[0].mT.tolist()}
     assert all(tuple(column) in everything for column in some[0].mT.tolist())
@@ -286,6 +358,26 @@ def test_layers_come_closer_to_the_float_network(name: str) -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["residual", "pooled", "mlp", "transformer"])
+def test_the_float_target_comes_closer_still(name: str) -> None:
+    towards = {
+        target: layer_errors(name, calibrated(name, options={"output_target": target}))
+        for target in ("float", "quantized")
+    }
+    assert towards["float"] < 0.95 * towards["quantized"]
+
+
+def test_the_float_network_runs_only_where_it_is_needed() -> None:
+    units = {
+        target: calibrated("residual", options={"output_target": target}).record.reconstruction.units
+        for target in ("float", "quantized")
+    }
+    assert [unit.strength for unit in units["quantized"]] == [None] * 4
+    strengths = [unit.strength for unit in units["float"]]
+    assert all(0 <= strength <= 1 for strength in strengths)
+    assert max(strengths[1:]) > 0.5
+
+
 @pytest.mark.parametrize("name", ["residual", "transformer"])
 def test_eight_bits_lose_nothing(name: str) -> None:
     found, nearest = (output_error(calibrated(name, m, bits=8), *network(name)) for m in ("gptq", "mse"))
@@ -331,25 +423,25 @@ class Attention(nn.Module):
 
 
 @pytest.fixture
-def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Hessian]]:
-    """The Hessians that are made, in order."""
-    made: list[Hessian] = []
-    begin = Hessian.__init__
+def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Moments]]:
+    """The moments that are measured, in order."""
+    made: list[Moments] = []
+    begin = Moments.__init__
 
-    def note(self: Hessian, *args: Any) -> None:
-        begin(self, *args)
+    def note(self: Moments, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
         made.append(self)
 
-    monkeypatch.setattr(Hessian, "__init__", note)
+    monkeypatch.setattr(Moments, "__init__", note)
     yield made
 
 
-def test_layers_that_read_the_same_share_a_hessian(updates: list[Hessian]) -> None:
+def test_layers_that_read_the_same_share_a_hessian(updates: list[Moments]) -> None:
     x = torch.randn(48, 6, 8, generator=torch.Generator().manual_seed(0))
     graph = fold(capture(randomize(Attention()), x))
     result = calibrate(graph, [x], method="gptq", placement=PlacementOptions(weight_bits=4, first_last_bits=None))
     assert len(result.weights) == 6
-    assert [tuple(hessian.matrix.shape) for hessian in updates] == [(1, 8, 8), (1, 24, 24), (1, 8, 8)]
+    assert [tuple(moments.hessian.shape) for moments in updates] == [(1, 8, 8), (1, 24, 24), (1, 8, 8)]
 
 
 class OneByOne(nn.Module):
@@ -374,16 +466,16 @@ class Tied(nn.Module):
         return self.head(self.layer(self.layer(x).relu()).relu())
 
 
-def test_of_layers_that_share_a_weight_the_first_decides(updates: list[Hessian]) -> None:
+def test_of_layers_that_share_a_weight_the_first_decides(updates: list[Moments]) -> None:
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(0))
     graph = fold(capture(randomize(Tied()), x))
     result = calibrate(graph, [x], method="gptq", placement=PlacementOptions(weight_bits=4))
     assert len(updates) == len(result.weights) == 2
 
 
-def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Hessian]) -> None:
+def test_positions_bound_what_a_hessian_is_taken_over(updates: list[Moments]) -> None:
     calibrated("residual", options={"positions": 500})
-    assert [hessian.count for hessian in updates] == [500, 500, 500, 64]
+    assert [sum(moments.counts) for moments in updates] == [500, 500, 500, 64]
 
 
 def test_layers_with_too_many_inputs_keep_nearest_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +510,17 @@ def test_a_network_that_takes_one_sample_at_a_time() -> None:
     assert all(torch.equal(a.codes, b.codes) for a, b in pairs)
 
 
-@pytest.mark.parametrize("options", [{"act_order": True}, {"damping": 0.1}, {"weight_ranges": "minmax"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act_order": False},
+        {"output_target": "quantized"},
+        {"ridge": 0.5},
+        {"damping": 0.1},
+        {"weight_ranges": "minmax"},
+    ],
+    ids=str,
+)
 def test_options(options: dict[str, object]) -> None:
     result = calibrated("residual", options=options)
     assert not same(result, calibrated("residual"))

@@ -1,0 +1,101 @@
+"""The step towards the float output: against least squares, and where there is nothing to learn or only noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from calibrators.errors import DataError
+from calibrators.reconstruction.moments import Moments
+from calibrators.reconstruction.output_target import damped_cholesky, toward_float
+
+RIDGE = 1e-9
+
+
+def moments_of(quantized: Tensor, exact: Tensor) -> Moments:
+    """Moments of columns [groups, columns, positions], every other position in the other half."""
+    moments = Moments(quantized.shape[0], quantized.shape[1], quantized.device, with_error=True)
+    for half in range(2):
+        moments.add(half, quantized[:, :, half::2], exact[:, :, half::2])
+    return moments
+
+
+def inputs(generator: torch.Generator, groups: int = 1, columns: int = 12, positions: int = 400) -> Tensor:
+    mixing = torch.randn(groups, columns, columns, generator=generator)
+    return mixing @ torch.randn(groups, columns, positions, generator=generator)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_equals_least_squares(groups: int, generator: torch.Generator) -> None:
+    x = inputs(generator, groups)
+    quantized = 0.9 * x + 0.05 * x.roll(1, 1) + 0.1 * torch.randn(x.shape, generator=generator)
+    rows = torch.randn(groups, 5, 12, generator=generator).double()
+    target = toward_float(rows, moments_of(quantized, x), RIDGE)
+    assert 0.95 < target.strength <= 1
+    for group in range(groups):
+        wanted = (rows[group] @ x[group].double()).numpy()
+        best, *_ = np.linalg.lstsq(quantized[group].double().numpy().T, wanted.T, rcond=None)
+        expected = rows[group] + target.strength * (torch.from_numpy(best.T) - rows[group])
+        torch.testing.assert_close(target.rows[group], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_equal_inputs_leave_the_weights(generator: torch.Generator) -> None:
+    x, rows = inputs(generator), torch.randn(1, 5, 12, generator=generator).double()
+    target = toward_float(rows, moments_of(x, x), RIDGE)
+    assert (torch.equal(target.rows, rows), target.strength) == (True, 0.0)
+
+
+def test_noise_is_not_followed(generator: torch.Generator) -> None:
+    x = inputs(generator, columns=60, positions=120)
+    quantized = x + 3 * torch.randn(x.shape, generator=generator)
+    rows = torch.randn(1, 200, 60, generator=generator).double()
+    few = toward_float(rows, moments_of(quantized, x), RIDGE).strength
+    many = inputs(generator, columns=60, positions=20000)
+    enough = toward_float(rows, moments_of(many + 3 * torch.randn(many.shape, generator=generator), many), RIDGE)
+    assert few < 0.5 < 0.9 < enough.strength
+
+
+def test_an_error_that_the_other_half_does_not_have_is_not_followed(generator: torch.Generator) -> None:
+    x = inputs(generator)
+    quantized = x.clone()
+    quantized[:, :, ::2] *= 0.9
+    quantized[:, :, 1::2] *= 1.1
+    rows = torch.randn(1, 5, 12, generator=generator).double()
+    assert toward_float(rows, moments_of(quantized, x), RIDGE).strength == 0
+
+
+def test_one_half_alone_decides_nothing(generator: torch.Generator) -> None:
+    x, rows = inputs(generator), torch.randn(1, 5, 12, generator=generator).double()
+    moments = Moments(1, 12, x.device, with_error=True)
+    moments.add(0, 0.9 * x, x)
+    assert toward_float(rows, moments, RIDGE).strength == 0
+
+
+@pytest.mark.parametrize("positions", [2, 6])
+def test_dead_channels_and_fewer_positions_than_inputs(positions: int, generator: torch.Generator) -> None:
+    x = inputs(generator, positions=positions)
+    quantized = 0.9 * x
+    quantized[:, ::3] = 0
+    rows = torch.randn(1, 5, 12, generator=generator).double()
+    target = toward_float(rows, moments_of(quantized, x), 0.01)
+    assert target.rows.isfinite().all()
+    assert torch.equal(target.rows[:, :, ::3], rows[:, :, ::3])
+
+
+def test_moments_do_not_depend_on_how_positions_are_cut(generator: torch.Generator) -> None:
+    x = inputs(generator, groups=2)
+    whole, pieces = (Moments(2, 12, x.device, with_error=True) for _ in range(2))
+    whole.add(0, 0.9 * x, x)
+    for piece in x.split(50, 2):
+        pieces.add(0, 0.9 * piece, piece)
+    expected = 2 * (0.9 * x.double()) @ (0.9 * x.double()).mT / x.shape[2]
+    for found in (whole, pieces):
+        torch.testing.assert_close(found.hessian, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.error, found.hessian / 9, rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_that_no_damping_makes_positive() -> None:
+    with pytest.raises(DataError, match="not positive"):
+        damped_cholesky(torch.full((1, 16, 16), 100.0).double() - 99 * torch.eye(16), 0.01)
