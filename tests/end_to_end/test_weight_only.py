@@ -484,7 +484,7 @@ def test_layers_that_share_a_weight_stay_as_they_are() -> None:
 def test_activation_bits_of_a_wider_rule_are_told_to_have_no_effect() -> None:
     rules = LayerRule("layers.2", activation_bits=4), LayerRule("layers.*", weight_only=True)
     assert placed(*build("mlp"), *rules).notes == (
-        "layers.2: activation_bits has no effect, because it is weight_only",
+        "layers.2: activation_bits has no effect, because the layer is weight_only",
     )
 
 
