@@ -147,6 +147,8 @@ def preparations(text: str) -> list[str]:
 
 Outcome = tuple[Run, PerSample]
 
+TARGET = "ort-cpu"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -158,6 +160,7 @@ class Settings:
     budget: tuple[str, ...]
     storage: str
     device: str
+    target: str
 
     def placement(self, bits: Widths) -> PlacementOptions:
         """Return where quantizers stand for these bits."""
@@ -173,7 +176,9 @@ class Settings:
         if not self.budget:
             return []
         batches, how = network.samples.batches, preparations(self.prepare)
-        result = calibrate(network.graph, batches, method="minmax", placement=self.placement(bits), prepare=how)
+        result = calibrate(
+            network.graph, batches, method="minmax", target=self.target, placement=self.placement(bits), prepare=how
+        )
         uniform = self.costs(result)
         pairs = (text.split("<=") for text in self.budget)
         return [
@@ -209,6 +214,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         graph,
         samples.batches,
         method=chosen.method,
+        target=how.target,
         placement=how.placement(bits),
         budgets=budgets,
         stored=partial(stored_bytes, storage=how.storage),
@@ -289,11 +295,14 @@ def benchmark(arguments: argparse.Namespace) -> None:
         tuple(arguments.budget),
         arguments.weight_storage,
         arguments.device,
+        arguments.target,
     )
     if arguments.peers:
         check_peers(bits, how)
     threads = str(torch.get_num_threads())
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
+    if arguments.target != TARGET:
+        inputs["target"] = arguments.target
     results = Results.open(arguments.json, inputs, resume=arguments.resume, command=command(sys.argv[1:]))
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
@@ -384,6 +393,7 @@ def main() -> None:
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
     parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")
+    parser.add_argument("--target", default=TARGET, help="runtime; ort-cpu-vnni sets no limit to pairs of weights")
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds")

@@ -27,6 +27,7 @@ from calibrators.mixed_precision.mixed import allocate_bits, measure_sensitivity
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
+from calibrators.record import LimitedWeight
 from calibrators.rewrites.bias_correction import correct_biases
 from calibrators.rewrites.prepare import prepare_graph
 from calibrators.targets import get_target
@@ -92,6 +93,7 @@ def calibrate(
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
     record |= {"preparation": preparation} if prepare else {}
+    record["limited_weights"] = _limited_weights(problem)
     result = replace(result, record=replace(result.record, **record))
     return correct_biases(result, problem.batches) if bias_correction else result
 
@@ -120,6 +122,16 @@ def _with_chosen_bits(
     rules, sensitivities, mixed = allocate_bits(problem, options, ranges, budgets, stored)
     placement = place(problem.placement.graph, problem.placement.target, options, rules)
     return problem.variant(placement=placement), {"sensitivity": sensitivities, "mixed_precision": mixed}
+
+
+def _limited_weights(problem: Problem) -> tuple[LimitedWeight, ...] | None:
+    """Return the weights whose scales the target's limits raised; None where there are none."""
+    raised = {name: factors for name, factors in problem.coarser.items() if bool((factors > 1).any())}
+    limited = (
+        LimitedWeight(name, int((f > 1).sum()), f.numel(), float(f.mean()), float(f.max()))
+        for name, f in raised.items()
+    )
+    return tuple(limited) or None
 
 
 class _Batches:

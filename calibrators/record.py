@@ -102,6 +102,7 @@ class ReconstructedUnit:
     undecided:     share of the roundings that training left between 0 and 1.
     loss_before, loss_after: the loss that the method minimizes; if it did not fall, nearest rounding was kept.
     gain_lo, gain_hi: smallest and largest learned factor of the weight scales.
+    after_free:    the error without the limits that the target sets to codes; None where it sets none.
     strength:      share of the step towards the float output that was taken before rounding.
     """
 
@@ -116,6 +117,7 @@ class ReconstructedUnit:
     gain_lo: float | None = None
     gain_hi: float | None = None
     strength: float | None = None
+    after_free: float | None = None
     seconds: float | None = None
 
 
@@ -318,6 +320,20 @@ class MixedPrecision:
 
 
 @dataclass(frozen=True)
+class LimitedWeight:
+    """A weight whose scales were raised, so that no pair of its products exceeds what the target's kernels hold.
+
+    channels: scales that were raised, of `channels_total`; factor_mean: over all scales; factor_hi: the largest factor.
+    """
+
+    site: str
+    channels: int
+    channels_total: int
+    factor_mean: float
+    factor_hi: float
+
+
+@dataclass(frozen=True)
 class Record:
     """Everything that a calibration reports besides its numbers; a part is None where its step did not run.
 
@@ -330,3 +346,4 @@ class Record:
     lapq: Lapq | None = None
     sensitivity: Sensitivity | None = None
     mixed_precision: MixedPrecision | None = None
+    limited_weights: tuple[LimitedWeight, ...] | None = None

@@ -255,7 +255,7 @@ class _Export:
             size = size_of(self.folder / "model.onnx", self.float_path)
         if parts["saturation"].affected_here:
             self.warnings.append(
-                "this CPU has no VNNI instructions, so 16-bit sums can saturate; give --set reduce_range=true"
+                "this CPU has no VNNI instructions, so 16-bit sums can saturate; give --target ort-cpu"
             )
         return Report(
             schema=SCHEMA_VERSION,
@@ -279,6 +279,7 @@ class _Export:
             reconstruction=record.reconstruction,
             lapq=record.lapq,
             sensitivity=record.sensitivity,
+            limited_weights=record.limited_weights,
             mixed_precision=record.mixed_precision,
             simplifier=simplifier,
             emission=emission_of(self.model.graph_model),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Memory, Recording
 from calibrators.execution.blocks import Block
 from calibrators.execution.quantizers import ActivationQuantizer
@@ -59,11 +60,22 @@ class StreamedNetwork:
             yield tuple(x.to(self.device) for x in chunk)
 
     def record_inputs(self, batches: Iterable[Sequence[Tensor]], samples: int) -> dict[str, Cache]:
-        """Return caches of the network's inputs by fx name."""
+        """Return caches of the network's inputs by fx name.
+
+        raises: DataError where the batches do not hold as many samples as before.
+        """
         names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
         recording = Recording(self.memory, samples, names)
         for batch in batches:
-            recording.append(dict(zip(names, batch, strict=True)), len(batch[0]))
+            if recording.recorded + len(batch[0]) <= samples:
+                recording.append(dict(zip(names, batch, strict=True)), len(batch[0]))
+            else:
+                recording.recorded += len(batch[0])
+        if recording.recorded != samples:
+            raise DataError(
+                f"the calibration data had {samples} samples in one pass and {recording.recorded} in another; give data"
+                " that does not change between passes"
+            )
         return recording.caches
 
     @torch.no_grad()
@@ -122,15 +134,20 @@ class RoundedNetwork(StreamedNetwork):
             simulation.set(name, dequantize(coded.codes, coded.qparams).to(self.device))
 
     @torch.no_grad()
-    def advance(self, simulation: Simulation) -> None:
-        """Run a block as it would be exported now, and cache the values that later blocks read."""
+    def advance(self, simulation: Simulation, names: Sequence[str]) -> None:
+        """Run a block as it would be exported now, and cache those of its outputs."""
         self.fill(simulation)
         block = simulation.block
         inputs = self.inputs_of(block)
         recording = self.recording(len(inputs[0]))
         for chunk in self.chunks(inputs):
-            recording.append(dict(zip(block.outputs, simulation(*chunk), strict=True)), len(chunk[0]))
+            outputs = dict(zip(block.outputs, simulation(*chunk), strict=True))
+            recording.append({name: outputs[name] for name in names}, len(chunk[0]))
         self.quantized |= recording.caches
+
+    def read_after(self, index: int) -> tuple[str, ...]:
+        """Return the outputs of the block at `index` that later blocks read."""
+        return tuple(name for name in self.blocks[index].outputs if self._last_reader.get(name, -1) > index)
 
     def forget(self, index: int, *families: dict[str, Cache]) -> None:
         """Free the values that no block after the one at `index` reads."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrators.errors import DataError, InputError
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
 from calibrators.graph.walk import sample_values
+from calibrators.grid.limits import coarsened
 from calibrators.grid.spec import QParams, Site
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult, freeze
@@ -59,6 +60,7 @@ class Problem:
     device:  where heavy steps run.
     memory:  bytes of RAM that cached activations may take.
     explain: whether to compute what explains the choice, for the record.
+    coarser: by name of a weight site: the factors by which limits of its codes raised the scales, filled as they do.
     """
 
     placement: Placement
@@ -70,6 +72,7 @@ class Problem:
     memory: int = 4 << 30
     explain: bool = False
     stage: Stage = silent
+    coarser: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
@@ -107,8 +110,18 @@ class Problem:
         """
         method = self.range_method(site.method) if site.method else method
         if site.kind == "weight":
-            return method.weight(self.values(site), site.spec)
+            self.coarser.pop(site.name, None)
+            return self.within_limits(site, self.values(site), method.weight(self.values(site), site.spec))
         return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
+
+    def within_limits(self, site: Site, weight: Tensor, qparams: QParams) -> QParams:
+        """Return the smallest scales at which a weight keeps the limits of pairs, and note the factors in `coarser`."""
+        limits = self.placement.limits_of(site)
+        if limits is None:
+            return qparams
+        found = coarsened(weight, qparams, limits)
+        self.coarser[site.name] = self.coarser.get(site.name, 1.0) * found.scale / qparams.scale
+        return found
 
     def values(self, site: Site) -> Tensor:
         """Return the float weight or bias of a site."""

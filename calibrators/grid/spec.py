@@ -108,6 +108,8 @@ class Target:
     on_codes_ops:      operators that move codes likewise, but only if the file applies them to the codes themselves.
     fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
+    pair_sum:          largest magnitude of the sum of two products of an activation and a weight that its kernels hold,
+                       None where they hold every sum.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Target:
     on_codes_ops: Operators
     fixed_outputs: Mapping[str, tuple[float, int]]
     opset: int
+    pair_sum: int | None = None
 
     @property
     def weighted(self) -> Operators:

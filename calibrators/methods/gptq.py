@@ -22,10 +22,14 @@ __all__ = ["GPTQ"]
 
 @dataclass(frozen=True)
 class GPTQ(Options):
-    """Rounding layer by layer in which later weights compensate for the errors of earlier ones, without training."""
+    """Rounding towards the float output, layer by layer: later weights make up for the errors of earlier ones."""
 
     damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
-    output_target: str = option("float", "output that rounding aims at", choices=("float", "quantized"))
+    output_target: str = option(
+        "float",
+        "output that rounding aims at: the float network's, or the quantized one's",
+        choices=("float", "quantized"),
+    )
     ridge: float = option(0.01, "as damping, of the step towards the float output", minimum=1e-6, maximum=1)
     act_order: bool = option(True, "round the weights of strong inputs first")
     positions: int = option(16384, "largest number of positions that the Hessian of a layer is measured on", minimum=1)

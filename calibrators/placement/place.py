@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError
 from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
+from calibrators.grid.limits import Limits, pairings
 from calibrators.grid.spec import Site, Target
 from calibrators.placement.integer_values import Placer, is_float
 from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
@@ -95,6 +96,27 @@ class Placement:
         """Return the weight site whose products a bias is added to, and the site that owns the scale of the input."""
         (user,) = bias.users
         return self.weight_of[user], self.input_of(self.nodes[user])
+
+    def limits_of(self, weight: Site) -> Limits | None:
+        """Return the limits of pairs of codes of a weight; None where no pair can reach what the kernels hold.
+
+        Depthwise convolutions have kernels of their own, which hold every sum.
+        """
+        values, held = self.values(weight), self.target.pair_sum
+        calls = [bind(self.nodes[user]) for user in weight.users]
+        depthwise = all(call.get("groups", 1) == len(values) > 1 == values.shape[1] for call in calls)
+        if held is None or weight.weight_only or depthwise:
+            return None
+        reads = [self.activation_of[call["input"].name].spec for call in calls]
+        highest = max(spec.qmax - min(0, torch.iinfo(spec.dtype).min) for spec in reads)
+        lowest, top = weight.spec.qmin, weight.spec.qmax
+        reach = max(top, -lowest) if weight.spec.symmetric else top - lowest
+        tap = 0 if weight.spec.tap_bits is None else (1 << (weight.spec.tap_bits - 1)) - 1  # one of a pair at most
+        if (reach + max(reach, tap)) * highest <= held or any(spec.is_wide for spec in reads):
+            return None
+        return Limits(
+            partners=pairings(values.shape), pair_lowest=-((held + 1) // highest), pair_highest=held // highest
+        )
 
     def root(self, site: Site) -> Site:
         """Return the site that owns the scale and zero point of `site`."""

@@ -52,7 +52,7 @@ class PlacementOptions(Settings):
     block_size: BlockSize | None = setting(
         None, "Inputs per weight scale of weight-only layers: 16, 32, 64, ...", metavar="N", shown="per channel"
     )
-    reduce_range: bool = setting(False, "7-bit weights, for CPUs without VNNI.")
+    reduce_range: bool = setting(False, "7-bit weights everywhere, an alternative to the pair limit of ort-cpu.")
     wide_taps: bool = setting(
         True, "Keep 8 bits for identity branches that fewer bits cannot hold together with the kernel.", flag=None
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError, UnknownNameError
+from calibrators.grid.limits import Limits, coarsened, within
 from calibrators.grid.numerics import code_limits, dequantize, quantize
 from calibrators.grid.spec import QParams, QuantizedTensor, QuantSpec, Site
 from calibrators.placement.place import Placement
@@ -85,6 +86,10 @@ def freeze(
     notes: list[str] = []
     for site, weight in _weights(placement):
         coded = _code(weights[site.name], weight, _least_scale(added[site.name], weight, site), site)
+        limits = placement.limits_of(site)
+        if limits is not None:
+            chosen, coded = coded, _limited(coded, weight, limits, keep=isinstance(weights[site.name], QuantizedTensor))
+            notes += _limit_notes(chosen, coded, site)
         weight_codes[site.name] = coded
         notes += _notes(weights[site.name], coded, site)
         for bias in added[site.name]:
@@ -191,6 +196,14 @@ def _code(chosen: QParams | QuantizedTensor, weight: Tensor, least: Tensor, site
     return QuantizedTensor(quantize(dequantize(chosen.codes, chosen.qparams), qparams), qparams)
 
 
+def _limited(coded: QuantizedTensor, weight: Tensor, limits: Limits, *, keep: bool) -> QuantizedTensor:
+    """Return the codes of a weight within the limits of pairs; with `keep` single codes give way, not the scale."""
+    if keep:
+        return replace(coded, codes=within(coded.codes, weight, coded.qparams, limits))
+    qparams = coarsened(weight, coded.qparams, limits)
+    return QuantizedTensor(quantize(weight, qparams), qparams)
+
+
 def _notes(chosen: QParams | QuantizedTensor, coded: QuantizedTensor, site: Site) -> list[str]:
     """Return notes for the user about a weight whose scale is not the chosen one."""
     scale = (chosen.qparams if isinstance(chosen, QuantizedTensor) else chosen).scale
@@ -201,6 +214,12 @@ def _notes(chosen: QParams | QuantizedTensor, coded: QuantizedTensor, site: Site
     if isinstance(chosen, QuantizedTensor):
         note += f"; this also changed {int((coded.codes != chosen.codes).sum())} codes of the method"
     return [note]
+
+
+def _limit_notes(chosen: QuantizedTensor, coded: QuantizedTensor, site: Site) -> list[str]:
+    """Return notes for the user about codes of a method that the target's limits changed."""
+    changed = int((chosen.codes != coded.codes).sum()) if chosen.qparams is coded.qparams else 0
+    return [f"{site.name}: {changed} codes of the method changed, because pairs of them exceed 16 bits"] * bool(changed)
 
 
 def _check_codes(coded: QuantizedTensor, weight: Tensor, site: Site) -> None:

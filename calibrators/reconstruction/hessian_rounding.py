@@ -17,115 +17,109 @@ Must not know: methods, how activations are computed and cached.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibrators.grid.limits import Limits, within
 from calibrators.grid.numerics import code_limits, dequantize, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams
 from calibrators.reconstruction.output_target import damped_cholesky
 
-__all__ = ["Limits", "Rounded", "round_weight"]
+__all__ = ["Rounded", "Rounder", "round_weight"]
 
 BLOCK = 128
 """Columns whose errors reach later columns together, as one matrix product."""
 
 
 @dataclass(frozen=True, eq=False)
-class Limits:
-    """Codes that a target allows besides those of the grid; zero points count as code 0 here.
-
-    lowest, highest: of one code, for every element of the weight or broadcast against it.
-    partner:         int64 [groups, columns]: the column whose code shares a limit with that of this one, itself where
-                     there is none. Partners name each other.
-    pair_lowest, pair_highest: of the sum of two partners of one sign; 0 lies between them.
-    """
-
-    lowest: int | Tensor = -(2**20)
-    highest: int | Tensor = 2**20
-    partner: Tensor | None = None
-    pair_lowest: int = -(2**20)
-    pair_highest: int = 2**20
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for limits that leave nothing, or partners that do not name each other."""
-        if not self.pair_lowest <= 0 <= self.pair_highest or bool(
-            torch.any(torch.as_tensor(self.lowest > self.highest))
-        ):
-            raise ValueError("limits leave no code")
-        if self.partner is not None:
-            columns = torch.arange(self.partner.shape[1]).expand_as(self.partner)
-            if not torch.equal(self.partner.take_along_dim(self.partner, 1), columns):
-                raise ValueError("partners do not name each other")
-
-
-@dataclass(frozen=True, eq=False)
 class Rounded:
-    """Codes of a weight, and the errors of its output relative to its energy with nearest rounding and these codes.
+    """Codes of a weight, and the relative errors of its output with nearest rounding and with these codes.
 
-    kept: output channels that keep nearest rounding; free: the error without `Limits`, None where there were none.
+    kept: output channels that keep nearest rounding.
     """
 
     codes: Tensor
     nearest: float
     error: float
     kept: int
-    free: float | None = None
 
 
 def round_weight(
-    weight: Tensor,
-    qparams: QParams,
-    hessian: Tensor,
-    *,
-    target: Tensor | None = None,
-    limits: Limits | None = None,
-    damping: float = 0.01,
-    act_order: bool = False,
+    weight: Tensor, qparams: QParams, hessian: Tensor, *, limits: Limits | None = None, **options: Any
 ) -> Rounded:
-    """Round a weight, under fixed parameters, to codes that lower the error of its output.
+    """Round one weight by its Hessian; see `Rounder` for the options, and `Rounder.round` for the rest."""
+    return Rounder(hessian, shared_order=limits is not None, **options).round(weight, qparams, limits=limits)
 
-    weight:    [out, ...], its elements in the order of the columns; qparams: per tensor, or along axis 0.
-    hessian:   [groups, columns, columns], finite.
-    target:    [groups, out / groups, columns]: weights to come close to instead (output_target), None for the weight's.
-    limits:    codes that the target allows, kept while other codes compensate.
-    damping:   added to the diagonal, in units of its mean; raised tenfold, up to 1, while H is not positive definite.
-    act_order: round columns in the order of their inputs' energy, the largest first.
-    raises:    DataError where no damping makes H positive definite.
+
+class Rounder:
+    """The Hessian of a layer, prepared for rounding its weight.
+
+    hessian:      [groups, columns, columns], finite.
+    damping:      added to the diagonal, in means of it; raised tenfold, up to 1, while H is not positive definite.
+    act_order:    round columns in the order of their inputs' energy, the largest first.
+    shared_order: the same order in all groups, which limits of pairs need.
+    raises:       DataError where no damping makes H positive definite.
     """
-    matrix = hessian.double()
-    groups, columns = matrix.shape[:2]
-    order = _order(matrix, act_order)
-    factor = _factor(matrix.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2), damping)
-    rows = weight.double().reshape(groups, -1, columns)
-    wanted = rows if target is None else target
-    grid = _Grid.of(weight, qparams, limits, order)
-    nearest = quantize(weight, qparams)
-    if limits is not None:
-        nearest = grid.round(rows, torch.eye(columns).to(factor).expand_as(factor)).reshape(weight.shape).to(nearest)
-    codes = grid.round(wanted, factor).reshape(weight.shape).to(nearest)
-    before, after = (_energy(wanted - dequantize(c, qparams).reshape(rows.shape), matrix) for c in (nearest, codes))
-    worse = after > before
-    codes[worse.flatten()] = nearest[worse.flatten()]
-    energy = float(_energy(rows, matrix).sum()) or 1.0
-    free = None
-    if limits is not None:
-        free = round_weight(weight, qparams, hessian, target=target, damping=damping, act_order=act_order).error
-    error = float(before.minimum(after).sum()) / energy
-    return Rounded(codes, float(before.sum()) / energy, error, int(worse.sum()), free)
 
+    def __init__(
+        self, hessian: Tensor, *, damping: float = 0.01, act_order: bool = False, shared_order: bool = False
+    ) -> None:
+        self.matrix = hessian.double()
+        self.groups, self.columns = hessian.shape[:2]
+        energy = self.matrix.diagonal(dim1=1, dim2=2)
+        if not act_order:
+            energy = torch.zeros_like(energy)
+        elif shared_order:
+            energy = energy.sum(0, keepdim=True).expand_as(energy)
+        self.order = energy.argsort(dim=1, descending=True, stable=True)  # int64 [groups, columns]
+        rows = self.matrix.take_along_dim(self.order[:, :, None], 1)
+        self.factor = _factor(rows.take_along_dim(self.order[:, None, :], 2), damping)
 
-def _energy(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Return twice the mean squared output of every row, [groups, rows]."""
-    return (rows @ matrix * rows).sum(2)
+    def round(
+        self, weight: Tensor, qparams: QParams, *, target: Tensor | None = None, limits: Limits | None = None
+    ) -> Rounded:
+        """Round a weight, under fixed parameters, to codes that lower the error of its output.
 
+        weight:  [out, ...], its elements in the order of the columns; qparams: per tensor, or along axis 0.
+        target:  [groups, out / groups, columns]: weights to come close to instead (output_target); None: the weight's.
+        limits:  codes that the target allows, kept while other codes compensate.
+        """
+        rows = weight.double().reshape(self.groups, -1, self.columns)
+        wanted = rows if target is None else target
+        nearest = quantize(weight, qparams)
+        if limits is not None:
+            nearest = within(nearest, weight, qparams, limits)
+        codes = (
+            self._feed_errors(wanted, _Grid.of(weight, qparams, limits, self.order)).reshape(weight.shape).to(nearest)
+        )
+        before, after = (self._energy(wanted - dequantize(c, qparams).reshape(rows.shape)) for c in (nearest, codes))
+        worse = after > before
+        codes[worse.flatten()] = nearest[worse.flatten()]
+        energy = float(self._energy(rows).sum()) or 1.0
+        kept = int(worse.sum())
+        return Rounded(codes, float(before.sum()) / energy, float(before.minimum(after).sum()) / energy, kept)
 
-def _order(matrix: Tensor, act_order: bool) -> Tensor:
-    """Return the columns of every group in the order of rounding, int64 [groups, columns]."""
-    groups, columns = matrix.shape[:2]
-    if act_order:
-        return matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    return torch.arange(columns, device=matrix.device).expand(groups, columns)
+    def _energy(self, rows: Tensor) -> Tensor:
+        """Return twice the mean squared output of every row, [groups, rows]."""
+        return (rows @ self.matrix * rows).sum(2)
+
+    def _feed_errors(self, rows: Tensor, grid: _Grid) -> Tensor:
+        """Round column after column, passing errors on; return codes, float64 [groups, rows, columns]."""
+        groups, count, columns = rows.shape
+        left = rows.take_along_dim(self.order[:, None], 2).mT.contiguous()  # [groups, columns, rows]
+        codes = torch.empty_like(left)
+        for start in range(0, columns, BLOCK):
+            end = min(start + BLOCK, columns)
+            errors = left.new_empty(groups, end - start, count)
+            for j in range(start, end):
+                codes[:, j] = grid.round(j, left, codes)
+                rounded = (codes[:, j] - grid.zero_point[:, j]) * grid.scale[:, j]
+                errors[:, j - start] = (left[:, j] - rounded) / self.factor[:, j, j, None]
+                left[:, j + 1 : end] -= self.factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
+            left[:, end:] -= self.factor[:, start:end, end:].mT @ errors
+        return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor:
@@ -143,73 +137,53 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
 class _Grid:
     """The grid of every element, float64 [groups, columns, rows] in the order of rounding.
 
-    order: int64 [groups, columns]; partner: the partner of each column by its place in the order.
+    partners: places in the order of the partners of each column, for each way to pair them.
     """
 
     scale: Tensor
     zero_point: Tensor
     lowest: Tensor
     highest: Tensor
-    order: Tensor
     limits: Limits
-    partner: Tensor | None
+    partners: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, weight: Tensor, qparams: QParams, limits: Limits | None, order: Tensor) -> _Grid:
-        """Return the grid of a weight within the limits of its codes."""
+        """Return the grid of a weight within the limits of its codes; with pairs all groups have one order."""
         limits = limits or Limits()
         scale, zero_point = grid_of(weight, qparams)
         lowest, highest = (torch.as_tensor(code, device=weight.device) for code in code_limits(weight, qparams))
         lowest = torch.maximum(lowest, limits.lowest + zero_point)
         highest = torch.minimum(highest, limits.highest + zero_point)
-        groups, columns = order.shape
 
         def ordered(x: Tensor) -> Tensor:
-            x = x.expand_as(weight).double().reshape(groups, -1, columns)
+            x = x.expand_as(weight).double().reshape(len(order), -1, order.shape[1])
             return x.take_along_dim(order[:, None], 2).mT.contiguous()
 
-        place = order.argsort(1)
-        partner = None if limits.partner is None else place.gather(1, limits.partner.to(place).gather(1, order))
         scale, zero_point, lowest, highest = map(ordered, (scale, zero_point, lowest, highest))
-        return cls(scale, zero_point, lowest, highest, order, limits, partner)
+        place = order[0].argsort()
+        pairings = () if limits.partners is None else limits.partners.to(order.device)
+        partners = tuple(tuple(place[pairing[order[0]]].tolist()) for pairing in pairings)
+        return cls(scale, zero_point, lowest, highest, limits, partners)
 
-    def round(self, rows: Tensor, factor: Tensor) -> Tensor:
-        """Round column after column, passing errors on by `factor`; return codes, float64 [groups, rows, columns]."""
-        groups, count, columns = rows.shape
-        left = rows.take_along_dim(self.order[:, None], 2).mT.contiguous()
-        codes = torch.empty_like(left)
-        for start in range(0, columns, BLOCK):
-            end = min(start + BLOCK, columns)
-            errors = left.new_empty(groups, end - start, count)
-            for j in range(start, end):
-                lowest, highest = self._allowed(j, left, codes)
-                codes[:, j] = round_codes(left[:, j], self.scale[:, j], self.zero_point[:, j], lowest, highest)
-                rounded = (codes[:, j] - self.zero_point[:, j]) * self.scale[:, j]
-                errors[:, j - start] = (left[:, j] - rounded) / factor[:, j, j, None]
-                left[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
-            left[:, end:] -= factor[:, start:end, end:].mT @ errors
-        return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
-
-    def _allowed(self, j: int, left: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the lowest and highest code of column j, [groups, rows], with the codes of earlier columns given.
+    def round(self, j: int, left: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes of column j of the weights `left`, [groups, rows], with `codes` of earlier columns given.
 
         Of two partners the first leaves the second half of what the two have to give up.
         """
-        lowest, highest = self.lowest[:, j], self.highest[:, j]
-        if self.partner is None:
-            return lowest, highest
-        at = self.partner[:, j, None, None]
-        zero_point = self.zero_point[:, j]
-        own = (left[:, j] / self.scale[:, j]).round()
-        scale, zero, value, code = (x.take_along_dim(at, 1)[:, 0] for x in (self.scale, self.zero_point, left, codes))
-        place = at[:, 0]
-        other = torch.where(place < j, code - zero, (value / scale).round())
+        scale, zero_point, lowest, highest = (x[:, j] for x in (self.scale, self.zero_point, self.lowest, self.highest))
         top, bottom = self.limits.pair_highest, self.limits.pair_lowest
-        above = torch.where(place < j, top - other, ((top + own - other) / 2).floor()).clamp(0, top)
-        below = torch.where(place < j, bottom - other, ((bottom + own - other) / 2).ceil()).clamp(bottom, 0)
-        above, below = torch.where(other > 0, above, top), torch.where(other < 0, below, bottom)
-        lone = place == j
-        return (
-            torch.where(lone, lowest, lowest.maximum(zero_point + below)),
-            torch.where(lone, highest, highest.minimum(zero_point + above)),
-        )
+        for places in self.partners:
+            k = places[j]
+            if k == j:
+                continue
+            if k < j:
+                other = codes[:, k] - self.zero_point[:, k]
+                above, below = top - other.clamp(min=0), bottom - other.clamp(max=0)
+            else:
+                own, other = (left[:, j] / scale).round(), (left[:, k] / self.scale[:, k]).round()
+                middle = (own - other) / 2
+                above = torch.where(other > 0, (top / 2 + middle).floor(), top).clamp(0, top)
+                below = torch.where(other < 0, (bottom / 2 + middle).ceil(), bottom).clamp(bottom, 0)
+            lowest, highest = lowest.maximum(zero_point + below), highest.minimum(zero_point + above)
+        return round_codes(left[:, j], scale, zero_point, lowest, highest)

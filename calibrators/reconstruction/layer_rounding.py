@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache
 from calibrators.execution.blocks import Block, extract, partition
 from calibrators.execution.simulation import Simulation
@@ -24,8 +23,8 @@ from calibrators.execution.task import Problem
 from calibrators.graph.aten import bind, fan_in, layer_name, shape_of, to_device
 from calibrators.grid.spec import QuantizedTensor, Site
 from calibrators.program.freeze import CalibrationResult, widen
-from calibrators.reconstruction.hessian_rounding import round_weight
-from calibrators.reconstruction.moments import HALVES, Im2col, Moments
+from calibrators.reconstruction.hessian_rounding import Rounder
+from calibrators.reconstruction.moments import HALVES, Im2col, Moments, half_of
 from calibrators.reconstruction.output_target import toward_float
 from calibrators.record import ReconstructedUnit, Reconstruction
 
@@ -34,8 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["round_layers"]
 
-LARGEST = 8192
-"""Most columns of a Hessian, whose factor then takes a few GiB and minutes. A wider layer keeps nearest rounding."""
+LARGEST, LARGEST_GROUPS = 8192, 1 << 25
+"""Most columns of a Hessian, whose factor then takes a few GiB and minutes, and most entries of those of many groups.
+
+Layers beyond keep nearest rounding.
+"""
+
+FEW = 0.3
+"""Damping of a Hessian that is measured on as many positions as it has columns, which would else fit their noise."""
 
 PER_COLUMN, LEAST = 64, 2048
 """Positions for each column of the moments, and for any layer, up to those of the option: more change no result."""
@@ -91,11 +96,15 @@ class _Layers:
 
     def _is_feasible(self, layer: str) -> bool:
         node = self._node(layer)
-        columns = fan_in(node)
-        if columns > LARGEST:
-            reason = f"gptq takes at most {LARGEST} inputs per output, and it has {columns}"
-            self.notes.append(f"{layer_name(node)}: rounded to nearest, because {reason}")
-        return columns <= LARGEST
+        columns, groups = fan_in(node), Im2col.of(node).groups
+        if columns <= LARGEST and (groups == 1 or groups * columns**2 <= LARGEST_GROUPS):
+            return True
+        size = f"{columns} inputs" + f" in each of {groups} groups" * (groups > 1)
+        self._note(layer, f"gptq takes at most {LARGEST} inputs per output, fewer in groups, and it has {size}")
+        return False
+
+    def _note(self, layer: str, reason: str) -> None:
+        self.notes.append(f"{layer_name(self._node(layer))}: rounded to nearest, because {reason}")
 
     def _reading(self, layer: str) -> Reading:
         node = self._node(layer)
@@ -109,10 +118,11 @@ class _Layers:
             if self.sites.get(self._site(layer).name) == layer:
                 self.network.fill(simulation)
                 self._round(simulation, layer)
-        if self.floats:
-            inputs = tuple(self.floats[name] for name in block.inputs)
-            self.floats |= self.network.run(self._float_part(block, block.outputs), block.outputs, inputs)
-        self.network.advance(simulation)
+        if names := self.network.read_after(index):
+            if self.floats:
+                inputs = tuple(self.floats[name] for name in block.inputs)
+                self.floats |= self.network.run(self._float_part(block, names), names, inputs)
+            self.network.advance(simulation, names)
         self.network.forget(index, self.network.quantized, self.floats)
 
     def _float_part(self, block: Block, outputs: tuple[str, ...]) -> fx.GraphModule:
@@ -126,17 +136,22 @@ class _Layers:
         qparams = self.network.weights[site.name].qparams
         moments = self._moments(simulation, layer)
         hessian = moments.hessian
+        if not hessian.isfinite().all() or (moments.error is not None and not moments.error.isfinite().all()):
+            self._note(layer, "it reads values that are not finite, or whose squares are not")
+            return
         weight = self.network.placement.values(site).to(self.network.device)
         rows = weight.double().reshape(len(hessian), -1, hessian.shape[1])
         target = toward_float(rows, moments, how.ridge)
-        rounded = round_weight(
-            weight,
-            qparams.to(self.network.device),
-            hessian,
-            target=target.rows,
-            damping=how.damping,
-            act_order=how.act_order,
-        )
+        problem = self.network.problem
+        limits = problem.placement.limits_of(site)
+        damping = max(how.damping, FEW * hessian.shape[1] / sum(moments.counts))
+        rounder = Rounder(hessian, damping=min(1.0, damping), act_order=how.act_order, shared_order=limits is not None)
+        free = None
+        if limits is not None:
+            scale = qparams.scale / problem.coarser.get(site.name, 1.0)
+            free = rounder.round(weight, replace(qparams, scale=scale).to(weight.device), target=target.rows).error
+            qparams = problem.within_limits(site, target.rows.reshape(weight.shape).float().cpu(), qparams)
+        rounded = rounder.round(weight, qparams.to(weight.device), target=target.rows, limits=limits)
         self.network.weights[site.name] = QuantizedTensor(rounded.codes.cpu(), qparams)
         done = ReconstructedUnit(
             layer_name(node),
@@ -144,6 +159,7 @@ class _Layers:
             before=rounded.nearest,
             after=rounded.error,
             strength=target.strength if self.floats else None,
+            after_free=free,
             seconds=time.perf_counter() - start,
         )
         self.units.append(done)
@@ -162,14 +178,15 @@ class _Layers:
         moments = Moments(columns.groups, fan_in(node), self.network.device, with_error=bool(self.floats))
         share, generator = self._share(node, simulation.block), self.network.problem.generator(layer)
         seen = 0
-        for read in self._inputs(simulation, layer):
+        samples = len(self.network.inputs_of(simulation.block)[0])
+        for count, values in self._inputs(simulation, layer):
+            read = [columns.batched(x) for x in values]
+            halves = half_of(len(read[0]), seen, count, samples).to(self.network.device)
             for half in range(HALVES):
-                part = [x[(half + seen) % HALVES :: HALVES] for x in read]
+                part = [x[halves == half] for x in read]
                 for piece in columns.take(part, share, generator) if len(part[0]) else ():
                     moments.add(half, *piece)
-            seen += len(read[0])
-        if not moments.hessian.isfinite().all():
-            raise DataError(f"layer {layer_name(node)} reads values that are not finite; check the calibration data")
+            seen += count
         return moments
 
     def _share(self, node: fx.Node, block: Block) -> float:
@@ -179,8 +196,8 @@ class _Layers:
         positions = math.prod(shape_of(node)) // shape_of(bind(node)["weight"])[0] * samples / examples
         return min(self.method.positions, max(LEAST, PER_COLUMN * fan_in(node))) / positions
 
-    def _inputs(self, simulation: Simulation, layer: str) -> Iterator[list[Tensor]]:
-        """Yield the layer's input in the quantized network, and in the float one where that runs, chunk by chunk."""
+    def _inputs(self, simulation: Simulation, layer: str) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield samples and the layer's input for them: in the quantized network, and in the float one if it runs."""
         block = simulation.block
         parts: list[tuple[fx.GraphModule, tuple[Cache, ...]]] = [
             (simulation.reading(layer), self.network.inputs_of(block))
@@ -190,4 +207,4 @@ class _Layers:
             parts.append((self._float_part(block, (bind(self._node(layer))["input"].name,)), caches))
         for chunks in zip(*(self.network.chunks(caches) for _, caches in parts), strict=True):
             values = [part(*chunk) for (part, _), chunk in zip(parts, chunks, strict=True)]
-            yield [x if isinstance(x, Tensor) else x[0] for x in values]
+            yield len(chunks[0][0]), [x if isinstance(x, Tensor) else x[0] for x in values]

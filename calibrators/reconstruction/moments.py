@@ -15,13 +15,27 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, per_axis, shape_of
 
-__all__ = ["Im2col", "Moments"]
+__all__ = ["Im2col", "Moments", "half_of"]
 
-PIECE = 4096
-"""Positions whose columns are copied, and multiplied, at a time."""
+PIECE, LARGEST_PIECE = 4096, 1 << 26
+"""Positions whose columns are copied, and multiplied, at a time; fewer where they would be more numbers than this."""
 
 HALVES = 2
 """Parts of the samples whose moments are kept apart, so that one can judge what was fitted to the other."""
+
+
+RUN = 16
+"""Neighbouring samples that stand in the same half: they may be alike, as frames of a film are."""
+
+
+def half_of(rows: int, first: int, count: int, samples: int) -> Tensor:
+    """Return the half in which each of some rows stands, int64 [rows].
+
+    first, count: samples that the rows belong to, of all `samples`; each has equally many rows, in order.
+    """
+    run = max(1, min(RUN, samples // HALVES))
+    sample = torch.arange(rows) // max(1, rows // count)
+    return (first + sample) // run % HALVES
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,10 @@ class Im2col:
             windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
         return windows.movedim(1, 1 + len(self.kernel))  # [n, *out, channels, *kernel]
 
+    def batched(self, x: Tensor) -> Tensor:
+        """Return the input with a first dimension for samples, which single values lack."""
+        return x if x.ndim >= len(self.kernel) + 2 else x[None]
+
     def take(self, values: Sequence[Tensor], share: float, generator: torch.Generator) -> Iterator[list[Tensor]]:
         """Yield columns [groups, columns, positions] of each of the values, at most PIECE positions at a time.
 
@@ -67,7 +85,8 @@ class Im2col:
         index = torch.arange(total)
         if share < 1:
             index = torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
-        for piece in torch.split(index.to(values[0].device), PIECE):
+        size = math.prod(windows[0].shape[len(positions) :])
+        for piece in torch.split(index.to(values[0].device), max(1, min(PIECE, LARGEST_PIECE // size))):
             where = torch.unravel_index(piece, positions)
             yield [x[where].reshape(len(piece), self.groups, -1).permute(1, 2, 0) for x in windows]
 
@@ -91,7 +110,8 @@ class Moments:
         """Include columns [groups, columns, positions] of one half of the samples: x^, and x where it is needed."""
         self._waiting[half].append(columns)
         self.counts[half] += columns[0].shape[-1]
-        if sum(x.shape[-1] for x, *_ in self._waiting[half]) >= PIECE:
+        waiting = sum(x.shape[-1] for x, *_ in self._waiting[half])
+        if waiting >= PIECE or waiting * math.prod(columns[0].shape[:2]) >= LARGEST_PIECE:
             self._multiply(half)
 
     def _multiply(self, half: int) -> None:

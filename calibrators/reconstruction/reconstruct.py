@@ -31,6 +31,7 @@ from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, to_device
+from calibrators.grid.limits import within
 from calibrators.grid.metrics import LEAST_ENERGY, energy
 from calibrators.grid.spec import QParams
 from calibrators.program.freeze import CalibrationResult, widen
@@ -282,6 +283,10 @@ class Run(RoundedNetwork):
         if learned.rounding is not None:
             for name, coded in zip(unit.weights, learned.rounding.codes(), strict=True):
                 gain = learned.gains.get(name, torch.ones(())).cpu()
+                limits = self.placement.limits_of(self.placement.by_name[name])
+                if limits is not None:
+                    weight = self.problem.values(self.placement.by_name[name])
+                    coded = replace(coded, codes=within(coded.codes, weight, coded.qparams, limits))
                 self.weights[name] = replace(coded, qparams=replace(coded.qparams, scale=coded.qparams.scale * gain))
         self.biases.update(learned.biases)
 

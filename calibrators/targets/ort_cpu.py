@@ -3,7 +3,7 @@
 Activations are uint8, because int8 ones keep branches in float there; weights are int8, symmetric, without -128;
 biases are int32 with exactly the product of the two scales. Fewer bits use the same containers. 16-bit activations are
 int16, which needs opset 21; operators that write or read them compute in float. Linear layers have a kernel that reads
-only the weight as codes (MatMulNBits).
+only the weight as codes (MatMulNBits). CPUs without VNNI add two products in int16, so pairs of weights are limited.
 """
 
 from __future__ import annotations
@@ -33,4 +33,5 @@ TARGET = Target(
     on_codes_ops=Operators("constant_pad_nd.default"),
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     opset=20,
+    pair_sum=2**15 - 1,
 )

@@ -7,6 +7,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def test_a_generator_object_is_refused_before_the_work(
     monkeypatch.setattr(pipeline, "capture", lambda *_: pytest.fail("work began"))
     model, batches = residual()
     sources: dict[str, Any] = {"data": batches, "eval_data": batches, which: (x for x in batches)}
-    with pytest.raises(DataError, match=r"can be read only once .* the function that makes the generator"):
+    with pytest.raises(DataError, match=r"can be read only once, .* the function that makes the generator"):
         export(model, out=tmp_path / "out", method="qdrop", **sources)
     assert list(tmp_path.iterdir()) == []
 
@@ -344,7 +345,7 @@ def test_methods_without_training_report_no_reconstruction() -> None:
     from exporter.frontend.capture import capture
 
     record = run_calibrators.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
-    assert record == Record()
+    assert replace(record, limited_weights=None) == Record()
 
 
 def test_wide_taps_are_told(tmp_path: Path) -> None:

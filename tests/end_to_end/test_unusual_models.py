@@ -179,10 +179,10 @@ def test_a_reshape_of_the_model_behind_the_layer() -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ((torch.randn(4, 8), torch.zeros(4)), "has 2 tensors, the model takes 1: .* labels"),
-        (torch.randn(4, 8).double(), r"holds \[4, 8\] float64, the model takes \[n, 8\] float32"),
-        (torch.randn(4, 7), r"holds \[4, 7\] float32, the model takes \[n, 8\]"),
-        ((torch.randn(4, 8).numpy(),), "holds ndarray, the model takes"),
+        ((torch.randn(4, 8), torch.zeros(4)), "has 2 tensors, but the model takes 1; .* labels"),
+        (torch.randn(4, 8).double(), r"holds \[4, 8\] float64, but the model takes \[n, 8\] float32"),
+        (torch.randn(4, 7), r"holds \[4, 7\] float32, but the model takes \[n, 8\]"),
+        ((torch.randn(4, 8).numpy(),), "holds ndarray, but the model takes"),
     ],
     ids=["labels", "double", "narrow", "numpy"],
 )

@@ -27,9 +27,9 @@ SQNR_8_BIT_DB = 20.0
 """Far below what 8 bits give on these networks (30 dB and more), far above what a misplaced scale leaves."""
 
 
-def calibrated(model: nn.Module, x: Tensor, **options: object) -> CalibrationResult:
+def calibrated(model: nn.Module, x: Tensor, *, target: str = "ort-cpu", **options: object) -> CalibrationResult:
     placement = PlacementOptions(**options)  # type: ignore[arg-type]
-    return calibrate(capture(model, x), [x], method="minmax", placement=placement)
+    return calibrate(capture(model, x), [x], method="minmax", target=target, placement=placement)
 
 
 @pytest.mark.parametrize("name", NETWORKS, ids=str)
@@ -144,7 +144,7 @@ def random_codes(result: CalibrationResult, seed: int = 0) -> dict[str, Quantize
 def test_stored_weights_are_those_of_the_grid(bits: int, per_tensor: bool) -> None:
     """int8 codes with zero point 0 stand for the very floats that codes and zero points of the grid stand for."""
     options = {"weight_bits": bits, "first_last_bits": None, "per_tensor_weights": per_tensor}
-    result = calibrated(*build("mlp"), **options)
+    result = calibrated(*build("mlp"), target="ort-cpu-vnni", **options)
     chosen = random_codes(result)
     program = freeze(result.placement, result.activations, chosen).program
     stored = {node.args[-1]: node.args for node in program.graph.nodes if node.target is DEQUANTIZE}
@@ -162,7 +162,8 @@ def test_stored_weights_are_those_of_the_grid(bits: int, per_tensor: bool) -> No
 
 
 def test_extreme_codes_of_seven_bits_fit_their_container() -> None:
-    result = calibrated(*build("mlp"), weight_bits=7, first_last_bits=None, per_tensor_weights=True)
+    grid = {"weight_bits": 7, "first_last_bits": None, "per_tensor_weights": True}
+    result = calibrated(*build("mlp"), target="ort-cpu-vnni", **grid)
     coded = result.weights["layers.0.weight"]
     codes = torch.full_like(coded.codes, -64)
     codes[0] = 63
@@ -190,7 +191,7 @@ def test_one_sided_weights_use_every_level() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_of_a_method_are_kept(bits: int) -> None:
-    result = calibrated(*build("pooled"), weight_bits=bits, first_last_bits=None)
+    result = calibrated(*build("pooled"), target="ort-cpu-vnni", weight_bits=bits, first_last_bits=None)
     chosen = random_codes(result)
     frozen = freeze(result.placement, result.activations, chosen)
     for name, coded in chosen.items():

@@ -50,6 +50,8 @@ OWN_ERROR = ("adaround", "brecq", "qdrop", "mrecg")
 
 
 def calibrated(name: str, method: Any, bits: tuple[int, int] = (4, 4), **settings: Any) -> CalibrationResult:
+    """Calibrate for a target that limits no pairs of weights, so that training alone decides their codes."""
+    settings = {"target": "ort-cpu-vnni", **settings}
     graph, inputs = folded_network(name)
     options = settings.pop("options", {})
     if isinstance(method, str):
@@ -274,7 +276,7 @@ def test_known_activation_ranges_stay() -> None:
 
 
 def test_divergence_is_one_message() -> None:
-    with pytest.raises(DataError, match=r"loss of unit .* training diverged"):
+    with pytest.raises(DataError, match=r"training diverged: the loss of unit"):
         calibrated("mlp", "brecq", options={"scale_lr": 1e5})
 
 
