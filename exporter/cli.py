@@ -251,12 +251,14 @@ def methods(
     """
     with _reported_errors(debug=debug):
         from calibrators.methods import list_methods
+        from exporter.config import ExportConfig
 
         known = {method.name: method for method in list_methods()}
         if name is not None and name not in known:
             raise UnknownNameError("method", name, known)
         if name is None:
-            rows = [(method.name, method.summary) for method in known.values()]
+            usual = ExportConfig().method
+            rows = [(method.name + " (default)" * (method.name == usual), method.summary) for method in known.values()]
             _print_table(("method", "description"), rows, title="Calibration methods")
             Console().print("`intact methods NAME` lists the options of one.")
             return

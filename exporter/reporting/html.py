@@ -89,7 +89,7 @@ def _reconstruction(report: Report) -> dict[str, Any] | None:
     return {
         "rows": [{"unit": unit, "left": share} for unit, share in zip(units, left, strict=True)],
         "better": sum(share is not None and share < 1 for share in left),
-        "has_strengths": units[0].strength is not None,
+        "trained": any(unit.undecided is not None for unit in units),
         "figure": figure,
         "joined": len(grouping.units_before) - len(units) if grouping else 0,
         "oscillation": _oscillation(grouping) if grouping else "",
