@@ -93,8 +93,7 @@ def calibrate(
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
     record |= {"preparation": preparation} if prepare else {}
-    record["limited_weights"] = _limited_weights(problem)
-    result = replace(result, record=replace(result.record, **record))
+    result = replace(result, record=replace(result.record, limited_weights=_limited_weights(problem), **record))
     return correct_biases(result, problem.batches) if bias_correction else result
 
 

@@ -2,7 +2,6 @@
 
 Rules read the structure of the file only; nothing is run. "error" means that the model does not load or that its
 numbers are not those of the QDQ text; "warning" means that something runs in float or wastes space.
-
 Must not know: who wrote the file.
 """
 
@@ -45,9 +44,7 @@ from runtime_tests.ort.sessions import Model, Source, loads
 __all__ = ["RULES", "Finding", "Rule", "lint"]
 
 Array = NDArray[Any]
-Hits = Iterator[tuple[str, str]]
-"""The violations of a rule: place and message of each."""
-
+Hits = Iterator[tuple[str, str]]  # place and message of each violation of a rule
 
 SIGNED_FAILS_FROM_OPSET = 21
 WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
@@ -90,7 +87,6 @@ def lint(model: Source) -> list[Finding]:
     """Return the findings of every rule, errors first; external weights are read only where a rule needs their values.
 
     A file whose names are not unique is not a graph; then only the rules on the protobuf run.
-
     raises: ModelError for a file that is not an ONNX model.
     """
     model = Model.of(model)
