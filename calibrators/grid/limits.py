@@ -99,9 +99,9 @@ def _excess(rows: Tensor, limits: Limits) -> Tensor:
     rows = rows.double()
     worst = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     assert limits.partners is not None
-    for partner in limits.partners:
-        lone = partner == torch.arange(len(partner), device=partner.device)
-        other = torch.where(lone.to(rows.device), 0.0, rows[:, partner])
+    for partner in limits.partners.to(rows.device):
+        lone = partner == torch.arange(len(partner), device=rows.device)
+        other = torch.where(lone, 0.0, rows[:, partner])
         above, below = (rows.clamp(min=0) + other.clamp(min=0)), (rows.clamp(max=0) + other.clamp(max=0))
         worst = torch.maximum(worst, (above / limits.pair_highest).amax(1))
         worst = torch.maximum(worst, (below / limits.pair_lowest).amax(1))

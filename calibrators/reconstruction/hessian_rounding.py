@@ -161,9 +161,10 @@ class _Grid:
             return x.take_along_dim(order[:, None], 2).mT.contiguous()
 
         scale, zero_point, lowest, highest = map(ordered, (scale, zero_point, lowest, highest))
-        place = order[0].argsort()
-        pairings = () if limits.partners is None else limits.partners.to(order.device)
-        partners = tuple(tuple(place[pairing[order[0]]].tolist()) for pairing in pairings)
+        first = order[0].cpu()
+        place = first.argsort()
+        pairings = () if limits.partners is None else limits.partners
+        partners = tuple(tuple(place[pairing[first]].tolist()) for pairing in pairings)
         return cls(scale, zero_point, lowest, highest, limits, partners)
 
     def round(self, j: int, left: Tensor, codes: Tensor) -> Tensor:
