@@ -23,7 +23,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, eq=False)
 class PerSample:
-    """What later comparisons need of every sample.
+    """The scores of every sample that later comparisons need.
 
     kl:   [n] float32, nats; None where no output has classes.
     gain: [n], 1 where only this network decides as the label says, -1 where only the float one does, else 0; None

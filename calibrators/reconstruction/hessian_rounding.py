@@ -17,7 +17,6 @@ Must not know: methods, how activations are computed and cached.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from calibrators.grid.numerics import code_limits, dequantize, grid_of, quantize
 from calibrators.grid.spec import QParams
 from calibrators.reconstruction.output_target import damped_cholesky
 
-__all__ = ["Rounded", "Rounder", "round_weight"]
+__all__ = ["Rounded", "Rounder"]
 
 BLOCK = 128
 """Columns whose errors reach later columns together, as one matrix product."""
@@ -44,13 +43,6 @@ class Rounded:
     nearest: float
     error: float
     kept: int
-
-
-def round_weight(
-    weight: Tensor, qparams: QParams, hessian: Tensor, *, limits: Limits | None = None, **options: Any
-) -> Rounded:
-    """Round one weight by its Hessian; see `Rounder` for the options, and `Rounder.round` for the rest."""
-    return Rounder(hessian, shared_order=limits is not None, **options).round(weight, qparams, limits=limits)
 
 
 class Rounder:

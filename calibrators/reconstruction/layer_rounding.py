@@ -65,7 +65,7 @@ def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
 
 
 Reading = tuple[str, Im2col]
-"""What moments are taken of: a value, by fx name, and the way layers cut it into columns."""
+"""The key of moments: a value, by fx name, and the way layers cut it into columns."""
 
 
 class _Layers:

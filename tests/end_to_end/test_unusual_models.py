@@ -210,7 +210,7 @@ def test_inputs_of_different_lengths() -> None:
 
 @pytest.mark.parametrize("method", ["qdrop", "mse"])
 def test_a_generator_is_read_once(method: str) -> None:
-    """What reads the data again says that it cannot."""
+    """A method that reads the data again says that it cannot."""
     graph = capture(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8))
     batches = (torch.randn(4, 8) for _ in range(3))
     with pytest.raises(DataError, match="empty when read again"):

@@ -33,7 +33,7 @@ def run(graph: fx.GraphModule, x: Tensor) -> Tensor:
 
 
 def test_a_chain_takes_the_place_of_a_call_and_its_metadata() -> None:
-    """What is expected of the value stays with the call that computes it."""
+    """The expected statistics of a value stay with the call that computes it."""
     graph, x = graph_of(aten.relu.default, aten.neg.default), torch.tensor([-1.0, 2.0])
     before, node = calls(graph)
     made = replace_call(node, (aten.mul.Tensor, (before, 3.0)), (aten.add.Tensor, (..., before)))

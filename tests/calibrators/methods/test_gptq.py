@@ -26,7 +26,7 @@ from calibrators.methods.mse import MSE
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
 from calibrators.reconstruction import layer_rounding
-from calibrators.reconstruction.hessian_rounding import BLOCK, Rounded, round_weight
+from calibrators.reconstruction.hessian_rounding import BLOCK, Rounded, Rounder
 from calibrators.reconstruction.moments import Im2col, Moments, half_of
 from exporter import export
 from exporter.emission.build_model import needed_opset, to_onnx
@@ -78,6 +78,13 @@ def objectives(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor)
     groups, columns = hessian.shape[:2]
     error = (weight - dequantize(codes, qparams)).double().reshape(groups, -1, columns)
     return torch.einsum("grk,gkl,grl->gr", error, hessian.double(), error).flatten()
+
+
+def round_weight(
+    weight: Tensor, qparams: QParams, hessian: Tensor, *, limits: Limits | None = None, **options: Any
+) -> Rounded:
+    rounder = Rounder(hessian, shared_order=limits is not None, **options)
+    return rounder.round(weight, qparams, limits=limits)
 
 
 def checked(weight: Tensor, qparams: QParams, hessian: Tensor, **options: Any) -> Rounded:

@@ -77,7 +77,7 @@ def divergence(result: CalibrationResult, graph: fx.GraphModule, inputs: tuple[T
 
 
 MEASURES = {"repapq": absolute_error, "pdquant all": divergence}
-"""What a method sets out to make small, where that is not the squared error."""
+"""The error that a method makes small, where that is not the squared error."""
 
 
 def integers(result: CalibrationResult) -> list[Tensor]:
