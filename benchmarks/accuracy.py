@@ -335,7 +335,7 @@ def check_peers(bits: Sequence[Widths], how: Settings) -> None:
 
 
 def fill(results: Results, wanted: dict[tuple[Any, ...], Callable[[], Outcome]]) -> None:
-    """Measure what is missing; a tool that fails is told in one line."""
+    """Measure the runs that are missing, and report a tool that fails in one line."""
     for key, run in wanted.items():
         network, bits, *_, method, seed = key
         if key in results.runs:

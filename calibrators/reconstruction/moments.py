@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ PIECE, LARGEST_PIECE = 4096, 1 << 26
 
 HALVES = 2
 """Parts of the samples whose moments are kept apart, so that one can judge what was fitted to the other."""
-
 
 RUN = 16
 """Neighbouring samples that stand in the same half: they may be alike, as frames of a film are."""
@@ -94,7 +94,8 @@ class Im2col:
 class Moments:
     """Means over the positions of a layer's inputs: x^ in the network quantized so far, x in the float network.
 
-    Products are float32 and are added up in float64, batch by batch and so in an order that batches do not change.
+    Products are float32 and are added up in float64, batch by batch and so in an order that batches do not change. The
+    means are computed once, when they are first read; nothing is added after that.
 
     counts: positions seen in each half of the samples.
     """
@@ -129,12 +130,12 @@ class Moments:
             self._multiply(half)
         return self._hessian, self._error
 
-    @property
+    @cached_property
     def hessian(self) -> Tensor:
         """Mean over all samples of 2 x^ x^T, float64 [groups, columns, columns]."""
         return 2 / sum(self.counts) * self._sums()[0].sum(0)
 
-    @property
+    @cached_property
     def error(self) -> Tensor | None:
         """Mean over all samples of 2 (x - x^) x^T, float64 [groups, columns, columns]."""
         error = self._sums()[1]
