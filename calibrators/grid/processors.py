@@ -1,0 +1,44 @@
+"""Families of processors whose integer kernels compute the same codes, and where the families differ, as data.
+
+Convolutions and products agree everywhere, except for sums of two products on x86 with AVX2 but without VNNI. Kernels
+with two operands round ties differently. Measured with onnxruntime 1.32 and onnxruntime-web 1.30, natively and under
+user-mode emulation.
+
+Must not know: graphs, targets, runtimes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["PROCESSORS", "Processor"]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A family of processors.
+
+    add:      arithmetic of a quantized sum: fused multiply-adds, float32 steps, or 32-bit fixed point.
+    mul:      arithmetic of a quantized product: fused multiply-add or float32 steps.
+    pair_sum: largest magnitude of the sum of two products of an activation and a weight; None where every sum fits.
+    """
+
+    name: str
+    summary: str
+    add: Literal["fused", "plain", "fixed"]
+    mul: Literal["fused", "plain"]
+    pair_sum: int | None = None
+
+
+PROCESSORS = {
+    processor.name: processor
+    for processor in (
+        Processor("x86-vnni", "x86-64 with VNNI", add="fused", mul="plain"),
+        Processor("x86-avx2", "x86-64 with AVX2, without VNNI", add="fused", mul="plain", pair_sum=2**15 - 1),
+        Processor("x86-sse", "x86-64 before AVX2", add="plain", mul="plain"),
+        Processor("arm64", "64-bit ARM", add="fixed", mul="fused"),
+        Processor("wasm", "WebAssembly with SIMD", add="plain", mul="plain"),
+    )
+}
+"""Every family by name."""
