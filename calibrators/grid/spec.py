@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from calibrators.graph.operators import Operators
+from calibrators.grid.processors import PROCESSORS
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,7 @@ class Target:
     on_codes_ops:      operators that move codes likewise, but only if the file applies them to the codes themselves.
     fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
-    pair_sum:          largest magnitude of the sum of two products of an activation and a weight that its kernels hold,
-                       None where they hold every sum.
+    exact_on:          families of processors (calibrators.grid.processors) on which its files give the same integers.
     """
 
     name: str
@@ -125,11 +125,16 @@ class Target:
     on_codes_ops: Operators
     fixed_outputs: Mapping[str, tuple[float, int]]
     opset: int
-    pair_sum: int | None = None
+    exact_on: tuple[str, ...]
 
     @property
     def weighted(self) -> Operators:
         return self.weighted_to_codes | self.weighted_to_float
+
+    @property
+    def pair_sum(self) -> int | None:
+        """Largest magnitude of the sum of two products that all its processors hold; None where they hold every sum."""
+        return min((held for name in self.exact_on if (held := PROCESSORS[name].pair_sum) is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
-"""onnxruntime on x86-64 CPUs: the operators that its QDQ fusion turns into integer kernels (measured on 1.31, 1.32).
+"""onnxruntime on every CPU: the operators that its QDQ fusion turns into integer kernels (measured on 1.31, 1.32).
 
 Activations are uint8, because int8 ones keep branches in float there; weights are int8, symmetric, without -128;
 biases are int32 with exactly the product of the two scales. Fewer bits use the same containers. 16-bit activations are
 int16, which needs opset 21; operators that write or read them compute in float. Linear layers have a kernel that reads
-only the weight as codes (MatMulNBits). CPUs without VNNI add two products in int16, so pairs of weights are limited.
+only the weight as codes (MatMulNBits). CPUs with AVX2 but without VNNI add two products in int16, so pairs of weights
+are limited.
 """
 
 from __future__ import annotations
 
 from calibrators.graph.operators import LISTS, MOVES, Operators
+from calibrators.grid.processors import PROCESSORS
 from calibrators.grid.spec import QuantSpec, Target
 
 TARGET = Target(
     name="ort-cpu",
-    summary="onnxruntime, CPU execution provider, x86-64 with AVX2 or newer",
+    summary="onnxruntime, CPU execution provider, on every processor",
     activation=QuantSpec(bits=8, signed=False),
     wide_activation=QuantSpec(bits=16, signed=True),
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
@@ -33,5 +35,5 @@ TARGET = Target(
     on_codes_ops=Operators("constant_pad_nd.default"),
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     opset=20,
-    pair_sum=2**15 - 1,
+    exact_on=tuple(PROCESSORS),
 )

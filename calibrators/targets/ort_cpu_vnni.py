@@ -12,6 +12,6 @@ from calibrators.targets import ort_cpu
 TARGET = replace(
     ort_cpu.TARGET,
     name="ort-cpu-vnni",
-    summary="onnxruntime, CPU execution provider, x86-64 with VNNI only",
-    pair_sum=None,
+    summary="onnxruntime, CPU execution provider, x86-64 with VNNI alone",
+    exact_on=("x86-vnni",),
 )
