@@ -26,6 +26,9 @@ With --budget every layer has bits of its own; `uniform` as a limit is what the 
 With --peers, the tools of peers.py quantize the same float file to 8/8 with the same calibration data; their time is
 that of the whole tool.
 
+Without --eval, the last quarter of the calibration batches is held out and judges, without labels. Choose settings that
+way, so that evaluation data only reports.
+
 With --json every finished run is in the file at once, and the scores of every sample in an .npz beside it; --resume
 goes on after the runs that are there. The file can be put into docs/results as it is.
 """
@@ -157,6 +160,7 @@ class Settings:
     wide_taps: bool
     per_tensor_weights: bool
     prepare: str
+    bias_correction: bool
     budget: tuple[str, ...]
     storage: str
     device: str
@@ -219,6 +223,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         budgets=budgets,
         stored=partial(stored_bytes, storage=how.storage),
         prepare=preparations(how.prepare),
+        bias_correction=how.bias_correction,
         labels=samples.labels if needs_labels else None,
         seed=seed,
         device=how.device,
@@ -292,6 +297,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         arguments.wide_taps,
         arguments.per_tensor_weights,
         ",".join(preparations(arguments.prepare)),
+        arguments.bias_correction,
         tuple(arguments.budget),
         arguments.weight_storage,
         arguments.device,
@@ -303,6 +309,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
     if arguments.target != TARGET:
         inputs["target"] = arguments.target
+    if arguments.bias_correction:
+        inputs["bias_correction"] = True
     results = Results.open(arguments.json, inputs, resume=arguments.resume, command=command(sys.argv[1:]))
     models = {spec: load_model(spec) for spec in arguments.models}
     samples = Samples.of(arguments.data, arguments.eval)
@@ -328,9 +336,10 @@ def check_peers(bits: Sequence[Widths], how: Settings) -> None:
     """
     if peers.BITS not in map(str, bits):
         raise InputError(f"--peers quantize to {peers.BITS}; name these --bits too, for something to compare with.")
-    if how.prepare or how.budget or how.per_tensor_weights or not how.wide_taps:
+    if how.prepare or how.bias_correction or how.budget or how.per_tensor_weights or not how.wide_taps:
         raise InputError(
-            "--peers know none of --prepare, --budget, --per-tensor-weights, --no-wide-taps; leave them out."
+            "--peers know none of --prepare, --bias-correction, --budget, --per-tensor-weights, --no-wide-taps; "
+            "leave them out."
         )
 
 
@@ -381,7 +390,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="file.py:factory")
     parser.add_argument("--data", required=True, help="file.py:callable of calibration batches")
-    parser.add_argument("--eval", required=True, help="file.py:callable of batches, with labels for top-1")
+    parser.add_argument(
+        "--eval", help="file.py:callable of batches, with labels for top-1; held out of --data if absent"
+    )
     parser.add_argument("--bits", nargs="+", default=["4/4"], help="weights/activations")
     parser.add_argument("--method", nargs="+", default=[NEAREST], help="name or name(key=value, ...)")
     parser.add_argument("--peers", nargs="+", default=[], choices=[*peers.PEERS], help="other tools, on 8/8")
@@ -391,6 +402,7 @@ def main() -> None:
     )
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
     parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
+    parser.add_argument("--bias-correction", action="store_true", help="shift biases by the mean error of each layer")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
     parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")
     parser.add_argument("--target", default=TARGET, help="runtime; ort-cpu-vnni sets no limit to pairs of weights")

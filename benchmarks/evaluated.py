@@ -15,12 +15,15 @@ import torch
 from scores import Array, Outputs, Scores, score
 from torch import Tensor, fx
 
-from calibrators.errors import InputError
+from calibrators.errors import DataError, InputError
 from exporter import capture, fold
 from exporter.frontend.load import Model
 from exporter.inputs.data import Batch, Data
 from exporter.inputs.open import open_data
 from runtime_tests.ort.sessions import session
+
+HELD_OUT = 0.25
+"""Share of the calibration batches that judge choices in place of evaluation data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +38,17 @@ class Samples:
     labels: Tensor | None
 
     @classmethod
-    def of(cls, data: str, evaluation: str) -> Samples:
-        """Return the data that two specifications name.
+    def of(cls, data: str, evaluation: str | None) -> Samples:
+        """Return the data that two specifications name; without an evaluation, calibration data is held out for it.
 
         raises: DataError.
         """
-        held_out = open_data(evaluation)
-        held_out.example()
+        held_out = None if evaluation is None else open_data(evaluation)
+        if held_out is not None:
+            held_out.example()
         batches = list(open_data(data))
+        if held_out is None:
+            batches, held_out = _split(batches)
         labels = [batch.labels for batch in batches if batch.labels is not None]
         return cls(held_out, [batch.inputs for batch in batches], torch.cat(labels) if labels else None)
 
@@ -53,6 +59,17 @@ class Samples:
             samples -= len(batch)
             if samples <= 0:
                 return
+
+
+def _split(batches: list[Batch]) -> tuple[list[Batch], Data]:
+    """Return the batches that calibrate, and the others, about a quarter, as evaluation data without labels.
+
+    raises: DataError.
+    """
+    held_out = max(1, round(len(batches) * HELD_OUT))
+    if held_out >= len(batches):
+        raise DataError("calibration data of one batch cannot be split; give at least two batches.")
+    return batches[:-held_out], open_data([(batch.inputs, None) for batch in batches[-held_out:]])
 
 
 @dataclass(frozen=True, eq=False)

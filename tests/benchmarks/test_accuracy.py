@@ -59,7 +59,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     def run(*arguments: str, networks: str = "classifier", evaluation: str = "evaluation") -> tuple[list[Any], str]:
         specs = [f"net.py:{name}" for name in networks.split()]
-        data = ["--data", "net.py:calibration", "--eval", f"net.py:{evaluation}"]
+        data = ["--data", "net.py:calibration", *(["--eval", f"net.py:{evaluation}"] if evaluation else [])]
         monkeypatch.setattr(sys, "argv", ["accuracy.py", *specs, *data, "--quiet", *arguments])
         accuracy.main()
         out, err = capsys.readouterr()
@@ -120,6 +120,18 @@ def test_files_of_earlier_versions_are_resumed(benchmark: Benchmark, tmp_path: P
 def test_without_labels_there_is_no_top1(benchmark: Benchmark) -> None:
     (head, *_), _ = benchmark("--bits", "4/8", networks="classifier", evaluation="unlabelled")
     assert {"KL, nats", "SQNR", "agreement"} < {*head} and not {"float", "top-1", "top-1 minus float, points"} & {*head}
+
+
+def test_without_evaluation_data_calibration_data_is_held_out(benchmark: Benchmark, tmp_path: Path) -> None:
+    """Of two batches the first calibrates and the second judges, without labels."""
+    (head, _, nearest, shifted, *_), _ = benchmark(
+        "--bits", "4/8", "--method", "minmax", "--bias-correction", "--json", "out.json", evaluation=""
+    )
+    assert "KL, nats" in head and "top-1" not in head and nearest != shifted
+    with np.load(tmp_path / "out.samples.npz") as stored:
+        assert len(stored["0.kl"]) == 32
+    entry = json.loads((tmp_path / "out.json").read_text())
+    assert entry["inputs"]["eval"] is None and entry["inputs"]["bias_correction"]
 
 
 def test_without_classes_there_is_only_sqnr(benchmark: Benchmark) -> None:
