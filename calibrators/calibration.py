@@ -30,7 +30,7 @@ from calibrators.ranges.range_method import RangeMethod
 from calibrators.record import LimitedWeight
 from calibrators.rewrites.bias_correction import correct_biases
 from calibrators.rewrites.prepare import prepare_graph
-from calibrators.targets import get_target
+from calibrators.targets import DEFAULT_TARGET, get_target
 
 __all__ = ["calibrate"]
 
@@ -41,7 +41,7 @@ def calibrate(
     *,
     method: str | Method = "gptq",
     options: Mapping[str, object] | None = None,
-    target: str | Target = "ort-cpu",
+    target: str | Target = DEFAULT_TARGET,
     placement: PlacementOptions | None = None,
     prepare: Collection[str] = (),
     bias_correction: bool = False,

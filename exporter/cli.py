@@ -194,7 +194,12 @@ def verify(
 @app.command(no_args_is_help=True)
 def lint(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, from any exporter.")],
-    target: Annotated[str, typer.Option(help="Runtime that the file is meant for.", metavar="NAME")] = "ort-cpu",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtime that the file is meant for.  [default: what its metadata say, else ort-cpu]", metavar="NAME"
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Find what the runtime refuses, computes wrongly or runs in float; the exit code is 1 if there is an error.
@@ -205,10 +210,10 @@ def lint(
         from calibrators.targets import get_target
         from runtime_tests.ort.lint import lint as findings_of
 
-        get_target(target)
+        meant = None if target is None else get_target(target)
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
-        findings = findings_of(model)
+        findings = findings_of(model, meant)
         rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]
         _print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
         raise typer.Exit(any(finding.severity == "error" for finding in findings))

@@ -21,6 +21,7 @@ from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
 from calibrators.settings import Settings, expected, setting
+from calibrators.targets import DEFAULT_TARGET
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 
 __all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
@@ -40,7 +41,7 @@ Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, 
 class _Calibration(Settings):
     """Target and method: a base class, so that they come first wherever settings are listed."""
 
-    target: str = setting("ort-cpu", "Runtime to export to; `intact targets` lists them.")
+    target: str = setting(DEFAULT_TARGET, "Runtime to export to; `intact targets` lists them.")
     method: str = setting("gptq", "Calibration method; `intact methods` lists them.")
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the method: the table [options], or `--set NAME=VALUE`."

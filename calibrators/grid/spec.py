@@ -110,6 +110,7 @@ class Target:
     fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
     opset:             ONNX opset of the emitted file.
     exact_on:          families of processors (calibrators.grid.processors) on which its files give the same integers.
+    ignored_rules:     rules of the linter that do not concern it.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Target:
     fixed_outputs: Mapping[str, tuple[float, int]]
     opset: int
     exact_on: tuple[str, ...]
+    ignored_rules: frozenset[str] = frozenset()
 
     @property
     def weighted(self) -> Operators:

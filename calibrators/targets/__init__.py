@@ -11,7 +11,10 @@ import pkgutil
 from calibrators.errors import UnknownNameError
 from calibrators.grid.spec import Target
 
-__all__ = ["get_target", "list_targets"]
+__all__ = ["DEFAULT_TARGET", "get_target", "list_targets"]
+
+DEFAULT_TARGET = "ort-cpu"
+"""Name of the target of an export that names none: its files are exact on every processor."""
 
 
 def list_targets() -> tuple[Target, ...]:

@@ -15,4 +15,5 @@ TARGET = replace(
     name="ort-arm",
     summary="onnxruntime, CPU execution provider, 64-bit ARM",
     exact_on=("arm64", "x86-vnni"),
+    ignored_rules=frozenset({"signed-fan-out"}),
 )

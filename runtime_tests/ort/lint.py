@@ -18,6 +18,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from calibrators.grid.spec import Target
+from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.onnx_operators import (
     DEQUANTIZE,
     NEED_QUANTIZER_WHEN_SIGNED,
@@ -83,17 +85,21 @@ class Rule:
 Subject = TypeVar("Subject", bound="ir.Node | Product | _Quantizer | _Merge")
 
 
-def lint(model: Source) -> list[Finding]:
+def lint(model: Source, target: Target | None = None) -> list[Finding]:
     """Return the findings of every rule, errors first; external weights are read only where a rule needs their values.
 
     A file whose names are not unique is not a graph; then only the rules on the protobuf run.
-    raises: ModelError for a file that is not an ONNX model.
+
+    target: the runtime that the file is meant for; None: the one that its metadata name, else the default.
+    raises: ModelError for a file that is not an ONNX model, UnknownNameError for a target that its metadata name.
     """
     model = Model.of(model)
-    findings = [finding for rule in RULES.values() if rule.on_proto for finding in _apply(rule, model.proto)]
+    ignored = (target or target_of(model)).ignored_rules
+    rules = [rule for rule in RULES.values() if rule.name not in ignored]
+    findings = [finding for rule in rules if rule.on_proto for finding in _apply(rule, model.proto)]
     if not any(finding.rule == "duplicate-name" for finding in findings):
         graphs = model.graph_model
-        findings += [finding for rule in RULES.values() if not rule.on_proto for finding in _apply(rule, graphs)]
+        findings += [finding for rule in rules if not rule.on_proto for finding in _apply(rule, graphs)]
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 

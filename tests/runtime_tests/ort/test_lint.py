@@ -9,6 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from calibrators.errors import UnknownNameError
+from calibrators.targets import get_target, list_targets
 from runtime_tests.ort.lint import RULES, lint
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Edge, Net, optimized_model
@@ -397,3 +399,20 @@ def test_slow_forms_leave_the_integer_kernels_in_the_runtime(rule: str) -> None:
     assert bad & float_ops
     if rule != "different-qparams":  # there the 8-bit pool has the name of the float one
         assert not good & float_ops
+
+
+def test_rules_follow_the_target_that_is_given_or_that_the_metadata_name() -> None:
+    """ARM has integer kernels for int8 activations, so that the rule about them is x86's."""
+    model = signed_fan_out(True)
+    found = [{finding.rule for finding in lint(model, target)} for target in (None, get_target("ort-arm"))]
+    assert found[0] - found[1] == {"signed-fan-out"}
+    model.metadata_props.add(key="intact.target", value="ort-arm")
+    assert rules(model) == found[1]
+    model.metadata_props[0].value = "ort-gpu"
+    with pytest.raises(UnknownNameError, match="ort-gpu"):
+        lint(model)
+    assert {finding.rule for finding in lint(model, get_target("ort-cpu"))} == found[0]
+
+
+def test_targets_ignore_known_rules_only() -> None:
+    assert all(target.ignored_rules <= RULES.keys() for target in list_targets())
