@@ -320,6 +320,41 @@ class MixedPrecision:
 
 
 @dataclass(frozen=True)
+class Ties:
+    """A value of which some of the target's processors compute different codes from the same codes.
+
+    kernel:    the kernel's name in calibrators.grid.kernel_tables.
+    differing: number of codes, or pairs of codes, that it may read and from which codes differ, of `total`.
+    """
+
+    site: str
+    kernel: str
+    differing: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MovedScale:
+    """An activation scale that became `ulps` float32 numbers larger, so that processors round alike."""
+
+    site: str
+    ulps: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The search for scales at which the processors round sums, products and sigmoids alike.
+
+    kernels: number of these kernels; left: values of which some processors still compute different codes.
+    """
+
+    processors: tuple[str, ...]
+    kernels: int
+    moved: tuple[MovedScale, ...]
+    left: tuple[Ties, ...]
+
+
+@dataclass(frozen=True)
 class LimitedWeight:
     """A weight whose scales were raised, so that no pair of its products exceeds what the target's kernels hold.
 
@@ -337,7 +372,8 @@ class LimitedWeight:
 class Record:
     """Everything that a calibration reports besides its numbers; a part is None where its step did not run.
 
-    notes: for the user, one line each.
+    notes:   for the user, one line each.
+    settled: None where the network has no kernel that rounds differently, or the target has one family of processors.
     """
 
     notes: tuple[str, ...] = ()
@@ -347,3 +383,4 @@ class Record:
     sensitivity: Sensitivity | None = None
     mixed_precision: MixedPrecision | None = None
     limited_weights: tuple[LimitedWeight, ...] | None = None
+    settled: Settled | None = None

@@ -19,26 +19,31 @@ __all__ = ["PROCESSORS", "Processor"]
 class Processor:
     """A family of processors.
 
-    add:      arithmetic of a quantized sum: fused multiply-adds, float32 steps, or 32-bit fixed point.
-    mul:      arithmetic of a quantized product: fused multiply-add or float32 steps.
+    add:      arithmetic of a quantized sum (calibrators.grid.kernel_tables): fused multiply-adds, float32 steps, 32-bit
+              fixed point, or the sum of the values.
+    mul:      arithmetic of a quantized product: fused multiply-add, float32 steps, or the product of the values.
+    sigmoid:  arithmetic of the polynomials of a sigmoid.
     pair_sum: largest magnitude of the sum of two products of an activation and a weight; None where every sum fits.
     """
 
     name: str
     summary: str
-    add: Literal["fused", "plain", "fixed"]
-    mul: Literal["fused", "plain"]
+    add: Literal["fused", "plain", "fixed", "values"]
+    mul: Literal["fused", "plain", "values"]
+    sigmoid: Literal["fused", "plain"]
     pair_sum: int | None = None
 
 
 PROCESSORS = {
     processor.name: processor
     for processor in (
-        Processor("x86-vnni", "x86-64 with VNNI", add="fused", mul="plain"),
-        Processor("x86-avx2", "x86-64 with AVX2, without VNNI", add="fused", mul="plain", pair_sum=2**15 - 1),
-        Processor("x86-sse", "x86-64 before AVX2", add="plain", mul="plain"),
-        Processor("arm64", "64-bit ARM", add="fixed", mul="fused"),
-        Processor("wasm", "WebAssembly with SIMD", add="plain", mul="plain"),
+        Processor("x86-vnni", "x86-64 with VNNI", add="fused", mul="plain", sigmoid="fused"),
+        Processor(
+            "x86-avx2", "x86-64 with AVX2, without VNNI", add="fused", mul="plain", sigmoid="fused", pair_sum=2**15 - 1
+        ),
+        Processor("x86-sse", "x86-64 before AVX2", add="plain", mul="plain", sigmoid="plain"),
+        Processor("arm64", "64-bit ARM", add="fixed", mul="fused", sigmoid="fused"),
+        Processor("wasm", "WebAssembly with SIMD", add="values", mul="values", sigmoid="plain"),
     )
 }
 """Every family by name."""

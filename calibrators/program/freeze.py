@@ -21,6 +21,7 @@ from calibrators.grid.numerics import code_limits, dequantize, quantize
 from calibrators.grid.spec import QParams, QuantizedTensor, QuantSpec, Site
 from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import build_program
+from calibrators.program.settle import settle
 from calibrators.record import Record
 
 __all__ = ["CalibrationResult", "code_bias", "freeze", "widen"]
@@ -74,12 +75,15 @@ def freeze(
 ) -> CalibrationResult:
     """Return the integer codes for every weight and bias under the chosen parameters.
 
+    Scales of activations move by units in the last place where processors of the target would round differently.
+
     weights: by site name, parameters, with which the graph's weight is rounded, or codes, which are kept. Parameters
              are widened as by `widen`; codes only where the bias would leave half of int32, and only the channels
              concerned are rounded again.
     biases:  float values by site name, instead of the graph's.
     raises:  InputError for codes off the grid of their site, UnknownNameError for a bias that the placement lacks.
     """
+    activations, settled = settle(placement, activations)
     added = _added_biases(placement, activations, biases or {})
     weight_codes: dict[str, QuantizedTensor] = {}
     bias_codes: dict[str, QuantizedTensor] = {}
@@ -94,7 +98,8 @@ def freeze(
         notes += _notes(weights[site.name], coded, site)
         for bias in added[site.name]:
             bias_codes[bias.site.name] = code_bias(bias.values, bias.x_scale, coded.qparams.scale, bias.site)
-    return CalibrationResult(placement, dict(activations), weight_codes, bias_codes, record=Record(notes=tuple(notes)))
+    record = Record(notes=tuple(notes), settled=settled)
+    return CalibrationResult(placement, activations, weight_codes, bias_codes, record=record)
 
 
 def widen(

@@ -35,7 +35,7 @@ from calibrators.grid.numerics import along_axis, grid_of, round_codes, values_o
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program"]
+__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds"]
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ class _Builder:
         """Insert quantize and dequantize after a value, for the readers that the site names."""
         node, qparams = self.nodes[site.node], self.qparams_of(site)
         readers = [user for user in node.users if user.name in set(site.users)]
-        lo, hi = _code_bounds(site, qparams)
+        lo, hi = code_bounds(site, qparams)
         before = node
         if site.clip is not None and not site.of_codes:
             before = self._source_of_clip(node, site, qparams, readers)
@@ -151,7 +151,7 @@ class _Builder:
         it then, or if it runs in float anyway; else its input, because the integer bounds do its work.
         """
         container = torch.iinfo(site.spec.dtype)
-        lo, hi = _code_bounds(site, qparams)
+        lo, hi = code_bounds(site, qparams)
         saturates = site.spec.is_wide or (lo, hi) == (container.min, container.max)
         if saturates or len(readers) != len(node.users):
             return node
@@ -235,7 +235,7 @@ def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple
     return aten.clamp.default, bounds
 
 
-def _code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
+def code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:
     """Return the first and the last code of a site: its grid, cut at the bounds of its clip where codes are clipped."""
     spec = site.spec
     if site.clip is None or spec.is_wide:

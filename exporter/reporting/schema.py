@@ -21,7 +21,7 @@ from pydantic_core import to_json
 
 from calibrators.errors import InputError
 from calibrators.placement.layer_rules import AppliedRule
-from calibrators.record import Lapq, LimitedWeight, MixedPrecision, Preparation, Reconstruction, Sensitivity
+from calibrators.record import Lapq, LimitedWeight, MixedPrecision, Preparation, Reconstruction, Sensitivity, Settled
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.sections import Emission, Environment, Model, Storage
@@ -137,6 +137,7 @@ class Report:
     lapq: Lapq | None = None
     sensitivity: Sensitivity | None = None
     limited_weights: tuple[LimitedWeight, ...] | None = None
+    settled: Settled | None = None
     mixed_precision: MixedPrecision | None = None
     saturation: Saturation | None = None
     simplifier: Simplifier | None = None

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from calibrators.graph.aten import bind, constant, is_constant, operator_name, overloads
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import LISTS, MOVES, Operators, facts
+from calibrators.grid.kernel_tables import CodeGrid
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference import kernels
 from runtime_tests.reference.kernels import Grid
@@ -57,12 +57,17 @@ class StaysFloat(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """An integer kernel with its constants prepared: from codes of `inputs` to codes or floats; then codes move."""
+    """An integer kernel with its constants prepared: from codes of `inputs` to codes or floats; then codes move.
+
+    tied: of a kernel that rounds differently on some processors: its name in kernel_tables, and the grids of what it
+          reads and of what it writes.
+    """
 
     name: str
     inputs: tuple[fx.Node, ...]
     compute: Callable[..., Tensor]
     moves: tuple[fx.Node, ...] = ()
+    tied: tuple[str, tuple[CodeGrid, ...], CodeGrid] | None = None
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -236,13 +241,14 @@ def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
         swapped = kernels.adds_swapped(a_codes.shape, b_codes.shape, channels_last=channels_last)
         return kernels.lookup_pair(tables[swapped], a_codes, b_codes)
 
-    return Kernel("QLinearAdd", (left, right), compute)
+    return Kernel("QLinearAdd", (left, right), compute, tied=("add", (a.numbers, b.numbers), y.numbers))
 
 
 def _mul(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     left, right = bind(node).values()
     a, b = _grids(program, left, right)
-    return Kernel("QLinearMul", (left, right), partial(kernels.lookup_pair, kernels.mul_table(a, b, y)))
+    compute = partial(kernels.lookup_pair, kernels.mul_table(a, b, y))
+    return Kernel("QLinearMul", (left, right), compute, tied=("mul", (a.numbers, b.numbers), y.numbers))
 
 
 def _unary(name: str, prepare: Callable[[dict[str, Any], Grid, Grid], Callable[[Tensor], Tensor]]) -> Rule:
@@ -255,12 +261,14 @@ def _unary(name: str, prepare: Callable[[dict[str, Any], Grid, Grid], Callable[[
     return rule
 
 
-def _sigmoid(_: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    return partial(kernels.lookup, kernels.unary_table(torch.sigmoid, x, y))
+def _sigmoid(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+    (x,) = _grids(program, source(node))
+    compute = partial(kernels.lookup, kernels.unary_table(kernels.sigmoid, x, y))
+    return Kernel("QLinearSigmoid", (source(node),), compute, tied=("sigmoid", (x.numbers,), y.numbers))
 
 
 def _leaky_relu(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    leaky_relu = partial(functional.leaky_relu, negative_slope=bound["negative_slope"])
+    leaky_relu = partial(kernels.leaky_relu, negative_slope=bound["negative_slope"])
     return partial(kernels.lookup, kernels.unary_table(leaky_relu, x, y))
 
 
@@ -333,7 +341,7 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: _cat,
     aten.adaptive_avg_pool2d.default: _unary("QLinearGlobalAveragePool", _global_pool),
     aten.avg_pool2d.default: _unary("QLinearAveragePool", _average_pool),
-    aten.sigmoid.default: _unary("QLinearSigmoid", _sigmoid),
+    aten.sigmoid.default: _sigmoid,
     aten.leaky_relu.default: _unary("QLinearLeakyRelu", _leaky_relu),
     aten.softmax.int: _unary("QLinearSoftmax", _softmax),
     **dict.fromkeys(overloads(MOVES), _move),

@@ -6,12 +6,11 @@ they stay below 2**24: a longer reduction is cut into the fewest parts that do, 
 
     QLinearConv, QGemm, QLinearMatMul   y = sat(rint(clamp(f32(f32(acc) * m))) + zp), m = f32(f32(xs * ws) / ys)
     QGemm and MatMulIntegerToFloat      y = f32(f32(acc) * f32(xs * ws))
-    QLinearAdd                          y = sat(rint(fma(a, as/ys, fma(b, bs/ys, fix)))), on codes, zp before rounding
-    QLinearMul                          y = sat(rint(f32(f32((a - za)(b - zb) * r) + zc))), r = f32(f32(as * bs) / ys)
+    QLinearAdd, QLinearMul              a table over all pairs of codes (calibrators.grid.kernel_tables)
     QLinearGlobalAveragePool            y = sat(rint(f32(sum * f32(xs / f32(ys * n)))) + zp)
     QLinearAveragePool                  y = sat(rint(f32(f32(mean / ys) + zp))), mean of float32 values in window order
     QLinearSigmoid, LeakyRelu, Concat   a table: quantize(f(dequantize(code))) of every code
-    QLinearSoftmax                      y = sat(rint(f32(p * floor(1 / ys))) + zp)
+    QLinearSoftmax                      y = sat(rint(f32(f32(e * floor(1 / ys)) / sum e)) + zp), e from a table
 
 Must not know: graphs, programs, sessions.
 """
@@ -21,13 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from calibrators.grid.numerics import round_codes
+from calibrators.grid import kernel_tables
+from calibrators.grid.kernel_tables import CodeGrid
+from calibrators.grid.processors import PROCESSORS
 
 __all__ = [
     "ConvGeometry",
@@ -40,6 +43,7 @@ __all__ = [
     "conv",
     "global_average_pool",
     "integer_clip",
+    "leaky_relu",
     "linear",
     "lookup",
     "lookup_pair",
@@ -47,6 +51,7 @@ __all__ = [
     "mul_table",
     "prepare_weights",
     "quantize_bias",
+    "sigmoid",
     "softmax",
     "unary_table",
 ]
@@ -54,9 +59,14 @@ __all__ = [
 EXACT_FLOAT32 = 2**24
 """Integers of at most this magnitude, and all sums of them that stay below it, are exact in float32."""
 
+HERE = PROCESSORS["x86-vnni"]
+"""The processors whose kernels these are."""
+
 INT32 = torch.iinfo(torch.int32)
 CODES = 256
 """Codes of an 8-bit container."""
+SOFTMAX_RESERVE = 5
+"""Natural logarithm of the room that QLinearSoftmax leaves between the sum of its table and the largest float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +94,14 @@ class Grid:
         """Largest |code - zero_point|."""
         return max(abs(self.qmin - self.zero_point), abs(self.qmax - self.zero_point))
 
-    def every_code(self) -> Tensor:
+    @property
+    def numbers(self) -> CodeGrid:
+        """The grid in plain numbers."""
+        return CodeGrid(float(self.scale), self.zero_point, self.qmin, self.qmax, self.container[0])
+
+    def every_code(self) -> NDArray[Any]:
         """Return all codes of the container in ascending order, float32 [256]."""
-        low, high = self.container
-        return torch.arange(low, high + 1, dtype=torch.float32)
+        return self.numbers.codes(unused=True)
 
     def centred(self, codes: Tensor) -> Tensor:
         """Return codes - zero_point as integer-valued float32."""
@@ -263,23 +277,21 @@ def _saturate(values: Tensor, y: Grid) -> Tensor:
     return torch.round(values).clamp(low, high).clamp(y.qmin, y.qmax).to(y.dtype)
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return f32(a * b + c), computed in float64, where the product of two float32 numbers is exact."""
-    return (a.double() * b.double() + c.double()).to(torch.float32)
+def _table(codes: NDArray[Any], y: Grid) -> Tensor:
+    """Return codes computed by numpy in the container of `y`."""
+    return torch.from_numpy(codes).to(y.dtype)
 
 
 def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
     """Return the result of QLinearAdd for every pair of codes, [256, 256]."""
-    ra, rb = a.scale / y.scale, b.scale / y.scale
-    za, zb, zy = (torch.tensor(float(grid.zero_point)) for grid in (a, b, y))
-    fix = zy - _fma(ra, za, rb * zb)
-    return _saturate(_fma(a.every_code()[:, None], ra, _fma(b.every_code(), rb, fix)), y)
+    left, right = a.every_code()[:, None], b.every_code()
+    return _table(kernel_tables.add(left, right, a.numbers, b.numbers, y.numbers, HERE.add), y)
 
 
 def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
     """Return the result of QLinearMul for every pair of codes, [256, 256]."""
-    product = a.centred(a.every_code())[:, None] * b.centred(b.every_code())
-    return _saturate(product * ((a.scale * b.scale) / y.scale) + y.zero_point, y)
+    left, right = a.every_code()[:, None], b.every_code()
+    return _table(kernel_tables.mul(left, right, a.numbers, b.numbers, y.numbers, HERE.mul), y)
 
 
 def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_last: bool) -> bool:
@@ -304,11 +316,19 @@ def lookup_pair(table: Tensor, a_codes: Tensor, b_codes: Tensor) -> Tensor:
     return table.flatten().index_select(0, index.flatten()).view(index.shape)
 
 
-def unary_table(function: Callable[[Tensor], Tensor], x: Grid, y: Grid) -> Tensor:
+def unary_table(function: Callable[[NDArray[Any]], NDArray[Any]], x: Grid, y: Grid) -> Tensor:
     """Return quantize(function(dequantize(code))) for every code, [256]; with the identity, QLinearConcat's table."""
-    values = function(x.values(x.every_code()))
-    zero_point = torch.tensor(float(y.zero_point))
-    return round_codes(values, y.scale, zero_point, *y.container).clamp(y.qmin, y.qmax).to(y.dtype)
+    return _table(kernel_tables.table(function, x.every_code(), x.numbers, y.numbers), y)
+
+
+def sigmoid(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the sigmoid as QLinearSigmoid approximates it."""
+    return kernel_tables.sigmoid(values, HERE.sigmoid)
+
+
+def leaky_relu(values: NDArray[Any], negative_slope: float) -> NDArray[Any]:
+    """Return the values with negative ones multiplied by a float32 number."""
+    return np.where(values >= 0, values, np.float32(negative_slope) * values)
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:
@@ -318,9 +338,16 @@ def lookup(table: Tensor, codes: Tensor) -> Tensor:
 
 
 def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
-    """Compute QLinearSoftmax, which multiplies by floor(1 / scale)."""
-    probabilities = torch.softmax(x.values(codes), dim)
-    return _saturate(torch.round(probabilities * torch.floor(1.0 / y.scale)) + y.zero_point, y)
+    """Compute QLinearSoftmax: quotients of table entries, which are added one by one in float32."""
+    one, indices = np.float32(1), codes.movedim(dim, -1).numpy().astype(np.int64)
+    length = indices.shape[-1]
+    room = float(np.log(np.finfo(np.float32).max / np.float32(length))) - SOFTMAX_RESERVE
+    exponents = np.arange(CODES) - (CODES - 1.0) + max(0.0, room) / float(x.scale)
+    table = np.exp(exponents * float(x.scale)).astype(np.float32)
+    terms = table[indices + (CODES - 1) - indices.max(-1, keepdims=True)]
+    total = np.add.accumulate(terms, axis=-1, dtype=np.float32)[..., -1:]
+    quotients = np.rint(terms * np.floor(one / y.numbers.step) / total) + y.zero_point
+    return _table(y.numbers.saturated(quotients), y).movedim(-1, dim)
 
 
 def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:

@@ -1,0 +1,139 @@
+"""Move scales of activations by a few units in the last place until all processors of the target round alike.
+
+Kernels of sums, products and sigmoids compute in another order on some processors (calibrators.grid.kernel_tables), so
+that codes differ where a result lies on a tie. All tuples of codes can be checked, and other scales have other ties.
+Scales are settled in the order in which values are computed, each against all kernels whose other scales are settled.
+
+Must not know: how parameters were chosen, ONNX, runtimes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import operator_name, shape_of
+from calibrators.graph.canonical import clip_bounds
+from calibrators.grid.kernel_tables import KERNELS, CodeGrid, differing
+from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.spec import QParams, Site
+from calibrators.placement.place import Placement
+from calibrators.program.qdq_program import code_bounds
+from calibrators.record import MovedScale, Settled, Ties
+
+__all__ = ["settle"]
+
+LARGEST_MOVE = 2**12
+"""Units in the last place by which a scale may move: at most 5e-4 of the scale, 0.06 steps at the end of 8 bits.
+Grids with powers of two need up to 2**11 on ties alone, other grids a few."""
+
+MOVES = [0, *(s * n for n in (*range(1, 9), *(2**k for k in range(4, 13))) for s in (1, -1) if n <= LARGEST_MOVE)]
+"""Moves to try, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """A kernel that processors compute in different orders, and the sites of what it reads and of what it writes."""
+
+    name: str
+    inputs: tuple[Site, ...]
+    output: Site
+    broadcast: bool
+
+
+def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[dict[str, QParams], Settled | None]:
+    """Return the parameters with scales at which processors round alike, and what was moved and what still differs.
+
+    Scales that an operator fixes stay.
+    """
+    settled, owned = dict(activations), _by_owner(placement)
+    families = [PROCESSORS[name] for name in placement.target.exact_on]
+    if not owned or len(families) < 2:
+        return settled, None
+
+    def ties(kernel: _Kernel) -> Ties | None:
+        grids = [_grid(site, settled[placement.root(site).name]) for site in (*kernel.inputs, kernel.output)]
+        found = differing(kernel.name, grids[:-1], grids[-1], families, broadcast=kernel.broadcast)
+        return Ties(kernel.output.name, kernel.name, int(found.sum()), found.size) if found.any() else None
+
+    def left(owner: str, move: int) -> list[Ties]:
+        settled[owner] = _moved(activations[owner], move)
+        return [tie for kernel in owned[owner] if (tie := ties(kernel)) is not None]
+
+    moved, remaining = [], []
+    for owner in owned:
+        fixed = placement.by_name[owner].fixed is not None
+        best = _best(partial(left, owner), MOVES[:1] if fixed else MOVES)
+        remaining += left(owner, best)
+        moved += [MovedScale(owner, best)] * bool(best)
+    kernels = sum(map(len, owned.values()))
+    return settled, Settled(placement.target.exact_on, kernels, tuple(moved), tuple(remaining))
+
+
+def _best(left: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> int:
+    """Return the first move that leaves no ties, else the first of those that leave the fewest."""
+    best, fewest = 0, math.inf
+    for move in moves:
+        count = sum(tie.differing for tie in left(move))
+        if count < fewest:
+            best, fewest = move, count
+        if not count:
+            break
+    return best
+
+
+def _by_owner(placement: Placement) -> dict[str, list[_Kernel]]:
+    """Return the kernels by the name of the last site whose scale can remove their ties, in the order of sites."""
+    order = {site.name: index for index, site in enumerate(placement.sites)}
+    owned: dict[str, list[_Kernel]] = {}
+    for kernel in _kernels(placement):
+        roots = [placement.root(site) for site in (*kernel.inputs, kernel.output)]
+        free = [root for root in roots if root.fixed is None] or roots
+        owned.setdefault(max(free, key=lambda root: order[root.name]).name, []).append(kernel)
+    return dict(sorted(owned.items(), key=lambda item: order[item[0]]))
+
+
+def _kernels(placement: Placement) -> Iterator[_Kernel]:
+    """Yield the kernels on codes of 8 bits that processors compute in different orders."""
+    for node in placement.graph.graph.nodes:
+        name = operator_name(node.target).split(".")[0] if node.op == "call_function" else ""
+        if name not in KERNELS or node.target not in placement.target.integer_ops:
+            continue
+        operands = node.args[: KERNELS[name]]
+        sites = [*(_read(placement, operand, node) for operand in operands), _written(placement, node)]
+        if any(site is None or site.spec.is_wide for site in sites):
+            continue
+        *inputs, output = (site for site in sites if site is not None)
+        yield _Kernel(name, tuple(inputs), output, len({shape_of(operand) for operand in operands}) > 1)
+
+
+def _read(placement: Placement, operand: object, reader: fx.Node) -> Site | None:
+    """Return the site whose codes an operator reads; None for floats."""
+    site = placement.activation_of.get(operand.name) if isinstance(operand, fx.Node) else None
+    return site if site is not None and reader.name in site.users else None
+
+
+def _written(placement: Placement, node: fx.Node) -> Site | None:
+    """Return the site of the codes that a kernel writes, maybe after a clip that is part of it; None for floats."""
+    while node.name not in placement.activation_of and len(node.users) == 1:
+        node = next(iter(node.users))
+        if clip_bounds(node) is None:
+            return None
+    return placement.activation_of.get(node.name)
+
+
+def _grid(site: Site, qparams: QParams) -> CodeGrid:
+    """Return the codes of a site in plain numbers."""
+    low, high = code_bounds(site, replace(qparams, spec=site.spec))
+    return CodeGrid(float(qparams.scale), int(qparams.zero_point), low, high, torch.iinfo(site.spec.dtype).min)
+
+
+def _moved(qparams: QParams, move: int) -> QParams:
+    """Return the parameters with a scale that is `move` float32 numbers larger."""
+    scale: Tensor = (qparams.scale.to(torch.float32).view(torch.int32) + move).view(torch.float32)
+    return replace(qparams, scale=scale)
