@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -85,7 +84,9 @@ class _Layers:
         for name in (name for block in network.blocks for name in block.weighted):
             if self._is_feasible(name):
                 self.sites.setdefault(self._site(name).name, name)
-        self.readers = Counter(map(self._reading, self.sites.values()))
+        self.readers: dict[Reading, list[str]] = {}  # layers that share moments, in order
+        for layer in self.sites.values():
+            self.readers.setdefault(self._reading(layer), []).append(layer)
 
     def _node(self, layer: str) -> fx.Node:
         return self.network.placement.nodes[layer]
@@ -136,12 +137,12 @@ class _Layers:
         qparams = self.network.weights[site.name].qparams
         moments = self._moments(simulation, layer)
         hessian = moments.hessian
-        if not hessian.isfinite().all() or (moments.error is not None and not moments.error.isfinite().all()):
+        if not moments.is_finite:
             self._note(layer, "it reads values that are not finite, or whose squares are not")
             return
         weight = self.network.placement.values(site).to(self.network.device)
         rows = weight.double().reshape(len(hessian), -1, hessian.shape[1])
-        target = toward_float(rows, moments, how.ridge)
+        target = toward_float(rows, moments, how.ridge, self._own(layer))
         problem = self.network.problem
         limits = problem.placement.limits_of(site)
         damping = max(how.damping, FEW * hessian.shape[1] / sum(moments.counts))
@@ -169,13 +170,26 @@ class _Layers:
         reading = self._reading(layer)
         if reading not in self.moments:
             self.moments[reading] = self._measured(simulation, layer)
-        self.readers[reading] -= 1
-        return self.moments[reading] if self.readers[reading] else self.moments.pop(reading)
+        return self.moments.pop(reading) if layer == self.readers[reading][-1] else self.moments[reading]
+
+    def _rows(self, layer: str) -> Tensor:
+        """Return the weight of a layer, [groups, rows, columns]."""
+        groups, weight = Im2col.of(self._node(layer)).groups, self.network.placement.values(self._site(layer))
+        return weight.reshape(groups, -1, fan_in(self._node(layer)))
+
+    def _own(self, layer: str) -> slice:
+        """Return the rows of a layer among those of all layers that share its moments."""
+        readers = self.readers[self._reading(layer)]
+        start = sum(self._rows(earlier).shape[1] for earlier in readers[: readers.index(layer)])
+        return slice(start, start + self._rows(layer).shape[1])
 
     @torch.no_grad()
     def _measured(self, simulation: Simulation, layer: str) -> Moments:
         node, columns = self._node(layer), Im2col.of(self._node(layer))
-        moments = Moments(columns.groups, fan_in(node), self.network.device, with_error=bool(self.floats))
+        weights = torch.cat([self._rows(reader) for reader in self.readers[self._reading(layer)]], 1)
+        moments = Moments(
+            columns.groups, fan_in(node), self.network.device, with_error=bool(self.floats), weights=weights
+        )
         share, generator = self._share(node, simulation.block), self.network.problem.generator(layer)
         seen = 0
         samples = len(self.network.inputs_of(simulation.block)[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ __all__ = ["Im2col", "Moments", "half_of"]
 
 PIECE, LARGEST_PIECE = 4096, 1 << 26
 """Positions whose columns are copied, and multiplied, at a time; fewer where they would be more numbers than this."""
+
+BLOCKS, SMALLEST_BLOCK = 4, 128
+"""Blocks of rows of a symmetric product, and the fewest rows that make one."""
 
 HALVES = 2
 """Parts of the samples whose moments are kept apart, so that one can judge what was fitted to the other."""
@@ -97,13 +100,22 @@ class Moments:
     Products are float32 and are added up in float64, batch by batch and so in an order that batches do not change. The
     means are computed once, when they are first read; nothing is added after that.
 
-    counts: positions seen in each half of the samples.
+    with_error: whether x is given and the error of x^ is correlated with x^.
+    weights:    [groups, rows, columns] of all layers that will ask for the error of their outputs; None: any may.
+    counts:     positions seen in each half of the samples.
     """
 
-    def __init__(self, groups: int, columns: int, device: torch.device, *, with_error: bool) -> None:
-        shape = (HALVES, groups, columns, columns)
-        self._hessian = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._error = torch.zeros_like(self._hessian) if with_error else None
+    def __init__(
+        self, groups: int, columns: int, device: torch.device, *, with_error: bool, weights: Tensor | None = None
+    ) -> None:
+        few = (
+            weights is not None and 2 * weights.shape[1] < columns
+        )  # two products with them take less than one without
+        self._weights = weights.to(device) if weights is not None and few else None
+        rows = columns if self._weights is None else self._weights.shape[1]
+        nothing = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._hessian = nothing(HALVES, groups, columns, columns)
+        self._error = nothing(HALVES, groups, rows, columns) if with_error else None
         self._waiting: list[list[tuple[Tensor, ...]]] = [[] for _ in range(HALVES)]
         self.counts = [0] * HALVES
 
@@ -121,29 +133,59 @@ class Moments:
             return
         quantized, *exact = (torch.cat(x, 2) for x in zip(*self._waiting[half], strict=True))
         self._waiting[half].clear()
-        self._hessian[half] += quantized @ quantized.mT
+        for block in _blocks(quantized.shape[1]):
+            self._hessian[half, :, block, block.start :] += quantized[:, block] @ quantized[:, block.start :].mT
         if self._error is not None:
-            self._error[half] += (exact[0] - quantized) @ quantized.mT
+            error = exact[0] - quantized
+            self._error[half] += (error if self._weights is None else self._weights @ error) @ quantized.mT
 
+    @cached_property
     def _sums(self) -> tuple[Tensor, Tensor | None]:
         for half in range(HALVES):
             self._multiply(half)
+        for block in _blocks(self._hessian.shape[2]):
+            self._hessian[:, :, block.stop :, block] = self._hessian[:, :, block, block.stop :].mT
         return self._hessian, self._error
 
     @cached_property
     def hessian(self) -> Tensor:
         """Mean over all samples of 2 x^ x^T, float64 [groups, columns, columns]."""
-        return 2 / sum(self.counts) * self._sums()[0].sum(0)
+        return 2 / sum(self.counts) * self._sums[0].sum(0)
 
     @cached_property
-    def error(self) -> Tensor | None:
-        """Mean over all samples of 2 (x - x^) x^T, float64 [groups, columns, columns]."""
-        error = self._sums()[1]
-        return None if error is None else 2 / sum(self.counts) * error.sum(0)
+    def _mean_error(self) -> Tensor:
+        assert self._sums[1] is not None
+        return 2 / sum(self.counts) * self._sums[1].sum(0)
 
-    def half(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return both means over one half of the samples."""
-        hessian, error = self._sums()
+    @property
+    def has_error(self) -> bool:
+        """Whether there are positions in every half, with the values of the float network."""
+        return self._error is not None and all(self.counts)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all means are finite."""
+        return bool(self.hessian.isfinite().all()) and (self._error is None or bool(self._mean_error.isfinite().all()))
+
+    def missed(self, rows: Tensor, own: slice) -> Tensor:
+        """Return the mean of 2 W (x - x^) x^T, float64 [groups, rows, columns].
+
+        rows: W, float64 [groups, rows, columns]; own: where it stands among `weights`.
+        """
+        return self._missed(self._mean_error, rows, own)
+
+    def half(self, index: int, rows: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        """Return `hessian` and `missed` over one half of the samples."""
+        hessian, error = self._sums
         assert error is not None
         scale = 2 / self.counts[index]
-        return scale * hessian[index], scale * error[index]
+        return scale * hessian[index], self._missed(scale * error[index], rows, own)
+
+    def _missed(self, error: Tensor, rows: Tensor, own: slice) -> Tensor:
+        return rows @ error if self._weights is None else error[:, own]
+
+
+def _blocks(columns: int) -> list[slice]:
+    """Return the blocks of columns of which symmetric products compute the upper half: one if there are few columns."""
+    step = max(SMALLEST_BLOCK, -(-columns // BLOCKS))
+    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]

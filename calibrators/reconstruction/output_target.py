@@ -38,31 +38,31 @@ class Target:
     strength: float
 
 
-def toward_float(rows: Tensor, moments: Moments, ridge: float) -> Target:
+def toward_float(rows: Tensor, moments: Moments, ridge: float, own: slice = slice(None)) -> Target:
     """Return weights that come closer to the float output than `rows` [groups, rows, columns], float64.
 
-    ridge: added to the diagonal of the moments, in means of it.
+    ridge:  added to the diagonal of the moments, in means of it.
+    own:    where `rows` stand among the weights that the moments were measured for.
     raises: DataError where the moments are not positive.
     """
-    error = moments.error
-    if error is None or not all(moments.counts):
+    if not moments.has_error:
         return Target(rows, 0.0)
-    halves = [moments.half(index) for index in range(HALVES)]
-    steps = [_step(rows, *half, ridge) for half in halves]
+    halves = [moments.half(index, rows, own) for index in range(HALVES)]
+    steps = [_step(*half, ridge) for half in halves]
     explained = energy = 0.0
-    for step, (hessian, left) in zip(steps, reversed(halves), strict=True):
-        explained += float((rows @ left * step).sum())
+    for step, (hessian, missed) in zip(steps, reversed(halves), strict=True):
+        explained += float((missed * step).sum())
         energy += float((step @ hessian * step).sum())
     strength = min(1.0, max(0.0, explained / energy)) if energy > 0 else 0.0
     if not strength:
         return Target(rows, 0.0)
-    return Target(rows + strength * _step(rows, moments.hessian, error, ridge), strength)
+    return Target(rows + strength * _step(moments.hessian, moments.missed(rows, own), ridge), strength)
 
 
-def _step(rows: Tensor, hessian: Tensor, error: Tensor, ridge: float) -> Tensor:
+def _step(hessian: Tensor, missed: Tensor, ridge: float) -> Tensor:
     """Return the change of the weights, [groups, rows, columns]."""
     lower = damped_cholesky(hessian, ridge)
-    step: Tensor = torch.cholesky_solve((rows @ error).mT, lower).mT
+    step: Tensor = torch.cholesky_solve(missed.mT, lower).mT
     return step
 
 

@@ -93,7 +93,26 @@ def test_moments_do_not_depend_on_how_positions_are_cut(generator: torch.Generat
     expected = 2 * (0.9 * x.double()) @ (0.9 * x.double()).mT / x.shape[2]
     for found in (whole, pieces):
         torch.testing.assert_close(found.hessian, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.error, found.hessian / 9, rtol=1e-4, atol=1e-4)
+        missed = found.missed(torch.eye(12).double().expand(2, -1, -1), slice(None))
+        torch.testing.assert_close(missed, found.hessian / 9, rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_get_the_same_step_as_many(generator: torch.Generator) -> None:
+    """Errors of the outputs are correlated with the inputs in place of those of the inputs, if they are fewer."""
+    x = inputs(generator, groups=2, columns=300, positions=900)
+    quantized = 0.9 * x + 0.1 * torch.randn(x.shape, generator=generator)
+    weights = torch.randn(2, 7, 300, generator=generator)
+    any_rows = moments_of(quantized, x)
+    few = Moments(2, 300, x.device, with_error=True, weights=weights)
+    for half in range(2):
+        few.add(half, quantized[:, :, half::2], x[:, :, half::2])
+    torch.testing.assert_close(few.hessian, any_rows.hessian, rtol=1e-4, atol=1e-4)
+    assert torch.equal(few.hessian, few.hessian.mT)
+    for own in (slice(0, 3), slice(3, 7)):
+        rows = weights[:, own].double()
+        found, expected = (toward_float(rows, moments, 0.01, own) for moments in (few, any_rows))
+        assert found.strength == pytest.approx(expected.strength, rel=1e-4) and found.strength > 0
+        torch.testing.assert_close(found.rows, expected.rows, rtol=1e-3, atol=1e-3)
 
 
 def test_matrices_that_no_damping_makes_positive() -> None:
