@@ -23,7 +23,7 @@ from calibrators.graph.aten import bind, fan_in, layer_name, shape_of, to_device
 from calibrators.grid.spec import QuantizedTensor, Site
 from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction.hessian_rounding import Rounder
-from calibrators.reconstruction.moments import HALVES, Im2col, Moments, half_of
+from calibrators.reconstruction.moments import Im2col, Moments, half_of
 from calibrators.reconstruction.output_target import toward_float
 from calibrators.record import ReconstructedUnit, Reconstruction
 
@@ -195,10 +195,11 @@ class _Layers:
         samples = len(self.network.inputs_of(simulation.block)[0])
         for count, values in self._inputs(simulation, layer):
             read = [columns.batched(x) for x in values]
-            halves = half_of(len(read[0]), seen, count, samples).to(self.network.device)
-            for half in range(HALVES):
-                part = [x[halves == half] for x in read]
-                for piece in columns.take(part, share, generator) if len(part[0]) else ():
+            halves = half_of(len(read[0]), seen, count, samples)
+            cuts = [int(place) + 1 for place in halves.diff().nonzero()]
+            runs = zip(*(torch.tensor_split(x, cuts) for x in read), strict=True)
+            for half, run in zip(halves[[0, *cuts]].tolist(), runs, strict=True):
+                for piece in columns.take(run, share, generator):
                     moments.add(half, *piece)
             seen += count
         return moments
