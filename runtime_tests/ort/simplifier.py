@@ -1,6 +1,7 @@
 """Simplify a file with onnxsim, whose result is used only if nothing that matters changed and something got simpler.
 
-onnxsim drops the metadata of nodes and of the graph; they are restored by the names of outputs, which it keeps.
+onnxsim drops the metadata of nodes and of the graph; they are restored by the names of outputs, which it keeps. It moves
+reshapes, so a value may keep its name and change its shape: the shapes of inner values are inferred again.
 
 Must not know: which simplifications there are, what the metadata say.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from calibrators.errors import ModelError
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.sessions import session
 
@@ -26,6 +28,9 @@ Array = NDArray[Any]
 
 MAX_BYTES = 1_500_000_000
 """Largest model for onnxsim, whose copies of a larger one come near the 2 GB that protobuf can write."""
+
+MADE_UP_SIZE = "unk__"
+"""Start of the names that shape inference gives to sizes it does not know."""
 
 CODE_TYPES = frozenset(
     getattr(onnx.TensorProto, name)
@@ -68,12 +73,16 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
         Exception
     ) as error:  # third-party code may fail in any way; the export goes on without it, and the report says so
         return kept(f"dropped: onnxsim failed with {type(error).__name__}: {error}")
-    _restore(candidate, model)
     after = len(candidate.graph.node)
-    if found := changes(model, candidate):
-        return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
-    if not _same_outputs(model, candidate, sample_inputs):
-        return kept("dropped: the outputs on the sample inputs differ", after)
+    try:
+        candidate = _with_inferred_shapes(candidate)
+        _restore(candidate, model)
+        if found := changes(model, candidate):
+            return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
+        if not _same_outputs(model, candidate, sample_inputs):
+            return kept("dropped: the outputs on the sample inputs differ", after)
+    except (onnx.shape_inference.InferenceError, ModelError) as error:
+        return kept(f"dropped: the simplified model is not valid: {error}", after)
     if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
         return kept("nothing to simplify", after)
     gained = (
@@ -107,15 +116,26 @@ def _run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
     return result[0]
 
 
+def _with_inferred_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with the shapes of inner values that follow from its nodes; sizes that do not stay open.
+
+    raises: onnx.shape_inference.InferenceError where nodes contradict each other.
+    """
+    del model.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    for info in inferred.graph.value_info:
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param.startswith(MADE_UP_SIZE):
+                dim.ClearField("dim_param")
+    return inferred
+
+
 def _restore(candidate: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Restore the metadata that onnxsim drops, and remove the shapes of inner values that it adds."""
+    """Restore the metadata that onnxsim drops."""
     del candidate.metadata_props[:]
     candidate.metadata_props.extend(model.metadata_props)
     del candidate.graph.metadata_props[:]
     candidate.graph.metadata_props.extend(model.graph.metadata_props)
-    del candidate.graph.value_info[:]
-    made = {name for node in candidate.graph.node for name in node.output}
-    candidate.graph.value_info.extend(info for info in model.graph.value_info if info.name in made)
     sources = {node.output[0]: node for node in model.graph.node if node.output}
     for node in candidate.graph.node:
         source = sources.get(node.output[0]) if node.output else None
