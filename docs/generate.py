@@ -28,6 +28,7 @@ from calibrators.targets import list_targets  # noqa: E402
 from exporter import cli  # noqa: E402
 from exporter.config import ExportConfig, list_settings  # noqa: E402
 from exporter.reporting.gates import DEFAULT_GATES, METRICS  # noqa: E402
+from runtime_tests.ort.lint import RULES  # noqa: E402
 
 MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
 ITEM = re.compile(r"^(?P<names>\w+(?:, \w+)*|\w+=\w+)(?::\s+|\s{2,})(?P<text>\S.*)$")
@@ -223,6 +224,12 @@ def default_gates() -> str:
     return ", ".join(f"`{gate.expression}`" for gate in DEFAULT_GATES) + "."
 
 
+def lint_rules() -> str:
+    """Return the table of the linter's rules, in the order in which they run."""
+    rows = [(f"`{rule.name}`", rule.severity, rule.why) for rule in RULES.values()]
+    return table(("rule", "severity", "why"), rows)
+
+
 def budgets() -> str:
     """Return the table of quantities that a budget can limit."""
     return table(("quantity", "meaning"), [(f"`{name}`", text) for name, text in QUANTITIES.items()])
@@ -281,6 +288,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "default-gates": default_gates,
     "gates": gates,
+    "lint-rules": lint_rules,
     "method": method,
     "methods": methods,
     "range-methods": range_methods,

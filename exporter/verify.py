@@ -102,7 +102,7 @@ def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: 
     """Return the parts of the report on how this machine runs the file, measured with a sample of `batch`."""
     return {
         "coverage": coverage(model, sample=feed(program, cut(program, batch))),
-        "lint": tuple(lint(model)),
+        "lint": tuple(lint(model, load=True)),
         "environment": environment(threads),
         "saturation": saturation(model),
     }

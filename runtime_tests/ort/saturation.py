@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from runtime_tests.ort.operands import Product, flag, products, where
 from runtime_tests.ort.sessions import Model, Source
 
-__all__ = ["Cpu", "Saturation", "SaturationRisk", "cpu_from", "pair_sums", "saturation", "this_cpu"]
+__all__ = ["Cpu", "Saturation", "SaturationRisk", "cpu_from", "layers_at_risk", "pair_sums", "saturation", "this_cpu"]
 
 Array = NDArray[Any]
 
@@ -95,10 +95,15 @@ class Saturation:
 
 def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
     """Return the layers of a QDQ model that can saturate without VNNI; `cpu` is this machine's if None."""
+    risks, checked = layers_at_risk(model)
+    return Saturation(not risks, bool(risks) and (cpu or this_cpu()).saturates, risks, checked)
+
+
+def layers_at_risk(model: Source) -> tuple[tuple[SaturationRisk, ...], int]:
+    """Return the layers that can saturate without VNNI, and the number of layers that were checked."""
     layers = [(found, _matrices(found)) for found in products(Model.of(model).graph_model.graph)]
     layers = [layer for layer in layers if layer[1]]
-    risks = tuple(risk for layer in layers if (risk := _risk(*layer)) is not None)
-    return Saturation(not risks, bool(risks) and (cpu or this_cpu()).saturates, risks, len(layers))
+    return tuple(risk for layer in layers if (risk := _risk(*layer)) is not None), len(layers)
 
 
 @functools.cache

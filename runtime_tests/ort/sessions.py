@@ -6,7 +6,10 @@ Must not know: what a model means, which of its values are codes, how results ar
 from __future__ import annotations
 
 import functools
+import os
+import re
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError
 
-__all__ = ["Model", "Source", "loads", "session"]
+__all__ = ["Model", "Source", "load_warnings", "loads", "session"]
 
 PINNED = {
     "session.disable_double_qdq_remover": "1",
@@ -33,7 +36,11 @@ weight-only MatMuls quantize their activations on the fly. The third keeps optim
 
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
 LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
-LOG_ERRORS = 3
+LOG_WARNINGS, LOG_ERRORS = 2, 3
+LOG_NAME = "intact-load"
+LOGGED_WARNING = re.compile(rf"\[W:onnxruntime:{LOG_NAME}, [^\]]*\] (.*?)(?:\x1b\[m)?$", re.MULTILINE)
+"""A warning of the session with that name, as onnxruntime writes it; a terminal's colours may surround it."""
+STDERR = 2
 PROTOBUF_LIMIT = 2**31 - 1
 
 REFUSALS = tuple(
@@ -67,7 +74,7 @@ class Model:
         if isinstance(self.source, onnx.ModelProto):
             return self.source
         try:
-            return onnx.load(self.source, load_external_data=False)
+            return onnx.load(self.source, format="protobuf", load_external_data=False)
         except (OSError, DecodeError) as error:
             raise ModelError(f"{self.source} cannot be read as an ONNX model: {error}; export it again.") from error
 
@@ -130,6 +137,14 @@ def session(
     raises:         UnknownNameError for a probe that no node or input makes; ModelError if onnxruntime refuses the
                     model.
     """
+    options = _options(optimized=optimized, threads=threads)
+    if save_optimized is not None:
+        options.optimized_model_filepath = str(save_optimized)
+    return _create(Model.of(model), options, probes, disabled)
+
+
+def _options(*, optimized: bool = True, threads: int = 1) -> ort.SessionOptions:
+    """Return options that pin everything that changes a number."""
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
@@ -138,11 +153,9 @@ def session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
     options.log_severity_level = LOG_ERRORS
-    if save_optimized is not None:
-        options.optimized_model_filepath = str(save_optimized)
     for key, value in PINNED.items():
         options.add_session_config_entry(key, value)
-    return _create(Model.of(model), options, probes, disabled)
+    return options
 
 
 def _create(
@@ -169,6 +182,32 @@ def _create(
             f"onnxruntime {ort.__version__} refuses {'the model' if in_memory else model.source}: "
             f"{str(error).strip()}. Check it with `intact lint`, which names forms that do not load."
         ) from error
+
+
+def load_warnings(model: Source) -> tuple[str, ...]:
+    """Return what onnxruntime warns of while it loads a model, in its words.
+
+    onnxruntime writes to the file descriptor of stderr, which is replaced meanwhile; what others write there is passed
+    on.
+
+    raises: ModelError if onnxruntime refuses the model.
+    """
+    options = _options()
+    options.log_severity_level, options.logid = LOG_WARNINGS, LOG_NAME
+    sys.stderr.flush()
+    terminal = os.dup(STDERR)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), STDERR)
+        try:
+            _create(Model.of(model), options, (), ())
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, STDERR)
+            os.close(terminal)
+            sink.seek(0)
+            text = sink.read().decode(errors="replace")
+            sys.stderr.write("".join(line for line in text.splitlines(True) if not LOGGED_WARNING.search(line)))
+    return tuple(LOGGED_WARNING.findall(text))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Simplify a file with onnxsim, whose result is used only if nothing that matters changed and something got simpler.
 
-onnxsim drops the metadata of nodes and of the graph; they are restored by the names of outputs, which it keeps. It moves
-reshapes, so a value may keep its name and change its shape: the shapes of inner values are inferred again.
+onnxsim drops the metadata of nodes and of the graph; they are restored by the names of outputs, which it keeps. It
+moves reshapes, so a value may keep its name and change its shape: the shapes of inner values are inferred again.
 
 Must not know: which simplifications there are, what the metadata say.
 """

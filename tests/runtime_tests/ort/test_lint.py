@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto
 
 from calibrators.errors import UnknownNameError
-from calibrators.targets import get_target, list_targets
+from calibrators.grid.spec import Target
+from calibrators.targets import DEFAULT_TARGET, get_target, list_targets
 from runtime_tests.ort.lint import RULES, lint
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Edge, Net, optimized_model
@@ -20,8 +21,12 @@ IMAGE: tuple[int | str, ...] = ("N", 4, 6, 6)
 ONE = np.float32(1)
 
 
-def rules(model: Model | Path) -> set[str]:
-    return {finding.rule for finding in lint(model)}
+VNNI = get_target("ort-cpu-vnni")
+"""The target of toy networks, whose random weights take no care of pairs."""
+
+
+def rules(model: Model | Path, target: Target = VNNI) -> set[str]:
+    return {finding.rule for finding in lint(model, target)}
 
 
 def image(net: Net) -> Edge:
@@ -68,12 +73,77 @@ def weight_codes(good: Any, wrong: Any, **options: Any) -> Callable[[bool], Mode
 def duplicate_name(bad: bool) -> Model:
     model = models.chain("Tanh", "Tanh")
     if bad:
-        model.graph.node[0].output[0] = model.graph.node[1].output[0]
+        model.graph.node.append(onnx.helper.make_node("Exp", ["x"], [model.graph.node[0].output[0]]))
     return model
 
 
 def runtime_version(bad: bool) -> Model:
     return models.chain("Tanh", opset=99 if bad else 20)
+
+
+def dangling_value(bad: bool) -> Model:
+    model = models.chain("Tanh", "Exp")
+    if bad:
+        model.graph.node[1].input[0] = "gone"
+    return model
+
+
+def cycle(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        first, second = [node for node in model.graph.node if node.op_type == "Conv"][:2]
+        first.input[0] = second.output[0]
+    return model
+
+
+def missing_domain(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        model.graph.node[0].domain = "com.example"
+    return model
+
+
+def unknown_operator(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        model.graph.node[3].op_type = "Frobnicate"
+    return model
+
+
+def stored_data(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        model.graph.initializer[0].dims[:] = [2**40]
+    return model
+
+
+def invalid_model(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        model.graph.node[0].attribute.append(onnx.helper.make_attribute("colour", 3))
+    return model
+
+
+def false_shape(bad: bool) -> Model:
+    model = models.residual()
+    shape = ["N", 16, 8 if bad else 16, 16]
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info(conv.output[0], TensorProto.FLOAT, shape))
+    return model
+
+
+def scaled(scale: float) -> Model:
+    net = Net()
+    weight = codes(net, np.ones((4, 8), np.int8), np.full(8, scale, np.float32), axis=1)
+    return net.model(net.signed(net.op("MatMul", net.signed(net.input("x", ("N", 4))).name, weight)).name)
+
+
+def scale_count(bad: bool) -> Model:
+    return linear(bad, lambda net, _, bad: codes(net, np.ones((4, 8), np.int8), np.full(7 if bad else 8, 0.1), axis=1))
+
+
+def saturating_pair(bad: bool) -> Model:
+    return linear(bad, lambda net, _, bad: codes(net, np.full((4, 8), 65 if bad else 64, np.int8), 0.1))
 
 
 def packed_data(bad: bool) -> Model:
@@ -268,7 +338,18 @@ def accumulator_overflow(bad: bool) -> Model:
 
 CASES: dict[str, Callable[[bool], Model]] = {
     "duplicate-name": duplicate_name,
+    "dangling-value": dangling_value,
+    "cycle": cycle,
+    "missing-domain": missing_domain,
+    "unknown-operator": unknown_operator,
+    "stored-data": stored_data,
     "runtime-version": runtime_version,
+    "invalid-model": invalid_model,
+    "false-shape": false_shape,
+    "bad-scale": lambda bad: scaled(0.0 if bad else 0.1),
+    "scale-count": scale_count,
+    "denormal-scale": lambda bad: scaled(1e-39 if bad else 0.1),
+    "saturating-pair": saturating_pair,
     "packed-data": packed_data,
     "qparam-shape": qparam_shape,
     "missing-zero-point": missing_zero_point,
@@ -303,15 +384,71 @@ CASES: dict[str, Callable[[bool], Model]] = {
 
 @pytest.mark.parametrize("rule", CASES)
 def test_rule_finds_its_fault_and_nothing_in_the_model_without_it(rule: str) -> None:
-    assert rule in rules(CASES[rule](True))
-    assert rule not in rules(CASES[rule](False))
+    target = get_target(DEFAULT_TARGET) if rule == "saturating-pair" else VNNI
+    assert rule in rules(CASES[rule](True), target)
+    assert rule not in rules(CASES[rule](False), target)
 
 
 def test_every_rule_has_a_case_a_severity_and_a_sentence() -> None:
-    assert set(CASES) == set(RULES)
+    assert set(CASES) | {"unreadable-file", "load-warning"} == set(RULES)
     for rule in RULES.values():
         assert rule.severity in ("error", "warning")
         assert rule.why.endswith(".")
+
+
+BROKEN = ("duplicate-name", "dangling-value", "cycle", "missing-domain", "unknown-operator", "stored-data",
+          "runtime-version", "invalid-model", "bad-scale", "scale-count")  # fmt: skip
+"""Rules whose violation makes the others meaningless."""
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_file_gets_one_clear_finding(rule: str) -> None:
+    assert {(finding.rule, finding.severity) for finding in lint(CASES[rule](True), VNNI)} == {(rule, "error")}
+
+
+def test_loading_reports_what_onnxruntime_says(capfd: pytest.CaptureFixture[str]) -> None:
+    warned = models.residual()
+    warned.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "unused"))
+    found = [finding for finding in lint(warned, VNNI, load=True) if finding.rule == "load-warning"]
+    assert [finding.severity for finding in found] == ["error"]
+    assert "'unused'" in found[0].message
+    assert lint(models.residual(), VNNI, load=True) == []
+    assert "unused" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -0.1, 0.0])
+def test_scales_that_are_no_scales_are_found(scale: float) -> None:
+    (found,) = lint(scaled(scale), VNNI)
+    assert (found.rule, found.severity) == ("bad-scale", "error")
+    assert found.message.startswith("8 of 8 scales are 0, negative, infinite or NaN")
+
+
+def test_a_target_with_vnni_has_no_saturating_pairs() -> None:
+    assert rules(saturating_pair(True), get_target(DEFAULT_TARGET)) - rules(saturating_pair(True), VNNI) == {
+        "saturating-pair"
+    }
+
+
+@pytest.mark.parametrize("zero_point", [True, False], ids=["zero-point", "none"])
+@pytest.mark.parametrize("scale", ["scalar", "one", "channel"])
+@pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul"])
+def test_every_form_of_a_bias_that_the_runtime_fuses_is_clean(op: str, scale: str, zero_point: bool) -> None:
+    net = Net()
+    x = net.signed(net.input("x", IMAGE if op == "Conv" else ("N", 4)))
+    shape = {"Conv": (8, 4, 3, 3), "Gemm": (8, 4), "MatMul": (4, 8)}[op]
+    weight = codes(net, net.rng.integers(-60, 60, shape).astype(np.int8), 0.01)
+    value = np.full({"scalar": (), "one": (1,), "channel": (8,)}[scale], np.float32(x.scale) * np.float32(0.01))
+    bias = codes(net, np.arange(8, dtype=np.int32), value, axis=0)
+    if not zero_point:
+        del net.nodes[-1].input[2]
+    if op == "MatMul":
+        y = net.op("Add", net.op("MatMul", x.name, weight), bias)
+    else:
+        y = net.op(op, x.name, weight, bias, **({"transB": 1} if op == "Gemm" else {}))
+    model = net.model(net.signed(y).name)
+    assert lint(model) == []
+    kernel = "QLinearConv" if op == "Conv" else "QGemm"
+    assert kernel in {node.op_type for node in optimized_model(model).graph.node}
 
 
 @pytest.mark.parametrize("name", models.NETS)
@@ -319,17 +456,17 @@ def test_every_rule_has_a_case_a_severity_and_a_sentence() -> None:
 def test_well_formed_networks_are_clean(name: str, opset: int) -> None:
     if opset == 13 and name == "transformer_mlp":
         opset = 20  # LayerNormalization came with opset 17, Gelu with 20
-    assert lint(models.NETS[name](opset=opset)) == []
+    assert lint(models.NETS[name](opset=opset), VNNI) == []
 
 
 def test_low_bit_activations_in_their_recommended_form_are_clean() -> None:
-    assert lint(models.mobilenet(bits=4)) == []
+    assert lint(models.mobilenet(bits=4), VNNI) == []
 
 
 def test_findings_name_place_and_remedy_and_errors_come_first() -> None:
     net = Net(float_bias=True)
     x = net.signed(net.signed(net.input("x", ("N", 4))).name)
-    findings = lint(net.model(net.linear(x, 8, 4)))
+    findings = lint(net.model(net.linear(x, 8, 4)), VNNI)
     assert [(finding.rule, finding.severity) for finding in findings] == [
         ("double-qdq", "error"),
         ("float-bias", "warning"),
@@ -351,7 +488,7 @@ def test_constants_quantized_at_load_time_are_found() -> None:
 
 def test_one_output_channel_may_have_parameters_of_shape_one() -> None:
     net = Net()
-    assert lint(net.model(net.linear(net.signed(net.input("x", ("N", 4))), 1, 4))) == []
+    assert lint(net.model(net.linear(net.signed(net.input("x", ("N", 4))), 1, 4)), VNNI) == []
 
 
 def test_parameters_of_different_shapes_are_found() -> None:
@@ -407,7 +544,7 @@ def test_rules_follow_the_target_that_is_given_or_that_the_metadata_name() -> No
     found = [{finding.rule for finding in lint(model, target)} for target in (None, get_target("ort-arm"))]
     assert found[0] - found[1] == {"signed-fan-out"}
     model.metadata_props.add(key="intact.target", value="ort-arm")
-    assert rules(model) == found[1]
+    assert {finding.rule for finding in lint(model)} == found[1]
     model.metadata_props[0].value = "ort-gpu"
     with pytest.raises(UnknownNameError, match="ort-gpu"):
         lint(model)
