@@ -18,6 +18,8 @@ from calibrators.execution.measure import Batch
 from calibrators.execution.task import Problem, Stage, silent
 from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
+from calibrators.grid.metrics import decibels, energy
+from calibrators.grid.numerics import fake_quant
 from calibrators.grid.spec import Target
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
@@ -93,7 +95,8 @@ def calibrate(
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
     record |= {"preparation": preparation} if prepare else {}
-    result = replace(result, record=replace(result.record, limited_weights=_limited_weights(problem), **record))
+    record |= {"limited_weights": _limited_weights(problem, result), "unsigned_weights": _unsigned_weights(problem)}
+    result = replace(result, record=replace(result.record, **record))
     return correct_biases(result, problem.batches) if bias_correction else result
 
 
@@ -123,14 +126,27 @@ def _with_chosen_bits(
     return problem.variant(placement=placement), {"sensitivity": sensitivities, "mixed_precision": mixed}
 
 
-def _limited_weights(problem: Problem) -> tuple[LimitedWeight, ...] | None:
-    """Return the weights whose scales the target's limits raised; None where there are none."""
-    raised = {name: factors for name, factors in problem.coarser.items() if bool((factors > 1).any())}
-    limited = (
-        LimitedWeight(name, int((f > 1).sum()), f.numel(), float(f.mean()), float(f.max()))
-        for name, f in raised.items()
-    )
+def _limited_weights(problem: Problem, result: CalibrationResult) -> tuple[LimitedWeight, ...] | None:
+    """Return the weights whose scales the target's limits raised, and at what cost; None where there are none."""
+    limited = []
+    for name, factors in problem.coarser.items():
+        if not bool((factors > 1).any()):
+            continue
+        weight, qparams = problem.values(problem.placement.by_name[name]), result.weights[name].qparams
+        free = replace(qparams, scale=qparams.scale / factors.to(qparams.scale))
+        cost = [_sqnr(fake_quant(weight, grid), weight) for grid in (qparams, free)]
+        raised = int((factors > 1).sum())
+        limited.append(LimitedWeight(name, raised, factors.numel(), float(factors.mean()), float(factors.max()), *cost))
     return tuple(limited) or None
+
+
+def _sqnr(values: Tensor, exact: Tensor) -> float:
+    return decibels(energy(exact), energy(values - exact))
+
+
+def _unsigned_weights(problem: Problem) -> tuple[str, ...] | None:
+    """Return the weights that are stored as uint8 codes; None where there are none."""
+    return tuple(site.name for site in problem.placement.sites if site.unsigned) or None
 
 
 class _Batches:

@@ -359,6 +359,7 @@ class LimitedWeight:
     """A weight whose scales were raised, so that no pair of its products exceeds what the target's kernels hold.
 
     channels: scales that were raised, of `channels_total`; factor_mean: over all scales; factor_hi: the largest factor.
+    sqnr_db:  of the weight rounded to nearest with these scales; free_sqnr_db: with those that the method gave it.
     """
 
     site: str
@@ -366,6 +367,8 @@ class LimitedWeight:
     channels_total: int
     factor_mean: float
     factor_hi: float
+    sqnr_db: Real
+    free_sqnr_db: Real
 
 
 @dataclass(frozen=True)
@@ -373,6 +376,7 @@ class Record:
     """Everything that a calibration reports besides its numbers; a part is None where its step did not run.
 
     notes:   for the user, one line each.
+    unsigned_weights: weights that are stored as uint8 codes, so that no limit concerns them.
     settled: None where the network has no kernel that rounds differently, or the target has one family of processors.
     """
 
@@ -383,4 +387,5 @@ class Record:
     sensitivity: Sensitivity | None = None
     mixed_precision: MixedPrecision | None = None
     limited_weights: tuple[LimitedWeight, ...] | None = None
+    unsigned_weights: tuple[str, ...] | None = None
     settled: Settled | None = None

@@ -280,6 +280,7 @@ class _Export:
             lapq=record.lapq,
             sensitivity=record.sensitivity,
             limited_weights=record.limited_weights,
+            unsigned_weights=record.unsigned_weights,
             settled=record.settled,
             mixed_precision=record.mixed_precision,
             simplifier=simplifier,

@@ -154,6 +154,8 @@ class Site:
     method:    name of the range method that a rule asks for; None leaves it to the calibration.
     of_codes:  the value is computed from the codes of `shares` on integers: by that clip, or by the operator.
     weight_only: of a weight: its layer reads float activations and computes in float.
+    unsigned:  of a weight: the file holds it as uint8 codes with zero point 128, whose products kernels add in 32 bits
+               on every processor.
     """
 
     name: str
@@ -167,3 +169,4 @@ class Site:
     method: str | None = None
     of_codes: bool = False
     weight_only: bool = False
+    unsigned: bool = False

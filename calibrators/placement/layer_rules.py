@@ -15,7 +15,17 @@ from pydantic import AfterValidator, ConfigDict, Field, model_serializer, model_
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.settings import Settings, expected
 
-__all__ = ["DEFAULT_BLOCK", "WIDE", "AppliedRule", "BlockSize", "LayerRule", "MatchedRule", "RuleList", "Width"]
+__all__ = [
+    "DEFAULT_BLOCK",
+    "WIDE",
+    "AppliedRule",
+    "BlockSize",
+    "LayerRule",
+    "MatchedRule",
+    "Portable",
+    "RuleList",
+    "Width",
+]
 
 NARROWEST, WIDEST = 2, 8
 WIDE = 16
@@ -39,6 +49,7 @@ ActivationWidth = Annotated[
     expected(f"a whole number from {NARROWEST} to {WIDEST}, or {WIDE}"),
 ]
 Flag = Annotated[bool, expected("true or false")]
+Portable = Literal["scales", "uint8"]
 
 
 class LayerRule(Settings):
@@ -51,6 +62,8 @@ class LayerRule(Settings):
     granularity:     one weight scale per "channel", per "tensor", or, in weight-only layers, per "block".
     block_size:      inputs of a channel per block, a power of two from 16 on; 32 by default.
     method:          range method for the weight and for the value that the layer reads.
+    portable:        form of weights whose pairs of products may exceed 16 bits, so that the layer is exact on every
+                     processor of the target: coarser "scales", or "uint8" codes, twice as slow on CPUs with VNNI.
     symmetric:       whether the weight's zero point is 0; otherwise grids below 8 bits have one, and one more level.
     float:           whether the operators stay in float; False revokes an earlier True.
     raises:          InputError naming the rule, if it sets nothing, contradicts itself, or has a value out of range.
@@ -66,6 +79,7 @@ class LayerRule(Settings):
     granularity: Annotated[Literal["tensor", "channel", "block"] | None, expected("tensor, channel or block")] = None
     block_size: BlockSize | None = None
     method: Annotated[str, Field(min_length=1), expected("the name of a range method, such as 'minmax'")] | None = None
+    portable: Annotated[Portable | None, expected("scales or uint8")] = None
     symmetric: Flag | None = None
     float: Flag | None = None
 
@@ -96,6 +110,10 @@ class LayerRule(Settings):
             (
                 self.weight_only and self.activation_bits is not None,
                 "weight_only = true keeps the value that the layer reads in float; leave activation_bits out",
+            ),
+            (
+                self.weight_only and self.portable is not None,
+                "weight_only = true computes in float on every processor; leave portable out",
             ),
             (
                 self.weight_only is False and self.granularity == "block",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -105,7 +105,7 @@ class Placement:
         values, held = self.values(weight), self.target.pair_sum
         calls = [bind(self.nodes[user]) for user in weight.users]
         depthwise = all(call.get("groups", 1) == len(values) > 1 == values.shape[1] for call in calls)
-        if held is None or weight.weight_only or depthwise:
+        if held is None or weight.weight_only or weight.unsigned or depthwise:
             return None
         reads = [self.activation_of[call["input"].name].spec for call in calls]
         highest = max(spec.qmax - min(0, torch.iinfo(spec.dtype).min) for spec in reads)
@@ -156,7 +156,17 @@ def place(
     placer = Placer(graph, target, selected, frozenset(weighted) - weight_only)
     sites = Sites(placer, rules, weighted, reduce_range=options.reduce_range, wide_taps=options.wide_taps).build()
     notes = *_notes(rules, sites, weighted), *_notes_on_weight_only(rules, target, weighted, weight_only)
-    return Placement(graph, target, sites, _applied(graph, rules, weighted), notes)
+    return _with_unsigned(Placement(graph, target, sites, _applied(graph, rules, weighted), notes), rules)
+
+
+def _with_unsigned(placement: Placement, rules: RuleList) -> Placement:
+    """Return the placement with those weights unsigned that a rule asks for and of which pairs could exceed limits."""
+
+    def stored(site: Site) -> Site:
+        asked = site.kind == "weight" and "uint8" in (rules.value("portable", user) for user in site.users)
+        return replace(site, unsigned=True) if asked and placement.limits_of(site) is not None else site
+
+    return replace(placement, sites=tuple(map(stored, placement.sites)))
 
 
 def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRule]:
@@ -187,6 +197,7 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
         weight_bits=options.weight_bits,
         activation_bits=options.activation_bits,
         granularity="tensor" if options.per_tensor_weights else "channel",
+        portable=options.portable,
     )
     yield MatchedRule(everywhere, frozenset(node.name for node in weighted))
     if options.weight_only:

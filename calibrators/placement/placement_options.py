@@ -9,7 +9,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from calibrators.placement.layer_rules import BlockSize, LayerRule, Width
+from calibrators.placement.layer_rules import BlockSize, LayerRule, Portable, Width
 from calibrators.settings import Settings, setting
 
 __all__ = ["PlacementOptions"]
@@ -17,7 +17,7 @@ __all__ = ["PlacementOptions"]
 LAYER_RULE = (
     "Settings of matching layers; repeatable, the last match wins: `'stages.3.*: weight_bits=4, activation_bits=4'`. "
     "Keys: weight_bits, activation_bits (16: int16 between float kernels), weight_only, granularity (tensor, channel; "
-    "block, with block_size, if weight_only), symmetric, method (a range method), float."
+    "block, with block_size, if weight_only), portable (scales, uint8), symmetric, method (a range method), float."
 )
 
 
@@ -34,6 +34,9 @@ class PlacementOptions(Settings):
     weight_only:     linear layers have quantized weights, float inputs and float biases.
     reduce_range:    |code - zero_point| <= 63, so that uint8 x int8 kernels that add pairs of products in 16 bits do
                      not saturate.
+    portable:        form of weights whose pairs of products may exceed 16 bits, so that layers are exact on every
+                     processor of the target: coarser "scales", or "uint8" codes, which cost no accuracy but are twice
+                     as slow on CPUs with VNNI.
     wide_taps:       where the bits cannot hold an identity branch together with the weights of the kernel into which it
                      was folded, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
     include, exclude: globs on module path, operator or node name.
@@ -53,6 +56,13 @@ class PlacementOptions(Settings):
         None, "Inputs per weight scale of weight-only layers: 16, 32, 64, ...", metavar="N", shown="per channel"
     )
     reduce_range: bool = setting(False, "7-bit weights everywhere, an alternative to the pair limit of ort-cpu.")
+    portable: Portable = setting(
+        "scales",
+        "Form of 8-bit weights that is exact without VNNI: coarser `scales`, or `uint8`, with no loss of accuracy but "
+        "twice as slow with VNNI.",
+        metavar="FORM",
+        flag=None,
+    )
     wide_taps: bool = setting(
         True, "Keep 8 bits for identity branches that fewer bits cannot hold together with the kernel.", flag=None
     )

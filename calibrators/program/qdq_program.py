@@ -9,7 +9,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
-  asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take;
+  asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take; an
+  unsigned site's buffer and zero_point are uint8 and 128 more;
 - the weight of a weight-only layer keeps codes and zero points, since both are stored in few bits; its scales may
   belong to blocks of `block_size` entries of a row; its bias is a float buffer, of zeros if the model has none;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
@@ -38,6 +39,9 @@ from calibrators.placement.place import Placement
 __all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds"]
 
 aten = torch.ops.aten
+
+UNSIGNED_ZERO = 128
+"""Zero point of weights stored as uint8."""
 
 
 @torch.library.custom_op("intact::quantize", mutates_args=())
@@ -160,15 +164,16 @@ class _Builder:
         return source
 
     def constant(self, site: Site, coded: QuantizedTensor) -> None:
-        """Replace a weight or bias by dequantize of its codes, moved to the zero point 0 for integer kernels.
+        """Replace a weight or bias by dequantize of its codes, moved to the zero point 0 or 128 for integer kernels.
 
         Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
         """
         qparams, codes = coded.qparams, coded.codes
         zero_point = qparams.zero_point.to(site.spec.dtype)
         if not site.weight_only:
-            codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1]).to(site.spec.dtype)
-            zero_point = torch.zeros_like(zero_point)
+            dtype, zero = (torch.uint8, UNSIGNED_ZERO) if site.unsigned else (site.spec.dtype, 0)
+            codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1] + zero).to(dtype)
+            zero_point = torch.full_like(zero_point, zero, dtype=dtype)
         buffers = [
             self._buffer(f"{site.name}_{what}", value)
             for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))

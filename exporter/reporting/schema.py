@@ -137,6 +137,7 @@ class Report:
     lapq: Lapq | None = None
     sensitivity: Sensitivity | None = None
     limited_weights: tuple[LimitedWeight, ...] | None = None
+    unsigned_weights: tuple[str, ...] | None = None
     settled: Settled | None = None
     mixed_precision: MixedPrecision | None = None
     saturation: Saturation | None = None

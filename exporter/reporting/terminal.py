@@ -40,6 +40,8 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])
     if report["coverage"].get("weight_only_macs"):
         yield "weight-only MACs", _weight_only(report["coverage"])
+    if portable := "; ".join(_levers(report)):
+        yield "portable by", portable
     shrink = compared(size["float_bytes"], size["bytes"], "smaller", "larger")
     yield "size", f"{size['bytes'] / 1000:,.0f} kB, {shrink} than float"
     if latency is not None:
@@ -48,6 +50,22 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for gate in report["gates"]:
         if not gate["passed"]:
             yield "failed gate", f"{gate['name']} is {_number(gate['value'])}, the limit is {_number(gate['limit'])}"
+
+
+def _levers(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what makes the file give the same integers on all processors of the target, and what it does not reach."""
+    if limited := report.get("limited_weights"):
+        raised, total = (sum(weight[key] for weight in limited) for key in ("channels", "channels_total"))
+        factor = sum(weight["factor_mean"] * weight["channels_total"] for weight in limited) / total
+        yield f"{raised:,} of {total:,} channels {significant(factor, 3)} times coarser on average"
+    if unsigned := report.get("unsigned_weights"):
+        yield f"{len(unsigned)} uint8 weight{'s' if len(unsigned) > 1 else ''}"
+    if settled := report.get("settled"):
+        moved, left, kernels = len(settled["moved"]), len(settled["left"]), settled["kernels"]
+        if moved:
+            yield f"{moved} scale{'s' if moved > 1 else ''} moved off ties"
+        if left:
+            yield f"[red]{left} of {kernels} sums, products and sigmoids differ at ties[/red]"
 
 
 def _weight_only(coverage: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
 from exporter.config import ExportConfig
 from exporter.inputs.open import open_both
 from exporter.progress import Progress, console_progress
+from tests.exporter.reporting.sample_report import sample_report
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
 
@@ -224,6 +225,16 @@ def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeli
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"))
     for part in ("PASS", "97.50 % float, 97.00 %", "7 of 4,000", "99.80 %", "4.00x", "3.00x", "report.html"):
         assert part in result.stdout, result.stdout
+
+
+def test_the_verdict_panel_tells_what_portability_took(
+    run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    levers = {key: sample_report(3)[key] for key in ("limited_weights", "unsigned_weights", "settled")}
+    monkeypatch.setattr(sys.modules["exporter.pipeline"], "export", lambda *_, **__: report("pass") | levers)
+    shown = " ".join(run("export", *ARGUMENTS, "--out", str(tmp_path / "out")).stdout.replace("│", " ").split())
+    assert "57 of 64 channels 1.26 times coarser on average; 1 uint8 weight; 1 scale moved off ties" in shown
+    assert "1 of 7 sums, products and sigmoids differ at ties" in shown
 
 
 def test_a_failed_gate_exits_1_and_is_named(

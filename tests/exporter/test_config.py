@@ -205,7 +205,7 @@ def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
     settings = list_settings()
     assert [s.name for s in settings] == [name for name in ExportConfig.model_fields if name != "options"]
     assert all(s.help.endswith(".") and s.panel for s in settings)
-    assert {s.name for s in settings if not s.flag} == {"wide_taps", "simplify", "latency_runs", "threads"}
+    assert {s.name for s in settings if not s.flag} == {"portable", "wide_taps", "simplify", "latency_runs", "threads"}
 
 
 @pytest.mark.parametrize(

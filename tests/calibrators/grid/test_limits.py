@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
+from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.limits import Limits, coarsened, pairings, within
 from calibrators.grid.numerics import dequantize, middle_diagonal, quantize
 from calibrators.grid.spec import QParams, QuantSpec
 from calibrators.methods.mse import MSE
-from calibrators.placement.place import PlacementOptions
+from calibrators.placement.layer_rules import LayerRule
+from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import freeze
+from calibrators.targets import get_target
 from exporter import export
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.ort.saturation import pair_sums
+from runtime_tests.ort.sessions import session
 from tests.support.networks import build
 
 SHAPES = [(8, 6, 3, 3), (5, 7), (4, 3, 5), (6, 16, 1, 1), (3, 1, 2, 2)]
@@ -134,3 +141,61 @@ def test_wide_taps_beside_narrow_weights_are_limited() -> None:
     (site,) = (site for site in found["ort-cpu"].placement.weight_of.values() if site.spec.tap_bits)
     coded, free = (found[target].weights[site.name] for target in ("ort-cpu", "ort-cpu-vnni"))
     assert worst(coded.codes, coded.qparams) <= 128 < worst(free.codes, free.qparams)
+
+
+def by_layer(report: dict[str, object]) -> list[str]:
+    found = report["unsigned_weights"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_unsigned_weights_are_the_same_integers_without_limits(tmp_path: Path) -> None:
+    """uint8 codes with zero point 128 give the codes and outputs of the target that sets no limit."""
+    model, x = build("residual", batch=32)
+    settings = {"unsigned": {"portable": "uint8"}, "free": {"target": "ort-cpu-vnni"}}
+    reports = {name: export(model, [x], method="mse", out=tmp_path / name, **given) for name, given in settings.items()}
+    assert reports["unsigned"]["verdict"] == "pass"
+    assert reports["unsigned"]["saturation"]["safe_without_vnni"]
+    assert not reports["free"]["saturation"]["safe_without_vnni"]
+    assert "limited_weights" not in reports["unsigned"]
+    assert "depthwise.weight" not in by_layer(reports["unsigned"])
+    assert {"stem.weight", "point.weight"} <= {*by_layer(reports["unsigned"])}
+    files = {name: onnx.load(tmp_path / name / "model.onnx") for name in reports}
+    codes = {
+        name: {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer} for name, model in files.items()
+    }
+    for name in by_layer(reports["unsigned"]):
+        signed, stored = codes["free"][f"{name}_quantized"], codes["unsigned"][f"{name}_quantized"]
+        assert (signed.dtype, stored.dtype) == (np.int8, np.uint8)
+        assert np.array_equal(signed.astype(int) + 128, stored)
+        (zero_point,) = (n.input[2] for n in files["unsigned"].graph.node if n.input[0] == f"{name}_quantized")
+        assert (codes["unsigned"][zero_point] == 128).all()
+    programs = [session(tmp_path / name / "model.onnx") for name in reports]
+    outputs = [found.run(None, {found.get_inputs()[0].name: x.numpy()}) for found in programs]
+    assert all(np.array_equal(one, other) for one, other in zip(*outputs, strict=True))
+
+
+def test_a_rule_stores_single_layers_unsigned() -> None:
+    model, x = build("residual", batch=32)
+    graph = fold(capture(model, x))
+    placement = place(
+        to_integer_forms(graph), get_target("ort-cpu"), PlacementOptions(layers=(LayerRule("point", portable="uint8"),))
+    )
+    weights = {site.name: site.unsigned for site in placement.sites if site.kind == "weight"}
+    assert {name for name, unsigned in weights.items() if unsigned} == {"point.weight"}
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("ort-cpu-vnni", {}),
+        ("ort-cpu", {"weight_bits": 4, "first_last_bits": None}),
+        ("ort-cpu", {"reduce_range": True}),
+    ],
+    ids=["vnni", "4-bit", "7-bit"],
+)
+def test_weights_that_no_limit_concerns_stay_signed(target: str, options: dict[str, object]) -> None:
+    model, x = build("residual", batch=32)
+    graph = to_integer_forms(fold(capture(model, x)))
+    placement = place(graph, get_target(target), PlacementOptions(portable="uint8", **options))
+    assert not any(site.unsigned for site in placement.sites)

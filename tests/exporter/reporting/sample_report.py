@@ -328,6 +328,24 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "affected_here": False,
             "layers": [{"name": "stages.0.0.conv", "worst": 61_200.0, "limit": 32_767.0}],
         },
+        "limited_weights": [
+            {
+                "site": "stages.0.0.conv.weight",
+                "channels": 57,
+                "channels_total": 64,
+                "factor_mean": 1.26,
+                "factor_hi": 1.97,
+                "sqnr_db": 38.25,
+                "free_sqnr_db": 40.5,
+            }
+        ],
+        "unsigned_weights": ["head.weight"],
+        "settled": {
+            "processors": ["x86-avx2", "arm64"],
+            "kernels": 7,
+            "moved": [{"site": "stages.1.0.add", "ulps": -23}],
+            "left": [{"site": "stages.1.1.mul", "kernel": "mul", "differing": 31, "total": 65_536}],
+        },
         "simplifier": {"applied": False, "why": "the number of DequantizeLinear nodes fell from 58 to 57"},
         "emission": {
             "opset": 20,

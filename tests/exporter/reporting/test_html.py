@@ -36,7 +36,7 @@ MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
             "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
-            "preparation")  # fmt: skip
+            "preparation", "settled", "limited_weights", "unsigned_weights")  # fmt: skip
 STEPS = {"samples": 8, "step": 0.1}
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": [], "mean_diagonal": None, "mean_off_diagonal": None,
               "p": 2.0, "powers": []}  # fmt: skip
@@ -174,7 +174,9 @@ def test_every_block_shows_its_numbers() -> None:
         "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
         "granularity tensor, symmetric true", "none: later rules decide", "input bits",
         "1 pair equalized in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
-        "5 of 48", "3.22", "exact", "0.00076", "the input of stages.0.0.conv is padded with zeros",
+        "57 of 64", "38.2 dB", "40.5 dB", "uint8 weights in 1 layer", "stages.1.0.add", "−23",
+        "1 of 7 kernels differ", "31 of 65,536", "x86-avx2, arm64", "5 of 48", "3.22", "exact", "0.00076",
+        "the input of stages.0.0.conv is padded with zeros",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -186,6 +188,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
     text = _Page(render_html(report)).text
     headings = {
         "layers": "Activations: noise", "saturation": "16-bit saturation", "simplifier": "Simplifier",
+        "settled": "Ties between processors", "limited_weights": "Coarser scales", "unsigned_weights": "uint8 weights",
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
