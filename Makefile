@@ -2,6 +2,8 @@
 #   make demo      installs into .venv, exports the demo network and proves it
 #   make test      installs into .venv, runs the tests but the slow ones (at most 5 minutes on 2 cores)
 #   make test-all  runs all tests
+#   make runtimes  installs other runtimes and emulated processors into .runtimes (1 GB), without root rights
+#   make test-runtimes  proves a network in each of them
 #   make wheel     builds a wheel, installs it into an empty environment and runs it there
 #   make docs      installs into .venv, builds the documentation: site/index.html
 #
@@ -9,10 +11,12 @@
 # TORCH    what pip installs as torch. It must be a CPU build: where pip's own sources offer only a CUDA build of this
 #          version (Linux, without further configuration), point pip at PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL or
 #          PIP_FIND_LINKS) or name a wheel: make demo TORCH=/path/to/torch-2.13.0+cpu-....whl
+# RUNTIMES names of `intact runtimes` for the last two: all by default, make test-runtimes RUNTIMES="web avx2".
 # WORKERS  processes of the test run.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+RUNTIMES ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,12 +25,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all wheel docs check lint clean
+.PHONY: help demo test test-all runtimes test-runtimes wheel docs check lint clean
 
 help:
 	@echo "make demo     export the demo network and prove it: out/demo/report.html"
 	@echo "make test     run the tests, but not the slow ones"
 	@echo "make test-all run all tests"
+	@echo "make runtimes install other runtimes and emulated processors into .runtimes"
+	@echo "make test-runtimes  prove a network in each of them"
 	@echo "make wheel    build a wheel and run it in an empty environment"
 	@echo "make docs     build the documentation: site/index.html"
 	@echo "make check    format, lint, types, import rules, then the tests"
@@ -36,10 +42,17 @@ demo: $(STAMP)
 	$(BIN)/intact demo --out out/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not runtimes"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+runtimes: $(STAMP)
+	$(BIN)/intact runtimes --install $(RUNTIMES)
+
+# One process: emulation keeps both cores busy.
+test-runtimes: $(STAMP)
+	INTACT_REQUIRED_RUNTIMES="$(or $(RUNTIMES),all)" $(BIN)/python -m pytest -m runtimes --durations=0 $(if $(RUNTIMES),-rs)
 
 # The same torch as in .venv, so that nothing else is downloaded; run outside the checkout, so that only the wheel is seen.
 wheel: $(STAMP)

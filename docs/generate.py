@@ -29,6 +29,7 @@ from exporter import cli  # noqa: E402
 from exporter.config import ExportConfig, list_settings  # noqa: E402
 from exporter.reporting.gates import DEFAULT_GATES, METRICS  # noqa: E402
 from runtime_tests.ort.lint import RULES  # noqa: E402
+from runtime_tests.runtimes import list_runtimes  # noqa: E402
 
 MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
 ITEM = re.compile(r"^(?P<names>\w+(?:, \w+)*|\w+=\w+)(?::\s+|\s{2,})(?P<text>\S.*)$")
@@ -128,6 +129,15 @@ def range_methods() -> str:
             continue
         names.append(f"`{info.name}`")
     return ", ".join(names)
+
+
+def runtimes() -> str:
+    """Return the table of all runtimes."""
+    rows = [
+        (f"`{each.name}`", f"`{each.processor}`" if each.processor else "this machine's", each.summary)
+        for each in list_runtimes()
+    ]
+    return table(("runtime", "processor", "description"), rows)
 
 
 def targets() -> str:
@@ -294,6 +304,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "range-methods": range_methods,
     "results": results,
     "settings": settings,
+    "runtimes": runtimes,
     "targets": targets,
 }
 

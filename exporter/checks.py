@@ -18,13 +18,13 @@ from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, refused_opset
 from exporter.inputs.data import Data
 from exporter.reporting.gates import Gate, check_measurable
-from runtime_tests.parity.openvino import check_installed
+from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["check_settings", "checked_data"]
 
 
 def check_settings(config: ExportConfig) -> None:
-    """Check that every name is known, and that device, libraries and weight storage can do what is asked.
+    """Check that every name is known, and that device, runtimes and weight storage can do what is asked.
 
     raises: InputError.
     """
@@ -34,8 +34,7 @@ def check_settings(config: ExportConfig) -> None:
         if rule.method is not None:
             range_method(rule.method)
     check_preparations(config.prepare)
-    if config.openvino:
-        check_installed()
+    available_runtimes(config.proving_runtimes)
     _check_device(config.device)
     _check_storage(config)
 
@@ -74,7 +73,7 @@ def _check_storage(config: ExportConfig) -> None:
             f"but no weight has {max(packed)} bits or fewer; give --weight-bits {max(packed)}, or leave "
             "--weight-storage out"
         )
-    elif config.openvino and 2 in packed:
+    elif "openvino" in config.proving_runtimes and 2 in packed:
         problem = "but OpenVINO does not read its 2-bit types; give --weight-storage auto, or leave --openvino out"
     elif opset is not None:
         problem = (

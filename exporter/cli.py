@@ -28,6 +28,7 @@ from calibrators.errors import InputError, IntactError, UnknownNameError, first_
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig, Setting
+    from runtime_tests.workers.runtime import Runtime
 
 __all__ = ["app", "export_command", "main"]
 
@@ -175,12 +176,21 @@ def _flag(setting: Setting) -> inspect.Parameter:
 @app.command(no_args_is_help=True)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
+    on: Annotated[
+        list[str] | None,
+        _option(
+            "Prove it in this runtime too; repeatable: `avx2`, `arm64`, `web`, `ort==1.19.2`; `intact runtimes` lists "
+            "them.",
+            "--on",
+            metavar="RUNTIME",
+        ),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Repeat the proof of a bundle on this machine: its files, its integers, its outputs.
 
-    Example: [bold]intact verify build/net[/bold]
+    Example: [bold]intact verify build/net --on avx2 --on arm64[/bold]
     """
     with _reported_errors(debug=debug):
         if not folder.is_dir():
@@ -188,7 +198,7 @@ def verify(
         from exporter.progress import console_progress
         from exporter.verify import verify as prove
 
-        _finish(prove(folder, console_progress(quiet=quiet)), folder)
+        _finish(prove(folder, console_progress(quiet=quiet), on or ()), folder)
 
 
 @app.command(no_args_is_help=True)
@@ -287,6 +297,35 @@ def targets(debug: Debug = False) -> None:
         _print_table(("target", "activations", "weights", "opset", "description"), rows, title="Targets")
 
 
+@app.command()
+def runtimes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Runtimes; all by default.")] = None,
+    install: Annotated[
+        bool,
+        _option("Install what is missing into `.runtimes`, or the folder that INTACT_RUNTIMES names.", "--install"),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the runtimes in which a model can be proved, and which are available here, or install them.
+
+    Example: [bold]intact runtimes --install avx2[/bold], then [bold]intact verify build/net --on avx2[/bold]
+    """
+    with _reported_errors(debug=debug):
+        from runtime_tests.runtimes import get_runtime, list_runtimes
+
+        chosen = [get_runtime(name) for name in names] if names else list_runtimes()
+        refusals = [reason for each in chosen if (reason := _installed(each))] if install else []
+        reasons = {each.name: f"{reason}; {each.how_to_get}" for each in chosen if (reason := each.missing())}
+        rows = [
+            (each.name, each.family, "no" if each.name in reasons else each.version, each.summary) for each in chosen
+        ]
+        _print_table(("runtime", "processor", "available", "description"), rows, title="Runtimes")
+        for name, reason in reasons.items():
+            Console().print(f"{name} is not available: {reason}.", markup=False, highlight=False)
+        if refusals:
+            raise InputError("\n".join(refusals))
+
+
 def main() -> None:
     """Run the command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
@@ -350,6 +389,16 @@ def _finish(report: Any, folder: Path) -> None:
 
     Console().print(verdict_panel(report, folder))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)
+
+
+def _installed(runtime: Runtime) -> str:
+    """Install a runtime; return why it cannot be installed, empty if it was."""
+    Console(stderr=True).print(f"installing {runtime.name}", highlight=False)
+    try:
+        runtime.install()
+    except InputError as error:
+        return f"{runtime.name} cannot be installed here: {error}"
+    return ""
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:

@@ -27,7 +27,17 @@ from exporter.inputs.form import DATA, DataForm, Names, Positive
 __all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
 
 NO_EFFECT = frozenset(
-    {"cache_gib", "explain", "sensitivity", "gates", "openvino", "parity_samples", "latency_runs", "threads"}
+    {
+        "cache_gib",
+        "explain",
+        "sensitivity",
+        "gates",
+        "openvino",
+        "prove_on",
+        "parity_samples",
+        "latency_runs",
+        "threads",
+    }
 )
 """Settings that change how an export is computed, verified and reported, but nothing in the model."""
 
@@ -82,6 +92,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     openvino: bool = setting(
         False, "Prove the model in OpenVINO too, kernel by kernel; needs the extra `openvino`.", panel=PROOF
     )
+    prove_on: tuple[str, ...] = setting(
+        (),
+        "Prove the model in this runtime too; repeatable: `avx2`, `arm64`, `web`, `ort==1.19.2`; `intact runtimes` "
+        "lists them.",
+        panel=PROOF,
+        metavar="RUNTIME",
+    )
     parity_samples: Positive = setting(256, "Samples compared integer by integer.", panel=PROOF)
     latency_runs: Annotated[int, Field(ge=0)] = setting(
         50, "Timed runs per model; 0: no timing.", panel=PROOF, flag=None
@@ -102,6 +119,11 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
         raise InputError(f"layers = {rules!r} is not a list of rules; in a file, write [[layers]] above each rule.")
+
+    @property
+    def proving_runtimes(self) -> tuple[str, ...]:
+        """Return the runtimes in which the model is proved besides this process's onnxruntime."""
+        return tuple(dict.fromkeys([*self.prove_on, *(["openvino"] if self.openvino else [])]))
 
     def digest(self) -> str:
         """Return the sha256 of the canonical JSON of all fields that can change the model."""

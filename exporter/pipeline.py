@@ -40,13 +40,14 @@ from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, model_of, storage_of
 from exporter.run_calibrators import calibrated, calibration_notes
-from exporter.verify import REFERENCE, gates_of, judge, levels_of, machine_parts
+from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.ort.simplifier import Simplifier, simplify
 from runtime_tests.proof import Measurements, Proof
+from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["export"]
 
@@ -87,7 +88,7 @@ def export(
     out = Path(out)
     check_out(out, overwrite=overwrite)
     check_settings(config)
-    gates = gates_of(config.gates, openvino=config.openvino)
+    gates = gates_of(config.gates, config.proving_runtimes)
     given, evaluation = open_both(data, eval_data, config)
     if isinstance(model, str):
         source, model = model, load_model(model, checkpoint)
@@ -228,9 +229,9 @@ class _Export:
             noise=noise,
             float_model=graph if evaluated else None,
         )
-        levels = levels_of(openvino=self.config.openvino)
+        runtimes = available_runtimes(self.config.proving_runtimes)
         with self._step("validate", "compare") as bar:
-            proof = Proof(self.model, program, levels, threads=torch.get_num_threads(), measured=measured)
+            proof = Proof(self.model, program, runtimes=runtimes, threads=torch.get_num_threads(), measured=measured)
             for batch, labels in batches.labelled():
                 proof.add(batch, labels)
                 bar.advance()
@@ -266,6 +267,7 @@ class _Export:
             fold=result.placement.graph.meta["fold"],
             accuracy=proof.accuracy.result() if proof.accuracy else None,
             parity=proof.parity,
+            proved_on=proof.proved_on,
             size=size,
             latency_ms=timings.summary(batch) if timings else None,
             storage=storage_of(config.weight_storage, self.alternatives, timings),

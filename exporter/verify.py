@@ -5,7 +5,7 @@ Must not know: the command line, how pages look, how the model was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,36 +28,37 @@ from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import Model, session
-from runtime_tests.parity.openvino import check_installed
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
+from runtime_tests.runtimes import available_runtimes
 
-__all__ = ["REFERENCE", "gates_of", "judge", "levels_of", "machine_parts", "verify"]
+__all__ = ["REFERENCE", "gates_of", "judge", "machine_parts", "verify"]
 
 REFERENCE = "golden/reference.pt2"
 """The reference program inside a bundle: what `verify` compares the runtime with."""
 
 
-def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, Any]:
+def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[str] = ()) -> dict[str, Any]:
     """Prove a bundle again on this machine; return its report with this machine's parity, coverage and gates.
 
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
     quantized value. Accuracy and latency keep the numbers of the export; nothing is written.
 
-    raises: InputError for a missing, damaged or changed file, or if OpenVINO was asked for and is not installed.
+    on:     runtimes in which the bundle is proved besides this process's onnxruntime (and OpenVINO, if the export was).
+    raises: InputError for a missing, damaged or changed file, or for a runtime that is not available.
     """
     folder, progress = Path(folder), progress or Progress()
+    available_runtimes(on)
     with progress.stage("manifest"):
         verify_manifest(folder)
     report = read_report(folder / "report.json")
-    config, openvino = report.config or {}, report.parity.openvino is not None
-    if openvino:
-        check_installed()
+    config = report.config or {}
+    runtimes = available_runtimes([*on, *(["openvino"] if report.parity.openvino is not None else [])])
     model, program = Model(folder / "model.onnx"), load_reference(folder / REFERENCE)
     inputs, expected = _golden(folder, model, program)
     batch = tuple(torch.from_numpy(np.array(array)) for array in inputs.values())
     with progress.stage("compare"):
-        proof = Proof(model, program, levels_of(openvino=openvino), threads=torch.get_num_threads())
+        proof = Proof(model, program, runtimes=runtimes, threads=torch.get_num_threads())
         proof.add(batch)
         found = session(model).run(list(expected), inputs)
     pairs = [
@@ -71,8 +72,8 @@ def verify(folder: str | Path, progress: Progress | None = None) -> dict[str, An
     )
     with progress.stage("measure"):
         parts = machine_parts(model, program, batch, config["threads"])
-    report = replace(report, parity=replace(parity, optimized=optimized), **parts)
-    return dump(judge(report, gates_of(config["gates"], openvino=openvino)))
+    report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
+    return dump(judge(report, gates_of(config["gates"], [runtime.name for runtime in runtimes])))
 
 
 def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,11 +94,6 @@ def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[s
     return inputs, expected
 
 
-def levels_of(*, openvino: bool) -> tuple[str, ...]:
-    """Return the levels at which a file is compared."""
-    return ("unoptimized", "optimized", *(["openvino"] if openvino else []))
-
-
 def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: int) -> dict[str, Any]:
     """Return the parts of the report on how this machine runs the file, measured with a sample of `batch`."""
     return {
@@ -108,10 +104,12 @@ def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: 
     }
 
 
-def gates_of(expressions: Iterable[str], *, openvino: bool) -> list[Gate]:
-    """Return the gates of every export, that of OpenVINO where it is asked for, and the user's."""
-    second = [parse("parity.openvino.violations==0")] if openvino else []
-    return [*DEFAULT_GATES, *second, *map(parse, expressions)]
+def gates_of(expressions: Iterable[str], runtimes: Collection[str]) -> list[Gate]:
+    """Return the gates of every export, those of further runtimes that were asked for, and the user's."""
+    further = ["parity.openvino.violations==0"] if "openvino" in runtimes else []
+    if set(runtimes) - {"openvino"}:
+        further.append("unproved_runtimes==0")
+    return [*DEFAULT_GATES, *map(parse, [*further, *expressions])]
 
 
 def judge(report: Report, gates: Sequence[Gate]) -> Report:

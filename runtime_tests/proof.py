@@ -25,14 +25,21 @@ from calibrators.errors import DataError
 from runtime_tests.measure.accuracy import RunningAccuracy
 from runtime_tests.measure.noise import Noise
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.parity.compare import Comparison, OnnxRuntime, probes_of, weight_agreements
-from runtime_tests.parity.openvino import SecondComparison
-from runtime_tests.parity.results import Level, Parity, SecondLevel
+from runtime_tests.parity.compare import Comparison, probes_of, weight_agreements
+from runtime_tests.parity.elsewhere import Elsewhere, proved_on
+from runtime_tests.parity.results import Level, Parity, ProvedOn, SecondLevel
+from runtime_tests.parity.second import SecondComparison
 from runtime_tests.reference.execute import KernelPlan, plan, run
+from runtime_tests.runtimes import get_runtime
+from runtime_tests.runtimes.ort import OnnxRuntimeSession
+from runtime_tests.workers.runtime import Runtime
 
 __all__ = ["Measurements", "Proof", "parity", "second_parity", "validate"]
 
 Batches = Iterable[Sequence[Tensor] | Tensor]
+
+LEVEL_OF = {"ort": "optimized", "openvino": "openvino"}
+"""Runtimes of this process whose comparison is a level of its own."""
 
 LARGEST_BATCH = 64
 """Samples compared at once if the batch is free: both sides hold the codes of all sites for one batch."""
@@ -66,6 +73,7 @@ class Proof:
     """The proof of one file against its program.
 
     levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
+    runtimes: further runtimes in which the file is compared. One that refuses the file is a result, not an error.
     measured: what to measure; if None, parity on all samples.
     raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
               quantized values; ParityError if it lacks a weight; InputError if OpenVINO is not installed.
@@ -77,6 +85,7 @@ class Proof:
         program: fx.GraphModule,
         levels: Sequence[str] = ("unoptimized", "optimized"),
         *,
+        runtimes: Sequence[Runtime] = (),
         threads: int = 1,
         measured: Measurements | None = None,
     ) -> None:
@@ -86,7 +95,9 @@ class Proof:
         self.golden: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.accuracy = RunningAccuracy() if self.measured.float_model is not None else None
         self._weights = weight_agreements(self.model, program)
-        self._comparisons = {name: self._comparison(name) for name in levels}
+        levels = [*levels, *(LEVEL_OF[each.name] for each in runtimes if each.name in LEVEL_OF)]
+        self._comparisons = {name: self._comparison(name) for name in dict.fromkeys(levels)}
+        self._elsewhere = [self._started(each) for each in runtimes if each.name not in LEVEL_OF]
 
     @cached_property
     def _kernels(self) -> KernelPlan:
@@ -97,20 +108,29 @@ class Proof:
         return plan(self.program, integer=False)
 
     @cached_property
-    def _deployed(self) -> OnnxRuntime:
-        return OnnxRuntime(self.model, (), optimized=True, threads=self.threads)
+    def _deployed(self) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(self.model, (), threads=self.threads)
 
     def _comparison(self, level: str) -> Comparison:
         if level == "openvino":
             return SecondComparison(self.model, self._kernels, self._weights, self.threads)
         kernels = self._literal if level == "unoptimized" else self._kernels
-        runtime = OnnxRuntime(self.model, probes_of(kernels), optimized=kernels.integer, threads=self.threads)
+        runtime = OnnxRuntimeSession(self.model, probes_of(kernels), optimized=kernels.integer, threads=self.threads)
         return Comparison(runtime, kernels, self._weights)
+
+    def _started(self, runtime: Runtime) -> Elsewhere:
+        samples = min(math.inf if runtime.samples is None else runtime.samples, self.measured.parity_samples)
+        limit = max(samples, self.measured.golden_samples)
+        return Elsewhere(runtime, self.model, self._kernels, self._weights, samples=limit)
+
+    @property
+    def _limits(self) -> tuple[float, ...]:
+        return *self.measured.limits, *(each.samples for each in self._elsewhere)
 
     @property
     def is_done(self) -> bool:
         """Whether more samples would change nothing."""
-        return self.accuracy is None and self.samples >= max(self.measured.limits)
+        return self.accuracy is None and self.samples >= max(self._limits)
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -124,6 +144,16 @@ class Proof:
     def parity(self) -> Parity:
         """The levels together; both levels of onnxruntime must be among them."""
         return Parity(**cast(dict[str, Any], self.levels))
+
+    @property
+    def proved_on(self) -> tuple[ProvedOn, ...]:
+        """What was found in each runtime, this process's onnxruntime first.
+
+        raises: DataError if there are no samples.
+        """
+        levels = self.levels
+        here = (proved_on(get_runtime(name), levels[level]) for name, level in LEVEL_OF.items() if level in levels)
+        return *here, *(each.report() for each in self._elsewhere)
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.
@@ -150,7 +180,7 @@ class Proof:
         """Yield the slices of a batch, cut where a limit is reached unless the program fixes its size."""
         start = 0
         while start < count:
-            rooms = [int(limit - self.samples) for limit in self.measured.limits if self.samples < limit < math.inf]
+            rooms = [int(limit - self.samples) for limit in self._limits if self.samples < limit < math.inf]
             size = min(count - start, LARGEST_BATCH, *rooms) if self.program.meta["dynamic_batch"] else count
             yield slice(start, start + size)
             start += size
@@ -159,23 +189,26 @@ class Proof:
         first, measured = self.samples, self.measured
         self.samples += len(inputs[0])
         compared = self._comparisons if first < measured.parity_samples else {}
+        elsewhere = [each for each in self._elsewhere if first < each.samples]
         noise = measured.noise if first < measured.noise_samples else None
         wants_golden = self.golden is None and measured.golden_samples > 0
         if noise is not None:
             noise.start(inputs)
         if noise is not None or "unoptimized" in compared:
             literal = run(self._literal, inputs, see=noise.see if noise is not None else None)
-        if wants_golden or self.accuracy is not None or compared.keys() - {"unoptimized"}:
+        if wants_golden or self.accuracy is not None or elsewhere or compared.keys() - {"unoptimized"}:
             integer = run(self._kernels, inputs)
         for name, comparison in compared.items():
             comparison.add(inputs, *(literal if name == "unoptimized" else integer))
+        for each in elsewhere:
+            each.add(inputs, *integer)
         if wants_golden:
             self.golden = inputs, integer[1]
         if self.accuracy is not None and measured.float_model is not None:
             with torch.no_grad():
                 exact = measured.float_model(*inputs)[0]
-            deployed, _ = self._deployed.run(inputs)
-            self.accuracy.update(exact.numpy(), integer[1][0].numpy(), deployed[0].numpy(), labels)
+            deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
+            self.accuracy.update(exact.numpy(), integer[1][0].numpy(), deployed[0], labels)
 
 
 class _Reference(Protocol):

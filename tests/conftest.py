@@ -28,7 +28,7 @@ SLOW = re.compile(
         (
             r"/test_cuda_graphs\.py::test_methods_on_a_device\[(?!qdrop)",  # every method on the pretend device
             r"/test_zoo\.py",  # trained networks
-            r"/test_openvino\.py::test_every_kernel\w+\[(?!residual-8|gpt-8|pooled-3)",  # the grid of OpenVINO
+            r"/test_second\.py::test_every_kernel\w+\[(?!residual-8|gpt-8|pooled-3)",  # the grid of OpenVINO
             r"/test_architectures\.py::test_runtime_computes_the_reference\["
             r"(?!densenet|unet|mobilenetv3|pools|gpt|swin|slices|shufflenet-4)",
             r"/test_reconstruct\.py::test_training_improves_on_nearest_rounding\[(?!mlp|residual-qdrop|residual-brecq\])",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
 from exporter.reporting.schema import GateResult, metric_paths
+from runtime_tests.parity.results import ProvedOn
 
 __all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "renamed", "verdict"]
 
@@ -205,6 +206,11 @@ def _unplanned_kernels(report: Report) -> float | None:
     return None if unplanned is None else float(sum(map(abs, unplanned.values())))
 
 
+def _unproved_runtimes(report: Report) -> float | None:
+    entries = report.get("proved_on")
+    return None if entries is None else float(sum(not ProvedOn(**each).holds for each in entries))
+
+
 def _lint_errors(report: Report) -> float:
     return float(sum(entry["severity"] == "error" for entry in report.get("lint", ())))
 
@@ -268,6 +274,11 @@ METRICS: dict[str, Metric] = {
     ),
     "size_ratio": Metric(
         "bytes of the quantized model over bytes of the float model", _over("size.bytes", "size.float_bytes")
+    ),
+    "unproved_runtimes": Metric(
+        "runtimes that refuse the file, or in which values differ by more than is allowed, each from the runtime's own "
+        "inputs",
+        _unproved_runtimes,
     ),
     "lint_errors": Metric("findings of severity error against the rules of the target", _lint_errors),
 }

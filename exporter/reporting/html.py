@@ -22,6 +22,7 @@ from markupsafe import Markup
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
 from exporter.reporting.headline import headline, unplanned_kernels
+from exporter.reporting.holds import found_on
 from exporter.reporting.number_format import measured
 from exporter.reporting.schema import Report, dump_json
 
@@ -255,6 +256,7 @@ def render_html(report: Report) -> str:
         times=_parts(vars(report.time_s).items()),
         speed=_quotient(latency.float, latency.quantized) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),
+        found_on=found_on,
         environment=vars(report.environment) if report.environment else {},
         config_text=dump_json(report.config or {}),
         script=Markup(_SCRIPT),

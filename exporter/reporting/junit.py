@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import junitparser
 
 from exporter.reporting.headline import failure, unplanned_kernels
+from exporter.reporting.holds import found_on
 from exporter.reporting.number_format import differ, percent, significant
 from exporter.reporting.schema import Report
 from runtime_tests.parity.results import Level
@@ -28,6 +29,7 @@ def render_junit(report: Report) -> str:
         "parity.optimized": _parity(parity.optimized, gated=True),
         "parity.unoptimized": _parity(parity.unoptimized, gated=False),
         **({"parity.openvino": _parity(parity.openvino, gated=True)} if parity.openvino else {}),
+        "proved_on": _proved_on(report),
         "fold": _fold(report),
         "coverage": _coverage(report),
         "lint": _lint(report),
@@ -76,6 +78,12 @@ def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:
         yield _case(f"output {output.name}", failure=message if gated and not output.legal else "")
     if gated and level.unplanned is not None:
         yield _case("kernels as planned", failure=unplanned_kernels(level.unplanned))
+
+
+def _proved_on(report: Report) -> Iterator[junitparser.TestCase]:
+    """Yield one case per runtime in which the file was run."""
+    for each in report.proved_on or ():
+        yield _case(each.runtime, failure="" if each.holds else found_on(each), note=found_on(each))
 
 
 def _fold(report: Report) -> Iterator[junitparser.TestCase]:

@@ -32,7 +32,7 @@ from runtime_tests.ort.coverage import Coverage
 from runtime_tests.ort.lint import Finding
 from runtime_tests.ort.saturation import Saturation
 from runtime_tests.ort.simplifier import Simplifier
-from runtime_tests.parity.results import Parity
+from runtime_tests.parity.results import Parity, ProvedOn
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -126,6 +126,7 @@ class Report:
     latency_ms: Latency | None
     time_s: Times
     gates: tuple[GateResult, ...]
+    proved_on: tuple[ProvedOn, ...] | None = None
     tool: Tool | None = None
     model: Model | None = None
     environment: Environment | None = None

@@ -13,7 +13,9 @@ from typing import Any
 from rich.panel import Panel
 from rich.table import Table
 
+from exporter.reporting.holds import holds
 from exporter.reporting.number_format import compared, percent, significant
+from runtime_tests.parity.results import ProvedOn
 
 __all__ = ["verdict_panel"]
 
@@ -35,6 +37,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if accuracy is not None:
         yield accuracy["metric"], _accuracy(accuracy)
     yield "parity", _parity(report["parity"]["optimized"])
+    yield from holds([ProvedOn(**each) for each in report.get("proved_on", ())])
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])

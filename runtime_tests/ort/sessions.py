@@ -23,20 +23,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped, 
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError
+from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS, session_options
 
 __all__ = ["Model", "Source", "load_warnings", "loads", "session"]
 
-PINNED = {
-    "session.disable_double_qdq_remover": "1",
-    "session.qdq_matmulnbits_accuracy_level": "0",
-    "session.optimized_model_external_initializers_file_name": "weights.bin",
-}
-"""Entries of every session: by default two QDQ pairs in a row are merged into one with other parameters, and
-weight-only MatMuls quantize their activations on the fly. The third keeps optimized models above 2 GB writable."""
-
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
-LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
-LOG_WARNINGS, LOG_ERRORS = 2, 3
+LOG_WARNINGS = 2
 LOG_NAME = "intact-load"
 LOGGED_WARNING = re.compile(rf"\[W:onnxruntime:{LOG_NAME}, [^\]]*\] (.*?)(?:\x1b\[m)?$", re.MULTILINE)
 """A warning of the session with that name, as onnxruntime writes it; a terminal's colours may surround it."""
@@ -102,8 +94,33 @@ class Model:
         session(self, save_optimized=Path(folder) / "optimized.onnx", disabled=LAYOUT_OPTIMIZERS)
         return model
 
-    def _with_outputs(self, probes: Sequence[str]) -> bytes:
-        """Serialize the model with `probes` as further outputs: protobuf merges concatenated messages."""
+    def with_probes(self, probes: Sequence[str]) -> bytes:
+        """Serialize the model with `probes` as further outputs, external data left where it is.
+
+        Protobuf merges concatenated messages.
+
+        raises: UnknownNameError for a probe that no node or input makes.
+        """
+        return bytes(self.proto.SerializeToString() + self._further_outputs(probes))
+
+    def whole(self, probes: Sequence[str]) -> bytes:
+        """Serialize the model as one file with `probes` as further outputs and external data inside.
+
+        raises: UnknownNameError for a probe that no node or input makes; ModelError for a model above 2 GB.
+        """
+        proto = self.proto
+        if not isinstance(self.source, onnx.ModelProto):
+            proto = onnx.ModelProto()
+            proto.CopyFrom(self.proto)
+            onnx.load_external_data_for_model(proto, str(Path(self.source).parent))
+        if proto.ByteSize() > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"the model has {proto.ByteSize() / 2**30:.1f} GiB, but only a file of at most 2 GiB can be handed to "
+                "another runtime."
+            )
+        return bytes(proto.SerializeToString() + self._further_outputs(probes))
+
+    def _further_outputs(self, probes: Sequence[str]) -> bytes:
         graph = self.proto.graph
         known = {info.name for info in graph.input} | {name for node in graph.node for name in node.output}
         for probe in probes:
@@ -111,8 +128,7 @@ class Model:
                 raise UnknownNameError("value", probe, known)
         present = {info.name for info in graph.output}
         new = [onnx.ValueInfoProto(name=probe) for probe in dict.fromkeys(probes) if probe not in present]
-        extra = onnx.ModelProto(graph=onnx.GraphProto(output=new)).SerializeToString() if new else b""
-        return bytes(self.proto.SerializeToString() + extra)
+        return bytes(onnx.ModelProto(graph=onnx.GraphProto(output=new)).SerializeToString()) if new else b""
 
 
 Source = Model | onnx.ModelProto | str | Path
@@ -137,25 +153,8 @@ def session(
     raises:         UnknownNameError for a probe that no node or input makes; ModelError if onnxruntime refuses the
                     model.
     """
-    options = _options(optimized=optimized, threads=threads)
-    if save_optimized is not None:
-        options.optimized_model_filepath = str(save_optimized)
+    options = session_options(optimized=optimized, threads=threads, save_optimized=save_optimized)
     return _create(Model.of(model), options, probes, disabled)
-
-
-def _options(*, optimized: bool = True, threads: int = 1) -> ort.SessionOptions:
-    """Return options that pin everything that changes a number."""
-    levels = ort.GraphOptimizationLevel
-    options = ort.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.use_deterministic_compute = True
-    options.log_severity_level = LOG_ERRORS
-    for key, value in PINNED.items():
-        options.add_session_config_entry(key, value)
-    return options
 
 
 def _create(
@@ -170,7 +169,7 @@ def _create(
         )
     content: str | bytes = str(model.source)
     if in_memory or probes:
-        content = model._with_outputs(probes)
+        content = model.with_probes(probes)
     if probes and not in_memory:
         options.add_session_config_entry(MODEL_FOLDER, str(Path(str(model.source)).resolve().parent))
     try:
@@ -192,7 +191,7 @@ def load_warnings(model: Source) -> tuple[str, ...]:
 
     raises: ModelError if onnxruntime refuses the model.
     """
-    options = _options()
+    options = session_options()
     options.log_severity_level, options.logid = LOG_WARNINGS, LOG_NAME
     sys.stderr.flush()
     terminal = os.dup(STDERR)

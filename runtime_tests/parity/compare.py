@@ -17,26 +17,23 @@ Must not know: how the model was made, accuracy, reports.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
-from runtime_tests.ort.sessions import Model, Source, session
+from runtime_tests.ort.sessions import Source
 from runtime_tests.parity.results import Agreement, Level, NodeParity, OutputParity, ParityError, legal_rate
 from runtime_tests.parity.stored_weights import differing_weights
 from runtime_tests.reference.execute import KernelPlan, run
+from runtime_tests.workers.runtime import Loaded
 
 __all__ = [
     "Comparison",
-    "OnnxRuntime",
-    "Runtime",
     "distance",
     "largest_finite",
     "probes_of",
@@ -45,54 +42,15 @@ __all__ = [
 ]
 
 
-class Runtime(Protocol):
-    """A file loaded into a runtime, with some of its values made visible as probes.
+def unplanned_kernels(executed: Mapping[str, int] | None, plan: KernelPlan) -> dict[str, int] | None:
+    """Count the integer kernels that run, minus those of the plan, where the two differ; None where that is unknown.
 
-    kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
+    executed: number of nodes by operator.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kernel_rate(self) -> float: ...
-    @property
-    def output_names(self) -> list[str]: ...
-    def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the model's outputs and the probes."""
-
-    def unplanned(self, plan: KernelPlan) -> Mapping[str, int] | None:
-        """Return executed minus planned kernels by operator, where the two differ; None if there is no plan."""
-
-
-class OnnxRuntime:
-    """A session of onnxruntime whose probes are the codes of every site."""
-
-    name = "onnxruntime"
-    kernel_rate = 0.0
-
-    def __init__(self, model: Model, probes: Sequence[str], *, optimized: bool, threads: int) -> None:
-        self.model, self.optimized, self.probes = model, optimized, list(probes)
-        self.session = session(model, optimized=optimized, threads=threads, probes=probes)
-        names = [info.name for info in self.session.get_outputs()]
-        self.input_names = [info.name for info in self.session.get_inputs()]
-        self.output_names = [name for name in names if name not in set(probes)]
-
-    def run(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the model's outputs and the probes."""
-        feeds = {name: x.numpy(force=True) for name, x in zip(self.input_names, inputs, strict=True)}
-        results = [torch.from_numpy(np.asarray(x)) for x in self.session.run([*self.output_names, *self.probes], feeds)]
-        count = len(self.output_names)
-        return results[:count], results[count:]
-
-    def unplanned(self, plan: KernelPlan) -> Mapping[str, int]:
-        """Return the differences for the file as it is deployed, with all optimizations on."""
-        return unplanned_kernels(self.model, plan) if self.optimized else {}
-
-
-def unplanned_kernels(model: Source, plan: KernelPlan) -> dict[str, int]:
-    """Count the integer kernels that the runtime executes, minus those of the plan, where the two differ."""
-    executed = Counter(node.op_type for node in Model.of(model).optimized.proto.graph.node)
-    return {name: executed[name] - count for name, count in plan.counts.items() if executed[name] != count}
+    if executed is None:
+        return None
+    found = ((name, executed.get(name, 0) - count) for name, count in plan.counts.items())
+    return {name: difference for name, difference in found if difference}
 
 
 @dataclass
@@ -120,14 +78,14 @@ def probes_of(plan: KernelPlan) -> list[str]:
 class Comparison:
     """Running totals of one runtime at one optimization level.
 
-    runtime: the runtime, with the probes of `probes_of(plan)`.
+    runtime: a file loaded into a runtime, with the probes of `probes_of(plan)`.
     plan:    the reference: integer kernels, or QDQ taken literally.
     weights: agreement of each weight of a float kernel with the reference, by site.
     """
 
-    def __init__(self, runtime: Runtime, plan: KernelPlan, weights: Mapping[str, Agreement]) -> None:
+    def __init__(self, runtime: Loaded, plan: KernelPlan, weights: Mapping[str, Agreement]) -> None:
         self.runtime, self.plan, self.weights = runtime, plan, weights
-        self.unplanned = runtime.unplanned(plan)
+        self.unplanned = unplanned_kernels(runtime.executed(), plan)
         self.samples = 0
         self.per_node = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
         self.end_to_end = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
@@ -136,8 +94,8 @@ class Comparison:
     def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
         """Run a batch and compare it with the codes and outputs of the reference."""
         self.samples += len(inputs[0])
-        outputs, probes = self.runtime.run(inputs)
-        theirs = dict(zip(self.plan.sites, probes, strict=True))
+        outputs, probes = self.runtime.run([x.numpy(force=True) for x in inputs])
+        theirs = {site: torch.from_numpy(probe) for site, probe in zip(self.plan.sites, probes, strict=True)}
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
         if any(agreement.mismatched for agreement in end_to_end.values()):
@@ -146,8 +104,8 @@ class Comparison:
         for site in self.plan.sites:
             self.end_to_end[site] += end_to_end[site]
             self.per_node[site] += per_node[site]
-        for tally, *values in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
-            tally.add(*values)
+        for tally, our, per_node_our, their in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
+            tally.add(our, per_node_our, torch.from_numpy(their))
 
     def report(self) -> Level:
         """Return the result over all batches."""

@@ -21,6 +21,7 @@ __all__ = [
     "OutputParity",
     "Parity",
     "ParityError",
+    "ProvedOn",
     "SecondLevel",
     "legal_rate",
 ]
@@ -247,6 +248,62 @@ class SecondLevel(Level):
     executed: dict[str, int]
     relative: float | None
     agreement: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvedOn(Agreement):
+    """A runtime in which the file ran and was compared with the reference; its counts are those end to end.
+
+    runtime:            its name, as `intact runtimes` lists it.
+    processor:          the family whose kernels it executed.
+    flags:              what else decides how it computes: instruction sets, emulator, model of the processor.
+    kernel_*, float_*:  counts of integer kernels and of float arithmetic, each value from the runtime's own codes.
+    outputs_identical:  whether the bits of all outputs agree end to end.
+    largest_difference: largest difference of an output, end to end.
+    violations:         number of sites and outputs that differ by more than is legal, computed from the same codes.
+    worst:              sites that differ most.
+    refused:            why the runtime did not run the file; nothing was compared then.
+    """
+
+    runtime: str
+    version: str
+    processor: str
+    flags: tuple[str, ...]
+    samples: int
+    kernel_values: int
+    kernel_mismatched: int
+    float_values: int
+    float_mismatched: int
+    outputs_identical: bool
+    largest_difference: float | None
+    violations: int
+    worst: tuple[NodeParity, ...]
+    refused: str | None = None
+
+    @classmethod
+    def of(cls, level: Level, **about: Any) -> Self:
+        """Sum up a comparison; about: the remaining fields."""
+        differences = [output.max_abs for output in level.outputs]
+        return cls(
+            level.values,
+            level.mismatched,
+            level.max_lsb,
+            samples=level.samples,
+            kernel_values=level.kernel_values,
+            kernel_mismatched=level.kernel_mismatched,
+            float_values=level.float_values,
+            float_mismatched=level.float_mismatched,
+            outputs_identical=level.outputs_identical and level.samples > 0,
+            largest_difference=None if None in differences else max(filter(None, differences), default=0.0),
+            violations=level.violations,
+            worst=level.worst,
+            **about,
+        )
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file ran there and differed by no more than is legal."""
+        return self.refused is None and not self.violations
 
 
 @dataclass(frozen=True)

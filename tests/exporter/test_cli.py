@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append({"model": model, "data": data, **rest})
         return report()
 
-    def verify(folder: Path, progress: Progress) -> dict[str, Any]:
-        calls.append({"folder": folder})
+    def verify(folder: Path, progress: Progress, on: Sequence[str]) -> dict[str, Any]:
+        calls.append({"folder": folder, "on": on})
         return report()
 
     module.export = export  # type: ignore[attr-defined]
@@ -101,6 +101,7 @@ def failing(pipeline: list[Call], monkeypatch: pytest.MonkeyPatch) -> Callable[[
         (["methods"], ("torch", "onnx")),
         (["methods", "qdrop"], ("torch", "onnx")),
         (["targets"], ("torch", "onnx")),
+        (["runtimes"], ("torch", "exporter.config")),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -113,7 +114,7 @@ def test_help_and_lists_answer_without_heavy_imports(command: list[str], kept_ou
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "methods", "targets", "demo"])
+@pytest.mark.parametrize("command", ["export", "verify", "methods", "targets", "runtimes", "demo"])
 def test_every_command_teaches_by_example(run: Callable[..., Any], command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -249,7 +250,8 @@ def test_a_failed_gate_exits_1_and_is_named(
 
 def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
     assert run("verify", str(tmp_path)).exit_code == 0
-    assert pipeline == [{"folder": tmp_path}]
+    assert run("verify", str(tmp_path), "--on", "avx2", "--on", "web").exit_code == 0
+    assert pipeline == [{"folder": tmp_path, "on": ()}, {"folder": tmp_path, "on": ["avx2", "web"]}]
     missing = run("verify", str(tmp_path / "nowhere"))
     assert missing.exit_code == 2
     assert "is not a folder" in missing.stderr

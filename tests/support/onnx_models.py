@@ -15,7 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from runtime_tests.ort.sessions import LAYOUT_OPTIMIZERS, Source, session
+from runtime_tests.ort.sessions import Source, session
+from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS
 
 Array = NDArray[Any]
 

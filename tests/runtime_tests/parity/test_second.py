@@ -25,8 +25,8 @@ from exporter.config import make_config
 from exporter.frontend.capture import capture
 from exporter.pipeline import export
 from exporter.verify import verify
-from runtime_tests.parity import openvino as second_runtime
 from runtime_tests.proof import second_parity
+from runtime_tests.runtimes import openvino as second_runtime
 from tests.support.folded import folded_network
 from tests.support.networks import NETWORKS, build
 from tests.support.stored import stored
@@ -188,7 +188,7 @@ def test_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_violation_fails_the_export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(second_runtime._OpenVino, "kernel_rate", 1e-12)
+    monkeypatch.setattr(second_runtime.Compiled, "kernel_rate", 1e-12)
     monkeypatch.setattr("runtime_tests.parity.results.FLOAT_CHANCE", -1)
     model, x = build("residual")
     report = export(model, [x], out=tmp_path / "out", openvino=True, latency_runs=0)

@@ -1,0 +1,47 @@
+"""Sentences on where the verdict holds, which the terminal, the page and the test cases share.
+
+Must not know: pages, files, how anything was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from exporter.reporting.number_format import differ, significant
+from runtime_tests.parity.results import ProvedOn
+
+__all__ = ["found_on", "holds"]
+
+SHOWN_AS_PARITY = ("ort", "openvino")
+"""Runtimes with lines of their own, because the report holds their comparison site by site."""
+
+
+def holds(entries: Sequence[ProvedOn]) -> Iterator[tuple[str, str]]:
+    """Yield lines on the runtimes in which the file ran: title and text.
+
+    The first names those in which it is proved. One line for each further runtime says what was found.
+    """
+    proved = [_name(each) for each in entries if each.holds]
+    if proved:
+        yield "proved on", ", ".join(proved)
+    for each in entries:
+        if each.runtime not in SHOWN_AS_PARITY:
+            yield each.runtime, found_on(each)
+
+
+def found_on(entry: ProvedOn) -> str:
+    """Return what was found in a runtime: codes compared and differing, and the outputs."""
+    if entry.refused is not None:
+        return entry.refused
+    text = f"{differ(entry)} integers differ"
+    if entry.mismatched:
+        text += f" end to end; kernel by kernel {entry.kernel_mismatched:,}"
+        if entry.float_values:
+            text += f", and {entry.float_mismatched:,} after float operators"
+    if entry.outputs_identical:
+        return f"{text}; outputs identical"
+    return f"{text}; outputs differ by up to {significant(entry.largest_difference, 3, missing='infinity')}"
+
+
+def _name(entry: ProvedOn) -> str:
+    return f"{entry.runtime.partition('==')[0]} {entry.version} ({entry.processor})"

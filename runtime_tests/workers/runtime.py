@@ -1,0 +1,127 @@
+"""The interface of a runtime that can be asked to run a file, and of a file loaded into it.
+
+Must not know: which runtimes there are, the reference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from calibrators.errors import InputError
+from runtime_tests.ort.saturation import Cpu, this_cpu
+from runtime_tests.ort.sessions import Model
+from runtime_tests.workers.install import Component
+
+__all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime", "processor_of"]
+
+Array = NDArray[Any]
+
+EMULATED_SAMPLES = 16
+"""Samples that a runtime compares where it is slow; emulation takes 20 to 60 times as long as the processor itself."""
+
+
+class Loaded(Protocol):
+    """A file loaded into a runtime, with some of its values made visible as probes.
+
+    name:        the runtime, as messages show it.
+    kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kernel_rate(self) -> float: ...
+    @property
+    def output_names(self) -> list[str]: ...
+    def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        """Return the model's outputs and the probes.
+
+        raises: ModelError if the runtime cannot run the file.
+        """
+
+    def executed(self) -> Mapping[str, int] | None:
+        """Count the nodes that run, by operator of onnxruntime; None where the runtime does not tell."""
+
+
+@dataclass(frozen=True)
+class Runtime(ABC):
+    """A runtime on a processor.
+
+    summary:    one line for lists.
+    processor:  the family of `calibrators.grid.processors` whose kernels it executes; empty: that of this machine.
+    variants:   names `NAME==VARIANT` that are installed with the others; `variant` takes more.
+    samples:    number of samples compared at most; None: all.
+    components: what has to be installed for it.
+    """
+
+    name: str
+    summary: str
+    processor: str = ""
+    variants: tuple[str, ...] = ()
+    samples: int | None = EMULATED_SAMPLES
+
+    @property
+    def family(self) -> str:
+        """Return the family of processors whose kernels it executes."""
+        return self.processor or processor_of(this_cpu())
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """Return what has to be installed for it."""
+        return ()
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Return the version of the runtime; call it only where nothing is missing."""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Return what decides how the processor computes: instruction sets, emulator, model of the processor."""
+        return this_cpu().flags
+
+    def missing(self) -> str:
+        """Return why the runtime is not available here; empty if it is."""
+        absent = [component.name for component in self.components if not component.is_installed]
+        return f"not installed: {', '.join(absent)}" if absent else ""
+
+    @property
+    def how_to_get(self) -> str:
+        """Return the end of a sentence on how to make it available."""
+        return f"run `intact runtimes --install {self.name}`"
+
+    def install(self) -> None:
+        """Install what is missing.
+
+        raises: InputError naming what a registry does not have.
+        """
+        for component in self.components:
+            component.install()
+
+    def variant(self, text: str) -> Runtime:
+        """Return the runtime called `NAME==text`.
+
+        raises: InputError if there is none.
+        """
+        raise InputError(f"the runtime {self.name} has no variants; give it without =={text}.")
+
+    @abstractmethod
+    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+        """Load a file with probes as further outputs.
+
+        raises: ModelError if the runtime refuses the file.
+        """
+
+
+def processor_of(cpu: Cpu) -> str:
+    """Return the family that a CPU belongs to."""
+    if cpu.arch.upper().startswith("ARM"):
+        return "arm64"
+    if "avx2" not in cpu.flags:
+        return "x86-sse"
+    return "x86-avx2" if cpu.saturates else "x86-vnni"
