@@ -23,6 +23,7 @@ from exporter.emission.build_model import to_onnx
 from exporter.frontend.capture import capture
 
 
+@torch.no_grad()
 def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | None = None) -> CalibrationResult:
     """Scales, zero points and codes of `model`, from the ranges of one batch."""
     placement = place(to_integer_forms(capture(model.eval(), inputs)), get_target("ort-cpu"), options)
