@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import onnx
@@ -23,13 +22,11 @@ from exporter.frontend.capture import capture
 from exporter.pipeline import export
 from runtime_tests.parity.results import ProvedOn
 from runtime_tests.proof import Proof
-from runtime_tests.runtimes import get_runtime, list_runtimes
+from runtime_tests.runtimes import list_runtimes
+from tests.support.elsewhere import available
 from tests.support.stored import stored
 
 pytestmark = pytest.mark.runtimes
-
-REQUIRED = "INTACT_REQUIRED_RUNTIMES"
-"""Environment variable with the names of the runtimes that have to be here, or `all`."""
 
 NAMES = [runtime.name for runtime in list_runtimes()]
 EXACT = [name for name in NAMES if name != "openvino"]
@@ -62,12 +59,8 @@ def calibrated(target: str) -> tuple[CalibrationResult, onnx.ModelProto, Tensor]
 
 
 def proved(name: str, target: str = "ort-cpu") -> ProvedOn:
-    """Return what a runtime computes; skip the test if it is absent, or fail it where it is required."""
-    runtime = get_runtime(name)
-    if reason := runtime.missing():
-        required = os.environ.get(REQUIRED, "").split()
-        message = f"{name} is not available: {reason}; {runtime.how_to_get}"
-        (pytest.fail if name in required or "all" in required else pytest.skip)(message)
+    """Return what a runtime computes."""
+    runtime = available(name)
     result, model, x = calibrated(target)
     proof = Proof(model, result.program, ("optimized",), runtimes=[runtime])
     proof.add(x)
