@@ -19,6 +19,7 @@ __all__ = [
     "Operand",
     "Product",
     "array",
+    "code_bounds",
     "code_type",
     "consumers",
     "flag",
@@ -93,7 +94,7 @@ def operand(value: ir.Value | None) -> Operand | None:
         return None
     scale, zero_point = qparams(node)
     dtype = code_type(node)
-    lo, hi = _bounds(node.inputs[0], dtype)
+    lo, hi = code_bounds(node.inputs[0], dtype)
     return Operand(node, array(node.inputs[0]), scale, zero_point, dtype, lo, hi)
 
 
@@ -198,7 +199,8 @@ def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
         value = node.inputs[0]
 
 
-def _bounds(codes: ir.Value, dtype: ir.DataType | None) -> tuple[int, int]:
+def code_bounds(codes: ir.Value, dtype: ir.DataType | None) -> tuple[int, int]:
+    """Return lowest and highest code that a value can hold: the range of its type, narrowed by a Clip of the codes."""
     lo, hi = type_range(dtype)
     for value in _upstream(codes):
         node = value.producer()

@@ -146,6 +146,14 @@ def saturating_pair(bad: bool) -> Model:
     return linear(bad, lambda net, _, bad: codes(net, np.full((4, 8), 65 if bad else 64, np.int8), 0.1))
 
 
+def different_ties(bad: bool) -> Model:
+    """A sum whose scales have the ratio 1 / 2, so that every second sum is a tie, or a ratio without ties."""
+    net = Net()
+    x = net.quantize_with(net.input("x", IMAGE), 0.25, 128)
+    y = net.quantize_with(net.op("Tanh", x.name), 0.25, 128)
+    return net.model(net.quantize_with(net.op("Add", x.name, y.name), 0.5 if bad else 0.25, 128).name)
+
+
 def packed_data(bad: bool) -> Model:
     net = Net(opset=21)
     model = net.model(codes(net, np.ones(4, np.int64), 0.1, dtype=TensorProto.INT4))
@@ -350,6 +358,7 @@ CASES: dict[str, Callable[[bool], Model]] = {
     "scale-count": scale_count,
     "denormal-scale": lambda bad: scaled(1e-39 if bad else 0.1),
     "saturating-pair": saturating_pair,
+    "different-ties": different_ties,
     "packed-data": packed_data,
     "qparam-shape": qparam_shape,
     "missing-zero-point": missing_zero_point,
@@ -384,7 +393,7 @@ CASES: dict[str, Callable[[bool], Model]] = {
 
 @pytest.mark.parametrize("rule", CASES)
 def test_rule_finds_its_fault_and_nothing_in_the_model_without_it(rule: str) -> None:
-    target = get_target(DEFAULT_TARGET) if rule == "saturating-pair" else VNNI
+    target = get_target(DEFAULT_TARGET) if rule in PORTABILITY else VNNI
     assert rule in rules(CASES[rule](True), target)
     assert rule not in rules(CASES[rule](False), target)
 
@@ -396,6 +405,7 @@ def test_every_rule_has_a_case_a_severity_and_a_sentence() -> None:
         assert rule.why.endswith(".")
 
 
+PORTABILITY = ("saturating-pair", "different-ties")
 BROKEN = ("duplicate-name", "dangling-value", "cycle", "missing-domain", "unknown-operator", "stored-data",
           "runtime-version", "invalid-model", "bad-scale", "scale-count")  # fmt: skip
 """Rules whose violation makes the others meaningless."""
