@@ -15,9 +15,10 @@ from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
-from exporter.emission.packing import STORAGES, refused_opset
+from exporter.emission.packing import STORAGES, first_release, ir_version_of, refused_opset
 from exporter.inputs.data import Data
 from exporter.reporting.gates import Gate, check_measurable
+from runtime_tests.ort.versions import parse_version, release_of
 from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["check_settings", "checked_data"]
@@ -37,6 +38,7 @@ def check_settings(config: ExportConfig) -> None:
     available_runtimes(config.proving_runtimes)
     _check_device(config.device)
     _check_storage(config)
+    _check_min_ort(config)
 
 
 def checked_data(
@@ -83,6 +85,23 @@ def _check_storage(config: ExportConfig) -> None:
     else:
         return
     raise InputError(f"weight_storage is {config.weight_storage!r}, {problem}.")
+
+
+def _check_min_ort(config: ExportConfig) -> None:
+    """Raise InputError where the oldest onnxruntime that has to load the file cannot load what is asked for."""
+    if config.min_ort is None:
+        return
+    oldest, opset = parse_version(config.min_ort), get_target(config.target).opset
+    if (first := release_of(opset, ir_version_of(opset))) > oldest:
+        raise InputError(f"min_ort is {config.min_ort}, but files for {config.target} have opset {opset}, which loads "
+                         f"in onnxruntime {first} and newer; give --min-ort {first}.")  # fmt: skip
+    widths = STORAGES[config.weight_storage] if config.weight_storage != "auto" else ()
+    for width in widths:
+        if (first := first_release(width, reads_floats=config.weight_only)) > oldest:
+            raise InputError(
+                f"weight_storage is {config.weight_storage!r}, but {width}-bit weights load in onnxruntime {first} and "
+                f"newer, and min_ort is {config.min_ort}; give --weight-storage auto, or --min-ort {first}."
+            )
 
 
 def _check_device(name: str) -> None:

@@ -210,6 +210,12 @@ def lint(
             help="Runtime that the file is meant for.  [default: what its metadata say, else ort-cpu]", metavar="NAME"
         ),
     ] = None,
+    min_ort: Annotated[
+        str | None,
+        typer.Option(
+            help="Oldest onnxruntime that has to load the file.  [default: the installed one]", metavar="VERSION"
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Find what the runtime refuses, computes wrongly or runs in float; the exit code is 1 if there is an error.
@@ -219,11 +225,13 @@ def lint(
     with _reported_errors(debug=debug):
         from calibrators.targets import get_target
         from runtime_tests.ort.lint import lint as findings_of
+        from runtime_tests.ort.versions import parse_version
 
+        oldest = None if min_ort is None else parse_version(min_ort)
         meant = None if target is None else get_target(target)
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
-        findings = findings_of(model, meant)
+        findings = findings_of(model, meant, min_ort=oldest)
         rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]
         _print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
         raise typer.Exit(any(finding.severity == "error" for finding in findings))

@@ -48,6 +48,9 @@ PROOF, RUNNING = "Proof and verdict", "Running"
 Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, cuda or cuda:N")]
 
 
+Release = Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?$"), expected("a release such as 1.19")]
+
+
 class _Calibration(Settings):
     """Target and method: a base class, so that they come first wherever settings are listed."""
 
@@ -66,6 +69,12 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "Type of the weights in the file: `int8`, or `int4` or `int2`, which the runtime unpacks for the same integer "
         "kernels when it loads the file; auto: int4 for weights that fit.",
         metavar="TYPE",
+    )
+    min_ort: Release | None = setting(
+        None,
+        "Oldest release of onnxruntime that has to load the file: forms of weights that it does not know are stored as "
+        "int8. The report states the oldest release in any case.",
+        metavar="VERSION",
     )
     prepare: Names = setting(
         (),

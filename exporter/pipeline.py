@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from calibrators.errors import ModelError
+from calibrators.errors import InputError, ModelError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
 from calibrators.program.freeze import CalibrationResult
@@ -26,7 +26,7 @@ from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
 from exporter.emission.build_model import emit_float, needed_opset, save, to_onnx
-from exporter.emission.packing import alternatives, pack
+from exporter.emission.packing import alternatives, pack, small
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, capture
 from exporter.frontend.load import input_names, load_model
@@ -46,6 +46,7 @@ from runtime_tests.measure.noise import Noise
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.ort.simplifier import Simplifier, simplify
+from runtime_tests.ort.versions import RELEASE_KEY, minimum_version, parse_version
 from runtime_tests.proof import Measurements, Proof
 from runtime_tests.runtimes import available_runtimes
 
@@ -208,8 +209,27 @@ class _Export:
         for name, other in alternatives(model, self.config.weight_storage).items():
             self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
             save(other, self.alternatives[name])
-        pack(model, self.config.weight_storage)
+        if self.config.weight_storage != "auto" and (names := small(model, self.config.weight_storage)):
+            self.warnings.append(
+                f"{len(names)} weights are stored as int8 although weight_storage is {self.config.weight_storage!r}, "
+                f"because the nodes that unpack them are larger than what packing saves: {', '.join(names)}"
+            )
+        pack(model, self.config.weight_storage, self.config.min_ort)
+        self._state_release(model)
         save(model, self.folder / "model.onnx")
+
+    def _state_release(self, model: ir.Model) -> None:
+        """Write the oldest onnxruntime that runs the file into its metadata.
+
+        raises: InputError if an older one was asked for.
+        """
+        need, asked = minimum_version(model), self.config.min_ort
+        if asked is not None and need.version > parse_version(asked):
+            raise InputError(
+                f"min_ort is {asked}, but {need.what} at {need.where} needs onnxruntime {need.version}; give --min-ort "
+                f"{need.version}, or choose settings without it."
+            )
+        model.metadata_props[RELEASE_KEY] = str(need.version)
 
     def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, Simplifier]:
         """Return the model after the guarded simplifier, and the simplifier's report."""

@@ -52,7 +52,7 @@ def calibrated(
             explain=config.explain,
             sensitivity=config.sensitivity,
             budgets=config.budget,
-            stored=partial(stored_bytes, storage=config.weight_storage),
+            stored=partial(stored_bytes, storage=config.weight_storage, min_ort=config.min_ort),
             stage=stage,
         )
 

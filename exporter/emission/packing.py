@@ -19,6 +19,7 @@ Must not know: programs, methods, how the bits were chosen: the codes alone say 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -28,10 +29,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibrators.grid.numerics import has_middle_diagonal, middle_diagonal
+from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.operands import consumers, operand
 from runtime_tests.ort.sessions import loads
+from runtime_tests.ort.versions import Version, first_version, parse_version
 
-__all__ = ["STORAGES", "alternatives", "pack", "refused_opset", "set_opset", "stored_bytes"]
+__all__ = [
+    "STORAGES",
+    "alternatives",
+    "first_release",
+    "ir_version_of",
+    "pack",
+    "refused_opset",
+    "set_opset",
+    "small",
+    "stored_bytes",
+]
 
 Array = NDArray[Any]
 
@@ -102,6 +115,10 @@ class _Weight:
             taps[middle_diagonal(self.array.shape)] = True
             yield replace(self, taps=taps)
 
+    def widths(self, storage: str, min_ort: str | None) -> tuple[int, ...]:
+        """Return the widths of a storage whose packed form the oldest onnxruntime runs."""
+        return _widths_in(storage, min_ort, reads_floats=self.reads_floats)
+
     def saving(self, widths: tuple[int, ...]) -> int:
         """Return the bytes that packing saves, 0 if the codes do not fit."""
         width = self.width(widths)
@@ -132,12 +149,14 @@ class _Weight:
         return fit and self.array.shape[1] % WHOLE_BYTES[width] == 0
 
 
-def pack(model: ir.Model, storage: str) -> dict[str, int]:
+def pack(model: ir.Model, storage: str, min_ort: str | None = None) -> dict[str, int]:
     """Pack the weights of `model` as STORAGES[storage] says and return the bits of each, by the name of its codes.
 
     The opset of the model is raised to the first that has their types.
+
+    min_ort: release of onnxruntime that has to load the file: weights whose packed form it does not run stay int8.
     """
-    packable = _packable(model.graph, storage)
+    packable = _packable(model.graph, storage, min_ort)
     for weight, width in packable:
         (_retype if weight.reads_floats else _pack)(model.graph, weight, width)
     set_opset(model, max([model.opset_imports[""], *(SINCE[width] for _, width in packable)]))
@@ -161,29 +180,53 @@ def alternatives(model: ir.Model, storage: str) -> dict[str, ir.Model]:
     return others
 
 
+def small(model: ir.Model, storage: str) -> list[str]:
+    """Return the names of weights that fit into a width of the storage, but are smaller as int8."""
+    widths = STORAGES[storage]
+    return [str(w.codes.name) for w in _weights(model.graph) if w.width(widths) is not None and w.saving(widths) <= 0]
+
+
+def first_release(width: int, *, reads_floats: bool = False) -> Version:
+    """Return the first release of onnxruntime that runs weights packed to `width` bits.
+
+    reads_floats: a float kernel reads them; for integer kernels they are unpacked by a Cast.
+    """
+    return first_version(DEQUANTIZE if reads_floats else "Cast", TYPES[width], SINCE[width])
+
+
+def _widths_in(storage: str, min_ort: str | None, *, reads_floats: bool = False) -> tuple[int, ...]:
+    oldest = None if min_ort is None else parse_version(min_ort)
+    return tuple(
+        width
+        for width in STORAGES[storage]
+        if oldest is None or first_release(width, reads_floats=reads_floats) <= oldest
+    )
+
+
 def refused_opset(storage: str) -> int | None:
     """Return the opset that `storage` needs if the installed onnxruntime does not load it, else None."""
     opsets = [SINCE[width] for width in STORAGES[storage]]
-    return next((opset for opset in opsets if not loads(opset=opset, ir_version=_ir_version(opset))), None)
+    return next((opset for opset in opsets if not loads(opset=opset, ir_version=ir_version_of(opset))), None)
 
 
 def set_opset(model: ir.Model, opset: int) -> None:
     """Set the opset of the model, and the IR version that goes with it."""
     model.opset_imports[""] = opset
-    model.ir_version = _ir_version(opset)
+    model.ir_version = ir_version_of(opset)
 
 
-def stored_bytes(size: int, bits: int, taps: int, storage: str) -> int:
+def stored_bytes(size: int, bits: int, taps: int, storage: str, min_ort: str | None = None) -> int:
     """Return the bytes in the file of a weight of `size` codes of `bits` bits that an integer kernel reads.
 
     taps: number of wide taps among the codes.
     """
-    width = next((width for width in STORAGES[storage] if bits <= width), 8)
+    width = next((width for width in _widths_in(storage, min_ort) if bits <= width), 8)
     saving = _saving(size, width)
     return size - saving + TAP_BYTES * taps if saving > _overhead(taps) else size
 
 
-def _ir_version(opset: int) -> int:
+def ir_version_of(opset: int) -> int:
+    """Return the IR version of files of an opset."""
     return max(version for first, version in IR_VERSIONS.items() if first <= opset)
 
 
@@ -197,11 +240,15 @@ def _saving(size: int, width: int) -> int:
     return size * (8 - width) // 8
 
 
-def _packable(graph: ir.Graph, storage: str) -> list[tuple[_Weight, int]]:
+def _packable(graph: ir.Graph, storage: str, min_ort: str | None = None) -> list[tuple[_Weight, int]]:
     """Return the weights that are worth packing, with the bits they are packed to."""
-    widths = STORAGES[storage]
-    best = (max(weight.variants(), key=lambda variant: variant.saving(widths)) for weight in _weights(graph))
-    return [(weight, weight.width(widths) or 8) for weight in best if weight.saving(widths) > 0]
+    found = []
+    for weight in _weights(graph):
+        widths = weight.widths(storage, min_ort)
+        saving, best = max(((each.saving(widths), each) for each in weight.variants()), key=operator.itemgetter(0))
+        if saving > 0:
+            found.append((best, best.width(widths) or 8))
+    return found
 
 
 def _widths(packable: list[tuple[_Weight, int]]) -> dict[str, int]:

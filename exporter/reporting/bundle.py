@@ -221,6 +221,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "libraries": {name: environment[name] for name in _LIBRARIES if name in environment},
         "target": report["target"],
         "method": report["method"],
+        "min_onnxruntime": report.get("emission", {}).get("min_onnxruntime"),
         "seed": config.get("seed"),
         "config": dict(config),
         "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),

@@ -20,6 +20,7 @@ from torch import fx
 
 from runtime_tests.measure.latency import Timings
 from runtime_tests.ort.saturation import this_cpu
+from runtime_tests.ort.versions import minimum_version
 
 __all__ = [
     "Alternative",
@@ -58,11 +59,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Emission:
-    """The file as written; nodes: their number by operator."""
+    """The file as written.
+
+    nodes:           their number by operator.
+    min_onnxruntime: the oldest release of onnxruntime that runs it, because of `needs`.
+    """
 
     opset: int
     ir_version: int
     nodes: dict[str, int]
+    min_onnxruntime: str | None = None
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,9 @@ def model_of(source: str, graph: fx.GraphModule, model: ir.Model) -> Model:
 
 
 def emission_of(model: ir.Model) -> Emission:
-    """Describe a file: opset, IR version, operators."""
-    nodes = dict(Counter(node.op_type for node in model.graph))
-    return Emission(model.opset_imports.get("", 0), model.ir_version, nodes)
+    """Describe a file: opset, IR version, operators, the oldest onnxruntime that runs it."""
+    nodes, need = dict(Counter(node.op_type for node in model.graph)), minimum_version(model)
+    return Emission(model.opset_imports.get("", 0), model.ir_version, nodes, str(need.version), need.what)
 
 
 def storage_of(storage: str, alternatives: Mapping[str, Path], timings: Timings | None) -> Storage:

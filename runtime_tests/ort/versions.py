@@ -18,9 +18,21 @@ import onnxruntime as ort
 from calibrators.errors import InputError
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.operands import flag, stated_type, where
-from runtime_tests.ort.sessions import Model, Source
 
-__all__ = ["Need", "Version", "first_version", "installed", "minimum_version", "needs", "parse_version"]
+__all__ = [
+    "RELEASE_KEY",
+    "Need",
+    "Version",
+    "first_version",
+    "installed",
+    "minimum_version",
+    "needs",
+    "parse_version",
+    "release_of",
+]
+
+RELEASE_KEY = "intact.min_onnxruntime"
+"""Metadata key of the oldest release that runs a file."""
 
 OLDEST = "1.16"
 
@@ -100,29 +112,32 @@ def installed() -> Version:
     return parse_version(ort.__version__)
 
 
-def minimum_version(model: Source) -> Need:
+def minimum_version(model: ir.Model) -> Need:
     """Return what needs the latest release in a file; its version is the oldest onnxruntime that runs the file."""
     return max(needs(model), key=lambda need: need.version)
 
 
-def needs(model: Source) -> Iterator[Need]:
+def needs(model: ir.Model) -> Iterator[Need]:
     """Yield what opset, IR version and every listed form of a file need."""
-    model = Model.of(model)
-    opset = next((entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    opset = model.opset_imports.get("", 1)
     yield Need(_release(OPSETS, opset), "opset", f"opset {opset}")
-    ir_version = model.proto.ir_version
-    yield Need(_release(IR_VERSIONS, ir_version), "ir_version", f"IR version {ir_version}")
-    for graph in model.graph_model.graphs():
+    yield Need(_release(IR_VERSIONS, model.ir_version), "ir_version", f"IR version {model.ir_version}")
+    for graph in model.graphs():
         for node in graph:
             for form in FORMS:
                 if form.op == node.op_type and not node.domain and _has(node, form, opset):
                     dtype = stated_type(node.inputs[0])
-                    kind = "blocks of" if form.blocks else f"{dtype} in" if form.types else f"opset {opset} for"
-                    yield Need(parse_version(form.release), where(node), f"{kind} {node.op_type}")
+                    form_of = "with blocks" if form.blocks else f"of {dtype}" if form.types else f"of opset {opset}"
+                    yield Need(parse_version(form.release), where(node), f"{node.op_type} {form_of}")
+
+
+def release_of(opset: int, ir_version: int) -> Version:
+    """Return the first release that loads files of this opset and IR version."""
+    return max(_release(OPSETS, opset), _release(IR_VERSIONS, ir_version))
 
 
 def first_version(op: str, dtype: ir.DataType, opset: int) -> Version:
-    """Return the first release that runs an operator on a type in a file of this opset."""
+    """Return the first release that runs an operator on a type, in a file of this opset."""
     forms = (form for form in FORMS if form.op == op and opset >= form.opset and not form.blocks)
     releases = [parse_version(form.release) for form in forms if not form.types or dtype in form.types]
     return max([_release(OPSETS, opset), *releases])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from calibrators.errors import DataError, InputError, ModelError
 from exporter import pipeline
+from exporter.emission import packing
 from exporter.pipeline import export
 from exporter.reporting.bundle import read_golden, verify_manifest
 from exporter.verify import verify
@@ -85,6 +86,37 @@ def test_same_input_same_bytes(bundle: Path, tmp_path: Path) -> None:
     run("pooled", tmp_path / "again")
     for file in ("model.onnx", "golden/reference.pt2", "golden/test_data_set_0/output_0.pb"):
         assert (bundle / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_the_oldest_release_is_stated_everywhere(bundle: Path) -> None:
+    report, manifest = (json.loads((bundle / name).read_text()) for name in ("report.json", "manifest.json"))
+    metadata = {entry.key: entry.value for entry in onnx.load(bundle / "model.onnx").metadata_props}
+    assert metadata["intact.min_onnxruntime"] == manifest["min_onnxruntime"] == "1.18"
+    assert report["emission"]["min_onnxruntime"] == "1.18"
+    assert "1.18 or newer" in (bundle / "report.html").read_text()
+
+
+def test_four_bits_load_where_they_have_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "OVERHEAD", 0)
+    settings: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "latency_runs": 0, "first_last_bits": None}
+    for release, stated in ((None, "1.23"), ("1.19", "1.18")):
+        report = run("mlp", tmp_path / stated, min_ort=release, **settings)
+        assert report["verdict"] == "pass"
+        assert report["emission"]["min_onnxruntime"] == stated
+    codes = [read_golden(tmp_path / stated)[1] for stated in ("1.23", "1.18")]
+    assert all(np.array_equal(a, b) for a, b in zip(*(each.values() for each in codes), strict=True))
+
+
+def test_a_release_that_the_file_cannot_have_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"weight_only": True, "block_size": 16, "min_ort": "1.18"}
+    with pytest.raises(InputError, match=r"DequantizeLinear with blocks at .* needs onnxruntime 1\.19"):
+        run("transformer", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_stay_int8_against_the_request_are_named(tmp_path: Path) -> None:
+    report = run("mlp", tmp_path / "out", weight_bits=4, weight_storage="int4", latency_runs=0)
+    assert any("weights are stored as int8 although weight_storage is 'int4'" in text for text in report["warnings"])
 
 
 def test_verify_proves_again(bundle: Path) -> None:

@@ -12,10 +12,10 @@ from exporter.emission.build_model import needed_opset, to_onnx
 from exporter.emission.packing import pack
 
 
-def stored(result: CalibrationResult, storage: str = "auto") -> onnx.ModelProto:
+def stored(result: CalibrationResult, storage: str = "auto", min_ort: str | None = None) -> onnx.ModelProto:
     """Return the model with its weights in a storage; the slow translation to ONNX is done once for all storages."""
     model = ir.from_proto(_unpacked(result))
-    pack(model, storage)
+    pack(model, storage, min_ort)
     return ir.to_proto(model)
 
 

@@ -133,7 +133,7 @@ def _stored_data(case: Case) -> Hits:
 
 
 def _refused_versions(case: Case) -> Hits:
-    for need in needs(case.model):
+    for need in needs(case.graphs):
         if need.version > case.min_ort:
             yield (
                 need.where,

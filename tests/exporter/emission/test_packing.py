@@ -25,11 +25,12 @@ from exporter.checks import check_settings
 from exporter.config import make_config
 from exporter.emission import packing
 from exporter.emission.build_model import emit, to_onnx
-from exporter.emission.packing import STORAGES, alternatives, pack
+from exporter.emission.packing import STORAGES, alternatives, pack, small
 from exporter.frontend.capture import capture
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.sessions import loads, session
+from runtime_tests.ort.versions import minimum_version
 from runtime_tests.proof import parity
 from tests.support.onnx_models import optimized_model
 from tests.support.stored import stored
@@ -136,6 +137,37 @@ def test_the_opset_is_the_first_that_has_what_was_packed() -> None:
     assert opset(two, "int2") == (25, 13)
 
 
+@pytest.mark.parametrize(
+    ("min_ort", "storage", "release", "type_"),
+    [
+        (None, "auto", "1.23", "INT4"),
+        ("1.23", "auto", "1.23", "INT4"),
+        ("1.22.1", "auto", "1.18", "INT8"),
+        (None, "int2", "1.24", "INT2"),
+        ("1.23", "int2", "1.23", "INT4"),
+        ("1.19", "int2", "1.18", "INT8"),
+    ],
+)
+def test_storage_follows_the_oldest_release(min_ort: str | None, storage: str, release: str, type_: str) -> None:
+    result, x = calibrated("conv", 2, "channel")
+    model = stored(result, storage, min_ort)
+    assert str(minimum_version(ir.from_proto(model)).version) == release
+    assert types(model) & {"INT2", "INT4"} == {type_} - {"INT8"}
+    assert parity(model, result.program, [(x,)], optimized=True).mismatched == 0
+
+
+def test_bytes_in_the_file_follow_the_oldest_release() -> None:
+    assert packing.stored_bytes(10**5, 4, 0, "auto", "1.23") == packing.stored_bytes(10**5, 4, 0, "auto")
+    assert packing.stored_bytes(10**5, 4, 0, "auto", "1.22") == 10**5
+
+
+def test_small_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = to_onnx(calibrated("conv", 4, "channel")[0].program, opset=20)
+    assert small(model, "int4") == []
+    monkeypatch.setattr(packing, "OVERHEAD", 1024)
+    assert small(model, "int4") == ["0.weight_quantized"]
+
+
 def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "OVERHEAD", 1024)
     result, _ = calibrated("conv", 4, "channel")
@@ -183,6 +215,25 @@ class TestSettings:
         monkeypatch.setattr(packing, "loads", lambda **_: False)
         with pytest.raises(InputError, match="opset 25, but the installed onnxruntime does not load"):
             check_settings(make_config({"weight_storage": "int2", "weight_bits": 2}))
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"min_ort": "1.17"}, "opset 20, which loads in onnxruntime 1.18 and newer"),
+            ({"min_ort": "1.22", "weight_storage": "int4", "weight_bits": 4}, "4-bit weights load in onnxruntime 1.23"),
+            ({"min_ort": "1.23", "weight_storage": "int2", "weight_bits": 2}, "2-bit weights load in onnxruntime 1.24"),
+            ({"min_ort": "new"}, "min_ort = 'new' should be a release such as 1.19"),
+        ],
+    )
+    def test_a_release_that_is_too_old_for_the_request(self, settings: dict[str, Any], words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            check_settings(make_config(settings))
+
+    def test_a_release_that_is_new_enough(self) -> None:
+        for storage, release in (("auto", "1.18"), ("int8", "1.19.2"), ("int4", "1.23"), ("int2", "1.24")):
+            check_settings(make_config({"min_ort": release, "weight_storage": storage, "weight_bits": 2}))
+        weight_only = {"weight_only": True, "weight_bits": 4, "weight_storage": "int4", "min_ort": "1.19"}
+        check_settings(make_config(weight_only))
 
     def test_unknown(self) -> None:
         with pytest.raises(InputError, match="weight_storage = 'int3'"):
