@@ -10,6 +10,7 @@ Must not know: what the components are for.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ class DebianPackages(Component):
         for part in ("lists/partial", "cache/archives/partial"):
             (scratch / part).mkdir(parents=True)
         (scratch / "status").touch()
-        (scratch / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_mirror()} {self.suite} main\n")
+        (scratch / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_archive(scratch)} {self.suite} main\n")
         settings = {
             "APT::Architecture": self.architecture,
             "APT::Architectures": self.architecture,
@@ -157,12 +158,14 @@ class DebianPackages(Component):
         return {"APT_CONFIG": str(config)}
 
 
-def _mirror() -> str:
-    """Return the address of the Debian archive that this system uses."""
-    lines = run_tool(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], "apt").split()
-    if not lines:
+def _archive(scratch: Path) -> str:
+    """Return the address of the Debian archive that this system uses, whether it has fetched lists or not."""
+    lists = f"Dir::State::Lists={scratch / 'lists'}"  # the system's own are locked by root
+    found = re.findall(r"'(\S+)/dists/\S+'", run_tool(["apt-get", "-o", lists, "--print-uris", "update"], "apt"))
+    archives = [address for address in found if not address.endswith("-security")]
+    if not archives:
         raise InputError("apt has no Debian archive here; add one to /etc/apt/sources.list.d.")
-    return lines[0]
+    return archives[0]
 
 
 def run_tool(
@@ -187,6 +190,6 @@ def run_tool(
             for line in error.stderr.splitlines()
             if line.lower().startswith(("e:", "error", "npm err", "npm error"))
         ]
-        reason = found[0] if found else first_line(Exception(error.stderr))
+        reason = "; ".join(found[:2]) or first_line(Exception(error.stderr))
         raise InputError(f"{what}: {reason[:300]}") from error
     return done.stdout
