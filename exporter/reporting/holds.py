@@ -44,4 +44,4 @@ def found_on(entry: ProvedOn) -> str:
 
 
 def _name(entry: ProvedOn) -> str:
-    return f"{entry.runtime.partition('==')[0]} {entry.version} ({entry.processor})"
+    return f"{entry.runtime.removesuffix(f'=={entry.version}')} {entry.version} ({entry.processor})"

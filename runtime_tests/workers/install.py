@@ -161,7 +161,9 @@ class DebianPackages(Component):
 def _archive(scratch: Path) -> str:
     """Return the address of the Debian archive that this system uses, whether it has fetched lists or not."""
     lists = f"Dir::State::Lists={scratch / 'lists'}"  # the system's own are locked by root
-    found = re.findall(r"'(\S+)/dists/\S+'", run_tool(["apt-get", "-o", lists, "--print-uris", "update"], "apt"))
+    found: list[str] = re.findall(
+        r"'(\S+)/dists/\S+'", run_tool(["apt-get", "-o", lists, "--print-uris", "update"], "apt")
+    )
     archives = [address for address in found if not address.endswith("-security")]
     if not archives:
         raise InputError("apt has no Debian archive here; add one to /etc/apt/sources.list.d.")
