@@ -29,10 +29,11 @@ from calibrators.record import MovedScale, Settled, Ties
 __all__ = ["settle"]
 
 LARGEST_MOVE = 2**12
-"""Units in the last place by which a scale may move: at most 5e-4 of the scale, 0.06 steps at the end of 8 bits.
+"""Units in the last place by which a scale may move: at most 5e-4 of the scale, 0.12 steps at the end of 8 bits.
 Grids with powers of two need up to 2**11 on ties alone, other grids a few."""
 
-MOVES = [0, *(s * n for n in (*range(1, 9), *(2**k for k in range(4, 13))) for s in (1, -1) if n <= LARGEST_MOVE)]
+SIZES = [*range(1, 9), *(2**k for k in range(4, LARGEST_MOVE.bit_length()))]
+MOVES = [0, *(sign * size for size in SIZES for sign in (1, -1))]
 """Moves to try, in order."""
 
 
@@ -61,25 +62,26 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
         found = differing(kernel.name, grids[:-1], grids[-1], families, broadcast=kernel.broadcast)
         return Ties(kernel.output.name, kernel.name, int(found.sum()), found.size) if found.any() else None
 
-    def left(owner: str, move: int) -> list[Ties]:
+    def ties_after(owner: str, move: int) -> list[Ties]:
+        """Move a scale and return what still differs of the kernels that it decides."""
         settled[owner] = _moved(activations[owner], move)
         return [tie for kernel in owned[owner] if (tie := ties(kernel)) is not None]
 
-    moved, remaining = [], []
+    moved, left = [], []
     for owner in owned:
         fixed = placement.by_name[owner].fixed is not None
-        best = _best(partial(left, owner), MOVES[:1] if fixed else MOVES)
-        remaining += left(owner, best)
+        best = _best(partial(ties_after, owner), MOVES[:1] if fixed else MOVES)
+        left += ties_after(owner, best)
         moved += [MovedScale(owner, best)] * bool(best)
     kernels = sum(map(len, owned.values()))
-    return settled, Settled(placement.target.exact_on, kernels, tuple(moved), tuple(remaining))
+    return settled, Settled(placement.target.exact_on, kernels, tuple(moved), tuple(left))
 
 
-def _best(left: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> int:
+def _best(ties_after: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> int:
     """Return the first move that leaves no ties, else the first of those that leave the fewest."""
     best, fewest = 0, math.inf
     for move in moves:
-        count = sum(tie.differing for tie in left(move))
+        count = sum(tie.differing for tie in ties_after(move))
         if count < fewest:
             best, fewest = move, count
         if not count:
