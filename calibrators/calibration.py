@@ -20,7 +20,7 @@ from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.metrics import decibels, energy
 from calibrators.grid.numerics import fake_quant
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed_precision.budgets import Budget

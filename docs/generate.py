@@ -22,6 +22,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 import typer  # noqa: E402
 
+from calibrators.grid.processors import PROCESSORS  # noqa: E402
 from calibrators.methods import get_method, list_methods, range_method  # noqa: E402
 from calibrators.mixed_precision.budgets import QUANTITIES  # noqa: E402
 from calibrators.targets import list_targets  # noqa: E402
@@ -150,6 +151,7 @@ def targets() -> str:
             ("integer kernel, may write floats", target.weighted_to_float),
             ("float kernel on quantized weights (weight-only)", target.weight_only),
             ("integer kernel where all inputs and the output are quantized", target.integer_ops),
+            ("integer kernel where codes stand around it anyway, else float", target.fused_ops),
             ("moves codes; input and output share one scale", target.same_scale_ops),
             ("moves codes where the file applies it to the codes", target.on_codes_ops),
         ]
@@ -161,10 +163,22 @@ def targets() -> str:
             ("activations", _grid(target.activation)),
             ("activations of 16 bits", f"{_grid(target.wide_activation)}; float kernels"),
             ("weights", _grid(target.weight)),
-            ("ONNX opset", str(target.opset)),
+            ("biases", f"{_grid(target.bias)}; scale: that of the input times that of the weight"),
+        ]
+        facts = [
+            ("runtime", f"{target.runtime} {target.min_version} or newer"),
+            ("exact on", "; ".join(PROCESSORS[name].summary for name in target.exact_on)),
+            ("ONNX opset", f"{target.opsets[0]}, where a file needs more, up to {target.opsets[1]}"),
+            ("batch", "1" if target.static_shapes else "free where the model allows it"),
+            ("rules of `intact lint` left out", ", ".join(sorted(target.ignored_rules)) or "none"),
         ]
         sections += [f"## `{target.name}`", target.summary, labelled(inspect.getdoc(module) or "").partition("\n\n")[2]]
-        sections += [table(("", "grid"), grids), "### Operators", table(("how it runs", "ATen operators"), rows)]
+        sections += [
+            table(("", ""), facts),
+            table(("", "grid"), grids),
+            "### Operators",
+            table(("how it runs", "ATen operators"), rows),
+        ]
     return "\n\n".join(sections)
 
 

@@ -301,8 +301,10 @@ def targets(debug: Debug = False) -> None:
     with _reported_errors(debug=debug):
         from calibrators.targets import list_targets
 
-        rows = [(t.name, _grid(t.activation), _grid(t.weight), str(t.opset), t.summary) for t in list_targets()]
-        _print_table(("target", "activations", "weights", "opset", "description"), rows, title="Targets")
+        rows = [
+            (t.name, _grid(t.activation), _grid(t.weight), ", ".join(t.exact_on), t.summary) for t in list_targets()
+        ]
+        _print_table(("target", "activations", "weights", "exact on", "description"), rows, title="Targets")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from calibrators.errors import InputError, ModelError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
 from calibrators.program.freeze import CalibrationResult
+from calibrators.targets import get_target
 from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
@@ -117,6 +118,7 @@ class _Export:
 
     def __init__(self, config: ExportConfig, progress: Progress, source: str, folder: Path) -> None:
         self.config, self.progress, self.source, self.folder = config, progress, source, folder
+        self.target = get_target(config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
         self.times = dict.fromkeys(STEPS, 0.0)
@@ -142,7 +144,7 @@ class _Export:
         if isinstance(model, nn.Module):
             check_takes_integers(model, example, calibration.label)
         with self._step("capture"):
-            graph = capture(model, example.inputs)
+            graph = capture(model, example.inputs, free_batch=not self.target.static_shapes)
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation) if evaluation else None
         if held_out is not None:

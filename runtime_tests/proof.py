@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from runtime_tests.measure.accuracy import RunningAccuracy
 from runtime_tests.measure.noise import Noise
+from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import Comparison, probes_of, weight_agreements
 from runtime_tests.parity.elsewhere import Elsewhere, proved_on
@@ -70,7 +71,7 @@ class Measurements:
 
 
 class Proof:
-    """The proof of one file against its program.
+    """The proof of one file against its program, for the target that its metadata name, else the default.
 
     levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
     runtimes: further runtimes in which the file is compared. One that refuses the file is a result, not an error.
@@ -90,6 +91,7 @@ class Proof:
         measured: Measurements | None = None,
     ) -> None:
         self.model, self.program, self.threads = Model.of(model), program, threads
+        self.target = target_of(self.model)
         self.measured = measured or Measurements()
         self.samples = 0
         self.golden: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -101,11 +103,11 @@ class Proof:
 
     @cached_property
     def _kernels(self) -> KernelPlan:
-        return plan(self.program)
+        return plan(self.program, self.target)
 
     @cached_property
     def _literal(self) -> KernelPlan:
-        return plan(self.program, integer=False)
+        return plan(self.program, self.target, integer=False)
 
     @cached_property
     def _deployed(self) -> OnnxRuntimeSession:

@@ -5,18 +5,14 @@ Must not know: graphs, ONNX, runtimes, methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
-
-from calibrators.graph.operators import Operators
-from calibrators.grid.processors import PROCESSORS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["QParams", "QuantSpec", "QuantizedTensor", "Site", "Target"]
+__all__ = ["QParams", "QuantSpec", "QuantizedTensor", "Site"]
 
 
 @dataclass(frozen=True)
@@ -94,49 +90,6 @@ class QuantizedTensor:
 
     codes: Tensor
     qparams: QParams
-
-
-@dataclass(frozen=True)
-class Target:
-    """The grids that one integer runtime can represent, and the operators that it runs on integers. Data only.
-
-    wide_activation:   16-bit grid for activations of single layers; operators that write or read it compute in float.
-    weighted_to_codes: operators with a constant weight whose integer kernel writes codes (their output is quantized).
-    weighted_to_float: operators with a constant weight whose integer kernel may write floats.
-    weight_only:       operators with a kernel that reads codes of the weight alone, and computes in float.
-    integer_ops:       operators with an integer kernel if every input and the output are quantized.
-    same_scale_ops:    operators that move codes around unchanged: output and input share scale and zero point.
-    on_codes_ops:      operators that move codes likewise, but only if the file applies them to the codes themselves.
-    fixed_outputs:     operators whose output range is known, by name: (scale, zero_point).
-    opset:             ONNX opset of the emitted file.
-    exact_on:          families of processors (calibrators.grid.processors) on which its files give the same integers.
-    ignored_rules:     rules of the linter that do not concern it.
-    """
-
-    name: str
-    summary: str
-    activation: QuantSpec
-    wide_activation: QuantSpec
-    weight: QuantSpec
-    weighted_to_codes: Operators
-    weighted_to_float: Operators
-    weight_only: Operators
-    integer_ops: Operators
-    same_scale_ops: Operators
-    on_codes_ops: Operators
-    fixed_outputs: Mapping[str, tuple[float, int]]
-    opset: int
-    exact_on: tuple[str, ...]
-    ignored_rules: frozenset[str] = frozenset()
-
-    @property
-    def weighted(self) -> Operators:
-        return self.weighted_to_codes | self.weighted_to_float
-
-    @property
-    def pair_sum(self) -> int | None:
-        """Largest magnitude of the sum of two products that all its processors hold; None where they hold every sum."""
-        return min((held for name in self.exact_on if (held := PROCESSORS[name].pair_sum) is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from calibrators.graph.aten import bind, is_constant, shape_of
+from calibrators.graph.aten import bind, is_constant
 from calibrators.graph.canonical import clip_bounds
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
+from calibrators.placement.kernel_forms import is_float, missing_form
 
-__all__ = ["Placer", "is_float"]
+__all__ = ["Placer"]
 
 aten = torch.ops.aten
 
@@ -51,8 +52,7 @@ class Placer:
     def _is_integer_op(self, node: fx.Node) -> bool:
         if node.target not in self.target.integer_ops or node.name not in self.selected or not is_float(node):
             return False
-        check = _FORM_OF_INTEGER_OP.get(node.target)  # type: ignore[call-overload]
-        return all(not is_constant(x) for x in _inputs(node)) and (check is None or check(node))
+        return all(not is_constant(x) for x in _inputs(node)) and missing_form(node, self.target) is None
 
     def _moves_codes(self, node: fx.Node) -> bool:
         """Return whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
@@ -109,39 +109,12 @@ class Placer:
         return self.is_quantized[node] and self.available[node]
 
 
-def is_float(node: fx.Node) -> bool:
-    """Return whether a value is a float32 tensor."""
-    meta = node.meta.get("tensor_meta")
-    return getattr(meta, "dtype", None) == torch.float32
-
-
 def _inputs(node: fx.Node) -> list[object]:
     """Return the tensor operands of a weightless operator, constants and numbers included."""
     first = node.args[0]
     if isinstance(first, (list, tuple)):
         return list(first)
     return list(node.args[:2]) if node.target in (aten.add.Tensor, aten.mul.Tensor) else [first]
-
-
-def _is_plain_sum(node: fx.Node) -> bool:
-    return bind(node).get("alpha", 1) == 1 and all(isinstance(x, fx.Node) and is_float(x) for x in node.args[:2])
-
-
-def _is_global_pool(node: fx.Node) -> bool:
-    return list(bind(node)["output_size"]) == [1, 1] and len(shape_of(node)) == 4
-
-
-def _is_plain_average(node: fx.Node) -> bool:
-    bound = bind(node)
-    return not bound["ceil_mode"] and bound["divisor_override"] is None and len(shape_of(node)) == 4
-
-
-_FORM_OF_INTEGER_OP = {
-    aten.add.Tensor: _is_plain_sum,
-    aten.mul.Tensor: _is_plain_sum,
-    aten.adaptive_avg_pool2d.default: _is_global_pool,
-    aten.avg_pool2d.default: _is_plain_average,
-}
 
 
 def _pads_with_zeros(node: fx.Node) -> bool:

@@ -28,8 +28,10 @@ from torch import Tensor, fx
 from calibrators.errors import InputError
 from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
 from calibrators.grid.limits import Limits, pairings
-from calibrators.grid.spec import Site, Target
-from calibrators.placement.integer_values import Placer, is_float
+from calibrators.grid.spec import Site
+from calibrators.grid.target import Target
+from calibrators.placement.integer_values import Placer
+from calibrators.placement.kernel_forms import is_float
 from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
 from calibrators.placement.placement_options import PlacementOptions
 from calibrators.placement.sites import Sites, rescales

@@ -59,8 +59,8 @@ class Sites:
         return Site(label, "weight", name, users, self._weight_spec(nodes), method=method, weight_only=weight_only)
 
     def _bias(self, node: fx.Node) -> Site:
-        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True)
-        return Site(self._name(node, "bias"), "bias", bind(node)["bias"].name, (node.name,), spec)
+        name = bind(node)["bias"].name
+        return Site(self._name(node, "bias"), "bias", name, (node.name,), self.placer.target.bias)
 
     def _name(self, node: fx.Node, what: str) -> str:
         """Return `module.path.what`, followed by a number if that is taken."""

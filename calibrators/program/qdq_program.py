@@ -151,13 +151,13 @@ class _Builder:
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
         """Return what the quantizer reads.
 
-        That is the ReLU or clip itself if saturation at the ends of the container equals it, since the runtime removes
-        it then, or if it runs in float anyway; else its input, because the integer bounds do its work.
+        That is the ReLU or clip itself if the runtime removes it, because saturation at the ends of the container
+        equals it, or if it runs in float anyway; else its input, because the integer bounds do its work.
         """
         container = torch.iinfo(site.spec.dtype)
-        lo, hi = code_bounds(site, qparams)
-        saturates = site.spec.is_wide or (lo, hi) == (container.min, container.max)
-        if saturates or len(readers) != len(node.users):
+        saturates = code_bounds(site, qparams) == (container.min, container.max)
+        is_dropped = saturates and self.placement.target.drops_clips
+        if site.spec.is_wide or is_dropped or len(readers) != len(node.users):
             return node
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -186,11 +186,11 @@ class _Builder:
                 value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
             value.meta = origin(user)
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
-            if site.weight_only and bind(user)["bias"] is None:
+            if site.weight_only and self.placement.target.weight_only_bias and bind(user)["bias"] is None:
                 self._add_zero_bias(user, site, len(codes))
 
     def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
-        """Add a bias of zeros, since runtimes do not fuse a quantizer or ReLU directly after a product."""
+        """Add a bias of zeros, for runtimes that do not fuse a quantizer or ReLU directly after a product."""
         name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
         with self.graph.inserting_before(user):
             replace_args(user, bias=self.graph.get_attr(name))
@@ -198,8 +198,8 @@ class _Builder:
     def _shield(self, node: fx.Node) -> None:
         """Shield an operator that stays in float, or of which only the weight is quantized, from codes before it.
 
-        onnxruntime quantizes float weights by itself when codes stand directly before and after the operator; a clip
-        at the bounds of the grid changes no value and hides the codes from it.
+        Runtimes may quantize float weights by themselves where codes stand directly before and after the operator; a
+        clip at the bounds of the grid changes no value and hides the codes from them.
         """
         weight, source = bind(node)["weight"], node.args[0]
         coded = source
@@ -218,7 +218,7 @@ class _Builder:
         node.replace_input_with(source, clipped)
 
     def finish(self) -> fx.GraphModule:
-        for node in list(self.graph.nodes):
+        for node in list(self.graph.nodes) if self.placement.target.shields_floats else ():
             if node.target in WEIGHTED:
                 self._shield(node)
         self.graph.eliminate_dead_code()

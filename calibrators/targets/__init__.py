@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from calibrators.errors import UnknownNameError
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 
 __all__ = ["DEFAULT_TARGET", "get_target", "list_targets"]
 

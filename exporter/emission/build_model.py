@@ -62,11 +62,20 @@ def emit(
 
 
 def needed_opset(result: CalibrationResult) -> int:
-    """Return the target's opset, or the first one that has what 16-bit activations and blocks need."""
-    specs = [site.spec for site in result.placement.sites]
+    """Return the target's opset, or the first one that has what 16-bit activations and blocks need.
+
+    raises: ExportError if the target does not read that opset.
+    """
+    target, specs = result.placement.target, [site.spec for site in result.placement.sites]
     wide = [WIDE_OPSET for spec in specs if spec.is_wide]
     blocks = [BLOCK_OPSET for spec in specs if spec.block_size is not None]
-    return max([result.placement.target.opset, *wide, *blocks])
+    opset, highest = max([target.opsets[0], *wide, *blocks]), target.opsets[1]
+    if opset > highest:
+        raise ExportError(
+            f"16-bit activations and scales per block need opset {opset}, but target {target.name!r} reads at most "
+            f"{highest}; give other settings or another target"
+        )
+    return opset
 
 
 def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:

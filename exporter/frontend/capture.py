@@ -31,22 +31,28 @@ SAME, SAME_IN_HALF = 1e-3, 5e-2
 """Largest legal difference of outputs between a model, its program and the captured graph, relative to the outputs."""
 
 
-def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -> fx.GraphModule:
+def capture(
+    model: nn.Module | torch.export.ExportedProgram, example: Example, *, free_batch: bool = True
+) -> fx.GraphModule:
     """Return the flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
 
     model:   a module, or a program made by torch.export (a .pt2 file).
     example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do.
+    free_batch: whether the batch may be free; if not, it is 1, or what a program declares.
     returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
              meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured).
-    raises:  ModelError naming the module and the line that cannot be captured.
+    raises:  ModelError naming the module and the line that cannot be captured, or for a program whose batch is free
+             although it must not be.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if isinstance(model, torch.export.ExportedProgram):
         notes: list[str] = []
         program, dynamic = model, _has_free_batch(model)
+        if dynamic and not free_batch:
+            raise ModelError("the program has a free batch, but the target needs a fixed one; export it with batch 1")
         inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model)
     else:
-        program, dynamic, notes = _export(model, inputs)
+        program, dynamic, notes = _export(model, inputs, free_batch=free_batch)
         inputs = _with_batch(inputs, 2 if dynamic else 1)
     with quiet():
         graph = flatten(program)
@@ -59,18 +65,22 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Example) -
     return graph
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, free_batch: bool
+) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
     """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
     with evaluating(model), torch.no_grad(), quiet():
         try:
-            return _export_free(model, inputs), True, []
+            if free_batch:
+                return _export_free(model, inputs), True, []
+            reason = "the target needs it"
         except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
-            reason = first_line(free)
+            reason = f"a free batch cannot be exported ({first_line(free)})"
         try:
             program = torch.export.export(model, _with_batch(inputs, 1), strict=False)
         except Exception as fixed:
             raise ModelError(_refusal(model, inputs, fixed)) from fixed
-        return program, False, [f"the batch is fixed at 1, because a free batch cannot be exported ({reason})"]
+        return program, False, [f"the batch is fixed at 1, because {reason}"]
 
 
 def _export_free(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

@@ -5,7 +5,7 @@ Must not know: what a target says.
 
 from __future__ import annotations
 
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.sessions import Model, Source
 

@@ -22,7 +22,10 @@ from torch import fx
 from calibrators.graph.aten import bind, outputs_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import MOVES
+from calibrators.grid.target import Target
+from calibrators.placement.kernel_forms import missing_form
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.onnx_operators import WEIGHT_ONLY
 from runtime_tests.reference.kernel_rules import (
     PROPAGATED,
@@ -31,11 +34,11 @@ from runtime_tests.reference.kernel_rules import (
     Kernel,
     StaysFloat,
     before_moves,
-    check_container,
+    check_containers,
     is_coded,
     is_weight_only,
     output_grid,
-    reason_without_rule,
+    reason_without_kernel,
     source,
 )
 from runtime_tests.reference.kernels import Grid
@@ -130,9 +133,12 @@ def site_of(quantizer: fx.Node) -> str:
     return str(bind(quantizer)["site"])
 
 
-def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
-    """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off."""
-    planner = _Planner(program, integer)
+def plan(program: fx.GraphModule, target: Target | None = None, *, integer: bool = True) -> KernelPlan:
+    """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off.
+
+    target: says which operators and forms have kernels; None: the default target.
+    """
+    planner = _Planner(program, target or get_target(DEFAULT_TARGET), integer)
     for node in program.graph.nodes:
         if node.target is QUANTIZE:
             planner.quantizer(node)
@@ -147,6 +153,7 @@ def plan(program: fx.GraphModule, *, integer: bool = True) -> KernelPlan:
 @dataclass
 class _Planner:
     program: fx.GraphModule
+    target: Target
     integer: bool
     steps: list[Step] = field(default_factory=list)
     kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
@@ -174,15 +181,21 @@ class _Planner:
         self.steps.append(Step(site, made.name, "", op))
 
     def _kernel(self, op: fx.Node, y: Grid) -> Kernel:
-        rule = RULES.get(op.target)
         if not self.integer:
             raise StaysFloat(_OPTIMIZATIONS_OFF)
-        if rule is None:
-            raise StaysFloat(reason_without_rule(op))
+        rule = RULES.get(op.target)
+        if rule is None or op.target not in self.target.kernels:
+            raise StaysFloat(reason_without_kernel(op))
         if len(op.users) > 1 and op.target not in MOVES:
             raise StaysFloat(_BOTH)
-        check_container(y)
+        self._check(op, y)
         return rule(self.program, op, y)
+
+    def _check(self, op: fx.Node, y: Grid | None) -> None:
+        """Raise StaysFloat unless the target has a kernel for this form of an operator and the types of its codes."""
+        if (why := missing_form(op, self.target)) is not None:
+            raise StaysFloat(why)
+        check_containers(self.program, op, y, self.target)
 
     def float_result(self, node: fx.Node) -> None:
         """Plan a weighted operator whose result is read as floats."""
@@ -193,6 +206,9 @@ class _Planner:
                 raise StaysFloat(_BOTH)
             if _is_clipped(node):
                 raise StaysFloat(_CLIPPED)
+            if node.target not in self.target.kernels:
+                raise StaysFloat(reason_without_kernel(node))
+            self._check(node, None)
             made = WEIGHTED[node.target](self.program, node, None)
         except StaysFloat as why:
             self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))

@@ -20,6 +20,7 @@ from calibrators.graph.aten import bind, constant, is_constant, operator_name, o
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import LISTS, MOVES, Operators, facts
 from calibrators.grid.kernel_tables import CodeGrid
+from calibrators.grid.target import Target
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference import kernels
 from runtime_tests.reference.kernels import Grid
@@ -31,11 +32,11 @@ __all__ = [
     "Kernel",
     "StaysFloat",
     "before_moves",
-    "check_container",
+    "check_containers",
     "is_coded",
     "is_weight_only",
     "output_grid",
-    "reason_without_rule",
+    "reason_without_kernel",
     "source",
 ]
 
@@ -132,17 +133,17 @@ def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
         elif codes.target is aten.clamp.default:
             limits = bind(codes)["min"], bind(codes)["max"]
         grids.append(_grid(program, bound, limits))
-    for grid in grids:
-        check_container(grid)
     return grids
 
 
-def check_container(grid: Grid) -> None:
-    """Raise StaysFloat for codes of a type that no integer kernel reads or writes."""
-    if grid.dtype == torch.int16:
-        raise StaysFloat("16-bit activations have no integer kernels")
-    if grid.dtype != torch.uint8:
-        raise StaysFloat("int8 activations have no fast integer kernels on x86, and the runtime keeps them in float")
+def check_containers(program: fx.GraphModule, node: fx.Node, y: Grid | None, target: Target) -> None:
+    """Raise StaysFloat for an operator that reads or writes codes of a type for which the target has no kernels."""
+    coded = (x for x in node.all_input_nodes if is_coded(x) and not _is_quantized_constant(x))
+    read = [constant(program, bind(before_moves(x))["zero_point"]).dtype for x in coded]
+    for dtype in [*read, *([] if y is None else [y.dtype])]:
+        if dtype != target.activation.dtype:
+            kind = "16-bit" if torch.iinfo(dtype).bits > target.activation.bits else str(dtype).removeprefix("torch.")
+            raise StaysFloat(f"{kind} activations have no integer kernels")
 
 
 def _is_quantized_constant(node: Any) -> bool:
@@ -230,10 +231,8 @@ def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
 
 
 def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
-    left, right, factor = bind(node).values()
+    left, right = bind(node)["self"], bind(node)["other"]
     a, b = _grids(program, left, right)
-    if factor != 1:
-        raise StaysFloat("a sum with a factor (alpha) has no integer kernel")
     tables = kernels.add_table(a, b, y), kernels.add_table(b, a, y).T.contiguous()
 
     def compute(a_codes: Tensor, b_codes: Tensor) -> Tensor:
@@ -277,14 +276,10 @@ def _softmax(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tens
 
 
 def _global_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    if list(bound["output_size"]) != [1, 1]:
-        raise StaysFloat("only pooling to 1x1 has an integer kernel")
     return partial(kernels.global_average_pool, x=x, y=y)
 
 
 def _average_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    if bound["ceil_mode"] or bound["divisor_override"] is not None:
-        raise StaysFloat("average pooling with ceil_mode or divisor_override has no integer kernel")
     size = bound["kernel_size"]
     kernel, stride, padding = ((v * 2)[:2] for v in map(tuple, (size, bound["stride"] or size, bound["padding"])))
     return partial(
@@ -309,15 +304,15 @@ def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     """Return the kernel of a move: it moves codes as usual, and leaves a clip to the quantizer."""
     cut = node.target is operator.getitem
     if cut and source(node).target not in LISTS:
-        raise StaysFloat(reason_without_rule(source(node)))
+        raise StaysFloat(reason_without_kernel(source(node)))
     (x,) = _grids(program, source(source(node)) if cut else source(node))
     if not torch.equal(x.scale, y.scale) or x.zero_point != y.zero_point:
         raise StaysFloat(f"{facts(node.target).onnx} between different scales runs on floats")
     return Kernel(facts(node.target).onnx, (node,), partial(kernels.integer_clip, y=y))
 
 
-def reason_without_rule(node: fx.Node) -> str:
-    """Return why an operator that has no rule is computed in float."""
+def reason_without_kernel(node: fx.Node) -> str:
+    """Return why an operator for which the target has no kernel is computed in float."""
     if node.target is DEQUANTIZE:
         return "it is a quantizer directly after another one"
     if clip_bounds(node) is not None:

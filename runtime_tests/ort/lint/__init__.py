@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.lint.files import (
     FORM_RULES,

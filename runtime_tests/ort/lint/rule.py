@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import onnx
 import onnx_ir as ir
 
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 from runtime_tests.ort.operands import where
 from runtime_tests.ort.sessions import Model
 from runtime_tests.ort.versions import Version

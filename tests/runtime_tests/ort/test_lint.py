@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from calibrators.errors import UnknownNameError
-from calibrators.grid.spec import Target
+from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target, list_targets
 from runtime_tests.ort.lint import RULES, lint
 from tests.support import onnx_models as models

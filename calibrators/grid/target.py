@@ -1,0 +1,117 @@
+"""What a target says about an integer runtime: grids, operators, forms and limits, checked when it is constructed.
+
+Placement, the reference program, emission, the plan of kernels and the linter read it. What is true on every runtime is
+in calibrators.graph.operators.
+
+Must not know: graphs, ONNX, how a runtime is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from calibrators.graph.operators import Operators
+from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.spec import QuantSpec
+
+__all__ = ["Form", "Target"]
+
+Form = Literal["tensors", "unscaled", "to-one-pixel", "images", "whole-windows", "own-divisor"]
+"""A condition under which an operator has an integer kernel; calibrators.placement.kernel_forms holds their checks."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid", strict=True))
+class Target:
+    """One integer runtime. Data only; operators go by ATen name.
+
+    The runtime
+    runtime:           its name, and the oldest release that loads the files (min_version).
+    exact_on:          families of processors (calibrators.grid.processors) on which its files give the same integers.
+    opsets:            ONNX opset of emitted files, and the highest one, for files that need more than the first.
+    static_shapes:     whether the batch must be fixed (to 1).
+    ignored_rules:     rules of the linter about patterns that this runtime does not break on.
+
+    The grids
+    activation:        of activations; its type is the only one that integer kernels read and write.
+    wide_activation:   16-bit grid for activations of single layers; operators that write or read it compute in float.
+    weight, bias:      of constants. The scale of a bias is float32(scale of the input * scale of the weight).
+
+    The operators
+    weighted_to_codes: with a constant weight, whose integer kernel writes codes only: their output is quantized.
+    weighted_to_float: with a constant weight, whose integer kernel may write floats.
+    weight_only:       with a kernel that reads codes of the weight alone, and computes in float.
+    integer_ops:       with an integer kernel if every input and the output are quantized: placement sees to that.
+    fused_ops:         that become integer kernels likewise, but only where codes stand around them anyway.
+    forms:             conditions under which operators of integer_ops have that kernel.
+    same_scale_ops:    that move codes around unchanged: output and input share scale and zero point.
+    on_codes_ops:      that move codes likewise, but only if the file applies them to the codes themselves.
+    fixed_outputs:     whose output range is known: (scale, zero_point).
+
+    The forms of programs
+    drops_clips:       the runtime removes a ReLU or clip that the saturation at the ends of the container performs.
+                       If not, programs leave it out.
+    shields_floats:    a clip at the bounds of the grid stands between codes and a layer with float weights, which the
+                       runtime would quantize by itself.
+    weight_only_bias:  weight-only layers have a bias, of zeros where the model has none: the runtime fuses neither
+                       quantizer nor ReLU directly after their product.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    summary: str
+    runtime: str
+    min_version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
+    exact_on: Annotated[tuple[str, ...], Field(min_length=1)]
+    opsets: tuple[int, int]
+    static_shapes: bool = False
+    ignored_rules: frozenset[str] = frozenset()
+    activation: QuantSpec
+    wide_activation: QuantSpec
+    weight: QuantSpec
+    bias: QuantSpec
+    weighted_to_codes: Operators
+    weighted_to_float: Operators
+    weight_only: Operators
+    integer_ops: Operators
+    fused_ops: Operators
+    forms: Mapping[str, tuple[Form, ...]]
+    same_scale_ops: Operators
+    on_codes_ops: Operators
+    fixed_outputs: Mapping[str, tuple[float, int]]
+    drops_clips: bool
+    shields_floats: bool
+    weight_only_bias: bool
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Target:
+        """Raise ValueError for names that are not known, or fields that contradict each other."""
+        unknown = [name for name in self.exact_on if name not in PROCESSORS]
+        contradictions = (
+            (bool(unknown), f"unknown processors {unknown}; known are {', '.join(PROCESSORS)}"),
+            (self.opsets[0] > self.opsets[1], f"opsets {self.opsets} are in the wrong order"),
+            (not self.forms.keys() <= self.integer_ops, "forms belong to operators of integer_ops"),
+            (not self.weight_only <= self.weighted, "operators of weight_only carry a weight"),
+            (bool(self.integer_ops & self.weighted), "an operator of integer_ops carries no weight"),
+        )
+        for applies, reason in contradictions:
+            if applies:
+                raise ValueError(f"target {self.name!r}: {reason}")
+        return self
+
+    @property
+    def weighted(self) -> Operators:
+        """Operators with a constant weight and an integer kernel."""
+        return self.weighted_to_codes | self.weighted_to_float
+
+    @property
+    def kernels(self) -> Operators:
+        """Every operator that the runtime can run on codes."""
+        return self.weighted | self.integer_ops | self.fused_ops | self.same_scale_ops
+
+    @property
+    def pair_sum(self) -> int | None:
+        """Largest magnitude of the sum of two products that all its processors hold; None where they hold every sum."""
+        return min((held for name in self.exact_on if (held := PROCESSORS[name].pair_sum) is not None), default=None)
