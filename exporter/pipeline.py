@@ -45,10 +45,14 @@ from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
 from runtime_tests.measure.size import size_of
+from runtime_tests.ort.meant_for import EXACT_ON_KEY
+from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.ort.simplifier import Simplifier, simplify
 from runtime_tests.ort.versions import RELEASE_KEY, minimum_version, parse_version
 from runtime_tests.proof import Measurements, Proof
+from runtime_tests.reference.execute import plan
+from runtime_tests.reference.where_exact import exact_on, holds_on
 from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["export"]
@@ -203,11 +207,11 @@ class _Export:
             onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata, exported=exported)
             save_reference(exported, self.folder / "reference.pt2")
             model, simplifier = self._simplified(result, onnx_program)
-            self._store(model)
+            self._store(model, result.program)
             return simplifier
 
-    def _store(self, model: ir.Model) -> None:
-        """Write the model in its storage and, for comparison, in the other ones."""
+    def _store(self, model: ir.Model, program: fx.GraphModule) -> None:
+        """Write the model in its storage, with where it holds, and, for comparison, in the other storages."""
         for name, other in alternatives(model, self.config.weight_storage).items():
             self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
             save(other, self.alternatives[name])
@@ -218,6 +222,8 @@ class _Export:
             )
         pack(model, self.config.weight_storage, self.config.min_ort)
         self._state_release(model)
+        entries = holds_on(plan(program, self.target), saturation(ir.to_proto(model)), self.target)
+        model.metadata_props[EXACT_ON_KEY] = ", ".join(exact_on(entries))
         save(model, self.folder / "model.onnx")
 
     def _state_release(self, model: ir.Model) -> None:
@@ -273,13 +279,9 @@ class _Export:
         """Measure the file and compose the report, still without a verdict."""
         program, config, record = result.program, self.config, result.record
         with self._step("validate", "measure"):
-            parts = machine_parts(self.model, program, program.meta["example"], config.threads)
+            parts = machine_parts(proof, program.meta["example"], config.threads)
             timings, batch = self._timings(program, proof)
             size = size_of(self.folder / "model.onnx", self.float_path)
-        if parts["saturation"].affected_here:
-            self.warnings.append(
-                "this CPU has no VNNI instructions, so 16-bit sums can saturate; give --target ort-cpu"
-            )
         return Report(
             schema=SCHEMA_VERSION,
             verdict="fail",

@@ -30,12 +30,18 @@ from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import Model, session
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
+from runtime_tests.reference.where_exact import holds_on, with_proofs
 from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["REFERENCE", "gates_of", "judge", "machine_parts", "verify"]
 
 REFERENCE = "golden/reference.pt2"
 """The reference program inside a bundle: what `verify` compares the runtime with."""
+
+UNKNOWN_PROCESSOR = (
+    "this machine's processor is of no known family, so that the compared samples alone say whether the file is exact "
+    "here"
+)
 
 
 def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[str] = ()) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
         violations=parity.optimized.violations + sum(not alike(a, b, FLOAT_OUTPUT_ERROR) for a, b in pairs),
     )
     with progress.stage("measure"):
-        parts = machine_parts(model, program, batch, config["threads"])
+        parts = machine_parts(proof, batch, config["threads"])
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
     return dump(judge(report, gates_of(config["gates"], [runtime.name for runtime in runtimes])))
 
@@ -94,13 +100,30 @@ def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[s
     return inputs, expected
 
 
-def machine_parts(model: Model, program: fx.GraphModule, batch: Batch, threads: int) -> dict[str, Any]:
-    """Return the parts of the report on how this machine runs the file, measured with a sample of `batch`."""
+def machine_parts(proof: Proof, batch: Batch, threads: int) -> dict[str, Any]:
+    """Return the parts of the report on how this machine runs a proved file, measured with a sample of `batch`."""
+    model, program, found = proof.model, proof.program, saturation(proof.model)
     return {
         "coverage": coverage(model, sample=feed(program, cut(program, batch))),
-        "lint": tuple(lint(model, load=True)),
+        "lint": tuple(lint(model, proof.target, load=True)),
         "environment": environment(threads),
-        "saturation": saturation(model),
+        "saturation": found,
+        "holds": with_proofs(
+            holds_on(proof.kernels, found, proof.target), _outcomes(proof, exact=True), _outcomes(proof, exact=False)
+        ),
+    }
+
+
+def _outcomes(proof: Proof, *, exact: bool) -> dict[str, str]:
+    """Return by family of processors the runtimes in which no integer kernel of the file differed, or in which one did.
+
+    OpenVINO has kernels of its own, which say nothing about those of onnxruntime.
+    """
+    ran = [each for each in proof.proved_on if each.refused is None and each.runtime != "openvino"]
+    found = [each for each in ran if exact == (each.kernel_mismatched == 0)]
+    return {
+        family: ", ".join(f"{each.runtime.partition('==')[0]} {each.version}" for each in found if each.processor == family)
+        for family in {each.processor for each in found}
     }
 
 
@@ -113,7 +136,8 @@ def gates_of(expressions: Iterable[str], runtimes: Collection[str]) -> list[Gate
 
 
 def judge(report: Report, gates: Sequence[Gate]) -> Report:
-    """Return the report with gate results and verdict, and with a warning for each old gate name."""
+    """Return the report with gate results and verdict, and warnings on old gate names and an unknown processor."""
     results = evaluate(gates, dump(report))
-    warnings = dict.fromkeys([*(report.warnings or ()), *renamed(gates)])
+    is_known = report.environment is None or report.environment.processor is not None
+    warnings = dict.fromkeys([*(report.warnings or ()), *renamed(gates), *([] if is_known else [UNKNOWN_PROCESSOR])])
     return replace(report, gates=results, verdict=verdict(results), warnings=tuple(warnings))

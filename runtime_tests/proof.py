@@ -102,7 +102,8 @@ class Proof:
         self._elsewhere = [self._started(each) for each in runtimes if each.name not in LEVEL_OF]
 
     @cached_property
-    def _kernels(self) -> KernelPlan:
+    def kernels(self) -> KernelPlan:
+        """The integer kernels that the target makes of the program."""
         return plan(self.program, self.target)
 
     @cached_property
@@ -115,15 +116,15 @@ class Proof:
 
     def _comparison(self, level: str) -> Comparison:
         if level == "openvino":
-            return SecondComparison(self.model, self._kernels, self._weights, self.threads)
-        kernels = self._literal if level == "unoptimized" else self._kernels
+            return SecondComparison(self.model, self.kernels, self._weights, self.threads)
+        kernels = self._literal if level == "unoptimized" else self.kernels
         runtime = OnnxRuntimeSession(self.model, probes_of(kernels), optimized=kernels.integer, threads=self.threads)
         return Comparison(runtime, kernels, self._weights)
 
     def _started(self, runtime: Runtime) -> Elsewhere:
         samples = min(math.inf if runtime.samples is None else runtime.samples, self.measured.parity_samples)
         limit = max(samples, self.measured.golden_samples)
-        return Elsewhere(runtime, self.model, self._kernels, self._weights, samples=limit)
+        return Elsewhere(runtime, self.model, self.kernels, self._weights, samples=limit)
 
     @property
     def _limits(self) -> tuple[float, ...]:
@@ -199,7 +200,7 @@ class Proof:
         if noise is not None or "unoptimized" in compared:
             literal = run(self._literal, inputs, see=noise.see if noise is not None else None)
         if wants_golden or self.accuracy is not None or elsewhere or compared.keys() - {"unoptimized"}:
-            integer = run(self._kernels, inputs)
+            integer = run(self.kernels, inputs)
         for name, comparison in compared.items():
             comparison.add(inputs, *(literal if name == "unoptimized" else integer))
         for each in elsewhere:

@@ -21,7 +21,7 @@ TARGET = Target(
     name="ort-cpu",
     summary="onnxruntime, CPU execution provider, on every processor",
     runtime="onnxruntime",
-    min_version="1.19",
+    min_version="1.18",
     exact_on=tuple(PROCESSORS),
     opsets=(20, 25),
     activation=QuantSpec(bits=8, signed=False),

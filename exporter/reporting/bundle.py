@@ -226,6 +226,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "config": dict(config),
         "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
         "data": report.get("data", {}),
+        "holds": report.get("holds", []),
         "artifact_sha256": _digest(artifact),
         "files": files,
     }

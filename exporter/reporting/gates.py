@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
 from exporter.reporting.schema import GateResult, metric_paths
+from exporter.reporting.where import INEXACT, not_exact_here
 from runtime_tests.parity.results import ProvedOn
+from runtime_tests.reference.where_exact import Holds
 
 __all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "renamed", "verdict"]
 
@@ -211,6 +213,11 @@ def _unproved_runtimes(report: Report) -> float | None:
     return None if entries is None else float(sum(not ProvedOn(**each).holds for each in entries))
 
 
+def _inexact_here(report: Report) -> float:
+    entries = [Holds(**each) for each in report.get("holds", ())]
+    return float(not_exact_here(entries, report.get("environment", {}).get("processor")) is not None)
+
+
 def _lint_errors(report: Report) -> float:
     return float(sum(entry["severity"] == "error" for entry in report.get("lint", ())))
 
@@ -280,10 +287,15 @@ METRICS: dict[str, Metric] = {
         "inputs",
         _unproved_runtimes,
     ),
+    INEXACT: Metric(
+        "1 if this machine's processor computes other integers than the reference for some inputs, else 0",
+        _inexact_here,
+    ),
     "lint_errors": Metric("findings of severity error against the rules of the target", _lint_errors),
 }
 
 DEFAULT_GATES = tuple(
-    parse(f"{metric}==0") for metric in ("kernel_mismatched", "parity_violations", "unplanned_kernels", "lint_errors")
+    parse(f"{metric}==0")
+    for metric in ("kernel_mismatched", "parity_violations", "unplanned_kernels", INEXACT, "lint_errors")
 )
 """Conditions of every export. With optimizations off all arithmetic is float: that level is reported, not gated."""

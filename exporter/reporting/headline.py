@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from exporter.reporting.number_format import count, differ, significant
 from exporter.reporting.schema import GateResult, Report
+from exporter.reporting.where import INEXACT, not_exact_here
 from runtime_tests.parity.results import Level
 
 __all__ = ["failure", "headline", "unplanned_kernels"]
@@ -20,7 +21,7 @@ def headline(report: Report) -> str:
     if not failed:
         return _proof(report.parity.optimized)
     more = f" {len(failed) - 1} more of {len(report.gates)} gates failed." if len(failed) > 1 else ""
-    return f"{failure(failed[0])}.{more}"
+    return f"{failure(failed[0], report)}.{more}"
 
 
 def _proof(level: Level) -> str:
@@ -36,10 +37,16 @@ def _proof(level: Level) -> str:
     return end_to_end
 
 
-def failure(gate: GateResult) -> str:
-    """Return which gate failed and what was measured."""
+def failure(gate: GateResult, report: Report) -> str:
+    """Return which gate failed and what was measured, or why the file is not exact on this machine."""
+    if gate.name == INEXACT and (why := _why_inexact(report)) is not None:
+        return f"Gate {gate.expression} failed: {why}"
     found = "it was not measured" if gate.value is None else f"it is {significant(gate.value, 6)}"
     return f"Gate {gate.expression} failed: {found}"
+
+
+def _why_inexact(report: Report) -> str | None:
+    return not_exact_here(report.holds or (), report.environment.processor if report.environment else None)
 
 
 def unplanned_kernels(found: Mapping[str, int]) -> str:

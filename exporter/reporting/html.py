@@ -25,6 +25,7 @@ from exporter.reporting.headline import headline, unplanned_kernels
 from exporter.reporting.holds import found_on
 from exporter.reporting.number_format import measured
 from exporter.reporting.schema import Report, dump_json
+from exporter.reporting.where import where_rows
 
 __all__ = ["render_html"]
 
@@ -257,6 +258,7 @@ def render_html(report: Report) -> str:
         speed=_quotient(latency.float, latency.quantized) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),
         found_on=found_on,
+        where=tuple(where_rows(report.holds or (), report.emission.min_onnxruntime if report.emission else None)),
         environment=vars(report.environment) if report.environment else {},
         config_text=dump_json(report.config or {}),
         script=Markup(_SCRIPT),

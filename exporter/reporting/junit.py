@@ -65,7 +65,7 @@ def _xml(text: str) -> str:
 
 def _gates(report: Report) -> Iterator[junitparser.TestCase]:
     for gate in report.gates:
-        yield _case(gate.expression, failure="" if gate.passed else failure(gate))
+        yield _case(gate.expression, failure="" if gate.passed else failure(gate, report))
 
 
 def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:

@@ -33,6 +33,7 @@ from runtime_tests.ort.lint import Finding
 from runtime_tests.ort.saturation import Saturation
 from runtime_tests.ort.simplifier import Simplifier
 from runtime_tests.parity.results import Parity, ProvedOn
+from runtime_tests.reference.where_exact import Holds
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -142,6 +143,7 @@ class Report:
     settled: Settled | None = None
     mixed_precision: MixedPrecision | None = None
     saturation: Saturation | None = None
+    holds: tuple[Holds, ...] | None = None
     simplifier: Simplifier | None = None
     emission: Emission | None = None
     lint: tuple[Finding, ...] | None = None

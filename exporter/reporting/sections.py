@@ -91,7 +91,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the libraries of the measurement."""
+    """The machine and the libraries of the measurement; processor: its family, None if not known."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -100,6 +100,7 @@ class Environment:
     onnx: str
     python: str
     threads: int
+    processor: str | None = None
     onnxscript: str | None = None
     onnxsim: str | None = None
     numpy: str | None = None
@@ -145,6 +146,7 @@ def environment(threads: int) -> Environment:
     return Environment(
         cpu=this_cpu().brand,
         flags=this_cpu().flags,
+        processor=this_cpu().family,
         torch=str(torch.__version__),
         onnxruntime=onnxruntime.__version__,
         onnx=onnx.__version__,

@@ -1,4 +1,4 @@
-"""Find the target that a file is meant for, from its metadata.
+"""Read what the metadata of a file say about the runtimes that it is meant for.
 
 Must not know: what a target says.
 """
@@ -9,10 +9,13 @@ from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.sessions import Model, Source
 
-__all__ = ["TARGET_KEY", "target_of"]
+__all__ = ["EXACT_ON_KEY", "TARGET_KEY", "target_of"]
 
 TARGET_KEY = "intact.target"
 """Metadata key of the name of the target."""
+
+EXACT_ON_KEY = "intact.exact_on"
+"""Metadata key of the processors on which exactness of the integer kernels follows from the file."""
 
 
 def target_of(model: Source) -> Target:

@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibrators.grid.processors import PROCESSORS
 from runtime_tests.ort.operands import Product, flag, products, where
 from runtime_tests.ort.sessions import Model, Source
 
@@ -74,9 +75,20 @@ class Cpu:
     flags: tuple[str, ...]
 
     @property
+    def family(self) -> str | None:
+        """Its name in calibrators.grid.processors; None where architecture or flags are not known."""
+        if self.arch.startswith("ARM_8"):
+            return "arm64"
+        if self.arch != "X86_64" or not self.flags:
+            return None
+        if any(flag in self.flags for flag in EXACT_FLAGS):
+            return "x86-vnni"
+        return "x86-avx2" if "avx2" in self.flags else "x86-sse"
+
+    @property
     def saturates(self) -> bool:
         """Whether its u8 x s8 kernels add pairs in int16, as AVX2 without VNNI does; older x86 and Arm are exact."""
-        return "avx2" in self.flags and not any(flag in self.flags for flag in EXACT_FLAGS)
+        return self.family is not None and PROCESSORS[self.family].pair_sum is not None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from calibrators.errors import InputError
-from runtime_tests.ort.saturation import Cpu, this_cpu
+from runtime_tests.ort.saturation import this_cpu
 from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.install import Component
 
-__all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime", "processor_of"]
+__all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime"]
 
 Array = NDArray[Any]
 
@@ -68,7 +68,7 @@ class Runtime(ABC):
     @property
     def family(self) -> str:
         """Return the family of processors whose kernels it executes."""
-        return self.processor or processor_of(this_cpu())
+        return self.processor or this_cpu().family or "unknown"
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -116,12 +116,3 @@ class Runtime(ABC):
 
         raises: ModelError if the runtime refuses the file.
         """
-
-
-def processor_of(cpu: Cpu) -> str:
-    """Return the family that a CPU belongs to."""
-    if cpu.arch.upper().startswith("ARM"):
-        return "arm64"
-    if "avx2" not in cpu.flags:
-        return "x86-sse"
-    return "x86-avx2" if cpu.saturates else "x86-vnni"

@@ -16,7 +16,6 @@ from exporter.verify import verify
 from runtime_tests.ort.saturation import Cpu
 from runtime_tests.runtimes import available_runtimes, get_runtime, list_runtimes
 from runtime_tests.workers.emulation import EmulatedX86
-from runtime_tests.workers.runtime import processor_of
 
 RUNTIMES = list_runtimes()
 
@@ -120,4 +119,4 @@ def test_another_architecture_cannot_emulate_x86(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_the_family_of_a_machine(cpu: Cpu, family: str) -> None:
-    assert processor_of(cpu) == family
+    assert cpu.family == family

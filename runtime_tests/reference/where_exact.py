@@ -1,0 +1,111 @@
+"""Derive from arithmetic on which processors a file computes the integers of its reference program.
+
+The reference computes as x86 CPUs with VNNI do. Another family of processors computes the same integers in every
+integer kernel if no sum of two products saturates there, and if no kernel whose steps it takes in another order gives
+another code. Both can be decided from the constants of the file, whatever the inputs are. Float operators round as
+their library does, so values after them may differ everywhere.
+
+Must not know: what ran where, reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from calibrators.grid.processors import PROCESSORS, Processor
+from calibrators.grid.target import Target
+from runtime_tests.ort.saturation import Saturation
+from runtime_tests.reference.kernel_plan import KernelPlan
+from runtime_tests.reference.ties import ties_of
+
+__all__ = ["IN_FLOAT", "REFERENCE", "Holds", "exact_on", "holds_on", "with_proofs"]
+
+REFERENCE: Final = "x86-vnni"
+"""The family of processors whose arithmetic the reference program has."""
+
+RUNTIME: Final = "onnxruntime"
+"""The runtime whose arithmetic calibrators.grid.processors describes; onnxruntime-web has it too."""
+
+IN_FLOAT = "values after float operators may differ"
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Whether a file computes the calibrated integers on a family of processors, whatever its inputs.
+
+    status:    "proved" by running it there, "follows" from arithmetic, "unknown", or "differs" for some inputs.
+    condition: why, and what is left out.
+    """
+
+    processor: str
+    status: Literal["proved", "follows", "unknown", "differs"]
+    condition: str
+
+
+def holds_on(plan: KernelPlan, saturation: Saturation, target: Target) -> tuple[Holds, ...]:
+    """Return for every family of processors whether the file is exact there, as far as arithmetic decides it.
+
+    saturation: of the file, which need not be the one that the plan expects.
+    target:     what runs the file; nothing follows for runtimes whose arithmetic is not known.
+    """
+    return tuple(_holds(family, plan, saturation, target) for family in PROCESSORS.values())
+
+
+def exact_on(entries: Iterable[Holds]) -> tuple[str, ...]:
+    """Return the families on which exactness follows from arithmetic or is proved."""
+    return tuple(each.processor for each in entries if each.status in ("follows", "proved"))
+
+
+def with_proofs(entries: Sequence[Holds], proved: Mapping[str, str], refuted: Mapping[str, str]) -> tuple[Holds, ...]:
+    """Return the entries with what running the file has shown.
+
+    A proof on samples says nothing about other inputs, so that it leaves an entry that differs as it is.
+
+    proved:  by family, in what the file ran there without a difference in its integer kernels.
+    refuted: by family, in what integer kernels differed.
+    """
+
+    def proof(entry: Holds) -> Holds:
+        if entry.status == "differs" or entry.processor not in {**proved, **refuted}:
+            return entry
+        if entry.processor in refuted:
+            return replace(entry, status="differs", condition=f"integer kernels differed in {refuted[entry.processor]}")
+        why = "" if entry.status == "unknown" else f"; {entry.condition}"
+        return replace(entry, status="proved", condition=f"in {proved[entry.processor]}{why}")
+
+    return tuple(map(proof, entries))
+
+
+def _holds(family: Processor, plan: KernelPlan, saturation: Saturation, target: Target) -> Holds:
+    if target.runtime != RUNTIME:
+        return Holds(family.name, "unknown", f"the arithmetic of {target.runtime} is not known")
+    if found := _differs(family, plan, saturation):
+        return Holds(family.name, "differs", found)
+    condition = "the reference has its arithmetic"
+    if family.pair_sum is not None:
+        condition = f"no pair of weights saturates in any of {saturation.checked} layers, and no tie rounds otherwise"
+    elif family.name != REFERENCE:
+        condition = "no tie rounds otherwise"
+    return Holds(family.name, "follows", condition if _is_all_integer(plan) else f"{condition}; {IN_FLOAT}")
+
+
+def _differs(family: Processor, plan: KernelPlan, saturation: Saturation) -> str:
+    """Return why a family computes other codes for some inputs, '' if it does not."""
+    layers, reasons = saturation.layers, []
+    if family.pair_sum is not None and layers:
+        reasons.append(f"pairs of weights can saturate in {len(layers)} layers, first in {layers[0].name}")
+    if tied := ties_of(plan, (REFERENCE, family.name)):
+        first = tied[0]
+        reasons.append(
+            f"ties round otherwise in {len(tied)} kernels, first for {first.differing:,} of {first.total:,} operands "
+            f"of {first.site}"
+        )
+    return ", and ".join(reasons)
+
+
+def _is_all_integer(plan: KernelPlan) -> bool:
+    """Return whether integer kernels alone compute everything from the inputs to the outputs."""
+    computed = (step for step in plan.steps if step.op.op == "call_function")
+    return all(step.is_integer for step in computed) and all(plan.exact_outputs)
