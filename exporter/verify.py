@@ -122,7 +122,9 @@ def _outcomes(proof: Proof, *, exact: bool) -> dict[str, str]:
     ran = [each for each in proof.proved_on if each.refused is None and each.runtime != "openvino"]
     found = [each for each in ran if exact == (each.kernel_mismatched == 0)]
     return {
-        family: ", ".join(f"{each.runtime.partition('==')[0]} {each.version}" for each in found if each.processor == family)
+        family: ", ".join(
+            f"{each.runtime.partition('==')[0]} {each.version}" for each in found if each.processor == family
+        )
         for family in {each.processor for each in found}
     }
 

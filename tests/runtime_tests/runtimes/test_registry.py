@@ -106,17 +106,3 @@ def test_what_cannot_be_installed_is_named_and_the_rest_is_tried(monkeypatch: py
 def test_another_architecture_cannot_emulate_x86(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "only Linux on x86-64" in EmulatedX86("avx2", "", processor="x86-avx2").missing()
-
-
-@pytest.mark.parametrize(
-    ("cpu", "family"),
-    [
-        (Cpu("X86_64", "", ("avx2", "avx512_vnni")), "x86-vnni"),
-        (Cpu("X86_64", "", ("avx2", "avx_vnni")), "x86-vnni"),
-        (Cpu("X86_64", "", ("avx2", "fma")), "x86-avx2"),
-        (Cpu("X86_64", "", ("sse4_1",)), "x86-sse"),
-        (Cpu("ARM_8", "", ("asimd",)), "arm64"),
-    ],
-)
-def test_the_family_of_a_machine(cpu: Cpu, family: str) -> None:
-    assert cpu.family == family
