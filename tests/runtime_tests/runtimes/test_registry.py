@@ -13,7 +13,6 @@ from exporter.checks import check_settings
 from exporter.cli import app
 from exporter.config import make_config
 from exporter.verify import verify
-from runtime_tests.ort.saturation import Cpu
 from runtime_tests.runtimes import available_runtimes, get_runtime, list_runtimes
 from runtime_tests.workers.emulation import EmulatedX86
 
