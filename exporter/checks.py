@@ -91,10 +91,11 @@ def _check_min_ort(config: ExportConfig) -> None:
     """Raise InputError where the oldest onnxruntime that has to load the file cannot load what is asked for."""
     if config.min_ort is None:
         return
-    oldest, opset = parse_version(config.min_ort), get_target(config.target).opset
-    if (first := release_of(opset, ir_version_of(opset))) > oldest:
-        raise InputError(f"min_ort is {config.min_ort}, but files for {config.target} have opset {opset}, which loads "
-                         f"in onnxruntime {first} and newer; give --min-ort {first}.")  # fmt: skip
+    oldest, target = parse_version(config.min_ort), get_target(config.target)
+    opset = target.opsets[0]
+    if (first := max(release_of(opset, ir_version_of(opset)), parse_version(target.min_version))) > oldest:
+        raise InputError(f"min_ort is {config.min_ort}, but files for {target.name} (opset {opset}) run in onnxruntime "
+                         f"{first} and newer; give --min-ort {first}.")  # fmt: skip
     widths = STORAGES[config.weight_storage] if config.weight_storage != "auto" else ()
     for width in widths:
         if (first := first_release(width, reads_floats=config.weight_only)) > oldest:

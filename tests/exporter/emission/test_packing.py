@@ -219,7 +219,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ({"min_ort": "1.17"}, "opset 20, which loads in onnxruntime 1.18 and newer"),
+            ({"min_ort": "1.17"}, "opset 20\\) run in onnxruntime 1.18 and newer"),
             ({"min_ort": "1.22", "weight_storage": "int4", "weight_bits": 4}, "4-bit weights load in onnxruntime 1.23"),
             ({"min_ort": "1.23", "weight_storage": "int2", "weight_bits": 2}, "2-bit weights load in onnxruntime 1.24"),
             ({"min_ort": "new"}, "min_ort = 'new' should be a release such as 1.19"),
