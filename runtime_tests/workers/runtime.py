@@ -22,7 +22,8 @@ __all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime"]
 Array = NDArray[Any]
 
 EMULATED_SAMPLES = 16
-"""Samples that a runtime compares where it is slow; emulation takes 20 to 60 times as long as the processor itself."""
+"""Samples that a runtime compares where it is slow. Of a MobileNetV2, onnxruntime-web took 15 times as long as a CPU with
+VNNI, emulated ARM processors 85 times, emulated x86 processors 150 times."""
 
 
 class Loaded(Protocol):
