@@ -32,8 +32,8 @@ from runtime_tests.workers.runtime import Array
 __all__ = ["ANSWER_S", "LoadedInWorker", "Worker", "environment", "python_worker"]
 
 ANSWER_S = 1800.0
-"""Seconds after which a process that has not answered is ended. Loading a file takes 5 to 20 s on an emulated processor,
-one batch 150 times as long as on a CPU with VNNI."""
+"""Seconds after which a process that has not answered is ended. On an emulated processor, loading a file takes 5 to
+20 s and one batch 150 times as long as on a CPU with VNNI."""
 
 LEFT_OUT = ("PYTHON", "OPENBLAS_", "QEMU_", "LD_PRELOAD")
 """Beginnings of the environment variables that a process does not inherit: they belong to this interpreter and
@@ -99,7 +99,9 @@ class Worker:
         finally:
             timer.cancel()
         if not line and time.monotonic() - started >= within:
-            raise ModelError(f"{self.name} gave no answer within {within:g} s; compare fewer samples (--parity-samples).")
+            raise ModelError(
+                f"{self.name} gave no answer within {within:g} s; compare fewer samples (--parity-samples)."
+            )
         if not line:
             raise ModelError(
                 f"{self.name} ended without an answer ({self._end_of_log()}); run it again, or without it."

@@ -22,8 +22,8 @@ __all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime"]
 Array = NDArray[Any]
 
 EMULATED_SAMPLES = 16
-"""Samples that a runtime compares where it is slow. Of a MobileNetV2, onnxruntime-web took 15 times as long as a CPU with
-VNNI, emulated ARM processors 85 times, emulated x86 processors 150 times."""
+"""Samples that a runtime compares where it is slow. MobileNetV2 took onnxruntime-web 15 times as long as a CPU with
+VNNI, emulated ARM processors 85 times and emulated x86 processors 150 times as long."""
 
 
 class Loaded(Protocol):

@@ -102,7 +102,8 @@ def test_a_kernel_that_differs_fails_the_verdict(tmp_path: Path) -> None:
     assert (here["violations"], there["violations"]) == (0, 2)  # the value, and the output that follows from it
     assert (there["mismatched"], there["kernel_mismatched"]) == (2, 2)  # one in each of two batches
     assert len(there["worst"]) == 1
-    assert {gate["name"] for gate in report["gates"] if not gate["passed"]} == {"unproved_runtimes"}
+    failed = {gate["name"] for gate in report["gates"] if not gate["passed"]}
+    assert failed == {"unproved_runtimes", "inexact_here"}  # the process runs on this machine's processor
     page = (tmp_path / "out" / "report.html").read_text()
     assert "differs" in page and "kernel by kernel 2" in page
     suites = {suite.name: suite for suite in junitparser.JUnitXml.fromfile(str(tmp_path / "out" / "junit.xml"))}
