@@ -17,17 +17,15 @@ INEXACT = "inexact_here"
 
 X86 = tuple(name for name in PROCESSORS if name.startswith("x86-"))
 
-WORDS = {"proved": "proved by running it", "follows": "follows from arithmetic"}
-"""Reasons for exactness, by status."""
-
 
 def where_rows(entries: Sequence[Holds], min_onnxruntime: str | None) -> Iterator[tuple[str, str]]:
     """Yield titles and texts: where the file is exact, where it is not, where that is unknown."""
-    exact = [f"{_families(found)} ({words})" for status, words in WORDS.items() if (found := _of(entries, status))]
+    exact, follows = _of(entries, "follows", "proved"), _of(entries, "follows")
+    where = f"{_families(exact)} ({'follows from arithmetic' if follows else 'proved by running it'})" if exact else ""
     scope = IN_FLOAT if any(IN_FLOAT in each.condition for each in entries) else ""
     needs = f"needs onnxruntime {min_onnxruntime} or newer" if min_onnxruntime else ""
     if entries:
-        yield "exact on", "; ".join(filter(None, [*(exact or ["no processor"]), scope, needs]))
+        yield "exact on", "; ".join(filter(None, [where or "no processor", scope, needs]))
     for status, title in (("differs", "not exact on"), ("unknown", "unknown on")):
         if found := _of(entries, status):
             yield title, "; ".join(f"{PROCESSORS[each.processor].summary}: {each.condition}" for each in found)
@@ -39,8 +37,8 @@ def not_exact_here(entries: Sequence[Holds], processor: str | None) -> str | Non
     return f"this machine is {PROCESSORS[found[0].processor].summary}, where {found[0].condition}" if found else None
 
 
-def _of(entries: Sequence[Holds], status: str) -> list[Holds]:
-    return [each for each in entries if each.status == status]
+def _of(entries: Sequence[Holds], *statuses: str) -> list[Holds]:
+    return [each for each in entries if each.status in statuses]
 
 
 def _families(entries: Sequence[Holds]) -> str:
