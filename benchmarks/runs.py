@@ -131,7 +131,9 @@ class Results:
         content = {
             "title": self.shown.get("title", f"Accuracy: {path.stem}"),
             "command": self.command,
-            "measured": self._provenance(),
+            "measured": provenance(
+                int(self.inputs.get("threads", 1)), [run.tool for run in self.runs.values() if run.tool]
+            ),
             "methods": self._methods(),
             "notes": self.shown.get("notes", []),
             "inputs": self.inputs,
@@ -143,21 +145,21 @@ class Results:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
 
-    def _provenance(self) -> dict[str, Any]:
-        """Return when and on what it was measured."""
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime")}
-        versions |= dict(run.tool.split() for run in self.runs.values() if run.tool)
-        return {
-            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-            "cpu": this_cpu().brand,
-            "threads": int(self.inputs.get("threads", 1)),
-            "versions": versions,
-        }
-
     def _methods(self) -> list[str]:
         """Return the methods of this project that have runs."""
         used = {run.method.partition("(")[0] for run in self.runs.values()}
         return [info.name for info in list_methods() if info.name in used]
+
+
+def provenance(threads: int | None = None, tools: Iterable[str] = ()) -> dict[str, Any]:
+    """Return when and on what something was measured; tools: name and version of each."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime")}
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "cpu": this_cpu().brand,
+        **({} if threads is None else {"threads": threads}),
+        "versions": versions | dict(tool.split() for tool in tools),
+    }
 
 
 def _beside(path: Path) -> Path:
