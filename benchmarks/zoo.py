@@ -85,7 +85,7 @@ def row(model: str, bits: str, arguments: argparse.Namespace) -> tuple[list[Any]
 
 def proof(found: dict[str, Any]) -> str:
     """Return what one runtime computed, in a few words."""
-    if found["refused"]:
+    if found.get("refused"):
         return f"refused: {found['refused']}"
     differing = f"{found['mismatched']:,} of {found['values']:,}"
     if found["mismatched"]:
