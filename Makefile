@@ -36,7 +36,7 @@ help:
 	@echo "make wheel    build a wheel and run it in an empty environment"
 	@echo "make docs     build the documentation: site/index.html"
 	@echo "make check    format, lint, types, import rules, then the tests"
-	@echo "make clean    remove .venv, out and caches"
+	@echo "make clean    remove .venv, .runtimes, out and caches"
 
 demo: $(STAMP)
 	$(BIN)/intact demo --out out/demo --overwrite
@@ -75,7 +75,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .runtimes out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # A dry run tells what torch would bring before gigabytes are downloaded; the second look is at what is really there.
 $(STAMP): pyproject.toml Makefile
