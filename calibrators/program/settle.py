@@ -28,9 +28,9 @@ from calibrators.record import MovedScale, Settled, Ties
 
 __all__ = ["settle"]
 
-LARGEST_MOVE = 2**12
-"""Units in the last place by which a scale may move: at most 5e-4 of the scale, 0.12 steps at the end of 8 bits.
-Grids with powers of two need up to 2**11 on ties alone, other grids a few."""
+LARGEST_MOVE = 2**13
+"""Units in the last place by which a scale may move: at most 1e-3 of the scale, 0.25 steps at the end of 8 bits.
+Scales with ratios of small integers, on which many sums are ties, need up to 2**12, others none or a few."""
 
 SIZES = [*range(1, 9), *(2**k for k in range(4, LARGEST_MOVE.bit_length()))]
 MOVES = [0, *(sign * size for size in SIZES for sign in (1, -1))]
