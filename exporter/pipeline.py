@@ -311,6 +311,7 @@ class _Export:
             mixed_precision=record.mixed_precision,
             simplifier=simplifier,
             emission=emission_of(self.model.graph_model),
+            golden=proof.golden_outputs(result.placement.target.exact_on),
             config=config.model_dump(mode="json"),
             data=sources,
             **parts,

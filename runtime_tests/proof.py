@@ -28,6 +28,7 @@ from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import Comparison, probes_of, weight_agreements
 from runtime_tests.parity.elsewhere import Elsewhere, proved_on
+from runtime_tests.parity.golden import GoldenOutput, golden_outputs
 from runtime_tests.parity.results import Level, Parity, ProvedOn, SecondLevel
 from runtime_tests.parity.second import SecondComparison
 from runtime_tests.reference.execute import KernelPlan, plan, run
@@ -157,6 +158,11 @@ class Proof:
         levels = self.levels
         here = (proved_on(get_runtime(name), levels[level]) for name, level in LEVEL_OF.items() if level in levels)
         return *here, *(each.report() for each in self._elsewhere)
+
+    def golden_outputs(self, processors: Iterable[str]) -> tuple[GoldenOutput, ...]:
+        """Return the tolerance of each golden output; processors: families for which the file is made."""
+        assert self.golden is not None
+        return golden_outputs(self.model, self.kernels, *self.golden, processors=processors)
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from exporter.config import NO_EFFECT
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
 from exporter.reporting.schema import Report, dump, dump_json
+from runtime_tests.parity.golden import GoldenOutput
 
 __all__ = ["Arrays", "Files", "check_out", "read_golden", "verify_manifest", "write_bundle"]
 
@@ -38,6 +39,18 @@ Files: TypeAlias = Callable[[Path], object] | Mapping[str, bytes | Path]
 
 _MANIFEST = "manifest.json"
 _GOLDEN = "golden/test_data_set_0"
+_GOLDEN_PAGE = """# Golden inputs and outputs
+
+`test_data_set_0` holds inputs and the outputs that the reference program computes of them, as ONNX tensors
+(`TensorProto`) in the order of the model's signature. Feed a device the inputs and compare its outputs as follows.
+
+Integer kernels give the same integers on every processor of the target. Float operators do not: their last bits differ
+between libraries and processors, so that rare codes after them are one step off. The tolerance is twice the largest
+difference that was measured while as many codes as the proof allows were one step off. A larger difference is an error.
+
+| output | how close it has to be |
+|---|---|
+"""
 _MANIFEST_VERSION = 1
 _LIBRARIES = ("python", "torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy")
 
@@ -64,7 +77,7 @@ def write_bundle(
         _write(folder, "report.json", dump_json(content).encode())
         _write(folder, "report.html", render_html(report).encode())
         _write(folder, "junit.xml", render_junit(report).encode())
-        _put_golden(golden, folder)
+        _put_golden(golden, report.golden or (), folder)
         _write(folder, _MANIFEST, dump_json(_manifest(folder, content, config)).encode())
     return out.resolve()
 
@@ -179,11 +192,27 @@ def _put_files(files: Files, folder: Path) -> None:
         raise ValueError("`files` must write model.onnx into the folder it is given")
 
 
-def _put_golden(golden: tuple[Arrays, Arrays], folder: Path) -> None:
+def _put_golden(golden: tuple[Arrays, Arrays], described: Sequence[GoldenOutput], folder: Path) -> None:
+    """Write inputs and outputs in the ONNX test-data layout, each output with its tolerance, and a page about them."""
+    texts = {output.name: _tolerance(output) for output in described}
+    page = "\n".join(f"| `{name}` | {text} |" for name, text in texts.items())
+    _write(folder, "golden/README.md", f"{_GOLDEN_PAGE}{page}\n".encode())
     for kind, arrays in zip(("input", "output"), golden, strict=True):
         for index, (name, array) in enumerate(arrays.items()):
             tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            if kind == "output":
+                tensor.doc_string = texts.get(name, "")
             _write(folder, f"{_GOLDEN}/{kind}_{index}.pb", tensor.SerializeToString(deterministic=True))
+
+
+def _tolerance(output: GoldenOutput) -> str:
+    """Return how closely another runtime has to reproduce an output."""
+    if not output.tolerance:
+        return "bit-identical: integer kernels alone compute it"
+    share = f", {output.tolerance / output.largest:.2g} of its largest value {output.largest:.3g}"
+    return (
+        f"absolute tolerance {output.tolerance:g}{share if output.largest else ''}: float operators compute part of it"
+    )
 
 
 def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:

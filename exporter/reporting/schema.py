@@ -32,6 +32,7 @@ from runtime_tests.ort.coverage import Coverage
 from runtime_tests.ort.lint import Finding
 from runtime_tests.ort.saturation import Saturation
 from runtime_tests.ort.simplifier import Simplifier
+from runtime_tests.parity.golden import GoldenOutput
 from runtime_tests.parity.results import Parity, ProvedOn
 from runtime_tests.reference.where_exact import Holds
 
@@ -146,6 +147,7 @@ class Report:
     holds: tuple[Holds, ...] | None = None
     simplifier: Simplifier | None = None
     emission: Emission | None = None
+    golden: tuple[GoldenOutput, ...] | None = None
     lint: tuple[Finding, ...] | None = None
     warnings: tuple[str, ...] | None = None
     config: dict[str, Any] | None = None

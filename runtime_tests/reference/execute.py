@@ -29,6 +29,9 @@ __all__ = ["FLOAT", "KernelPlan", "plan", "run"]
 See = Callable[[str, Tensor], None]
 """A function that gets the name of a site and its dequantized codes."""
 
+Disturb = Callable[[str, Tensor], Tensor]
+"""A function that gets the name of a site and its codes, and returns those with which the run goes on."""
+
 
 @dataclass(frozen=True, eq=False)
 class _QuantizedTensor:
@@ -48,13 +51,18 @@ class _QuantizedTensor:
 
 
 def run(
-    plan: KernelPlan, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None, see: See | None = None
+    plan: KernelPlan,
+    inputs: Sequence[Tensor],
+    forced: Mapping[str, Tensor] | None = None,
+    see: See | None = None,
+    disturb: Disturb | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """Return the codes of every site and the outputs of the program.
 
     forced:  codes by site that replace the computed ones downstream, once these are recorded. With the runtime's
              own codes, every site shows what its kernel computes from the inputs that the runtime had.
     see:     gets the floats of every dequantized site that no kernel covers.
+    disturb: changes the codes of sites, once they are recorded.
     returns: codes in their container dtype by site name, and the outputs in order.
     """
     forced = forced or {}
@@ -69,6 +77,8 @@ def run(
                 site = site_of(node)
                 codes[site] = values[node]
                 values[node] = forced.get(site, values[node])
+                if disturb is not None:
+                    values[node] = disturb(site, values[node])
             elif see is not None and node.target is DEQUANTIZE:
                 see(values[node].site, values[node].values)
     return codes, outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,28 @@ def test_same_input_same_bytes(bundle: Path, tmp_path: Path) -> None:
     run("pooled", tmp_path / "again")
     for file in ("model.onnx", "golden/reference.pt2", "golden/test_data_set_0/output_0.pb"):
         assert (bundle / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(("name", "words"), [("pooled", "bit-identical"), ("transformer", "absolute tolerance 0.")])
+def test_golden_outputs_say_how_close_they_have_to_be(name: str, words: str, tmp_path: Path) -> None:
+    report = run(name, tmp_path / "out", latency_runs=0)
+    tensor = onnx.load_tensor(tmp_path / "out/golden/test_data_set_0/output_0.pb")
+    assert tensor.doc_string.startswith(words)
+    assert f"| `{tensor.name}` | {tensor.doc_string} |" in (tmp_path / "out/golden/README.md").read_text()
+    assert [output["name"] for output in report["golden"]] == [tensor.name]
+    assert verify(tmp_path / "out")["verdict"] == "pass"
+
+
+def test_verify_holds_outputs_to_the_tolerance_that_the_bundle_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run("transformer", tmp_path / "out", latency_runs=0)
+    (stated,) = (output["tolerance"] for output in report["golden"])
+    inputs, outputs = read_golden(tmp_path / "out")
+    for factor, verdict in ((0.9, "pass"), (1.1, "fail")):
+        moved = {name: array + np.float32(factor * stated) for name, array in outputs.items()}
+        monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _, moved=moved: (inputs, moved))
+        assert verify(tmp_path / "out")["verdict"] == verdict
 
 
 def test_the_oldest_release_is_stated_everywhere(bundle: Path) -> None:

@@ -30,7 +30,8 @@ GOLDEN = (
 )
 NAMES = {
     "model.onnx", "model.onnx.data", "report.json", "report.html", "junit.xml", "manifest.json",
-    "golden/test_data_set_0/input_0.pb", "golden/test_data_set_0/input_1.pb", "golden/test_data_set_0/output_0.pb",
+    "golden/README.md", "golden/test_data_set_0/input_0.pb",
+    "golden/test_data_set_0/input_1.pb", "golden/test_data_set_0/output_0.pb",
 }  # fmt: skip
 
 

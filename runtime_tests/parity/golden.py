@@ -1,0 +1,142 @@
+"""State how far the outputs of other correct runtimes may lie from the golden ones.
+
+Integer kernels compute the same codes everywhere. Float operators do not: their last bits differ between libraries and
+processors, so that rare codes after them are one step off, and all that follows differs a little. The tolerance is
+measured: the reference runs again and again while some codes after each float operator, taken at random, are one step
+off, as many as the proof allows. What onnxruntime makes of the golden inputs here, with optimizations on and off, is
+measured too. The tolerance is MARGIN times the largest of all these differences, and what the last bits of a float
+output may differ by.
+
+Must not know: bundles, reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from calibrators.graph.aten import outputs_of
+from calibrators.program.qdq_program import QUANTIZE
+from runtime_tests.ort.sessions import Source, session
+from runtime_tests.parity.compare import distance, largest_finite
+from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR, legal_rate
+from runtime_tests.reference.execute import FLOAT, KernelPlan, run
+from runtime_tests.reference.kernel_plan import site_of
+from runtime_tests.reference.ties import ties_of
+
+__all__ = ["GoldenOutput", "golden_outputs", "within"]
+
+RUNS = 16
+"""Runs of the reference with codes that are one step off."""
+
+MARGIN = 2.0
+"""The tolerance over the largest difference that was measured."""
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class GoldenOutput:
+    """One output of the golden set.
+
+    tolerance: largest legal difference from it, absolute; 0: the bits are the same in every correct runtime.
+    measured:  largest difference that was measured.
+    largest:   largest value of the output.
+    """
+
+    name: str
+    tolerance: float
+    measured: float
+    largest: float
+
+
+def golden_outputs(
+    model: Source,
+    plan: KernelPlan,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    *,
+    processors: Iterable[str],
+) -> tuple[GoldenOutput, ...]:
+    """Return the tolerance of each output of the reference on the golden inputs.
+
+    plan:       the integer kernels of the program.
+    outputs:    of the reference, in the order of the program's.
+    processors: families (calibrators.grid.processors) for which the file is made.
+    """
+    unsure = _unsure_sites(plan, processors)
+    identical = [_is_identical(plan, index, unsure) for index in range(len(outputs))]
+    others = [] if all(identical) else [*_disturbed(plan, inputs, unsure), *_in_onnxruntime(model, inputs)]
+    found = []
+    for index, (name, output) in enumerate(zip(plan.program.meta["output_names"], outputs, strict=True)):
+        largest = largest_finite(output)
+        measured = 0.0 if identical[index] else max(distance(output, other[index]) for other in others)
+        allowed = 0.0 if identical[index] else _rounded_up(MARGIN * measured + FLOAT_OUTPUT_ERROR * largest)
+        found.append(GoldenOutput(name, allowed, measured, largest))
+    return tuple(found)
+
+
+def within(golden: GoldenOutput, expected: Tensor, found: Tensor) -> bool:
+    """Return whether an output lies within the tolerance of the golden one."""
+    return distance(expected, found) <= golden.tolerance
+
+
+def _rounded_up(value: float) -> float:
+    """Return the next number with two significant digits."""
+    if not 0 < value < math.inf:
+        return value
+    exponent = math.floor(math.log10(value)) - 1
+    return float(f"{math.ceil(value / 10.0**exponent)}e{exponent}")
+
+
+def _unsure_sites(plan: KernelPlan, processors: Iterable[str]) -> frozenset[str]:
+    """Return the sites whose codes may be one step off elsewhere: after float operators, and at ties that are left."""
+    floats = {step.site for step in plan.steps if step.kernel == FLOAT and step.quantized}
+    return frozenset(floats | {tie.site for tie in ties_of(plan, processors)})
+
+
+def _is_identical(plan: KernelPlan, index: int, unsure: frozenset[str]) -> bool:
+    """Return whether integer kernels alone compute an output."""
+    return plan.exact_outputs[index] and not unsure & _sites_before(outputs_of(plan.program)[index])
+
+
+def _sites_before(node: fx.Node) -> set[str]:
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return {site_of(each) for each in seen if each.target is QUANTIZE}
+
+
+def _disturbed(plan: KernelPlan, inputs: Sequence[Tensor], unsure: frozenset[str]) -> list[Sequence[Tensor]]:
+    """Return the outputs of runs in which codes of the unsure sites are one step off."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def disturb(site: str, codes: Tensor) -> Tensor:
+        if site not in unsure:
+            return codes
+        count = max(1, round(legal_rate(FLOAT, plan.container_bits[site]) * codes.numel()))
+        places = torch.randint(codes.numel(), (count,), generator=generator)
+        steps = 2 * torch.randint(2, (count,), generator=generator, dtype=torch.int32) - 1
+        limits, flat = torch.iinfo(codes.dtype), codes.flatten()
+        flat[places] = (flat[places].to(torch.int32) + steps).clamp(limits.min, limits.max).to(codes.dtype)
+        return flat.reshape(codes.shape)
+
+    return [run(plan, inputs, disturb=disturb)[1] for _ in range(RUNS)]
+
+
+def _in_onnxruntime(model: Source, inputs: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Return the outputs of onnxruntime with optimizations on and off."""
+    found: list[Sequence[Tensor]] = []
+    for optimized in (True, False):
+        runtime = session(model, optimized=optimized)
+        names = [info.name for info in runtime.get_inputs()]
+        feeds = {name: x.numpy(force=True) for name, x in zip(names, inputs, strict=True)}
+        found.append([torch.from_numpy(y) for y in runtime.run(None, feeds)])
+    return found
