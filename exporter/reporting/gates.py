@@ -210,7 +210,7 @@ def _unplanned_kernels(report: Report) -> float | None:
 
 def _unproved_runtimes(report: Report) -> float | None:
     entries = report.get("proved_on")
-    return None if entries is None else float(sum(not ProvedOn(**each).holds for each in entries))
+    return None if entries is None else float(sum(not ProvedOn(**each).is_proved for each in entries))
 
 
 def _inexact_here(report: Report) -> float:

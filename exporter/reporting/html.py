@@ -22,8 +22,8 @@ from markupsafe import Markup
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
 from exporter.reporting.headline import headline, unplanned_kernels
-from exporter.reporting.holds import found_on
 from exporter.reporting.number_format import measured
+from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report, dump_json
 from exporter.reporting.where import where_rows
 

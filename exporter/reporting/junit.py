@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 import junitparser
 
 from exporter.reporting.headline import failure, unplanned_kernels
-from exporter.reporting.holds import found_on
 from exporter.reporting.number_format import differ, percent, significant
+from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report
 from runtime_tests.parity.results import Level
 
@@ -83,7 +83,7 @@ def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:
 def _proved_on(report: Report) -> Iterator[junitparser.TestCase]:
     """Yield one case per runtime in which the file was run."""
     for each in report.proved_on or ():
-        yield _case(each.runtime, failure="" if each.holds else found_on(each), note=found_on(each))
+        yield _case(each.runtime, failure="" if each.is_proved else found_on(each), note=found_on(each))
 
 
 def _fold(report: Report) -> Iterator[junitparser.TestCase]:

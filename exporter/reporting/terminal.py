@@ -13,8 +13,8 @@ from typing import Any
 from rich.panel import Panel
 from rich.table import Table
 
-from exporter.reporting.holds import holds
 from exporter.reporting.number_format import compared, percent, significant
+from exporter.reporting.proofs import proof_rows
 from exporter.reporting.where import INEXACT, not_exact_here, where_rows
 from runtime_tests.parity.results import ProvedOn
 from runtime_tests.reference.where_exact import Holds
@@ -41,7 +41,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield accuracy["metric"], _accuracy(accuracy)
     yield "parity", _parity(report["parity"]["optimized"])
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
-    yield from holds([ProvedOn(**each) for each in report.get("proved_on", ())])
+    yield from proof_rows([ProvedOn(**each) for each in report.get("proved_on", ())])
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])

@@ -301,7 +301,7 @@ class ProvedOn(Agreement):
         )
 
     @property
-    def holds(self) -> bool:
+    def is_proved(self) -> bool:
         """Whether the file ran there and differed by no more than is legal."""
         return self.refused is None and not self.violations
 

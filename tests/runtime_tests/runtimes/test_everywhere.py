@@ -73,19 +73,19 @@ def test_every_runtime_computes_the_reference(name: str) -> None:
     found = proved(name)
     assert found.refused is None
     assert (found.samples, found.values > 100_000, found.float_values) == (16, True, 0)
-    assert (found.mismatched, found.outputs_identical, found.holds) == (0, True, True)
+    assert (found.mismatched, found.outputs_identical, found.is_proved) == (0, True, True)
 
 
 def test_openvino_computes_the_reference_up_to_single_steps() -> None:
     found = proved("openvino")
-    assert found.holds and found.max_lsb <= 1 and found.values > 100_000
+    assert found.is_proved and found.max_lsb <= 1 and found.values > 100_000
 
 
 def test_emulated_processors_compute_as_the_real_ones_do() -> None:
     """Without VNNI, pairs of large weights saturate; that they do shows which processor runs."""
     found = proved("avx2", target="ort-cpu-vnni")
     assert found.kernel_mismatched > 100 and not found.outputs_identical
-    assert not found.holds and found.worst[0].kernel == "QLinearConv"
+    assert not found.is_proved and found.worst[0].kernel == "QLinearConv"
 
 
 def test_a_bundle(tmp_path: Path) -> None:

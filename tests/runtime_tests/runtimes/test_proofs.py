@@ -134,7 +134,7 @@ def test_a_process_that_ends_half_way_is_a_refusal() -> None:
     proof.add(x[2:])
     *_, there = proof.proved_on
     assert there.refused is not None and "ended without an answer" in there.refused
-    assert (there.values, there.holds) == (0, False)
+    assert (there.values, there.is_proved) == (0, False)
     assert proof.parity.optimized.samples == 3
 
 

@@ -1,4 +1,4 @@
-"""Sentences on where the verdict holds, which the terminal, the page and the test cases share.
+"""Sentences on the runtimes in which a file was proved, which the terminal, the page and the test cases share.
 
 Must not know: pages, files, how anything was measured.
 """
@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from exporter.reporting.number_format import differ, significant
 from runtime_tests.parity.results import ProvedOn
 
-__all__ = ["found_on", "holds"]
+__all__ = ["found_on", "proof_rows"]
 
 SHOWN_AS_PARITY = ("ort", "openvino")
 """Runtimes with lines of their own, because the report holds their comparison site by site."""
 
 
-def holds(entries: Sequence[ProvedOn]) -> Iterator[tuple[str, str]]:
+def proof_rows(entries: Sequence[ProvedOn]) -> Iterator[tuple[str, str]]:
     """Yield lines on the runtimes in which the file ran: title and text.
 
     The first names those in which it is proved. One line for each further runtime says what was found.
     """
-    proved = [_name(each) for each in entries if each.holds]
+    proved = [_name(each) for each in entries if each.is_proved]
     if proved:
         yield "proved on", ", ".join(proved)
     for each in entries:

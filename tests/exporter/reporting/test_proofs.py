@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.reporting.holds import holds
+from exporter.reporting.proofs import proof_rows
 from runtime_tests.parity.results import ProvedOn
 
 
@@ -28,7 +28,7 @@ def found(runtime: str, version: str = "1.32.0", **changed: Any) -> ProvedOn:
 
 def test_variants_are_told_apart_and_versions_named_once() -> None:
     entries = [found("ort"), found("ort==1.19.2", "1.19.2"), found("arm64==cortex-a53")]
-    assert dict(holds(entries))["proved on"] == (
+    assert dict(proof_rows(entries))["proved on"] == (
         "ort 1.32.0 (arm64), ort 1.19.2 (arm64), arm64==cortex-a53 1.32.0 (arm64)"
     )
 
@@ -37,7 +37,7 @@ def test_what_differs_and_where() -> None:
     travelled = found("avx2", mismatched=70, float_mismatched=2, outputs_identical=False, largest_difference=0.01234)
     kernels = found("web", mismatched=9, kernel_mismatched=9, violations=1, float_values=0)
     refused = found("sse", values=0, outputs_identical=False, refused="it refuses the model")
-    lines = dict(holds([found("ort"), travelled, kernels, refused]))
+    lines = dict(proof_rows([found("ort"), travelled, kernels, refused]))
     assert lines == {
         "proved on": "ort 1.32.0 (arm64), avx2 1.32.0 (arm64)",
         "avx2": "70 of 4,000 integers differ end to end; kernel by kernel 0, and 2 after float operators; outputs "
@@ -48,4 +48,4 @@ def test_what_differs_and_where() -> None:
 
 
 def test_nothing_was_proved() -> None:
-    assert [title for title, _ in holds([found("ort", violations=1)])] == []
+    assert [title for title, _ in proof_rows([found("ort", violations=1)])] == []
