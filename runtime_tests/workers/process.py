@@ -117,10 +117,11 @@ class Worker:
         return answer
 
     def _end_of_log(self) -> str:
-        """Return how the process ended, and its last line on standard error."""
+        """Return how the process ended, and the last error that it printed, or else its last line."""
         status = self._process.wait()
-        lines = self._log.read_text(errors="replace").split("\n")
-        return " ".join([f"exit status {status}", *[line.strip()[:300] for line in lines if line.strip()][-1:]])
+        lines = [line.strip()[:300] for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line]
+        return " ".join([f"exit status {status}", *(errors or lines)[-1:]])
 
 
 class LoadedInWorker:
