@@ -104,7 +104,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     prove_on: tuple[str, ...] = setting(
         (),
         "Prove the model in this runtime too; repeatable: `avx2`, `arm64`, `web`, `ort==1.19.2`; `intact runtimes` "
-        "lists them.",
+        "lists them. Emulated processors and `web` compare 16 samples.",
         panel=PROOF,
         metavar="RUNTIME",
     )

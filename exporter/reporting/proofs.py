@@ -33,7 +33,7 @@ def found_on(entry: ProvedOn) -> str:
     """Return what was found in a runtime: codes compared and differing, and the outputs."""
     if entry.refused is not None:
         return entry.refused
-    text = f"{differ(entry)} integers differ"
+    text = f"{differ(entry)} integers of {entry.samples} {'sample' if entry.samples == 1 else 'samples'} differ"
     if entry.mismatched:
         text += f" end to end; kernel by kernel {entry.kernel_mismatched:,}"
         if entry.float_values:

@@ -177,7 +177,7 @@ def test_every_block_shows_its_numbers() -> None:
         "57 of 64", "38.2 dB", "40.5 dB", "uint8 weights in 1 layer", "stages.1.0.add", "−23",
         "1 of 7 kernels differ", "31 of 65,536", "x86-avx2, arm64", "5 of 48", "3.22", "exact", "0.00076",
         "the input of stages.0.0.conv is padded with zeros",
-        "0 of 12,544 integers differ; outputs identical", "✓ proved",
+        "0 of 12,544 integers of 16 samples differ; outputs identical", "✓ proved",
     ):  # fmt: skip
         assert shown in text, shown
 

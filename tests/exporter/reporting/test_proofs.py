@@ -40,9 +40,9 @@ def test_what_differs_and_where() -> None:
     lines = dict(proof_rows([found("ort"), travelled, kernels, refused]))
     assert lines == {
         "proved on": "ort 1.32.0 (arm64), avx2 1.32.0 (arm64)",
-        "avx2": "70 of 4,000 integers differ end to end; kernel by kernel 0, and 2 after float operators; outputs "
-        "differ by up to 0.0123",
-        "web": "9 of 4,000 integers differ end to end; kernel by kernel 9; outputs identical",
+        "avx2": "70 of 4,000 integers of 16 samples differ end to end; kernel by kernel 0, and 2 after float "
+        "operators; outputs differ by up to 0.0123",
+        "web": "9 of 4,000 integers of 16 samples differ end to end; kernel by kernel 9; outputs identical",
         "sse": "it refuses the model",
     }
 
