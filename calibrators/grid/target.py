@@ -56,8 +56,6 @@ class Target:
                        If not, programs leave it out.
     shields_floats:    a clip at the bounds of the grid stands between codes and a layer with float weights, which the
                        runtime would quantize by itself.
-    weight_only_bias:  weight-only layers have a bias, of zeros where the model has none: the runtime fuses neither
-                       quantizer nor ReLU directly after their product.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -83,7 +81,6 @@ class Target:
     fixed_outputs: Mapping[str, tuple[float, int]]
     drops_clips: bool
     shields_floats: bool
-    weight_only_bias: bool
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Target:

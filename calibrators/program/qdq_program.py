@@ -12,7 +12,7 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take; an
   unsigned site's buffer and zero_point are uint8 and 128 more;
 - the weight of a weight-only layer keeps codes and zero points, since both are stored in few bits; its scales may
-  belong to blocks of `block_size` entries of a row; its bias is a float buffer, of zeros if the model has none;
+  belong to blocks of `block_size` entries of a row; its bias stays a float buffer;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -186,14 +186,6 @@ class _Builder:
                 value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
             value.meta = origin(user)
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
-            if site.weight_only and self.placement.target.weight_only_bias and bind(user)["bias"] is None:
-                self._add_zero_bias(user, site, len(codes))
-
-    def _add_zero_bias(self, user: fx.Node, site: Site, channels: int) -> None:
-        """Add a bias of zeros, for runtimes that do not fuse a quantizer or ReLU directly after a product."""
-        name = self._buffer(f"{site.name}_zero_bias", torch.zeros(channels))
-        with self.graph.inserting_before(user):
-            replace_args(user, bias=self.graph.get_attr(name))
 
     def _shield(self, node: fx.Node) -> None:
         """Shield an operator that stays in float, or of which only the weight is quantized, from codes before it.

@@ -52,5 +52,4 @@ TARGET = Target(
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     drops_clips=True,
     shields_floats=True,
-    weight_only_bias=True,
 )

@@ -114,7 +114,7 @@ class KernelPlan:
     def counts(self) -> dict[str, int]:
         """Number of planned kernels by operator of COUNTED, zeros included."""
         found = Counter(step.kernel for step in self.steps)
-        found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes))
+        found[WEIGHT_ONLY] = sum(map(is_weight_only, self.program.graph.nodes)) if self.integer else 0
         return {name: found[name] for name in COUNTED}
 
     @cached_property

@@ -15,7 +15,8 @@ from torch import nn
 
 import calibrators.targets
 from calibrators.calibration import calibrate
-from calibrators.errors import ExportError
+from calibrators.errors import ExportError, ModelError
+from calibrators.graph.operators import name_of
 from calibrators.grid.spec import QuantSpec
 from calibrators.grid.target import Target
 from calibrators.placement.layer_rules import LayerRule
@@ -141,3 +142,57 @@ def test_a_file_that_needs_a_higher_opset_than_the_target_reads_is_refused() -> 
 def test_a_target_that_contradicts_the_schema_is_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         replace(get_target("ort-cpu"), **changes)
+
+
+class Clipped(nn.Module):
+    """A ReLU between a convolution and a linear layer that stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.conv(x).relu().amax((2, 3)))
+        return y
+
+
+def operators(rules: tuple[LayerRule, ...], **changes: bool) -> list[str]:
+    """Return the names of the operators of a program for a target that differs in its forms."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    result = calibrate(
+        capture(Clipped(), x),
+        [x],
+        method="minmax",
+        target=replace(get_target("ort-cpu"), **changes),
+        placement=PlacementOptions(layers=rules),
+    )
+    return [name_of(node.target) for node in result.program.graph.nodes]
+
+
+def test_programs_have_the_forms_that_the_target_needs() -> None:
+    rules = (LayerRule("head", float=True),)
+    assert operators(rules).count("relu.default") == 1
+    assert operators(rules, drops_clips=False).count("relu.default") == 0
+    assert operators(rules).count("clamp.default") == 1
+    assert operators(rules, shields_floats=False).count("clamp.default") == 0
+
+
+def test_a_program_with_a_free_batch_is_refused_where_the_batch_must_be_fixed() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    x = torch.randn(2, 3, 6, 6)
+    program = torch.export.export(Clipped().eval(), (x,), dynamic_shapes=({0: batch},), strict=False)
+    with pytest.raises(ModelError, match="free batch, but the target needs a fixed one"):
+        capture(program, x, free_batch=False)
+    assert not capture(Clipped().eval(), x, free_batch=False).meta["dynamic_batch"]
+
+
+@pytest.mark.parametrize("name", ["ort-cpu", "ort-cpu-vnni", "ort-arm", "ort-web"])
+def test_files_are_exact_where_their_target_says(name: str, tmp_path: Path) -> None:
+    model, x = build("residual", batch=4)
+    report = export(model, [x], target=name, method="minmax", latency_runs=0, out=tmp_path / "out")
+    assert report["verdict"] == "pass"
+    exact = {each["processor"] for each in report["holds"] if each["status"] in ("proved", "follows")}
+    assert exact >= set(get_target(name).exact_on)
+    differs = {each["processor"] for each in report["holds"] if each["status"] == "differs"}
+    assert ("x86-avx2" in differs) == (name != "ort-cpu")
