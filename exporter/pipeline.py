@@ -26,7 +26,7 @@ from calibrators.targets import get_target
 from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
-from exporter.emission.build_model import emit_float, needed_opset, save, to_onnx
+from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import SAME, capture
@@ -221,6 +221,7 @@ class _Export:
                 f"because the nodes that unpack them are larger than what packing saves: {', '.join(names)}"
             )
         pack(model, self.config.weight_storage, self.config.min_ort)
+        check_opset(model, self.target)
         self._state_release(model)
         entries = holds_on(plan(program, self.target), saturation(ir.to_proto(model)), self.target)
         model.metadata_props[EXACT_ON_KEY] = ", ".join(exact_on(entries))

@@ -24,6 +24,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, outputs_of, where
+from calibrators.grid.target import Target
 from calibrators.program.freeze import CalibrationResult
 from exporter.emission.onnx_forms import ONNX_FORMS
 from exporter.emission.packing import pack
@@ -31,7 +32,7 @@ from exporter.emission.readable import annotate, normalize
 from exporter.frontend.capture import quiet
 from exporter.frontend.reference import export_program
 
-__all__ = ["emit", "emit_float", "needed_opset", "save", "to_onnx"]
+__all__ = ["check_opset", "emit", "emit_float", "needed_opset", "save", "to_onnx"]
 
 WIDE_OPSET = 21
 """First opset whose quantizers write int16."""
@@ -57,25 +58,27 @@ def emit(
     """
     model = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
     pack(model, weight_storage)
+    check_opset(model, result.placement.target)
     save(model, path)
     return model
 
 
 def needed_opset(result: CalibrationResult) -> int:
-    """Return the target's opset, or the first one that has what 16-bit activations and blocks need.
-
-    raises: ExportError if the target does not read that opset.
-    """
-    target, specs = result.placement.target, [site.spec for site in result.placement.sites]
+    """Return the target's opset, or the first one that has what 16-bit activations and blocks need."""
+    specs = [site.spec for site in result.placement.sites]
     wide = [WIDE_OPSET for spec in specs if spec.is_wide]
     blocks = [BLOCK_OPSET for spec in specs if spec.block_size is not None]
-    opset, highest = max([target.opsets[0], *wide, *blocks]), target.opsets[1]
+    return max([result.placement.target.opsets[0], *wide, *blocks])
+
+
+def check_opset(model: ir.Model, target: Target) -> None:
+    """Raise ExportError for a finished model of an opset that the target does not read."""
+    opset, highest = model.opset_imports[""], target.opsets[1]
     if opset > highest:
         raise ExportError(
-            f"16-bit activations and scales per block need opset {opset}, but target {target.name!r} reads at most "
-            f"{highest}; give other settings or another target"
+            f"the file has opset {opset}, because packed weights, 16-bit activations or scales per block need it, but "
+            f"target {target.name!r} reads at most {highest}; give --weight-storage int8, or leave these settings out"
         )
-    return opset
 
 
 def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:

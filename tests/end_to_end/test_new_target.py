@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -23,7 +24,7 @@ from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
 from calibrators.targets import get_target
 from exporter import export
-from exporter.emission.build_model import needed_opset
+from exporter.emission.build_model import emit
 from exporter.frontend.capture import capture
 from runtime_tests.ort.meant_for import target_of
 from runtime_tests.reference.execute import plan
@@ -113,18 +114,16 @@ def test_types_for_which_a_target_has_no_kernels_stay_float() -> None:
     assert all(step.is_integer for step in plan(program, target).steps)
 
 
-def test_a_file_that_needs_a_higher_opset_than_the_target_reads_is_refused() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    target = replace(get_target("ort-cpu"), opsets=(20, 20))
-    result = calibrate(
-        capture(Sum(), x),
-        [x],
-        method="minmax",
-        target=target,
-        placement=PlacementOptions(layers=(LayerRule("c", activation_bits=16),)),
-    )
-    with pytest.raises(ExportError, match="need opset 21, but target 'ort-cpu' reads at most 20"):
-        needed_opset(result)
+@pytest.mark.parametrize("settings", [{"activation_bits": 16}, {"weight_bits": 4}], ids=["wide", "packed"])
+def test_a_file_of_an_opset_that_the_target_does_not_read_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    x = torch.randn(2, 32, 4, 4)
+    target, rule = replace(get_target("ort-cpu"), opsets=(20, 20)), LayerRule("0", **settings)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 4, 1))
+    options = PlacementOptions(layers=(rule,))
+    result = calibrate(capture(model, x), [x], method="minmax", target=target, placement=options)
+    with pytest.raises(ExportError, match=r"has opset 21.* but target 'ort-cpu' reads at most 20"):
+        emit(result, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @pytest.mark.parametrize(
