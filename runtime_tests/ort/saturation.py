@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cpuinfo
@@ -29,7 +29,17 @@ from calibrators.grid.processors import PROCESSORS
 from runtime_tests.ort.operands import Product, flag, products, where
 from runtime_tests.ort.sessions import Model, Source
 
-__all__ = ["Cpu", "Saturation", "SaturationRisk", "cpu_from", "layers_at_risk", "pair_sums", "saturation", "this_cpu"]
+__all__ = [
+    "Cpu",
+    "Saturation",
+    "SaturationRisk",
+    "cpu_from",
+    "layers_at_risk",
+    "needs_unsigned",
+    "pair_sums",
+    "saturation",
+    "this_cpu",
+]
 
 Array = NDArray[Any]
 
@@ -118,6 +128,17 @@ def layers_at_risk(model: Source) -> tuple[tuple[SaturationRisk, ...], int]:
     return tuple(risk for layer in layers if (risk := _risk(*layer)) is not None), len(layers)
 
 
+def needs_unsigned(found: Product) -> bool:
+    """Return whether a product with UINT8 weights could saturate without VNNI if they were stored as INT8."""
+    codes, zero_point = found.weight.data, found.weight.zero_point
+    if codes is None or zero_point is None or zero_point.size != 1:
+        return False
+    signed = replace(found.weight, data=codes.astype(np.int64) - zero_point.reshape(()), dtype=ir.DataType.INT8)
+    product = replace(found, weight=signed)
+    matrices = _matrices(product)
+    return bool(matrices) and _risk(product, matrices) is not None
+
+
 @functools.cache
 def this_cpu() -> Cpu:
     """Return architecture and instruction sets of this machine, as far as the operating system reports them."""
@@ -147,7 +168,7 @@ def _matrices(found: Product) -> list[Array]:
     node, weight = found.node, found.weight.data
     if weight is None or found.weight.dtype != ir.DataType.INT8 or found.x.dtype not in LOWEST:
         return []
-    if node.op_type == "Conv":
+    if node.op_type == "Conv" and weight.ndim > 1:
         if flag(node, "group") == weight.shape[0] > 1 and weight.shape[1] == 1:
             return []  # depthwise
         return [weight.reshape(len(weight), -1), np.moveaxis(weight, 1, -1).reshape(len(weight), -1)]

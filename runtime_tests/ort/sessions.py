@@ -22,7 +22,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from calibrators.errors import ModelError, UnknownNameError
+from calibrators.errors import ModelError, UnknownNameError, first_line
 from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS, session_options
 
 __all__ = ["Model", "Source", "load_warnings", "loads", "session"]
@@ -72,8 +72,15 @@ class Model:
 
     @cached_property
     def graph_model(self) -> ir.Model:
-        """The model as a graph; external data is mapped into memory where it is read."""
-        model = ir.from_proto(self.proto)
+        """The model as a graph; external data is mapped into memory where it is read.
+
+        raises: ModelError for a model whose parts are no graph.
+        """
+        try:
+            model = ir.from_proto(self.proto)
+        except ir.serde.SerdeError as error:
+            reason = first_line(error.__cause__ or error)
+            raise ModelError(f"the model cannot be read as a graph: {reason}; export it again.") from error
         if not isinstance(self.source, onnx.ModelProto):
             for graph in model.graphs():
                 ir.external_data.set_base_dir(graph, Path(self.source).parent)

@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from calibrators.errors import InputError
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE
-from runtime_tests.ort.operands import flag, stated_type, where
+from runtime_tests.ort.operands import flag, inputs, stated_type, where
 
 __all__ = [
     "RELEASE_KEY",
@@ -126,7 +126,7 @@ def needs(model: ir.Model) -> Iterator[Need]:
         for node in graph:
             for form in FORMS:
                 if form.op == node.op_type and not node.domain and _has(node, form, opset):
-                    dtype = stated_type(node.inputs[0])
+                    dtype = stated_type(inputs(node, 1)[0])
                     form_of = "with blocks" if form.blocks else f"of {dtype}" if form.types else f"of opset {opset}"
                     yield Need(parse_version(form.release), where(node), f"{node.op_type} {form_of}")
 
@@ -144,7 +144,7 @@ def first_version(op: str, dtype: ir.DataType, opset: int) -> Version:
 
 
 def _has(node: ir.Node, form: Form, opset: int) -> bool:
-    types = not form.types or stated_type(node.inputs[0]) in form.types
+    types = not form.types or stated_type(inputs(node, 1)[0]) in form.types
     return opset >= form.opset and types and (not form.blocks or flag(node, "block_size") > 0)
 
 

@@ -14,6 +14,7 @@ from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.lint.files import (
     FORM_RULES,
+    GRAPH_RULES,
     LOADING_RULES,
     READING_RULES,
     STRUCTURE_RULES,
@@ -34,6 +35,7 @@ __all__ = ["RULES", "Finding", "Rule", "lint"]
 STAGES: tuple[tuple[Rule, ...], ...] = (
     READING_RULES,
     STRUCTURE_RULES,
+    GRAPH_RULES,
     VERSION_RULES,
     VALIDITY_RULES,
     SCALE_RULES,

@@ -5,6 +5,7 @@ Must not know: quantization.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,15 @@ from runtime_tests.ort.lint.subjects import BYTE, NARROW
 from runtime_tests.ort.sessions import load_warnings
 from runtime_tests.ort.versions import needs
 
-__all__ = ["FORM_RULES", "LOADING_RULES", "READING_RULES", "STRUCTURE_RULES", "VALIDITY_RULES", "VERSION_RULES"]
+__all__ = [
+    "FORM_RULES",
+    "GRAPH_RULES",
+    "LOADING_RULES",
+    "READING_RULES",
+    "STRUCTURE_RULES",
+    "VALIDITY_RULES",
+    "VERSION_RULES",
+]
 
 SHOWN = 5
 """Nodes of a cycle that a message names."""
@@ -132,6 +141,13 @@ def _stored_data(case: Case) -> Hits:
     return faults(case.model)
 
 
+def _no_graph(case: Case) -> Hits:
+    try:
+        case.graphs  # noqa: B018 (read for the error)
+    except ModelError as error:
+        yield "graph", str(error)
+
+
 def _refused_versions(case: Case) -> Hits:
     for need in needs(case.graphs):
         if need.version > case.min_ort:
@@ -150,17 +166,32 @@ def _invalid(case: Case) -> Hits:
         onnx.checker.check_model(source if isinstance(source, onnx.ModelProto) else str(source))
     except (onnx.checker.ValidationError, ValueError) as error:
         yield "model", f"it is no valid ONNX model: {first_line(error)}"
+        return
+    if _contradictions(case):
+        silent = onnx.ModelProto.FromString(case.proto.SerializeToString())
+        del silent.graph.value_info[:]
+        for place, message in _inferred(silent):
+            yield place, f"shapes or types do not fit together: {message}"
 
 
 def _false_shapes(case: Case) -> Hits:
+    for place, message in _contradictions(case):
+        yield place, f"the shapes or types that the file states are false: {message}"
+
+
+@functools.lru_cache(maxsize=1)
+def _contradictions(case: Case) -> tuple[tuple[str, str], ...]:
+    return _inferred(case.proto)
+
+
+def _inferred(model: onnx.ModelProto) -> tuple[tuple[str, str], ...]:
+    """Return the contradictions that shape inference finds: node, and what it says."""
     try:
-        shape_inference.infer_shapes(case.proto, check_type=True, strict_mode=True, data_prop=True)
+        shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except shape_inference.InferenceError as error:
-        found = OP_ERROR.findall(str(error))
-        for op, name, message in found:
-            yield name or op, f"the shapes or types that the file states contradict this {op}: {message}"
-        if not found:
-            yield "model", f"the shapes or types that the file states contradict its nodes: {first_line(error)}"
+        found = [(name or op, f"{op}: {message}") for op, name, message in OP_ERROR.findall(str(error))]
+        return tuple(found or [("model", first_line(error))])
+    return ()
 
 
 def _load_warnings(case: Case) -> Hits:
@@ -196,12 +227,16 @@ STRUCTURE_RULES = (
          _stored_data),
 )  # fmt: skip
 
+GRAPH_RULES = (
+    Rule("no-graph", "error", "Attributes, tensors or names are malformed.", _no_graph),
+)  # fmt: skip
+
 VERSION_RULES = (
     Rule("runtime-version", "error", "The oldest onnxruntime that has to load it does not.", _refused_versions),
 )  # fmt: skip
 
 VALIDITY_RULES = (
-    Rule("invalid-model", "error", "The checker of ONNX refuses it.", _invalid),
+    Rule("invalid-model", "error", "The checker of ONNX refuses it, or its nodes do not fit together.", _invalid),
 )  # fmt: skip
 
 FORM_RULES = (

@@ -82,7 +82,7 @@ def _written(node: ir.Node) -> Iterator[CodeGrid | None]:
 
 def _grid(node: ir.Node, dtype: ir.DataType | None, low: int, high: int) -> CodeGrid | None:
     scale, zero_point = qparams(node)
-    if scale is None or zero_point is None or scale.size != 1 or dtype not in BYTE:
+    if scale is None or zero_point is None or {scale.size, zero_point.size} != {1} or dtype not in BYTE:
         return None
     return CodeGrid(float(scale.reshape(())), int(zero_point.reshape(())), low, high, type_range(dtype)[0])
 

@@ -119,7 +119,7 @@ class Merge:
         if bound is None:
             return True
         scale, zero_point = qparams(self.quantizer)
-        if scale is None or zero_point is None or scale.size != 1:
+        if scale is None or zero_point is None or {scale.size, zero_point.size} != {1}:
             return False
         code = float((np.rint(np.float32(bound) / scale.astype(np.float32)) + zero_point).reshape(()))
         limit = type_range(self.dtype)[end]

@@ -12,6 +12,7 @@ from runtime_tests.ort.lint.rule import Case, Hits, Rule, each
 from runtime_tests.ort.lint.subjects import BYTE, FOUR_BIT, TWO_BIT, WIDE, biased, nodes, quantizers, weighted
 from runtime_tests.ort.onnx_operators import PRODUCTS, QUANTIZE
 from runtime_tests.ort.operands import Product, array, flag, inputs, operand, where
+from runtime_tests.ort.saturation import needs_unsigned
 
 __all__ = ["WEIGHT_RULES"]
 
@@ -48,6 +49,13 @@ def _float_weights(case: Case) -> Hits:
             yield where(found.node), "it quantizes a constant, so the file holds floats; store the codes"
 
 
+def _unsigned_weights(case: Case) -> Hits:
+    """Report UINT8 weights, except where INT8 ones would saturate on a processor of the target."""
+    for found in weighted(case.graphs):
+        if found.weight.dtype == ir.DataType.UINT8 and not (case.target.pair_sum and needs_unsigned(found)):
+            yield where(found.node), "UINT8 weights run at less than half the speed of INT8 weights; store INT8"
+
+
 def _overflows(case: Case) -> Hits:
     for found in biased(case.graphs):
         node, x, codes, weight = found.node, found.x, found.bias, found.weight.data
@@ -71,9 +79,7 @@ WEIGHT_RULES = (
     Rule("float-kernel-weight", "warning", "4- and 16-bit weights are expanded to float at every run.", each(
         weighted, lambda p: p.weight.dtype in (*FOUR_BIT, *WIDE),
         "{0.weight.dtype} weights have no integer kernel here; store the codes as INT8")),
-    Rule("unsigned-weight", "warning", "Unsigned weights use the slow kernels.", each(
-        weighted, lambda p: p.weight.dtype == ir.DataType.UINT8,
-        "UINT8 weights run at less than half the speed of INT8 weights; store INT8")),
+    Rule("unsigned-weight", "warning", "Unsigned weights use the slow kernels.", _unsigned_weights),
     Rule("blocked-weight", "error", "Blocked 8-bit weights beside quantized activations fail at run time.", each(
         weighted, lambda p: flag(p.weight.node, "block_size") and p.weight.dtype in BYTE,
         "its weights have one scale per block, but integer kernels take one per channel or tensor")),

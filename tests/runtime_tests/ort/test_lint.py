@@ -154,6 +154,13 @@ def different_ties(bad: bool) -> Model:
     return net.model(net.quantize_with(net.op("Add", x.name, y.name), 0.5 if bad else 0.25, 128).name)
 
 
+def no_graph(bad: bool) -> Model:
+    model = models.residual()
+    if bad:
+        model.graph.input[0].type.tensor_type.elem_type = 99
+    return model
+
+
 def packed_data(bad: bool) -> Model:
     net = Net(opset=21)
     model = net.model(codes(net, np.ones(4, np.int64), 0.1, dtype=TensorProto.INT4))
@@ -351,6 +358,7 @@ CASES: dict[str, Callable[[bool], Model]] = {
     "missing-domain": missing_domain,
     "unknown-operator": unknown_operator,
     "stored-data": stored_data,
+    "no-graph": no_graph,
     "runtime-version": runtime_version,
     "invalid-model": invalid_model,
     "false-shape": false_shape,
@@ -406,7 +414,7 @@ def test_every_rule_has_a_case_a_severity_and_a_sentence() -> None:
 
 
 PORTABILITY = ("saturating-pair", "different-ties")
-BROKEN = ("duplicate-name", "dangling-value", "cycle", "missing-domain", "unknown-operator", "stored-data",
+BROKEN = ("duplicate-name", "dangling-value", "cycle", "missing-domain", "unknown-operator", "stored-data", "no-graph",
           "runtime-version", "invalid-model", "bad-scale", "scale-count")  # fmt: skip
 """Rules whose violation makes the others meaningless."""
 
@@ -414,6 +422,40 @@ BROKEN = ("duplicate-name", "dangling-value", "cycle", "missing-domain", "unknow
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_file_gets_one_clear_finding(rule: str) -> None:
     assert {(finding.rule, finding.severity) for finding in lint(CASES[rule](True), VNNI)} == {(rule, "error")}
+
+
+def test_unsigned_weights_are_slow_unless_signed_ones_would_saturate() -> None:
+    def model(code: int) -> Model:
+        net = Net()
+        names = [
+            net.constant("codes", np.full((4, 8), 128 + code, np.uint8)),
+            net.constant("scale", np.float32(0.1)),
+            net.constant("zero", np.uint8(128)),
+        ]
+        x = net.signed(net.input("x", ("N", 4)))
+        return net.model(net.signed(net.op("MatMul", x.name, net.op("DequantizeLinear", *names))).name)
+
+    portable = get_target(DEFAULT_TARGET)
+    assert rules(model(65), portable) == set()
+    assert rules(model(64), portable) == rules(model(65), VNNI) == {"unsigned-weight"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_file_never_ends_in_a_traceback(seed: int, tmp_path: Path) -> None:
+    """Whatever bytes are hit, and whichever node is lost, there is a list of findings."""
+    rng, content = np.random.default_rng(seed), models.residual().SerializeToString()
+    for _ in range(20):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[rng.integers(len(damaged), size=4)] = rng.integers(256, size=4)
+        (tmp_path / "m.onnx").write_bytes(
+            damaged.tobytes()[: int(rng.choice([len(content), rng.integers(len(content))]))]
+        )
+        assert isinstance(lint(tmp_path / "m.onnx", VNNI), list)
+    model = models.squeeze_excite()
+    for index in range(seed, len(model.graph.node), 3):
+        short = Model.FromString(model.SerializeToString())
+        del short.graph.node[index]
+        assert {finding.rule for finding in lint(short, VNNI)} == {"dangling-value"}
 
 
 def test_loading_reports_what_onnxruntime_says(capfd: pytest.CaptureFixture[str]) -> None:
