@@ -31,6 +31,8 @@ __all__ = ["input_names", "load_model", "read_state_dict"]
 
 Model = nn.Module | torch.export.ExportedProgram
 
+NUMPY_SUFFIXES = (".npz", ".npy")
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")
 """Keys under which training scripts put the state dict, most specific first."""
 
@@ -88,6 +90,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist{near_file(path)}")
+    if path.suffix in NUMPY_SUFFIXES:
+        raise ModelError(f"{path} holds NumPy arrays, not a checkpoint; save the module's state_dict with torch.save.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -123,7 +127,7 @@ def _read_pickle(path: Path) -> Any:
             "code; use torch.save(model.state_dict(), path), or save a .safetensors file."
         ) from error
     except Exception as error:  # damaged files raise many types of exception
-        raise ModelError(f"{path} is damaged or not a checkpoint ({first_line(error)}); save it again.") from error
+        raise ModelError(f"{path} is damaged or not a checkpoint; save it again with torch.save.") from error
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from calibrators import calibrate
+from exporter import capture, emit, fold
 from exporter.demo.model import CALIBRATION, HELD_OUT, WEIGHTS, calibration, digits, evaluation, network
 from exporter.demo.train import accuracy, train
 from exporter.frontend.load import load_model
 from exporter.inputs.open import open_data
+from runtime_tests.ort.lint import lint
 
 REQUIRED_ACCURACY = 0.97
 """Accuracy that the demo promises on images that the network never saw; the shipped weights reach more."""
@@ -51,6 +55,13 @@ def test_data_streams_afresh_and_is_clean() -> None:
         x = data.example().inputs[0].numpy()
         assert x.dtype == np.float32
         assert 0 <= x.min() <= x.max() <= 1
+
+
+def test_the_linter_finds_nothing_in_the_file_of_the_demo(tmp_path: Path) -> None:
+    images = torch.from_numpy(digits()[0][0][:64])
+    result = calibrate(fold(capture(load_model("exporter.demo.model:network"), images)), [images])
+    emit(result, tmp_path / "model.onnx")
+    assert lint(tmp_path / "model.onnx", load=True) == []
 
 
 def batch_loss(model: nn.Module) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -309,8 +310,14 @@ def test_a_checkpoint_that_does_not_fit_says_why(
 def test_a_damaged_checkpoint_is_one_message(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"net{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"damaged or not a checkpoint|not a readable safetensors"):
+    with pytest.raises(ModelError, match=r"damaged or not a checkpoint; save|not a readable safetensors"):
         read_state_dict(path)
+
+
+def test_arrays_of_numpy_are_no_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "net.npz", weight=np.zeros(3))
+    with pytest.raises(ModelError, match=r"net\.npz holds NumPy arrays, not a checkpoint; save"):
+        read_state_dict(tmp_path / "net.npz")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
