@@ -22,7 +22,7 @@ from runtime_tests.ort.lint.files import (
     VERSION_RULES,
 )
 from runtime_tests.ort.lint.operators import OPERATOR_RULES
-from runtime_tests.ort.lint.parameters import PARAMETER_RULES, SCALE_RULES
+from runtime_tests.ort.lint.parameters import PARAMETER_RULES, SCALE_RULES, TYPE_RULES
 from runtime_tests.ort.lint.portability import PORTABILITY_RULES
 from runtime_tests.ort.lint.rule import Case, Finding, Rule
 from runtime_tests.ort.lint.weights import WEIGHT_RULES
@@ -37,7 +37,7 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
     STRUCTURE_RULES,
     GRAPH_RULES,
     VERSION_RULES,
-    VALIDITY_RULES,
+    (*VALIDITY_RULES, *TYPE_RULES),
     SCALE_RULES,
     (*FORM_RULES, *PARAMETER_RULES, *OPERATOR_RULES, *WEIGHT_RULES, *PORTABILITY_RULES),
 )

@@ -188,7 +188,7 @@ def _inferred(model: onnx.ModelProto) -> tuple[tuple[str, str], ...]:
     """Return the contradictions that shape inference finds: node, and what it says."""
     try:
         shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except shape_inference.InferenceError as error:
+    except (shape_inference.InferenceError, ValueError) as error:
         found = [(name or op, f"{op}: {message}") for op, name, message in OP_ERROR.findall(str(error))]
         return tuple(found or [("model", first_line(error))])
     return ()

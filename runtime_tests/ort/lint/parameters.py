@@ -17,7 +17,7 @@ from runtime_tests.ort.lint.subjects import NARROW, WIDE, Quantizer, nodes, quan
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE, SHARE_PARAMETERS
 from runtime_tests.ort.operands import array, consumers, flag, inputs, operand, quantizers_after, where
 
-__all__ = ["PARAMETER_RULES", "SCALE_RULES"]
+__all__ = ["PARAMETER_RULES", "SCALE_RULES", "TYPE_RULES"]
 
 Array = NDArray[Any]
 
@@ -105,6 +105,13 @@ SCALE_RULES = (
 )  # fmt: skip
 """Rules on scales without which no other rule can compute."""
 
+TYPE_RULES = (
+    Rule("float16-scale", "error", "Float16 scales are refused for float32 data and never fused.", each(
+        BOTH, lambda q: q.scale is not None and q.scale.dtype != np.float32,
+        "its scale is {0.scale.dtype}, but integer kernels need float32; convert it")),
+)  # fmt: skip
+"""Rules on types that shape inference would refuse in general words."""
+
 PARAMETER_RULES = (
     Rule("qparam-shape", "error", "Per tensor both must be 0-d, else have one shape.", _qparam_shapes),
     Rule("denormal-scale", "warning", "Runtimes that flush denormal numbers to 0 divide by 0.",
@@ -112,9 +119,6 @@ PARAMETER_RULES = (
     Rule("missing-zero-point", "error", "Without the zero point input Gemm is not fused.", each(
         BOTH, lambda q: inputs(q.node, 3)[2] is None and not q.is_bias,
         "the zero point input is absent; write it even if it is 0")),
-    Rule("float16-scale", "error", "Float16 scales are refused for float32 data and never fused.", each(
-        BOTH, lambda q: q.scale is not None and q.scale.dtype != np.float32,
-        "its scale is {0.scale.dtype}, but integer kernels need float32; convert it")),
     Rule("double-qdq", "error", "Two pairs in a row are merged into one with new parameters.", each(
         nodes(QUANTIZE), _dequantizer,
         lambda q: f"it quantizes what {_dequantizer(q)} just dequantized; keep only one of the pairs")),
