@@ -309,7 +309,7 @@ def targets(debug: Debug = False) -> None:
 
 @app.command()
 def runtimes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Runtimes; all by default.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Runtimes; all by default.")] = None,
     install: Annotated[
         bool,
         _option("Install what is missing into `.runtimes`, or the folder that INTACT_RUNTIMES names.", "--install"),
