@@ -3,9 +3,10 @@
     python benchmarks/zoo.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration --eval zoo.py:evaluation \
         --bits 8/8 4/4 --on avx2 arm64 web ort==1.19.2 --json networks.json
 
-Codes are compared on the samples that `intact export` compares: 256, and 16 in emulated processors. A column for each
-runtime of --on counts the codes that differ, from one end to the other, and of these those of integer kernels that were
-fed with the reference's codes. The file of --json is complete after every row, and can be put into docs/results.
+Codes are compared on the samples that `intact export` compares: 256, and 16 in emulated processors. With --on there is
+a column for each runtime, in place of size and time: it counts the codes that differ end to end, and those of integer
+kernels that are fed with the reference's codes. The file of --json is complete after every row, and can be put into
+docs/results.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ COLUMNS = (
     {"title": "differ after float operators"},
     {"title": "outputs"},
     {"title": "integer MACs", "format": "{:.4g} %"},
+)
+
+COSTS = (
     {"title": "size", "format": "{:.2f}x"},
     {"title": "latency", "format": "{:.2f}x"},
     {"title": "time", "format": "{:.0f} s"},
@@ -45,8 +49,8 @@ COLUMNS = (
 )
 
 
-def row(model: str, bits: str, arguments: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Export one network; return its row and what was proved in other runtimes."""
+def row(model: str, bits: str, arguments: argparse.Namespace) -> list[Any]:
+    """Export one network and return its row."""
     weight, activation = map(int, bits.split("/"))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -75,12 +79,15 @@ def row(model: str, bits: str, arguments: argparse.Namespace) -> tuple[list[Any]
         f"{level['float_mismatched']:,} of {level['float_values']:,}" if level["float_values"] else None,
         "identical" if level["outputs_identical"] else "differ",
         100 * report["coverage"]["integer_macs"],
+    ]
+    costs = [
         size["bytes"] / size["float_bytes"],
         latency["ratio"],
         seconds,
         report["time_s"]["calibrate"],
     ]
-    return cells, report["proved_on"] or []
+    by_name = {found["runtime"]: proof(found) for found in report["proved_on"] or ()}
+    return [*cells, *([by_name[name] for name in arguments.on] or costs)]
 
 
 def proof(found: dict[str, Any]) -> str:
@@ -120,11 +127,9 @@ def main() -> None:
     parser.add_argument("--on", nargs="+", default=[], help="runtimes that prove the file, of `intact runtimes`")
     parser.add_argument("--json", type=Path, help="file of the table")
     arguments = parser.parse_args()
-    columns, rows = [*COLUMNS, *({"title": name} for name in arguments.on)], []
+    columns, rows = [*COLUMNS, *([{"title": name} for name in arguments.on] or COSTS)], []
     for model, bits in itertools.product(arguments.models, arguments.bits):
-        cells, proved = row(model, bits, arguments)
-        by_name = {found["runtime"]: proof(found) for found in proved}
-        rows.append([*cells, *(by_name[name] for name in arguments.on)])
+        rows.append(row(model, bits, arguments))
         print(markdown(columns, rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         if arguments.json:
             save(arguments.json, arguments, columns, rows)
