@@ -149,12 +149,14 @@ def _no_graph(case: Case) -> Hits:
 
 
 def _refused_versions(case: Case) -> Hits:
-    for need in needs(case.graphs):
-        if need.version > case.min_ort:
-            yield (
-                need.where,
-                f"{need.what} needs onnxruntime {need.version}, but the file has to load in {case.min_ort}",
-            )
+    late = [need for need in needs(case.graphs) if need.version > case.min_ort]
+    places = Counter(need.what for need in late)
+    for need in {need.what: need for need in reversed(late)}.values():
+        others = f" (also at {places[need.what] - 1} other nodes)" if places[need.what] > 1 else ""
+        yield (
+            need.where,
+            f"{need.what}{others} needs onnxruntime {need.version}, but the file has to load in {case.min_ort}",
+        )
 
 
 # ---- validity, by the tools of ONNX

@@ -13,6 +13,7 @@ from calibrators.errors import UnknownNameError
 from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target, list_targets
 from runtime_tests.ort.lint import RULES, lint
+from runtime_tests.ort.versions import parse_version
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Edge, Net, optimized_model
 
@@ -531,6 +532,21 @@ def test_an_old_ir_version_passes_and_a_future_one_does_not() -> None:
     model = models.chain("Tanh")
     model.ir_version = 99
     assert [(finding.rule, finding.where) for finding in lint(model)] == [("runtime-version", "ir_version")]
+
+
+def test_a_form_that_is_too_new_is_one_finding() -> None:
+    net = Net(opset=21)
+    x = net.signed(net.input("x", ("N", 4)))
+    for _ in range(3):
+        packed = net.constant("packed", np.ones((4, 4), np.int64), dtype=TensorProto.INT4)
+        int8 = net.op("Cast", packed, to=TensorProto.INT8)
+        params = net.constant("scale", np.float32(0.1)), net.constant("zero", np.int8(0))
+        x = net.signed(net.op("MatMul", x.name, net.op("DequantizeLinear", int8, *params)))
+    model = net.model(x.name)
+    assert lint(model, VNNI) == []
+    (found,) = lint(model, VNNI, min_ort=parse_version("1.22.1"))
+    assert found.rule == "runtime-version"
+    assert found.message.startswith("Cast of INT4 (also at 2 other nodes) needs onnxruntime 1.23")
 
 
 def test_constants_quantized_at_load_time_are_found() -> None:
