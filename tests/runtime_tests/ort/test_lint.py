@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from calibrators.errors import UnknownNameError
+from calibrators.errors import ModelError, UnknownNameError
 from calibrators.grid.target import Target
 from calibrators.targets import DEFAULT_TARGET, get_target, list_targets
-from runtime_tests.ort.lint import RULES, lint
+from runtime_tests.ort.lint import RULES, files, lint
 from runtime_tests.ort.versions import parse_version
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Edge, Net, optimized_model
@@ -467,6 +467,17 @@ def test_loading_reports_what_onnxruntime_says(capfd: pytest.CaptureFixture[str]
     assert "'unused'" in found[0].message
     assert lint(models.residual(), VNNI, load=True) == []
     assert "unused" not in capfd.readouterr().err
+
+
+def test_a_refusal_that_no_rule_foresees_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise ModelError("onnxruntime refuses the model: no kernel")
+
+    monkeypatch.setattr(files, "load_warnings", refuse)
+    (found,) = lint(models.residual(), VNNI, load=True)
+    assert (found.rule, found.severity) == ("load-warning", "error")
+    assert "no kernel" in found.message
+    assert lint(models.residual(), VNNI) == []
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -0.1, 0.0])
