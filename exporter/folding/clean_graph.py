@@ -72,15 +72,17 @@ def fold_constants(graph: fx.GraphModule) -> Constants:
             own[node] = constant(graph, node)
         elif _is_pure(node) and all(source in own for source in node.all_input_nodes):
             own[node] = call(node, own)
+    used = [node for node in own if node.op != "get_attr" and any(user not in own for user in node.users)]
+    used = [node for node in used if isinstance(own[node], Tensor) and _is_small(node, own)]
+    for node in used:  # before the first is replaced: they may depend on each other
+        _in_float64(node, own, exact)
     results: Constants = {}
-    for node, value in own.items():
-        is_used = node.op != "get_attr" and any(user not in own for user in node.users)
-        if is_used and isinstance(value, Tensor) and _is_small(node, own):
-            made = constant_before(node, f"{module_path(node)}.{node.name}".lstrip("."), value.contiguous())
-            made.meta = dict(node.meta)
-            node.replace_all_uses_with(made)
-            if value.is_floating_point():
-                results[made] = _in_float64(node, own, exact).double()
+    for node in used:
+        made = constant_before(node, f"{module_path(node)}.{node.name}".lstrip("."), own[node].contiguous())
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        if own[node].is_floating_point():
+            results[made] = exact[node].double()
     graph.graph.eliminate_dead_code()
     return results
 

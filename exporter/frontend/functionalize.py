@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from calibrators.graph.aten import bind, convolution, is_constant, overloads
+from calibrators.errors import ModelError
+from calibrators.graph.aten import bind, convolution, is_constant, overloads, where
 from calibrators.graph.operators import DROPOUTS, PADDED_BY_NAME
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
 
@@ -207,6 +208,42 @@ def _reshape(node: fx.Node) -> None:
         node.args, node.kwargs = (node.args[0], sizes), {}
 
 
+def _embedding_bag(node: fx.Node) -> None:
+    """Replace bags of one size, the rows of a matrix of indices, by a lookup and a reduction.
+
+    raises: ModelError for bags given by offsets, or with a padding index.
+    """
+    bound = bind(node)
+    size, indices, weights = _size_of_bags(bound["offsets"]), bound["indices"], bound["per_sample_weights"]
+    if size is None or bound.get("padding_idx", -1) not in (None, -1):
+        raise ModelError(
+            f"{where(node)} has bags given by offsets, or with a padding index, which ONNX computes in a loop; give "
+            "the indices as a matrix with a bag in each row, without padding_idx"
+        )
+    rows = call_before(node, aten.reshape.default, indices, [-1, size])
+    found = call_before(node, aten.embedding.default, bound["weight"], rows)
+    if weights is not None:
+        found = call_before(
+            node, aten.mul.Tensor, found, call_before(node, aten.reshape.default, weights, [-1, size, 1])
+        )
+    reduced = call_before(node, BAG_REDUCTIONS[bound["mode"]], found, [1])
+    for user in list(node.users):
+        reduced.meta = dict(user.meta)
+        replace_by(user, reduced)
+
+
+BAG_REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
+"""By the number of the mode of an embedding bag."""
+
+
+def _size_of_bags(offsets: object) -> int | None:
+    """Return the size of bags whose offsets are 0, size, 2 size, ..."""
+    if not isinstance(offsets, fx.Node) or offsets.target is not aten.arange.start_step:
+        return None
+    step = offsets.args[2]
+    return step if offsets.args[0] == 0 and isinstance(step, int) else None
+
+
 def _constant_pad(node: fx.Node) -> None:
     """Replace padding with a constant by the operator that does only that."""
     x, widths, mode, value = bind(node).values()
@@ -237,6 +274,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.addmm.default, aten.mm.default), (_linear,)),
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), (_reshape,)),
     **dict.fromkeys((aten.reshape.default, aten.unflatten.int), (_reshape,)),
+    **dict.fromkeys((aten.embedding_bag.padding_idx, aten._embedding_bag.default), (_embedding_bag,)),
     aten.pad.default: (_constant_pad,),
     **dict.fromkeys(overloads(PADDED_BY_NAME), (_padding_by_name,)),
 }

@@ -98,7 +98,7 @@ def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Cov
     graph = optimized.graph_model.graph
     nodes = [node for node in graph if node.op_type not in MOVE_DATA]
     values = _run(optimized, graph, nodes, sample)
-    computing = [node for node in nodes if not _is_shape_arithmetic(node, values)]
+    computing = [node for node in nodes if _computes(node, values)]
     macs = {node: _macs(node, values) for node in computing}
     integer = {node for node in computing if node.op_type in INTEGER_INSIDE or _output(node, values).dtype in CODES}
     weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
@@ -123,9 +123,12 @@ CODES = (np.dtype(np.int8), np.dtype(np.uint8))
 INDICES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_))
 
 
-def _is_shape_arithmetic(node: ir.Node, values: Mapping[str, Array]) -> bool:
-    """Return whether a node computes only indices or conditions."""
-    return node.op_type not in INTEGER_INSIDE and _output(node, values).dtype in INDICES
+def _computes(node: ir.Node, values: Mapping[str, Any]) -> bool:
+    """Return whether a node computes more than indices, conditions, or a list of tensors (a sequence)."""
+    if node.op_type in INTEGER_INSIDE:
+        return True
+    value = values[_first_name(node)]
+    return isinstance(value, np.ndarray) and value.dtype not in INDICES
 
 
 def _output(node: ir.Node, values: Mapping[str, Array]) -> Array:
@@ -133,10 +136,11 @@ def _output(node: ir.Node, values: Mapping[str, Array]) -> Array:
 
 
 def _run(model: Model, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[str, Array] | None) -> dict[str, Array]:
-    """Run the model once; return the nodes' first outputs and computed second operands, by value name."""
+    """Run the model once; return the nodes' first outputs and the computed operands of products, by value name."""
     feed = dict(sample) if sample is not None else {value.name or "": _zeros(value) for value in graph.inputs}
     probes = {_first_name(node): None for node in nodes}
-    operands = (node.inputs[WEIGHT_INPUT[node.op_type]] for node in nodes if node.op_type in WEIGHT_INPUT)
+    products = [node for node in nodes if node.op_type in WEIGHT_INPUT]
+    operands = (node.inputs[index] for node in products for index in {0, WEIGHT_INPUT[node.op_type]})
     probes |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
     runner = session(model, optimized=False, probes=list(probes))
     names = [output.name for output in runner.get_outputs()]

@@ -596,6 +596,17 @@ def test_constants_and_no_op_views_are_folded_away():
     assert counts(graph) == {CONV2D: 1}
 
 
+def test_constants_that_depend_on_each_other_are_folded_away():
+    def forward(m, x):
+        doubled = m.w * 2.0
+        return F.conv2d(x * doubled, (doubled + 1.0) * torch.ones(4, 4, 1, 1))
+
+    module = Function(forward, w=torch.randn(1, 4, 1, 1)).eval()
+    graph, x = folded(module), torch.randn(2, 4, 9, 9)
+    assert counts(graph) == {CONV2D: 1}
+    torch.testing.assert_close(graph(x)[0], module(x))
+
+
 def test_views_that_change_the_shape_for_other_batches_stay():
     graph = folded(Function(lambda m, x: x.flatten(1).view(-1, 4, 13, 10).relu()).eval())
     assert counts(graph)[aten.reshape.default] == 1

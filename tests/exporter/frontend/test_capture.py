@@ -144,6 +144,25 @@ def test_padding_by_name_becomes_numbers(size: Any, dilation: Any, padding: str)
     assert torch.equal(graph(x)[0], model(x))
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bags_become_a_lookup_and_a_reduction(mode: str) -> None:
+    model, x = nn.EmbeddingBag(20, 6, mode=mode), torch.randint(0, 20, (4, 5))  # type: ignore[arg-type]
+    graph = capture(model, x)
+    assert graph.meta["dynamic_batch"]
+    for batch in (1, 4):
+        torch.testing.assert_close(graph(x[:batch])[0], model(x[:batch]))
+    assert aten.embedding.default in {node.target for node in graph.graph.nodes}
+
+
+def test_embedding_bags_by_offsets_are_refused() -> None:
+    class Offsets(nn.EmbeddingBag):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x.flatten(), torch.arange(x.shape[0]) * x.shape[1])
+
+    with pytest.raises(ModelError, match="a bag in each row"):
+        capture(Offsets(20, 6, mode="sum"), torch.randint(0, 20, (4, 5)))
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:

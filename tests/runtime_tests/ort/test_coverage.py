@@ -160,6 +160,26 @@ def test_integer_inputs_get_zeros_of_their_type() -> None:
     assert coverage(model).compute_nodes == 1
 
 
+def test_a_transposed_convolution_of_a_reshaped_value_is_counted() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 32))
+    image = net.op("Reshape", x, net.constant("shape", np.array([-1, 2, 4, 4])))
+    weight = net.constant("weight", np.ones((2, 3, 2, 2), np.float32))
+    result = coverage(
+        net.model(net.op("ConvTranspose", image, weight, strides=[2, 2])), sample={"x": np.ones((1, 32), np.float32)}
+    )
+    assert result.macs == 2 * 4 * 4 * 3 * 2 * 2
+
+
+def test_sequences_of_tensors_do_not_count_as_computing() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 4))
+    parts = net.op("SplitToSequence", x, axis=1)
+    joined = net.op("ConcatFromSequence", net.op("SequenceInsert", parts, x), axis=1)
+    result = coverage(net.model(net.op("Sqrt", joined)), sample={"x": np.ones((2, 4), np.float32)})
+    assert {node.op for node in result.float_nodes} <= {"Sqrt", "ConcatFromSequence"}
+
+
 def test_a_path_gives_the_same(tmp_path: Path) -> None:
     model = models.residual(float_bias=True)
     onnx.save(model, tmp_path / "m.onnx")
