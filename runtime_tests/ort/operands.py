@@ -176,8 +176,8 @@ def stated_type(value: ir.Value | None) -> ir.DataType | None:
     node = value.producer()
     if node is None or node.op_type != QUANTIZE:
         return value.dtype
-    if flag(node, "output_dtype"):
-        return ir.DataType(flag(node, "output_dtype"))
+    if number := flag(node, "output_dtype"):
+        return ir.DataType(number) if number in list(ir.DataType) else None
     return stated_type(inputs(node, 3)[2]) or ir.DataType.UINT8
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Cpu",
     "Saturation",
     "SaturationRisk",
+    "blocks",
     "cpu_from",
     "layers_at_risk",
     "needs_unsigned",
@@ -53,6 +54,9 @@ REPORTED_FLAGS = (
 
 LOWEST: dict[ir.DataType | None, int] = {ir.DataType.UINT8: 0, ir.DataType.INT8: -128}
 """Lowest activation code: int8 codes run as uint8, moved up by 128."""
+
+BLOCK = 2**22
+"""Weights that are looked at together: intermediate results take up to 50 times their space."""
 
 EXACT_FLAGS = ("avx512_vnni", "avx_vnni")
 
@@ -133,7 +137,8 @@ def needs_unsigned(found: Product) -> bool:
     codes, zero_point = found.weight.data, found.weight.zero_point
     if codes is None or zero_point is None or zero_point.size != 1:
         return False
-    signed = replace(found.weight, data=codes.astype(np.int64) - zero_point.reshape(()), dtype=ir.DataType.INT8)
+    centred = np.subtract(codes, zero_point.reshape(()), dtype=np.int16, casting="unsafe")
+    signed = replace(found.weight, data=centred, dtype=ir.DataType.INT8)
     product = replace(found, weight=signed)
     matrices = _matrices(product)
     return bool(matrices) and _risk(product, matrices) is not None
@@ -150,6 +155,11 @@ def cpu_from(info: Mapping[str, Any]) -> Cpu:
     present = {str(flag).replace("_", "").lower() for flag in info.get("flags", ())}
     flags = tuple(flag for flag in REPORTED_FLAGS if flag.replace("_", "") in present)
     return Cpu(str(info.get("arch", "unknown")), str(info.get("brand_raw", "unknown")), flags)
+
+
+def blocks(matrix: Array) -> list[Array]:
+    """Cut a matrix into groups of rows with about BLOCK numbers each."""
+    return np.array_split(matrix, max(1, min(len(matrix), matrix.size // BLOCK)))
 
 
 def pair_sums(weights: Array) -> tuple[Array, Array]:
@@ -183,11 +193,12 @@ def _risk(found: Product, matrices: list[Array]) -> SaturationRisk | None:
     highest = found.x.hi - LOWEST[found.x.dtype]
     risks = []
     for weights in matrices:
-        positive, negative = (highest * sums for sums in pair_sums(weights))
-        count = int(np.sum((positive > INT16_MAX) | (negative < INT16_MIN)))
-        worst = int(max(positive.max(initial=0), -negative.min(initial=0)))
-        risks.append(
-            SaturationRisk(where(found.node), worst, INT16_MAX, found.node.op_type, highest, count, positive.size)
-        )
+        worst = count = total = 0
+        for block in blocks(weights):
+            positive, negative = (highest * sums for sums in pair_sums(block))
+            count += int(np.sum((positive > INT16_MAX) | (negative < INT16_MIN)))
+            worst = int(max(worst, positive.max(initial=0), -negative.min(initial=0)))
+            total += positive.size
+        risks.append(SaturationRisk(where(found.node), worst, INT16_MAX, found.node.op_type, highest, count, total))
     worst_risk = max(risks, key=lambda risk: (risk.pairs, risk.worst))
     return worst_risk if worst_risk.pairs else None

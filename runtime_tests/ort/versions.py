@@ -149,4 +149,4 @@ def _has(node: ir.Node, form: Form, opset: int) -> bool:
 
 
 def _release(table: Mapping[int, str], number: int) -> Version:
-    return parse_version(table[max(first for first in table if first <= number)])
+    return parse_version(table[max((first for first in table if first <= number), default=0)])

@@ -74,8 +74,13 @@ def lint(
 
 def _findings(rules: tuple[Rule, ...], case: Case) -> list[Finding]:
     return [
-        Finding(rule.name, rule.severity, place, message)
+        Finding(rule.name, rule.severity, _text(place), message)
         for rule in rules
         if rule.name not in case.target.ignored_rules
         for place, message in rule.check(case)
     ]
+
+
+def _text(name: str | bytes) -> str:
+    """Return a name of a damaged file, which need not be UTF-8, as text."""
+    return name if isinstance(name, str) else name.decode(errors="backslashreplace")

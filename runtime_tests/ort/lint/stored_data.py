@@ -32,9 +32,12 @@ def _fault(tensor: onnx.TensorProto, folder: Path) -> str | None:
         dtype = ir.DataType(tensor.data_type)
     except ValueError:
         return f"its type {tensor.data_type} is none of ONNX"
-    if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
-        return None if dtype is ir.DataType.STRING else "its type is not stated"
+    if dtype is ir.DataType.UNDEFINED:
+        return "its type is not stated"
     count = math.prod(tensor.dims)
+    if dtype is ir.DataType.STRING:
+        found = len(tensor.string_data)
+        return None if found == count else f"it has {count} strings, but {found} are stored; export the file again"
     expected = math.ceil(count * dtype.bitwidth / 8)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return _external_fault(tensor, folder, expected)

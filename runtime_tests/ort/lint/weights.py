@@ -5,6 +5,8 @@ Must not know: activations beyond their scale, zero point and range.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -12,7 +14,7 @@ from runtime_tests.ort.lint.rule import Case, Hits, Rule, each
 from runtime_tests.ort.lint.subjects import BYTE, FOUR_BIT, TWO_BIT, WIDE, biased, nodes, quantizers, weighted
 from runtime_tests.ort.onnx_operators import PRODUCTS, QUANTIZE
 from runtime_tests.ort.operands import Product, array, flag, inputs, operand, where
-from runtime_tests.ort.saturation import needs_unsigned
+from runtime_tests.ort.saturation import blocks, needs_unsigned
 
 __all__ = ["WEIGHT_RULES"]
 
@@ -63,8 +65,9 @@ def _overflows(case: Case) -> Hits:
             continue  # not quantized, or computed in float
         reach = max(abs(x.lo - int(x.zero_point.min())), abs(x.hi - int(x.zero_point.max())))
         axis = 0 if node.op_type == "Conv" or flag(node, "transB") else weight.ndim - 1
-        magnitudes = np.abs(np.moveaxis(weight.astype(np.int64), axis, 0))  # [channels, ...]
-        sums = magnitudes.reshape(len(magnitudes), -1).sum(1)
+        channels = np.moveaxis(weight, axis, 0)
+        rows = channels.reshape(len(channels), math.prod(channels.shape[1:]))
+        sums = np.concatenate([np.abs(block.astype(np.int64)).sum(1) for block in blocks(rows)])
         if codes.data.size not in (1, len(sums)):
             continue  # refused by shape inference
         total = np.abs(codes.data.astype(np.int64)).reshape(-1) + reach * sums

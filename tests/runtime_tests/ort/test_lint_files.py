@@ -87,6 +87,28 @@ def no_type(path: Path) -> None:
     written(path, edit=lambda model: setattr(model.graph.initializer[0], "data_type", 99))
 
 
+def no_strings(path: Path) -> None:
+    written(path, edit=lambda model: setattr(model.graph.initializer[0], "data_type", onnx.TensorProto.STRING))
+
+
+def no_opset(path: Path) -> None:
+    written(path, edit=lambda model: setattr(model.opset_import[0], "version", -3))
+
+
+def no_text(path: Path) -> None:
+    content = written(path, edit=lambda model: setattr(model.graph.node[0], "op_type", "Odd")).read_bytes()
+    path.write_bytes(content.replace(b"Odd", b"O\xffd", 1))
+
+
+def no_output_type(path: Path) -> None:
+    def state(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 21
+        quantizer = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+        quantizer.attribute.append(onnx.helper.make_attribute("output_dtype", 99))
+
+    written(path, edit=state)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "empty": (empty, "unreadable-file", "holds no graph"),
     "text": (text, "unreadable-file", "cannot be read as an ONNX model"),
@@ -100,6 +122,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "huge": (huge, "stored-data", "bytes, but"),
     "negative": (negative, "stored-data", "negative size"),
     "no type": (no_type, "stored-data", "none of ONNX"),
+    "no strings": (no_strings, "stored-data", "strings, but 0 are stored"),
+    "no opset": (no_opset, "invalid-model", "domain_version of -3"),
+    "no text": (no_text, "unknown-operator", "no such operator"),
+    "no output type": (no_output_type, "invalid-model", "output_dtype"),
 }
 """What is wrong with a file, the rule that finds it, and words of its message."""
 

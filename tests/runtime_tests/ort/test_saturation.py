@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_tests.ort.saturation import Cpu, cpu_from, pair_sums, saturation, this_cpu
+from runtime_tests.ort.saturation import Cpu, blocks, cpu_from, pair_sums, saturation, this_cpu
 from tests.support import onnx_models as models
 from tests.support.onnx_models import Net
 
@@ -148,3 +148,13 @@ def test_report_of_a_file_names_this_machine(tmp_path: Path) -> None:
     assert result.layers[0].worst > result.layers[0].limit == 32767
     assert result.affected_here == this_cpu().saturates
     assert this_cpu().arch != "unknown"
+
+
+def test_large_weights_are_looked_at_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.zeros((7, 6), np.int8)
+    weights[2, :2], weights[5, 4:] = 100, -120
+    whole = saturation(layer(weights), cpu=UNSAFE).layers[0]
+    assert (whole.pairs, whole.pairs_total, whole.worst) == (2, 21, 255 * 240)
+    monkeypatch.setattr("runtime_tests.ort.saturation.BLOCK", 10)
+    assert [len(block) for block in blocks(weights)] == [2, 2, 2, 1]
+    assert saturation(layer(weights), cpu=UNSAFE).layers == (whole,)

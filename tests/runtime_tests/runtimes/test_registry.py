@@ -48,6 +48,7 @@ def test_every_runtime_is_found_by_its_name(runtime: object) -> None:
     [
         ("avx", "unknown runtime 'avx'. Did you mean 'avx2'"),
         ("ort==latest", "ort==latest is not a version of onnxruntime"),
+        ("ort==1.19", "ort==1.19 is not a version of onnxruntime"),
         ("ort==../../x", "is not a version of onnxruntime"),
         ("arm64==pentium", "unknown ARM processor 'pentium'"),
         ("avx2==1.19.2", "the runtime avx2 has no variants"),
