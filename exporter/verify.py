@@ -78,9 +78,9 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
         violations=parity.optimized.violations + _beyond_tolerance(report, pairs),
     )
     with progress.stage("measure"):
-        parts = machine_parts(proof, batch, config["threads"])
+        parts = machine_parts(proof, batch, config.get("threads", 1))
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
-    return dump(judge(report, gates_of(config["gates"], [runtime.name for runtime in runtimes])))
+    return dump(judge(report, gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes])))
 
 
 def _beyond_tolerance(report: Report, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
@@ -90,6 +90,11 @@ def _beyond_tolerance(report: Report, pairs: Sequence[tuple[torch.Tensor, torch.
     """
     if report.golden is None:
         return sum(not alike(expected, found, FLOAT_OUTPUT_ERROR) for expected, found in pairs)
+    if len(report.golden) != len(pairs):
+        raise InputError(
+            f"the report states the tolerance of {len(report.golden)} golden outputs, but the bundle has {len(pairs)}; "
+            "get a fresh copy of it."
+        )
     return sum(not within(golden, *pair) for golden, pair in zip(report.golden, pairs, strict=True))
 
 
@@ -126,12 +131,12 @@ def machine_parts(proof: Proof, batch: Batch, threads: int) -> dict[str, Any]:
 
 
 def _outcomes(proof: Proof, *, exact: bool) -> dict[str, str]:
-    """Return by family of processors the runtimes in which no integer kernel of the file differed, or in which one did.
+    """Return by family of processors the runtimes in which the file is proved, or in which it differs.
 
     OpenVINO has kernels of its own, which say nothing about those of onnxruntime.
     """
     ran = [each for each in proof.proved_on if each.refused is None and each.runtime != "openvino"]
-    found = [each for each in ran if exact == (each.kernel_mismatched == 0)]
+    found = [each for each in ran if exact == each.is_proved]
     return {
         family: ", ".join(
             f"{each.runtime.partition('==')[0]} {each.version}" for each in found if each.processor == family

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from calibrators.errors import InputError
@@ -111,6 +111,16 @@ class DataSources:
     evaluation: DataSource | None
 
 
+def _repeatable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an export; raise ValueError if `verify` could not repeat its gates or its timing."""
+    gates, threads = config.get("gates", []), config.get("threads", 1)
+    if not isinstance(gates, list) or not all(isinstance(gate, str) for gate in gates):
+        raise ValueError(f"gates is {gates!r}, not a list of texts")
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads is {threads!r}, not a positive number")
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The whole of report.json."""
@@ -150,7 +160,7 @@ class Report:
     golden: tuple[GoldenOutput, ...] | None = None
     lint: tuple[Finding, ...] | None = None
     warnings: tuple[str, ...] | None = None
-    config: dict[str, Any] | None = None
+    config: Annotated[dict[str, Any], AfterValidator(_repeatable)] | None = None
     data: DataSources | None = None
 
 

@@ -63,15 +63,17 @@ def with_proofs(entries: Sequence[Holds], proved: Mapping[str, str], refuted: Ma
 
     A proof on samples says nothing about other inputs, so that it leaves an entry that differs as it is.
 
-    proved:  by family, in what the file ran there without a difference in its integer kernels.
-    refuted: by family, in what integer kernels differed.
+    proved:  by family, in what the file ran there without a difference beyond what float operators explain.
+    refuted: by family, in what it differed by more.
     """
 
     def proof(entry: Holds) -> Holds:
         if entry.status == "differs" or entry.processor not in {**proved, **refuted}:
             return entry
         if entry.processor in refuted:
-            return replace(entry, status="differs", condition=f"integer kernels differed in {refuted[entry.processor]}")
+            return replace(
+                entry, status="differs", condition=f"codes or outputs differed in {refuted[entry.processor]}"
+            )
         why = "" if entry.status == "unknown" else f"; {entry.condition}"
         return replace(entry, status="proved", condition=f"in {proved[entry.processor]}{why}")
 

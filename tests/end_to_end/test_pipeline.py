@@ -217,6 +217,36 @@ def test_verify_notices_golden_outputs_of_something_else(bundle: Path, tmp_path:
         verify(out)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": {"gates": 3}}, "config: Value error, gates is 3"),
+        ({"config": {"gates": [3]}}, r"gates is \[3\], not a list of texts"),
+        ({"config": {"threads": "x"}}, "threads is 'x', not a positive number"),
+        ({"golden": []}, "tolerance of 0 golden outputs, but the bundle has 1"),
+    ],
+)
+def test_verify_refuses_a_report_that_it_cannot_repeat(
+    bundle: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(bundle, out)
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps(report | change))
+    reseal(out, "report.json")
+    with pytest.raises(InputError, match=words):
+        verify(out)
+
+
+def test_verify_repeats_a_report_without_settings(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(bundle, out)
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps(report | {"config": {}}))
+    reseal(out, "report.json")
+    assert verify(out)["verdict"] == "pass"
+
+
 def reseal(out: Path, name: str) -> None:
     """Make the manifest say that a changed file is as it should be."""
     manifest = json.loads((out / "manifest.json").read_text())

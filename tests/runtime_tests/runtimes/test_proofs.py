@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import junitparser
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_a_kernel_that_differs_fails_the_verdict(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--on", THERE], env={"COLUMNS": "200"})
     assert shown.exit_code == 1 and "kernel by kernel 1" in shown.stdout
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
+
+
+def test_a_kernel_that_writes_floats_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = LoadedInWorker.run
+
+    def off(self: LoadedInWorker, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        outputs, probes = run(self, inputs)
+        return [np.nextafter(output, np.float32(np.inf)) for output in outputs], probes
+
+    monkeypatch.setattr(LoadedInWorker, "run", off)
+    report = exported(tmp_path / "out")
+    there = report["proved_on"][-1]
+    assert (there["kernel_mismatched"], there["violations"]) == (0, 1)
+    holds = {each["processor"]: each for each in report["holds"]}
+    assert holds[there["processor"]]["status"] == "differs"
+    assert f"outputs differed in ort {onnxruntime.__version__}" in holds[there["processor"]]["condition"]
+    failed = {gate["name"] for gate in report["gates"] if not gate["passed"]}
+    assert failed == {"unproved_runtimes", "inexact_here"}
 
 
 @pytest.mark.usefixtures("refusing")
