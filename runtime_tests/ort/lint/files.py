@@ -207,7 +207,7 @@ def _load_warnings(case: Case) -> Hits:
 def _packed_data(case: Case) -> Hits:
     narrow = {dtype.value for dtype in (*BYTE, *NARROW)}
     for tensor in case.proto.graph.initializer:
-        if tensor.data_type in narrow and tensor.int32_data:
+        if tensor.data_type in narrow and len(tensor.int32_data) > 1:
             yield tensor.name, "its codes are stored in int32_data, one varint per code or pair; store them in raw_data"
 
 

@@ -41,7 +41,8 @@ def _qparam_shapes(case: Case) -> Hits:
         scale, zero_point = found.scale, found.zero_point
         if scale is None:
             continue
-        if zero_point is not None and zero_point.shape != scale.shape:
+        form = (lambda parameter: parameter.size) if found.is_bias else np.shape
+        if zero_point is not None and form(zero_point) != form(scale):
             shapes = f"scale has shape {list(scale.shape)}, zero point {list(zero_point.shape)}"
             yield where(found.node), f"{shapes}; make the shapes equal"
         if scale.shape == (1,) and not found.is_one_channel and not found.is_bias:
