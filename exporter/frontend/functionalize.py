@@ -268,6 +268,13 @@ def _padding_by_name(node: fx.Node) -> None:
     node.kwargs = {}
 
 
+def _clamp(node: fx.Node) -> None:
+    """Give bounds of floats as floats: torch.onnx refuses an int beside a float."""
+    x, *bounds = bind(node).values()
+    if x.meta["val"].is_floating_point():
+        node.args, node.kwargs = (x, *(float(bound) if isinstance(bound, int) else bound for bound in bounds)), {}
+
+
 RULES: dict[Any, tuple[Rule, ...]] = {
     aten._native_batch_norm_legit_no_training.default: (_batch_norm,),
     aten.convolution.default: (_convolution,),
@@ -276,6 +283,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.reshape.default, aten.unflatten.int), (_reshape,)),
     **dict.fromkeys((aten.embedding_bag.padding_idx, aten._embedding_bag.default), (_embedding_bag,)),
     aten.pad.default: (_constant_pad,),
+    aten.clamp.default: (_clamp,),
     **dict.fromkeys(overloads(PADDED_BY_NAME), (_padding_by_name,)),
 }
 """Core-ATen operators become those that modules call; views and paddings have one form."""

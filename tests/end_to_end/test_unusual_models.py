@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +255,21 @@ def test_zero_points_by_a_rule_where_bits_are_open() -> None:
     budget = [Budget.parse("avg_weight_bits<=4.5")]
     result = calibrate(graph, [torch.randn(32, 8)], placement=options, budgets=budget)
     assert result.record.sensitivity
+
+
+class MixedBounds(nn.Module):
+    """Its clamp has a bound that is an int and one that is a float, which torch.onnx refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).clamp(-1, 1.5)
+
+
+def test_bounds_of_two_types(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 6, 6)
+    result = calibrate(fold(capture(randomize(MixedBounds()).eval(), x)), [x], method="minmax")
+    emit(result, tmp_path / "model.onnx")
+    validate(tmp_path / "model.onnx", reference=result, batches=[x]).raise_for_mismatch()
