@@ -16,8 +16,8 @@ from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, first_release, ir_version_of, refused_opset
-from exporter.inputs.data import Data
-from exporter.reporting.gates import Gate, check_measurable
+from exporter.inputs.data import Data, LabelError
+from exporter.reporting.gates import Gate, check_measurable, needs_labels
 from runtime_tests.ort.versions import parse_version, release_of
 from runtime_tests.runtimes import available_runtimes
 
@@ -48,14 +48,16 @@ def checked_data(
 
     raises: DataError for missing labels or data that can be read only once, InputError for a gate without its data.
     """
-    has_labels = evaluation is not None and evaluation.example().labels is not None
+    evaluation, has_labels = _with_usable_labels(evaluation, gates)
     check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
     calibration = data.take(config.calibration_batches)
-    needs_labels = getattr(get_method(config.method, config.options), "needs_labels", False)
-    if calibration.example().labels is not None:
-        limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
-        calibration = calibration.with_labels() if needs_labels or limits_accuracy else calibration
-    elif needs_labels:
+    required = getattr(get_method(config.method, config.options), "needs_labels", False)
+    limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
+    if not (required or limits_accuracy):
+        calibration = calibration.without_labels()
+    elif calibration.example().labels is not None:
+        calibration = calibration.with_labels()
+    elif required:
         raise DataError(
             f"method {config.method!r} with these options needs labels, but {calibration.label} has none; yield "
             "(x, labels), or store them as 'labels' in the .npz file."
@@ -64,6 +66,21 @@ def checked_data(
         if opened is not None:
             opened.example()  # a second time: data that can be read only once is refused here
     return calibration, evaluation
+
+
+def _with_usable_labels(evaluation: Data | None, gates: Iterable[Gate]) -> tuple[Data | None, bool]:
+    """Return evaluation data, without labels that are not class indices, and whether it has labels.
+
+    raises: LabelError for such labels if a gate needs them.
+    """
+    if evaluation is None:
+        return None, False
+    try:
+        return evaluation, evaluation.example().labels is not None
+    except LabelError as error:
+        if any(needs_labels(gate) for gate in gates):
+            raise
+        return evaluation.without_labels(f"labels of --eval are not used: {error}"), False
 
 
 def _check_storage(config: ExportConfig) -> None:

@@ -29,8 +29,9 @@ from exporter.config import ExportConfig, make_config
 from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
 from exporter.folding.fold_regions import fold
+from exporter.frontend.calling import input_names, optional_inputs
 from exporter.frontend.capture import SAME, capture
-from exporter.frontend.load import input_names, load_model
+from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
 from exporter.inputs.data import Data
@@ -98,8 +99,8 @@ def export(
     given, evaluation = open_both(data, eval_data, config)
     if isinstance(model, str):
         source, model = model, load_model(model, checkpoint)
-        names = input_names(model)
-        given, evaluation = given.named(names), evaluation and evaluation.named(names)
+    names, optional = input_names(model), optional_inputs(model)
+    given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
@@ -148,7 +149,7 @@ class _Export:
         if isinstance(model, nn.Module):
             check_takes_integers(model, example, calibration.label)
         with self._step("capture"):
-            graph = capture(model, example.inputs, free_batch=not self.target.static_shapes)
+            graph = capture(model, example.inputs, form=example.form, free_batch=not self.target.static_shapes)
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation) if evaluation else None
         if held_out is not None:

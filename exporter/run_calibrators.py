@@ -70,7 +70,7 @@ def calibration_notes(result: CalibrationResult) -> list[str]:
 
 def _labelled(batches: GraphBatches) -> tuple[Iterable[Batch], Tensor | None]:
     """Return the calibration batches, and labels where they are needed: from one pass, as data may be shuffled."""
-    if not batches.data.labelled:
+    if batches.data.labels != "needed":
         return batches, None
     pairs = list(batches.labelled())
     return [batch for batch, _ in pairs], torch.cat([torch.from_numpy(labels) for _, labels in pairs])

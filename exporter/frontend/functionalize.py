@@ -8,6 +8,7 @@ Must not know: how a program was exported, quantization, ONNX.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from calibrators.graph.aten import bind, convolution, is_constant, overloads, wh
 from calibrators.graph.operators import DROPOUTS, PADDED_BY_NAME
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
 
-__all__ = ["HALVES", "flatten"]
+__all__ = ["HALVES", "dtypes", "flatten", "is_double"]
 
 aten = torch.ops.aten
 
@@ -32,11 +33,13 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
     meta has "input_names", "output_names" and "notes", what the user should know.
     """
-    if any(_is_in_place(node) and not _is_plain_in_place(node) for node in program.graph.nodes):
+    changed = _changed_buffers(program)
+    if any(_is_in_place(node) and not _is_plain_in_place(node) for node in _all_nodes(program.graph_module)):
         program = program.run_decompositions({})  # functionalizes; splits some composite operators
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
+    _inline(module)
     for node in reversed(list(graph.nodes)):
         is_assert = node.op == "call_function" and "_assert" in str(node.target)
         if node.op == "call_module" or is_assert:
@@ -51,41 +54,60 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     apply_rules(flat, RULES)
     output = flat.graph.output_node()
     outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
-    output.args = (tuple(outputs),)
-    notes = _widen(flat)
+    names, left_out = _output_names(program.call_spec.out_spec, len(outputs)), []
+    for name, value in zip(names, outputs, strict=True):
+        if not isinstance(value, fx.Node):
+            left_out.append(f"the output {name!r} is {value!r} for every input, and is left out")
+    tensors = {name: value for name, value in zip(names, outputs, strict=True) if isinstance(value, fx.Node)}
+    if not tensors:
+        raise ModelError("the model returns no tensor; return at least one")
+    output.args = (tuple(tensors.values()),)
+    notes = _widen(flat) + left_out
+    graph.eliminate_dead_code()
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    notes += [
+        f"forward changes the buffer {name!r}, which the file cannot keep: every call starts from its present value"
+        for name in sorted(changed & read)
+    ]
     flat.recompile()
     input_names = [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"]
     flat.meta = {
         "input_names": input_names,
-        "output_names": _distinct(_output_names(program.call_spec.out_spec, len(outputs)), flat, input_names),
+        "output_names": _distinct(list(tensors), flat, input_names),
         "notes": notes,
     }
     return flat
 
 
-# Half precision ------------------------------------------------------------------------------------------------------
+# Float types ---------------------------------------------------------------------------------------------------------
 
 
 def _widen(graph: fx.GraphModule) -> list[str]:
-    """Compute in float32 instead of half precision; inputs and outputs keep their types. Return a note for the user.
+    """Compute in float32 instead of half precision, or float64 where weights have it. Return a note for the user.
 
-    Weights are the same and computed with at least as exactly: scales, codes and folds are defined on float32.
+    Inputs and outputs in half precision keep their types; those in float64 become float32. Weights are the same in
+    place of halves, and computed with at least as exactly: scales, codes and folds are defined on float32.
     """
-    found = {_dtype(node) for node in graph.graph.nodes} & HALVES
+    others = {*HALVES, torch.float64} if is_double(graph.parameters()) else HALVES
+    found = {_dtype(node) for node in graph.graph.nodes} & others
     if not found:
         return []
     output = graph.graph.output_node()
     declared = [_dtype(value) for value in output.args[0]]  # type: ignore[union-attr]
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
-            _widen_attribute(graph, str(node.target))
+            _to_single(graph, str(node.target), others)
+        elif node.op == "placeholder" and _dtype(node) in others - HALVES:
+            node.meta["val"] = node.meta["val"].float()
         elif node.op == "placeholder" and _dtype(node) in HALVES:
             with graph.graph.inserting_after(node):
                 cast = graph.graph.call_function(aten.to.dtype, (node, torch.float32))
             node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
         elif node.op == "call_function":
-            node.args = pytree.tree_map(_widened, node.args)
-            node.kwargs = pytree.tree_map(_widened, node.kwargs)
+            node.args, node.kwargs = pytree.tree_map(
+                lambda value: torch.float32 if isinstance(value, torch.dtype) and value in others else value,
+                (node.args, node.kwargs),
+            )
     results = list(output.args[0])  # type: ignore[arg-type]
     for index, dtype in enumerate(declared):
         if dtype in HALVES:
@@ -93,23 +115,25 @@ def _widen(graph: fx.GraphModule) -> list[str]:
             results[index].meta = {}
     output.args = (tuple(results),)
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-    return [f"the model computes in {names}; it is exported with the same weights in float32"]
+    weights = "its weights rounded to" if torch.float64 in found else "the same weights in"
+    return [f"the model computes in {names}; it is exported with {weights} float32"]
 
 
 def _dtype(node: object) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None) if isinstance(node, fx.Node) else None
 
 
-def _widened(argument: Any) -> Any:
-    return torch.float32 if isinstance(argument, torch.dtype) and argument in HALVES else argument
+def is_double(parameters: Iterable[Tensor]) -> bool:
+    """Return whether weights are in float64: inputs, weights and outputs are then taken in float32."""
+    return any(parameter.dtype == torch.float64 for parameter in parameters)
 
 
-def _widen_attribute(graph: fx.GraphModule, target: str) -> None:
-    """Replace a half precision parameter or buffer of the graph's own hierarchy by its float32 copy."""
+def _to_single(graph: fx.GraphModule, target: str, others: Collection[torch.dtype]) -> None:
+    """Replace a parameter or buffer of the graph's own hierarchy that has another float type by its float32 copy."""
     path, _, name = target.rpartition(".")
     owner = graph.get_submodule(path)
     value = getattr(owner, name)
-    if value.dtype in HALVES:
+    if value.dtype in others:
         wide = value.detach().float()
         setattr(owner, name, nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide)
 
@@ -117,8 +141,63 @@ def _widen_attribute(graph: fx.GraphModule, target: str) -> None:
 # In-place operators --------------------------------------------------------------------------------------------------
 
 
+# Regions -------------------------------------------------------------------------------------------------------------
+
+
+def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for each in module.modules():
+        if isinstance(each, fx.GraphModule):
+            yield from each.graph.nodes
+
+
+def dtypes(module: fx.GraphModule) -> set[torch.dtype]:
+    """Return the types of all values of a graph and its regions."""
+    return {dtype for node in _all_nodes(module) if (dtype := _dtype(node)) is not None}
+
+
+def _inline(module: fx.GraphModule) -> None:
+    """Replace every region by the operators inside it."""
+    for node in [node for node in module.graph.nodes if _is_region(node)]:
+        place = next(index for index, each in enumerate(node.args) if _is_graph(module, each))
+        inner = module.get_submodule(str(node.args[place].target))
+        assert isinstance(inner, fx.GraphModule)
+        _inline(inner)
+        placeholders = [each for each in inner.graph.nodes if each.op == "placeholder"]
+        copies = dict(zip(placeholders, node.args[place + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, copies)
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            replace_by(user, results[user.args[1]])  # type: ignore[index, arg-type]
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+
+
+def _is_graph(module: fx.GraphModule, value: object) -> bool:
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    return isinstance(getattr(module, str(value.target), None), fx.GraphModule)
+
+
+def _is_region(node: fx.Node) -> bool:
+    """Return whether a node runs straight-line code in another mode of autograd or autocast."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target).startswith("wrap_with_")
+
+
 def _is_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _changed_buffers(program: torch.export.ExportedProgram) -> set[str]:
+    """Return the names of the buffers into which a program writes."""
+    buffers, changed = program.graph_signature.inputs_to_buffers, set()
+    for node in program.graph.nodes:
+        source = node.args[0] if _is_in_place(node) else None
+        while isinstance(source, fx.Node) and source.op == "call_function" and _is_view(source) and source.args:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.name in buffers:
+            changed.add(buffers[source.name])
+    return changed
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -304,11 +383,20 @@ def _distinct(names: list[str], graph: fx.GraphModule, input_names: list[str]) -
 
 
 def _output_names(spec: Any, count: int) -> list[str]:
-    """Return the keys of a dictionary of tensors, else 'output' or 'output_0', 'output_1', ..."""
-    default = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    """Return the names of nested outputs: the keys and positions that lead to them, 'output' where there are none.
+
+    A single output is 'output', those of a tuple 'output_0', 'output_1', ...; {"a": x, "b": (y, z)} gives 'a', 'b_0',
+    'b_1'.
+    """
     if spec is None:
-        return default
-    structure = pytree.tree_unflatten(list(range(count)), spec)
-    if not isinstance(structure, dict) or any(not isinstance(index, int) for index in structure.values()):
-        return default
-    return [str(name) for name, _ in sorted(structure.items(), key=lambda item: int(item[1]))]
+        return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))
+    if count == 1 and not any(isinstance(path[-1], pytree.MappingKey) for path, _ in paths if path):
+        return ["output"]
+    return [_output_name(path) for path, _ in paths]
+
+
+def _output_name(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    is_named = bool(path) and not isinstance(path[0], pytree.SequenceKey)
+    return "_".join(parts if is_named else ["output", *parts])

@@ -7,7 +7,6 @@ Must not know: calibration, targets, ONNX, the command line.
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -27,7 +26,7 @@ from exporter.frontend.capture import quiet
 from exporter.frontend.pt2_archive import clean_archive
 from exporter.frontend.user_code import article, listed, load_callable
 
-__all__ = ["input_names", "load_model", "read_state_dict"]
+__all__ = ["load_model", "read_state_dict"]
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -71,16 +70,6 @@ def load_model(spec: str, checkpoint: Path | None = None) -> Model:
         _load_weights(model, read_state_dict(checkpoint), checkpoint)
     _check_module(str(checkpoint or spec), model)
     return model
-
-
-def input_names(model: Model) -> tuple[str, ...]:
-    """Return the names of the model's inputs in call order; () where its signature does not tell (*args)."""
-    if isinstance(model, torch.export.ExportedProgram):
-        return tuple(model.graph_signature.user_inputs)
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return ()
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class GraphBatches:
     """
 
     def __init__(self, graph: fx.GraphModule, data: Data) -> None:
-        self.graph, self.data = graph, data.named(graph.meta["input_names"])
+        self.graph, self.data = graph, data if data.names else data.named(graph.meta["input_names"])
         self.samples = 0
 
     def __iter__(self) -> Iterator[Batch]:

@@ -8,23 +8,31 @@ Must not know: models (beyond the names of their inputs), quantization, ONNX.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from calibrators.errors import DataError, UnknownNameError
 
-__all__ = ["Batch", "Data"]
+__all__ = ["Batch", "Data", "LabelError"]
 
 KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
 """Dtypes that reach the model unchanged; other real floats become float32, everything else is refused."""
 
+LABEL_NAMES = ("labels", "label", "targets", "target", "y", "Y")
+"""Names under which sources keep labels, unless the model has an input of that name."""
+
 Raw = Iterator[object]
+
+
+class LabelError(DataError):
+    """Labels that are not one class index per sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +41,12 @@ class Batch:
 
     inputs: one tensor per model input, in the model's order.
     labels: [n] int64, or None.
+    form:   the named and nested arguments that the inputs make up; None where the source gives no names.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
+    form: pytree.TreeSpec | None = None
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -61,9 +71,10 @@ class Data:
     label:       name of the source, for messages.
     start:       begins a pass over the source's own items.
     names:       the model's input names, in whose order named inputs are put; () while unknown.
+    optional:    those of `names` that may be missing before others.
     by_position: named inputs that match none of `names` are taken in order (.npz files).
     limit:       batches of a pass; None for all.
-    labelled:    a batch without labels is an error.
+    labels:      what becomes of labels: "read" where there are some, "needed" in every batch, or "unread".
     """
 
     label: str
@@ -71,12 +82,13 @@ class Data:
     names: tuple[str, ...] = ()
     by_position: bool = False
     limit: int | None = None
-    labelled: bool = False
+    labels: Literal["read", "needed", "unread"] = "read"
+    optional: frozenset[str] = frozenset()
     _seen: _Seen = field(default_factory=_Seen, repr=False)
 
-    def named(self, names: Sequence[str]) -> Data:
+    def named(self, names: Sequence[str], optional: Iterable[str] = ()) -> Data:
         """Return the same data with named inputs in the order of the model's input names."""
-        return replace(self, names=tuple(names))
+        return replace(self, names=tuple(names), optional=frozenset(optional))
 
     def take(self, batches: int | None) -> Data:
         """Return the first `batches` batches of every pass; all of them for None."""
@@ -84,7 +96,13 @@ class Data:
 
     def with_labels(self) -> Data:
         """Return the same data, but with an error for a batch without labels."""
-        return replace(self, labelled=True)
+        return replace(self, labels="needed")
+
+    def without_labels(self, note: str = "") -> Data:
+        """Return the same data, whose labels nobody looks at, and tell the user so by a note, if it is given."""
+        if note:
+            self._seen.note(note)
+        return replace(self, labels="unread")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,7 +125,7 @@ class Data:
 
     @property
     def _key(self) -> tuple[object, ...]:
-        return (self.limit, self.names)
+        return (self.limit, self.names, self.labels == "unread")
 
     def __iter__(self) -> Iterator[Batch]:
         digest, first = _Digest(), None
@@ -129,16 +147,21 @@ class Data:
 
     def _read(self, item: object, where: str) -> tuple[Batch, tuple[str, ...]]:
         """Return the checked batch of an item of the source, and the names of its inputs for messages."""
-        parts = item if isinstance(item, tuple | list) else (item,)
+        parts = self._parts(item, where)
         if len(parts) not in (1, 2):
             raise DataError(
                 f"{where} has {len(parts)} parts; yield x, (x, labels), ({{name: x}}, labels) or ((x1, x2), labels)."
             )
         named = self._ordered(parts[0], where)
         if not named:
-            raise DataError(f"{where} has no inputs; yield x or {{name: x}}.")
+            raise DataError(
+                f"{where} has no input; yield x or {{name: x}}, or store an array per input in the .npz file."
+            )
+        named = {name: _in_order(value) for name, value in named.items()}
+        paths, form = pytree.tree_flatten_with_path(named, is_leaf=lambda value: not isinstance(value, dict | tuple))
         inputs = {}
-        for name, value in named.items():
+        for path, value in paths:
+            name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
             inputs[name], note = _input_tensor(value, f"{where}: input {name!r}")
             if note:
                 self._seen.note(f"{self.label}: input {name!r} {note}")
@@ -147,12 +170,30 @@ class Data:
             raise DataError(
                 f"{where}: inputs have different numbers of samples: {sizes}; give each input one per sample."
             )
-        batch = Batch(tuple(inputs.values()))
+        is_named = isinstance(parts[0], Mapping) and named.keys() <= set(self.names)
+        batch = Batch(tuple(inputs.values()), form=form if is_named else None)
+        if self.labels == "unread":
+            return batch, tuple(inputs)
         if len(parts) == 2 and parts[1] is not None:
             batch = replace(batch, labels=_label_tensor(parts[1], len(batch), where))
-        elif self.labelled:
+        elif self.labels == "needed":
             raise DataError(f"{where} has no labels; yield (x, labels), or store them as 'labels' in the .npz file.")
         return batch, tuple(inputs)
+
+    def _parts(self, item: object, where: str) -> Sequence[object]:
+        """Return inputs and, where there are some, labels of an item."""
+        parts = item if isinstance(item, tuple | list) else (item,)
+        if len(parts) > 1 or not parts or not isinstance(parts[0], Mapping):
+            return parts
+        inputs = {str(name): value for name, value in parts[0].items()}
+        found = [name for name in LABEL_NAMES if name in inputs and name not in self.names]
+        if len(found) > 1:
+            raise DataError(f"{where} holds both {found[0]!r} and {found[1]!r}; keep only one of them.")
+        return (inputs, inputs.pop(found[0])) if found else (inputs,)
+
+    def _is_one(self, inputs: Mapping[Any, object]) -> bool:
+        """Return whether a dictionary is what the only input of the model takes, rather than inputs by name."""
+        return len(inputs) > 1 and not self.by_position and len(self.names) == 1 and self.names[0] not in inputs
 
     def _ordered(self, inputs: object, where: str) -> dict[str, object]:
         """Return inputs by name in the model's order; inputs without names get the model's, or their position."""
@@ -160,16 +201,19 @@ class Data:
             values = inputs if isinstance(inputs, tuple | list) else (inputs,)
             names = [*self.names, *(f"input_{index}" for index in range(len(self.names), len(values)))]
             return dict(zip(names, values, strict=False))
-        given = {str(name): value for name, value in inputs.items()}
+        if self._is_one(inputs):
+            return {self.names[0]: inputs}
+        given = {str(name): value for name, value in inputs.items() if value is not None}
         unknown = [name for name in given if name not in self.names]
         if not self.names or (self.by_position and len(unknown) == len(given)):
             return given
         if unknown:
             raise DataError(f"{where}: {UnknownNameError('model input', unknown[0], self.names)}")
         ordered = {name: given[name] for name in self.names if name in given}
-        if tuple(ordered) != self.names[: len(ordered)]:
-            missing = next(name for name in self.names if name not in given)
-            raise DataError(f"{where}: input {missing!r} is missing; the model takes {', '.join(self.names)}.")
+        last = max(map(self.names.index, ordered), default=0)
+        for name in self.names[:last]:
+            if name not in given and name not in self.optional:
+                raise DataError(f"{where}: input {name!r} is missing; the model takes {', '.join(self.names)}.")
         return ordered
 
 
@@ -230,6 +274,13 @@ class _Digest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _in_order(value: object) -> object:
+    """Return a nested argument with its dictionaries sorted by key, so that all batches have one order."""
+    if isinstance(value, Mapping):
+        return {key: _in_order(value[key]) for key in sorted(value, key=str) if value[key] is not None}
+    return tuple(map(_in_order, value)) if isinstance(value, tuple) else value
+
+
 def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
     """Return a CPU tensor in a dtype that models take, and a note on its conversion, if there was one."""
     tensor = _tensor(value, where)
@@ -250,21 +301,37 @@ def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
 
 
 def _label_tensor(value: object, samples: int, where: str) -> Tensor:
-    """Return labels as int64 [samples]."""
-    labels = _tensor(value, f"{where}: labels")
+    """Return labels as int64 [samples]: class indices, in a column or not, or rows with a single 1 among zeros.
+
+    raises: LabelError.
+    """
+    try:
+        labels = _tensor(value, f"{where}: labels")
+    except DataError as error:
+        raise LabelError(str(error)) from error
     if labels.is_floating_point() and not bool((labels == labels.round()).all()):
-        raise DataError(
+        raise LabelError(
             f"{where}: labels are not integers; give class indices. If this is a second model input, yield "
             "({name: x, name: x}, labels or None)."
         )
+    if _is_one_hot(labels):
+        labels = labels.to(torch.int64).argmax(1)
+    if tuple(labels.shape) == (samples, 1):
+        labels = labels[:, 0]
     if labels.is_complex() or tuple(labels.shape) != (samples,):
-        raise DataError(
+        raise LabelError(
             f"{where}: labels have shape {list(labels.shape)} for {samples} samples; give one index per sample."
         )
     labels = labels.to(torch.int64)
     if bool((labels < 0).any()):
-        raise DataError(f"{where}: label {int(labels.min())} is negative; give class indices from 0.")
+        raise LabelError(f"{where}: label {int(labels.min())} is negative; give class indices from 0.")
     return labels
+
+
+def _is_one_hot(labels: Tensor) -> bool:
+    if labels.ndim != 2 or labels.shape[1] < 2 or labels.is_complex():
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels != 0).sum(1).eq(1).all())
 
 
 def _tensor(value: object, where: str) -> Tensor:

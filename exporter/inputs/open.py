@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import DataError, first_line
+from exporter.frontend.calling import call_of
 from exporter.frontend.capture import evaluating
 from exporter.frontend.user_code import UserCallable, article, load_callable, users_code
 from exporter.inputs.data import Batch, Data, Raw
@@ -29,7 +30,8 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
 
     source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
             of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
-            any iterable of batches. Batches are x, (x, labels), ({name: x}, labels) or ((x1, x2), labels).
+            any iterable of batches. Batches are x, (x, labels), ({name: x}, labels), {name: x, "labels": labels} or
+            ((x1, x2), labels).
     form:   the batch size, for sources without batches, and how to read images, for folders.
     raises: DataError, UnknownNameError.
     """
@@ -77,7 +79,7 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
         return
     try:
         with evaluating(model), torch.no_grad():
-            model(*(x[:1] for x in batch.inputs))
+            call_of(model, batch.form)(*(x[:1] for x in batch.inputs))
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "

@@ -22,7 +22,6 @@ from exporter.inputs.form import DataForm
 
 __all__ = ["from_arrays", "from_images", "from_npz"]
 
-LABEL_NAMES = ("labels", "y")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHUNK_BYTES = 1 << 20
 """Bytes read from an archive at once."""
@@ -34,11 +33,6 @@ def from_arrays(value: object, label: str, batch: int) -> Raw:
     """Yield batches of x, {name: x}, (x, labels) or ({name: x}, labels), as views; x needs a length and slices."""
     inputs, labels = value if isinstance(value, tuple) else (value, None)
     arrays = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
-    if isinstance(inputs, Mapping) and labels is None:
-        found = [name for name in LABEL_NAMES if name in arrays]
-        if len(found) > 1:
-            raise DataError(f"{label} holds both 'labels' and 'y'; keep only one of them.")
-        labels = arrays.pop(found[0]) if found else None
     lengths = {name: len(array) for name, array in [*arrays.items(), ("labels", labels)] if array is not None}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
@@ -59,8 +53,8 @@ def from_npz(path: Path, batch: int) -> Raw:
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
                 arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}")
-            if not arrays.keys() - {*LABEL_NAMES}:
-                raise DataError(f"{path} holds no input array; save one array per model input, and labels as 'labels'.")
+            if not arrays:
+                raise DataError(f"{path} holds no array; save one per model input, and labels as 'labels'.")
             yield from from_arrays(arrays, str(path), batch)
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable .npz file ({error}); save it again with numpy.savez.") from error

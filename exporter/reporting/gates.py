@@ -21,7 +21,18 @@ from exporter.reporting.where import INEXACT, not_exact_here
 from runtime_tests.parity.results import ProvedOn
 from runtime_tests.reference.where_exact import Holds
 
-__all__ = ["DEFAULT_GATES", "METRICS", "Gate", "Metric", "check_measurable", "evaluate", "parse", "renamed", "verdict"]
+__all__ = [
+    "DEFAULT_GATES",
+    "METRICS",
+    "Gate",
+    "Metric",
+    "check_measurable",
+    "evaluate",
+    "needs_labels",
+    "parse",
+    "renamed",
+    "verdict",
+]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -122,6 +133,11 @@ def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool)
                 f"gate {gate.expression!r} needs labels in the --eval data; add them (`labels` in an .npz, or "
                 "(x, labels) pairs), or gate on agreement or sqnr_db instead."
             )
+
+
+def needs_labels(gate: Gate) -> bool:
+    """Return whether a gate is on a score that is measured with labels."""
+    return _needs(gate.name)[1]
 
 
 def _needs(name: str) -> tuple[bool, bool]:

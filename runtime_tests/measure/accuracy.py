@@ -27,6 +27,8 @@ Real: TypeAlias = float
 NETWORKS = ("float", "reference", "runtime")
 CONFIDENCE = 0.95
 TOP = 5
+BEYOND = 1e30
+"""Stands for an infinite score, whose difference from itself is not a number."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class RunningAccuracy:
     ) -> None:
         """Add one batch of outputs, all of one shape [N, ...], and its labels [N].
 
-        raises: DataError naming the batch: shapes differ, values are not finite, labels are not integers, out of range,
-                or present in some batches only.
+        raises: DataError naming the batch: shapes differ, values are not finite (the same infinity in all three is a
+                mask), labels are not integers, out of range, or present in some batches only.
         """
         outputs = dict(zip(NETWORKS, (np.asarray(each) for each in (float_outputs, reference, runtime)), strict=True))
         truth = outputs["float"]
@@ -94,12 +96,13 @@ class RunningAccuracy:
         checked = self._check_labels(labels, truth)
         self.samples += len(truth)
         self._batches += 1
-        exact = {name: each.astype(np.float64) for name, each in outputs.items()}
+        masked = _masked(outputs)  # neither signal nor noise
+        exact = {name: np.where(masked, 0.0, each.astype(np.float64)) for name, each in outputs.items()}
         self._signal += float(np.sum(exact["float"] ** 2))
         for name, each in exact.items():
             self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
         if self.classifier:
-            self._add_classes(exact)
+            self._add_classes({name: np.where(masked, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
         if checked is not None:
             self._add_ranks({name: _rank(each, checked) for name, each in outputs.items()})
 
@@ -149,7 +152,9 @@ class RunningAccuracy:
             raise DataError(
                 f"outputs of batch {self._batches} have shapes {shapes}; all three must have one shape [N, ...]."
             )
-        if broken := [name for name, each in outputs.items() if not np.isfinite(each).all()]:
+        masked = _masked(outputs)
+        broken = [name for name, each in outputs.items() if not np.isfinite(each[~masked]).all()]
+        if broken:
             raise DataError(
                 f"outputs of batch {self._batches} are not finite in: {', '.join(broken)}; check weights and inputs."
             )
@@ -213,6 +218,12 @@ def paired_interval(lost: int, gained: int, samples: int) -> tuple[float, float]
     difference = first - second
     error = float(ndtri((1 + CONFIDENCE) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
     return max(-1.0, difference - error), min(1.0, difference + error)
+
+
+def _masked(outputs: dict[str, Array]) -> Array:
+    """Return where all networks give the same infinity, as masks do."""
+    truth = outputs["float"]
+    return np.asarray(np.isinf(truth) & (truth == outputs["reference"]) & (truth == outputs["runtime"]))
 
 
 def _rank(outputs: Array, labels: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from calibrators.errors import ModelError
 from exporter.frontend import functionalize
@@ -206,13 +207,152 @@ def test_wrong_input_shape_names_module_and_shape() -> None:
         capture(model, torch.ones(2, 4, 9, 9))
 
 
-def test_output_that_is_no_tensor() -> None:
-    class Number(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, int]:
-            return x + 1, 3
+class Calls(nn.Module):
+    """A layer, and a function of it and the arguments."""
 
-    with pytest.raises(ModelError, match="not a tensor"):
-        capture(Number(), torch.ones(2, 3))
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(3, 3), function
+        self.register_buffer("state", torch.zeros(3))
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+def test_outputs_that_are_no_tensors_are_left_out() -> None:
+    graph = capture(Calls(lambda m, x: (m.layer(x), 3, None)), torch.ones(2, 3))
+    assert graph.meta["output_names"] == ["output_0"]
+    assert [note.split(" for")[0] for note in graph.meta["notes"]] == [
+        "the output 'output_1' is 3",
+        "the output 'output_2' is None",
+    ]
+    with pytest.raises(ModelError, match="returns no tensor"):
+        capture(Calls(lambda m, x: None), torch.ones(2, 3))
+
+
+def test_nested_outputs_have_the_names_that_lead_to_them() -> None:
+    model = Calls(lambda m, x: {"a": m.layer(x), "b": [x + 1, {"c": x + 2}]})
+    assert capture(model, torch.ones(2, 3)).meta["output_names"] == ["a", "b_0", "b_1_c"]
+
+
+def _without_autocast(model: Any, x: Tensor) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        x = model.layer(x).float() * 2
+    return model.layer(x)
+
+
+def _without_gradients(model: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        y = model.layer(x).relu_()
+        with torch.autocast("cpu", enabled=False):
+            x = y + x
+    with torch.enable_grad():
+        return model.layer(x), y
+
+
+@pytest.mark.parametrize("function", [_without_autocast, _without_gradients])
+def test_regions_are_inlined(function: Callable[..., Any]) -> None:
+    model, x = Calls(function), torch.randn(3, 3)
+    graph = capture(model, x)
+    assert graph.meta["dynamic_batch"]
+    torch.testing.assert_close(graph(x)[0], pytree.tree_leaves(model(x))[0])
+    assert {node.op for node in graph.graph.nodes} <= {"placeholder", "get_attr", "call_function", "output"}
+
+
+def test_regions_in_half_precision_are_computed_in_float32() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model.layer(x)
+        result: Tensor = y.float()
+        return result
+
+    model, x = Calls(forward), torch.randn(3, 3)
+    assert torch.equal(capture(model, x)(x)[0], model.layer(x))
+
+
+@pytest.mark.parametrize("as_program", [False, True], ids=["module", "program"])
+def test_weights_in_float64_are_exported_in_float32(as_program: bool) -> None:
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).double(), torch.randn(2, 3)
+    graph = capture(torch.export.export(module, (x.double(),)) if as_program else module, x)
+    (output,) = graph(x)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, module(x.double()).float())
+    assert "rounded to float32" in " ".join(graph.meta["notes"])
+
+
+def test_the_length_of_a_batch_is_free() -> None:
+    model, x = Calls(lambda m, x: m.layer(x).reshape(len(x), -1) + x.new_zeros(len(x), 1)), torch.randn(4, 3)
+    graph = capture(model, x)
+    assert graph.meta["dynamic_batch"]
+    assert torch.equal(graph(x)[0], model(x))
+
+
+def test_a_buffer_that_forward_changes_starts_anew_in_every_call() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.state.mul_(0.5).add_(x.mean(0))
+        result: Tensor = model.layer(x) + model.state
+        return result
+
+    model, x = Calls(forward), torch.randn(2, 3)
+    graph = capture(model, x)
+    assert not model.state.any()
+    for _ in range(2):
+        torch.testing.assert_close(graph(x)[0], model.layer(x) + x.mean(0))
+    assert any("changes the buffer 'state'" in note for note in graph.meta["notes"])
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m, nn.ReLU())], ids=["whole", "inside"])
+def test_torchscript_is_refused_by_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.trace(nn.Linear(3, 3), torch.ones(2, 3))
+    with pytest.raises(ModelError, match="is TorchScript"):
+        capture(wrap(scripted), torch.ones(2, 3))
+
+
+def test_randomness_is_called_by_its_name() -> None:
+    with pytest.raises(ModelError, match=r"is random \(aten.rand_like.default\)"):
+        capture(Calls(lambda m, x: m.layer(x) + torch.rand_like(x)), torch.ones(2, 3))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, cache: Any = None, *, scale: Tensor | None = None) -> Tensor:
+        y: Tensor = self.layer(x if cache is None else x + cache["k"][0])
+        return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda x: {"x": x, "scale": x * 2}, id="one left out"),
+        pytest.param(lambda x: {"x": x, "cache": {"k": (x + 1,)}}, id="nested"),
+        pytest.param(lambda x: {"x": x, "cache": {"k": (x + 1,)}, "scale": x}, id="all"),
+    ],
+)
+def test_arguments_by_name(given: Callable[[Tensor], dict[str, Any]]) -> None:
+    model, x = Optional(), torch.randn(4, 3)
+    tensors, form = pytree.tree_flatten(given(x))
+    graph = capture(model, tensors, form=form)
+    assert graph.meta["dynamic_batch"]
+    torch.testing.assert_close(graph(*tensors)[0], model(**given(x)))
+    program = torch.export.export(model, (), given(x[:2]))
+    torch.testing.assert_close(capture(program, tensors)(*(t[:2] for t in tensors))[0], model(**given(x[:2])))
+
+
+def test_inputs_of_a_program_may_share_their_batch(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a * 2 + b
+
+    x, batch = torch.randn(4, 3), torch.export.Dim("batch")
+    program = torch.export.export(Sum(), (x, x), dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, tmp_path / "m.pt2")
+    graph = capture(torch.export.load(tmp_path / "m.pt2"), (x, x))
+    assert graph.meta["dynamic_batch"]
+    assert torch.equal(graph(x, x)[0], x * 3)
 
 
 class Body(nn.Module):

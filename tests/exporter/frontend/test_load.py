@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from calibrators.errors import InputError, ModelError, UnknownNameError
-from exporter.frontend.load import input_names, load_model, read_state_dict
+from exporter.frontend.calling import input_names
+from exporter.frontend.load import load_model, read_state_dict
 from exporter.frontend.user_code import load_callable
 
 NETWORK = """

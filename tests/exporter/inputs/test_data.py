@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from calibrators.errors import DataError, InputError
-from exporter.inputs.data import Data
+from exporter.inputs.data import Data, LabelError
 from exporter.inputs.form import DataForm
 from exporter.inputs.open import check_takes_integers, open_data
 
@@ -179,7 +179,7 @@ def test_npz_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 def test_named_inputs_are_ordered_and_optional_ones_may_be_left_out() -> None:
-    data = open_data([({"mask": MASK, "x": X}, Y)]).named(("x", "mask", "extra"))
+    data = open_data([({"mask": MASK, "x": X}, Y)]).named(("x", "cache", "mask", "extra"), optional=("cache", "extra"))
     assert [tuple(t.shape) for t in data.example().inputs] == [X.shape, MASK.shape]
 
 
@@ -210,12 +210,51 @@ def test_dtypes(dtype: Any, expected: torch.dtype, noted: bool) -> None:
     assert all("to float32" in note for note in data.notes)
 
 
-@pytest.mark.parametrize("labels", [Y, Y.astype(np.uint8), Y.astype(np.float32), torch.from_numpy(Y), Y.tolist()])
+@pytest.mark.parametrize(
+    "labels",
+    [Y, Y.astype(np.uint8), Y.astype(np.float32), torch.from_numpy(Y), Y.tolist(), Y[:, None], np.eye(4)[Y]],
+    ids=["int", "bytes", "float", "tensor", "list", "column", "one-hot"],
+)
 def test_labels_become_int64(labels: Any) -> None:
     result = open_data([(X, labels)]).example().labels
     assert result is not None
     assert result.dtype == torch.int64
     assert result.tolist() == Y.tolist()
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "targets", "target", "y", "Y"])
+def test_labels_of_every_usual_name(tmp_path: Path, name: str) -> None:
+    for source in ([{"x": X, name: Y}], npz(tmp_path / "d.npz", **{"x": X, name: Y})):
+        _, labels = joined(open_data(source).named(("x",)))
+        assert np.array_equal(labels, Y)
+
+
+def test_an_input_of_such_a_name_is_an_input() -> None:
+    batch = open_data([{"x": X, "y": MASK}]).named(("x", "y")).example()
+    assert [tuple(x.shape) for x in batch.inputs] == [X.shape, MASK.shape]
+    assert batch.labels is None
+
+
+@pytest.mark.parametrize("labels", [MASK - 1, ["a"] * COUNT, {"boxes": MASK}], ids=["masks", "words", "dictionary"])
+def test_labels_that_nobody_needs_are_not_looked_at(labels: Any) -> None:
+    data = open_data([(X, labels)])
+    assert data.without_labels().example().labels is None
+    with pytest.raises(LabelError):
+        data.example()
+
+
+def test_inputs_may_be_nested() -> None:
+    data = open_data([{"x": X, "past": (MASK, {"b": MASK, "a": Y})}]).named(("x", "past"))
+    batch = data.example()
+    assert [len(x.shape) for x in batch.inputs] == [4, 2, 1, 2]
+    assert batch.form is not None
+    assert list(batch.form.unflatten(range(4))) == ["x", "past"]
+
+
+def test_a_dictionary_is_the_only_input_of_a_model_that_takes_one() -> None:
+    batch = open_data([{"pixels": X, "mask": MASK}]).named(("batch",)).example()
+    assert batch.form is not None
+    assert batch.form.unflatten(batch.inputs) == {"batch": {"mask": batch.inputs[0], "pixels": batch.inputs[1]}}
 
 
 def test_the_digest_depends_on_everything_but_the_batch_size() -> None:
@@ -282,7 +321,7 @@ def nan_at(index: int) -> np.ndarray:
         pytest.param([(X, Y), (X, None)], ["batch 1 has no labels"], id="labels stop"),
         pytest.param([X, (X, Y)], ["batch 1 has labels"], id="labels start"),
         pytest.param([(X, Y[:5])], ["labels have shape [5] for 10 samples"], id="label count"),
-        pytest.param([(X, np.eye(COUNT))], ["labels have shape [10, 10]"], id="one-hot"),
+        pytest.param([(X, 2 * np.eye(COUNT))], ["labels have shape [10, 10]"], id="rows"),
         pytest.param([(X, Y - 1)], ["label -1 is negative"], id="negative"),
         pytest.param([(X, Y + 0.5)], ["not integers"], id="fractions"),
         pytest.param([(X, Y, Y)], ["has 3 parts"], id="parts"),
@@ -291,7 +330,7 @@ def nan_at(index: int) -> np.ndarray:
             [({"x": X, "msk": MASK}, Y)], ["unknown model input 'msk'", "Did you mean 'mask'"], id="input name"
         ),
         pytest.param([({"mask": MASK}, Y)], ["input 'x' is missing"], id="input missing"),
-        pytest.param([({}, Y)], ["has no inputs"], id="no inputs"),
+        pytest.param([({}, Y)], ["has no input"], id="no inputs"),
         pytest.param([X, (X, MASK)], ["labels have shape [10, 4]"], id="second input as labels"),
         pytest.param([((X, MASK), Y), (X, Y)], ["1 inputs, the first batch has 2"], id="input count"),
     ],
@@ -360,9 +399,9 @@ def test_a_hostile_npz_does_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "part"),
     [
-        pytest.param({"labels": Y}, "no input array", id="only labels"),
+        pytest.param({"labels": Y}, "has no input", id="only labels"),
         pytest.param({"x": X, "y": Y, "labels": Y}, "both 'labels' and 'y'", id="two labels"),
-        pytest.param({"x": X, "y": Y[:3]}, "different numbers of samples: x 10, labels 3", id="lengths"),
+        pytest.param({"x": X, "y": Y[:3]}, "different numbers of samples: x 10, y 3", id="lengths"),
         pytest.param({"x": np.float32(1)}, "single number", id="scalar"),
         pytest.param({"x": X[:0]}, "no batches", id="empty"),
     ],

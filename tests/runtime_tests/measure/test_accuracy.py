@@ -172,6 +172,16 @@ def test_labels_as_a_column_are_accepted() -> None:
     assert accuracy.value("runtime") == 2 / 3
 
 
+def test_the_same_infinity_in_all_three_is_a_mask() -> None:
+    scores = np.array([[1.0, 2.0, -np.inf], [3.0, 1.0, -np.inf]])
+    running = RunningAccuracy()
+    running.update(scores, scores, scores + 0.1, np.array([1, 0]))
+    result = running.result()
+    assert (result.runtime, result.agreement) == (1.0, 1.0)
+    assert result.sqnr_db == pytest.approx(10 * np.log10(15 / 0.04))
+    assert result.mean_kl == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["float", "reference", "runtime"])
 def test_outputs_that_are_not_finite_are_refused_by_name(value: float, position: int) -> None:
