@@ -13,7 +13,7 @@ from calibrators.errors import DataError, InputError
 from calibrators.methods import get_method, range_method
 from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.rewrites.prepare import check_preparations
-from calibrators.targets import get_target
+from calibrators.targets import DEFAULT_TARGET, get_target
 from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, first_release, ir_version_of, refused_opset
 from exporter.inputs.data import Data, LabelError
@@ -37,6 +37,7 @@ def check_settings(config: ExportConfig) -> None:
     check_preparations(config.prepare)
     available_runtimes(config.proving_runtimes)
     _check_device(config.device)
+    _check_portable(config)
     _check_storage(config)
     _check_min_ort(config)
 
@@ -81,6 +82,15 @@ def _with_usable_labels(evaluation: Data | None, gates: Iterable[Gate]) -> tuple
         if any(needs_labels(gate) for gate in gates):
             raise
         return evaluation.without_labels(f"labels of --eval are not used: {error}"), False
+
+
+def _check_portable(config: ExportConfig) -> None:
+    asked = "uint8" in [config.portable, *(rule.portable for rule in config.layers)]
+    if asked and get_target(config.target).pair_sum is None:
+        raise InputError(
+            f"portable is 'uint8', but target {config.target!r} limits no pairs of weights, so that it would change "
+            f"nothing; leave it out, or give --target {DEFAULT_TARGET}."
+        )
 
 
 def _check_storage(config: ExportConfig) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from calibrators.errors import InputError, UnknownNameError
+from exporter.reporting.proofs import UNPROVED
 from exporter.reporting.schema import GateResult, metric_paths
 from exporter.reporting.where import INEXACT, not_exact_here
 from runtime_tests.parity.results import ProvedOn
@@ -298,7 +299,7 @@ METRICS: dict[str, Metric] = {
     "size_ratio": Metric(
         "bytes of the quantized model over bytes of the float model", _over("size.bytes", "size.float_bytes")
     ),
-    "unproved_runtimes": Metric(
+    UNPROVED: Metric(
         "runtimes that refuse the file, or in which values differ by more than is allowed, each from the runtime's own "
         "inputs",
         _unproved_runtimes,

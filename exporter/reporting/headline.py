@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from exporter.reporting.number_format import count, differ, significant
+from exporter.reporting.proofs import UNPROVED, not_proved
 from exporter.reporting.schema import GateResult, Report
 from exporter.reporting.where import INEXACT, not_exact_here
 from runtime_tests.parity.results import Level
@@ -38,15 +39,13 @@ def _proof(level: Level) -> str:
 
 
 def failure(gate: GateResult, report: Report) -> str:
-    """Return which gate failed and what was measured, or why the file is not exact on this machine."""
-    if gate.name == INEXACT and (why := _why_inexact(report)) is not None:
-        return f"Gate {gate.expression} failed: {why}"
+    """Return which gate failed, and why or what was measured."""
+    reasons = {
+        INEXACT: not_exact_here(report.holds or (), report.environment.processor if report.environment else None),
+        UNPROVED: not_proved(report.proved_on or ()),
+    }
     found = "it was not measured" if gate.value is None else f"it is {significant(gate.value, 6)}"
-    return f"Gate {gate.expression} failed: {found}"
-
-
-def _why_inexact(report: Report) -> str | None:
-    return not_exact_here(report.holds or (), report.environment.processor if report.environment else None)
+    return f"Gate {gate.expression} failed: {reasons.get(gate.name) or found}"
 
 
 def unplanned_kernels(found: Mapping[str, int]) -> str:

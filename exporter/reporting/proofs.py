@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from exporter.reporting.number_format import differ, significant
 from runtime_tests.parity.results import ProvedOn
 
-__all__ = ["found_on", "proof_rows"]
+__all__ = ["UNPROVED", "found_on", "not_proved", "proof_rows"]
+
+UNPROVED = "unproved_runtimes"
+"""Name of the metric that counts the runtimes in which the file is not proved."""
 
 SHOWN_AS_PARITY = ("ort", "openvino")
 """Runtimes with lines of their own, because the report holds their comparison site by site."""
@@ -27,6 +30,12 @@ def proof_rows(entries: Sequence[ProvedOn]) -> Iterator[tuple[str, str]]:
     for each in entries:
         if each.runtime not in SHOWN_AS_PARITY:
             yield each.runtime, found_on(each)
+
+
+def not_proved(entries: Sequence[ProvedOn]) -> str | None:
+    """Return in which runtimes the file is not proved, and what was found there; None if it is proved in all."""
+    found = [f"not proved in {each.runtime}: {found_on(each)}" for each in entries if not each.is_proved]
+    return "; ".join(found) or None
 
 
 def found_on(entry: ProvedOn) -> str:

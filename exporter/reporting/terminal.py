@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from exporter.reporting.number_format import compared, percent, significant
-from exporter.reporting.proofs import proof_rows
+from exporter.reporting.proofs import UNPROVED, not_proved, proof_rows
 from exporter.reporting.where import INEXACT, not_exact_here, where_rows
 from runtime_tests.parity.results import ProvedOn
 from runtime_tests.reference.where_exact import Holds
@@ -36,12 +36,13 @@ def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
 
 def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     entries = [Holds(**each) for each in report.get("holds", ())]
+    proofs = [ProvedOn(**each) for each in report.get("proved_on", ())]
     accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
     if accuracy is not None:
         yield accuracy["metric"], _accuracy(accuracy)
     yield "parity", _parity(report["parity"]["optimized"])
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
-    yield from proof_rows([ProvedOn(**each) for each in report.get("proved_on", ())])
+    yield from proof_rows(proofs)
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _percent(report["coverage"]["integer_macs"])
@@ -54,11 +55,13 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if latency is not None:
         speed = compared(latency["float"], latency["quantized"], "faster", "slower")
         yield "latency", f"{latency['quantized']:.2f} ms, {speed} than float"
-    for gate in report["gates"]:
-        if not gate["passed"] and gate["name"] == INEXACT:
-            yield "failed gate", not_exact_here(entries, report["environment"]["processor"]) or gate["expression"]
-        elif not gate["passed"]:
-            yield "failed gate", f"{gate['name']} is {_number(gate['value'])}, the limit is {_number(gate['limit'])}"
+    reasons = {
+        INEXACT: not_exact_here(entries, report.get("environment", {}).get("processor")),
+        UNPROVED: not_proved(proofs),
+    }
+    for gate in (gate for gate in report["gates"] if not gate["passed"]):
+        found = f"{gate['name']} is {_number(gate['value'])}, the limit is {_number(gate['limit'])}"
+        yield "failed gate", reasons.get(gate["name"]) or found
 
 
 def _levers(report: Mapping[str, Any]) -> Iterator[str]:

@@ -289,6 +289,13 @@ def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_uint8_weights_are_refused_where_they_change_nothing() -> None:
+    for settings in ({"portable": "uint8"}, {"layers": ({"match": "head", "portable": "uint8"},)}):
+        with pytest.raises(InputError, match=r"limits no pairs of weights.*give --target ort-cpu"):
+            check_settings(ExportConfig.model_validate({"target": "ort-cpu-vnni", **settings}))
+        check_settings(ExportConfig.model_validate(settings))
+
+
 @pytest.mark.parametrize(
     ("devices", "device", "part"),
     [(0, "cuda", "finds no CUDA device"), (1, "cuda:1", "finds 1 CUDA device;"), (2, "cuda:2", "2 CUDA devices;")],
