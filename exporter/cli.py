@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -340,7 +342,11 @@ def main() -> None:
     """Run the command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
     gc.set_threshold(50_000, 20, 20)  # imports make many objects but no garbage; this saves a second at each start
-    app()
+    try:
+        app()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's flush does not fail
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _export(
@@ -365,9 +371,11 @@ def _reported_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         _complain("interrupted; nothing was written.", "")
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise  # nobody reads the output any more: not a fault, see main
     except Exception as error:
         if debug:
-            raise
+            Console(stderr=True).print_exception()
         message, prefix, code = _described(error)
         _complain(message, prefix)
         raise typer.Exit(code) from error
@@ -394,10 +402,11 @@ def _complain(message: str, prefix: str) -> None:
 
 
 def _finish(report: Any, folder: Path) -> None:
-    """Print the verdict; exit with 1 unless it is pass."""
+    """Print the verdict; exit with 1 unless it is pass, even if nobody reads what is printed."""
     from exporter.reporting.terminal import verdict_panel
 
-    Console().print(verdict_panel(report, folder))
+    with suppress(BrokenPipeError, SystemExit):  # the latter is rich's answer to the former
+        Console().print(verdict_panel(report, folder))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)
 
 

@@ -113,6 +113,13 @@ def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[s
                 "the bundle."
             )
         program.meta[f"{kind}_names"] = names
+    for (name, array), example in zip(inputs.items(), program.meta["example"], strict=True):
+        form, wanted = (array.dtype, array.shape[1:]), (example.numpy().dtype, tuple(example.shape[1:]))
+        if form != wanted or array.ndim != example.ndim:
+            raise InputError(
+                f"the golden input {name!r} of {folder} is {array.dtype} {list(array.shape)}, which its model does not "
+                "take; get a fresh copy of it."
+            )
     return inputs, expected
 
 

@@ -5,22 +5,28 @@ Must not know: models, data, the command line.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from calibrators.errors import InputError, UnknownNameError, first_line, near_file
 
-__all__ = ["UserCallable", "article", "listed", "load_callable", "users_code"]
+__all__ = ["UserCallable", "article", "listed", "load_callable", "load_object", "users_code"]
+
+
+SPEC = re.compile(r"(.+?):([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class UserCallable:
         """
         if required := _required_arguments(self.function):
             raise self.error(
-                f"{self.label} needs arguments ({', '.join(required)}); give a callable without required arguments, "
-                f"for example def {self.function.__name__}_for_export(): return {self.function.__name__}(...)."
+                f"{self.label} needs arguments ({', '.join(required)}); give them as literals, as in "
+                f"{self.label.partition('(')[0]}({required[0]}=1), or give a callable without required arguments."
             )
         with users_code(self.label, "raised", self.folder, self.error):
             return self.function()
@@ -54,26 +60,74 @@ class UserCallable:
 def load_callable(spec: str, *, error: type[InputError]) -> UserCallable:
     """Import the callable that `spec` names, without calling it.
 
-    spec:   `file.py:name` or `package.module:name`; a dotted name reaches attributes.
-    raises: `error` if the file or module cannot be imported; UnknownNameError with near misses if it has no such name.
+    spec:   `file.py:name`, `package.module:name`, or either with literal arguments: `file.py:name(width=0.5)`; a dotted
+            name reaches attributes.
+    raises: `error` if the file or module cannot be imported or the arguments are no literals; UnknownNameError with
+            near misses if it has no such name.
     """
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
-        raise error(
-            f"{spec!r} does not name a callable; write file.py:name or package.module:name.{_available(spec, error)}"
-        )
-    folder = Path(source).resolve().parent if source.endswith(".py") else None
-    module = _import_file(Path(source), error) if folder else _import_module(source, error)
+    value = load_object(spec, error=error)
+    if not callable(value):
+        known = _callables(_import(_parts(spec, error)[0], error))
+        raise error(f"{spec} is {article(type(value).__name__)}, not a callable. Callables: {listed(known)}.")
+    return UserCallable(value, spec, _folder(_parts(spec, error)[0]), error)
+
+
+def load_object(spec: str, *, error: type[InputError]) -> Any:
+    """Import what `spec` names, in the form that `load_callable` takes; with arguments, a call that waits for none.
+
+    raises: as load_callable.
+    """
+    source, name, arguments = _parts(spec, error)
+    module = _import(source, error)
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
             raise UnknownNameError(f"callable of {source}", name, _callables(module))
         value = getattr(value, part)
+    if arguments is None:
+        return value
     if not callable(value):
+        raise error(f"{source}:{name} is {article(type(value).__name__)} and takes no arguments; leave them out.")
+    return _with_arguments(value, arguments, spec, error)
+
+
+def _parts(spec: str, error: type[InputError]) -> tuple[str, str, str | None]:
+    """Return the file or module, the name, and the text of the arguments with its brackets, None without any."""
+    match = SPEC.fullmatch(spec)
+    if match is None:
         raise error(
-            f"{spec} is {article(type(value).__name__)}, not a callable. Callables: {listed(_callables(module))}."
+            f"{spec!r} does not name a callable; write file.py:name or package.module:name.{_available(spec, error)}"
         )
-    return UserCallable(value, spec, folder, error)
+    source, name, arguments = match.groups()
+    return source, name, arguments
+
+
+def _with_arguments(
+    function: Callable[..., Any], arguments: str, spec: str, error: type[InputError]
+) -> Callable[..., Any]:
+    try:
+        call = ast.parse(f"f{arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("not one pair of brackets")
+        positional = [ast.literal_eval(value) for value in call.args]
+        if any(each.arg is None for each in call.keywords):
+            raise ValueError("** unpacks")
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as cause:
+        raise error(
+            f"the arguments of {spec!r} are not literals ({first_line(cause)}); write numbers, texts in quotes, True, "
+            "None, or lists of them, as in file.py:build(width=0.5)."
+        ) from cause
+    return partial(function, *positional, **named)
+
+
+def _import(source: str, error: type[InputError]) -> ModuleType:
+    return _import_file(Path(source), error) if _folder(source) else _import_module(source, error)
+
+
+def _folder(source: str) -> Path | None:
+    """Return the folder of a file, None for a module."""
+    return Path(source).resolve().parent if source.endswith(".py") else None
 
 
 @contextmanager

@@ -6,16 +6,18 @@ Must not know: models, methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from calibrators.errors import DataError, first_line
 from exporter.frontend.calling import call_of
 from exporter.frontend.capture import evaluating
-from exporter.frontend.user_code import UserCallable, article, load_callable, users_code
+from exporter.frontend.user_code import UserCallable, article, load_callable, load_object, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.form import DataForm
 from exporter.inputs.sources import from_arrays, from_images, from_npz
@@ -29,9 +31,9 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
     """Return the data of `source`; nothing is read before the first pass.
 
     source: a `.npz` file (an array per model input, labels in `labels` or `y`); a folder of images, or of one folder
-            of images per class; `file.py:callable` or `package.module:callable`; in Python also a callable, arrays, or
-            any iterable of batches. Batches are x, (x, labels), ({name: x}, labels), {name: x, "labels": labels} or
-            ((x1, x2), labels).
+            of images per class; `file.py:name` or `package.module:name`, as load_callable reads it; in Python also what
+            such a name may stand for: a callable, arrays, a dataset, or any iterable of batches. Batches are x,
+            (x, labels), ({name: x}, labels), {name: x, "labels": labels} or ((x1, x2), labels).
     form:   the batch size, for sources without batches, and how to read images, for folders.
     raises: DataError, UnknownNameError.
     """
@@ -44,9 +46,14 @@ def open_data(source: object, form: DataForm = PLAIN) -> Data:
             "image size, mean and std apply to folders of images only; this data is used as it is. Omit them."
         )
     if isinstance(source, str):
+        named = load_object(source, error=DataError)
+        if isinstance(named, Iterable | Dataset):
+            return replace(open_data(named, form), label=source)
         function = load_callable(source, error=DataError)
         return Data(source, lambda: _guarded(function, form.batch_size))
     label, batch = f"data ({type(source).__name__})", form.batch_size
+    if isinstance(source, Dataset) and not isinstance(source, Iterable):
+        return Data(label, lambda: iter(DataLoader(source, batch)))
     if callable(source) and not isinstance(source, Iterable):
         return Data(label, lambda: _items(source(), label, batch))
     if isinstance(source, Iterator):

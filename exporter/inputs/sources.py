@@ -7,6 +7,7 @@ Must not know: torch, models, what the batches are for.
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,18 +53,19 @@ def from_npz(path: Path, batch: int) -> Raw:
             arrays: dict[str, _Rows] = {}
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
-                arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}")
+                size = archive.getinfo(member).file_size
+                arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}", size)
             if not arrays:
                 raise DataError(f"{path} holds no array; save one per model input, and labels as 'labels'.")
             yield from from_arrays(arrays, str(path), batch)
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, MemoryError) as error:
         raise DataError(f"{path} is not a readable .npz file ({error}); save it again with numpy.savez.") from error
 
 
 class _Rows:
     """One .npy member, whose slices are read forward along its first dimension. Objects are never unpickled."""
 
-    def __init__(self, stream: Any, where: str) -> None:
+    def __init__(self, stream: Any, where: str, size: int) -> None:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self._shape, fortran, self._dtype = read_header(stream)
@@ -73,6 +75,8 @@ class _Rows:
             )
         if not self._shape:
             raise DataError(f"{where} is a single number; save an array whose first dimension counts samples.")
+        if (promised := math.prod(self._shape) * self._dtype.itemsize) > size:
+            raise DataError(f"{where} has {size:,} bytes, but its header promises {promised:,}; save the file again.")
         self._stream = stream
         # A column-major array cannot be read by rows, so all of it is read here.
         self._whole = self._read(self._shape[::-1]).transpose() if fortran and len(self._shape) > 1 else None

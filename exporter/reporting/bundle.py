@@ -125,7 +125,11 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def _os_errors(out: Path) -> Iterator[None]:
-    """Turn an error of the operating system into an InputError."""
+    """Turn an error of the operating system, or a loop of links, into an InputError."""
+    try:
+        out.resolve()
+    except RuntimeError as error:  # until Python 3.13, which resolves it and fails in the first use
+        raise InputError(f"cannot write the bundle {out}: its links lead in a circle; choose another --out.") from error
     try:
         yield
     except OSError as error:
@@ -137,8 +141,8 @@ def _os_errors(out: Path) -> Iterator[None]:
 @contextmanager
 def _staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a new folder that becomes `out` if the body succeeds and is removed if it fails."""
-    out = out.resolve()
     with _os_errors(out):
+        out = out.resolve()
         _check_free(out, overwrite=overwrite)
         made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]  # innermost first
         finished, stage = False, None
@@ -233,7 +237,9 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
         try:
             tensor = onnx.TensorProto.FromString(path.read_bytes())
             arrays[tensor.name] = numpy_helper.to_array(tensor)
-        except (OSError, DecodeError, ValueError, TypeError) as error:
+            if arrays[tensor.name].dtype.hasobject:
+                raise ValueError("it holds texts")
+        except (OSError, DecodeError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path} is not an ONNX tensor: {error}; export the model again.") from error
     return arrays
 
@@ -296,7 +302,7 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
     path = bundle / _MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{bundle} is not a readable bundle: {path.name}: {error}; give the folder that `intact export` wrote."
         ) from error

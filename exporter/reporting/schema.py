@@ -203,7 +203,7 @@ def read_report(path: Path) -> Report:
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the report {path}: {error}; export the model again.") from error
     return validate_report(report)
 

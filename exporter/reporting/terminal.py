@@ -5,11 +5,13 @@ Must not know: how anything is computed, the command line.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -28,10 +30,15 @@ _number = partial(significant, digits=6, missing="not measured", minus="-")
 def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
     """Sum up the report of the bundle in `folder` in a box."""
     table = Table.grid(padding=(0, 2))
-    for name, value in (*_summary(report), ("report", str(folder / "report.html"))):
+    for name, value in (*_summary(report), ("report", escape(_printable(folder / "report.html")))):
         table.add_row(f"[bold]{name}[/bold]", value)
     title, colour = ("PASS", "green") if report["verdict"] == "pass" else ("FAIL", "red")
     return Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False)
+
+
+def _printable(path: Path) -> str:
+    """Return a path as text; bytes that are no UTF-8 are shown escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

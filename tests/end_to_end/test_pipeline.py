@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,17 @@ def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
     report = verify(out)
     assert report["verdict"] == "fail"
     assert report["parity"]["optimized"]["kernel_mismatched"] > 0
+
+
+@pytest.mark.parametrize("change", [lambda a: a[:, :1], lambda a: a.astype(np.int64), lambda a: a[0]])
+def test_verify_refuses_golden_inputs_that_the_model_does_not_take(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    inputs, outputs = read_golden(bundle)
+    changed = {name: change(array) for name, array in inputs.items()}
+    monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _: (changed, outputs))
+    with pytest.raises(InputError, match="which its model does not take"):
+        verify(bundle)
 
 
 def test_verify_notices_golden_outputs_of_something_else(bundle: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from calibrators.errors import ExportError, InputError
@@ -373,9 +376,44 @@ def test_errors_become_one_line_and_their_exit_code(
 def test_debug_shows_the_error_itself(
     run: Callable[..., Any], failing: Callable[[BaseException], None], tmp_path: Path
 ) -> None:
-    failing(InputError("seen"))
+    failing(ExportError("seen"))
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--debug")
-    assert isinstance(result.exception, InputError)
+    assert result.exit_code == ExportError.exit_code
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: seen\n")
+
+
+def test_a_folder_with_any_name_gets_its_verdict(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path / "x[/red]\udcffy"))
+    assert result.exit_code == 0
+    assert r"x[/red]\xffy" in result.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(1)], ids=["pipe", "rich"])
+def test_a_verdict_that_nobody_reads_keeps_its_exit_code(
+    run: Callable[..., Any],
+    pipeline: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Console, "print", closed)
+    assert run("export", *ARGUMENTS, "--out", str(tmp_path / "out")).exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["methods"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_fault(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "exporter", *arguments], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert result.returncode in (1, 128 + signal.SIGPIPE)
+    assert result.stderr == b""
 
 
 # ---- progress

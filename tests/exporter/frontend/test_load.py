@@ -135,6 +135,29 @@ def test_a_factory_in_a_package_and_an_instance_load() -> None:
     assert isinstance(load_model("torch.nn:Identity"), nn.Identity)
 
 
+@pytest.mark.parametrize("arguments", ["(5)", "(width=5)", "(5, depth = 1)", "( 5 , )"])
+def test_a_factory_takes_literal_arguments(file: Path, arguments: str) -> None:
+    assert load_model(f"{file}:with_width{arguments}").in_features == 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("(width)", "are not literals"),
+        ("(__import__('os'))", "are not literals"),
+        ("(**{})", "are not literals"),
+        ("(1)(2)", "are not literals"),
+        ("(1", "does not name a callable"),
+        ("(5, widht=3)", "unexpected keyword argument 'widht'"),
+        ("(depth=2)", "needs arguments (width)"),
+    ],
+)
+def test_bad_arguments_of_a_factory_are_one_message(file: Path, arguments: str, part: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(f"{file}:with_width{arguments}")
+    assert part in str(caught.value)
+
+
 def test_a_module_instance_needs_no_factory(file: Path) -> None:
     assert isinstance(load_model(f"{file}:instance"), nn.Linear)
 

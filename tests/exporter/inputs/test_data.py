@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
 import textwrap
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,13 @@ SOURCE = """
     def number():
         return 3
 
+    loaded = loader()
+    listed = named()
+    dataset = loaded.dataset
+
+    def every(step):
+        return (X, Y) if step == 1 else None
+
     once = generator()
 
     def stale():
@@ -100,7 +109,9 @@ def message(data: Callable[[], object]) -> str:
 # ---- sources
 
 
-@pytest.mark.parametrize("name", ["generator", "named", "whole", "loader"])
+@pytest.mark.parametrize(
+    "name", ["generator", "named", "whole", "loader", "loaded", "listed", "dataset", "every(step=1)"]
+)
 def test_every_callable_gives_the_same_data_on_every_pass(file: Path, name: str) -> None:
     data = open_data(f"{file}:{name}", DataForm(batch_size=4))
     for _ in range(2):
@@ -409,6 +420,14 @@ def test_a_hostile_npz_does_not_run(tmp_path: Path) -> None:
 def test_a_bad_npz_is_one_message(tmp_path: Path, arrays: dict[str, Any], part: str) -> None:
     source = npz(tmp_path / "d.npz", **arrays)
     assert part in message(lambda: list(open_data(source)))
+
+
+def test_an_npz_whose_header_promises_more_than_the_file_holds(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (4, 2**40)})
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + b"1234")
+    assert "promises 17,592,186,044,416" in message(lambda: list(open_data(str(tmp_path / "d.npz"))))
 
 
 def test_a_damaged_npz_is_one_message(tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ def test_golden_keeps_the_order_of_more_than_ten_inputs(tmp_path: Path) -> None:
     assert list(read_golden(_write(tmp_path / "build", golden=(inputs, GOLDEN[1])))[0]) == list(inputs)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xff\xff", None], ids=["corrupt", "missing"])
+TEXTS = numpy_helper.from_array(np.array(["a"], object), "y").SerializeToString()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff\xff", None, TEXTS], ids=["corrupt", "missing", "texts"])
 def test_broken_golden_is_one_message(tmp_path: Path, content: bytes | None) -> None:
     path = _write(tmp_path / "build") / "golden/test_data_set_0/output_0.pb"
     path.unlink() if content is None else path.write_bytes(content)
@@ -271,6 +274,13 @@ def test_an_unwritable_parent_is_one_message(tmp_path: Path, parent: str, early:
         check_out(out) if early else _write(out)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["check", "write"])
+def test_links_in_a_circle_are_one_message(tmp_path: Path, early: bool) -> None:
+    (tmp_path / "build").symlink_to("build")
+    with pytest.raises(InputError, match=r"cannot write the bundle .*build"):
+        check_out(tmp_path / "build") if early else _write(tmp_path / "build")
+
+
 def test_check_out_leaves_no_trace(tmp_path: Path) -> None:
     check_out(tmp_path / "a" / "build")
     assert os.listdir(tmp_path) == []
@@ -339,6 +349,12 @@ def test_a_broken_manifest_is_one_message(tmp_path: Path, content: str) -> None:
     (out / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=r"manifest"):
         verify_manifest(out)
+
+
+def test_a_manifest_nested_too_deeply_is_one_message(tmp_path: Path) -> None:
+    (_write(tmp_path / "build") / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not a readable bundle"):
+        verify_manifest(tmp_path / "build")
 
 
 def test_a_folder_that_is_no_bundle_is_one_message(tmp_path: Path) -> None:
