@@ -111,7 +111,7 @@ def _listed() -> None:
 
 def export(  # noqa: PLR0913 (a command's arguments are its flags)
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="`file.py:factory`, `package.module:factory` or a `.pt2` file.")
+        str, typer.Argument(metavar="MODEL", help="`file.py:factory`, `file.py:factory(width=0.5)`, or `.pt2`.")
     ],
     data: Annotated[
         str, _option("Calibration data: `.npz`, image folder or `file.py:callable`.", "--data", metavar="CALIB")
@@ -125,6 +125,14 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     ] = None,
     checkpoint: Annotated[
         Path | None, _option("Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", metavar="FILE")
+    ] = None,
+    checkpoint_key: Annotated[
+        str | None,
+        _option(
+            "Where the weights are in the checkpoint: `ema`, `state_dict.teacher`; by default what fits best.",
+            "--checkpoint-key",
+            metavar="KEY",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     config: Annotated[
@@ -148,7 +156,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         from exporter.config import load_config
 
         settings = load_config(config, flags, sets or ())
-        _export(model, (data, evaluation), settings, out=out, overwrite=overwrite, quiet=quiet, checkpoint=checkpoint)
+        weights = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key}
+        _export(model, (data, evaluation), settings, out=out, overwrite=overwrite, quiet=quiet, **weights)
 
 
 @cache

@@ -75,6 +75,7 @@ def export(
     out: str | Path,
     eval_data: Iterable[Any] | str | None = None,
     checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
     config: ExportConfig | None = None,
     progress: Progress | None = None,
     source: str = "",
@@ -86,7 +87,7 @@ def export(
     model:           a module, an exported program, or text as `intact export` takes it ("net.py:build", "net.pt2").
     data, eval_data: batches of x, (x, labels) or ({name: x}, labels), an inputs.data.Data, or text as `intact export`
                      takes it. Calibration reads no labels; evaluation uses them if there are any.
-    checkpoint:      weights for the module of a factory that `model` names.
+    checkpoint:      weights for the module of a factory that `model` names; checkpoint_key says where they are in it.
     config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
                      not raise: report["verdict"] says "fail".
@@ -97,14 +98,16 @@ def export(
     check_settings(config)
     gates = gates_of(config.gates, config.proving_runtimes)
     given, evaluation = open_both(data, eval_data, config)
+    notes: list[str] = []
     if isinstance(model, str):
-        source, model = model, load_model(model, checkpoint)
+        source, model = model, load_model(model, checkpoint, key=checkpoint_key, note=notes.append)
     names, optional = input_names(model), optional_inputs(model)
     given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
         work = _Export(config, progress or Progress(), source, Path(folder))
+        work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         report = judge(report, gates)
         write_bundle(

@@ -8,7 +8,7 @@ Must not know: calibration, targets, ONNX, the command line.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -21,26 +21,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from calibrators.errors import ModelError, first_line, near_file
+from calibrators.errors import ModelError, UnknownNameError, first_line, near_file
 from exporter.frontend.capture import quiet
+from exporter.frontend.checkpoint import State, fitting_state, states
 from exporter.frontend.pt2_archive import clean_archive
 from exporter.frontend.user_code import article, listed, load_callable
 
-__all__ = ["load_model", "read_state_dict"]
+__all__ = ["load_model", "read_states"]
 
 Model = nn.Module | torch.export.ExportedProgram
 
 NUMPY_SUFFIXES = (".npz", ".npy")
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")
-"""Keys under which training scripts put the state dict, most specific first."""
 
-
-def load_model(spec: str, checkpoint: Path | None = None) -> Model:
+def load_model(
+    spec: str, checkpoint: Path | None = None, *, key: str | None = None, note: Callable[[str], object] = str
+) -> Model:
     """Return the model that `spec` names, in eval mode, on the CPU, with floating parameters in float32.
 
     spec:       `file.py:factory`, `package.module:factory` (no arguments, returns the nn.Module) or a `.pt2` file.
     checkpoint: `.pt`/`.pth` (read as weights only) or `.safetensors`, loaded into the module that the factory returns.
+    key:        where the state is in the checkpoint (State.key); by default what fits the module best is taken.
+    note:       is called with what the user should know about the choice.
     raises:     ModelError, UnknownNameError.
     """
     path = Path(spec)
@@ -67,34 +69,50 @@ def load_model(spec: str, checkpoint: Path | None = None) -> Model:
     _check_materialized(spec, model)
     model = model.cpu().float().eval()
     if checkpoint is not None:
-        _load_weights(model, read_state_dict(checkpoint), checkpoint)
+        state, others = _chosen(read_states(checkpoint), model.state_dict(), key, checkpoint)
+        if others:
+            known = ", ".join(repr(other.key) for other in others)
+            note(f"{checkpoint} holds several states that fit; {state.key!r} was taken, others are {known}")
+        _load_weights(model, state.tensors, checkpoint)
     _check_module(str(checkpoint or spec), model)
     return model
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without wrappers such as {"state_dict": ...}.
+def read_states(path: Path) -> list[State]:
+    """Return the states in a checkpoint: mappings with tensors, nested or not.
 
-    raises: ModelError if the file is missing or damaged, has no state dict, or has objects whose loading runs code.
+    raises: ModelError if the file is missing or damaged, has no tensors, or has objects whose loading runs code.
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist{near_file(path)}")
     if path.suffix in NUMPY_SUFFIXES:
         raise ModelError(f"{path} holds NumPy arrays, not a checkpoint; save the module's state_dict with torch.save.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds {article(type(content).__name__)}, not a state dict; save model.state_dict().")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ModelError(
-            f"{path} holds no tensors at its top level (keys: {listed(map(str, content))}); save model.state_dict()."
-        )
-    return tensors
+    found = list(states(content))
+    if not found:
+        raise ModelError(f"{path} holds no tensors (keys: {listed(map(str, content))}); save model.state_dict().")
+    return found
+
+
+def _chosen(found: list[State], expected: Mapping[str, Any], key: str | None, path: Path) -> tuple[State, list[State]]:
+    """Return the state that fits, or that `key` names, and others that fit as well if none was named."""
+    if key is None:
+        return fitting_state(found, expected)
+    inside = [state for state in found if state.key == key or state.key.startswith(f"{key}.")]
+    if inside:
+        return fitting_state(inside, expected)[0], []
+    parts = [State(key, part) for state in found if (part := _below(state, key))]
+    if not parts:
+        raise UnknownNameError(f"key of {path}", key, {state.key for state in found if state.key})
+    return fitting_state(parts, expected)[0], []
+
+
+def _below(state: State, key: str) -> dict[str, Tensor]:
+    """Return the tensors whose names, after the key of their state, begin with `key`."""
+    prefix = f"{key}.".removeprefix(f"{state.key}." if state.key else "")
+    return {name.removeprefix(prefix): x for name, x in state.tensors.items() if name.startswith(prefix)}
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -135,7 +153,6 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
-    state = _without_prefix(state, expected)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
@@ -160,18 +177,6 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
 
 def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _without_prefix(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """Remove the prefix that wrappers put before every name ("module.", "_orig_mod.", "model.")."""
-    known = set(expected)
-    while not known & set(state):
-        prefixes = {name.partition(".")[0] + "." for name in state}
-        prefix = prefixes.pop()
-        if prefixes or any(name == prefix[:-1] for name in state):
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def _mismatch(path: Path, missing: list[str], unexpected: list[str], total: int) -> str:

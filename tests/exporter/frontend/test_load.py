@@ -22,7 +22,7 @@ from torch import nn
 
 from calibrators.errors import InputError, ModelError, UnknownNameError
 from exporter.frontend.calling import input_names
-from exporter.frontend.load import load_model, read_state_dict
+from exporter.frontend.load import load_model, read_states
 from exporter.frontend.user_code import load_callable
 
 NETWORK = """
@@ -267,6 +267,15 @@ def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
         pytest.param(lambda state: {f"module.{name}": value for name, value in state.items()}, id="data parallel"),
         pytest.param(lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()}, id="compiled"),
         pytest.param(lambda state: {k: v for k, v in state.items() if "num_batches" not in k}, id="without counters"),
+        pytest.param(lambda state: {"state_dict": state, "best_acc1": torch.tensor(71.0)}, id="beside a tensor"),
+        pytest.param(lambda state: {"mine": state, "optimizer": {"state": {0: {"m": torch.ones(3)}}}}, id="any key"),
+        pytest.param(
+            lambda state: {f"model.{k}": v for k, v in state.items()} | {"criterion.weight": torch.ones(3)},
+            id="beside other modules",
+        ),
+        pytest.param(
+            lambda state: {"state_dict": {f"net._orig_mod.{k}": v for k, v in state.items()}, "epoch": 3}, id="deep"
+        ),
     ],
 )
 def test_common_wrappers_load(file: Path, small: nn.Module, tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
@@ -274,6 +283,23 @@ def test_common_wrappers_load(file: Path, small: nn.Module, tmp_path: Path, wrap
     torch.save(wrap(state), tmp_path / "net.pt")
     loaded = load_model(f"{file}:small", tmp_path / "net.pt").state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state if "num_batches" not in name)
+
+
+def test_of_several_states_the_usual_one_is_taken_and_another_by_its_key(
+    file: Path, small: nn.Module, tmp_path: Path
+) -> None:
+    usual, teacher = shifted(small), small.state_dict()
+    content = {"ema": {f"module.{name}": x for name, x in teacher.items()}, "model": usual}
+    torch.save(content, tmp_path / "net.pt")
+    notes: list[str] = []
+    taken = load_model(f"{file}:small", tmp_path / "net.pt", note=notes.append).state_dict()  # type: ignore[union-attr]
+    assert torch.equal(taken["0.weight"], usual["0.weight"])
+    assert notes == [f"{tmp_path / 'net.pt'} holds several states that fit; 'model' was taken, others are 'ema.module'"]
+    for key in ("ema", "ema.module"):
+        chosen = load_model(f"{file}:small", tmp_path / "net.pt", key=key).state_dict()  # type: ignore[union-attr]
+        assert torch.equal(chosen["0.weight"], teacher["0.weight"])
+    with pytest.raises(UnknownNameError, match="unknown key"):
+        load_model(f"{file}:small", tmp_path / "net.pt", key="emma")
 
 
 def test_safetensors_load(file: Path, small: nn.Module, tmp_path: Path) -> None:
@@ -335,13 +361,13 @@ def test_a_damaged_checkpoint_is_one_message(tmp_path: Path, suffix: str, conten
     path = tmp_path / f"net{suffix}"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"damaged or not a checkpoint; save|not a readable safetensors"):
-        read_state_dict(path)
+        read_states(path)
 
 
 def test_arrays_of_numpy_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", weight=np.zeros(3))
     with pytest.raises(ModelError, match=r"net\.npz holds NumPy arrays, not a checkpoint; save"):
-        read_state_dict(tmp_path / "net.npz")
+        read_states(tmp_path / "net.npz")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -351,7 +377,7 @@ def test_a_truncated_checkpoint_is_one_message(small: nn.Module, tmp_path: Path,
     save(small.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ModelError, match=r"save it again"):
-        read_state_dict(path)
+        read_states(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -359,7 +385,7 @@ def test_a_hostile_checkpoint_does_not_run(tmp_path: Path, legacy: bool) -> None
     proof = tmp_path / "ran"
     torch.save({"weight": Payload(proof)}, tmp_path / "net.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ModelError, match="refused because loading them could run code"):
-        read_state_dict(tmp_path / "net.pt")
+        read_states(tmp_path / "net.pt")
     assert not proof.exists()
 
 
@@ -367,14 +393,14 @@ def test_a_plain_pickle_does_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     (tmp_path / "net.pth").write_bytes(pickle.dumps(Payload(proof)))
     with pytest.raises(ModelError):
-        read_state_dict(tmp_path / "net.pth")
+        read_states(tmp_path / "net.pth")
     assert not proof.exists()
 
 
 def test_a_whole_pickled_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "net.pt")
     with pytest.raises(ModelError, match=r"use torch.save\(model.state_dict\(\), path\)"):
-        read_state_dict(tmp_path / "net.pt")
+        read_states(tmp_path / "net.pt")
 
 
 # ---- programs
