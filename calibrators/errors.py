@@ -24,7 +24,7 @@ __all__ = [
     "ModelError",
     "UnknownNameError",
     "first_line",
-    "near_file",
+    "no_file",
 ]
 
 SHOWN = 40
@@ -54,7 +54,7 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(name, known, n=3)
+        near = difflib.get_close_matches(name, [other for other in known if other != name], n=3)
         guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         shown = f"{', '.join(known[:SHOWN])}{', ...' if len(known) > SHOWN else ''}"
         super().__init__(f"unknown {kind} {name!r}.{guess} Known: {shown or 'none'}.")
@@ -71,10 +71,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def near_file(path: Path) -> str:
-    """Return the end of a sentence `... does not exist`: a guess from the files beside it."""
+def no_file(path: Path) -> str:
+    """Return the sentence that says why `path` names no file, with a guess from the files beside it."""
     folder = path.parent
+    if path.is_dir():
+        return f"{path} is a folder, not a file."
     if not folder.is_dir():
-        return f": there is no folder {folder}."
+        return f"{path} does not exist: there is no folder {folder}."
     near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f"; did you mean {str(folder / near[0])!r}?" if near else "."
+    return f"{path} does not exist{f'; did you mean {str(folder / near[0])!r}?' if near else '.'}"

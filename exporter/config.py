@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError, near_file
+from calibrators.errors import InputError, no_file
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
@@ -221,7 +221,7 @@ def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise InputError(f"configuration file {file} does not exist{near_file(file)}")
+        raise InputError(f"configuration file {no_file(file)}")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

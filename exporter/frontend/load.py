@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from calibrators.errors import ModelError, UnknownNameError, first_line, near_file
+from calibrators.errors import ModelError, UnknownNameError, first_line, no_file
 from exporter.frontend.capture import quiet
 from exporter.frontend.checkpoint import State, fitting_state, states
 from exporter.frontend.pt2_archive import clean_archive
@@ -84,7 +84,7 @@ def read_states(path: Path) -> list[State]:
     raises: ModelError if the file is missing or damaged, has no tensors, or has objects whose loading runs code.
     """
     if not path.is_file():
-        raise ModelError(f"checkpoint {path} does not exist{near_file(path)}")
+        raise ModelError(f"checkpoint {no_file(path)}")
     if path.suffix in NUMPY_SUFFIXES:
         raise ModelError(f"{path} holds NumPy arrays, not a checkpoint; save the module's state_dict with torch.save.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -139,7 +139,7 @@ def _read_pickle(path: Path) -> Any:
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
     if not path.is_file():
-        raise ModelError(f"{path} does not exist{near_file(path)}")
+        raise ModelError(no_file(path))
     archive = clean_archive(path)
     try:
         with quiet():  # its message for a bad file is a traceback

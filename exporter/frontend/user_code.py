@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from calibrators.errors import InputError, UnknownNameError, first_line, near_file
+from calibrators.errors import InputError, UnknownNameError, first_line, no_file
 
 __all__ = ["UserCallable", "article", "listed", "load_callable", "load_object", "users_code"]
 
@@ -161,7 +161,7 @@ def article(noun: str) -> str:
 def _import_file(path: Path, error: type[InputError]) -> ModuleType:
     """Import a file under a name made from its place and content."""
     if not path.is_file():
-        raise error(f"{path} does not exist{near_file(path)}")
+        raise error(no_file(path))
     digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
     name = f"intact_user_{path.stem}_{digest}"
     if name in sys.modules:

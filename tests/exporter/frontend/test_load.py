@@ -351,6 +351,11 @@ def test_a_checkpoint_that_does_not_fit_says_why(
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+def test_a_folder_is_no_checkpoint(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder, not a file"):
+        load_model(f"{file}:small", tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "content",
