@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,7 +26,7 @@ from runtime_tests.measure.accuracy import RunningAccuracy
 from runtime_tests.measure.noise import Noise
 from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.parity.compare import Comparison, probes_of, weight_agreements
+from runtime_tests.parity.compare import Comparison, weight_agreements
 from runtime_tests.parity.elsewhere import Elsewhere, proved_on
 from runtime_tests.parity.golden import GoldenOutput, golden_outputs
 from runtime_tests.parity.results import Level, Parity, ProvedOn, SecondLevel
@@ -119,8 +119,8 @@ class Proof:
         if level == "openvino":
             return SecondComparison(self.model, self.kernels, self._weights, self.threads)
         kernels = self._literal if level == "unoptimized" else self.kernels
-        runtime = OnnxRuntimeSession(self.model, probes_of(kernels), optimized=kernels.integer, threads=self.threads)
-        return Comparison(runtime, kernels, self._weights)
+        start = partial(OnnxRuntimeSession, self.model, optimized=kernels.integer, threads=self.threads)
+        return Comparison(start, self.model, kernels, self._weights)
 
     def _started(self, runtime: Runtime) -> Elsewhere:
         samples = min(math.inf if runtime.samples is None else runtime.samples, self.measured.parity_samples)
@@ -206,7 +206,7 @@ class Proof:
         if noise is not None or "unoptimized" in compared:
             literal = run(self._literal, inputs, see=noise.see if noise is not None else None)
         if wants_golden or self.accuracy is not None or elsewhere or compared.keys() - {"unoptimized"}:
-            integer = run(self.kernels, inputs)
+            integer = run(self.kernels, inputs, with_floats=True)
         for name, comparison in compared.items():
             comparison.add(inputs, *(literal if name == "unoptimized" else integer))
         for each in elsewhere:

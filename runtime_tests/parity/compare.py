@@ -17,7 +17,7 @@ Must not know: how the model was made, accuracy, reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,17 +26,17 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
-from runtime_tests.ort.sessions import Source
+from runtime_tests.ort.sessions import Model, Source
+from runtime_tests.parity.probes import codes_of, results_of
 from runtime_tests.parity.results import Agreement, Level, NodeParity, OutputParity, ParityError, legal_rate
 from runtime_tests.parity.stored_weights import differing_weights
-from runtime_tests.reference.execute import KernelPlan, run
+from runtime_tests.reference.execute import KernelPlan, floats_of, run
 from runtime_tests.workers.runtime import Loaded
 
 __all__ = [
     "Comparison",
     "distance",
     "largest_finite",
-    "probes_of",
     "unplanned_kernels",
     "weight_agreements",
 ]
@@ -70,24 +70,31 @@ class _OutputTally:
             self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
 
-def probes_of(plan: KernelPlan) -> list[str]:
-    """Return the names that the codes of the sites have in the file."""
-    return [f"{site}_quantized" for site in plan.sites]
-
-
 class Comparison:
     """Running totals of one runtime at one optimization level.
 
-    runtime: a file loaded into a runtime, with the probes of `probes_of(plan)`.
+    start:   loads the file into a runtime, with some of its values as probes.
+    model:   the file.
+    exact:   whether the kernels of the runtime compute the bits of the reference.
     plan:    the reference: integer kernels, or QDQ taken literally.
     weights: agreement of each weight of a float kernel with the reference, by site.
     """
 
-    def __init__(self, runtime: Loaded, plan: KernelPlan, weights: Mapping[str, Agreement]) -> None:
-        self.runtime, self.plan, self.weights = runtime, plan, weights
+    def __init__(
+        self,
+        start: Callable[[Sequence[str]], Loaded],
+        model: Model,
+        plan: KernelPlan,
+        weights: Mapping[str, Agreement],
+        *,
+        exact: bool = True,
+    ) -> None:
+        self.plan, self.weights = plan, weights
+        self.results = results_of(model, plan) if exact else {}
+        self.runtime = runtime = start([*codes_of(plan).values(), *self.results.values()])
         self.unplanned = unplanned_kernels(runtime.executed(), plan)
         self.samples = 0
-        self.per_node = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
+        self.per_node = dict.fromkeys([*plan.sites, *self.results], Agreement(0, 0, 0))
         self.end_to_end = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
         self.outputs = [_OutputTally() for _ in runtime.output_names]
 
@@ -95,15 +102,18 @@ class Comparison:
         """Run a batch and compare it with the codes and outputs of the reference."""
         self.samples += len(inputs[0])
         outputs, probes = self.runtime.run([x.numpy(force=True) for x in inputs])
-        theirs = {site: torch.from_numpy(probe) for site, probe in zip(self.plan.sites, probes, strict=True)}
+        names = [*self.plan.sites, *self.results]
+        theirs = {name: torch.from_numpy(probe) for name, probe in zip(names, probes, strict=True)}
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
         if any(agreement.mismatched for agreement in end_to_end.values()):
-            codes, ours_per_node = run(self.plan, inputs, theirs)
+            codes, ours_per_node = run(self.plan, inputs, theirs, with_floats=True)
             per_node = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         for site in self.plan.sites:
             self.end_to_end[site] += end_to_end[site]
             self.per_node[site] += per_node[site]
+        for name in self.results:
+            self.per_node[name] += _agreement_of_floats(name, codes[floats_of(name)], theirs[name])
         for tally, our, per_node_our, their in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
             tally.add(our, per_node_our, torch.from_numpy(their))
 
@@ -123,6 +133,7 @@ class Comparison:
             "nodes": [
                 *(NodeParity.of(site, DEQUANTIZE, found, found) for site, found in self.weights.items()),
                 *map(self._node, self.plan.sites),
+                *map(self._result, self.results),
             ],
             "outputs": [
                 OutputParity.of(name, exact=exact and not self.runtime.kernel_rate, **asdict(tally))
@@ -139,6 +150,12 @@ class Comparison:
         rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate)
         found, end_to_end = self.per_node[site], self.end_to_end[site]
         return NodeParity.of(site, step.kernel, found, end_to_end, reason=step.reason, rate=rate)
+
+    def _result(self, name: str) -> NodeParity:
+        """Judge floats of an integer kernel, of which nothing travels that codes do not show."""
+        kernel = next(step.kernel for step in self.plan.steps if step.site == name and not step.quantized)
+        found = self.per_node[name]
+        return NodeParity.of(self.results[name], kernel, found, found)
 
 
 def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agreement]:
@@ -169,6 +186,17 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
         return Agreement(ours.numel(), 0, 0)
     steps = (ours[different].to(torch.int32) - theirs[different].to(torch.int32)).abs()
     return Agreement(ours.numel(), count, int(steps.max()))
+
+
+def _agreement_of_floats(name: str, ours: Tensor, theirs: Tensor) -> Agreement:
+    """Compare floats bit by bit; a step is a unit in the last place. The file may hold them in another shape."""
+    if ours.numel() != theirs.numel() or ours.dtype != theirs.dtype:
+        raise ParityError(
+            f"the floats of {name!r} are {theirs.dtype} {list(theirs.shape)} in the runtime and {ours.dtype} "
+            f"{list(ours.shape)} in the reference, so the file belongs to another program; emit it again."
+        )
+    steps = (ours.flatten().view(torch.int32).long() - theirs.flatten().view(torch.int32)).abs()
+    return Agreement(ours.numel(), int(steps.count_nonzero()), int(steps.max()))
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:

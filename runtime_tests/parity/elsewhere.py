@@ -6,12 +6,13 @@ Must not know: which runtimes there are, how they are started.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from calibrators.errors import ModelError
 from runtime_tests.ort.sessions import Model
-from runtime_tests.parity.compare import Comparison, probes_of
+from runtime_tests.parity.compare import Comparison
 from runtime_tests.parity.results import Agreement, Level, ProvedOn
 from runtime_tests.reference.execute import KernelPlan
 from runtime_tests.workers.runtime import Runtime
@@ -31,7 +32,8 @@ class Elsewhere:
         self.runtime, self.samples = runtime, samples
         self.refused = ""
         try:
-            self._comparison = Comparison(runtime.open(model, probes_of(plan), threads=1), plan, weights)
+            start = partial(runtime.open, model, threads=1)
+            self._comparison = Comparison(start, model, plan, weights)
         except ModelError as error:
             self._refuse(error)
 

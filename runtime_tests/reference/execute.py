@@ -24,13 +24,18 @@ from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
 
-__all__ = ["FLOAT", "KernelPlan", "plan", "run"]
+__all__ = ["FLOAT", "KernelPlan", "floats_of", "plan", "run"]
 
 See = Callable[[str, Tensor], None]
 """A function that gets the name of a site and its dequantized codes."""
 
 Disturb = Callable[[str, Tensor], Tensor]
 """A function that gets the name of a site and its codes, and returns those with which the run goes on."""
+
+
+def floats_of(operator: str) -> str:
+    """Return the key of the floats that an integer kernel writes; no site has such a name."""
+    return f"floats of {operator}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,8 @@ def run(
     forced: Mapping[str, Tensor] | None = None,
     see: See | None = None,
     disturb: Disturb | None = None,
+    *,
+    with_floats: bool = False,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """Return the codes of every site and the outputs of the program.
 
@@ -63,6 +70,7 @@ def run(
              own codes, every site shows what its kernel computes from the inputs that the runtime had.
     see:     gets the floats of every dequantized site that no kernel covers.
     disturb: changes the codes of sites, once they are recorded.
+    with_floats: also return the floats of integer kernels, by `floats_of` the operator's name.
     returns: codes in their container dtype by site name, and the outputs in order.
     """
     forced = forced or {}
@@ -79,6 +87,8 @@ def run(
                 values[node] = forced.get(site, values[node])
                 if disturb is not None:
                     values[node] = disturb(site, values[node])
+            elif with_floats and node in plan.kernels:
+                codes[floats_of(node.name)] = values[node]
             elif see is not None and node.target is DEQUANTIZE:
                 see(values[node].site, values[node].values)
     return codes, outputs

@@ -63,11 +63,24 @@ def test_both_levels_pass(name: str) -> None:
     validation.raise_for_mismatch()
     assert validation.optimized.kernel_mismatched == 0
     assert set(validation.unoptimized.kernels) <= {"QuantizeLinear", FLOAT}
-    assert (
-        validation.optimized.values
-        == validation.unoptimized.values
-        == sum(node.values for node in validation.optimized.nodes)
-    )
+    for level in (validation.optimized, validation.unoptimized):
+        assert level.values == sum(node.values for node in level.nodes)
+    floats = [node for node in validation.optimized.nodes if node.site not in plan(result.program).sites]
+    assert validation.optimized.values == validation.unoptimized.values + sum(node.values for node in floats)
+
+
+def test_floats_of_integer_kernels_are_compared_bit_by_bit() -> None:
+    """A bias that is off by one hides within the tolerance of the codes after the float operators that read it."""
+    result, x, model = honest("perceptron")
+    report = parity(model, result.program, [(x,)], optimized=True)
+    floats = {node.site: node for node in report.nodes if node.kernel == "QGemm"}
+    assert len(floats) == 2 and all(node.legal and node.rate == 0 and node.values for node in floats.values())
+    (name, *_) = (tensor.name for tensor in model.graph.initializer if tensor.name.endswith("bias_quantized"))
+    wrong = rewritten(model, name, values(model, name) + np.int32(1))
+    found = parity(wrong, result.program, [(x,)], optimized=True)
+    differing = [node for node in found.nodes if node.site in floats and node.mismatched]
+    assert len(differing) == 1 and not differing[0].legal and found.violations >= 1
+    assert found.kernel_mismatched == differing[0].mismatched
 
 
 def test_linear_layers_around_float_operators_are_integer_kernels() -> None:

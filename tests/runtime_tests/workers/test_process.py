@@ -12,7 +12,7 @@ import pytest
 
 from calibrators.errors import InputError, ModelError
 from runtime_tests.ort.sessions import Model
-from runtime_tests.parity.compare import probes_of
+from runtime_tests.parity.probes import codes_of
 from runtime_tests.reference.execute import plan
 from runtime_tests.runtimes.ort import OnnxRuntimeSession
 from runtime_tests.workers.process import LoadedInWorker, Worker, environment, python_worker
@@ -35,7 +35,7 @@ def script(tmp_path: Path, text: str) -> Worker:
 def test_a_process_gives_the_bits_of_this_one(tmp_path: Path) -> None:
     result, x = network("mobile", 8)
     onnx.save(emitted("mobile", 8), tmp_path / "model.onnx")
-    model, probes = Model(tmp_path / "model.onnx"), probes_of(plan(result.program))
+    model, probes = Model(tmp_path / "model.onnx"), [*codes_of(plan(result.program)).values()]
     here = OnnxRuntimeSession(model, probes)
     there = LoadedInWorker(started(), model, probes, threads=1, version=HERE)
     assert there.output_names == here.output_names

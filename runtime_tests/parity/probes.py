@@ -1,0 +1,55 @@
+"""Name the values of a file that are compared: the codes of every site, and the floats that integer kernels write.
+
+A product whose result float operators read has no codes of its own. Its floats are exact all the same, and a wrong
+one could hide within the tolerance of the codes after those operators.
+
+Must not know: runtimes, what a kernel computes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import fx
+
+from calibrators.graph.aten import bind, is_constant
+from calibrators.program.qdq_program import DEQUANTIZE
+from runtime_tests.ort.onnx_operators import PRODUCTS
+from runtime_tests.ort.sessions import Model
+from runtime_tests.reference.execute import KernelPlan
+
+__all__ = ["codes_of", "results_of"]
+
+
+def codes_of(plan: KernelPlan) -> dict[str, str]:
+    """Return the names that the codes of the sites have in the file, by site."""
+    return {site: f"{site}_quantized" for site in plan.sites}
+
+
+def results_of(model: Model, plan: KernelPlan) -> dict[str, str]:
+    """Return the names that the floats of integer kernels have in the file, by the name of the operator.
+
+    Products of two activations, whose operands the file may move, are left out; so are outputs of the file.
+    """
+    graph = model.proto.graph
+    outputs = {value.name for value in graph.output}
+    readers = defaultdict(list)  # of dequantized weights, in order
+    for node in graph.node:
+        if node.op_type in PRODUCTS:
+            readers[node.input[1]].append(node.output[0])
+    found = {}
+    for step, weight in _float_products(plan):
+        if names := readers[f"{weight}_dequantized"]:
+            found[step] = names.pop(0)
+    return {step: name for step, name in found.items() if name not in outputs}
+
+
+def _float_products(plan: KernelPlan) -> Iterator[tuple[str, str]]:
+    """Yield the name of every operator whose integer kernel writes floats, and the site of its weight."""
+    for step in plan.steps:
+        if step.is_integer and not step.quantized:
+            for operand in bind(step.op).values():
+                if isinstance(operand, fx.Node) and operand.target is DEQUANTIZE and is_constant(operand.args[0]):
+                    yield step.site, str(bind(operand)["site"])
+                    break
