@@ -307,7 +307,8 @@ LABELS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", LABELS)
 def test_bad_labels_exit_2(intact: Callable[..., Result], tmp_path: Path, kind: str) -> None:
     labels, message = LABELS[kind]
-    result = intact("--eval", arrays(tmp_path / "bad.npz", x=GOOD, labels=labels))
+    data = arrays(tmp_path / "bad.npz", x=GOOD, labels=labels)
+    result = intact("--eval", data, "--gate", "accuracy_drop<=1")
     assert result.exit_code == 2, result.output
     assert_one_error(result, message)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from calibrators.errors import DataError, InputError, ModelError
 from exporter import pipeline
+from exporter.checks import checked_data
+from exporter.config import ExportConfig
 from exporter.emission import packing
+from exporter.inputs.open import open_data
 from exporter.pipeline import export
 from exporter.reporting.bundle import read_golden, verify_manifest
 from exporter.verify import verify
@@ -377,8 +380,17 @@ def test_bad_data_leaves_nothing(kind: str, error: type[Exception], message: str
 def test_bad_labels_leave_nothing(labels: Tensor, message: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 9, 9)
     with pytest.raises(DataError, match=message):
-        export(build("residual")[0], [x], eval_data=[(x, labels)], out=tmp_path / "out")
+        export(build("residual")[0], [x], eval_data=[(x, labels)], out=tmp_path / "out", gates=("accuracy_drop<=1",))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", [torch.full((4,), -1), torch.rand(4), torch.zeros(4, 9, 9)])
+def test_labels_that_no_gate_needs_are_left_out_with_a_note(labels: Tensor) -> None:
+    x = torch.randn(4, 3, 9, 9)
+    _, evaluation = checked_data(open_data([x]), open_data([(x, labels)]), ExportConfig(), [])
+    assert evaluation is not None
+    assert evaluation.example().labels is None
+    assert "labels of --eval are not used" in evaluation.notes[0]
 
 
 def test_gate_that_needs_labels_is_refused_before_the_work(tmp_path: Path) -> None:
