@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "ALIASES",
     "CONVOLUTIONS",
     "DROPOUTS",
     "HOMOGENEOUS",
@@ -79,12 +80,11 @@ OPERATORS: dict[str, Operator] = {
     **_rows("conv_transpose3d.input", kind="transposed", spatial=3),
     **_rows("linear.default", kind="linear"),
     # move values
-    **_rows("view.default reshape.default", onnx="Reshape", homogeneous=True),
+    **_rows("view.default reshape.default flatten.using_ints", onnx="Reshape", homogeneous=True),
     **_rows("permute.default transpose.int", onnx="Transpose", homogeneous=True),
     **_rows("squeeze.dim squeeze.dims", onnx="Squeeze", homogeneous=True),
     **_rows("unsqueeze.default", onnx="Unsqueeze", homogeneous=True),
-    **_rows("slice.Tensor", onnx="Slice", homogeneous=True),
-    **_rows("flatten.using_ints", onnx="Flatten", homogeneous=True),
+    **_rows("slice.Tensor flip.default", onnx="Slice", homogeneous=True),
     **_rows("clone.default contiguous.default", onnx="Identity", homogeneous=True),
     **_rows("max_pool1d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("max_pool2d.default", onnx="MaxPool", homogeneous=True),
@@ -110,6 +110,23 @@ OPERATORS: dict[str, Operator] = {
     **_rows("dropout.default feature_dropout.default", kind="dropout"),
     **_rows("alpha_dropout.default feature_alpha_dropout.default", kind="dropout"),
 }
+
+ALIASES = {
+    **dict.fromkeys(("concat.default", "concatenate.default"), "cat.default"),
+    **{f"unsafe_{name}": name for name in ("split.Tensor", "split_with_sizes.default", "chunk.default")},
+    "split.sizes": "split_with_sizes.default",
+    "broadcast_to.default": "expand.default",
+    **{f"multiply.{form}": f"mul.{form}" for form in ("Tensor", "Scalar")},
+    **{f"subtract.{form}": f"sub.{form}" for form in ("Tensor", "Scalar")},
+    **{f"{name}.{form}": f"div.{form}" for name in ("divide", "true_divide") for form in ("Tensor", "Scalar")},
+    **{f"clip.{form}": f"clamp.{form}" for form in ("default", "Tensor")},
+    **dict.fromkeys(("linalg_matmul.default", "mv.default", "dot.default", "vdot.default"), "matmul.default"),
+    "special_expit.default": "sigmoid.default",
+    "special_softmax.default": "softmax.int",
+    "absolute.default": "abs.default",
+    "negative.default": "neg.default",
+}
+"""Other names of operators that take the same arguments in the same order and compute the same."""
 
 
 def name_of(target: object) -> str:

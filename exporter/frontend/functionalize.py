@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -20,6 +20,7 @@ from calibrators.errors import ModelError
 from calibrators.graph.aten import bind, convolution, is_constant, overloads, where
 from calibrators.graph.operators import DROPOUTS, PADDED_BY_NAME
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
+from calibrators.graph.spelling import SPELLINGS
 
 __all__ = ["HALVES", "dtypes", "flatten", "is_double"]
 
@@ -51,6 +52,7 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
             graph.erase_node(node)  # an argument captured as None has no tensor to feed
     graph.set_codegen(CodeGen())
     flat = fx.GraphModule(module, graph)
+    apply_rules(flat, SPELLINGS)
     apply_rules(flat, RULES)
     output = flat.graph.output_node()
     outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
@@ -278,15 +280,6 @@ def _is_transposed_constant(node: fx.Node) -> bool:
     return node.target in swaps and tuple(node.args[1:]) == swaps[node.target] and is_constant(node.args[0])
 
 
-def _reshape(node: fx.Node) -> None:
-    """Replace a view by a reshape, which takes any memory layout, to constant sizes, at most one of them free (-1)."""
-    node.target = aten.reshape.default
-    value = node.meta.get("val")
-    sizes = [size if isinstance(size, int) else -1 for size in value.shape] if isinstance(value, Tensor) else []
-    if sizes and sizes.count(-1) <= 1 and 0 not in sizes:
-        node.args, node.kwargs = (node.args[0], sizes), {}
-
-
 def _embedding_bag(node: fx.Node) -> None:
     """Replace bags of one size, the rows of a matrix of indices, by a lookup and a reduction.
 
@@ -358,14 +351,12 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten._native_batch_norm_legit_no_training.default: (_batch_norm,),
     aten.convolution.default: (_convolution,),
     **dict.fromkeys((aten.addmm.default, aten.mm.default), (_linear,)),
-    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), (_reshape,)),
-    **dict.fromkeys((aten.reshape.default, aten.unflatten.int), (_reshape,)),
     **dict.fromkeys((aten.embedding_bag.padding_idx, aten._embedding_bag.default), (_embedding_bag,)),
     aten.pad.default: (_constant_pad,),
     aten.clamp.default: (_clamp,),
     **dict.fromkeys(overloads(PADDED_BY_NAME), (_padding_by_name,)),
 }
-"""Core-ATen operators become those that modules call; views and paddings have one form."""
+"""Core-ATen operators become those that modules call; paddings have one form."""
 
 
 # Names of the outputs ------------------------------------------------------------------------------------------------

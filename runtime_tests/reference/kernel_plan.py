@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from calibrators.graph.aten import bind, outputs_of
+from calibrators.graph.aten import bind, outputs_of, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import MOVES
 from calibrators.grid.target import Target
@@ -28,6 +28,7 @@ from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.onnx_operators import WEIGHT_ONLY
 from runtime_tests.reference.kernel_rules import (
+    PRODUCTS,
     PROPAGATED,
     RULES,
     WEIGHTED,
@@ -208,6 +209,8 @@ class _Planner:
                 raise StaysFloat(_CLIPPED)
             if node.target not in self.target.kernels:
                 raise StaysFloat(reason_without_kernel(node))
+            if _is_merged_with_sum(node):
+                raise StaysFloat(_MERGED)
             self._check(node, None)
             made = WEIGHTED[node.target](self.program, node, None)
         except StaysFloat as why:
@@ -220,6 +223,7 @@ class _Planner:
 _OPTIMIZATIONS_OFF = "optimizations are off"
 _BOTH = "its result is read both by a quantizer and as floats"
 _CLIPPED = "a ReLU or clip is between its result and a float operator"
+_MERGED = "the runtime merges the sum after it into a product of floats"
 
 
 def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
@@ -257,6 +261,22 @@ def _is_clipped(node: fx.Node) -> bool:
     clip = next(iter(node.users))
     readers = list(clip.users)
     return len(node.users) == 1 and clip_bounds(clip) is not None and len(readers) == 1 and readers[0].op != "output"
+
+
+def _is_merged_with_sum(node: fx.Node) -> bool:
+    """Return whether the runtime makes one Gemm of a product of matrices and the sum that alone reads it.
+
+    It does so if the other operand has the shape of a bias, and has an integer kernel only for a bias of codes.
+    """
+    user = next(iter(node.users))
+    others = [x for x in user.all_input_nodes if x is not node]
+    is_sum = user.target is torch.ops.aten.add.Tensor and bind(user)["alpha"] == 1
+    if node.target not in PRODUCTS or len(node.users) != 1 or not is_sum or len(others) != 1:
+        return False
+    if not all(len(shape_of(x)) == 2 for x in (*node.all_input_nodes, node)):
+        return False
+    rows, columns = shape_of(node)
+    return shape_of(others[0]) in ((columns,), (1, columns), (rows, 1), (rows, columns))
 
 
 def _feeds_quantizer(user: fx.Node) -> bool:

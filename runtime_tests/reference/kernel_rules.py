@@ -26,6 +26,7 @@ from runtime_tests.reference import kernels
 from runtime_tests.reference.kernels import Grid
 
 __all__ = [
+    "PRODUCTS",
     "PROPAGATED",
     "RULES",
     "WEIGHTED",
@@ -322,10 +323,13 @@ def reason_without_kernel(node: fx.Node) -> str:
 
 Rule = Callable[[fx.GraphModule, fx.Node, Grid], Kernel]
 
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+"""Products of two activations, or of one and a constant."""
+
 WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None], Kernel]] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _conv),
     aten.linear.default: _linear,
-    **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _matmul),
+    **dict.fromkeys(PRODUCTS, _matmul),
 }
 """Operators that multiply and accumulate; they are reported even if their result is not quantized."""
 

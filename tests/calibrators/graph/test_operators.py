@@ -24,6 +24,7 @@ ARGUMENTS: dict[Any, tuple[Any, ...]] = {
     aten.unsqueeze.default: (1,),
     aten.slice.Tensor: (1, 1, 3),
     aten.flatten.using_ints: (1,),
+    aten.flip.default: ([1],),
     aten.clone.default: (),
     aten.contiguous.default: (),
     aten.max_pool2d.default: ([2, 2],),
