@@ -19,16 +19,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
+from calibrators.graph.magnitude import magnitudes
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.probes import codes_of, results_of
-from runtime_tests.parity.results import Agreement, Level, NodeParity, OutputParity, ParityError, legal_rate
+from runtime_tests.parity.results import (
+    FLOAT_OUTPUT_ERROR,
+    Agreement,
+    Level,
+    NodeParity,
+    OutputParity,
+    ParityError,
+    legal_rate,
+)
 from runtime_tests.parity.stored_weights import differing_weights
 from runtime_tests.reference.execute import KernelPlan, floats_of, run
 from runtime_tests.workers.runtime import Loaded
@@ -60,13 +70,16 @@ class _OutputTally:
     max_abs: float = 0.0
     relative: float = 0.0
 
-    def add(self, ours: Tensor, per_node: Tensor, theirs: Tensor) -> None:
+    def add(self, ours: Tensor, per_node: Tensor, theirs: Tensor, scale: Callable[[], float] = lambda: 0.0) -> None:
+        """Add an output; scale: returns the magnitude of what it is made of, for one that is small beside that."""
         self.identical &= _same_bits(ours, theirs)
         self.per_node_identical &= _same_bits(per_node, theirs)
         self.max_abs = max(self.max_abs, distance(ours, theirs))
         difference = distance(per_node, theirs)
         if difference:
             largest = largest_finite(theirs)
+            if difference > FLOAT_OUTPUT_ERROR * largest:
+                largest = max(largest, scale())
             self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
 
@@ -114,8 +127,10 @@ class Comparison:
             self.per_node[site] += per_node[site]
         for name in self.results:
             self.per_node[name] += _agreement_of_floats(name, codes[floats_of(name)], theirs[name])
-        for tally, our, per_node_our, their in zip(self.outputs, ours, ours_per_node, outputs, strict=True):
-            tally.add(our, per_node_our, torch.from_numpy(their))
+        scales = cache(partial(magnitudes, self.plan.program, inputs))
+        for index, tally in enumerate(self.outputs):
+            found = torch.from_numpy(outputs[index])
+            tally.add(ours[index], ours_per_node[index], found, lambda index=index: scales()[index])  # type: ignore[misc]
 
     def report(self) -> Level:
         """Return the result over all batches."""

@@ -38,7 +38,8 @@ FLOAT_CHANCE = 4
 """Number of differences allowed at any site, because a small tensor may hold a rare tie by chance."""
 
 FLOAT_OUTPUT_ERROR = 1e-4
-"""Largest legal difference of a float output, relative to its largest value: some hundred roundings of float32."""
+"""Largest legal difference of a float output, relative to its largest value, or to the terms that make it where they
+cancel: some hundred roundings of float32."""
 
 WORST = 5
 """Number of sites that a summary names."""
@@ -119,7 +120,8 @@ class OutputParity:
     identical:          whether its bits agree end to end.
     per_node_identical: whether its bits agree, computed from the runtime's own codes.
     max_abs:            largest difference end to end.
-    relative:           largest difference, computed from the runtime's own codes, as a share of the largest value.
+    relative:           largest difference, computed from the runtime's own codes, as a share of the largest value,
+                        or of the largest sum of absolute terms (calibrators.graph.magnitude) where terms cancel.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -355,3 +356,12 @@ def test_outputs_of_zeros_or_nan_do_not_hide_a_difference() -> None:
         tally.add(ours, ours, theirs)
         assert tally.relative == relative
         assert tally.identical == (relative == 0)
+
+
+@pytest.mark.parametrize(("difference", "legal"), [(3e-8, True), (1e-3, False)], ids=["rounding", "wrong"])
+def test_an_output_of_cancelled_terms_is_judged_by_the_terms(difference: float, legal: bool) -> None:
+    tally = _OutputTally()
+    ours = torch.tensor([1e-8, -2e-8])
+    tally.add(ours, ours, ours + difference, lambda: 1.0)
+    assert tally.relative == pytest.approx(difference, rel=1e-2)
+    assert OutputParity.of("y", exact=False, **asdict(tally)).legal == legal
