@@ -23,6 +23,7 @@ from calibrators.graph.walk import call, walk
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
+from runtime_tests.reference.ordered import ORDERED, in_order
 
 __all__ = ["FLOAT", "KernelPlan", "floats_of", "plan", "run"]
 
@@ -131,7 +132,8 @@ def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
     """Run the operator itself on floats, with some operands replaced by those of `instead`."""
-    return call(node, {source: instead.get(source, _floats(values.get(source))) for source in node.all_input_nodes})
+    operands = {source: instead.get(source, _floats(values.get(source))) for source in node.all_input_nodes}
+    return in_order(node, operands) if node.target in ORDERED else call(node, operands)
 
 
 def _floats(value: Any) -> Any:
