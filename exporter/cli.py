@@ -209,7 +209,7 @@ def verify(
         from exporter.progress import console_progress
         from exporter.verify import verify as prove
 
-        _finish(prove(folder, console_progress(quiet=quiet), on or ()), folder)
+        _finish(prove(folder, console_progress(quiet=quiet), on or ()), folder, page="export report")
 
 
 @app.command(no_args_is_help=True)
@@ -410,12 +410,12 @@ def _complain(message: str, prefix: str) -> None:
     Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
 
 
-def _finish(report: Any, folder: Path) -> None:
+def _finish(report: Any, folder: Path, *, page: str = "report") -> None:
     """Print the verdict; exit with 1 unless it is pass, even if nobody reads what is printed."""
     from exporter.reporting.terminal import verdict_panel
 
     with suppress(BrokenPipeError, SystemExit):  # the latter is rich's answer to the former
-        Console().print(verdict_panel(report, folder))
+        Console().print(verdict_panel(report, folder, page=page))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)
 
 

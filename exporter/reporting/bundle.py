@@ -29,6 +29,7 @@ from exporter.config import NO_EFFECT
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
 from exporter.reporting.schema import Report, dump, dump_json
+from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput
 
 __all__ = ["Arrays", "Files", "check_out", "read_golden", "verify_manifest", "write_bundle"]
@@ -47,6 +48,10 @@ _GOLDEN_PAGE = """# Golden inputs and outputs
 Integer kernels give the same integers on every processor of the target. Float operators do not: their last bits differ
 between libraries and processors, so that rare codes after them are one step off. The tolerance is twice the largest
 difference that was measured while as many codes as the proof allows were one step off. A larger difference is an error.
+
+In onnxruntime, set the configuration entries of the session that the proof sets, since others change numbers:
+
+{entries}
 
 | output | how close it has to be |
 |---|---|
@@ -200,7 +205,8 @@ def _put_golden(golden: tuple[Arrays, Arrays], described: Sequence[GoldenOutput]
     """Write inputs and outputs in the ONNX test-data layout, each output with its tolerance, and a page about them."""
     texts = {output.name: _tolerance(output) for output in described}
     page = "\n".join(f"| `{name}` | {text} |" for name, text in texts.items())
-    _write(folder, "golden/README.md", f"{_GOLDEN_PAGE}{page}\n".encode())
+    entries = "\n".join(f"- `{name}`: `{value}`" for name, value in EXACT.items())
+    _write(folder, "golden/README.md", f"{_GOLDEN_PAGE.format(entries=entries)}{page}\n".encode())
     for kind, arrays in zip(("input", "output"), golden, strict=True):
         for index, (name, array) in enumerate(arrays.items()):
             tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)

@@ -34,7 +34,11 @@ def proof_rows(entries: Sequence[ProvedOn]) -> Iterator[tuple[str, str]]:
 
 def not_proved(entries: Sequence[ProvedOn]) -> str | None:
     """Return in which runtimes the file is not proved, and what was found there; None if it is proved in all."""
-    found = [f"not proved in {each.runtime}: {found_on(each)}" for each in entries if not each.is_proved]
+    found = []
+    for each in entries:
+        if not each.is_proved:
+            first = f"; most at {each.worst[0].site}" if each.worst else ""
+            found.append(f"not proved in {each.runtime}: {found_on(each)}{first}")
     return "; ".join(found) or None
 
 

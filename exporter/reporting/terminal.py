@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -27,10 +28,10 @@ _percent = partial(percent, missing="not measured", rounded=True)
 _number = partial(significant, digits=6, missing="not measured", minus="-")
 
 
-def verdict_panel(report: Mapping[str, Any], folder: Path) -> Panel:
-    """Sum up the report of the bundle in `folder` in a box."""
+def verdict_panel(report: Mapping[str, Any], folder: Path, *, page: str = "report") -> Panel:
+    """Sum up a report in a box; page: title of the line that names the page in the bundle."""
     table = Table.grid(padding=(0, 2))
-    for name, value in (*_summary(report), ("report", escape(_printable(folder / "report.html")))):
+    for name, value in (*_summary(report), (page, escape(_printable(folder / "report.html")))):
         table.add_row(f"[bold]{name}[/bold]", value)
     title, colour = ("PASS", "green") if report["verdict"] == "pass" else ("FAIL", "red")
     return Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False)
@@ -43,7 +44,7 @@ def _printable(path: Path) -> str:
 
 def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     entries = [Holds(**each) for each in report.get("holds", ())]
-    proofs = [ProvedOn(**each) for each in report.get("proved_on", ())]
+    proofs = TypeAdapter(list[ProvedOn]).validate_python(report.get("proved_on", []))
     accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
     if accuracy is not None:
         yield accuracy["metric"], _accuracy(accuracy)

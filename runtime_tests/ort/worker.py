@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-__all__ = ["LAYOUT_OPTIMIZERS", "PINNED", "session_options"]
+__all__ = ["EXACT", "LAYOUT_OPTIMIZERS", "PINNED", "session_options"]
 
-PINNED = {
-    "session.disable_double_qdq_remover": "1",
-    "session.qdq_matmulnbits_accuracy_level": "0",
-    "session.optimized_model_external_initializers_file_name": "weights.bin",
-}
-"""Entries of every session: by default two QDQ pairs in a row are merged into one with other parameters, and
-weight-only MatMuls quantize their activations on the fly. The third keeps optimized models above 2 GB writable."""
+EXACT = {"session.disable_double_qdq_remover": "1", "session.qdq_matmulnbits_accuracy_level": "0"}
+"""Entries without which numbers change: by default two QDQ pairs in a row are merged into one with other parameters,
+and weight-only MatMuls quantize their activations on the fly."""
+
+PINNED = {**EXACT, "session.optimized_model_external_initializers_file_name": "weights.bin"}
+"""Entries of every session. The last one keeps optimized models above 2 GB writable."""
 
 LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
 LOG_ERRORS = 3

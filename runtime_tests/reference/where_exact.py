@@ -86,8 +86,9 @@ def _holds(family: Processor, plan: KernelPlan, saturation: Saturation, target: 
     if found := _differs(family, plan, saturation):
         return Holds(family.name, "differs", found)
     condition = "the reference has its arithmetic"
-    if family.pair_sum is not None:
-        condition = f"no pair of weights saturates in any of {saturation.checked} layers, and no tie rounds otherwise"
+    if family.pair_sum is not None and saturation.checked:
+        layers = f"{saturation.checked} layer{'s' if saturation.checked > 1 else ''}"
+        condition = f"no pair of weights saturates in any of {layers}, and no tie rounds otherwise"
     elif family.name != REFERENCE:
         condition = "no tie rounds otherwise"
     return Holds(family.name, "follows", condition if _is_all_integer(plan) else f"{condition}; {IN_FLOAT}")
@@ -99,10 +100,10 @@ def _differs(family: Processor, plan: KernelPlan, saturation: Saturation) -> str
     if family.pair_sum is not None and layers:
         reasons.append(f"pairs of weights can saturate in {len(layers)} layers, first in {layers[0].name}")
     if tied := ties_of(plan, (REFERENCE, family.name)):
-        first = tied[0]
+        first, kernels = tied[0], f"{len(tied)} kernel{'s' if len(tied) > 1 else ''}"
         reasons.append(
-            f"ties round otherwise in {len(tied)} kernels, first for {first.differing:,} of {first.total:,} operands "
-            f"of {first.site}"
+            f"ties round otherwise in {kernels}, first for {first.differing:,} of {first.total:,} combinations of codes "
+            f"at {first.site}"
         )
     return ", and ".join(reasons)
 

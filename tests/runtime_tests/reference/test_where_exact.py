@@ -82,7 +82,7 @@ def test_ties_of_a_sum_differ_where_its_steps_have_another_order() -> None:
     found = {each.processor: each for each in holds_on(plan(program), saturation(model), ORT_CPU)}
     assert found["x86-avx2"].status == "follows"
     assert found["arm64"].status == "differs"
-    assert "ties round otherwise in 1 kernels, first for" in found["arm64"].condition
+    assert "ties round otherwise in 1 kernel, first for" in found["arm64"].condition
 
 
 def test_nothing_follows_for_a_runtime_whose_arithmetic_is_not_known() -> None:
