@@ -102,7 +102,7 @@ def _differs(family: Processor, plan: KernelPlan, saturation: Saturation) -> str
     if tied := ties_of(plan, (REFERENCE, family.name)):
         first, kernels = tied[0], f"{len(tied)} kernel{'s' if len(tied) > 1 else ''}"
         reasons.append(
-            f"ties round otherwise in {kernels}, first for {first.differing:,} of {first.total:,} combinations of codes "
+            f"ties round otherwise in {kernels}, first for {first.differing:,} of {first.total:,} sets of codes "
             f"at {first.site}"
         )
     return ", and ".join(reasons)
