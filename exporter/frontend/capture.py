@@ -41,7 +41,8 @@ def capture(
     """Return the flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
 
     model:   a module, or a program made by torch.export (a .pt2 file).
-    example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do.
+    example: one tensor per model input, first dimension the batch; values do not matter, shapes and dtypes do. A model
+             with float64 weights becomes one in float32 unless the example is in float64 too.
     form:    the named, nested arguments that these tensors make up; None for one argument each.
     free_batch: whether the batch may be free; if not, it is 1, or what a program declares.
     returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
@@ -50,7 +51,8 @@ def capture(
              although it must not be.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    if is_double(model.parameters()):
+    narrow = is_double(model.parameters()) and not any(x.dtype == torch.float64 for x in inputs)
+    if narrow:
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     if isinstance(model, torch.export.ExportedProgram):
         notes: list[str] = []
@@ -62,9 +64,9 @@ def capture(
         program, dynamic, notes = _export(model, inputs, form, free_batch=free_batch)
         inputs = _with_batch(inputs, 2 if dynamic else 1)
     with quiet():
-        graph = flatten(program)
+        graph = flatten(program, narrow=narrow)
     notes += graph.meta["notes"]
-    if is_double(model.parameters()):
+    if narrow:
         inputs = tuple(x.float() if x.dtype == torch.float64 else x for x in inputs)
     graph.meta |= {"example": inputs, "dynamic_batch": dynamic, "notes": notes}
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:

@@ -29,8 +29,10 @@ aten = torch.ops.aten
 HALVES = {torch.float16, torch.bfloat16}
 
 
-def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def flatten(program: torch.export.ExportedProgram, *, narrow: bool = False) -> fx.GraphModule:
     """Return the program's module without guards, asserts, in-place operators and pytrees.
+
+    narrow: compute in float32 in place of float64. Half precision always becomes float32.
 
     meta has "input_names", "output_names" and "notes", what the user should know.
     """
@@ -64,7 +66,7 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
     if not tensors:
         raise ModelError("the model returns no tensor; return at least one")
     output.args = (tuple(tensors.values()),)
-    notes = _widen(flat) + left_out
+    notes = _in_single(flat, narrow=narrow) + left_out
     graph.eliminate_dead_code()
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     notes += [
@@ -84,13 +86,13 @@ def flatten(program: torch.export.ExportedProgram) -> fx.GraphModule:
 # Float types ---------------------------------------------------------------------------------------------------------
 
 
-def _widen(graph: fx.GraphModule) -> list[str]:
-    """Compute in float32 instead of half precision, or float64 where weights have it. Return a note for the user.
+def _in_single(graph: fx.GraphModule, *, narrow: bool) -> list[str]:
+    """Compute in float32 instead of half precision, with `narrow` of float64 too. Return a note for the user.
 
     Inputs and outputs in half precision keep their types; those in float64 become float32. Weights are the same in
     place of halves, and computed with at least as exactly: scales, codes and folds are defined on float32.
     """
-    others = {*HALVES, torch.float64} if is_double(graph.parameters()) else HALVES
+    others = {*HALVES, torch.float64} if narrow else HALVES
     found = {_dtype(node) for node in graph.graph.nodes} & others
     if not found:
         return []
@@ -126,7 +128,7 @@ def _dtype(node: object) -> torch.dtype | None:
 
 
 def is_double(parameters: Iterable[Tensor]) -> bool:
-    """Return whether weights are in float64: inputs, weights and outputs are then taken in float32."""
+    """Return whether weights are in float64."""
     return any(parameter.dtype == torch.float64 for parameter in parameters)
 
 
