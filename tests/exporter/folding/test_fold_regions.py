@@ -609,7 +609,7 @@ def test_constants_that_depend_on_each_other_are_folded_away():
 
 def test_views_that_change_the_shape_for_other_batches_stay():
     graph = folded(Function(lambda m, x: x.flatten(1).view(-1, 4, 13, 10).relu()).eval())
-    assert counts(graph)[aten.reshape.default] == 1
+    assert counts(graph)[aten.reshape.default] == 2  # flatten is one of them
 
 
 # Random linear networks --------------------------------------------------------------------------------------------
