@@ -369,7 +369,7 @@ def test_lint_reads_any_file(shell: tuple[Any, Path], tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["lint", str(tmp_path / "bad.onnx")], env={"COLUMNS": "200"})
     assert bad.exit_code == 1 and "error" in bad.stdout and "bias" in bad.stdout
     (tmp_path / "text.onnx").write_text("no model")
-    unreadable = CliRunner().invoke(app, ["lint", str(tmp_path / "text.onnx")], env={"COLUMNS": "200"})
+    unreadable = CliRunner().invoke(app, ["lint", str(tmp_path / "text.onnx")], env={"COLUMNS": "400"})
     assert unreadable.exit_code == 1 and "cannot be read as an ONNX model" in unreadable.stdout
     refused = CliRunner().invoke(app, ["lint", str(tmp_path / "none.onnx")])
     assert refused.exit_code == 2
