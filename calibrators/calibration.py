@@ -66,8 +66,7 @@ def calibrate(
     prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.rewrites.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
-    cache_gib: memory of the device for activations kept between steps, on a GPU at most a quarter of what is free; what
-               does not fit goes to temporary files.
+    cache_gib: memory for activations kept between steps, at most a quarter of a GPU; the rest goes to disk.
     explain:   also compute what explains the method's choice; it goes into the record.
     sensitivity: also measure what the bits of each layer cost; it goes into the record.
     budgets:   limits within which bits are allocated to layers, in place of the general ones (mixed_precision.mixed).
@@ -94,8 +93,8 @@ def calibrate(
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
-    record |= {"preparation": preparation} if prepare else {}
     record |= {"limited_weights": _limited_weights(problem, result), "unsigned_weights": _unsigned_weights(problem)}
+    record |= {"preparation": preparation} if prepare else {}
     result = replace(result, record=replace(result.record, **record))
     return correct_biases(result, problem.batches) if bias_correction else result
 

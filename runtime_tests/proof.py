@@ -151,7 +151,7 @@ class Proof:
 
     @property
     def proved_on(self) -> tuple[ProvedOn, ...]:
-        """What was found in each runtime, this process's onnxruntime first.
+        """Results of every runtime, this process's onnxruntime first.
 
         raises: DataError if there are no samples.
         """
