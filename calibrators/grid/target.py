@@ -1,4 +1,4 @@
-"""What a target says about an integer runtime: grids, operators, forms and limits, checked when it is constructed.
+"""Describe an integer runtime as data: grids, operators, forms and limits, checked when it is constructed.
 
 Placement, the reference program, emission, the plan of kernels and the linter read it. What is true on every runtime is
 in calibrators.graph.operators.

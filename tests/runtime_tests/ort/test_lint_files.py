@@ -127,7 +127,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no text": (no_text, "unknown-operator", "no such operator"),
     "no output type": (no_output_type, "invalid-model", "output_dtype"),
 }
-"""What is wrong with a file, the rule that finds it, and words of its message."""
+"""Faults of a file: the fault, the rule that finds it, and words of its message."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
