@@ -65,6 +65,7 @@ from calibrators.mixed_precision.ilp import Costs
 from calibrators.mixed_precision.mixed import network_costs
 from calibrators.reconstruction.policy import Reconstruction
 from calibrators.rewrites.prepare import check_preparations
+from calibrators.targets import DEFAULT_TARGET
 from exporter import emit
 from exporter.emission.build_model import emit_float
 from exporter.emission.packing import STORAGES, stored_bytes
@@ -149,8 +150,6 @@ def preparations(text: str) -> list[str]:
 
 
 Outcome = tuple[Run, PerSample]
-
-TARGET = "ort-cpu"
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         check_peers(bits, how)
     threads = str(torch.get_num_threads())
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
-    if arguments.target != TARGET:
+    if arguments.target != DEFAULT_TARGET:
         inputs["target"] = arguments.target
     if arguments.bias_correction:
         inputs["bias_correction"] = True
@@ -405,7 +404,9 @@ def main() -> None:
     parser.add_argument("--bias-correction", action="store_true", help="shift biases by the mean error of each layer")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
     parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")
-    parser.add_argument("--target", default=TARGET, help="runtime; ort-cpu-vnni sets no limit to pairs of weights")
+    parser.add_argument(
+        "--target", default=DEFAULT_TARGET, help="runtime; ort-cpu-vnni sets no limit to pairs of weights"
+    )
     parser.add_argument("--device", default="cpu", help="where methods that train do so")
     parser.add_argument("--json", type=Path, help="file of all runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds")

@@ -25,6 +25,7 @@ from typing import Any
 from accuracy_table import markdown
 from runs import provenance
 
+from calibrators.targets import DEFAULT_TARGET
 from exporter import export
 from exporter.frontend.load import load_model
 from exporter.inputs.open import open_data
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True, help="file.py:callable of batches, with labels for top-1")
     parser.add_argument("--bits", nargs="+", default=["8/8"], help="weights/activations")
     parser.add_argument("--method", default="gptq", help="method of all exports")
-    parser.add_argument("--target", default="ort-cpu", help="target of all exports")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="target of all exports")
     parser.add_argument("--on", nargs="+", default=[], help="runtimes that prove the file, of `intact runtimes`")
     parser.add_argument("--json", type=Path, help="file of the table")
     arguments = parser.parse_args()

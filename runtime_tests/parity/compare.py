@@ -126,7 +126,7 @@ class Comparison:
             self.end_to_end[site] += end_to_end[site]
             self.per_node[site] += per_node[site]
         for name in self.results:
-            self.per_node[name] += _agreement_of_floats(name, codes[floats_of(name)], theirs[name])
+            self.per_node[name] += _agreement_of_floats(name, codes[name], theirs[name])
         scales = cache(partial(magnitudes, self.plan.program, inputs))
         for index, tally in enumerate(self.outputs):
             found = torch.from_numpy(outputs[index])
@@ -168,7 +168,7 @@ class Comparison:
 
     def _result(self, name: str) -> NodeParity:
         """Judge floats of an integer kernel, of which nothing travels that codes do not show."""
-        kernel = next(step.kernel for step in self.plan.steps if step.site == name and not step.quantized)
+        kernel = next(step.kernel for step in self.plan.steps if not step.quantized and floats_of(step.site) == name)
         found = self.per_node[name]
         return NodeParity.of(self.results[name], kernel, found, found)
 
@@ -207,7 +207,7 @@ def _agreement_of_floats(name: str, ours: Tensor, theirs: Tensor) -> Agreement:
     """Compare floats bit by bit; a step is a unit in the last place. The file may hold them in another shape."""
     if ours.numel() != theirs.numel() or ours.dtype != theirs.dtype:
         raise ParityError(
-            f"the floats of {name!r} are {theirs.dtype} {list(theirs.shape)} in the runtime and {ours.dtype} "
+            f"the {name} are {theirs.dtype} {list(theirs.shape)} in the runtime and {ours.dtype} "
             f"{list(ours.shape)} in the reference, so the file belongs to another program; emit it again."
         )
     steps = (ours.flatten().view(torch.int32).long() - theirs.flatten().view(torch.int32)).abs()

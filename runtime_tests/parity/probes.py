@@ -17,7 +17,7 @@ from calibrators.graph.aten import bind, is_constant
 from calibrators.program.qdq_program import DEQUANTIZE
 from runtime_tests.ort.onnx_operators import PRODUCTS
 from runtime_tests.ort.sessions import Model
-from runtime_tests.reference.execute import KernelPlan
+from runtime_tests.reference.execute import KernelPlan, floats_of
 
 __all__ = ["codes_of", "results_of"]
 
@@ -28,7 +28,7 @@ def codes_of(plan: KernelPlan) -> dict[str, str]:
 
 
 def results_of(model: Model, plan: KernelPlan) -> dict[str, str]:
-    """Return the names that the floats of integer kernels have in the file, by the name of the operator.
+    """Return the names that the floats of integer kernels have in the file, by `floats_of` the operator's name.
 
     Products of two activations, whose operands the file may move, are left out; so are outputs of the file.
     """
@@ -41,8 +41,8 @@ def results_of(model: Model, plan: KernelPlan) -> dict[str, str]:
     found = {}
     for step, weight in _float_products(plan):
         if names := readers[f"{weight}_dequantized"]:
-            found[step] = names.pop(0)
-    return {step: name for step, name in found.items() if name not in outputs}
+            found[floats_of(step)] = names.pop(0)
+    return {key: name for key, name in found.items() if name not in outputs}
 
 
 def _float_products(plan: KernelPlan) -> Iterator[tuple[str, str]]:
