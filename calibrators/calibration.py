@@ -15,11 +15,10 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError, InputError, ModelError, first_line
 from calibrators.execution.measure import Batch
+from calibrators.execution.portability import portability
 from calibrators.execution.task import Problem, Stage, silent
 from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
-from calibrators.grid.metrics import decibels, energy
-from calibrators.grid.numerics import fake_quant
 from calibrators.grid.target import Target
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
@@ -29,7 +28,6 @@ from calibrators.mixed_precision.mixed import allocate_bits, measure_sensitivity
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
-from calibrators.record import LimitedWeight
 from calibrators.rewrites.bias_correction import correct_biases
 from calibrators.rewrites.prepare import prepare_graph
 from calibrators.targets import DEFAULT_TARGET, get_target
@@ -93,10 +91,10 @@ def calibrate(
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
-    record |= {"limited_weights": _limited_weights(problem, result), "unsigned_weights": _unsigned_weights(problem)}
-    record |= {"preparation": preparation} if prepare else {}
-    result = replace(result, record=replace(result.record, **record))
-    return correct_biases(result, problem.batches) if bias_correction else result
+        if bias_correction:
+            result = correct_biases(result, problem.batches)
+    record |= portability(problem, result) | ({"preparation": preparation} if prepare else {})
+    return replace(result, record=replace(result.record, **record))
 
 
 def _checked(options: PlacementOptions) -> PlacementOptions:
@@ -123,29 +121,6 @@ def _with_chosen_bits(
     rules, sensitivities, mixed = allocate_bits(problem, options, ranges, budgets, stored)
     placement = place(problem.placement.graph, problem.placement.target, options, rules)
     return problem.variant(placement=placement), {"sensitivity": sensitivities, "mixed_precision": mixed}
-
-
-def _limited_weights(problem: Problem, result: CalibrationResult) -> tuple[LimitedWeight, ...] | None:
-    """Return the weights whose scales the target's limits raised, and at what cost; None where there are none."""
-    limited = []
-    for name, factors in problem.coarser.items():
-        if not bool((factors > 1).any()):
-            continue
-        weight, qparams = problem.values(problem.placement.by_name[name]), result.weights[name].qparams
-        free = replace(qparams, scale=qparams.scale / factors.to(qparams.scale))
-        cost = [_sqnr(fake_quant(weight, grid), weight) for grid in (qparams, free)]
-        raised = int((factors > 1).sum())
-        limited.append(LimitedWeight(name, raised, factors.numel(), float(factors.mean()), float(factors.max()), *cost))
-    return tuple(limited) or None
-
-
-def _sqnr(values: Tensor, exact: Tensor) -> float:
-    return decibels(energy(exact), energy(values - exact))
-
-
-def _unsigned_weights(problem: Problem) -> tuple[str, ...] | None:
-    """Return the weights that are stored as uint8 codes; None where there are none."""
-    return tuple(site.name for site in problem.placement.sites if site.unsigned) or None
 
 
 class _Batches:

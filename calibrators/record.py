@@ -372,12 +372,31 @@ class LimitedWeight:
 
 
 @dataclass(frozen=True)
+class PortabilityCost:
+    """The network as exported, and as it would be without limits of pairs and with the scales that lay on ties.
+
+    Both are compared with the float network on calibration samples.
+
+    free:     the reading without them; its activations have the same ranges, so that no second calibration is needed.
+    rounding: "method" for the codes that the method found with and without limits; "nearest" where it trains codes
+              within the limits only, so that both readings round to nearest.
+    """
+
+    samples: int
+    loss: Literal["kl", "mse"]
+    rounding: Literal["method", "nearest"]
+    portable: Reading
+    free: Reading
+
+
+@dataclass(frozen=True)
 class Record:
     """Everything that a calibration reports besides its numbers; a part is None where its step did not run.
 
     notes:   for the user, one line each.
     unsigned_weights: weights that are stored as uint8 codes, so that no limit concerns them.
     settled: None where the network has no kernel that rounds differently, or the target has one family of processors.
+    portability: None where no weight is limited and no scale moved, or no output can be compared.
     """
 
     notes: tuple[str, ...] = ()
@@ -389,3 +408,4 @@ class Record:
     limited_weights: tuple[LimitedWeight, ...] | None = None
     unsigned_weights: tuple[str, ...] | None = None
     settled: Settled | None = None
+    portability: PortabilityCost | None = None

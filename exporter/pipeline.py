@@ -313,6 +313,7 @@ class _Export:
             limited_weights=record.limited_weights,
             unsigned_weights=record.unsigned_weights,
             settled=record.settled,
+            portability=record.portability,
             mixed_precision=record.mixed_precision,
             simplifier=simplifier,
             emission=emission_of(self.model.graph_model),

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from calibrators.errors import InputError
-from calibrators.grid.metrics import mean_energy, relative_error
+from calibrators.grid.metrics import LEAST_ENERGY, decibels, energy, mean_energy, relative_error
+from calibrators.record import Reading
 
 __all__ = [
+    "OutputMetrics",
     "PredictionLoss",
     "cross_entropy",
     "is_logits",
@@ -109,3 +111,47 @@ class _MeanSquare:
         triples = zip(outputs, self.floats, self.energy, strict=True)
         losses = [relative_error(y.cpu(), t[start : start + len(y)], e).double() for y, t, e in triples]
         return torch.stack(losses).mean(0)
+
+
+class OutputMetrics:
+    """A prediction loss that also collects the other numbers of a reading.
+
+    floats: outputs of the float network for all samples, [samples, ...] each; labels: int64 [samples].
+    """
+
+    def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
+        self.floats, self.labels = floats, labels
+        self.energy = [max(energy(y), LEAST_ENERGY) for y in floats]
+        self.loss_name: Literal["kl", "mse"] = "kl" if all(map(is_logits, floats)) else "mse"
+        self.loss = prediction_loss(self.loss_name, floats)
+        self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another reading."""
+        self.noise = [0.0] * len(self.floats)
+        self.changed = self.hits = self.float_hits = self.seen = 0
+
+    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
+        losses = self.loss(outputs, start)
+        rows = slice(start, start + len(losses))
+        made = [y.cpu() for y in outputs]
+        for index, (y, t) in enumerate(zip(made, self.floats, strict=True)):
+            self.noise[index] += energy(y - t[rows])
+        self.seen += len(losses)
+        if self.classes is not None:
+            found, expected = made[0].argmax(1), self.classes[rows]
+            self.changed += int((found != expected).sum())
+            if self.labels is not None:
+                self.hits += int((found == self.labels[rows]).sum())
+                self.float_hits += int((expected == self.labels[rows]).sum())
+        return losses
+
+    def reading(self, loss: float) -> Reading:
+        """Return the reading of the samples seen, with their mean loss."""
+        noise = sum(n / e for n, e in zip(self.noise, self.energy, strict=True)) / len(self.noise)
+        drop = None
+        if self.classes is not None:
+            lost = self.changed if self.labels is None else self.float_hits - self.hits
+            drop = lost / self.seen
+        return Reading(loss, decibels(1.0, max(noise, LEAST_ENERGY)), drop)

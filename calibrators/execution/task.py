@@ -19,7 +19,7 @@ from calibrators.errors import DataError, InputError
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
 from calibrators.graph.walk import sample_values
 from calibrators.grid.limits import coarsened
-from calibrators.grid.spec import QParams, Site
+from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.histogram import Statistic
@@ -61,6 +61,7 @@ class Problem:
     memory:  bytes of RAM that cached activations may take.
     explain: whether to compute what explains the choice, for the record.
     coarser: by name of a weight site: the factors by which limits of its codes raised the scales, filled as they do.
+    free:    by name of a weight site: the codes that the method would choose without the limits, where it knows them.
     """
 
     placement: Placement
@@ -73,6 +74,7 @@ class Problem:
     explain: bool = False
     stage: Stage = silent
     coarser: dict[str, Tensor] = field(default_factory=dict)
+    free: dict[str, QuantizedTensor] = field(default_factory=dict)
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:

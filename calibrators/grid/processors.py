@@ -10,9 +10,9 @@ Must not know: graphs, targets, runtimes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["PROCESSORS", "Processor"]
+__all__ = ["PROCESSORS", "REFERENCE", "Processor"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,6 @@ PROCESSORS = {
     )
 }
 """Every family by name."""
+
+REFERENCE: Final = "x86-vnni"
+"""The family whose arithmetic the reference computes with; its sums of products are exact."""

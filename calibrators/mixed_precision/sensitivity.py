@@ -11,12 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
-
-from calibrators.execution.losses import is_logits, prediction_loss
+from calibrators.execution.losses import OutputMetrics
 from calibrators.execution.network_loss import NetworkLoss, Point, draw_samples, float_outputs
 from calibrators.execution.task import Problem
-from calibrators.grid.metrics import LEAST_ENERGY, decibels, energy
 from calibrators.grid.spec import QParams, QuantSpec
 from calibrators.placement.place import Placement, PlacementOptions, place
 from calibrators.ranges.range_method import RangeMethod
@@ -100,7 +97,7 @@ class Meter:
         rows = draw_samples(problem, samples, "sensitivity")
         chosen = problem.select(rows)
         floats = float_outputs(problem, chosen)
-        self.metrics = _OutputMetrics(floats, problem.labels_of(rows))
+        self.metrics = OutputMetrics(floats, problem.labels_of(rows))
         self.network_loss = NetworkLoss(problem, chosen, grids.given, self.metrics, budget=UNLIMITED)
         self.readings: dict[tuple[int, ...], Reading] = {}
 
@@ -123,42 +120,3 @@ class Meter:
             loss = self.network_loss.evaluate(self.grids.point(widths), whole=True)
             self.readings[key] = self.metrics.reading(loss)
         return self.readings[key]
-
-
-class _OutputMetrics:
-    """A loss that also collects the other numbers of a reading."""
-
-    def __init__(self, floats: Sequence[Tensor], labels: Tensor | None) -> None:
-        self.floats, self.labels = floats, labels
-        self.energy = [max(energy(y), LEAST_ENERGY) for y in floats]
-        self.loss_name: Literal["kl", "mse"] = "kl" if all(map(is_logits, floats)) else "mse"
-        self.loss = prediction_loss(self.loss_name, floats)
-        self.classes = floats[0].argmax(1) if is_logits(floats[0]) else None
-        self.reset()
-
-    def reset(self) -> None:
-        self.noise = [0.0] * len(self.floats)
-        self.changed = self.hits = self.float_hits = self.seen = 0
-
-    def __call__(self, outputs: Sequence[Tensor], start: int) -> Tensor:
-        losses = self.loss(outputs, start)
-        rows = slice(start, start + len(losses))
-        made = [y.cpu() for y in outputs]
-        for index, (y, t) in enumerate(zip(made, self.floats, strict=True)):
-            self.noise[index] += energy(y - t[rows])
-        self.seen += len(losses)
-        if self.classes is not None:
-            found, expected = made[0].argmax(1), self.classes[rows]
-            self.changed += int((found != expected).sum())
-            if self.labels is not None:
-                self.hits += int((found == self.labels[rows]).sum())
-                self.float_hits += int((expected == self.labels[rows]).sum())
-        return losses
-
-    def reading(self, loss: float) -> Reading:
-        noise = sum(n / e for n, e in zip(self.noise, self.energy, strict=True)) / len(self.noise)
-        drop = None
-        if self.classes is not None:
-            lost = self.changed if self.labels is None else self.float_hits - self.hits
-            drop = lost / self.seen
-        return Reading(loss, decibels(1.0, max(noise, LEAST_ENERGY)), drop)

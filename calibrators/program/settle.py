@@ -26,7 +26,7 @@ from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import code_bounds
 from calibrators.record import MovedScale, Settled, Ties
 
-__all__ = ["settle"]
+__all__ = ["moved", "settle"]
 
 LARGEST_MOVE = 2**13
 """Units in the last place by which a scale may move: at most 1e-3 of the scale, 0.25 steps at the end of 8 bits.
@@ -64,17 +64,18 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
 
     def ties_after(owner: str, move: int) -> list[Ties]:
         """Move a scale and return what still differs of the kernels that it decides."""
-        settled[owner] = _moved(activations[owner], move)
+        settled[owner] = moved(activations[owner], move)
         return [tie for kernel in owned[owner] if (tie := ties(kernel)) is not None]
 
-    moved, left = [], []
+    moves: list[MovedScale] = []
+    left: list[Ties] = []
     for owner in owned:
         fixed = placement.by_name[owner].fixed is not None
         best = _best(partial(ties_after, owner), MOVES[:1] if fixed else MOVES)
         left += ties_after(owner, best)
-        moved += [MovedScale(owner, best)] * bool(best)
+        moves += [MovedScale(owner, best)] * bool(best)
     kernels = sum(map(len, owned.values()))
-    return settled, Settled(placement.target.exact_on, kernels, tuple(moved), tuple(left))
+    return settled, Settled(placement.target.exact_on, kernels, tuple(moves), tuple(left))
 
 
 def _best(ties_after: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> int:
@@ -135,7 +136,7 @@ def _grid(site: Site, qparams: QParams) -> CodeGrid:
     return CodeGrid(float(qparams.scale), int(qparams.zero_point), low, high, torch.iinfo(site.spec.dtype).min)
 
 
-def _moved(qparams: QParams, move: int) -> QParams:
+def moved(qparams: QParams, move: int) -> QParams:
     """Return the parameters with a scale that is `move` float32 numbers larger."""
     scale: Tensor = (qparams.scale.to(torch.float32).view(torch.int32) + move).view(torch.float32)
     return replace(qparams, scale=scale)

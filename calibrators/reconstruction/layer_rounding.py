@@ -149,8 +149,9 @@ class _Layers:
         rounder = Rounder(hessian, damping=min(1.0, damping), act_order=how.act_order, shared_order=limits is not None)
         free = None
         if limits is not None:
-            scale = qparams.scale / problem.coarser.get(site.name, 1.0)
-            free = rounder.round(weight, replace(qparams, scale=scale).to(weight.device), target=target.rows).error
+            grid = replace(qparams, scale=qparams.scale / problem.coarser.get(site.name, 1.0))
+            unlimited = rounder.round(weight, grid.to(weight.device), target=target.rows)
+            free, problem.free[site.name] = unlimited.error, QuantizedTensor(unlimited.codes.cpu(), grid)
             qparams = problem.within_limits(site, target.rows.reshape(weight.shape).float().cpu(), qparams)
         rounded = rounder.round(weight, qparams.to(weight.device), target=target.rows, limits=limits)
         self.network.weights[site.name] = QuantizedTensor(rounded.codes.cpu(), qparams)

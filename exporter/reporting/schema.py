@@ -21,7 +21,16 @@ from pydantic_core import to_json
 
 from calibrators.errors import InputError
 from calibrators.placement.layer_rules import AppliedRule
-from calibrators.record import Lapq, LimitedWeight, MixedPrecision, Preparation, Reconstruction, Sensitivity, Settled
+from calibrators.record import (
+    Lapq,
+    LimitedWeight,
+    MixedPrecision,
+    PortabilityCost,
+    Preparation,
+    Reconstruction,
+    Sensitivity,
+    Settled,
+)
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.sections import Emission, Environment, Model, Storage
@@ -152,6 +161,7 @@ class Report:
     limited_weights: tuple[LimitedWeight, ...] | None = None
     unsigned_weights: tuple[str, ...] | None = None
     settled: Settled | None = None
+    portability: PortabilityCost | None = None
     mixed_precision: MixedPrecision | None = None
     saturation: Saturation | None = None
     holds: tuple[Holds, ...] | None = None

@@ -86,6 +86,9 @@ def _levers(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{moved} scale{'s' if moved > 1 else ''} moved off ties"
         if left:
             yield f"[red]{left} of {kernels} sums, products and sigmoids differ at ties[/red]"
+    if cost := report.get("portability"):
+        portable, free = (significant(cost[key]["sqnr_db"], 3) for key in ("portable", "free"))
+        yield f"SQNR {portable} dB on calibration data, {free} dB without"
 
 
 def _weight_only(coverage: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from calibrators.grid import kernel_tables
 from calibrators.grid.kernel_tables import CodeGrid
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import PROCESSORS, REFERENCE
 
 __all__ = [
     "ConvGeometry",
@@ -61,9 +61,6 @@ __all__ = [
 
 EXACT_FLOAT32 = 2**24
 """Integers of at most this magnitude, and all sums of them that stay below it, are exact in float32."""
-
-HERE = PROCESSORS["x86-vnni"]
-"""The processors whose kernels these are."""
 
 INT32 = torch.iinfo(torch.int32)
 CODES = 256
@@ -288,13 +285,13 @@ def _table(codes: NDArray[Any], y: Grid) -> Tensor:
 def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
     """Return the result of QLinearAdd for every pair of codes, [256, 256]."""
     left, right = a.every_code()[:, None], b.every_code()
-    return _table(kernel_tables.add(left, right, a.numbers, b.numbers, y.numbers, HERE.add), y)
+    return _table(kernel_tables.add(left, right, a.numbers, b.numbers, y.numbers, PROCESSORS[REFERENCE].add), y)
 
 
 def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
     """Return the result of QLinearMul for every pair of codes, [256, 256]."""
     left, right = a.every_code()[:, None], b.every_code()
-    return _table(kernel_tables.mul(left, right, a.numbers, b.numbers, y.numbers, HERE.mul), y)
+    return _table(kernel_tables.mul(left, right, a.numbers, b.numbers, y.numbers, PROCESSORS[REFERENCE].mul), y)
 
 
 def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_last: bool) -> bool:
@@ -326,7 +323,7 @@ def unary_table(function: Callable[[NDArray[Any]], NDArray[Any]], x: Grid, y: Gr
 
 def sigmoid(values: NDArray[Any]) -> NDArray[Any]:
     """Return the sigmoid as QLinearSigmoid approximates it."""
-    return kernel_tables.sigmoid(values, HERE.sigmoid)
+    return kernel_tables.sigmoid(values, PROCESSORS[REFERENCE].sigmoid)
 
 
 def leaky_relu(values: NDArray[Any], negative_slope: float) -> NDArray[Any]:

@@ -14,16 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from calibrators.grid.processors import PROCESSORS, Processor
+from calibrators.grid.processors import PROCESSORS, REFERENCE, Processor
 from calibrators.grid.target import Target
 from runtime_tests.ort.saturation import Saturation
 from runtime_tests.reference.kernel_plan import KernelPlan
 from runtime_tests.reference.ties import ties_of
 
-__all__ = ["IN_FLOAT", "REFERENCE", "Holds", "exact_on", "holds_on", "with_proofs"]
-
-REFERENCE: Final = "x86-vnni"
-"""The family of processors whose arithmetic the reference program has."""
+__all__ = ["IN_FLOAT", "Holds", "exact_on", "holds_on", "with_proofs"]
 
 RUNTIME: Final = "onnxruntime"
 """The runtime whose arithmetic calibrators.grid.processors describes; onnxruntime-web has it too."""

@@ -234,11 +234,12 @@ def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeli
 def test_the_verdict_panel_tells_what_portability_took(
     run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    levers = {key: sample_report(3)[key] for key in ("limited_weights", "unsigned_weights", "settled")}
+    levers = {key: sample_report(3)[key] for key in ("limited_weights", "unsigned_weights", "settled", "portability")}
     monkeypatch.setattr(sys.modules["exporter.pipeline"], "export", lambda *_, **__: report("pass") | levers)
     shown = " ".join(run("export", *ARGUMENTS, "--out", str(tmp_path / "out")).stdout.replace("│", " ").split())
     assert "57 of 64 channels 1.26 times coarser on average; 1 uint8 weight; 1 scale moved off ties" in shown
     assert "1 of 7 sums, products and sigmoids differ at ties" in shown
+    assert "SQNR 27.3 dB on calibration data, 27.4 dB without" in shown
 
 
 def test_a_failed_gate_exits_1_and_is_named(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError
+from calibrators.execution import losses
 from calibrators.execution.losses import kl_divergence
 from calibrators.execution.network_loss import CHUNK
 from calibrators.execution.task import Problem
@@ -18,7 +19,6 @@ from calibrators.graph.canonical import to_integer_forms
 from calibrators.methods import range_method
 from calibrators.methods.adaround import AdaRound
 from calibrators.methods.minmax import MinMax
-from calibrators.mixed_precision import sensitivity as module
 from calibrators.mixed_precision.budgets import Budget
 from calibrators.mixed_precision.mixed import CHECKED, measure_sensitivity
 from calibrators.mixed_precision.sensitivity import Grids, Meter, tunable_scales
@@ -232,7 +232,7 @@ def test_what_cannot_be_met_is_refused(budgets: list[str], options: PlacementOpt
 
 
 def test_accuracy_needs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_logits", lambda output: False)
+    monkeypatch.setattr(losses, "is_logits", lambda output: False)
     with pytest.raises(InputError, match=r"needs a model output of shape \[n, classes\]; limit weight_bytes"):
         mixed("residual", "accuracy_drop<=1%")
 

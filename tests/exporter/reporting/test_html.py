@@ -36,7 +36,8 @@ MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
             "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
-            "preparation", "settled", "limited_weights", "unsigned_weights")  # fmt: skip
+            "preparation", "settled", "limited_weights", "unsigned_weights",
+            "portability")  # fmt: skip
 STEPS = {"samples": 8, "step": 0.1}
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": [], "mean_diagonal": None, "mean_off_diagonal": None,
               "p": 2.0, "powers": []}  # fmt: skip
@@ -194,7 +195,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
         "preparation": "Ranges of neighbouring layers", "sensitivity": "Sensitivity",
-        "mixed_precision": "Mixed precision",
+        "mixed_precision": "Mixed precision", "portability": "Cost of portability",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text
@@ -211,7 +212,7 @@ def test_names_are_escaped_everywhere(hostile: str) -> None:
             return {k: infect(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [infect(item, key) for item in value]
-        fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss")
+        fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding")
         return value + hostile if isinstance(value, str) and not fixed else value
 
     infected = infect(report)
