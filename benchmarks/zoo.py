@@ -79,7 +79,7 @@ def row(model: str, bits: str, arguments: argparse.Namespace) -> list[Any]:
         level["kernel_mismatched"],
         f"{level['float_mismatched']:,} of {level['float_values']:,}" if level["float_values"] else None,
         "identical" if level["outputs_identical"] else "differ",
-        100 * report["coverage"]["integer_macs"],
+        None if report["coverage"]["integer_macs"] is None else 100 * report["coverage"]["integer_macs"],
     ]
     costs = [
         size["bytes"] / size["float_bytes"],

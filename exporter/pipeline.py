@@ -299,6 +299,7 @@ class _Export:
             proved_on=proof.proved_on,
             size=size,
             latency_ms=timings.summary(batch) if timings else None,
+            time_shares=timings.shares("quantized", parts["coverage"].float_nodes) if timings else None,
             storage=storage_of(config.weight_storage, self.alternatives, timings),
             time_s=Times(**self.times),
             gates=(),
@@ -329,7 +330,9 @@ class _Export:
             return None, 0
         sample = feed(program, cut(program, proof.golden[0]))
         models: dict[str, Source] = {"float": self.float_path, "quantized": self.model, **self.alternatives}
-        timings = latency(models, sample, threads=self.config.threads, runs=self.config.latency_runs)
+        timings = latency(
+            models, sample, threads=self.config.threads, runs=self.config.latency_runs, profiled="quantized"
+        )
         return timings, len(next(iter(sample.values())))
 
 

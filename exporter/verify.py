@@ -21,6 +21,7 @@ from exporter.frontend.reference import load_reference
 from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress
 from exporter.reporting.bundle import read_golden, verify_manifest
+from exporter.reporting.cautions import cautions
 from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, renamed, verdict
 from exporter.reporting.schema import Report, dump, read_report
 from exporter.reporting.sections import environment
@@ -161,8 +162,10 @@ def gates_of(expressions: Iterable[str], runtimes: Collection[str]) -> list[Gate
 
 
 def judge(report: Report, gates: Sequence[Gate]) -> Report:
-    """Return the report with gate results and verdict, and warnings on old gate names and an unknown processor."""
+    """Return the report with gate results and verdict, and warnings on its numbers, its gates and its processor."""
     results = evaluate(gates, dump(report))
     is_known = report.environment is None or report.environment.processor is not None
-    warnings = dict.fromkeys([*(report.warnings or ()), *renamed(gates), *([] if is_known else [UNKNOWN_PROCESSOR])])
+    warnings = dict.fromkeys(
+        [*cautions(report), *(report.warnings or ()), *renamed(gates), *([] if is_known else [UNKNOWN_PROCESSOR])]
+    )
     return replace(report, gates=results, verdict=verdict(results), warnings=tuple(warnings))

@@ -73,6 +73,11 @@ def flatten(program: torch.export.ExportedProgram, *, narrow: bool = False) -> f
         f"forward changes the buffer {name!r}, which the file cannot keep: every call starts from its present value"
         for name in sorted(changed & read)
     ]
+    notes += [
+        f"the model does not use its input {node.target!r}"
+        for node in graph.nodes
+        if node.op == "placeholder" and not node.users
+    ]
     flat.recompile()
     input_names = [str(node.target) for node in flat.graph.nodes if node.op == "placeholder"]
     flat.meta = {

@@ -288,11 +288,20 @@ METRICS: dict[str, Metric] = {
     "outputs_identical": Metric(
         "1 if the outputs are bit-identical, else 0", _path("parity.optimized.outputs_identical")
     ),
-    "integer_macs": Metric("share of the multiply-accumulates in integer kernels", _path("coverage.integer_macs")),
+    "integer_macs": Metric(
+        "share of the multiply-accumulates in integer kernels; not measured where some cannot be counted",
+        _path("coverage.integer_macs"),
+    ),
     "weight_only_macs": Metric(
         "share of the multiply-accumulates in float kernels with quantized weights", _path("coverage.weight_only_macs")
     ),
     "integer_nodes": Metric("number of compute nodes in integer kernels", _path("coverage.integer_nodes")),
+    "integer_node_share": Metric(
+        "share of the compute nodes in integer kernels", _over("coverage.integer_nodes", "coverage.compute_nodes")
+    ),
+    "integer_time": Metric(
+        "share of the runtime's time in integer kernels, as its profiler sees it", _path("time_shares.integer")
+    ),
     "latency_ratio": Metric(
         "time of the quantized model over time of the float model", _over("latency_ms.quantized", "latency_ms.float")
     ),

@@ -26,6 +26,7 @@ from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report, dump_json
 from exporter.reporting.where import where_rows
+from runtime_tests.measure.profile import TimeShares
 
 __all__ = ["render_html"]
 
@@ -255,6 +256,7 @@ def render_html(report: Report) -> str:
         mixed=_mixed(report),
         sizes=_parts(({"FLOAT": "float32"}.get(name, name.lower()), n) for name, n in report.size.by_type.items()),
         times=_parts(vars(report.time_s).items()),
+        time_shares=_time_shares(report.time_shares),
         speed=_quotient(latency.float, latency.quantized) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),
         found_on=found_on,
@@ -278,6 +280,14 @@ def _levels(report: Report) -> list[dict[str, Any]]:
         note = "every kernel from its own inputs; differences of one step next to ties are allowed"
         rows.append((f"OpenVINO {parity.openvino.version}", note, parity.openvino, True))
     return [{"title": title, "note": note, "level": level, "gated": gated} for title, note, level, gated in rows]
+
+
+def _time_shares(shares: TimeShares | None) -> list[dict[str, Any]]:
+    """Return the shares of the runtime's time for a stacked bar."""
+    if shares is None:
+        return []
+    titles = {"integer": "integer kernels", "float": "float operators", "quantizers": "quantizers", "moves": "moves"}
+    return _parts((title, getattr(shares, name)) for name, title in titles.items())
 
 
 def _parts(items: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:

@@ -98,6 +98,8 @@ def _coverage(report: Report) -> Iterator[junitparser.TestCase]:
     coverage = report.coverage
     nodes = f"{coverage.integer_nodes} of {coverage.compute_nodes} compute nodes"
     yield _case("integer share", note=f"{nodes}, {percent(coverage.integer_macs)} of the multiply-accumulates")
+    for name in coverage.uncounted:
+        yield _case(f"counted {name}", skipped="its multiply-accumulates cannot be counted")
     for node in coverage.float_nodes:
         yield _case(f"{node.name} ({node.op})", skipped=node.why)
 

@@ -6,7 +6,7 @@ Must not know: how anything is computed, the command line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ from runtime_tests.reference.where_exact import Holds
 
 __all__ = ["verdict_panel"]
 
+WARNINGS = 5
+"""Warnings that the box shows; the report has all."""
+
 _percent = partial(percent, missing="not measured", rounded=True)
+_whole = partial(percent, digits=0, rounded=True)
 _number = partial(significant, digits=6, missing="not measured", minus="-")
 
 
@@ -53,9 +57,11 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from proof_rows(proofs)
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
-    yield "integer MACs", _percent(report["coverage"]["integer_macs"])
+    yield "integer MACs", _integer_share(report["coverage"])
     if report["coverage"].get("weight_only_macs"):
         yield "weight-only MACs", _weight_only(report["coverage"])
+    if shares := report.get("time_shares"):
+        yield "integer time", _time(shares)
     if portable := "; ".join(_levers(report)):
         yield "portable by", portable
     shrink = compared(size["float_bytes"], size["bytes"], "smaller", "larger")
@@ -63,6 +69,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if latency is not None:
         speed = compared(latency["float"], latency["quantized"], "faster", "slower")
         yield "latency", f"{latency['quantized']:.2f} ms, {speed} than float"
+    yield from _warnings(report.get("warnings", ()))
     reasons = {
         INEXACT: not_exact_here(entries, report.get("environment", {}).get("processor")),
         UNPROVED: not_proved(proofs),
@@ -70,6 +77,13 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for gate in (gate for gate in report["gates"] if not gate["passed"]):
         found = f"{gate['name']} is {_number(gate['value'])}, the limit is {_number(gate['limit'])}"
         yield "failed gate", reasons.get(gate["name"]) or found
+
+
+def _warnings(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the first warnings, and how many more there are."""
+    more = len(warnings) - WARNINGS
+    shown = [*map(escape, warnings[:WARNINGS]), *([f"{more} more in the report"] if more > 0 else [])]
+    yield from (("[yellow]warning[/yellow]", text) for text in shown)
 
 
 def _levers(report: Mapping[str, Any]) -> Iterator[str]:
@@ -89,6 +103,24 @@ def _levers(report: Mapping[str, Any]) -> Iterator[str]:
     if cost := report.get("portability"):
         portable, free = (significant(cost[key]["sqnr_db"], 3) for key in ("portable", "free"))
         yield f"SQNR {portable} dB on calibration data, {free} dB without"
+
+
+def _integer_share(coverage: Mapping[str, Any]) -> str:
+    """Return the share of the multiply-accumulates, or why it is not known, and that of the nodes."""
+    macs = _percent(coverage["integer_macs"])
+    if uncounted := coverage.get("uncounted"):
+        macs += f": {len(uncounted)} operator{'s' if len(uncounted) > 1 else ''} cannot be counted"
+    return f"{macs}; {coverage['integer_nodes']} of {coverage['compute_nodes']} compute nodes"
+
+
+def _time(shares: Mapping[str, Any]) -> str:
+    """Return where the time of a run goes, with the float operator that takes most of it."""
+    rest = {"float operators": shares["float"], "quantizers": shares["quantizers"], "moves": shares["moves"]}
+    names = {name: f"{name} {_whole(share)}" for name, share in rest.items()}
+    if shares["slowest"]:
+        first = shares["slowest"][0]
+        names["float operators"] += f" ({first['op']} {_whole(first['share'])})"
+    return f"{_whole(shares['integer'])}; {', '.join(names.values())}"
 
 
 def _weight_only(coverage: Mapping[str, Any]) -> str:

@@ -5,17 +5,22 @@ Must not know: what the models are, which of them should be faster.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from calibrators.errors import InputError
-from runtime_tests.ort.sessions import Source, session
+from runtime_tests.measure.profile import NodeTimes, TimeShares, node_times, time_shares
+from runtime_tests.ort.coverage import FloatNode
+from runtime_tests.ort.sessions import Source, profiling_session, session
 
 __all__ = ["Latency", "Timings", "interleave", "latency"]
 
@@ -23,7 +28,7 @@ Array = NDArray[Any]
 Real: TypeAlias = float
 """The builtin, in classes with a field of that name."""
 
-RUNS, WARMUP = 50, 5
+RUNS, WARMUP, PROFILED_RUNS = 50, 5, 6
 NANOSECONDS_PER_MS = 1e6
 
 
@@ -53,11 +58,13 @@ class Timings:
     names:    the models; the first is the baseline of `speedup`.
     times_ms: [rounds, models] float64.
     threads:  intra-op threads of every session.
+    nodes:    times by kind of node of the profiled model, if any.
     """
 
     names: tuple[str, ...]
     times_ms: Array
     threads: int = 1
+    nodes: NodeTimes | None = None
 
     def median_ms(self, name: str) -> float:
         return float(np.median(self._column(name)))
@@ -78,6 +85,13 @@ class Timings:
         speedup = {name: self.speedup(name) for name in self.names[1:]}
         return Latency(exact, quantized, quantized / exact, len(self.times_ms), self.threads, batch, iqr, speedup)
 
+    def shares(self, name: str, float_nodes: Iterable[FloatNode]) -> TimeShares | None:
+        """Return where the time of the profiled model `name` goes; None if no model was profiled.
+
+        float_nodes: of its coverage.
+        """
+        return None if self.nodes is None else time_shares(self.nodes, self.median_ms(name), float_nodes)
+
     def _column(self, name: str) -> Array:
         return np.asarray(self.times_ms[:, self.names.index(name)])
 
@@ -89,20 +103,36 @@ def latency(
     threads: int = 1,
     runs: int = RUNS,
     warmup: int = WARMUP,
+    profiled: str | None = None,
 ) -> Timings:
     """Measure every model on the same inputs, all optimizations on; report.json wants {"float": , "quantized": }.
 
+    profiled: the model whose nodes are timed too, in a few runs before the others begin.
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
     """
-    sessions = {name: session(model, threads=threads) for name, model in models.items()}
-    for name, each in sessions.items():
-        if {value.name for value in each.get_inputs()} != set(inputs):
-            wanted = ", ".join(value.name for value in each.get_inputs())
-            raise InputError(
-                f"model {name!r} takes the inputs {wanted}, but got {', '.join(inputs) or 'none'}; give each by name."
-            )
-    calls = {name: partial(each.run, None, dict(inputs)) for name, each in sessions.items()}
-    return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads)
+    with tempfile.TemporaryDirectory(prefix="intact-") as folder:
+        sessions = {
+            name: profiling_session(model, Path(folder) / name, threads=threads)
+            if name == profiled
+            else session(model, threads=threads)
+            for name, model in models.items()
+        }
+        calls = {name: partial(_checked(name, each, inputs).run, None, dict(inputs)) for name, each in sessions.items()}
+        for _ in range(PROFILED_RUNS if profiled is not None else 0):
+            calls[str(profiled)]()
+        nodes = None if profiled is None else node_times(sessions[profiled].end_profiling())
+    return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads, nodes)
+
+
+def _checked(name: str, opened: InferenceSession, inputs: Mapping[str, Array]) -> InferenceSession:
+    """Return the session; raise InputError unless it takes these inputs."""
+    taken = [value.name for value in opened.get_inputs()]
+    if {*taken} != {*inputs}:
+        raise InputError(
+            f"model {name!r} takes the inputs {', '.join(taken)}, but got {', '.join(inputs) or 'none'}; give each by "
+            "name."
+        )
+    return opened
 
 
 def interleave(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibrators.errors import DataError
+from runtime_tests.ort.macs import macs, reads_shapes
 from runtime_tests.ort.onnx_operators import (
     ELEMENTWISE,
     FLOAT_PRODUCTS,
     INTEGER_INSIDE,
     MOVE_DATA,
     QUANTIZE,
-    WEIGHT_INPUT,
     WEIGHT_ONLY,
 )
 from runtime_tests.ort.operands import (
@@ -53,13 +53,13 @@ class FloatNode:
     name: node name in the optimized graph.
     op:   operator type.
     why:  the reason, as far as the graph shows it.
-    macs: multiply-accumulates of one run; 0 for operators without a reduction over weights.
+    macs: multiply-accumulates of one run, None if they cannot be counted.
     """
 
     name: str
     op: str
     why: str
-    macs: int
+    macs: int | None
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,22 @@ class Coverage:
     """The share of the model that onnxruntime computes in integer kernels.
 
     integer_nodes, compute_nodes: counts over the nodes that compute (no data movement, Q/DQ, shape arithmetic).
-    macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default).
-    integer_macs: share of them in integer kernels, 0..1; 1 where there are none.
-    weight_only_macs: share of them in float kernels that read codes of the weight alone.
+    macs:         multiply-accumulates of one run with the sample inputs (batch 1 by default), as far as counted.
+    integer_macs: share of them in integer kernels, 0..1; 1 where there are none, None where any cannot be counted.
+    weight_only_macs: share of them in float kernels that read codes of the weight alone; None likewise.
     accuracy_level: type to which those kernels may round activations, the coarsest of all: 0 (unset) and 1 float32,
                   2 float16, 3 bfloat16, 4 int8; None where there are none.
     float_nodes:  the rest by name and reason, most expensive first.
-    uncounted:    fused nodes whose multiply-accumulates are not counted (attention kernels), by name.
+    uncounted:    nodes whose multiply-accumulates cannot be counted, by operator and name: operators without a known
+                  formula, loops over nodes with products.
     by_op:        how often each operator type occurs in the optimized graph.
     """
 
     integer_nodes: int
     compute_nodes: int
     macs: int
-    integer_macs: float
-    weight_only_macs: float
+    integer_macs: float | None
+    weight_only_macs: float | None
     accuracy_level: int | None
     float_nodes: tuple[FloatNode, ...]
     uncounted: tuple[str, ...]
@@ -99,22 +100,34 @@ def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Cov
     nodes = [node for node in graph if node.op_type not in MOVE_DATA]
     values = _run(optimized, graph, nodes, sample)
     computing = [node for node in nodes if _computes(node, values)]
-    macs = {node: _macs(node, values) for node in computing}
+    counts = _counted(computing, values)
     integer = {node for node in computing if node.op_type in INTEGER_INSIDE or _output(node, values).dtype in CODES}
     weight_only = [node for node in computing if node.op_type == WEIGHT_ONLY]
-    total = sum(macs.values())
-    rest = [FloatNode(where(node), node.op_type, _why(node), macs[node]) for node in computing if node not in integer]
+    rest = [FloatNode(where(node), node.op_type, _why(node), counts[node]) for node in computing if node not in integer]
     return Coverage(
         integer_nodes=len(integer),
         compute_nodes=len(computing),
-        macs=total,
-        integer_macs=sum(macs[node] for node in integer) / total if total else 1.0,
-        weight_only_macs=sum(macs[node] for node in weight_only) / total if total else 0.0,
+        macs=sum(filter(None, counts.values())),
+        integer_macs=_share(integer, counts, empty=1.0),
+        weight_only_macs=_share(weight_only, counts, empty=0.0),
         accuracy_level=max((flag(node, "accuracy_level") for node in weight_only), default=None),
-        float_nodes=tuple(sorted(rest, key=lambda node: -node.macs)),
-        uncounted=tuple(where(node) for node in computing if "Attention" in node.op_type),
+        float_nodes=tuple(sorted(rest, key=lambda node: -math.inf if node.macs is None else -node.macs)),
+        uncounted=tuple(f"{node.op_type} {where(node)}" for node, count in counts.items() if count is None),
         by_op=dict(Counter(node.op_type for node in graph).most_common()),
     )
+
+
+def _counted(nodes: Iterable[ir.Node], values: Mapping[str, Any]) -> dict[ir.Node, int | None]:
+    shapes = {name: value.shape for name, value in values.items() if isinstance(value, np.ndarray)}
+    return {node: macs(node, shapes) for node in nodes}
+
+
+def _share(chosen: Iterable[ir.Node], counts: Mapping[ir.Node, int | None], *, empty: float) -> float | None:
+    """Return the share of nodes in all multiply-accumulates, `empty` if there are none, None if one is unknown."""
+    known = [count for count in counts.values() if count is not None]
+    if len(known) < len(counts):
+        return None
+    return sum(counts[node] or 0 for node in chosen) / sum(known) if sum(known) else empty
 
 
 # ---- values and shapes
@@ -139,8 +152,7 @@ def _run(model: Model, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[st
     """Run the model once; return the nodes' first outputs and the computed operands of products, by value name."""
     feed = dict(sample) if sample is not None else {value.name or "": _zeros(value) for value in graph.inputs}
     probes = {_first_name(node): None for node in nodes}
-    products = [node for node in nodes if node.op_type in WEIGHT_INPUT]
-    operands = (node.inputs[index] for node in products for index in {0, WEIGHT_INPUT[node.op_type]})
+    operands = (value for node in nodes if reads_shapes(node) for value in node.inputs)
     probes |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
     runner = session(model, optimized=False, probes=list(probes))
     names = [output.name for output in runner.get_outputs()]
@@ -164,35 +176,6 @@ def _zeros(value: ir.Value) -> Array:
             "pass a sample of every input."
         )
     return np.zeros(fixed, value.dtype.numpy())
-
-
-def _macs(node: ir.Node, values: Mapping[str, Array]) -> int:
-    """Count the multiply-accumulates of a node: the number of output elements times the length of their reduction.
-
-    Conv: prod(weight.shape[1:]) per output; ConvTranspose: the same per input; matrix products: rows of the second
-    matrix. MatMulNBits states its reduction as attribute K.
-    """
-    output = _output(node, values).size
-    if node.op_type == WEIGHT_ONLY:
-        return output * flag(node, "K")
-    if node.op_type not in WEIGHT_INPUT:
-        return 0
-    weight = _shape(node.inputs[WEIGHT_INPUT[node.op_type]], values)
-    if node.op_type == "ConvTranspose":
-        return math.prod(_shape(node.inputs[0], values)) * math.prod(weight[1:])
-    if "Conv" in node.op_type:
-        return output * math.prod(weight[1:])
-    if len(weight) == 1:
-        return output * weight[0]
-    return output * weight[-1 if flag(node, "transB") else -2]
-
-
-def _shape(value: ir.Value | None, values: Mapping[str, Array]) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if value.const_value is not None:
-        return tuple(value.const_value.shape.numpy())
-    return values[str(value.name)].shape
 
 
 # ---- reasons

@@ -22,6 +22,7 @@ __all__ = [
     "SHARE_PARAMETERS",
     "WEIGHT_INPUT",
     "WEIGHT_ONLY",
+    "WITHOUT_PRODUCTS",
 ]
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -42,6 +43,7 @@ class _Operator:
     has_kernel:  an integer kernel takes its place if its operands and its result are quantized.
     is_kernel:   it is an integer kernel whose output may be wider than a code.
     fused:       it is the runtime's own, and occurs in optimized graphs alone.
+    plain:       it is the runtime's own, and sums up no products.
     """
 
     moves: bool = False
@@ -52,6 +54,7 @@ class _Operator:
     has_kernel: bool = False
     is_kernel: bool = False
     fused: bool = False
+    plain: bool = False
 
 
 def _all(names: str, **facts: Any) -> dict[str, _Operator]:
@@ -72,6 +75,12 @@ _OPERATORS = {
     **_all("MaxPool", shares=True, keeps_codes=True, signed=True, has_kernel=True),
     # arithmetic
     **_all("Add AveragePool Concat GlobalAveragePool LeakyRelu Mul Sigmoid Softmax", has_kernel=True),
+    # the runtime's own
+    **_all("BiasGelu DynamicQuantizeLinear ExpandDims FastGelu GatherBlockQuantized GatherND Gelu", plain=True),
+    **_all("GridSample NhwcMaxPool Pad QLinearAdd QLinearAveragePool QLinearConcat", plain=True),
+    **_all("QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearReduceMean QLinearSigmoid", plain=True),
+    **_all("QLinearSoftmax QLinearWhere QuickGelu RotaryEmbedding SimplifiedLayerNormalization", plain=True),
+    **_all("SkipLayerNormalization SkipSimplifiedLayerNormalization Trilu Unique", plain=True),
     # products
     **_all("Conv Gemm MatMul", weight=1, has_kernel=True),
     **_all("FusedConv FusedGemm FusedMatMul", weight=1, has_kernel=True, fused=True),
@@ -94,5 +103,7 @@ INTEGER_INSIDE = _where(lambda op: op.is_kernel)
 ELEMENTWISE = _where(lambda op: op.has_kernel and op.weight is None)
 FLOAT_PRODUCTS = _where(lambda op: op.has_kernel and op.weight is not None) | {"ConvTranspose"}
 PRODUCTS = _where(lambda op: op.has_kernel and op.weight is not None and not op.fused)
+WITHOUT_PRODUCTS = _where(lambda op: op.plain or op.moves)
+"""Operators of the runtime's own domains without multiply-accumulates; others of them may hide some."""
 WEIGHT_INPUT = {name: op.weight for name, op in _OPERATORS.items() if op.weight is not None}
 """Index of the input with the weights, or the second matrix, by operator."""

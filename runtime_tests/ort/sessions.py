@@ -25,7 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from calibrators.errors import ModelError, UnknownNameError, first_line
 from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS, session_options
 
-__all__ = ["Model", "Source", "load_warnings", "loads", "session"]
+__all__ = ["Model", "Source", "load_warnings", "loads", "profiling_session", "session"]
 
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
 LOG_WARNINGS = 2
@@ -162,6 +162,17 @@ def session(
     """
     options = session_options(optimized=optimized, threads=threads, save_optimized=save_optimized)
     return _create(Model.of(model), options, probes, disabled)
+
+
+def profiling_session(model: Source, path: Path, *, threads: int = 1) -> ort.InferenceSession:
+    """Return a session as it is deployed that times every node until end_profiling(), which returns the file's name.
+
+    path:   begin of that name.
+    raises: ModelError if onnxruntime refuses the model.
+    """
+    options = session_options(threads=threads)
+    options.enable_profiling, options.profile_file_prefix = True, str(path)
+    return _create(Model.of(model), options, (), ())
 
 
 def _create(

@@ -344,6 +344,22 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "iqr": {"float": 0.31, "quantized": 0.12},
             "speedup": {"quantized": 3.17},
         },
+        "time_shares": {
+            "integer": 0.62,
+            "float": 0.21,
+            "quantizers": 0.12,
+            "moves": 0.05,
+            "runs": 5,
+            "slowest": [
+                {
+                    "op": "LayerNormalization",
+                    "nodes": 1,
+                    "share": 0.15,
+                    "advice": "batch norm folds into the layer before it and costs nothing",
+                },
+                {"op": "Softmax", "nodes": 1, "share": 0.06, "advice": "the runtime has no integer kernel"},
+            ],
+        },
         "time_s": {"capture": 2.1, "fold": 0.8, "calibrate": 11.2, "emit": 1.4, "validate": 21.9},
         "saturation": {
             "safe_without_vnni": False,

@@ -82,6 +82,8 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "integer_macs": 0.9987,
         "weight_only_macs": 0.0,
         "integer_nodes": 14,
+        "integer_node_share": 14 / 16,
+        "integer_time": 0.62,
         "latency_ratio": 3.92 / 12.41,
         "size_ratio": 7_991_296 / 31_412_224,
         "unproved_runtimes": 0,
@@ -99,6 +101,14 @@ def test_identical_outputs_have_no_noise_at_all() -> None:
     report["accuracy"] = None
     [result] = evaluate([parse("sqnr_db>=60")], report)
     assert not result.passed
+
+
+@pytest.mark.parametrize("text", ["integer_macs>=0", "coverage.integer_macs>=0"])
+def test_what_cannot_be_counted_fails_the_gate_on_it(text: str) -> None:
+    report = sample_report(9)
+    report["coverage"] |= {"integer_macs": None, "uncounted": ["Scan loop"]}
+    [result] = evaluate([parse(text)], report)
+    assert not result.passed and result.value is None
 
 
 def test_float_mismatch_rate_is_zero_without_float_values() -> None:
@@ -236,7 +246,7 @@ def test_the_sample_report_is_valid_and_every_fixed_key_is_required() -> None:
     ("path", "value"),
     [
         ("schema", 2), ("verdict", "maybe"), ("parity.optimized.values", "many"), ("parity.optimized.values", 1.5),
-        ("coverage.integer_macs", None), ("gates.0.passed", "perhaps"), ("fold.refused", "none"),
+        ("coverage.macs", None), ("gates.0.passed", "perhaps"), ("fold.refused", "none"),
         ("layers.0.kind", "bias"), ("layers.0.histogram", [0.5]),
     ],
 )  # fmt: skip

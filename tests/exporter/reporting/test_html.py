@@ -448,6 +448,16 @@ def test_without_classes_the_page_shows_decibels() -> None:
     assert "38.3 dB" in text and "3833" not in text
 
 
+def test_the_page_says_where_the_time_goes_and_what_helps() -> None:
+    report = sample_report(3)
+    text = _Page(render_html(report)).text
+    assert "62 % of the time" in text and "quantizers 12.0 %" in text
+    assert "batch norm folds into the layer before it" in text
+    report["coverage"] |= {"integer_macs": None, "uncounted": ["Scan loop"]}
+    text = _Page(render_html(report)).text
+    assert "An unknown share of multiply-accumulates" in text and "cannot be counted: Scan loop" in text
+
+
 def test_what_grew_and_slowed_down_is_said_so() -> None:
     report = sample_report(3)
     report["size"] |= {"float_bytes": 1000, "bytes": 2500}

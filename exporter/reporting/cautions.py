@@ -1,0 +1,54 @@
+"""Warnings that follow from the numbers of a report.
+
+Must not know: files, graphs, how a number was measured, pages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from exporter.reporting.number_format import compared, percent
+from exporter.reporting.schema import Report
+from runtime_tests.measure.latency import Latency
+
+__all__ = ["cautions"]
+
+NOISE = 0.05
+"""Difference of latencies that counts as none: of 20 comparisons of a file with itself, 50 runs each, on a busy machine
+18 stayed below it."""
+
+
+def cautions(report: Report) -> Iterator[str]:
+    """Yield what the numbers of a report say against its file, one sentence each."""
+    if report.latency_ms is not None and _is_slower(report.latency_ms):
+        slower = compared(report.latency_ms.float, report.latency_ms.quantized, "faster", "slower")
+        yield f"the file is {slower} than the float model{_slowest(report)}"
+    if report.size.bytes > report.size.float_bytes:
+        larger = compared(report.size.float_bytes, report.size.bytes, "smaller", "larger")
+        yield f"the file is {larger} than the float model: its quantizers outweigh what 8-bit weights save"
+    if report.coverage.uncounted:
+        yield f"multiply-accumulates that cannot be counted: {', '.join(report.coverage.uncounted)}"
+    if report.saturation is not None and report.saturation.affected_here:
+        yield f"sums of two products can saturate on this processor in {len(report.saturation.layers)} layers"
+    found = [finding for finding in report.lint or () if finding.severity == "warning"]
+    for rule, times in Counter(finding.rule for finding in found).items():
+        first = next(finding for finding in found if finding.rule == rule)
+        more = f", and in {times - 1} more places" if times > 1 else ""
+        yield f"lint, {rule}: {first.message} (at {first.where}{more})"
+
+
+def _is_slower(latency: Latency) -> bool:
+    speedup = latency.speedup.get("quantized")
+    return speedup is not None and speedup < 1 - NOISE
+
+
+def _slowest(report: Report) -> str:
+    """Name what takes most of the time that is not spent in integer kernels."""
+    shares = report.time_shares
+    if shares is None:
+        return ""
+    if not shares.slowest or shares.slowest[0].share < shares.quantizers:
+        return f": quantizers take {percent(shares.quantizers, 0)} of its time"
+    first = shares.slowest[0]
+    return f": {first.op} takes {percent(first.share, 0)} of its time in float ({first.advice})"

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from exporter.reporting.cautions import cautions
+from exporter.reporting.schema import validate_report
+from exporter.reporting.terminal import verdict_panel
+from tests.exporter.reporting.sample_report import sample_report
+
+
+def found(*, lint: Sequence[dict[str, str]] = (), **changes: Any) -> list[str]:
+    report = sample_report(3) | {"lint": lint}
+    for key, change in changes.items():
+        report[key] |= change
+    return list(cautions(validate_report(report)))
+
+
+def test_a_report_without_fault_gives_none() -> None:
+    assert found() == []
+
+
+def test_a_slower_file_names_what_takes_its_time() -> None:
+    slower = {"float": 3.0, "quantized": 4.5, "speedup": {"quantized": 0.67}}
+    [text] = found(latency_ms=slower)
+    assert text.startswith("the file is 1.50x slower than the float model: LayerNormalization takes 15 % of its time")
+    assert "batch norm folds" in text
+    [text] = found(latency_ms=slower, time_shares={"quantizers": 0.4})
+    assert text.endswith("quantizers take 40 % of its time")
+
+
+def test_a_difference_within_the_noise_is_none() -> None:
+    assert found(latency_ms={"float": 3.0, "quantized": 3.1, "speedup": {"quantized": 0.97}}) == []
+
+
+def test_a_larger_file_uncounted_products_and_saturation_are_said() -> None:
+    assert "1.50x larger" in found(size={"float_bytes": 2000, "bytes": 3000})[0]
+    assert found(coverage={"uncounted": ["Scan loop"], "integer_macs": None})[0].endswith("counted: Scan loop")
+    assert "saturate on this processor in 1 layers" in found(saturation={"affected_here": True})[0]
+
+
+def test_warnings_of_the_linter_are_grouped_by_rule() -> None:
+    lint = [
+        {"rule": "bias-scale", "severity": "warning", "where": where, "message": "bias scale was widened"}
+        for where in ("fc", "head")
+    ]
+    assert found(lint=lint) == ["lint, bias-scale: bias scale was widened (at fc, and in 1 more places)"]
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_the_box_shows_the_first_warnings_in_80_columns(count: int) -> None:
+    report = sample_report(3) | {"warnings": [f"[input] {index} is not read" for index in range(count)]}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(verdict_panel(report, Path("out")))
+    text = console.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert text.count("is not read") == min(count, 5)
+    assert ("4 more in the report" in text) == (count == 9)
+    assert "[input] 0 is not read" in text
+
+
+def test_the_box_says_where_the_time_goes_and_which_nodes_are_integer() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(verdict_panel(sample_report(3), Path("out")))
+    text = console.export_text()
+    assert "62 %; float operators 21 % (LayerNormalization 15 %), quantizers 12 %, moves 5 %" in text
+    assert "99.87 %; 14 of 16 compute nodes" in text
+
+
+def test_the_box_says_that_macs_are_not_known() -> None:
+    report = sample_report(3)
+    report["coverage"] |= {"integer_macs": None, "uncounted": ["Scan loop"]}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(verdict_panel(report, Path("out")))
+    assert "not measured: 1 operator cannot be counted" in console.export_text()
