@@ -170,7 +170,7 @@ class _Export:
         inputs, outputs = proof.golden
         sources = DataSources(_source(batches), _source(held_out) if held_out else None)
         report = self._report(graph, result, proof, noise.decibels(), simplifier, sources)
-        notes = [*batches.data.notes, *(held_out.data.notes if held_out else ())]
+        notes = [*batches.notes, *(held_out.notes if held_out else ())]
         warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
         report = replace(report, warnings=tuple(warnings))
         names = result.program.meta["output_names"]

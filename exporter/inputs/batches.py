@@ -25,12 +25,18 @@ class GraphBatches:
 
     Where the graph fixes its batch size, samples are regrouped to it; an incomplete last batch is dropped.
 
-    samples: number of samples in the longest pass so far.
+    samples: number of samples in the longest pass so far; dropped: of those that the last complete pass left out.
     """
 
     def __init__(self, graph: fx.GraphModule, data: Data) -> None:
         self.graph, self.data = graph, data if data.names else data.named(graph.meta["input_names"])
-        self.samples = 0
+        self.samples = self.dropped = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user on the passes so far."""
+        text = f"{self.data.label}: the last {self.dropped} samples are not used, because the model has a fixed batch"
+        return (*self.data.notes, text) if self.dropped else self.data.notes
 
     def __iter__(self) -> Iterator[Batch]:
         return (inputs for inputs, _ in self.labelled())
@@ -51,6 +57,7 @@ class GraphBatches:
                 inputs, labels = part[: len(batch.inputs)], part[len(batch.inputs) :]
                 yield inputs, labels[0].numpy() if labels else None
             rest = tuple(x[len(x) // size * size :] for x in values) if len(values[0]) % size else ()
+        self.dropped = len(rest[0]) if rest else 0
 
 
 def cut(graph: fx.GraphModule, batch: Batch, samples: int = 1) -> Batch:

@@ -288,7 +288,7 @@ def test_model_with_a_fixed_batch(tmp_path: Path) -> None:
     data = [torch.randn(4, 1, 5, 5) for _ in range(2)]
     report = export(randomize(Fixed()), data, out=tmp_path / "out", latency_runs=0)
     assert report["verdict"] == "pass"
-    assert "batch is fixed at 1" in report["warnings"][0]
+    assert any("batch is fixed at 1" in warning for warning in report["warnings"])
     assert report["model"]["inputs"][0]["shape"] == [1, 1, 5, 5]
     assert report["data"]["calibration"]["samples"] == 8
 
@@ -300,6 +300,8 @@ def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
     assert report["verdict"] == "pass"
     assert report["latency_ms"]["batch"] == 3
     assert report["data"]["calibration"]["samples"] == 6  # the incomplete rest is dropped
+    assert any("the last 1 samples are not used" in warning for warning in report["warnings"])
+    assert sum(report["time_shares"][kind] for kind in ("integer", "float", "quantizers", "moves")) == pytest.approx(1)
     assert verify(tmp_path / "out")["verdict"] == "pass"
 
 

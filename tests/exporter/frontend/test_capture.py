@@ -301,6 +301,15 @@ def test_a_buffer_that_forward_changes_starts_anew_in_every_call() -> None:
     assert any("changes the buffer 'state'" in note for note in graph.meta["notes"])
 
 
+def test_an_input_that_the_model_does_not_use_is_named() -> None:
+    class Ignores(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x * 2
+
+    graph = capture(Ignores(), (torch.ones(2, 3), torch.ones(2, 3)))
+    assert graph.meta["notes"] == ["the model does not use its input 'mask'"]
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m, nn.ReLU())], ids=["whole", "inside"])
 def test_torchscript_is_refused_by_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.warns(DeprecationWarning):
