@@ -128,7 +128,8 @@ def remove_identities(graph: fx.GraphModule) -> None:
     """Replace every operator that returns its input unchanged by that input.
 
     Cases: dropout outside training, aliases and copies; casts to the dtype at hand; reshapes, expansions and slices
-    that keep the shape; permutations in order; zero padding of width 0; + 0, - 0, * 1, / 1; a concatenation of one.
+    that keep the shape; reshapes before reshapes; permutations in order; zero padding of width 0; + 0, - 0, * 1, / 1;
+    a concatenation of one.
     """
     apply_rules(graph, IDENTITIES)
 
@@ -161,6 +162,13 @@ def _keeps_order(node: fx.Node) -> bool:
     return [axis % len(order) for axis in order] == list(range(len(order)))
 
 
+def _reshape_again(node: fx.Node) -> None:
+    """Read what the reshape before this one reads: the last sizes count."""
+    before = node.args[0]
+    if isinstance(before, fx.Node) and before.target is node.target and len(before.users) == 1:
+        node.args = (before.args[0], *node.args[1:])
+
+
 def _concatenation_of_one(node: fx.Node) -> None:
     match node.args[0]:
         case [fx.Node() as source]:
@@ -185,6 +193,7 @@ IDENTITIES: dict[Any, tuple[Rule, ...]] = {
     **_removed_if(lambda node: bool(bind(node)["other"] == 1), " ".join(PRODUCTS | QUOTIENTS)),
     aten.cat.default: (_concatenation_of_one,),
 }
+IDENTITIES[aten.reshape.default] = (_reshape_again, *IDENTITIES[aten.reshape.default])
 
 
 # Borders -------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from exporter.folding.affine_map import AffineMap
 from exporter.folding.bn_statistics import expected_output
 from exporter.folding.clean_graph import fill_borders, fold_constants, remove_identities, with_own_attributes
 from exporter.folding.interpret import BATCH_NORM, WEIGHTED, Analysis, interpret, is_computed, own_macs
+from exporter.folding.move_maps import move_maps
 from exporter.folding.select import Candidate, Rejected, Selection, refusals, regroup_sums, select
 
 __all__ = ["FoldReport", "FoldedNorm", "FoldedRegion", "fold"]
@@ -37,8 +38,8 @@ MAX_REL_ERROR = 1e-9
 CHANNEL_FLOOR = 1e-6
 """A channel's error is relative to its own largest value, but to no less than this share of the tensor's: branches that
 cancel leave a channel with rounding noise only."""
-MAX_REGROUPINGS = 4
-"""Rounds of reordering sums: one settles all of them unless a regrouped sum is itself an operand of another."""
+MAX_ROUNDS = 4
+"""Rounds of moving maps and of reordering sums: one settles all that do not depend on another of their kind."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,13 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     constants = fold_constants(graph)
     fill_borders(graph, constants)
     analysis = interpret(graph, constants)
-    for _ in range(MAX_REGROUPINGS):
+    for _ in range(MAX_ROUNDS):
+        if not move_maps(analysis):
+            break
+        infer_shapes(graph)
+        remove_identities(graph)
+        analysis = interpret(graph, constants)
+    for _ in range(MAX_ROUNDS):
         if not regroup_sums(analysis):
             break
         analysis = interpret(graph, constants)

@@ -20,7 +20,17 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, convolution, is_constant, macs, overloads, per_axis, shape_of
 from calibrators.graph.batch_norm import BatchNorm, read_batch_norm, uses_batch_statistics
-from calibrators.graph.operators import CONVOLUTIONS, PADS, POOLS, PRODUCTS, QUOTIENTS, REVERSED, SUMS, facts
+from calibrators.graph.operators import (
+    CONVOLUTIONS,
+    PADS,
+    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    REVERSED,
+    SUMS,
+    TRANSPOSED,
+    facts,
+)
 from calibrators.graph.walk import call
 from exporter.folding.affine_map import (
     AffineMap,
@@ -40,11 +50,14 @@ from exporter.folding.clean_graph import Constants, exact_value, varying_axes
 __all__ = [
     "BATCH_NORM",
     "MERGERS",
+    "RULES",
     "SCALES",
     "WEIGHTED",
     "Analysis",
     "Linear",
     "Root",
+    "absorbers",
+    "has_constant_parameters",
     "interpret",
     "is_computed",
     "own_macs",
@@ -163,6 +176,17 @@ def interpret(graph: fx.GraphModule, constants: Constants) -> Analysis:
     return analysis
 
 
+def absorbers(analysis: Analysis) -> set[fx.Node]:
+    """Return the weighted operators, and those that fold into one of them: per-channel operators and sums after it."""
+    found: set[fx.Node] = set()
+    for node in analysis.graph.graph.nodes:
+        merges = node.target is BATCH_NORM or node.target in MERGERS
+        takes_in = merges and any(each in found for each in node.all_input_nodes) and analysis.inherited(node)
+        if node.target in WEIGHTED or node.target in TRANSPOSED or takes_in:
+            found.add(node)
+    return found
+
+
 def own_macs(node: fx.Node) -> int:
     """Return the multiply-accumulates of one operator per sample."""
     return macs(node) // next(iter(shape_of(node)), 1)
@@ -235,7 +259,7 @@ def _extend(analysis: Analysis, node: fx.Node, step: Step) -> dict[Root, Linear]
 def _convolution(analysis: Analysis, node: fx.Node) -> Step | None:
     """Return the step of a convolution: zero padding, then correlation, then the bias."""
     spatial, bound = facts(node.target).spatial, bind(node)
-    if not _has_constant_parameters(bound) or len(shape_of(bound["input"])) != spatial + 2:
+    if not has_constant_parameters(bound) or len(shape_of(bound["input"])) != spatial + 2:
         return None
     weight, groups = analysis.weight(bound["weight"]), bound["groups"]
     stride, padding, dilation = (per_axis(bound[name], spatial) for name in ("stride", "padding", "dilation"))
@@ -250,13 +274,14 @@ def _convolution(analysis: Analysis, node: fx.Node) -> Step | None:
 def _linear(analysis: Analysis, node: fx.Node) -> Step | None:
     """Return the step of a linear layer: the product with a constant matrix on the last axis, then the bias."""
     bound = bind(node)
-    if not _has_constant_parameters(bound) or len(shape_of(bound["weight"])) != 2:
+    if not has_constant_parameters(bound) or len(shape_of(bound["weight"])) != 2:
         return None
     weight = analysis.weight(bound["weight"])
     return Step([bound["input"]], lambda _, f: _plus_bias(analysis, correlate(f, weight, (), (), 1), bound), 0)
 
 
-def _has_constant_parameters(bound: dict[str, Any]) -> bool:
+def has_constant_parameters(bound: dict[str, Any]) -> bool:
+    """Return whether weight and bias of a weighted operator are constants."""
     return is_constant(bound["weight"]) and (bound["bias"] is None or is_constant(bound["bias"]))
 
 

@@ -29,6 +29,7 @@ from exporter.folding.interpret import (
     WEIGHTED,
     Analysis,
     Root,
+    absorbers,
     is_computed,
     own_macs,
     terms_of,
@@ -123,14 +124,11 @@ def _pending(analysis: Analysis) -> set[fx.Node]:
     Without this, a batch norm between two convolutions would go to the second, and the first would keep an output that
     is not normalized.
     """
-    absorbing: set[fx.Node] = set()
+    absorbing = absorbers(analysis)
     pending: set[fx.Node] = set()
-    for node in analysis.graph.graph.nodes:
-        merges = node.target is BATCH_NORM or node.target in MERGERS
-        takes_in = merges and any(each in absorbing for each in node.all_input_nodes) and analysis.inherited(node)
-        if node.target in WEIGHTED or node.target in TRANSPOSED or takes_in:
-            absorbing.add(node)
-        if takes_in and sum(map(is_computed, node.all_input_nodes)) == 1:
+    for node in absorbing:
+        is_weighted = node.target in WEIGHTED or node.target in TRANSPOSED
+        if not is_weighted and sum(map(is_computed, node.all_input_nodes)) == 1:
             pending |= {each for each in node.all_input_nodes if len(each.users) == 1}
     return pending
 
