@@ -112,8 +112,9 @@ def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
 def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
     """Return the block as a graph of its own: it takes block.inputs and returns the tuple of block.outputs.
 
-    Nodes keep their names and meta. Constants come along as buffers on the same memory, and calls on constants alone
-    are copied from where they are made; the batch size is taken from the block's own inputs. There is no example.
+    Calls that lead to no output are left out. Nodes keep their names and meta. Constants come along as buffers on the
+    same memory, and calls on constants alone are copied from where they are made; the batch size is taken from the
+    block's own inputs. There is no example.
     """
     source = {node.name: node for node in graph.graph.nodes}
     batch = example_batch(graph)
@@ -139,6 +140,7 @@ def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
     for name in block.nodes:
         copied(source[name])
     new.output(tuple(made[source[name]] for name in block.outputs))
+    new.eliminate_dead_code()
     constants = {str(node.target): constant(graph, node) for node in new.nodes if node.op == "get_attr"}
     return fx.GraphModule(constants, new)
 

@@ -7,16 +7,17 @@ as possible. Output channels are independent of each other, and so are the group
 source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 algorithm 1; Frantar and Alistarh 2022, "Optimal Brain Compression", for the update it comes from.
 Departs: H is a mean over positions; weights of inputs that are always zero are rounded to nearest instead of zeroed,
-because other data may use them; the factor of the inverse comes from one Cholesky decomposition of H in reversed order;
-a channel whose error would exceed that of nearest rounding keeps nearest rounding; scales of blocks stay as chosen for
-the original weight.
+because other data may use them; the factor is that of H in reversed order, which tells what each error adds to the
+columns after it, and no inverse is needed; a channel whose error would exceed that of nearest rounding keeps nearest
+rounding; scales of blocks stay as chosen for the original weight.
 
 Must not know: methods, how activations are computed and cached.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -58,15 +59,15 @@ class Rounder:
     def __init__(
         self, hessian: Tensor, *, damping: float = 0.01, act_order: bool = False, shared_order: bool = False
     ) -> None:
-        self.matrix = hessian.double()
+        self.matrix = hessian
         self.groups, self.columns = hessian.shape[:2]
-        energy = self.matrix.diagonal(dim1=1, dim2=2)
+        energy = hessian.diagonal(dim1=1, dim2=2)
         if not act_order:
             energy = torch.zeros_like(energy)
         elif shared_order:
             energy = energy.sum(0, keepdim=True).expand_as(energy)
         self.order = energy.argsort(dim=1, descending=True, stable=True)  # int64 [groups, columns]
-        rows = self.matrix.take_along_dim(self.order[:, :, None], 1)
+        rows = hessian.take_along_dim(self.order[:, :, None], 1)
         self.factor = _factor(rows.take_along_dim(self.order[:, None, :], 2), damping)
 
     def round(
@@ -78,57 +79,78 @@ class Rounder:
         target:  [groups, out / groups, columns]: weights to come close to instead (output_target); None: the weight's.
         limits:  codes that the target allows, kept while other codes compensate.
         """
-        rows = weight.double().reshape(self.groups, -1, self.columns)
-        wanted = rows if target is None else target
-        nearest = quantize(weight, qparams)
-        if limits is not None:
-            nearest = within(nearest, weight, qparams, limits)
-        codes = (
-            self._feed_errors(wanted, _Grid.of(weight, qparams, limits, self.order)).reshape(weight.shape).to(nearest)
-        )
-        before, after = (self._energy(wanted - dequantize(c, qparams).reshape(rows.shape)) for c in (nearest, codes))
-        worse = after > before
-        codes[worse.flatten()] = nearest[worse.flatten()]
-        energy = float(self._energy(rows).sum()) or 1.0
-        kept = int(worse.sum())
-        return Rounded(codes, float(before.sum()) / energy, float(before.minimum(after).sum()) / energy, kept)
+        (rounded,) = self.round_each(weight, [(qparams, limits)], target=target)
+        return rounded
 
-    def _energy(self, rows: Tensor) -> Tensor:
-        """Return twice the mean squared output of every row, [groups, rows]."""
-        return (rows @ self.matrix * rows).sum(2)
+    def round_each(
+        self, weight: Tensor, grids: Sequence[tuple[QParams, Limits | None]], *, target: Tensor | None = None
+    ) -> list[Rounded]:
+        """Round a weight as `round` does, under several parameters and limits in little more time than under one."""
+        rows = weight.to(self.matrix.dtype).reshape(self.groups, -1, self.columns)
+        wanted = rows if target is None else target.to(rows)
+        grid = _Grid.joined([_Grid.of(weight, qparams, limits, self.order, rows.dtype) for qparams, limits in grids])
+        fed = self._feed_errors(wanted.repeat(1, len(grids), 1), grid).chunk(len(grids), 1)
+        candidates = []
+        for (qparams, limits), codes in zip(grids, fed, strict=True):
+            nearest = quantize(weight, qparams)
+            nearest = nearest if limits is None else within(nearest, weight, qparams, limits)
+            candidates += [nearest, codes.reshape(weight.shape).to(nearest)]
+        errors = [
+            wanted - dequantize(codes, grids[index // 2][0]).reshape(rows.shape)
+            for index, codes in enumerate(candidates)
+        ]
+        own, *energies = self._energies([rows, *errors])
+        energy = float(own.sum()) or 1.0
+        return [
+            _better(nearest, codes, before / energy, after / energy)
+            for nearest, codes, before, after in zip(
+                candidates[::2], candidates[1::2], energies[::2], energies[1::2], strict=True
+            )
+        ]
+
+    def _energies(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return twice the mean squared output of every row of weights [groups, rows, columns], [groups, rows] each."""
+        rows = torch.cat([*weights], 1)
+        return (rows @ self.matrix).mul_(rows).sum(2).chunk(len(weights), 1)
 
     def _feed_errors(self, rows: Tensor, grid: _Grid) -> Tensor:
-        """Round column after column, passing errors on; return codes, float64 [groups, rows, columns]."""
-        groups, count, columns = rows.shape
+        """Round column after column, passing errors on; return codes, floats [groups, rows, columns]."""
         left = rows.take_along_dim(self.order[:, None], 2).mT.contiguous()  # [groups, columns, rows]
-        codes = torch.empty_like(left)
-        for start in range(0, columns, BLOCK):
-            end = min(start + BLOCK, columns)
-            errors = left.new_empty(groups, end - start, count)
+        grid = grid.with_room(left)
+        codes, errors = torch.empty_like(left), left.clone()
+        for start in range(0, self.columns, BLOCK):
+            end = min(start + BLOCK, self.columns)
             for j in range(start, end):
                 codes[:, j] = grid.round(j, left, codes)
-                rounded = (codes[:, j] - grid.zero_point[:, j]) * grid.scale[:, j]
-                errors[:, j - start] = (left[:, j] - rounded) / self.factor[:, j, j, None]
-                left[:, j + 1 : end] -= self.factor[:, j, j + 1 : end, None] * errors[:, j - start, None]
-            left[:, end:] -= self.factor[:, start:end, end:].mT @ errors
+                errors[:, j].addcmul_(codes[:, j], grid.scale[:, j], value=-1)
+                left[:, j + 1 : end].addcmul_(self.factor[:, j, j + 1 : end, None], errors[:, j, None])
+            left[:, end:].baddbmm_(self.factor[:, start:end, end:].mT, errors[:, start:end])
+        codes += grid.zero_point
         return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
 
 
-def _factor(matrix: Tensor, damping: float) -> Tensor:
-    """Return the upper U with U^T U = (H + damping * mean(diag H))^-1, [groups, columns, columns].
+def _better(nearest: Tensor, codes: Tensor, before: Tensor, after: Tensor) -> Rounded:
+    """Return the codes [out, ...], or of a channel the nearest ones where their error [groups, rows] is less."""
+    worse = after > before
+    codes = torch.where(worse.reshape(-1, *[1] * (codes.ndim - 1)), nearest, codes)
+    return Rounded(codes, float(before.sum()), float(before.minimum(after).sum()), int(worse.sum()))
 
-    With J the reversal of columns and J H J = L L^T, H is V V^T for the upper V = J L J, and U its inverse.
+
+def _factor(matrix: Tensor, damping: float) -> Tensor:
+    """Return how the error of each column changes those after it, [groups, columns, columns].
+
+    With J the reversal of columns and J H J = L L^T, H is V V^T for the upper V = J L J. The energy of errors e is that
+    of e V, whose entry j is least for e_j = -sum of e_i V_ij / V_jj over the columns i before j.
     """
-    lower = damped_cholesky(matrix.flip(1, 2), damping)
-    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    upper: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), identity, upper=True)
-    return upper
+    upper = damped_cholesky(matrix.flip(1, 2), damping).flip(1, 2)
+    return upper / upper.diagonal(dim1=1, dim2=2)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """The grid of every element, float64 [groups, columns, rows] in the order of rounding.
+    """The grid of every element, floats [groups, columns, rows] in the order of rounding.
 
+    lowest, highest, pair_lowest, pair_highest: of codes less their zero points; those of pairs are [rows].
     partners: places in the order of the partners of each column, for each way to pair them.
     """
 
@@ -136,47 +158,68 @@ class _Grid:
     zero_point: Tensor
     lowest: Tensor
     highest: Tensor
-    limits: Limits
+    pair_lowest: Tensor
+    pair_highest: Tensor
     partners: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, weight: Tensor, qparams: QParams, limits: Limits | None, order: Tensor) -> _Grid:
+    def of(cls, weight: Tensor, qparams: QParams, limits: Limits | None, order: Tensor, dtype: torch.dtype) -> _Grid:
         """Return the grid of a weight within the limits of its codes; with pairs all groups have one order."""
         limits = limits or Limits()
         scale, zero_point = grid_of(weight, qparams)
         lowest, highest = (torch.as_tensor(code, device=weight.device) for code in code_limits(weight, qparams))
-        lowest = torch.maximum(lowest, limits.lowest + zero_point)
-        highest = torch.minimum(highest, limits.highest + zero_point)
+        lowest = torch.maximum(lowest, limits.lowest + zero_point) - zero_point
+        highest = torch.minimum(highest, limits.highest + zero_point) - zero_point
 
         def ordered(x: Tensor) -> Tensor:
-            x = x.expand_as(weight).double().reshape(len(order), -1, order.shape[1])
+            x = x.expand_as(weight).to(dtype).reshape(len(order), -1, order.shape[1])
             return x.take_along_dim(order[:, None], 2).mT.contiguous()
 
         scale, zero_point, lowest, highest = map(ordered, (scale, zero_point, lowest, highest))
+        pair_lowest, pair_highest = (
+            scale.new_full(scale.shape[2:], end) for end in (limits.pair_lowest, limits.pair_highest)
+        )
         first = order[0].cpu()
         place = first.argsort()
         pairings = () if limits.partners is None else limits.partners
         partners = tuple(tuple(place[pairing[first]].tolist()) for pairing in pairings)
-        return cls(scale, zero_point, lowest, highest, limits, partners)
+        return cls(scale, zero_point, lowest, highest, pair_lowest, pair_highest, partners)
+
+    @classmethod
+    def joined(cls, grids: Sequence[_Grid]) -> _Grid:
+        """Return the grid of the rows of all the grids, which have equal partners, or none."""
+        tensors = {
+            field.name: torch.cat([getattr(grid, field.name) for grid in grids], -1)
+            for field in fields(cls)
+            if field.name != "partners"
+        }
+        return cls(**tensors, partners=max((grid.partners for grid in grids), key=len))
+
+    def with_room(self, left: Tensor) -> _Grid:
+        """Return the grid in which the first of two partners leaves the second half of what the two have to give up.
+
+        left: the weights, [groups, columns, rows] in the order of rounding.
+        """
+        codes, lowest, highest = (left / self.scale).round_(), self.lowest, self.highest
+        top, bottom = self.pair_highest, self.pair_lowest
+        for places in map(torch.tensor, self.partners):
+            first = (places > torch.arange(len(places)))[:, None].to(left.device)
+            other = codes[:, places.to(left.device)]
+            middle = (codes - other) / 2
+            above = torch.where(first & (other > 0), (top / 2 + middle).floor_().clamp_(min=0), top)
+            below = torch.where(first & (other < 0), (bottom / 2 + middle).ceil_().clamp_(max=0), bottom)
+            lowest, highest = lowest.maximum(below), highest.minimum(above)
+        return replace(self, lowest=lowest, highest=highest)
 
     def round(self, j: int, left: Tensor, codes: Tensor) -> Tensor:
         """Return the codes of column j of the weights `left`, [groups, rows], with `codes` of earlier columns given.
 
-        Of two partners the first leaves the second half of what the two have to give up.
+        Codes are counted from their zero points.
         """
-        scale, zero_point, lowest, highest = (x[:, j] for x in (self.scale, self.zero_point, self.lowest, self.highest))
-        top, bottom = self.limits.pair_highest, self.limits.pair_lowest
+        lowest, highest = self.lowest[:, j], self.highest[:, j]
         for places in self.partners:
-            k = places[j]
-            if k == j:
-                continue
-            if k < j:
-                other = codes[:, k] - self.zero_point[:, k]
-                above, below = top - other.clamp(min=0), bottom - other.clamp(max=0)
-            else:
-                own, other = (left[:, j] / scale).round(), (left[:, k] / self.scale[:, k]).round()
-                middle = (own - other) / 2
-                above = torch.where(other > 0, (top / 2 + middle).floor(), top).clamp(0, top)
-                below = torch.where(other < 0, (bottom / 2 + middle).ceil(), bottom).clamp(bottom, 0)
-            lowest, highest = lowest.maximum(zero_point + below), highest.minimum(zero_point + above)
-        return round_codes(left[:, j], scale, zero_point, lowest, highest)
+            if places[j] < j:
+                other = codes[:, places[j]]
+                lowest = lowest.maximum(self.pair_lowest - other.clamp(max=0))
+                highest = highest.minimum(self.pair_highest - other.clamp(min=0))
+        return round_codes(left[:, j], self.scale[:, j], self.scale.new_zeros(()), lowest, highest)

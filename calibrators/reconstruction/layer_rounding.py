@@ -16,11 +16,11 @@ from torch import Tensor, fx
 
 from calibrators.execution.activation_cache import Cache
 from calibrators.execution.blocks import Block, extract, partition
-from calibrators.execution.simulation import Simulation
+from calibrators.execution.simulation import Simulation, channels_last
 from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import bind, fan_in, layer_name, shape_of, to_device
-from calibrators.grid.spec import QuantizedTensor, Site
+from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction.hessian_rounding import Rounder
 from calibrators.reconstruction.moments import Im2col, Moments, half_of
@@ -129,6 +129,8 @@ class _Layers:
     def _float_part(self, block: Block, outputs: tuple[str, ...]) -> fx.GraphModule:
         """Return the float network from the inputs of a block to some of its values."""
         part = extract(self.network.placement.graph, replace(block, outputs=outputs))
+        for name, value in part.named_buffers():
+            setattr(part, name, channels_last(value))
         return to_device(part, self.network.device)
 
     def _round(self, simulation: Simulation, layer: str) -> None:
@@ -141,19 +143,21 @@ class _Layers:
             self._note(layer, "it reads values that are not finite, or whose squares are not")
             return
         weight = self.network.placement.values(site).to(self.network.device)
-        rows = weight.double().reshape(len(hessian), -1, hessian.shape[1])
+        rows = weight.reshape(len(hessian), -1, hessian.shape[1])
         target = toward_float(rows, moments, how.ridge, self._own(layer))
         problem = self.network.problem
         limits = problem.placement.limits_of(site)
         damping = max(how.damping, FEW * hessian.shape[1] / sum(moments.counts))
         rounder = Rounder(hessian, damping=min(1.0, damping), act_order=how.act_order, shared_order=limits is not None)
-        free = None
+        grids = [qparams]
         if limits is not None:
-            grid = replace(qparams, scale=qparams.scale / problem.coarser.get(site.name, 1.0))
-            unlimited = rounder.round(weight, grid.to(weight.device), target=target.rows)
-            free, problem.free[site.name] = unlimited.error, QuantizedTensor(unlimited.codes.cpu(), grid)
-            qparams = problem.within_limits(site, target.rows.reshape(weight.shape).float().cpu(), qparams)
-        rounded = rounder.round(weight, qparams.to(weight.device), target=target.rows, limits=limits)
+            free = replace(qparams, scale=qparams.scale / problem.coarser.get(site.name, 1.0))
+            qparams = problem.within_limits(site, target.rows.reshape(weight.shape).cpu(), qparams)
+            grids = [qparams, free]
+        found = [(grid.to(weight.device), limit) for grid, limit in zip(grids, (limits, None), strict=False)]
+        rounded, *without = rounder.round_each(weight, found, target=target.rows)
+        if without:
+            problem.free[site.name] = QuantizedTensor(without[0].codes.cpu(), grids[1])
         self.network.weights[site.name] = QuantizedTensor(rounded.codes.cpu(), qparams)
         done = ReconstructedUnit(
             layer_name(node),
@@ -161,7 +165,7 @@ class _Layers:
             before=rounded.nearest,
             after=rounded.error,
             strength=target.strength if self.floats else None,
-            after_free=free,
+            after_free=without[0].error if without else None,
             seconds=time.perf_counter() - start,
         )
         self.units.append(done)
@@ -189,7 +193,12 @@ class _Layers:
         node, columns = self._node(layer), Im2col.of(self._node(layer))
         weights = torch.cat([self._rows(reader) for reader in self.readers[self._reading(layer)]], 1)
         moments = Moments(
-            columns.groups, fan_in(node), self.network.device, with_error=bool(self.floats), weights=weights
+            columns,
+            fan_in(node),
+            self.network.device,
+            with_error=bool(self.floats),
+            weights=weights,
+            grid=self._grid(layer),
         )
         share, generator = self._share(node, simulation.block), self.network.problem.generator(layer)
         seen = 0
@@ -204,6 +213,13 @@ class _Layers:
                     moments.add(half, *piece)
             seen += count
         return moments
+
+    def _grid(self, layer: str) -> QParams | None:
+        """Return the grid of the layer's input, None where it reads floats."""
+        site = self.network.placement.activation_of.get(bind(self._node(layer))["input"].name)
+        if site is None or layer not in site.users or site.spec.bits > 8:
+            return None
+        return self.network.quantizers[self.network.placement.root(site).name].qparams
 
     def _share(self, node: fx.Node, block: Block) -> float:
         """Return the share of a layer's positions that its moments are measured on; all of them from 1 up."""

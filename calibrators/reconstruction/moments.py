@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
+from calibrators.execution.instructions import multiplies_int8
 from calibrators.graph.aten import bind, per_axis, shape_of
+from calibrators.grid.spec import QParams
 
 __all__ = ["Im2col", "Moments", "half_of"]
 
 PIECE, LARGEST_PIECE = 4096, 1 << 26
 """Positions whose columns are copied, and multiplied, at a time; fewer where they would be more numbers than this."""
 
-BLOCKS, SMALLEST_BLOCK = 4, 128
+BLOCKS, SMALLEST_BLOCK = 8, 128
 """Blocks of rows of a symmetric product, and the fewest rows that make one."""
 
 HALVES = 2
@@ -64,98 +65,154 @@ class Im2col:
         stride, padding, dilation = (per_axis(bound[key], len(kernel)) for key in ("stride", "padding", "dilation"))
         return cls(kernel, stride, padding, dilation, bound["groups"])
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Return the inputs of every position, [*positions, channels, *kernel], as a view of the padded input."""
-        if not self.kernel:
-            return x
-        windows = F.pad(x, [width for width in reversed(self.padding) for _ in range(2)]) if any(self.padding) else x
-        for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), start=2):
-            windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
-        return windows.movedim(1, 1 + len(self.kernel))  # [n, *out, channels, *kernel]
+    @property
+    def taps(self) -> int:
+        """Positions of the input that an output reads."""
+        return math.prod(self.kernel)
 
     def batched(self, x: Tensor) -> Tensor:
         """Return the input with a first dimension for samples, which single values lack."""
         return x if x.ndim >= len(self.kernel) + 2 else x[None]
 
     def take(self, values: Sequence[Tensor], share: float, generator: torch.Generator) -> Iterator[list[Tensor]]:
-        """Yield columns [groups, columns, positions] of each of the values, at most PIECE positions at a time.
+        """Yield columns [groups, positions, taps * channels] of each of the values, at most PIECE positions at a time.
 
         values: inputs of one shape; share: part of the positions, drawn at random and the same for all of them.
         """
-        windows = [self.cut(x) for x in values]
-        positions = windows[0].shape[: windows[0].ndim - 1 - len(self.kernel)]
+        values = [x.movedim(1, -1) if self.kernel else x for x in values]  # [n, *size, channels]
+        sizes, channels = values[0].shape[:-1], values[0].shape[-1]
+        positions = (*sizes[:1], *map(self._outputs, range(len(self.kernel)), sizes[1:])) if self.kernel else sizes
         total = math.prod(positions)
         index = torch.arange(total)
         if share < 1:
             index = torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
-        size = math.prod(windows[0].shape[len(positions) :])
-        for piece in torch.split(index.to(values[0].device), max(1, min(PIECE, LARGEST_PIECE // size))):
-            where = torch.unravel_index(piece, positions)
-            yield [x[where].reshape(len(piece), self.groups, -1).permute(1, 2, 0) for x in windows]
+        for piece in torch.split(
+            index.to(values[0].device), max(1, min(PIECE, LARGEST_PIECE // (self.taps * channels)))
+        ):
+            where, outside = self._read(torch.unravel_index(piece, positions), sizes)
+            yield [self._columns(x.reshape(-1, channels).index_select(0, where), outside) for x in values]
+
+    def _outputs(self, axis: int, size: int) -> int:
+        """Return the number of outputs along a spatial axis."""
+        reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    def _read(self, place: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows [positions * taps] of the input that outputs read, and whether they lie in the padding.
+
+        place: sample and position of each output, int64 [positions] each; sizes: of the input, without channels.
+        """
+        rows, outside = place[0][:, None], torch.zeros_like(place[0][:, None], dtype=torch.bool)  # [positions, taps]
+        for axis, (output, size) in enumerate(zip(place[1:], sizes[1:], strict=True)):
+            read = output[:, None]
+            if self.kernel:
+                taps = torch.arange(self.kernel[axis], device=output.device) * self.dilation[axis]
+                read = read * self.stride[axis] - self.padding[axis] + taps
+            inside = read.clamp(0, size - 1)
+            rows = (rows[:, :, None] * size + inside[:, None]).flatten(1)
+            outside = (outside[:, :, None] | (read != inside)[:, None]).flatten(1)
+        return rows.flatten(), outside.flatten()
+
+    def _columns(self, rows: Tensor, outside: Tensor) -> Tensor:
+        """Return the columns of what outputs read, [positions * taps, channels]."""
+        if any(self.padding):
+            rows.index_fill_(0, outside.nonzero()[:, 0], 0.0)
+        return rows.view(-1, self.taps, self.groups, rows.shape[1] // self.groups).permute(2, 0, 1, 3).flatten(2)
 
 
 class Moments:
     """Means over the positions of a layer's inputs: x^ in the network quantized so far, x in the float network.
 
-    Products are float32 and are added up in float64, batch by batch and so in an order that batches do not change. The
-    means are computed once, when they are first read; nothing is added after that.
+    Products are float32, or exact integers, and are added up in float64, batch by batch and so in an order that batches
+    do not change. The means are computed once, when they are first read; nothing is added after that. Columns arrive
+    tap by tap, which is how they lie in memory; the means have them as weights do, channel by channel.
 
+    cut:        how the layers cut their inputs into columns, of which each group has `columns`.
     with_error: whether x is given and the error of x^ is correlated with x^.
+    grid:       of x^, one for all; None: it is on no grid. Products of codes are exact integers where that is fast.
     weights:    [groups, rows, columns] of all layers that will ask for the error of their outputs; None: any may.
     counts:     positions seen in each half of the samples.
     """
 
     def __init__(
-        self, groups: int, columns: int, device: torch.device, *, with_error: bool, weights: Tensor | None = None
+        self,
+        cut: Im2col,
+        columns: int,
+        device: torch.device,
+        *,
+        with_error: bool,
+        weights: Tensor | None = None,
+        grid: QParams | None = None,
     ) -> None:
-        few = (
-            weights is not None and 2 * weights.shape[1] < columns
-        )  # two products with them take less than one without
-        self._weights = weights.to(device) if weights is not None and few else None
-        rows = columns if self._weights is None else self._weights.shape[1]
+        self._order = torch.arange(columns, device=device).view(-1, cut.taps).T.flatten()  # of what arrives
+        self._grid = grid if cut.groups == 1 and multiplies_int8(device) else None
+        few = weights is not None and 2 * weights.shape[1] < columns  # then products with them take less time
+        self._weights = weights.to(device)[:, :, self._order] if weights is not None and few else None
+        groups, rows = cut.groups, columns if self._weights is None else self._weights.shape[1]
         nothing = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._hessian = nothing(HALVES, groups, columns, columns)
+        self._hessian = nothing(HALVES, groups, columns, columns)  # upper half; of int8 values, if there is a grid
+        self._totals = nothing(HALVES, groups, columns)  # of int8 values
         self._error = nothing(HALVES, groups, rows, columns) if with_error else None
         self._waiting: list[list[tuple[Tensor, ...]]] = [[] for _ in range(HALVES)]
         self.counts = [0] * HALVES
 
     def add(self, half: int, *columns: Tensor) -> None:
-        """Include columns [groups, columns, positions] of one half of the samples: x^, and x where it is needed."""
+        """Include columns [groups, positions, taps * channels] of one half of the samples: x^, and x where needed."""
         self._waiting[half].append(columns)
-        self.counts[half] += columns[0].shape[-1]
-        waiting = sum(x.shape[-1] for x, *_ in self._waiting[half])
-        if waiting >= PIECE or waiting * math.prod(columns[0].shape[:2]) >= LARGEST_PIECE:
+        self.counts[half] += columns[0].shape[1]
+        waiting = sum(x.shape[1] for x, *_ in self._waiting[half])
+        if waiting >= PIECE or waiting * columns[0].shape[0] * columns[0].shape[2] >= LARGEST_PIECE:
             self._multiply(half)
 
     def _multiply(self, half: int) -> None:
         """Add the products of the columns that wait; many positions at a time, because sums in float64 are slow."""
         if not self._waiting[half]:
             return
-        quantized, *exact = (torch.cat(x, 2) for x in zip(*self._waiting[half], strict=True))
+        quantized, *exact = (torch.cat(x, 1) for x in zip(*self._waiting[half], strict=True))
         self._waiting[half].clear()
-        for block in _blocks(quantized.shape[1]):
-            self._hessian[half, :, block, block.start :] += quantized[:, block] @ quantized[:, block.start :].mT
+        if self._grid is None:
+            for block in _blocks(quantized.shape[2]):
+                self._hessian[half, :, block, block.start :] += (
+                    quantized[:, :, block].mT @ quantized[:, :, block.start :]
+                )
+        else:
+            values = (quantized[0] * (1 / self._grid.scale)).round_().sub_(_middle(self._grid)).to(torch.int8)
+            self._totals[half] += torch._int_mm(values.new_ones(1, len(values)), values)
+            for block in _blocks(len(values.mT)):
+                self._hessian[half, 0, block, block.start :] += torch._int_mm(
+                    values[:, block].mT, values[:, block.start :]
+                )
         if self._error is not None:
-            error = exact[0] - quantized
-            self._error[half] += (error if self._weights is None else self._weights @ error) @ quantized.mT
+            error = exact[0].sub_(quantized).mT
+            self._error[half] += (error if self._weights is None else self._weights @ error) @ quantized
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor | None]:
         for half in range(HALVES):
             self._multiply(half)
-        for block in _blocks(self._hessian.shape[2]):
-            self._hessian[:, :, block.stop :, block] = self._hessian[:, :, block, block.stop :].mT
-        return self._hessian, self._error
+        sums, factor = self._hessian, 1.0
+        if self._grid is not None:  # of codes less their zero points: sum (a + middle) (b + middle)
+            middle, factor = _middle(self._grid), float(self._grid.scale) ** 2
+            totals, counts = middle * self._totals, sums.new_tensor(self.counts)[:, None, None, None]
+            sums.add_(totals[..., None]).add_(totals[:, :, None] + counts * middle**2)
+        hessian = sums.float().mul_(factor)
+        for block in _blocks(hessian.shape[2]):
+            hessian[:, :, block.stop :, block] = hessian[:, :, block, block.stop :].mT
+        place = self._order.argsort()
+        error = None if self._error is None else self._error.float()[..., place]
+        if error is not None and self._weights is None:
+            error = error[:, :, place]
+        return hessian[:, :, place][..., place], error
 
     @cached_property
     def hessian(self) -> Tensor:
-        """Mean over all samples of 2 x^ x^T, float64 [groups, columns, columns]."""
-        return 2 / sum(self.counts) * self._sums[0].sum(0)
+        """Mean over all samples of 2 x^ x^T, float32 [groups, columns, columns]."""
+        return self._sums[0].sum(0).mul_(2 / sum(self.counts))
 
     @cached_property
     def _mean_error(self) -> Tensor:
         assert self._sums[1] is not None
-        return 2 / sum(self.counts) * self._sums[1].sum(0)
+        return self._sums[1].sum(0).mul_(2 / sum(self.counts))
 
     @property
     def has_error(self) -> bool:
@@ -168,9 +225,9 @@ class Moments:
         return bool(self.hessian.isfinite().all()) and (self._error is None or bool(self._mean_error.isfinite().all()))
 
     def missed(self, rows: Tensor, own: slice) -> Tensor:
-        """Return the mean of 2 W (x - x^) x^T, float64 [groups, rows, columns].
+        """Return the mean of 2 W (x - x^) x^T, float32 [groups, rows, columns].
 
-        rows: W, float64 [groups, rows, columns]; own: where it stands among `weights`.
+        rows: W, float32 [groups, rows, columns]; own: where it stands among `weights`.
         """
         return self._missed(self._mean_error, rows, own)
 
@@ -183,6 +240,11 @@ class Moments:
 
     def _missed(self, error: Tensor, rows: Tensor, own: slice) -> Tensor:
         return rows @ error if self._weights is None else error[:, own]
+
+
+def _middle(grid: QParams) -> int:
+    """Return the code that int8 counts from, less the zero point."""
+    return (grid.spec.qmin + grid.spec.qmax + 1) // 2 - int(grid.zero_point)
 
 
 def _blocks(columns: int) -> list[slice]:

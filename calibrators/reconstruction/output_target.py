@@ -32,14 +32,14 @@ LARGEST_DAMPING = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The weights to round, [groups, rows, columns] float64, and the strength of the step that led to them."""
+    """The weights to round, [groups, rows, columns] float32, and the strength of the step that led to them."""
 
     rows: Tensor
     strength: float
 
 
 def toward_float(rows: Tensor, moments: Moments, ridge: float, own: slice = slice(None)) -> Target:
-    """Return weights that come closer to the float output than `rows` [groups, rows, columns], float64.
+    """Return weights that come closer to the float output than `rows` [groups, rows, columns], float32.
 
     ridge:  added to the diagonal of the moments, in means of it.
     own:    where `rows` stand among the weights that the moments were measured for.
@@ -71,7 +71,8 @@ def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
 
     Inputs that are always zero get the mean of the others, so that they have no part in anything.
 
-    damping: in means of the diagonal; raised tenfold, up to 1, where the result would not be positive definite.
+    damping: in means of the diagonal; raised tenfold, up to 1, while even in float64 the result is not positive
+             definite.
     raises:  DataError where that is not enough.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
@@ -79,11 +80,14 @@ def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
     mean = torch.where(live.any(1), diagonal.sum(1) / live.sum(1).clamp(min=1), 1.0)[:, None]  # of live inputs
     dampings = torch.full_like(mean, damping)
     while True:
-        damped = matrix + torch.diag_embed(torch.where(live, dampings * mean, mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped = matrix.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(torch.where(live, dampings * mean, mean))
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed.any() and damped.dtype == torch.float32:  # rounding errors alone can make it fail
+            factor, failed = torch.linalg.cholesky_ex(damped.double())
         if not failed.any():
-            factor: Tensor = lower
-            return factor
+            return factor.to(matrix.dtype)
         if (dampings[failed > 0] >= LARGEST_DAMPING).any():
             raise DataError("second moments of a layer's inputs are not positive; check the calibration data")
         dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)

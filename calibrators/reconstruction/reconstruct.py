@@ -27,6 +27,7 @@ from torch import Tensor
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Recording
 from calibrators.execution.blocks import Block, extract, merge
+from calibrators.execution.instructions import computes_bfloat16
 from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import RoundedNetwork
 from calibrators.execution.task import Problem
@@ -262,7 +263,7 @@ class Run(RoundedNetwork):
         settings = self.method.settings(self.sizes[self.position])
         settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
         bits = [grid.spec.bits for _, grid in unit.weights.values()]
-        fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and _computes_bfloat16(self.device)
+        fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and computes_bfloat16(self.device)
         return replace(settings, precision=torch.bfloat16) if fast else settings
 
     def _new(self, names: list[str]) -> tuple[str, ...]:
@@ -346,14 +347,6 @@ def _gain_range(learned: Learned) -> tuple[float, float] | tuple[None, None]:
         return None, None
     gains = torch.cat([gain.flatten() for gain in learned.gains.values()])
     return float(gains.min()), float(gains.max())
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has instructions for bfloat16."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _free(*caches: Cache) -> None:

@@ -360,7 +360,7 @@ def test_units_train_in_bfloat16_where_it_is_fast_and_does_not_show(
         seen[self.block.name] = given
         train_in(self, given)
 
-    monkeypatch.setattr("calibrators.reconstruction.reconstruct._computes_bfloat16", lambda device: fast)
+    monkeypatch.setattr("calibrators.reconstruction.reconstruct.computes_bfloat16", lambda device: fast)
     monkeypatch.setattr(Simulation, "train_in", note)
     calibrated("mlp", "brecq", (bits, 8), options={"iters": 2, "chain": 1, "precision": precision})
     assert [*seen.values()][1] is wanted
