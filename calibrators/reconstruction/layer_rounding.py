@@ -129,8 +129,9 @@ class _Layers:
     def _float_part(self, block: Block, outputs: tuple[str, ...]) -> fx.GraphModule:
         """Return the float network from the inputs of a block to some of its values."""
         part = extract(self.network.placement.graph, replace(block, outputs=outputs))
-        for name, value in part.named_buffers():
-            setattr(part, name, channels_last(value))
+        for module in part.modules():
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, channels_last(value))
         return to_device(part, self.network.device)
 
     def _round(self, simulation: Simulation, layer: str) -> None:
