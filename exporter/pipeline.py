@@ -33,11 +33,12 @@ from exporter.frontend.calling import input_names, optional_inputs
 from exporter.frontend.capture import SAME, capture
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
+from exporter.handover.bundle import check_out, write_bundle
+from exporter.handover.golden_set import CHECK, write_golden_set
 from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
 from exporter.inputs.data import Data
 from exporter.inputs.open import check_takes_integers, open_both
 from exporter.progress import Bar, Progress
-from exporter.reporting.bundle import check_out, write_bundle
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, model_of, storage_of
@@ -173,16 +174,19 @@ class _Export:
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
         warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
         report = replace(report, warnings=tuple(warnings))
+        values = proof.golden_values(self.target.exact_on)
+        assert report.golden is not None and report.emission is not None
+        write_golden_set(self.folder, values, report.golden, report.emission.min_onnxruntime)
         names = result.program.meta["output_names"]
         expected = {name: y.numpy() for name, y in zip(names, outputs, strict=True)}
         return report, (feed(result.program, inputs), expected)
 
     def move_files(self, target: Path) -> None:
-        """Put the model, its external data and the reference program into the bundle."""
+        """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
         for path in self.folder.glob("model.onnx*"):
             shutil.move(path, target / path.name)
-        (target / REFERENCE).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.folder / "reference.pt2", target / REFERENCE)
+        shutil.move(self.folder / CHECK, target / CHECK)
+        shutil.move(self.folder / "golden", target / "golden")
 
     def _check_folding(self, graph: fx.GraphModule, result: CalibrationResult, batch: Batch) -> None:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
@@ -209,7 +213,8 @@ class _Export:
             emit_float(folded, self.float_path)
             exported = export_program(result.program)
             onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata, exported=exported)
-            save_reference(exported, self.folder / "reference.pt2")
+            (self.folder / REFERENCE).parent.mkdir()
+            save_reference(exported, self.folder / REFERENCE)
             model, simplifier = self._simplified(result, onnx_program)
             self._store(model, result.program)
             return simplifier

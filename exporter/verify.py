@@ -18,9 +18,9 @@ from calibrators.errors import InputError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
 from exporter.frontend.reference import load_reference
+from exporter.handover.bundle import read_golden, verify_manifest
 from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress
-from exporter.reporting.bundle import read_golden, verify_manifest
 from exporter.reporting.cautions import cautions
 from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, renamed, verdict
 from exporter.reporting.schema import Report, dump, read_report

@@ -28,7 +28,7 @@ from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import Comparison, weight_agreements
 from runtime_tests.parity.elsewhere import Elsewhere, proved_on
-from runtime_tests.parity.golden import GoldenOutput, golden_outputs
+from runtime_tests.parity.golden import GoldenOutput, GoldenValue, golden_outputs, golden_values
 from runtime_tests.parity.results import Level, Parity, ProvedOn, SecondLevel
 from runtime_tests.parity.second import SecondComparison
 from runtime_tests.reference.execute import KernelPlan, plan, run
@@ -163,6 +163,11 @@ class Proof:
         """Return the tolerance of each golden output; processors: families for which the file is made."""
         assert self.golden is not None
         return golden_outputs(self.model, self.kernels, *self.golden, processors=processors)
+
+    def golden_values(self, processors: Iterable[str]) -> list[GoldenValue]:
+        """Return the codes of every quantized value for the golden inputs; processors: as of `golden_outputs`."""
+        assert self.golden is not None
+        return golden_values(self.kernels, self.golden[0], processors=processors)
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.

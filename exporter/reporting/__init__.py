@@ -1,1 +1,1 @@
-"""The report, its gates, and the bundle."""
+"""The report and its gates."""

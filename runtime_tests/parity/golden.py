@@ -19,16 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import outputs_of
+from calibrators.graph.aten import layer_name, outputs_of
 from calibrators.program.qdq_program import QUANTIZE
 from runtime_tests.ort.sessions import Source, session
 from runtime_tests.parity.compare import distance, largest_finite
+from runtime_tests.parity.probes import codes_of
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR, legal_rate
 from runtime_tests.reference.execute import FLOAT, KernelPlan, run
 from runtime_tests.reference.kernel_plan import site_of
+from runtime_tests.reference.kernel_rules import output_grid
 from runtime_tests.reference.ties import ties_of
 
-__all__ = ["GoldenOutput", "golden_outputs", "within"]
+__all__ = ["GoldenOutput", "GoldenValue", "golden_outputs", "golden_values", "within"]
 
 RUNS = 16
 """Runs of the reference with codes that are one step off."""
@@ -52,6 +54,42 @@ class GoldenOutput:
     tolerance: float
     measured: float
     largest: float
+
+
+@dataclass(frozen=True, eq=False)
+class GoldenValue:
+    """The codes of a quantized value for the golden inputs.
+
+    name:   of the codes in the file; layer: the module that computes them; kernel: the operator that writes them.
+    codes:  in their container dtype; scale, zero_point: of the value that they stand for.
+    exact:  whether every correct runtime computes these codes: no float operator and no tie comes before.
+    """
+
+    name: str
+    layer: str
+    kernel: str
+    codes: Tensor
+    scale: float
+    zero_point: int
+    exact: bool
+
+
+def golden_values(plan: KernelPlan, inputs: Sequence[Tensor], *, processors: Iterable[str]) -> list[GoldenValue]:
+    """Return the codes of every quantized value, in the order in which they are computed.
+
+    plan, processors: as of `golden_outputs`.
+    """
+    unsure, names = _unsure_sites(plan, processors), codes_of(plan)
+    codes, _ = run(plan, inputs)
+    found = []
+    for node in plan.program.graph.nodes:
+        if node.target is QUANTIZE:
+            site, grid = site_of(node), output_grid(plan.program, node)
+            exact = not unsure & _sites_before(node)
+            step = plan.by_site[site]
+            where = names[site], layer_name(step.op), step.kernel
+            found.append(GoldenValue(*where, codes[site], float(grid.scale), grid.zero_point, exact))
+    return found
 
 
 def golden_outputs(

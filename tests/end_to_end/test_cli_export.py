@@ -27,7 +27,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from exporter.cli import INTERRUPTED, app
-from exporter.reporting.bundle import write_bundle
+from exporter.handover.bundle import write_bundle
 
 NETWORK = """
 import torch

@@ -21,9 +21,9 @@ from exporter import pipeline
 from exporter.checks import checked_data
 from exporter.config import ExportConfig
 from exporter.emission import packing
+from exporter.handover.bundle import read_golden, verify_manifest
 from exporter.inputs.open import open_data
 from exporter.pipeline import export
-from exporter.reporting.bundle import read_golden, verify_manifest
 from exporter.verify import verify
 from runtime_tests.ort.sessions import session
 from tests.support.networks import NETWORKS, build, randomize

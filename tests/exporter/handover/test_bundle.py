@@ -18,8 +18,8 @@ import pytest
 from onnx import numpy_helper
 
 from calibrators.errors import InputError
-from exporter.reporting import bundle as bundle_module
-from exporter.reporting.bundle import check_out, read_golden, verify_manifest, write_bundle
+from exporter.handover import bundle as bundle_module
+from exporter.handover.bundle import check_out, read_golden, verify_manifest, write_bundle
 from exporter.reporting.schema import read_report, validate_report
 from tests.exporter.reporting.sample_report import sample_report
 
@@ -30,7 +30,7 @@ GOLDEN = (
 )
 NAMES = {
     "model.onnx", "model.onnx.data", "report.json", "report.html", "junit.xml", "manifest.json",
-    "golden/README.md", "golden/test_data_set_0/input_0.pb",
+    "README.md", "golden/README.md", "golden/test_data_set_0/input_0.pb",
     "golden/test_data_set_0/input_1.pb", "golden/test_data_set_0/output_0.pb",
 }  # fmt: skip
 

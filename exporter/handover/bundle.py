@@ -26,6 +26,7 @@ from onnx import numpy_helper
 
 from calibrators.errors import InputError
 from exporter.config import NO_EFFECT
+from exporter.handover.readme import render_readme
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
 from exporter.reporting.schema import Report, dump, dump_json
@@ -82,6 +83,7 @@ def write_bundle(
         _write(folder, "report.json", dump_json(content).encode())
         _write(folder, "report.html", render_html(report).encode())
         _write(folder, "junit.xml", render_junit(report).encode())
+        _write(folder, "README.md", render_readme(report).encode())
         _put_golden(golden, report.golden or (), folder)
         _write(folder, _MANIFEST, dump_json(_manifest(folder, content, config)).encode())
     return out.resolve()
@@ -253,7 +255,7 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
-    report_files = ("report.json", "report.html", "junit.xml")  # these hold measured times
+    report_files = ("report.json", "report.html", "junit.xml", "README.md")  # these hold measured times
     artifact = {name: entry["sha256"] for name, entry in files.items() if name not in report_files}
     environment = report.get("environment", {})
     return {
