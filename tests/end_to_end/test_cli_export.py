@@ -130,7 +130,16 @@ def test_an_export_writes_the_bundle_and_tells_the_verdict(
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert "calibrate" in done.stderr and "\x1b" not in done.stderr, "progress without a terminal is plain lines"
     files = {path.name for path in out.iterdir()}
-    assert files == {"model.onnx", "report.json", "report.html", "junit.xml", "manifest.json", "golden"}
+    assert files == {
+        "model.onnx",
+        "report.json",
+        "report.html",
+        "junit.xml",
+        "manifest.json",
+        "golden",
+        "check.py",
+        "README.md",
+    }
     assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing stays beside the bundle"
     report = report_of(out)
     assert report["verdict"] == "pass"
