@@ -13,8 +13,7 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,22 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
-from calibrators.errors import InputError, IntactError, UnknownNameError, first_line
+from calibrators.errors import InputError, UnknownNameError
+from exporter.console import print_table, reported_errors
 
 if TYPE_CHECKING:
     from exporter.config import ExportConfig, Setting
     from runtime_tests.workers.runtime import Runtime
 
 __all__ = ["app", "export_command", "main"]
-
-INTERNAL_FAULT = 70
-"""EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
-INTERRUPTED = 130
-"""128 + SIGINT, as shells report it."""
 
 EXPORT_HELP = (
     "Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.\n\n"
@@ -152,7 +145,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     **flags: Any,
 ) -> None:
     """Export a model; `flags` are the settings that were given."""
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from exporter.config import load_config
 
         settings = load_config(config, flags, sets or ())
@@ -203,7 +196,7 @@ def verify(
 
     Example: [bold]intact verify build/net --on avx2 --on arm64[/bold]
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give the DIR that `intact export --out DIR` wrote.")
         from exporter.progress import console_progress
@@ -233,7 +226,7 @@ def lint(
 
     Example: [bold]intact lint model.onnx[/bold]
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from calibrators.targets import get_target
         from runtime_tests.ort.lint import lint as findings_of
         from runtime_tests.ort.versions import parse_version
@@ -244,8 +237,56 @@ def lint(
             raise InputError(f"{model} is not a file; give an ONNX model.")
         findings = findings_of(model, meant, min_ort=oldest)
         rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]
-        _print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
+        print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
         raise typer.Exit(any(finding.severity == "error" for finding in findings))
+
+
+@app.command(name="compare-dump", no_args_is_help=True)
+def compare_dump(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
+    dump: Annotated[
+        Path,
+        typer.Argument(metavar="DUMP", help="`.npz`, or a folder of `.npy`, `.bin` and `.raw` files, one per value."),
+    ],
+    names: Annotated[
+        Path | None,
+        _option("CSV table for names of their own: name in the dump, name of the value.", "--names", metavar="FILE"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare tensors dumped from a device with the golden codes, in code steps per layer; exit code 1 if they differ.
+
+    Feed the device the golden inputs. The first layer that differs is where the device computes otherwise: all later
+    ones inherit it.
+
+    Example: [bold]intact compare-dump build/net board.npz[/bold]
+    """
+    with reported_errors(debug=debug):
+        from exporter.handover.dump import compare_dump as compare
+        from exporter.reporting.number_format import percent, significant
+
+        layers, strangers = compare(folder, dump, names)
+        rows = [
+            (
+                each.layer,
+                each.kernel,
+                "0" if not each.differing else percent(each.differing / each.compared),
+                str(each.largest),
+                significant(each.mean, 2) if each.differing else "",
+                each.read_as,
+            )
+            for each in layers
+        ]
+        print_table(("layer", "kernel", "differ", "largest step", "mean step", "read as"), rows, box=None)
+        console = Console(soft_wrap=True, highlight=False)
+        if strangers:
+            console.print(f"{len(strangers)} tensors belong to no value: {', '.join(strangers[:3])}", markup=False)
+        first = next((each for each in layers if each.differing and each.exact), None)
+        if first is None:
+            console.print(f"{len(layers)} values agree where every runtime must.")
+        else:
+            console.print(f"The first layer that differs is {first.layer} ({first.name}).", markup=False)
+        raise typer.Exit(first is not None)
 
 
 @app.command()
@@ -265,7 +306,7 @@ def demo(
 
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from exporter.config import make_config
 
         source = "exporter.demo.model:"
@@ -283,7 +324,7 @@ def methods(
 
     Example: [bold]intact methods qdrop[/bold], then [bold]intact export ... --method qdrop --set iters=2000[/bold]
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from calibrators.methods import list_methods
         from exporter.config import ExportConfig
 
@@ -293,12 +334,12 @@ def methods(
         if name is None:
             usual = ExportConfig().method
             rows = [(method.name + " (default)" * (method.name == usual), method.summary) for method in known.values()]
-            _print_table(("method", "description"), rows, title="Calibration methods")
+            print_table(("method", "description"), rows, title="Calibration methods")
             Console().print("`intact methods NAME` lists the options of one.")
             return
         Console().print(f"[bold]{name}[/bold]: {escape(known[name].summary)}")
         options = [(option.name, str(option.default), option.doc) for option in known[name].options]
-        _print_table(("option", "default", "description"), options, empty="This method has no options.")
+        print_table(("option", "default", "description"), options, empty="This method has no options.")
         if options:
             Console().print(f"Set an option with `intact export ... --method {name} --set OPTION=VALUE`.")
 
@@ -309,13 +350,13 @@ def targets(debug: Debug = False) -> None:
 
     Example: [bold]intact export ... --target ort-cpu[/bold]
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from calibrators.targets import list_targets
 
         rows = [
             (t.name, _grid(t.activation), _grid(t.weight), ", ".join(t.exact_on), t.summary) for t in list_targets()
         ]
-        _print_table(("target", "activations", "weights", "exact on", "description"), rows, title="Targets")
+        print_table(("target", "activations", "weights", "exact on", "description"), rows, title="Targets")
 
 
 @app.command()
@@ -331,7 +372,7 @@ def runtimes(
 
     Example: [bold]intact runtimes --install avx2[/bold], then [bold]intact verify build/net --on avx2[/bold]
     """
-    with _reported_errors(debug=debug):
+    with reported_errors(debug=debug):
         from runtime_tests.runtimes import get_runtime, list_runtimes
 
         chosen = [get_runtime(name) for name in names] if names else list_runtimes()
@@ -340,7 +381,7 @@ def runtimes(
         rows = [
             (each.name, each.family, "no" if each.name in reasons else each.version, each.summary) for each in chosen
         ]
-        _print_table(("runtime", "processor", "available", "description"), rows, title="Runtimes")
+        print_table(("runtime", "processor", "available", "description"), rows, title="Runtimes")
         for name, reason in reasons.items():
             Console().print(f"{name} is not available: {reason}.", markup=False, highlight=False)
         if refusals:
@@ -370,46 +411,6 @@ def _export(
     _finish(run(model, data, eval_data=evaluation, out=out, config=settings, progress=progress, **rest), out)
 
 
-@contextmanager
-def _reported_errors(*, debug: bool) -> Iterator[None]:
-    """Turn exceptions into one message on stderr and their exit code."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing was written.", "")
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        raise  # nobody reads the output any more: not a fault, see main
-    except Exception as error:
-        if debug:
-            Console(stderr=True).print_exception()
-        message, prefix, code = _described(error)
-        _complain(message, prefix)
-        raise typer.Exit(code) from error
-
-
-def _described(error: Exception) -> tuple[str, str, int]:
-    """Return the message of an error, the prefix of the message, and the exit code."""
-    if isinstance(error, IntactError):
-        return str(error), "error: ", error.exit_code
-    if isinstance(error, OSError):
-        place = f" ({error.filename})" if error.filename else ""
-        reason = (
-            f"{error.strerror or error}{place}; nothing was written. Free some space, or check permissions and paths."
-        )
-        return reason, "error: ", InputError.exit_code
-    reason = (
-        f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report the traceback."
-    )
-    return reason, "", INTERNAL_FAULT
-
-
-def _complain(message: str, prefix: str) -> None:
-    Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
-
-
 def _finish(report: Any, folder: Path, *, page: str = "report") -> None:
     """Print the verdict; exit with 1 unless it is pass, even if nobody reads what is printed."""
     from exporter.reporting.terminal import verdict_panel
@@ -427,14 +428,6 @@ def _installed(runtime: Runtime) -> str:
     except InputError as error:
         return f"{runtime.name} cannot be installed here: {error}"
     return ""
-
-
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:
-    """Print a table whose first column is bold, or the text for an empty one."""
-    table = Table(*columns, title_justify="left", **style)
-    for first, *others in rows:
-        table.add_row(f"[bold]{escape(first)}[/bold]", *map(escape, others))
-    Console().print(table if rows else empty)
 
 
 def _grid(spec: Any) -> str:

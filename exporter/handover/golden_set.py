@@ -49,6 +49,7 @@ def write_golden_set(
                 "layer": value.layer,
                 "kernel": value.kernel,
                 "exact": value.exact,
+                "dtype": str(arrays[value.name].dtype),
                 "shape": list(value.codes.shape),
                 "scale": value.scale,
                 "zero_point": value.zero_point,

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from calibrators.errors import ExportError, InputError
 from calibrators.placement.layer_rules import LayerRule
 from exporter.checks import check_settings
-from exporter.cli import INTERNAL_FAULT, INTERRUPTED, app
+from exporter.cli import app
 from exporter.config import ExportConfig
+from exporter.console import INTERNAL_FAULT, INTERRUPTED
 from exporter.inputs.open import open_both
 from exporter.progress import Progress, console_progress
 from tests.exporter.reporting.sample_report import sample_report

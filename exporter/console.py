@@ -1,0 +1,73 @@
+"""The terminal: one message and an exit code for an error, and tables.
+
+Must not know: commands, how anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from calibrators.errors import InputError, IntactError, first_line
+
+__all__ = ["INTERNAL_FAULT", "INTERRUPTED", "print_table", "reported_errors"]
+
+INTERNAL_FAULT = 70
+"""EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+@contextmanager
+def reported_errors(*, debug: bool) -> Iterator[None]:
+    """Turn exceptions into one message on stderr and their exit code; debug: show the traceback first."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written.", "")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise  # nobody reads the output any more: not a fault, see main
+    except Exception as error:
+        if debug:
+            Console(stderr=True).print_exception()
+        message, prefix, code = _described(error)
+        _complain(message, prefix)
+        raise typer.Exit(code) from error
+
+
+def _described(error: Exception) -> tuple[str, str, int]:
+    """Return the message of an error, the prefix of the message, and the exit code."""
+    if isinstance(error, IntactError):
+        return str(error), "error: ", error.exit_code
+    if isinstance(error, OSError):
+        place = f" ({error.filename})" if error.filename else ""
+        reason = (
+            f"{error.strerror or error}{place}; nothing was written. Free some space, or check permissions and paths."
+        )
+        return reason, "error: ", InputError.exit_code
+    reason = (
+        f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report the traceback."
+    )
+    return reason, "", INTERNAL_FAULT
+
+
+def _complain(message: str, prefix: str) -> None:
+    Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
+
+
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:
+    """Print a table whose first column is bold, or `empty` if it has no rows; style: arguments of rich's Table."""
+    table = Table(*columns, title_justify="left", **style)
+    for first, *others in rows:
+        table.add_row(f"[bold]{escape(first)}[/bold]", *map(escape, others))
+    Console().print(table if rows else empty)
