@@ -2,7 +2,9 @@
 
 That loader unpickles members, evaluates shape expressions, generates Python from names, follows dotted operator names
 and opens compiled libraries. Here each of these is held to the form that `torch.export.save` writes for plain networks;
-any other file is refused before torch sees it. A refused user can give a factory and a checkpoint instead.
+any other file is refused before torch sees it. Operators are those that networks call, since some others trust their
+arguments and read foreign memory. Sizes are checked before memory is taken. A refused user can give a factory and a
+checkpoint instead.
 
 Must not know: how the program is used afterwards.
 """
@@ -12,13 +14,16 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 
 from calibrators.errors import ModelError
 
@@ -28,12 +33,40 @@ MEMBERS = re.compile(
     r"data/(weights|constants)/((weight|tensor)_\d+|\w+_(weights|constants)_config\.json)|models/\w+\.json"
     r"|data/sample_inputs/\w+\.pt|archive_format|archive_version|byteorder|version|\.data/\w+|\.format_version|extra/.*"
 )
-OPERATORS = re.compile(
-    r"torch\.ops\.(?!_)\w+\.\w+(\.\w+)?|torch\.sym_\w+|torch\._sym_\w+|math\.(ceil|floor|trunc)|round"
+ON_NUMBERS = re.compile(
+    r"torch\.sym_\w+|torch\._sym_\w+|math\.(ceil|floor|trunc)|round"
     r"|_operator\.(getitem|add|mul|sub|truediv|floordiv|mod|pow|neg|abs|ge|le|gt|lt|eq|ne|and_|or_|not_|lshift|rshift)"
 )
-FILE_OPERATORS = re.compile(r"torch\.ops\.aten\.(from_file|_?save)\b.*")
+OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+?)(?:\.(\w+))?")
+NAMESPACES = {
+    "intact": re.compile("quantize|dequantize"),
+    "quantized_decomposed": re.compile(r"(de)?quantize_per_(tensor|channel)\w*"),
+    "torchvision": re.compile("nms|(ps_)?roi_(align|pool)|deform_conv2d"),
+    "higher_order": re.compile("cond|scan|while_loop|associative_scan|wrap_with_(autocast|set_grad_enabled)"),
+    "prims": re.compile("convert_element_type|iota"),
+}
+"""Operators that a program may call besides those of `aten`, by namespace."""
+
+UNCHECKED = re.compile(
+    r"sparse|coo_|_coo|cs[rc]|bs[rc]|nested|mkldnn|fbgemm|cudnn|miopen|mps|cufft|backward|from_file|_?save"
+    r"|^set_|^_?set$|storage|resize|validate|record_stream|foreach|^_(?!unsafe_(view|index)|assert)\w*unsafe"
+)
+"""Names of `aten` operators that trust their arguments, read files, or change what a tensor points to."""
+
+FURTHER = re.compile(
+    r"(unsqueeze|squeeze|transpose|t|copy|detach|masked_scatter|bernoulli|addr|index_reduce)_|cum(max|min)|(nan)?median"
+    r"|masked_select|kthvalue|mode|logcumsumexp|bincount|hist(c|ogram)|searchsorted|angle|view_as_(real|complex)|equal"
+    r"|rand(n|int)?_like|randint|multinomial|poisson|polygamma|range|grid_sampler_3d|(linalg_|ormqr|triangular_|lu_)\w+"
+    r"|nonzero_static|slow_conv\w+|conv_depthwise3d|fft_\w+|(bartlett|blackman|hamming|hann|kaiser)_window|fake_quant\w+"
+    r"|sort|lift_fresh_copy|_upsample_\w+_aa|_embedding_bag(_forward_only)?|_?sym_constrain_range\w*"
+    r"|_assert_(tensor_metadata|scalar|async)|rrelu_with_noise\w*|unique_\w+|special_\w+|addbmm|put|segment_reduce|fractional_max_pool\w+"
+)
+"""Operators of `aten` that torch neither calls core nor decomposes, and that check their arguments."""
 NAME = re.compile(r"[\w.]*")
+
+EXPANDED = 4
+"""Largest number of elements of all weights, over the bytes of the file."""
+
 SAFE_NODES = (
     ast.Expression,
     ast.Call,
@@ -59,10 +92,14 @@ def clean_archive(path: Path) -> io.BytesIO:
     copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+            _check_sizes(path, archive)
             for name, full in _members(path, archive).items():
                 content = archive.read(full)
                 if name.endswith(".json"):
-                    _check_json(path, name, json.loads(content))
+                    document = json.loads(content)
+                    _check_json(path, name, document)
+                    if name.endswith("_config.json"):
+                        _check_tensors(path, name, document)
                 elif name.endswith(".pt"):
                     _check_pickle(path, name, content)
                 clean.writestr(f"model/{name}", content)
@@ -93,6 +130,29 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
     return members
 
 
+def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse members that unfold to more than the file holds; torch stores them as they are."""
+    promised, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
+    if promised > size:
+        raise ModelError(
+            f"{path} has {size:,} bytes, but its members promise {promised:,}; write it again with torch.export.save."
+        )
+
+
+def _check_tensors(path: Path, name: str, config: Any) -> None:
+    """Refuse weights with far more elements than bytes, which stand for memory that the file does not hold."""
+    entries = config.get("config", {}).values() if isinstance(config, dict) else ()
+    try:
+        elements = sum(math.prod(size["as_int"] for size in entry["tensor_meta"]["sizes"]) for entry in entries)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is malformed: {error!r}") from error
+    size = path.stat().st_size
+    if elements > EXPANDED * size:
+        raise ModelError(
+            f"{path} has {size:,} bytes, but its weights have {elements:,} elements; store them without expanded views."
+        )
+
+
 def _check_pickle(path: Path, name: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
@@ -112,7 +172,7 @@ def _check_json(path: Path, name: str, document: Any) -> None:
             raise _refusal(path, "an import of a Python module by name")
         if key == "expr_str" and not _is_safe_expression(value):
             raise _refusal(path, f"the shape expression {value[:80]!r}")
-        if key == "target" and (not OPERATORS.fullmatch(value) or FILE_OPERATORS.fullmatch(value)):
+        if key == "target" and not (ON_NUMBERS.fullmatch(value) or _is_checked(value)):
             raise _refusal(path, f"a call of {value[:80]!r}")
         if key.endswith("name") and not NAME.fullmatch(value):
             raise _refusal(path, f"the name {value[:80]!r}")
@@ -128,6 +188,23 @@ def _entries(document: Any) -> Iterator[tuple[str, Any]]:
             stack.extend((str(inner), item) for inner, item in value.items())
         elif isinstance(value, list):
             stack.extend((key, item) for item in value)
+
+
+@cache
+def _is_checked(target: str) -> bool:
+    """Return whether an operator is one of those that networks call, which check their arguments."""
+    match = OPERATOR.fullmatch(target)
+    if match is None:
+        return False
+    namespace, name, overload = match.groups()
+    if namespace != "aten":
+        return namespace in NAMESPACES and bool(NAMESPACES[namespace].fullmatch(name))
+    operator = getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
+    if not isinstance(operator, torch._ops.OpOverload) or UNCHECKED.search(name):
+        return False
+    implicit = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    is_known = torch.Tag.core in operator.tags or implicit or operator in decomposition_table
+    return is_known or bool(FURTHER.fullmatch(name))
 
 
 def _is_safe_expression(text: str) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from calibrators.errors import InputError, ModelError, UnknownNameError
+from exporter.frontend import pt2_archive
 from exporter.frontend.calling import input_names
 from exporter.frontend.load import load_model, read_states
 from exporter.frontend.user_code import load_callable
@@ -476,6 +477,53 @@ def test_a_hostile_program_is_refused_before_torch_reads_it(program: Path, tmp_p
     ):
         load_model(str(path))
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["aten._sparse_coo_tensor_unsafe.default", "inductor._reinterpret_tensor.default", "aten.from_file.default",
+     "aten.set_.source_Storage", "aten.resize_.default", "aten.mkldnn_linear.default", "fsdp.copy_.default",
+     "aten.col2im.nonsense", "aten.conv2d_backward.default"],
+)  # fmt: skip
+def test_operators_that_trust_their_arguments_are_refused(program: Path, tmp_path: Path, operator: str) -> None:
+    change = replaced("models/model.json", "aten.relu.default", operator)
+    with pytest.raises(ModelError, match=f"a call of 'torch.ops.{operator}'"):
+        load_model(str(rewrite(program, tmp_path / "hostile.pt2", change)))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["conv2d.default", "relu_.default", "scaled_dot_product_attention.default", "lstm.input", "topk.default",
+     "sort.stable", "_unsafe_index.Tensor", "_to_copy.default", "upsample_bicubic2d.vec", "einsum.default",
+     "_upsample_bilinear2d_aa.default", "embedding_bag.padding_idx", "index_put_.default", "fft_rfft.default",
+     "batch_norm.default", "_native_batch_norm_legit_no_training.default", "grid_sampler.default", "unbind.int",
+     "_assert_tensor_metadata.default", "masked_fill_.Scalar", "lift_fresh_copy.default", "copy_.default"],
+)  # fmt: skip
+def test_operators_of_networks_are_known(operator: str) -> None:
+    assert pt2_archive._is_checked(f"torch.ops.aten.{operator}")
+
+
+def test_an_archive_that_unfolds_is_refused(program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt2"
+    with zipfile.ZipFile(program) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for info in source.infolist():
+            target.writestr(info.filename, source.read(info.filename))
+        target.writestr("archive/data/weights/weight_99", b"\0" * 10_000_000)
+    with pytest.raises(ModelError, match="its members promise"):
+        load_model(str(path))
+
+
+def test_weights_that_the_file_does_not_hold_are_refused(program: Path, tmp_path: Path) -> None:
+    def expand(name: str, content: bytes) -> bytes:
+        if name != "data/weights/model_weights_config.json":
+            return content
+        document = json.loads(content)
+        meta = next(iter(document["config"].values()))["tensor_meta"]
+        meta["sizes"], meta["strides"] = [{"as_int": 1 << 40}], [{"as_int": 0}]
+        return json.dumps(document).encode()
+
+    with pytest.raises(ModelError, match="weights have"):
+        load_model(str(rewrite(program, tmp_path / "net.pt2", expand)))
 
 
 @pytest.mark.parametrize("kind", ["sample inputs", "expression"])
