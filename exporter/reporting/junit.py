@@ -22,7 +22,7 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render_junit(report: Report) -> str:
-    """Return JUnit XML with the suites gates, parity by level, fold, coverage and lint."""
+    """Return JUnit XML with the suites gates, parity by level, fold, coverage and lint, without empty ones."""
     parity = report.parity
     suites = {
         "gates": _gates(report),
@@ -36,7 +36,8 @@ def render_junit(report: Report) -> str:
     }
     document = junitparser.JUnitXml("intact")
     for name, cases in suites.items():
-        document.add_testsuite(_suite(f"intact.{name}", cases))
+        if found := list(cases):
+            document.add_testsuite(_suite(f"intact.{name}", found))
     return str(document.tostring().decode("utf-8")) + "\n"  # type: ignore[no-untyped-call]
 
 

@@ -9,9 +9,11 @@ import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import xmlschema
 
 from exporter.reporting import headline as wording
 from exporter.reporting import html as pages
@@ -476,6 +478,15 @@ def test_junit_opens_with_one_suite_per_group() -> None:
     assert [suite.get("tests") for suite in suites.values()] == ["5", "11", "10", "2", "4", "3", "1"]
     assert [suite.get("skipped") for suite in suites.values()] == ["0", "0", "0", "0", "1", "2", "0"]
     assert root.findall(".//failure") == []
+
+
+@pytest.mark.parametrize("missing", ["", "lint", "proved_on", "golden"])
+def test_junit_is_valid_for_jenkins(missing: str) -> None:
+    """Jenkins' schema refuses a suite without a case."""
+    report = {key: value for key, value in sample_report(9).items() if key != missing}
+    report["gates"] = [gate | {"passed": False} for gate in report["gates"]]
+    schema = xmlschema.XMLSchema(Path(__file__).with_name("jenkins-junit-10.xsd"))
+    schema.validate(ET.fromstring(render_junit(report)))
 
 
 def test_junit_failures_carry_the_message() -> None:
