@@ -42,10 +42,18 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]+)\s*")
+_EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]+(?:\s+[A-Za-z]+)?)\s*")
 # Scores are counts over samples: their difference carries float noise of 1e-16, which must not decide a gate.
 _DECIMALS = 12
 _WORDS = {"true": 1.0, "false": 0.0}
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[A-Za-z]+)")
+_UNITS = {
+    **dict.fromkeys(("%", "pp"), ("share", "e-2")),
+    "dB": ("dB", ""),
+    **{unit: ("bytes", power) for unit, power in (("B", ""), ("kB", "e3"), ("MB", "e6"), ("GB", "e9"))},
+    **{unit: ("ms", power) for unit, power in (("us", "e-3"), ("ms", ""), ("s", "e3"))},
+}
+"""The quantity that each unit of a limit measures, and its power of ten; powers are text, as 0.3 / 100 is not 0.003."""
 _RENAMED = {"kernel_surprises": "unplanned_kernels"}
 """Old names of metrics, which are accepted for one release."""
 
@@ -55,10 +63,14 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A short name for a number of the report: its help, and how to read its value (None: not measured)."""
+    """A short name for a number of the report: its help, and how to read its value (None: not measured).
+
+    quantity: what it measures, which decides the units of its limits: "share", "bytes", "ms", "dB" or a plain number.
+    """
 
     help: str
     value: Callable[[Report], float | None]
+    quantity: str = "share"
     needs_eval: bool = False
     needs_labels: bool = False
 
@@ -91,7 +103,8 @@ def parse(expression: str) -> Gate:
     if name not in METRICS and not _is_path(name):
         near = difflib.get_close_matches(name, metric_paths(), n=3)
         raise UnknownNameError("gate metric", name, {*METRICS, *near})
-    return Gate(name, compare, _limit(limit, expression), old_name=given if given != name else "")
+    quantity = METRICS[name].quantity if name in METRICS else "share"
+    return Gate(name, compare, _limit(limit, quantity, expression), old_name=given if given != name else "")
 
 
 def renamed(gates: Iterable[Gate]) -> list[str]:
@@ -104,12 +117,20 @@ def renamed(gates: Iterable[Gate]) -> list[str]:
     ]
 
 
-def _limit(text: str, expression: str) -> float:
-    number = f"{text[:-1]}e-2" if text.endswith("%") else text  # text, not a division: 0.3 / 100 is not 0.003
+def _limit(text: str, quantity: str, expression: str) -> float:
+    """Return the number of a limit such as 0.01, 1%, 1pp, 300kB or 2ms, in the unit of the report."""
+    match = _NUMBER.fullmatch(text)
+    number = text
+    if match is not None and match[2] in _UNITS:
+        measured, power = _UNITS[match[2]]
+        if measured != quantity:
+            units = ", ".join(unit for unit, (of, _) in _UNITS.items() if of == quantity) or "none"
+            raise InputError(f"gate {expression!r}: {match[2]} is no unit of this metric; its units are: {units}.")
+        number = f"{match[1]}{power}" if "e" not in match[1].lower() else str(float(match[1]) * float(f"1{power}"))
     try:
         limit = _WORDS[text.lower()] if text.lower() in _WORDS else float(number)
     except ValueError as error:
-        raise InputError(f"gate {expression!r}: the limit {text!r} is not a number.") from error
+        raise InputError(f"gate {expression!r}: the limit {text!r} is not a number with a known unit.") from error
     if not math.isfinite(limit):
         raise InputError(f"gate {expression!r}: the limit {text!r} is not finite, so the gate would prove nothing.")
     return limit
@@ -266,6 +287,7 @@ METRICS: dict[str, Metric] = {
     "sqnr_db": Metric(
         "signal over quantization noise at the outputs, in dB; infinite where they are identical",
         _sqnr,
+        "dB",
         needs_eval=True,
     ),
     "mismatched": Metric("differing values end to end, optimizations on", _path("parity.optimized.mismatched")),
@@ -305,6 +327,8 @@ METRICS: dict[str, Metric] = {
     "latency_ratio": Metric(
         "time of the quantized model over time of the float model", _over("latency_ms.quantized", "latency_ms.float")
     ),
+    "latency": Metric("time of the quantized model, in ms", _path("latency_ms.quantized"), "ms"),
+    "size": Metric("bytes of the quantized model", _path("size.bytes"), "bytes"),
     "size_ratio": Metric(
         "bytes of the quantized model over bytes of the float model", _over("size.bytes", "size.float_bytes")
     ),

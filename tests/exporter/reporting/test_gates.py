@@ -29,6 +29,12 @@ def _result(expression: str, report: dict[str, Any]) -> GateResult:
         pytest.param("agreement>=1e-1", "agreement>=0.1", id="exponent"),
         pytest.param("parity.optimized.mismatched==0", "parity.optimized.mismatched==0", id="path"),
         pytest.param("coverage.by_op.QLinearConv>=14", "coverage.by_op.QLinearConv>=14", id="operator-count"),
+        pytest.param("accuracy_drop<=0.3pp", "accuracy_drop<=0.003", id="points"),
+        pytest.param("size<=300kB", "size<=300000", id="kilobytes"),
+        pytest.param("size<=1.5e0 MB", "size<=1500000", id="megabytes"),
+        pytest.param("latency<2ms", "latency<2", id="milliseconds"),
+        pytest.param("latency<0.3s", "latency<300", id="seconds"),
+        pytest.param("sqnr_db>=20dB", "sqnr_db>=20", id="decibels"),
     ],
 )
 def test_parse_reads_every_form(text: str, expression: str) -> None:
@@ -40,7 +46,8 @@ def test_parse_reads_every_form(text: str, expression: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "accuracy_drop", "<=0.01", "accuracy_drop<=", "accuracy_drop=0.01", "accuracy_drop=<1", "accuracy_drop<=a",
-     "accuracy_drop<=nan", "accuracy_drop<=inf", "accuracy_drop<=nan%", "accuracy_drop<=0.1<=0.2", "a b<=1"],
+     "accuracy_drop<=nan", "accuracy_drop<=inf", "accuracy_drop<=nan%", "accuracy_drop<=0.1<=0.2", "a b<=1",
+     "size<=300kg", "size<=3ms", "latency<=2kB", "agreement>=3dB", "sqnr_db>=20%", "size<=kB", "mismatched<=1 1"],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_condition_is_refused(text: str) -> None:
@@ -84,6 +91,8 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "integer_nodes": 14,
         "integer_node_share": 14 / 16,
         "integer_time": 0.62,
+        "latency": 3.92,
+        "size": 7_991_296,
         "latency_ratio": 3.92 / 12.41,
         "size_ratio": 7_991_296 / 31_412_224,
         "unproved_runtimes": 0,
