@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from calibrators.graph.operators import Operators
+from calibrators.grid.costs import Costs
 from calibrators.grid.processors import PROCESSORS
 from calibrators.grid.spec import QuantSpec
 
@@ -50,6 +51,8 @@ class Target:
     same_scale_ops:    that move codes around unchanged: output and input share scale and zero point.
     on_codes_ops:      that move codes likewise, but only if the file applies them to the codes themselves.
     fixed_outputs:     whose output range is known: (scale, zero_point).
+    costs:             of operators, by ATen name or kind of convolution, by which `placement = fastest` decides; empty
+                       where nothing was measured.
 
     The forms of programs
     drops_clips:       the runtime removes a ReLU or clip that the saturation at the ends of the container performs.
@@ -79,6 +82,7 @@ class Target:
     same_scale_ops: Operators
     on_codes_ops: Operators
     fixed_outputs: Mapping[str, tuple[float, int]]
+    costs: Mapping[str, Costs]
     drops_clips: bool
     shields_floats: bool
 

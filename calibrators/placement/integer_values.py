@@ -38,6 +38,11 @@ class Placer:
         for node in reversed(self.nodes):
             self.is_quantized[node] = self._find_is_quantized(node)
 
+    def without(self, names: frozenset[str]) -> Placer:
+        """Return the placer with further operators in float."""
+        weighted = frozenset(node for node in self.weighted if node.name not in names)
+        return Placer(self.graph, self.target, self.selected - names, weighted)
+
     def _absorb_clip(self, node: fx.Node) -> None:
         user = next(iter(node.users), None)
         if not (self.is_weighted(node) or self._is_integer_op(node)) or len(node.users) != 1:

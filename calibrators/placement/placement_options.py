@@ -5,7 +5,7 @@ Must not know: graphs, torch.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -39,6 +39,8 @@ class PlacementOptions(Settings):
                      as slow on CPUs with VNNI.
     wide_taps:       where the bits cannot hold an identity branch together with the weights of the kernel into which it
                      was folded, its codes keep 8 bits (7 with reduce_range; calibrators.placement.identity_taps).
+    placement:       whether layers stay in float that the runtime computes faster so ("fastest"), as the target's costs
+                     predict it (calibrators.placement.fastest), or all become integers that can ("integer").
     include, exclude: globs on module path, operator or node name.
     layers:          rules for single layers, in order; they win over all of the above.
     """
@@ -65,6 +67,12 @@ class PlacementOptions(Settings):
     )
     wide_taps: bool = setting(
         True, "Keep 8 bits for identity branches that fewer bits cannot hold together with the kernel.", flag=None
+    )
+    placement: Literal["fastest", "integer"] = setting(
+        "fastest",
+        "Layers to quantize: all but those that the runtime computes much faster in float, by a table of measured "
+        "costs (`fastest`), or every one that has an integer kernel (`integer`).",
+        metavar="WHICH",
     )
     include: tuple[str, ...] = setting(
         (), "Quantize only operators whose name, module or type matches this glob; repeatable.", metavar="GLOB"

@@ -15,5 +15,6 @@ TARGET = replace(
     name="ort-arm",
     summary="onnxruntime, CPU execution provider, 64-bit ARM",
     exact_on=("arm64", "x86-vnni"),
+    costs={},
     ignored_rules=frozenset({"signed-fan-out"}),
 )

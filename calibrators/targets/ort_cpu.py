@@ -16,6 +16,7 @@ from calibrators.graph.operators import LISTS, MOVES, Operators
 from calibrators.grid.processors import PROCESSORS
 from calibrators.grid.spec import QuantSpec
 from calibrators.grid.target import Target
+from calibrators.grid.x86_costs import X86_COSTS
 
 TARGET = Target(
     name="ort-cpu",
@@ -50,6 +51,7 @@ TARGET = Target(
     same_scale_ops=MOVES - LISTS - {"getitem"} | {"pad.default"},
     on_codes_ops=Operators("constant_pad_nd.default"),
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
+    costs=X86_COSTS,
     drops_clips=True,
     shields_floats=True,
 )

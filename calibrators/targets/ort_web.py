@@ -15,4 +15,5 @@ TARGET = replace(
     name="ort-web",
     summary="onnxruntime-web, WebAssembly",
     exact_on=("wasm", "x86-vnni"),
+    costs={},
 )

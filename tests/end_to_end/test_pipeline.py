@@ -26,7 +26,7 @@ from exporter.inputs.open import open_data
 from exporter.pipeline import export
 from exporter.verify import verify
 from runtime_tests.ort.sessions import session
-from tests.support.networks import NETWORKS, build, randomize
+from tests.support.networks import NETWORKS, ThinBlocks, build, randomize
 
 EXACT = ("residual", "pooled", "mlp")
 """Networks in which every operator between quantizers has an integer kernel."""
@@ -291,6 +291,16 @@ def test_model_with_a_fixed_batch(tmp_path: Path) -> None:
     assert any("batch is fixed at 1" in warning for warning in report["warnings"])
     assert report["model"]["inputs"][0]["shape"] == [1, 1, 5, 5]
     assert report["data"]["calibration"]["samples"] == 8
+
+
+def test_layers_that_are_faster_in_float_stay_there_and_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3, 48, 48)]
+    report = export(ThinBlocks(), data, out=tmp_path / "out", method="minmax", parity_samples=4, latency_runs=0)
+    assert report["verdict"] == "pass"
+    assert any("left in float, which is faster" in warning for warning in report["warnings"])
+    assert any(rule["match"] == "placement = fastest" and rule["layers"] for rule in report["rules"])
+    assert 0 < report["coverage"]["integer_macs"] < 1
 
 
 def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:

@@ -107,3 +107,26 @@ def build(name: str, seed: int = 0, batch: int = 8) -> tuple[nn.Module, Tensor]:
     kind, shape = NETWORKS[name]
     generator = torch.Generator().manual_seed(seed + 1)
     return randomize(kind(), seed), torch.randn(batch, *shape, generator=generator)
+
+
+class ThinBlocks(nn.Module):
+    """Depthwise convolutions of few channels on large images, whose integer kernels are slow."""
+
+    def __init__(self, channels: int = 20, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 1),
+            )
+            for _ in range(blocks)
+        )
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
