@@ -7,6 +7,7 @@
 - narrow -> slice; flips -> flip; rotations -> transpose and flip
 - stack, hstack, vstack, dstack -> concatenation; splits of a named axis -> splits
 - channel shuffle, pixel unshuffle -> reshape, permute, reshape
+- values made from the sizes of others alone -> constants; empty parts of a concatenation -> nothing
 - inner products and tensordot -> matmul of matrices; addmm and baddbmm -> matmul and a sum
 - one-sided clamps, a threshold at 0 -> clamp
 
@@ -166,6 +167,23 @@ def _split_by_name(node: fx.Node) -> None:
         node.target, node.args, node.kwargs = target, (node.args[0], how, axis), {}
 
 
+def _fill(node: fx.Node) -> None:
+    """Make a value of one number without the tensor that lends it sizes or type, whose layer would count as read."""
+    value, bound = node.meta.get("val"), bind(node)
+    sizes = list(value.shape) if isinstance(value, Tensor) else [None]
+    number = bound.get("fill_value", 1 if "ones" in operator_name(node.target) else 0)
+    if all(isinstance(each, int) for each in sizes) and not isinstance(number, fx.Node):
+        node.target, node.args, node.kwargs = aten.full.default, (sizes, number), {"dtype": value.dtype}  # type: ignore[union-attr]
+
+
+def _cat(node: fx.Node) -> None:
+    """Leave out parts without values."""
+    tensors, *rest = bind(node).values()
+    full = [x for x in tensors if not isinstance(x.meta.get("val"), Tensor) or 0 not in _shape(x)]
+    if full:
+        node.args, node.kwargs = (full, *rest), {}
+
+
 # Products and clamps -------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +251,9 @@ SPELLINGS: dict[Any, tuple[Rule, ...]] = {
     **_for_all("fliplr.default flipud.default", _flip),
     **_for_all("rot90.default", _rotate),
     **_for_all("channel_shuffle.default native_channel_shuffle.default pixel_unshuffle.default", _regroup),
+    **_for_all("zeros_like.default ones_like.default full_like.default", _fill),
+    **_for_all("new_zeros.default new_ones.default new_full.default", _fill),
+    **_for_all("cat.default", _cat),
     **_for_all("stack.default", _stack),
     **_for_all("hstack.default vstack.default row_stack.default dstack.default column_stack.default", _stack_by_name),
     **_for_all("hsplit.int hsplit.array vsplit.int vsplit.array dsplit.int dsplit.array", _split_by_name),

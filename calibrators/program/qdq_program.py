@@ -36,12 +36,15 @@ from calibrators.grid.numerics import along_axis, grid_of, round_codes, values_o
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds"]
+__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds", "is_saturation"]
 
 aten = torch.ops.aten
 
 UNSIGNED_ZERO = 128
 """Zero point of weights stored as uint8."""
+CLIP_TOLERANCE = torch.finfo(torch.float32).eps
+"""Distance between the bound of a clip and the end of a grid within which onnxruntime takes them for equal."""
+INT32_END = 2.0**31
 
 
 @torch.library.custom_op("intact::quantize", mutates_args=())
@@ -154,8 +157,9 @@ class _Builder:
         That is the ReLU or clip itself if the runtime removes it, because saturation at the ends of the container
         equals it, or if it runs in float anyway; else its input, because the integer bounds do its work.
         """
+        assert site.clip is not None
         container = torch.iinfo(site.spec.dtype)
-        saturates = code_bounds(site, qparams) == (container.min, container.max)
+        saturates = is_saturation(site.clip, qparams.scale, qparams.zero_point, (container.min, container.max))
         is_dropped = saturates and self.placement.target.drops_clips
         if site.spec.is_wide or is_dropped or len(readers) != len(node.users):
             return node
@@ -230,6 +234,24 @@ def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple
     if node.target is aten.constant_pad_nd.default:
         return node.target, (node.args[1], int(qparams.zero_point))
     return aten.clamp.default, bounds
+
+
+def is_saturation(
+    bounds: tuple[float, float], scale: Tensor, zero_point: Tensor | int, container: tuple[int, int]
+) -> bool:
+    """Return whether a runtime takes a clip for the saturation of the quantizer after it.
+
+    Its bounds must have the codes of the ends of the container. onnxruntime computes these as int32, where a high upper
+    bound overflows (IsClipMadeRedundantByQ, 1.32); it removes such a clip only if the lower bound is the value of the
+    lowest code, up to CLIP_TOLERANCE (ClipQuantFusion).
+    """
+    first, last = (
+        bound if math.isinf(bound) else float(torch.round(torch.tensor(bound) / scale)) + int(zero_point)
+        for bound in bounds
+    )
+    lowest = float(scale * (container[0] - int(zero_point)))
+    is_counted = last < INT32_END or bounds[0] - lowest <= CLIP_TOLERANCE
+    return first <= container[0] and last >= container[1] and is_counted
 
 
 def code_bounds(site: Site, qparams: QParams) -> tuple[int, int]:

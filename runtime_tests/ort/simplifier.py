@@ -19,8 +19,8 @@ import onnx
 from numpy.typing import NDArray
 
 from calibrators.errors import ModelError
-from runtime_tests.ort.onnx_operators import DEQUANTIZE, QUANTIZE
-from runtime_tests.ort.sessions import session
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, INTEGER_INSIDE, QUANTIZE
+from runtime_tests.ort.sessions import Model, session
 
 __all__ = ["Simplifier", "changes", "simplify"]
 
@@ -79,6 +79,8 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
         _restore(candidate, model)
         if found := changes(model, candidate):
             return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
+        if lost := _lost_kernels(model, candidate):
+            return kept(f"dropped: onnxruntime makes fewer integer kernels of it: {lost}", after)
         if not _same_outputs(model, candidate, sample_inputs):
             return kept("dropped: the outputs on the sample inputs differ", after)
     except (onnx.shape_inference.InferenceError, ModelError) as error:
@@ -177,6 +179,20 @@ def _signature(model: onnx.ModelProto) -> list[bytes]:
 
 def _metadata(model: onnx.ModelProto) -> tuple[dict[str, str], ...]:
     return tuple({entry.key: entry.value for entry in part.metadata_props} for part in (model, model.graph))
+
+
+def _lost_kernels(model: onnx.ModelProto, candidate: onnx.ModelProto) -> str:
+    """Return which integer kernels onnxruntime makes of the model and not of the candidate: `QGemm 12 -> 4`.
+
+    Where two reshapes vanish, for instance, it merges a Gemm and the Relu after it in float.
+    """
+    before, after = map(_kernels, (model, candidate))
+    return ", ".join(f"{name} {count} -> {after[name]}" for name, count in before.items() if after[name] < count)
+
+
+def _kernels(model: onnx.ModelProto) -> Counter[str]:
+    names = (node.op_type for node in Model(model).optimized.proto.graph.node)
+    return Counter(name for name in names if name.startswith("QLinear") or name in INTEGER_INSIDE)
 
 
 def _same_outputs(model: onnx.ModelProto, candidate: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> bool:

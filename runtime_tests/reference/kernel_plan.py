@@ -10,7 +10,6 @@ Must not know: ONNX, sessions, how parameters were chosen, how a kernel computes
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import MOVES
 from calibrators.grid.target import Target
 from calibrators.placement.kernel_forms import missing_form
-from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE, is_saturation
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.onnx_operators import WEIGHT_ONLY
 from runtime_tests.reference.kernel_rules import (
@@ -243,14 +242,7 @@ def _chain(quantizer: fx.Node, y: Grid) -> tuple[fx.Node, tuple[fx.Node, ...], t
 def _saturates(node: fx.Node, y: Grid) -> bool:
     """Return whether a ReLU or clip has no effect beyond saturation at the ends of the container."""
     bounds = clip_bounds(node)
-    if bounds is None:
-        return False
-    low, high = y.container
-    codes = [
-        bound if math.isinf(bound) else float(torch.round(torch.tensor(bound) / y.scale)) + y.zero_point
-        for bound in bounds
-    ]
-    return codes[0] <= low and codes[1] >= high
+    return bounds is not None and is_saturation(bounds, y.scale, y.zero_point, y.container)
 
 
 def _is_clipped(node: fx.Node) -> bool:

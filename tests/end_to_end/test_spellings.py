@@ -141,3 +141,25 @@ def test_few_spellings_are_left() -> None:
         nodes = capture(randomize(Spelled(FUNCTIONS[functions])), torch.randn(4, 3, 4, 4)).graph.nodes
         calls = {operator_name(node.target) for node in nodes if node.op == "call_function"}
         assert calls - {"conv2d", "matmul"} <= known
+
+
+class Lender(nn.Module):
+    """A layer `lent` whose values reach no output: others take its type, its sizes or nothing from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lent = self.lent(x)
+        y = self.b(self.a(x) + lent.new_ones(8, 1, 1) * lent.new_full((1,), 0.5) + torch.zeros_like(lent[0, :, :1, :1]))
+        return torch.cat([y, lent[:, :0]], 1)
+
+
+def test_a_layer_whose_values_nobody_reads_is_not_planned(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = calibrate(fold(capture(randomize(Lender()), x)), [x])
+    emit(result, tmp_path / "model.onnx")
+    report = validate(tmp_path / "model.onnx", reference=result, batches=[x])
+    report.raise_for_mismatch()
+    assert report.optimized.kernels["QLinearConv"] == 2

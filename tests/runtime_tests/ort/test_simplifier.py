@@ -33,6 +33,17 @@ def padded(model: Model) -> Model:
     return model
 
 
+def without_reshapes(model: Model) -> Model:
+    """The model with every reader of a reshape reading what was reshaped."""
+    model = copy(model)
+    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Reshape"}
+    for node in [node for node in model.graph.node if node.op_type == "Reshape"]:
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [sources.get(name, name) for name in node.input]
+    return model
+
+
 def copy(model: Model) -> Model:
     return Model.FromString(model.SerializeToString())
 
@@ -63,22 +74,26 @@ def test_shapes_are_those_of_the_values_where_reshapes_were_cancelled(monkeypatc
     value = net.linear(net.signed(net.op("Reshape", gelu, flat)), 8, 8)
     model = onnx.shape_inference.infer_shapes(with_metadata(net.model(value)))
 
-    def cancelled(model: Model) -> Model:
-        model = copy(model)
-        made = {output: node for node in model.graph.node for output in node.output}
-        made[gelu].input[0] = gemm
-        for node in model.graph.node:
-            node.input[:] = [gelu if made.get(name, node).op_type == "Reshape" else name for name in node.input]
-        for node in [node for node in model.graph.node if node.op_type == "Reshape"]:
-            model.graph.node.remove(node)
-        return model
-
-    monkeypatch.setattr(stage, "_run_onnxsim", cancelled)
+    monkeypatch.setattr(stage, "_run_onnxsim", without_reshapes)
     result, report = simplify(model, models.sample(model))
     assert report.applied, report.why
     ranks = [{i.name: len(i.type.tensor_type.shape.dim) for i in each.graph.value_info} for each in (model, result)]
     assert [rank[gelu] for rank in ranks] == [3, 2]
     onnx.checker.check_model(result, full_check=True)
+
+
+def test_a_result_of_which_the_runtime_makes_fewer_kernels_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gemm directly before a Relu that a float operator reads: the runtime merges the two in float."""
+    net = Net()
+    rows, flat = (net.constant("shape", np.array(shape, np.int64)) for shape in ([-1, 2, 8], [-1, 8]))
+    gemm = net.linear(net.signed(net.input("x", ("N", 4))), 8, 4)
+    relu = net.op("Reshape", net.op("Relu", net.op("Reshape", gemm, rows)), flat)
+    value = net.linear(net.quantize(net.op("Gelu", relu), 0.0, 16.0), 8, 8)
+    model = onnx.shape_inference.infer_shapes(with_metadata(net.model(value)))
+    monkeypatch.setattr(stage, "_run_onnxsim", without_reshapes)
+    result, report = simplify(model, models.sample(model))
+    assert result is model
+    assert report.why == "dropped: onnxruntime makes fewer integer kernels of it: QGemm 2 -> 1"
 
 
 def test_sizes_that_inference_does_not_know_stay_open() -> None:
