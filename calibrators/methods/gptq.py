@@ -32,6 +32,7 @@ class GPTQ(Options):
     )
     ridge: float = option(0.01, "as damping, of the step towards the float output", minimum=1e-6, maximum=1)
     act_order: bool = option(True, "round the weights of strong inputs first")
+    sweeps: int = option(3, "how often every code is chosen again, given all others", minimum=0)
     positions: int = option(16384, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
     ranges: str = option("mse", "range method for the activations")
     weight_ranges: str = option("mse", "range method for the weights")

@@ -25,7 +25,7 @@ from torch import Tensor
 from calibrators.grid.limits import Limits, within
 from calibrators.grid.numerics import code_limits, dequantize, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams
-from calibrators.reconstruction.output_target import damped_cholesky
+from calibrators.reconstruction.output_target import damped_cholesky, raised
 
 __all__ = ["Rounded", "Rounder"]
 
@@ -53,13 +53,20 @@ class Rounder:
     damping:      added to the diagonal, in means of it; raised tenfold, up to 1, while H is not positive definite.
     act_order:    round columns in the order of their inputs' energy, the largest first.
     shared_order: the same order in all groups, which limits of pairs need.
+    sweeps:       how often every code is chosen again, given all others, after errors were passed on.
     raises:       DataError where no damping makes H positive definite.
     """
 
     def __init__(
-        self, hessian: Tensor, *, damping: float = 0.01, act_order: bool = False, shared_order: bool = False
+        self,
+        hessian: Tensor,
+        *,
+        damping: float = 0.01,
+        act_order: bool = False,
+        shared_order: bool = False,
+        sweeps: int = 0,
     ) -> None:
-        self.matrix = hessian
+        self.sweeps = sweeps
         self.groups, self.columns = hessian.shape[:2]
         energy = hessian.diagonal(dim1=1, dim2=2)
         if not act_order:
@@ -68,7 +75,9 @@ class Rounder:
             energy = energy.sum(0, keepdim=True).expand_as(energy)
         self.order = energy.argsort(dim=1, descending=True, stable=True)  # int64 [groups, columns]
         rows = hessian.take_along_dim(self.order[:, :, None], 1)
-        self.factor = _factor(rows.take_along_dim(self.order[:, None, :], 2), damping)
+        self.matrix = rows.take_along_dim(self.order[:, None, :], 2)
+        self.ridge = raised(self.matrix, damping)
+        self.factor = _factor(self.matrix, damping)
 
     def round(
         self, weight: Tensor, qparams: QParams, *, target: Tensor | None = None, limits: Limits | None = None
@@ -89,7 +98,7 @@ class Rounder:
         rows = weight.to(self.matrix.dtype).reshape(self.groups, -1, self.columns)
         wanted = rows if target is None else target.to(rows)
         grid = _Grid.joined([_Grid.of(weight, qparams, limits, self.order, rows.dtype) for qparams, limits in grids])
-        fed = self._feed_errors(wanted.repeat(1, len(grids), 1), grid).chunk(len(grids), 1)
+        fed = self._codes(wanted.repeat(1, len(grids), 1), grid).chunk(len(grids), 1)
         candidates = []
         for (qparams, limits), codes in zip(grids, fed, strict=True):
             nearest = quantize(weight, qparams)
@@ -110,23 +119,48 @@ class Rounder:
 
     def _energies(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return twice the mean squared output of every row of weights [groups, rows, columns], [groups, rows] each."""
-        rows = torch.cat([*weights], 1)
+        rows = torch.cat([*weights], 1).take_along_dim(self.order[:, None], 2)
         return (rows @ self.matrix).mul_(rows).sum(2).chunk(len(weights), 1)
 
-    def _feed_errors(self, rows: Tensor, grid: _Grid) -> Tensor:
-        """Round column after column, passing errors on; return codes, floats [groups, rows, columns]."""
+    def _codes(self, rows: Tensor, grid: _Grid) -> Tensor:
+        """Return codes of weights to come close to, floats [groups, rows, columns]."""
         left = rows.take_along_dim(self.order[:, None], 2).mT.contiguous()  # [groups, columns, rows]
-        grid = grid.with_room(left)
+        codes, errors = self._feed_errors(left, grid.with_room(left))
+        for _ in range(self.sweeps):
+            self._descend(codes, errors, grid)
+        codes += grid.zero_point
+        return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
+
+    def _feed_errors(self, left: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+        """Round column after column, passing errors on; return codes less zero points and the errors of weights.
+
+        left: weights [groups, columns, rows] in the order of rounding, which are changed.
+        """
         codes, errors = torch.empty_like(left), left.clone()
         for start in range(0, self.columns, BLOCK):
             end = min(start + BLOCK, self.columns)
             for j in range(start, end):
-                codes[:, j] = grid.round(j, left, codes)
+                codes[:, j] = grid.round(j, left[:, j], codes[:, :j])
                 errors[:, j].addcmul_(codes[:, j], grid.scale[:, j], value=-1)
                 left[:, j + 1 : end].addcmul_(self.factor[:, j, j + 1 : end, None], errors[:, j, None])
             left[:, end:].baddbmm_(self.factor[:, start:end, end:].mT, errors[:, start:end])
-        codes += grid.zero_point
-        return codes.take_along_dim(self.order.argsort(1)[:, :, None], 1).mT
+        return codes, errors
+
+    def _descend(self, codes: Tensor, errors: Tensor, grid: _Grid) -> None:
+        """Change one code after the other to the one with the least error of the output, given all others; in place."""
+        slope = torch.addcmul(self.matrix @ errors, self.ridge[:, :, None], errors)
+        curvature = (self.matrix.diagonal(dim1=1, dim2=2) + self.ridge)[:, :, None]
+        for start in range(0, self.columns, BLOCK):
+            end = min(start + BLOCK, self.columns)
+            before = errors[:, start:end].clone()
+            for j in range(start, end):
+                scale = grid.scale[:, j]
+                found = grid.round(j, torch.addcdiv(codes[:, j] * scale, slope[:, j], curvature[:, j]), codes)
+                step = (codes[:, j] - found) * scale
+                codes[:, j] = found
+                errors[:, j] += step
+                slope[:, j + 1 : end].addcmul_(self.matrix[:, j, j + 1 : end, None], step[:, None])
+            slope[:, end:].baddbmm_(self.matrix[:, start:end, end:].mT, errors[:, start:end] - before)
 
 
 def _better(nearest: Tensor, codes: Tensor, before: Tensor, after: Tensor) -> Rounded:
@@ -211,15 +245,15 @@ class _Grid:
             lowest, highest = lowest.maximum(below), highest.minimum(above)
         return replace(self, lowest=lowest, highest=highest)
 
-    def round(self, j: int, left: Tensor, codes: Tensor) -> Tensor:
-        """Return the codes of column j of the weights `left`, [groups, rows], with `codes` of earlier columns given.
+    def round(self, j: int, weights: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes of weights [groups, rows] of column j that the codes of other columns leave free.
 
-        Codes are counted from their zero points.
+        codes: less zero points, of the columns that are rounded: all or the first ones, [groups, columns, rows].
         """
         lowest, highest = self.lowest[:, j], self.highest[:, j]
         for places in self.partners:
-            if places[j] < j:
+            if places[j] != j and places[j] < codes.shape[1]:
                 other = codes[:, places[j]]
                 lowest = lowest.maximum(self.pair_lowest - other.clamp(max=0))
                 highest = highest.minimum(self.pair_highest - other.clamp(min=0))
-        return round_codes(left[:, j], self.scale[:, j], self.scale.new_zeros(()), lowest, highest)
+        return round_codes(weights, self.scale[:, j], self.scale.new_zeros(()), lowest, highest)

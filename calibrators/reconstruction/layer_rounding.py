@@ -41,6 +41,9 @@ Layers beyond keep nearest rounding.
 FEW = 0.3
 """Damping of a Hessian that is measured on as many positions as it has columns, which would else fit their noise."""
 
+NARROW = 4
+"""Most bits of codes that are chosen again: of 8 bits they hardly change, and it takes longer than to round them."""
+
 PER_COLUMN, LEAST = 64, 2048
 """Positions for each column of the moments, and for any layer, up to those of the option: more change no result."""
 
@@ -149,7 +152,13 @@ class _Layers:
         problem = self.network.problem
         limits = problem.placement.limits_of(site)
         damping = max(how.damping, FEW * hessian.shape[1] / sum(moments.counts))
-        rounder = Rounder(hessian, damping=min(1.0, damping), act_order=how.act_order, shared_order=limits is not None)
+        rounder = Rounder(
+            hessian,
+            damping=min(1.0, damping),
+            act_order=how.act_order,
+            shared_order=limits is not None,
+            sweeps=how.sweeps if qparams.spec.bits <= NARROW else 0,
+        )
         grids = [qparams]
         if limits is not None:
             free = replace(qparams, scale=qparams.scale / problem.coarser.get(site.name, 1.0))

@@ -153,43 +153,39 @@ class Moments:
         self._hessian = nothing(HALVES, groups, columns, columns)  # upper half; of int8 values, if there is a grid
         self._totals = nothing(HALVES, groups, columns)  # of int8 values
         self._error = nothing(HALVES, groups, rows, columns) if with_error else None
-        self._waiting: list[list[tuple[Tensor, ...]]] = [[] for _ in range(HALVES)]
+        self._waiting: list[list[Tensor]] = [[] for _ in range(HALVES)]
         self.counts = [0] * HALVES
 
-    def add(self, half: int, *columns: Tensor) -> None:
+    def add(self, half: int, quantized: Tensor, exact: Tensor | None = None) -> None:
         """Include columns [groups, positions, taps * channels] of one half of the samples: x^, and x where needed."""
-        self._waiting[half].append(columns)
-        self.counts[half] += columns[0].shape[1]
-        waiting = sum(x.shape[1] for x, *_ in self._waiting[half])
-        if waiting >= PIECE or waiting * columns[0].shape[0] * columns[0].shape[2] >= LARGEST_PIECE:
-            self._multiply(half)
+        if self._error is not None and exact is not None:
+            error = (exact - quantized).mT
+            self._error[half] += (error if self._weights is None else self._weights @ error) @ quantized
+        if self._grid is not None:
+            quantized = (quantized * (1 / self._grid.scale)).round_().sub_(_middle(self._grid)).to(torch.int8)
+        self._waiting[half].append(quantized)
+        self.counts[half] += quantized.shape[1]
+        waiting = sum(x.shape[1] for x in self._waiting[half])
+        if waiting >= PIECE or waiting * quantized.shape[0] * quantized.shape[2] >= LARGEST_PIECE:
+            self._square(half)
 
-    def _multiply(self, half: int) -> None:
+    def _square(self, half: int) -> None:
         """Add the products of the columns that wait; many positions at a time, because sums in float64 are slow."""
         if not self._waiting[half]:
             return
-        quantized, *exact = (torch.cat(x, 1) for x in zip(*self._waiting[half], strict=True))
+        columns = torch.cat(self._waiting[half], 1)
         self._waiting[half].clear()
-        if self._grid is None:
-            for block in _blocks(quantized.shape[2]):
-                self._hessian[half, :, block, block.start :] += (
-                    quantized[:, :, block].mT @ quantized[:, :, block.start :]
-                )
-        else:
-            values = (quantized[0] * (1 / self._grid.scale)).round_().sub_(_middle(self._grid)).to(torch.int8)
-            self._totals[half] += torch._int_mm(values.new_ones(1, len(values)), values)
-            for block in _blocks(len(values.mT)):
-                self._hessian[half, 0, block, block.start :] += torch._int_mm(
-                    values[:, block].mT, values[:, block.start :]
-                )
-        if self._error is not None:
-            error = exact[0].sub_(quantized).mT
-            self._error[half] += (error if self._weights is None else self._weights @ error) @ quantized
+        if self._grid is not None:
+            self._totals[half] += torch._int_mm(columns.new_ones(1, columns.shape[1]), columns[0])
+        for block in _blocks(columns.shape[2]):
+            left, right = columns[:, :, block].mT, columns[:, :, block.start :]
+            product = left @ right if self._grid is None else torch._int_mm(left[0], right[0])
+            self._hessian[half, :, block, block.start :] += product
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor | None]:
         for half in range(HALVES):
-            self._multiply(half)
+            self._square(half)
         sums, factor = self._hessian, 1.0
         if self._grid is not None:  # of codes less their zero points: sum (a + middle) (b + middle)
             middle, factor = _middle(self._grid), float(self._grid.scale) ** 2

@@ -25,7 +25,7 @@ from torch import Tensor
 from calibrators.errors import DataError
 from calibrators.reconstruction.moments import HALVES, Moments
 
-__all__ = ["Target", "damped_cholesky", "toward_float"]
+__all__ = ["Target", "damped_cholesky", "raised", "toward_float"]
 
 LARGEST_DAMPING = 1.0
 
@@ -69,19 +69,14 @@ def _step(hessian: Tensor, missed: Tensor, ridge: float) -> Tensor:
 def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
     """Return the lower Cholesky factor of a matrix [groups, columns, columns] with a raised diagonal.
 
-    Inputs that are always zero get the mean of the others, so that they have no part in anything.
-
     damping: in means of the diagonal; raised tenfold, up to 1, while even in float64 the result is not positive
              definite.
     raises:  DataError where that is not enough.
     """
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    live = diagonal > 0
-    mean = torch.where(live.any(1), diagonal.sum(1) / live.sum(1).clamp(min=1), 1.0)[:, None]  # of live inputs
-    dampings = torch.full_like(mean, damping)
+    dampings = matrix.new_full((len(matrix), 1), damping)
     while True:
         damped = matrix.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(torch.where(live, dampings * mean, mean))
+        damped.diagonal(dim1=1, dim2=2).add_(raised(matrix, dampings))
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed.any() and damped.dtype == torch.float32:  # rounding errors alone can make it fail
@@ -91,3 +86,16 @@ def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
         if (dampings[failed > 0] >= LARGEST_DAMPING).any():
             raise DataError("second moments of a layer's inputs are not positive; check the calibration data")
         dampings = torch.where(failed[:, None] > 0, (10 * dampings).clamp(max=LARGEST_DAMPING), dampings)
+
+
+def raised(matrix: Tensor, damping: Tensor | float) -> Tensor:
+    """Return what damping adds to the diagonal of a matrix [groups, columns, columns], [groups, columns].
+
+    Inputs that are always zero get the mean of the others, so that they have no part in anything.
+
+    damping: in means of the diagonal over inputs that are not always zero, [groups, 1].
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    live = diagonal > 0
+    mean = torch.where(live.any(1), diagonal.sum(1) / live.sum(1).clamp(min=1), 1.0)[:, None]
+    return torch.where(live, damping * mean, mean)

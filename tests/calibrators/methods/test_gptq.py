@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -202,6 +203,21 @@ def test_a_hessian_does_not_depend_on_how_inputs_are_cut(generator: torch.Genera
         torch.testing.assert_close(hessian_of(x, pieces).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_after_sweeps_no_other_code_is_better(groups: int, generator: torch.Generator) -> None:
+    weight = torch.randn(12, 20, generator=generator)
+    qparams = MSE().weight(weight, W4)
+    hessian = hessian_of(inputs_of(20, 90, generator, groups))
+    once, swept = (checked(weight, qparams, hessian, act_order=True, sweeps=n) for n in (0, 30))
+    assert swept.error < once.error
+    damped = hessian + torch.diag_embed(0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, 20))
+    reached = objectives(weight, swept.codes, qparams, damped)
+    for column, step in itertools.product(range(20), (-1, 1)):
+        other = swept.codes.clone()
+        other[:, column] = (other[:, column].int() + step).clamp(-8, 7)
+        assert (objectives(weight, other, qparams, damped) >= reached * (1 - 1e-5)).all()
+
+
 # Limits of codes ------------------------------------------------------------------------------------------------------
 
 W8 = dataclasses.replace(W4, bits=8, symmetric=True)
@@ -219,16 +235,16 @@ def pair_sums(codes: Tensor, groups: int, columns: int) -> tuple[int, int]:
     return int(rows.clamp(min=0).sum(3).max()), int(rows.clamp(max=0).sum(3).min())
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "sweeps": 2}], ids=str)
 @pytest.mark.parametrize(("columns", "groups"), [(18, 1), (9, 4), (BLOCK + 11, 2)])
-def test_pairs_keep_their_limit(columns: int, groups: int, act_order: bool, generator: torch.Generator) -> None:
+def test_pairs_keep_their_limit(columns: int, groups: int, options: dict[str, Any], generator: torch.Generator) -> None:
     weight = torch.randn(8, columns, generator=generator)
     weight[:, : columns // 3] *= 3
     qparams = MSE().weight(weight, W8)
     hessian = hessian_of(inputs_of(columns, 3 * columns, generator, groups))
     limits = Limits(partners=neighbors(columns), pair_lowest=-128, pair_highest=128)
-    free = round_weight(weight, qparams, hessian, act_order=act_order)
-    rounded = round_weight(weight, qparams, hessian, limits=limits, act_order=act_order)
+    free = round_weight(weight, qparams, hessian, **options)
+    rounded = round_weight(weight, qparams, hessian, limits=limits, **options)
     above, below = pair_sums(free.codes, groups, columns)
     assert above > 128 or below < -128
     above, below = pair_sums(rounded.codes, groups, columns)
