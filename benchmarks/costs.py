@@ -1,6 +1,7 @@
 """Measure what operators cost in onnxruntime, as floats and as integers, and print the table of `placement: fastest`.
 
     python benchmarks/costs.py > costs.txt
+    python benchmarks/costs.py prelu 'hard sigmoid'
 
 Every operator stands alone in a file, at several sizes, once in float and once between quantizers. The times are those
 of onnxruntime's profiler: for each node the least of many runs, less what the profiler itself adds, on one thread. A
@@ -12,12 +13,13 @@ The table in calibrators/grid/x86_costs.py was measured on the machine that it n
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,19 @@ def silu(net: Net) -> str:
     return net.codes(net.op("Mul", x, net.codes(net.op("Sigmoid", x), 1 / 256, 0)), 1 / 32)
 
 
+def prelu(channels: int) -> Build:
+    return lambda net: net.codes(net.op("PRelu", net.codes("x0"), net.constant(np.full((channels, 1, 1), 0.3, "f"))))
+
+
+def maximum(net: Net) -> str:
+    """Return the maximum of two values: of codes themselves, in a file of integers."""
+    if not net.integer:
+        return net.op("Max", "x0", "x1")
+    parameters = [net.constant(np.float32(1 / 64)), net.constant(np.uint8(128))]
+    codes = [net.op("QuantizeLinear", name, *parameters) for name in ("x0", "x1")]
+    return net.op("DequantizeLinear", net.op("Max", *codes), *parameters)
+
+
 def after_convolution(op: str, channels: int, **attributes: Any) -> Build:
     """Return the operator after a convolution, whose layout it takes over."""
 
@@ -237,6 +252,9 @@ def elementwise() -> Iterator[Case]:
             "leaky_relu.default": (one("LeakyRelu", alpha=0.1), 1),
             "silu": (silu, 1),
             "relu.default": (one("Relu"), 1),
+            "maximum.default": (maximum, 2),
+            "prelu": (prelu(shape[1]), 1),
+            "hard sigmoid": (one("HardSigmoid", 1 / 256, 0, alpha=1 / 6, beta=0.5), 1),
             "max_pool2d.default": (after_convolution("MaxPool", shape[1], **halves), 1),
             "avg_pool2d.default": (after_convolution("AveragePool", shape[1], **halves), 1),
             "adaptive_avg_pool2d.default": (after_convolution("GlobalAveragePool", shape[1]), 1),
@@ -247,9 +265,10 @@ def elementwise() -> Iterator[Case]:
         yield "cat.default", Work(2 * elements), two("Concat", axis=1), [shape] * 2
 
 
-def samples(added: float) -> Iterator[Sample]:
+def samples(added: float, rows: Collection[str]) -> Iterator[Sample]:
     """Yield the measured nodes: each operator, and the quantizers and changes of layout around it."""
-    for kind, work, build, shapes in (*convolutions(), *linear(), *elementwise()):
+    cases = (*convolutions(), *linear(), *elementwise())
+    for kind, work, build, shapes in (case for case in cases if not rows or case[0] in rows):
         for integer in (False, True):
             net = Net(integer=integer)
             found = profiled(net.model(build(net), shapes), shapes)
@@ -274,10 +293,13 @@ def fitted(found: Sequence[Sample], least: float) -> tuple[Cost, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="rows of the table; all by default")
+    arguments = parser.parse_args()
     least, added = profiler_overhead()
     print(f"a node takes {least:.0f} ns, the profiler adds {added:.0f} ns", file=sys.stderr)
     by_kind: dict[tuple[str, bool], list[Sample]] = defaultdict(list)
-    for sample in samples(added):
+    for sample in samples(added, arguments.rows):
         by_kind[sample.kind, sample.integer].append(sample)
     print(f"# {provenance()}")
     for kind in dict.fromkeys(kind for kind, _ in by_kind):

@@ -11,7 +11,7 @@ Must not know: rules, bits, methods, ONNX, this machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,12 +20,14 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
-from calibrators.graph.aten import batch_of, bind, example_batch, shape_of
+from calibrators.graph.aten import batch_of, bind, example_batch, is_constant, shape_of
 from calibrators.graph.operators import CONVOLUTIONS, WEIGHTED, Operators, name_of
 from calibrators.grid.costs import LANES, Cost, Costs, Work, kind_of_convolution
 from calibrators.placement.integer_values import Placer
 
 __all__ = ["LeftInFloat", "faster_in_float", "predicted"]
+
+aten = torch.ops.aten
 
 GAIN = 0.15
 """Least share of the predicted time that layers in float must save: the table's costs are off by about as much."""
@@ -62,21 +64,20 @@ class _Prices:
     placer: Placer
     costs: Mapping[str, Costs]
     samples: int
+    steps: Mapping[fx.Node, str]
 
     @classmethod
     def of(cls, placer: Placer, costs: Mapping[str, Costs]) -> _Prices:
-        return cls(placer, costs, example_batch(placer.graph) // batch_of(placer.graph, 1))
+        samples = example_batch(placer.graph) // batch_of(placer.graph, 1)
+        return cls(placer, costs, samples, dict(_steps(placer.nodes)))
 
     def kernel(self, node: fx.Node, *, integer: bool) -> float:
         """Return the cost of an operator; what is fused into another costs nothing."""
-        kind = self._kind(node)
+        if not integer and node in self.steps:
+            return self._cost(self.steps[node], node, integer=False)
         if origin := self.placer.absorbed.get(node):
             return 0.0 if integer or origin.target in WEIGHTED else self._cost("relu.default", node, integer=False)
-        if not integer and self._gate(node) is not None:
-            return 0.0
-        if not integer and any(self._gate(x) is node for x in node.all_input_nodes):
-            kind = "silu"
-        return self._cost(kind, node, integer=integer)
+        return self._cost(self._kind(node), node, integer=integer)
 
     def quantizer(self, kind: str, value: fx.Node) -> float:
         return self.costs[kind].integer.of(Work(self._elements(value)))
@@ -99,10 +100,10 @@ class _Prices:
         if node.target in CONVOLUTIONS:
             bound = bind(node)
             return kind_of_convolution(shape_of(bound["weight"]), bound["groups"])
-        return "linear" if node.target is torch.ops.aten.linear.default else name_of(node.target)
+        return "linear" if node.target is aten.linear.default else name_of(node.target)
 
     def _work(self, node: fx.Node) -> Work:
-        if node.target not in CONVOLUTIONS and node.target is not torch.ops.aten.linear.default:
+        if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
             return Work(max(map(self._elements, (node, *node.all_input_nodes))))
         bound = bind(node)
         weight = shape_of(bound["weight"])
@@ -112,13 +113,46 @@ class _Prices:
     def _elements(self, value: fx.Node) -> float:
         return math.prod(shape_of(value)) / self.samples
 
-    @staticmethod
-    def _gate(node: fx.Node) -> fx.Node | None:
-        """Return the product of SiLU, x * sigmoid(x), of which the node is the sigmoid: one operator in float."""
-        if node.target is not torch.ops.aten.sigmoid.default or len(node.users) != 1:
-            return None
-        user = next(iter(node.users))
-        return user if user.target is torch.ops.aten.mul.Tensor and node.args[0] in user.args else None
+
+def _steps(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
+    """Yield the steps of operators that are one in float: the last with the row of its cost, the others with no row."""
+    for node in nodes:
+        for kind, match in _COMPOSED.items():
+            if steps := [step for step in match(node) if step is not None]:
+                yield node, kind
+                yield from ((step, FREE) for step in steps)
+
+
+def _silu(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """Return the sigmoid of x * sigmoid(x)."""
+    gate = _step(node, aten.mul.Tensor, aten.sigmoid.default)
+    return (gate,) if gate is not None and gate.args[0] in node.args else ()
+
+
+def _prelu(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """Return the product of max(x, slopes * x)."""
+    scaled = _step(node, aten.maximum.default, aten.mul.Tensor)
+    return (scaled,) if scaled is not None and scaled.args[0] in node.args and is_constant(scaled.args[1]) else ()
+
+
+def _hard_sigmoid(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """Return sum and product of clamp(slope * x + offset)."""
+    total = _step(node, aten.clamp.default, aten.add.Tensor)
+    scaled = None if total is None else _step(total, aten.add.Tensor, aten.mul.Tensor)
+    numbers = all(step is not None and is_constant(step.args[1]) for step in (total, scaled))
+    return (total, scaled) if numbers else ()
+
+
+def _step(node: fx.Node, target: object, before: object) -> fx.Node | None:
+    """Return the operator `before` that makes an operand of `target` and has no other reader."""
+    found = (x for x in node.all_input_nodes if x.target is before and len(x.users) == 1)
+    return next(found, None) if node.target is target else None
+
+
+_COMPOSED = {"silu": _silu, "prelu": _prelu, "hard sigmoid": _hard_sigmoid}
+"""By row: what finds the earlier steps of an operator from its last one."""
+FREE = "part of another operator"
+"""Stands for a row of the table that costs nothing: there is none of that name."""
 
 
 def faster_in_float(
