@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.allocator import keep_freed_memory
 from calibrators.errors import DataError, InputError, ModelError, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
@@ -72,6 +73,7 @@ def calibrate(
     stage:     opens a stage of work for a progress display.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
+    keep_freed_memory()
     method = get_method(method, options or {}) if isinstance(method, str) else method
     target = get_target(target) if isinstance(target, str) else target
     _check_constants(graph)

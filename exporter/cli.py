@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError, UnknownNameError
 from exporter.console import print_table, reported_errors
 
@@ -390,6 +391,7 @@ def runtimes(
 
 def main() -> None:
     """Run the command."""
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
     gc.set_threshold(50_000, 20, 20)  # imports make many objects but no garbage; this saves a second at each start
     try:

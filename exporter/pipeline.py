@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
+from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError, ModelError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
@@ -93,6 +94,7 @@ def export(
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
                      not raise: report["verdict"] says "fail".
     """
+    keep_freed_memory()
     config = config or make_config(settings)
     out = Path(out)
     check_out(out, overwrite=overwrite)
@@ -211,10 +213,9 @@ class _Export:
                 "method": self.config.method,
             }
             emit_float(folded, self.float_path)
-            exported = export_program(result.program)
-            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata, exported=exported)
+            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
             (self.folder / REFERENCE).parent.mkdir()
-            save_reference(exported, self.folder / REFERENCE)
+            save_reference(export_program(result.program), self.folder / REFERENCE)
             model, simplifier = self._simplified(result, onnx_program)
             self._store(model, result.program)
             return simplifier

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
@@ -55,6 +56,7 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     on:     runtimes in which the bundle is proved besides this process's onnxruntime (and OpenVINO, if the export was).
     raises: InputError for a missing, damaged or changed file, or for a runtime that is not available.
     """
+    keep_freed_memory()
     folder, progress = Path(folder), progress or Progress()
     available_runtimes(on)
     with progress.stage("manifest"):

@@ -9,7 +9,6 @@ Must not know: methods, runtimes, files other than the model's.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,18 +18,15 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import version_converter
 from torch import fx
-from torch.onnx._internal.exporter._core import exported_program_to_ir
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calibrators.errors import ExportError
 from calibrators.graph.aten import operator_name, outputs_of, where
 from calibrators.grid.target import Target
 from calibrators.program.freeze import CalibrationResult
-from exporter.emission.onnx_forms import ONNX_FORMS
 from exporter.emission.packing import pack
 from exporter.emission.readable import annotate, normalize
+from exporter.emission.translate import translate
 from exporter.frontend.capture import quiet
-from exporter.frontend.reference import export_program
 
 __all__ = ["check_opset", "emit", "emit_float", "needed_opset", "save", "to_onnx"]
 
@@ -95,24 +91,14 @@ def save(model: ir.Model, path: str | Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
 
 
-def to_onnx(
-    program: fx.GraphModule,
-    *,
-    opset: int,
-    metadata: Mapping[str, str] | None = None,
-    exported: torch.export.ExportedProgram | None = None,
-) -> ir.Model:
+def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] | None = None) -> ir.Model:
     """Translate a flat graph to a named and annotated ONNX model.
 
-    exported: the program after `export_program`, where the caller has it already; it is exported here otherwise.
-    raises:   ExportError naming the operator that has no ONNX form, or the output whose meaning differs in ONNX.
+    raises: ExportError naming the operator that has no ONNX form, or the output whose meaning differs in ONNX.
     """
-    distinct = _with_distinct_outputs(program)
     try:
-        if exported is None or distinct is not program:
-            exported = export_program(distinct)
         with quiet(), torch.no_grad():
-            model = exported_program_to_ir(exported, registry=_registry(opset))
+            model = translate(_with_distinct_outputs(program), opset=opset)
             version_converter.convert_version(model, opset, fallback=True)
     except Exception as error:
         raise ExportError(_refusal(program, error)) from error
@@ -123,19 +109,6 @@ def to_onnx(
     annotate(model, program, metadata or {})
     _check_outputs(model, program)
     return model
-
-
-@functools.cache
-def _registry(opset: int) -> ONNXRegistry:
-    """Return torch's table of translations with ours in it.
-
-    torch.onnx.export builds the table again at every call, which takes longer than exporting a small network; the
-    function beneath it takes a table.
-    """
-    registry = ONNXRegistry.from_torchlib(opset_version=opset)
-    for operator, translation in ONNX_FORMS.items():
-        registry.register_op(operator, translation)
-    return registry
 
 
 def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:

@@ -142,13 +142,14 @@ def _name_constants(model: ir.Model, own: set[str], names: _Names) -> None:
 
 
 def _name_batch(graph: ir.Graph) -> None:
-    """Call the free dimension 'batch'; static sizes stay numbers."""
+    """Call the free dimension 'batch', also in sizes that are multiples of it; static sizes stay numbers."""
     symbols = {str(value.shape[0]) for value in graph.inputs if value.shape and len(value.shape)}
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
     for value in _values(graph):
         for index, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int) and str(dim) in symbols:
+            if not isinstance(dim, int) and dim.value is not None:
                 assert value.shape is not None
-                value.shape[index] = ir.SymbolicDim("batch")
+                value.shape[index] = ir.SymbolicDim(symbol.sub("batch", str(dim)))
 
 
 class _Names:

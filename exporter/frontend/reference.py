@@ -31,7 +31,7 @@ def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
 def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:
     """Write an exported reference program as .pt2: the same program gives the same bytes on any machine.
 
-    The metadata of its nodes is removed in place: emit the program as ONNX first.
+    The metadata of its nodes is removed in place.
     """
     with quiet(), torch.no_grad():
         for node in exported.graph.nodes:

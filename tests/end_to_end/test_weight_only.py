@@ -88,7 +88,7 @@ class Mixed(nn.Module):
 
 def calibrated(model: nn.Module, x: Tensor, *layers: LayerRule, **options: Any) -> CalibrationResult:
     placement = PlacementOptions(layers=layers, first_last_bits=None, **options)
-    return calibrate(capture(model, x), [x], placement=placement)
+    return calibrate(capture(model, x), [x], method="mse", placement=placement)
 
 
 @functools.cache
@@ -618,7 +618,7 @@ def test_the_digest_tells_them_apart() -> None:
 
 
 def test_the_whole_way(tmp_path: Path) -> None:
-    model, x = build("transformer", batch=32)
+    model, x = build("transformer")
     settings = {"weight_only": True, "weight_bits": 4, "block_size": 16, "latency_runs": 0}
     report = export(model, [x], out=tmp_path / "out", **settings)
     assert report["verdict"] == "pass"
@@ -655,6 +655,8 @@ def test_the_command(flags: list[str], code: int, told: str, tmp_path: Path) -> 
     (tmp_path / "net.py").write_text(NETWORK)
     source = tmp_path / "net.py"
     arguments = ["export", f"{source}:build", "--data", f"{source}:data", "--out", str(tmp_path / "out"), "-q"]
-    result = CliRunner().invoke(app, [*arguments, "--set", "latency_runs=0", *flags], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(
+        app, [*arguments, "--set", "latency_runs=0", "--method", "mse", *flags], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == code, result.output
     assert told in result.output

@@ -92,7 +92,7 @@ def test_a_chosen_code_that_exceeds_the_limit_is_noted() -> None:
 def test_an_export_holds_without_vnni(method: str, network: str, tmp_path: object) -> None:
     model, x = build(network, batch=32)
     options = {"qdrop": {"iters": 20}, "lapq": {"samples": 16}}.get(method, {})
-    report = export(model, [x], method=method, options=options, out=f"{tmp_path}/out")
+    report = export(model, [x], method=method, options=options, out=f"{tmp_path}/out", latency_runs=0)
     assert report["verdict"] == "pass"
     assert report["saturation"]["safe_without_vnni"] and report["saturation"]["checked"] > 0
 
@@ -101,7 +101,8 @@ def test_the_target_with_vnni_limits_nothing(tmp_path: object) -> None:
     model, x = build("residual", batch=32)
     assert isinstance(model, nn.Module)
     found = {
-        target: export(model, [x], target=target, out=f"{tmp_path}/{target}") for target in ("ort-cpu", "ort-cpu-vnni")
+        target: export(model, [x], method="mse", target=target, out=f"{tmp_path}/{target}", latency_runs=0)
+        for target in ("ort-cpu", "ort-cpu-vnni")
     }
     limited = found["ort-cpu"]["limited_weights"]
     assert {weight["site"] for weight in limited} >= {"stem.weight", "point.weight"}
@@ -153,7 +154,10 @@ def test_unsigned_weights_are_the_same_integers_without_limits(tmp_path: Path) -
     """uint8 codes with zero point 128 give the codes and outputs of the target that sets no limit."""
     model, x = build("residual", batch=32)
     settings = {"unsigned": {"portable": "uint8"}, "free": {"target": "ort-cpu-vnni"}}
-    reports = {name: export(model, [x], method="mse", out=tmp_path / name, **given) for name, given in settings.items()}
+    reports = {
+        name: export(model, [x], method="mse", out=tmp_path / name, latency_runs=0, **given)
+        for name, given in settings.items()
+    }
     assert reports["unsigned"]["verdict"] == "pass"
     assert reports["unsigned"]["saturation"]["safe_without_vnni"]
     assert not reports["free"]["saturation"]["safe_without_vnni"]

@@ -67,7 +67,7 @@ def calibrated(op: str, bits: int, granularity: str) -> tuple[CalibrationResult,
     x = torch.randn(shape)
     rules = (LayerRule("*", weight_bits=bits, **GRANULARITIES[granularity]),)  # type: ignore[arg-type]
     graph = capture(nn.Sequential(layer, nn.ReLU()), x)
-    return calibrate(graph, [x], placement=PlacementOptions(first_last_bits=None, layers=rules)), x
+    return calibrate(graph, [x], method="mse", placement=PlacementOptions(first_last_bits=None, layers=rules)), x
 
 
 def kernels(model: onnx.ModelProto) -> Counter[str]:

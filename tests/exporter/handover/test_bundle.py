@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from calibrators.errors import InputError
 from exporter.handover import bundle as bundle_module
 from exporter.handover.bundle import check_out, read_golden, verify_manifest, write_bundle
+from exporter.reporting.html import render_html
 from exporter.reporting.schema import read_report, validate_report
 from tests.exporter.reporting.sample_report import sample_report
 
@@ -40,8 +41,17 @@ def _model(folder: Path) -> None:
     (folder / "model.onnx.data").write_bytes(b"the weights" * 100)
 
 
+PAGE = "<!doctype html>" + 500 * "<p>the page</p>"
+
+
+@pytest.fixture(autouse=True)
+def page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that costs no time: test_html.py tests the real one."""
+    monkeypatch.setattr(bundle_module, "render_html", lambda report: PAGE)
+
+
 def _report() -> dict[str, Any]:
-    """Without plots: they cost time and are no matter of the bundle."""
+    """Without layers: the first test draws the real page."""
     return sample_report(3) | {"layers": []}
 
 
@@ -54,13 +64,14 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_bundle_holds_everything_and_nothing_else(tmp_path: Path) -> None:
+def test_bundle_holds_everything_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "render_html", render_html)
     out = _write(tmp_path / "build")
     assert out == tmp_path / "build"
     assert set(_tree(out)) == NAMES
     assert os.listdir(tmp_path) == ["build"]
     assert read_report(out / "report.json").verdict == "pass"
-    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (out / "report.html").read_text(encoding="utf-8") == render_html(validate_report(_report()))
 
 
 def test_manifest_digests_equal_an_independent_hash(tmp_path: Path) -> None:

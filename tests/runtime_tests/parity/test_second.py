@@ -38,7 +38,7 @@ NETS = (*NETWORKS, "shufflenet", "unet", "mobilenetv3", "elementwise", "convnext
 def calibrated(name: str, bits: int, *, weight_only: bool = False) -> tuple[CalibrationResult, tuple[Tensor, ...]]:
     graph, inputs = folded_network(name)
     options = PlacementOptions(weight_bits=bits, activation_bits=bits, weight_only=weight_only)
-    return calibrate(graph, [inputs], placement=options), inputs
+    return calibrate(graph, [inputs], method="mse", placement=options), inputs
 
 
 @pytest.mark.parametrize("bits", [8, 3])
@@ -154,7 +154,7 @@ def test_batches_as_they_come() -> None:
 
 def test_export_and_verify(tmp_path: Path) -> None:
     model, x = build("residual")
-    report = export(model, [x], eval_data=[x], out=tmp_path / "out", openvino=True, latency_runs=0)
+    report = export(model, [x], method="mse", eval_data=[x], out=tmp_path / "out", openvino=True, latency_runs=0)
     assert report["verdict"] == "pass"
     second = report["parity"]["openvino"]
     assert (second["violations"], second["kernel_values"] > 0) == (0, True)
@@ -171,17 +171,17 @@ def test_export_and_verify(tmp_path: Path) -> None:
 def test_a_second_runtime_changes_no_byte_of_the_model(tmp_path: Path) -> None:
     model, x = build("mlp")
     for name in ("with", "without"):
-        export(model, [x], out=tmp_path / name, openvino=name == "with", latency_runs=0)
+        export(model, [x], method="mse", out=tmp_path / name, openvino=name == "with", latency_runs=0)
     assert (tmp_path / "with" / "model.onnx").read_bytes() == (tmp_path / "without" / "model.onnx").read_bytes()
     assert "openvino" not in json.loads((tmp_path / "without" / "report.json").read_text())["parity"]
 
 
 def test_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, x = build("mlp")
-    export(model, [x], out=tmp_path / "out", openvino=True, latency_runs=0)
+    export(model, [x], method="mse", out=tmp_path / "out", openvino=True, latency_runs=0)
     monkeypatch.setattr(second_runtime, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="OpenVINO is not installed"):
-        export(model, [x], out=tmp_path / "other", openvino=True, latency_runs=0)
+        export(model, [x], method="mse", out=tmp_path / "other", openvino=True, latency_runs=0)
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="OpenVINO is not installed"):
         verify(tmp_path / "out")
@@ -191,7 +191,7 @@ def test_a_violation_fails_the_export(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(second_runtime.Compiled, "kernel_rate", 1e-12)
     monkeypatch.setattr("runtime_tests.parity.results.FLOAT_CHANCE", -1)
     model, x = build("residual")
-    report = export(model, [x], out=tmp_path / "out", openvino=True, latency_runs=0)
+    report = export(model, [x], method="mse", out=tmp_path / "out", openvino=True, latency_runs=0)
     assert report["verdict"] == "fail"
     failed = {gate["name"] for gate in report["gates"] if not gate["passed"]}
     assert "parity.openvino.violations" in failed

@@ -61,7 +61,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def exported(out: Path, *names: str) -> dict[str, object]:
     model, x = build("residual")
-    return export(model, [x], out=out, prove_on=names or (THERE,), latency_runs=0)
+    return export(model, [x], method="mse", out=out, prove_on=names or (THERE,), latency_runs=0)
 
 
 def test_an_export_and_its_bundle(tmp_path: Path) -> None:
