@@ -112,6 +112,7 @@ SLOW = re.compile(
             r"/test_reconstruct\.py::test_every_kind_of_network_is_proved_in_the_runtime\[(?!transformer)",
             r"/test_lapq\.py::test_eight_bits_lose_nothing\[(?!residual)",
             r"/test_network_loss\.py::test_loss_is_that_of_the_program_at_every_point\[(?!pooled)",
+            r"/test_integer_forms\.py::test_(every_node\w+\[(?!hard-swish|transposed)|methods_see)",
         )
     )
 )

@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 from calibrators.execution.blocks import Block, extract
 from calibrators.execution.quantizers import ActivationQuantizer
-from calibrators.graph.aten import bind, replace_args
+from calibrators.graph.aten import add_constant, bind, replace_args
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.elementwise import constant_operand
+from calibrators.grid.numerics import fake_quant
 from calibrators.grid.spec import Site
 from calibrators.placement.place import Placement
 
@@ -111,6 +113,8 @@ class Simulation(torch.nn.Module):
         for site in placement.sites:
             if site.kind == "activation":
                 self._quantize(site, boundary, quantizers)
+            elif site.kind == "constant":
+                self._round(site)
             else:
                 self._free(site)
         self._weighted = speed_up(self.graph, block.weighted)
@@ -144,6 +148,16 @@ class Simulation(torch.nn.Module):
         for reader in readers:
             reader.replace_input_with(node, quantized)
         self.sites.append(site.name)
+
+    def _round(self, site: Site) -> None:
+        """Replace a constant operand by the values of its codes."""
+        for user in (self._nodes[name] for name in site.users if name in self.block.nodes):
+            operand = constant_operand(user)
+            assert operand is not None
+            values = fake_quant(self.placement.values(site), self.placement.qparams_of(site, {}))
+            with self.graph.graph.inserting_before(user):
+                rounded = self.graph.graph.get_attr(add_constant(self.graph, f"{site.name}_rounded", values))
+            user.replace_input_with(operand, rounded)
 
     def _free(self, site: Site) -> None:
         """Replace a weight or bias by a buffer that can be set."""

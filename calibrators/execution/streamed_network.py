@@ -89,7 +89,10 @@ class StreamedNetwork:
     def crossing_grid(self, name: str) -> QParams | None:
         """Return the grid on which a value crosses between blocks, None where it crosses in float."""
         site = self.boundary.site(name)
-        return self.quantizers[self.placement.root(site).name].qparams.to("cpu") if site else None
+        if site is None:
+            return None
+        root = self.placement.root(site).name
+        return self.placement.qparams_of(site, {root: self.quantizers[root].qparams.to("cpu")})
 
 
 class RoundedNetwork(StreamedNetwork):

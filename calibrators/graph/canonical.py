@@ -13,13 +13,10 @@ Layers
 - matmul with a constant matrix -> linear
 - linear on [..., features] -> linear on a matrix, between two reshapes
 - batch norm that could not be folded -> depthwise 1x1 convolution
-- transposed convolution whose kernel is its stride -> 1x1 convolution and pixel shuffle
+- transposed convolution -> convolution with stride**2 times the channels, and moves (calibrators.graph.transposed)
 - scaled dot product attention -> matmul, mask, softmax, matmul
 
-Elementwise
-- SiLU -> x * sigmoid(x)
-- ReLU6, hardtanh -> clamp
-- scale * (x * factor), one factor per channel -> x * conv1x1(factor): layer scale after a squeeze-excite
+Elementwise: calibrators.graph.elementwise
 
 Moves
 - split, chunk, unbind, select -> slices (and a squeeze where the dimension is dropped)
@@ -42,18 +39,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, infer_shapes, is_constant, layer_name, replace_args, shape_of
+from calibrators.graph.aten import bind, infer_shapes, is_constant, layer_name, replace_args, shape_of
 from calibrators.graph.batch_norm import EXPECTED, read_batch_norm
+from calibrators.graph.elementwise import ELEMENTWISE
 from calibrators.graph.rewrite import (
     Call,
     Rule,
     apply_rules,
     call_before,
     constant_before,
+    constant_of,
+    is_free,
     meta_of_part,
     replace_by,
     replace_call,
 )
+from calibrators.graph.transposed import transposed_convolution
 
 __all__ = ["clip_bounds", "to_integer_forms"]
 
@@ -81,18 +82,6 @@ def clip_bounds(node: fx.Node) -> tuple[float, float] | None:
             return None
         return -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
     return None
-
-
-def _value(node: fx.Node) -> Tensor:
-    owner = node.graph.owning_module
-    assert owner is not None
-    return constant(owner, node)
-
-
-def _is_free(x: fx.Node, dim: int) -> bool:
-    """Return whether the size of a dimension depends on the batch."""
-    value = x.meta.get("val")
-    return isinstance(value, Tensor) and not isinstance(value.shape[dim], int)
 
 
 # Pooling and resizing ------------------------------------------------------------------------------------------------
@@ -190,7 +179,7 @@ def _resize(node: fx.Node) -> None:
 def _bias(node: fx.Node) -> None:
     bound = bind(node)
     if bound["bias"] is None and is_constant(bound["weight"]):
-        weight = _value(bound["weight"])
+        weight = constant_of(bound["weight"])
         zeros = torch.zeros(len(weight), dtype=weight.dtype)
         replace_args(node, bias=constant_before(node, f"{bound['weight'].target}_bias", zeros))
 
@@ -198,7 +187,7 @@ def _bias(node: fx.Node) -> None:
 def _matmul(node: fx.Node) -> None:
     x, matrix = node.args[:2]
     if is_constant(matrix) and not is_constant(x) and len(shape_of(matrix)) == 2:
-        node.args = (x, constant_before(node, f"{matrix.target}_transposed", _value(matrix).T))
+        node.args = (x, constant_before(node, f"{matrix.target}_transposed", constant_of(matrix).T))
         node.target = aten.linear.default
         _bias(node)
         _linear(node)
@@ -229,7 +218,7 @@ def _sizes(node: fx.Node) -> list[int]:
 def _batch_norm(node: fx.Node) -> None:
     x = bind(node)["input"]
     target = {3: aten.conv1d.default, 4: aten.conv2d.default}.get(len(shape_of(x)))
-    norm = read_batch_norm(node, lambda parameter: _value(parameter).double())
+    norm = read_batch_norm(node, lambda parameter: constant_of(parameter).double())
     if target is None or is_constant(x) or norm is None:
         return
     space, dtype, path = len(shape_of(x)) - 2, x.meta["tensor_meta"].dtype, layer_name(node)
@@ -237,26 +226,6 @@ def _batch_norm(node: fx.Node) -> None:
     bias = constant_before(node, f"{path}.bias", norm.offset.to(dtype))
     node.meta[EXPECTED] = norm.expected.to(dtype)
     replace_call(node, (target, (x, weight, bias, [1] * space, [0] * space, [1] * space, len(norm.slope))))
-
-
-def _transposed_convolution(node: fx.Node) -> None:
-    bound = bind(node)
-    if not is_constant(bound["weight"]) or not (bound["bias"] is None or is_constant(bound["bias"])):
-        return
-    weight = _value(bound["weight"])  # [in, out, r, r]
-    factor = weight.shape[2]
-    unit = set(bound["stride"]) == {factor} == set(weight.shape[2:]) and set(bound["dilation"]) == {1}
-    if not unit or any((*bound["padding"], *bound["output_padding"])) or bound["groups"] != 1:
-        return
-    spread = weight.permute(1, 2, 3, 0).reshape(weight.shape[1] * factor**2, -1, 1, 1)
-    bias = weight.new_zeros(weight.shape[1]) if bound["bias"] is None else _value(bound["bias"])
-    name = f"{bound['weight'].target}_spread"
-    constants = (
-        constant_before(node, name, spread),
-        constant_before(node, f"{name}_bias", bias.repeat_interleave(factor**2)),
-    )
-    convolution = (aten.conv2d.default, (bound["input"], *constants, [1, 1], [0, 0], [1, 1], 1))
-    replace_call(node, convolution, (aten.pixel_shuffle.default, (..., factor)))
 
 
 def _attention(node: fx.Node) -> None:
@@ -279,48 +248,14 @@ def _attention(node: fx.Node) -> None:
 def _additive_mask(bound: dict[str, Any]) -> Tensor | None:
     """Return the mask as zeros and minus infinities; None for a computed mask, or one that hides a whole row."""
     given = bound["attn_mask"]
-    if not (given is None or is_constant(given)) or _is_free(bound["query"], -2):
+    if not (given is None or is_constant(given)) or is_free(bound["query"], -2):
         return None
     if given is None:
         allowed = torch.ones(shape_of(bound["query"])[-2], shape_of(bound["key"])[-2], dtype=torch.bool).tril()
     else:
-        allowed = _value(given)
+        allowed = constant_of(given)
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf) if allowed.dtype == torch.bool else allowed
     return mask if bool(mask.isfinite().any(-1).all()) else None
-
-
-# Elementwise ---------------------------------------------------------------------------------------------------------
-
-
-def _silu(node: fx.Node) -> None:
-    x = node.args[0]
-    replace_call(node, (aten.sigmoid.default, (x,)), (aten.mul.Tensor, (x, ...)))
-
-
-def _hardtanh(node: fx.Node) -> None:
-    bound = bind(node)
-    lo, hi = bound.get("min_val", 0), bound.get("max_val", 6)
-    replace_call(node, (aten.clamp.default, (bound["self"], float(lo), float(hi))))
-
-
-def _scaled_factor(node: fx.Node) -> None:
-    """Multiply the constant into the factors, which are few, by a depthwise 1x1 convolution with an integer kernel."""
-    nodes = node.all_input_nodes
-    scale = next(filter(is_constant, nodes), None)
-    product = next((x for x in nodes if x is not scale), None)
-    if scale is None or product is None or product.target is not aten.mul.Tensor or len(product.users) != 1:
-        return
-    factor = next((x for x in product.all_input_nodes if len(shape_of(x)) == 4 and shape_of(x)[2:] == (1, 1)), None)
-    x = next((x for x in product.all_input_nodes if x is not factor), None)
-    if factor is None or x is None or is_constant(x):
-        return
-    channels = shape_of(factor)[1]
-    if shape_of(scale) not in ((channels, 1, 1), (1, channels, 1, 1)):
-        return
-    weight = constant_before(node, f"{scale.target}_gate", _value(scale).reshape(channels, 1, 1, 1))
-    convolution = (aten.conv2d.default, (factor, weight, None, [1, 1], [0, 0], [1, 1], channels))
-    replace_call(node, convolution, (aten.mul.Tensor, (x, ...)))
-    _bias(next(iter(weight.users)))
 
 
 # Moves ---------------------------------------------------------------------------------------------------------------
@@ -335,7 +270,7 @@ def _split(node: fx.Node) -> None:
     bound, parts = bind(node), node.meta.get("tensor_meta")
     x = bound["self"]
     dim = bound["dim"] % len(shape_of(x))
-    if _is_free(x, dim) or not isinstance(parts, (list, tuple)):
+    if is_free(x, dim) or not isinstance(parts, (list, tuple)):
         return
     squeezed = node.target is aten.unbind.int
     ends = list(itertools.accumulate(1 if squeezed else part.shape[dim] for part in parts))
@@ -356,7 +291,7 @@ def _select(node: fx.Node) -> None:
 def _roll(node: fx.Node) -> None:
     """Rewrite a roll: swap the two parts of each rolled dimension."""
     x, shifts, dims = bind(node).values()
-    if not dims or any(_is_free(x, dim) for dim in dims) or not all(isinstance(shift, int) for shift in shifts):
+    if not dims or any(is_free(x, dim) for dim in dims) or not all(isinstance(shift, int) for shift in shifts):
         return
     for shift, dim in zip(shifts, dims, strict=True):
         cut = -shift % shape_of(x)[dim]
@@ -389,11 +324,9 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.linear.default: (_bias, _linear),
     aten.matmul.default: (_matmul,),
     aten.batch_norm.default: (_batch_norm,),
-    aten.conv_transpose2d.input: (_transposed_convolution,),
+    **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), (transposed_convolution,)),
     aten.scaled_dot_product_attention.default: (_attention,),
-    aten.silu.default: (_silu,),
-    **dict.fromkeys((aten.hardtanh.default, aten.relu6.default), (_hardtanh,)),
-    aten.mul.Tensor: (_scaled_factor,),
+    **ELEMENTWISE,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), (_split,)),
     **dict.fromkeys((aten.tensor_split.sections, aten.tensor_split.indices, aten.unbind.int), (_split,)),
     aten.select.int: (_select,),

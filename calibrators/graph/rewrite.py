@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from calibrators.graph.aten import add_constant
+from calibrators.graph.aten import add_constant, constant
 from calibrators.graph.batch_norm import EXPECTED
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "apply_rules",
     "call_before",
     "constant_before",
+    "constant_of",
+    "is_free",
     "meta_of_part",
     "origin",
     "replace_by",
@@ -73,6 +75,19 @@ def constant_before(node: fx.Node, name: str, value: Tensor) -> fx.Node:
     assert isinstance(owner, fx.GraphModule)
     with node.graph.inserting_before(node):
         return node.graph.get_attr(add_constant(owner, name, value))
+
+
+def constant_of(node: fx.Node) -> Tensor:
+    """Return the tensor of a get_attr node from the module that owns its graph."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    return constant(owner, node)
+
+
+def is_free(x: fx.Node, dim: int) -> bool:
+    """Return whether the size of a dimension depends on the batch or another free size."""
+    value = x.meta.get("val")
+    return isinstance(value, Tensor) and not isinstance(value.shape[dim], int)
 
 
 def meta_of_part(node: fx.Node) -> dict[str, Any]:

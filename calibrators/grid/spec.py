@@ -97,13 +97,15 @@ class Site:
     """One quantizer on one edge of the graph.
 
     name:      readable and unique; the codes are called f"{name}_quantized" in the file.
-    kind:      "activation", "weight" or "bias".
-    node:      fx name of the value: the node that makes the activation, or the get_attr of the weight or bias.
+    kind:      "activation", "constant" (an operand on the grid of activations), "weight" or "bias".
+    node:      fx name of the value: the node that makes the activation, or the get_attr of the constant.
     users:     fx names of the nodes that read the dequantized value; other readers see the float value.
     spec:      the grid.
     shares:    name of the site whose scale and zero point this one has; None for its own.
-    fixed:     (scale, zero_point) where the operator decides the range.
-    clip:      bounds of a ReLU or clip that the saturation of the codes performs; None where there is none.
+    factor:    its scale is that of `shares` times this number; it has the same codes.
+    fixed:     (scale, zero_point) where the operator or the constant decides the range.
+    clip:      bounds of a ReLU or clip that the saturation of the codes performs, or of the values of a constant; None
+               where there is none.
     method:    name of the range method that a rule asks for; None leaves it to the calibration.
     of_codes:  the value is computed from the codes of `shares` on integers: by that clip, or by the operator.
     weight_only: of a weight: its layer reads float activations and computes in float.
@@ -112,11 +114,12 @@ class Site:
     """
 
     name: str
-    kind: Literal["activation", "weight", "bias"]
+    kind: Literal["activation", "constant", "weight", "bias"]
     node: str
     users: tuple[str, ...]
     spec: QuantSpec
     shares: str | None = None
+    factor: float = 1.0
     fixed: tuple[float, int] | None = None
     clip: tuple[float, float] | None = None
     method: str | None = None

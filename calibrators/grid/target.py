@@ -50,6 +50,7 @@ class Target:
     forms:             conditions under which operators of integer_ops have that kernel.
     same_scale_ops:    that move codes around unchanged: output and input share scale and zero point.
     on_codes_ops:      that move codes likewise, but only if the file applies them to the codes themselves.
+    constant_operands: operators of integer_ops whose second operand may be a constant, stored as codes.
     fixed_outputs:     whose output range is known: (scale, zero_point).
     costs:             of operators, by ATen name or kind of convolution, by which `placement = fastest` decides; empty
                        where nothing was measured.
@@ -57,6 +58,8 @@ class Target:
     The forms of programs
     drops_clips:       the runtime removes a ReLU or clip that the saturation at the ends of the container performs.
                        If not, programs leave it out.
+    free_factors:      a dequantizer may read codes with another scale than that of their quantizer, so that the product
+                       with a positive number costs nothing.
     shields_floats:    a clip at the bounds of the grid stands between codes and a layer with float weights, which the
                        runtime would quantize by itself.
     """
@@ -81,9 +84,11 @@ class Target:
     forms: Mapping[str, tuple[Form, ...]]
     same_scale_ops: Operators
     on_codes_ops: Operators
+    constant_operands: Operators
     fixed_outputs: Mapping[str, tuple[float, int]]
     costs: Mapping[str, Costs]
     drops_clips: bool
+    free_factors: bool
     shields_floats: bool
 
     @model_validator(mode="after")
@@ -96,6 +101,7 @@ class Target:
             (not self.forms.keys() <= self.integer_ops, "forms belong to operators of integer_ops"),
             (not self.weight_only <= self.weighted, "operators of weight_only carry a weight"),
             (bool(self.integer_ops & self.weighted), "an operator of integer_ops carries no weight"),
+            (not self.constant_operands <= self.integer_ops, "operators of constant_operands are in integer_ops"),
         )
         for applies, reason in contradictions:
             if applies:

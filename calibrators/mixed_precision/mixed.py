@@ -356,7 +356,7 @@ def network_costs(placement: Placement, stored: Stored, scales: Iterable[Tunable
 
     stored: the bytes of a weight in the file; scales: those whose bits are open.
     """
-    grids = {site.name: [site.spec] for site in placement.sites if site.kind != "bias"}
+    grids = {site.name: [site.spec] for site in placement.sites if site.kind in ("activation", "weight")}
     widths = {name: spec.bits for name, (spec,) in grids.items()}
     for scale in scales:
         grids[scale.site] += scale.specs.values()

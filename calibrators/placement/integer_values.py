@@ -12,6 +12,8 @@ from torch import fx
 
 from calibrators.graph.aten import bind, is_constant
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.elementwise import constant_operand
+from calibrators.graph.rewrite import constant_of
 from calibrators.grid.target import Target
 from calibrators.placement.kernel_forms import is_float, missing_form
 
@@ -57,7 +59,22 @@ class Placer:
     def _is_integer_op(self, node: fx.Node) -> bool:
         if node.target not in self.target.integer_ops or node.name not in self.selected or not is_float(node):
             return False
-        return all(not is_constant(x) for x in _inputs(node)) and missing_form(node, self.target) is None
+        constants = [x for x in _inputs(node) if is_constant(x)]
+        if constants and (node.target not in self.target.constant_operands or constants != [constant_operand(node)]):
+            return False
+        return missing_form(node, self.target) is None
+
+    def factor(self, node: fx.Node) -> float | None:
+        """Return the number by which a product multiplies all its codes: its readers may read them at another scale.
+
+        None for other operators, for numbers that are not positive, and where a reader needs the scale of the codes.
+        """
+        operand = constant_operand(node) if self.target.free_factors and self._is_integer_op(node) else None
+        if operand is None or node.target is not aten.mul.Tensor:
+            return None
+        value = constant_of(operand)
+        needed = any(self.is_weighted(x) or self._moves_codes(x) or clip_bounds(x) is not None for x in node.users)
+        return float(value) if value.numel() == 1 and value > 0 and not needed else None
 
     def _moves_codes(self, node: fx.Node) -> bool:
         """Return whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
@@ -76,7 +93,7 @@ class Placer:
         if self.is_weighted(node):
             return node.target in self.target.weighted_to_codes or self.available[bind(node)["input"]]
         if self._is_integer_op(node) or self._moves_codes(node):
-            inputs = [x for x in _inputs(node) if isinstance(x, fx.Node)]
+            inputs = [x for x in _inputs(node) if isinstance(x, fx.Node) and not is_constant(x)]
             return bool(inputs) and all(self.available.get(x, False) for x in inputs)
         return False
 

@@ -6,6 +6,7 @@ A value is quantized when an integer kernel writes it or reads it:
 - add, mul, concat, pools and the like run on integers if all their inputs are integers and something reads their codes;
 - a reshape or max pool moves codes and shares the scale of its input;
 - a ReLU or clip after an integer kernel is part of that kernel: the codes saturate at its bounds;
+- a constant operand of a sum or product is stored as codes; a positive number only changes the scale that readers see;
 - a weight-only layer reads and writes floats.
 
 The layers that read a value decide how fine its grid is (layer_rules). Where several read one value, scale or weight,
@@ -17,7 +18,7 @@ Must not know: data, methods, ONNX.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +30,7 @@ from calibrators.errors import InputError
 from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
 from calibrators.graph.operators import WEIGHTED
 from calibrators.grid.limits import Limits, pairings
-from calibrators.grid.spec import Site
+from calibrators.grid.spec import QParams, Site
 from calibrators.grid.target import Target
 from calibrators.placement.fastest import LeftInFloat, faster_in_float
 from calibrators.placement.integer_values import Placer
@@ -77,8 +78,8 @@ class Placement:
 
     @cached_property
     def activation_of(self) -> dict[str, Site]:
-        """Activation site by the fx name of its node."""
-        return {site.node: site for site in self.sites if site.kind == "activation"}
+        """Site of an activation or constant by the fx name of its node."""
+        return {site.node: site for site in self.sites if site.kind in ("activation", "constant")}
 
     @cached_property
     def readers(self) -> dict[str, tuple[str, ...]]:
@@ -91,7 +92,7 @@ class Placement:
         return {name: tuple(users) for name, users in found.items()}
 
     def values(self, site: Site) -> Tensor:
-        """Return the float weight or bias of a site."""
+        """Return the floats of a site of a weight, bias or constant."""
         return constant(self.graph, self.nodes[site.node])
 
     def input_of(self, node: fx.Node) -> Site:
@@ -129,6 +130,21 @@ class Placement:
         while site.shares is not None:
             site = self.by_name[site.shares]
         return site
+
+    def qparams_of(self, site: Site, activations: Mapping[str, QParams]) -> QParams:
+        """Return the scale and zero point of an activation or constant, on its grid.
+
+        activations: parameters by name of the site that owns them.
+        """
+        if site.kind == "constant":
+            scale, zero_point = site.fixed or (1.0, 0)
+            return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), site.spec)
+        factor, spec = site.factor, site.spec
+        while site.shares is not None:
+            site = self.by_name[site.shares]
+            factor *= site.factor
+        found = activations[site.name]
+        return replace(found, scale=found.scale if factor == 1 else found.scale * factor, spec=spec)
 
 
 def place(

@@ -13,7 +13,10 @@ from torch import fx
 
 from calibrators.graph.aten import bind, fan_in, free_name, module_path, operator_name, shape_of
 from calibrators.graph.canonical import clip_bounds
+from calibrators.graph.elementwise import constant_operand
 from calibrators.graph.operators import name_of
+from calibrators.graph.rewrite import constant_of
+from calibrators.grid.numerics import qparams_from_range
 from calibrators.grid.spec import QuantSpec, Site
 from calibrators.placement.identity_taps import needs_wide_taps
 from calibrators.placement.integer_values import Placer
@@ -42,7 +45,7 @@ class Sites:
     names: set[str] = field(default_factory=set)
 
     def build(self) -> tuple[Site, ...]:
-        activations = self._activations()
+        activations = [*self._activations(), *self._constants()]
         readers: dict[str, list[fx.Node]] = {}  # of each weight: layers that share it share one site
         for node in self.weighted:
             readers.setdefault(bind(node)["weight"].name, []).append(node)
@@ -100,6 +103,28 @@ class Sites:
         blocked = "block" in granularities and not self.placer.is_weighted(nodes[0]) and min(sizes) < inputs
         return replace(grid, block_size=min(sizes) if blocked else None)
 
+    def _constants(self) -> list[Site]:
+        """Return the sites of constants with which integer kernels combine codes; their values decide the grid."""
+        spec, sites = self.placer.target.activation, list[Site]()
+        for node in self.placer.nodes:
+            operand = constant_operand(node) if self.placer.runs_on_integers(node) else None
+            if operand is None or self.placer.factor(node) is not None:
+                continue
+            low, high = constant_of(operand).aminmax()
+            found = qparams_from_range(low, high, spec)
+            sites.append(
+                Site(
+                    name=self._name(node, "constant"),
+                    kind="constant",
+                    node=operand.name,
+                    users=(node.name,),
+                    spec=spec,
+                    fixed=(float(found.scale), int(found.zero_point)),
+                    clip=(float(low), float(high)),
+                )
+            )
+        return sites
+
     def _activations(self) -> list[Site]:
         placer = self.placer
         sites: dict[fx.Node, Site] = {}
@@ -126,8 +151,10 @@ class Sites:
         return self._with_bits(sites)
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
-        """Return the site of a reshape, pad or stand-alone clip with its input's scale, other sites unchanged."""
+        """Return the site of a move, stand-alone clip or product with a number with its input's scale, others as is."""
         target = self.placer.target
+        if (factor := self.placer.factor(node)) is not None:
+            return replace(site, shares=sites[node.args[0]].name, factor=factor, of_codes=True)  # type: ignore[index]
         if node.target in target.same_scale_ops | target.on_codes_ops:
             of_codes = node.target in target.on_codes_ops
             return replace(site, shares=sites[node.args[0]].name, of_codes=of_codes)  # type: ignore[index]

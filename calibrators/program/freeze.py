@@ -63,8 +63,8 @@ class CalibrationResult:
         return build_program(self.placement, self.qparams_of, self.weights, self.biases)
 
     def qparams_of(self, site: Site) -> QParams:
-        """Return the scale and zero point of an activation site, its own or shared, on the site's grid."""
-        return replace(self.activations[self.placement.root(site).name], spec=site.spec)
+        """Return the scale and zero point of the site of an activation or constant, on the site's grid."""
+        return self.placement.qparams_of(site, self.activations)
 
 
 def freeze(

@@ -6,6 +6,8 @@ kernels; called as a module it executes as QDQ: float arithmetic between dequant
 Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
 - an activation site is `dequantize(quantize(x, ...), ...)`; scale and zero_point are get_attr buffers, float32 [] and
   uint8 [] (int16 for wide grids); [qmin, qmax] of quantize may be narrower than the container;
+- the product of a quantized value and a positive number is `dequantize` of its codes with another scale;
+- the constant operand of a sum or product is `dequantize` of a get_attr uint8 buffer;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
@@ -30,9 +32,10 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
+from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
 from calibrators.graph.rewrite import origin
-from calibrators.grid.numerics import along_axis, grid_of, round_codes, values_of
+from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
@@ -93,6 +96,8 @@ def build_program(
     for site in placement.sites:
         if site.kind == "activation":
             builder.activation(site)
+        elif site.kind == "constant":
+            builder.operand(site)
         else:
             builder.constant(site, (weights if site.kind == "weight" else biases)[site.name])
     return builder.finish()
@@ -117,12 +122,12 @@ class _Builder:
         return name
 
     def _scale_and_zero_point(self, site: Site, qparams: QParams) -> tuple[fx.Node, fx.Node]:
-        root = self.placement.root(site)
-        if root.name not in self.parameters:
-            zero_point = qparams.zero_point.to(root.spec.dtype)
-            scale_name = self._buffer(f"{root.name}_scale", qparams.scale)
-            self.parameters[root.name] = scale_name, self._buffer(f"{root.name}_zero_point", zero_point)
-        scale, zero_point_name = self.parameters[root.name]
+        owner = self.placement.root(site) if site.factor == 1 else site
+        if owner.name not in self.parameters:
+            zero_point = qparams.zero_point.to(owner.spec.dtype)
+            scale_name = self._buffer(f"{owner.name}_scale", qparams.scale)
+            self.parameters[owner.name] = scale_name, self._buffer(f"{owner.name}_zero_point", zero_point)
+        scale, zero_point_name = self.parameters[owner.name]
         return self.graph.get_attr(scale), self.graph.get_attr(zero_point_name)
 
     def activation(self, site: Site) -> None:
@@ -138,14 +143,15 @@ class _Builder:
         with self.graph.inserting_before(anchor):
             scale, zero_point = self._scale_and_zero_point(site, qparams)
             if site.of_codes:
-                source = self.codes[site.shares or ""]
-                target, arguments = _on_codes(node, qparams, (lo, hi))
-                codes = self.graph.call_function(target, (source, *arguments))
+                codes = self.codes[site.shares or ""]
+                if site.factor == 1:
+                    target, arguments = _on_codes(node, qparams, (lo, hi))
+                    codes = self.graph.call_function(target, (codes, *arguments))
             else:
                 codes = self.graph.call_function(QUANTIZE, (before, scale, zero_point, lo, hi, None, site.name))
             value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
         self.graph.erase_node(anchor)
-        for made in (codes, value):
+        for made in (codes, value) if site.factor == 1 else (value,):
             made.meta = origin(node)
         self.codes[site.name] = codes
         for user in readers:
@@ -166,6 +172,18 @@ class _Builder:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return source
+
+    def operand(self, site: Site) -> None:
+        """Replace a constant operand by dequantize of its codes."""
+        node, qparams = self.nodes[site.node], self.qparams_of(site)
+        codes = quantize(self.placement.values(site), qparams)
+        for user in map(self.nodes.__getitem__, site.users):
+            with self.graph.inserting_before(user):
+                buffer = self.graph.get_attr(self._buffer(f"{site.name}_quantized", codes))
+                parameters = self._scale_and_zero_point(site, qparams)
+                value = self.graph.call_function(DEQUANTIZE, (buffer, *parameters, None, site.name))
+            value.meta = origin(user)
+            user.replace_input_with(node, value)
 
     def constant(self, site: Site, coded: QuantizedTensor) -> None:
         """Replace a weight or bias by dequantize of its codes, moved to the zero point 0 or 128 for integer kernels.
@@ -214,6 +232,7 @@ class _Builder:
         node.replace_input_with(source, clipped)
 
     def finish(self) -> fx.GraphModule:
+        restore_activations(self.program)
         for node in list(self.graph.nodes) if self.placement.target.shields_floats else ():
             if node.target in WEIGHTED:
                 self._shield(node)

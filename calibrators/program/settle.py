@@ -58,7 +58,7 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
         return settled, None
 
     def ties(kernel: _Kernel) -> Ties | None:
-        grids = [_grid(site, settled[placement.root(site).name]) for site in (*kernel.inputs, kernel.output)]
+        grids = [_grid(site, placement.qparams_of(site, settled)) for site in (*kernel.inputs, kernel.output)]
         found = differing(kernel.name, grids[:-1], grids[-1], families, broadcast=kernel.broadcast)
         return Ties(kernel.output.name, kernel.name, int(found.sum()), found.size) if found.any() else None
 
@@ -95,7 +95,8 @@ def _by_owner(placement: Placement) -> dict[str, list[_Kernel]]:
     order = {site.name: index for index, site in enumerate(placement.sites)}
     owned: dict[str, list[_Kernel]] = {}
     for kernel in _kernels(placement):
-        roots = [placement.root(site) for site in (*kernel.inputs, kernel.output)]
+        sites = (*kernel.inputs, kernel.output)
+        roots = [placement.root(site) for site in sites if site.kind == "activation"]
         free = [root for root in roots if root.fixed is None] or roots
         owned.setdefault(max(free, key=lambda root: order[root.name]).name, []).append(kernel)
     return dict(sorted(owned.items(), key=lambda item: order[item[0]]))
@@ -132,7 +133,7 @@ def _written(placement: Placement, node: fx.Node) -> Site | None:
 
 def _grid(site: Site, qparams: QParams) -> CodeGrid:
     """Return the codes of a site in plain numbers."""
-    low, high = code_bounds(site, replace(qparams, spec=site.spec))
+    low, high = code_bounds(site, qparams)
     return CodeGrid(float(qparams.scale), int(qparams.zero_point), low, high, torch.iinfo(site.spec.dtype).min)
 
 

@@ -50,8 +50,10 @@ TARGET = Target(
     },
     same_scale_ops=MOVES - LISTS - {"getitem"} | {"pad.default"},
     on_codes_ops=Operators("constant_pad_nd.default"),
+    constant_operands=Operators("add.Tensor", "mul.Tensor"),
     fixed_outputs={"sigmoid.default": (1.0 / 256.0, 0)},
     costs=X86_COSTS,
     drops_clips=True,
+    free_factors=True,
     shields_floats=True,
 )

@@ -118,7 +118,7 @@ def is_coded(node: object) -> bool:
 def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
     """Return the grids of the activations that an operator reads.
 
-    A range is that of the quantizer or of a clip of the codes, else that of the container.
+    A range is that of the quantizer, of a clip of the codes or of constant codes, else that of the container.
     """
     grids = []
     for node in nodes:
@@ -133,6 +133,9 @@ def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
             limits = bind(codes)["qmin"], bind(codes)["qmax"]
         elif codes.target is aten.clamp.default:
             limits = bind(codes)["min"], bind(codes)["max"]
+        elif is_constant(codes):
+            low, high = constant(program, codes).aminmax()
+            limits = int(low), int(high)
         grids.append(_grid(program, bound, limits))
     return grids
 
