@@ -29,11 +29,12 @@ EMPTY_AGAIN = "the calibration data was empty when read again; give a list or an
 def observe(
     placement: Placement, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None
 ) -> dict[str, Statistic]:
-    """Return statistics of every activation site that owns its scale, from one float pass over the batches.
+    """Return statistics of every activation site that owns its scale and of those that join it, from one float pass.
 
     raises: DataError if there are no batches, or an activation is not finite.
     """
-    owners = {s.node: s.name for s in placement.sites if s.kind == "activation" and s.shares is None}
+    activations = (site for site in placement.sites if site.kind == "activation")
+    owners = {s.node: placement.root(s).name for s in activations if s.shares is None or s.joined}
     statistics = {name: Statistic() for name in owners.values()}
     count = 0
     with torch.no_grad():

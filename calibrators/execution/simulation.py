@@ -131,7 +131,7 @@ class Simulation(torch.nn.Module):
     def _quantize(self, site: Site, boundary: BlockBoundary, quantizers: Mapping[str, ActivationQuantizer]) -> None:
         """Insert the site's quantizer after its value, or at the entry of the block if it crosses unquantized."""
         node = self._nodes.get(site.node)
-        moved = site.shares is not None and site.clip is None  # moved codes are on the grid already
+        moved = site.shares is not None and site.clip is None and not site.joined  # these are on the grid already
         if node is None or moved or (node.op == "placeholder" and boundary.site(site.node) is not None):
             return
         readers = [user for user in node.users if user.name in site.users]
@@ -154,7 +154,7 @@ class Simulation(torch.nn.Module):
         for user in (self._nodes[name] for name in site.users if name in self.block.nodes):
             operand = constant_operand(user)
             assert operand is not None
-            values = fake_quant(self.placement.values(site), self.placement.qparams_of(site, {}))
+            values = fake_quant(self.placement.values(site), self.placement.constants[site.name])
             with self.graph.graph.inserting_before(user):
                 rounded = self.graph.graph.get_attr(add_constant(self.graph, f"{site.name}_rounded", values))
             user.replace_input_with(operand, rounded)

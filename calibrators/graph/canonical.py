@@ -2,10 +2,11 @@
 
 Pooling and resizing
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
+- mean over a sequence -> adaptive average pooling to 1x1
 - adaptive average pooling to a divisor of the size -> average pooling
 - average pooling of a sequence -> the same of an image of height 1
 - average pooling with ceil_mode or divisor_override -> padding, plain average pooling, a factor per position
-- max pooling with unused indices -> max pooling
+- max pooling with unused indices -> max pooling; maxima and minima along an axis -> amax, amin
 - resizing to a multiple of the size -> resizing by that factor
 
 Layers
@@ -89,9 +90,15 @@ def clip_bounds(node: fx.Node) -> tuple[float, float] | None:
 
 def _spatial_mean(node: fx.Node) -> None:
     x, axes, keepdim, dtype = bind(node).values()
-    if len(shape_of(x)) == 4 and axes and sorted(axis % 4 for axis in axes) == [2, 3] and dtype is None:
+    rank = len(shape_of(x))
+    over = sorted(axis % rank for axis in axes) if axes and dtype is None else []
+    if rank == 4 and over == [2, 3]:
         pool = (aten.adaptive_avg_pool2d.default, (x, [1, 1]))
         replace_call(node, pool, *([] if keepdim else [(aten.flatten.using_ints, (..., 1))]))
+    elif rank == 3 and over == [2]:
+        pool = (aten.adaptive_avg_pool2d.default, (..., [1, 1]))
+        last = (aten.squeeze.dim, (..., 2)) if keepdim else (aten.flatten.using_ints, (..., 1))
+        replace_call(node, (aten.unsqueeze.default, (x, 2)), pool, last)
 
 
 def _adaptive_pool(node: fx.Node) -> None:
@@ -163,6 +170,16 @@ def _max_pool(node: fx.Node) -> None:
         call = (aten.amax.default, (bound["self"], [rank - 2, rank - 1], True))
     for user in list(node.users):
         replace_call(user, call)
+
+
+def _extreme(node: fx.Node) -> None:
+    """Drop the indices of maxima and minima along one axis where nothing reads them."""
+    x, dim, keepdim = bind(node).values()
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return
+    target = aten.amax.default if node.target is aten.max.dim else aten.amin.default
+    for user in list(node.users):
+        replace_call(user, (target, (x, [dim], keepdim)))
 
 
 def _resize(node: fx.Node) -> None:
@@ -319,6 +336,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.adaptive_avg_pool1d.default: (_pool_of_sequence,),
     **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default), (_average_pool,)),
     **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default), (_max_pool,)),
+    **dict.fromkeys((aten.max.dim, aten.min.dim), (_extreme,)),
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), (_resize,)),
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), (_bias,)),
     aten.linear.default: (_bias, _linear),

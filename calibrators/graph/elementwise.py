@@ -2,6 +2,7 @@
 
 - SiLU -> x * sigmoid(x)
 - ReLU6, hardtanh -> clamp
+- PReLU -> leaky ReLU where all slopes agree, else max(x, slope * x) where none is above 1
 - hard sigmoid -> clamp(x / 6 + 1 / 2, 0, 1); hard swish -> x times that
 - sum, difference, product or quotient with a number or constant -> sum or product with a constant second operand
 - scale * (x * factor), one factor per channel -> x * conv1x1(factor): layer scale after a squeeze-excite
@@ -43,6 +44,18 @@ def _hardtanh(node: fx.Node) -> None:
     bound = bind(node)
     lo, hi = bound.get("min_val", 0), bound.get("max_val", 6)
     replace_call(node, (aten.clamp.default, (bound["self"], float(lo), float(hi))))
+
+
+def _prelu(node: fx.Node) -> None:
+    x, weight = node.args[:2]
+    if not is_constant(weight) or is_constant(x):
+        return
+    slopes = constant_of(weight)
+    if bool((slopes == slopes.flatten()[0]).all()):
+        replace_call(node, (aten.leaky_relu.default, (x, float(slopes.flatten()[0]))))
+    elif bool((slopes <= 1).all()) and len(shape_of(x)) > 1:
+        by_channel = constant_before(node, f"{weight.target}_slopes", slopes.reshape(-1, *[1] * (len(shape_of(x)) - 2)))
+        replace_call(node, (aten.mul.Tensor, (x, by_channel)), (aten.maximum.default, (x, ...)))
 
 
 HARD_SIGMOID = {"slope": 1 / 6, "offset": 1 / 2}
@@ -134,6 +147,7 @@ def _scaled_factor(node: fx.Node) -> None:
 ELEMENTWISE: dict[Any, tuple[Rule, ...]] = {
     aten.silu.default: (_silu,),
     **dict.fromkeys((aten.hardtanh.default, aten.relu6.default), (_hardtanh,)),
+    aten.prelu.default: (_prelu,),
     **dict.fromkeys((aten.hardsigmoid.default, aten.hardswish.default), (_hard_sigmoid,)),
     **dict.fromkeys(overloads(SUMS | PRODUCTS | QUOTIENTS), (_constant_operand,)),
     aten.mul.Tensor: (_constant_operand, _scaled_factor),

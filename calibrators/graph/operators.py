@@ -89,6 +89,7 @@ OPERATORS: dict[str, Operator] = {
     **_rows("max_pool1d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("max_pool2d.default", onnx="MaxPool", homogeneous=True),
     **_rows("amax.default", onnx="ReduceMax", homogeneous=True),
+    **_rows("amin.default", onnx="ReduceMin", homogeneous=True),
     **_rows("upsample_nearest2d.vec", onnx="Resize", homogeneous=True, on_integers=False),
     **_rows("pixel_shuffle.default", onnx="DepthToSpace"),
     **_rows("getitem", onnx="Split"),
@@ -124,6 +125,8 @@ ALIASES = {
     "special_expit.default": "sigmoid.default",
     "special_softmax.default": "softmax.int",
     "absolute.default": "abs.default",
+    "max.other": "maximum.default",
+    "min.other": "minimum.default",
     "negative.default": "neg.default",
 }
 """Other names of operators that take the same arguments in the same order and compute the same."""

@@ -102,12 +102,13 @@ class Site:
     users:     fx names of the nodes that read the dequantized value; other readers see the float value.
     spec:      the grid.
     shares:    name of the site whose scale and zero point this one has; None for its own.
+    joined:    its own kernel writes it on the scale of `shares`, because a maximum or minimum compares their codes.
     factor:    its scale is that of `shares` times this number; it has the same codes.
     fixed:     (scale, zero_point) where the operator or the constant decides the range.
     clip:      bounds of a ReLU or clip that the saturation of the codes performs, or of the values of a constant; None
                where there is none.
     method:    name of the range method that a rule asks for; None leaves it to the calibration.
-    of_codes:  the value is computed from the codes of `shares` on integers: by that clip, or by the operator.
+    of_codes:  the value is computed on integers from the codes of its operands: by that clip, or by the operator.
     weight_only: of a weight: its layer reads float activations and computes in float.
     unsigned:  of a weight: the file holds it as uint8 codes with zero point 128, whose products kernels add in 32 bits
                on every processor.
@@ -119,6 +120,7 @@ class Site:
     users: tuple[str, ...]
     spec: QuantSpec
     shares: str | None = None
+    joined: bool = False
     factor: float = 1.0
     fixed: tuple[float, int] | None = None
     clip: tuple[float, float] | None = None

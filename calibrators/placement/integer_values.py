@@ -10,16 +10,20 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from calibrators.graph.aten import bind, is_constant
+from calibrators.graph.aten import bind, is_constant, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import constant_operand
+from calibrators.graph.operators import name_of
 from calibrators.graph.rewrite import constant_of
 from calibrators.grid.target import Target
 from calibrators.placement.kernel_forms import is_float, missing_form
 
-__all__ = ["Placer"]
+__all__ = ["EXTREMES", "Placer"]
 
 aten = torch.ops.aten
+
+EXTREMES = (aten.maximum.default, aten.minimum.default)
+"""Operators that select codes of two operands, which need one scale."""
 
 
 class Placer:
@@ -74,7 +78,8 @@ class Placer:
             return None
         value = constant_of(operand)
         needed = any(self.is_weighted(x) or self._moves_codes(x) or clip_bounds(x) is not None for x in node.users)
-        return float(value) if value.numel() == 1 and value > 0 and not needed else None
+        is_number = value.numel() == 1 and value > 0 and shape_of(node) == shape_of(bind(node)["self"])
+        return float(value) if is_number and not needed else None
 
     def _moves_codes(self, node: fx.Node) -> bool:
         """Return whether output codes are input codes, moved or saturated: reshapes, max pools, stand-alone clips."""
@@ -82,7 +87,19 @@ class Placer:
             return False
         is_move = node.target in self.target.same_scale_ops | self.target.on_codes_ops
         check = _FORM_OF_MOVE.get(node.target)
+        if node.target in EXTREMES:
+            return is_move and all(self._may_join(x) for x in _inputs(node))
         return (is_move and (check is None or check(node))) or clip_bounds(node) is not None
+
+    def _may_join(self, value: object) -> bool:
+        """Return whether a value that a maximum or minimum compares may have the scale of another one."""
+        while isinstance(value, fx.Node) and value.op == "call_function" and self._moves_codes(value):
+            value = value.args[0]
+        return (
+            isinstance(value, fx.Node)
+            and not is_constant(value)
+            and name_of(value.target) not in self.target.fixed_outputs
+        )
 
     def _is_available(self, node: fx.Node) -> bool:
         """Return whether integers can produce the value, without quantizing the result of a float operator."""
@@ -136,7 +153,7 @@ def _inputs(node: fx.Node) -> list[object]:
     first = node.args[0]
     if isinstance(first, (list, tuple)):
         return list(first)
-    return list(node.args[:2]) if node.target in (aten.add.Tensor, aten.mul.Tensor) else [first]
+    return list(node.args[:2]) if node.target in (aten.add.Tensor, aten.mul.Tensor, *EXTREMES) else [first]
 
 
 def _pads_with_zeros(node: fx.Node) -> bool:

@@ -82,6 +82,16 @@ class Placement:
         return {site.node: site for site in self.sites if site.kind in ("activation", "constant")}
 
     @cached_property
+    def constants(self) -> dict[str, QParams]:
+        """Parameters of the constant operands, which their values decide, by the site's name."""
+        return {
+            site.name: QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), site.spec)
+            for site in self.sites
+            if site.kind == "constant" and site.fixed is not None
+            for scale, zero_point in [site.fixed]
+        }
+
+    @cached_property
     def readers(self) -> dict[str, tuple[str, ...]]:
         """Weighted operators that read each weight and each activation scale, by the name of the site that owns it."""
         found: dict[str, list[str]] = {}
@@ -136,9 +146,6 @@ class Placement:
 
         activations: parameters by name of the site that owns them.
         """
-        if site.kind == "constant":
-            scale, zero_point = site.fixed or (1.0, 0)
-            return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), site.spec)
         factor, spec = site.factor, site.spec
         while site.shares is not None:
             site = self.by_name[site.shares]

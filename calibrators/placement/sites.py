@@ -5,8 +5,9 @@ Must not know: how rules were written, methods, ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -19,7 +20,7 @@ from calibrators.graph.rewrite import constant_of
 from calibrators.grid.numerics import qparams_from_range
 from calibrators.grid.spec import QuantSpec, Site
 from calibrators.placement.identity_taps import needs_wide_taps
-from calibrators.placement.integer_values import Placer
+from calibrators.placement.integer_values import EXTREMES, Placer
 from calibrators.placement.layer_rules import DEFAULT_BLOCK, WIDE, RuleList
 
 __all__ = ["Sites", "rescales"]
@@ -31,6 +32,13 @@ REDUCED_BITS = 7
 def rescales(node: fx.Node) -> bool:
     """Return whether a weight is one number per channel; such a weight always has the widest grid."""
     return fan_in(node) == 1
+
+
+def _root(site: Site, by_name: Mapping[str, Site]) -> str:
+    """Return the name of the site that owns the scale of `site`."""
+    while site.shares is not None:
+        site = by_name[site.shares]
+    return site.name
 
 
 @dataclass
@@ -146,9 +154,20 @@ class Sites:
                 clip=clip_bounds(node) if node in placer.absorbed else None,
             )
             if origin is node and node.op == "call_function" and placer.runs_on_integers(node):
+                self._join(node, sites)
                 site = self._share(site, node, sites)
             sites[node] = site
         return self._with_bits(sites)
+
+    def _join(self, node: fx.Node, sites: dict[fx.Node, Site]) -> None:
+        """Give the operands of a maximum or minimum one scale, that of the one which is computed first."""
+        if node.target not in EXTREMES:
+            return
+        by_name = {site.name: site for site in sites.values()}
+        roots = {_root(sites[x], by_name) for x in node.all_input_nodes}
+        first, *others = (x for x in sites if sites[x].name in roots)
+        for other in others:
+            sites[other] = replace(sites[other], shares=sites[first].name, joined=True)
 
     def _share(self, site: Site, node: fx.Node, sites: dict[fx.Node, Site]) -> Site:
         """Return the site of a move, stand-alone clip or product with a number with its input's scale, others as is."""
@@ -165,13 +184,7 @@ class Sites:
 
     def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:
         """Return the sites with the most bits that a weighted reader asks for, the same for all that share a scale."""
-        by_name = {site.name: site for site in sites.values()}
-
-        def root(site: Site) -> str:
-            while site.shares is not None:
-                site = by_name[site.shares]
-            return site.name
-
+        root = partial(_root, by_name={site.name: site for site in sites.values()})
         bits: dict[str, int] = {}
         methods: dict[str, str | None] = {}  # of the first reader with one
         for node in filter(self.placer.is_weighted, self.weighted):
@@ -180,7 +193,7 @@ class Sites:
             methods[scale] = methods.get(scale) or self.rules.value("method", node.name)
         return [
             replace(self._at_bits(site, bits.get(root(site), site.spec.bits)), method=methods.get(root(site)))
-            for site in by_name.values()
+            for site in sites.values()
         ]
 
     def _at_bits(self, site: Site, bits: int) -> Site:

@@ -83,7 +83,7 @@ def freeze(
     biases:  float values by site name, instead of the graph's.
     raises:  InputError for codes off the grid of their site, UnknownNameError for a bias that the placement lacks.
     """
-    activations, settled = settle(placement, activations)
+    activations, settled = settle(placement, {**placement.constants, **activations})
     added = _added_biases(placement, activations, biases or {})
     weight_codes: dict[str, QuantizedTensor] = {}
     bias_codes: dict[str, QuantizedTensor] = {}

@@ -9,7 +9,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
 - the product of a quantized value and a positive number is `dequantize` of its codes with another scale;
 - the constant operand of a sum or product is `dequantize` of a get_attr uint8 buffer;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
-  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`;
+  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`; a maximum or minimum compares codes
+  of one scale likewise;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take; an
   unsigned site's buffer and zero_point are uint8 and 128 more;
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
+from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
 from calibrators.graph.rewrite import origin
@@ -112,6 +114,7 @@ class _Builder:
         self.graph = self.program.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.names: dict[str, str] = {}
+        self.operands = {name: [x.name for x in node.all_input_nodes] for name, node in placement.nodes.items()}
         self.codes: dict[str, fx.Node] = {}  # codes of each activation site
         self.parameters: dict[str, tuple[str, str]] = {}  # buffers of each site that owns its scale
         self.weight_only = {user for site in placement.sites if site.weight_only for user in site.users}
@@ -145,8 +148,7 @@ class _Builder:
             if site.of_codes:
                 codes = self.codes[site.shares or ""]
                 if site.factor == 1:
-                    target, arguments = _on_codes(node, qparams, (lo, hi))
-                    codes = self.graph.call_function(target, (codes, *arguments))
+                    codes = self._on_codes(node, qparams, (lo, hi))
             else:
                 codes = self.graph.call_function(QUANTIZE, (before, scale, zero_point, lo, hi, None, site.name))
             value = self.graph.call_function(DEQUANTIZE, (codes, scale, zero_point, None, site.name))
@@ -156,6 +158,15 @@ class _Builder:
         self.codes[site.name] = codes
         for user in readers:
             user.replace_input_with(node, value)
+
+    def _on_codes(self, node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> fx.Node:
+        """Insert the operator that does to codes what `node` does to values."""
+        operands = [self.codes[self.placement.activation_of[x].name] for x in self.operands[node.name]]
+        if node.target is aten.constant_pad_nd.default:
+            return self.graph.call_function(node.target, (*operands, node.args[1], int(qparams.zero_point)))
+        if clip_bounds(node) is not None:
+            return self.graph.call_function(aten.clamp.default, (*operands, *bounds))
+        return self.graph.call_function(node.target, (*operands, *node.args[len(operands) :]))
 
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
         """Return what the quantizer reads.
@@ -246,13 +257,6 @@ class _Builder:
         self.program.meta = {**self.placement.graph.meta, "names": self.names}
         infer_shapes(self.program)
         return self.program
-
-
-def _on_codes(node: fx.Node, qparams: QParams, bounds: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the operator that does to codes what `node` does to values, and its arguments other than the codes."""
-    if node.target is aten.constant_pad_nd.default:
-        return node.target, (node.args[1], int(qparams.zero_point))
-    return aten.clamp.default, bounds
 
 
 def is_saturation(

@@ -70,8 +70,7 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
     moves: list[MovedScale] = []
     left: list[Ties] = []
     for owner in owned:
-        fixed = placement.by_name[owner].fixed is not None
-        best = _best(partial(ties_after, owner), MOVES[:1] if fixed else MOVES)
+        best = _best(partial(ties_after, owner), MOVES if _is_free(placement.by_name[owner]) else MOVES[:1])
         left += ties_after(owner, best)
         moves += [MovedScale(owner, best)] * bool(best)
     kernels = sum(map(len, owned.values()))
@@ -90,14 +89,19 @@ def _best(ties_after: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> 
     return best
 
 
+def _is_free(site: Site) -> bool:
+    """Return whether the scale may move: unless an operator fixes it."""
+    return site.fixed is None or site.kind == "constant"
+
+
 def _by_owner(placement: Placement) -> dict[str, list[_Kernel]]:
     """Return the kernels by the name of the last site whose scale can remove their ties, in the order of sites."""
     order = {site.name: index for index, site in enumerate(placement.sites)}
     owned: dict[str, list[_Kernel]] = {}
     for kernel in _kernels(placement):
         sites = (*kernel.inputs, kernel.output)
-        roots = [placement.root(site) for site in sites if site.kind == "activation"]
-        free = [root for root in roots if root.fixed is None] or roots
+        roots = [placement.root(site) for site in sites]
+        free = [root for root in roots if _is_free(root)] or roots
         owned.setdefault(max(free, key=lambda root: order[root.name]).name, []).append(kernel)
     return dict(sorted(owned.items(), key=lambda item: order[item[0]]))
 

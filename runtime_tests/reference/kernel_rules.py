@@ -127,17 +127,25 @@ def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
         if not is_coded(node):
             raise StaysFloat(f"its input {node.name} is not quantized")
         bound = bind(before_moves(node))
-        codes, container = bound["codes"], torch.iinfo(constant(program, bound["zero_point"]).dtype)
-        limits = container.min, container.max
-        if codes.target is QUANTIZE:
-            limits = bind(codes)["qmin"], bind(codes)["qmax"]
-        elif codes.target is aten.clamp.default:
-            limits = bind(codes)["min"], bind(codes)["max"]
-        elif is_constant(codes):
-            low, high = constant(program, codes).aminmax()
-            limits = int(low), int(high)
+        container = torch.iinfo(constant(program, bound["zero_point"]).dtype)
+        limits = _limits(program, bound["codes"], (container.min, container.max))
         grids.append(_grid(program, bound, limits))
     return grids
+
+
+def _limits(program: fx.GraphModule, codes: fx.Node, container: tuple[int, int]) -> tuple[int, int]:
+    """Return the lowest and the highest code that may occur."""
+    if codes.target is QUANTIZE:
+        return bind(codes)["qmin"], bind(codes)["qmax"]
+    if codes.target is aten.clamp.default:
+        return bind(codes)["min"], bind(codes)["max"]
+    if is_constant(codes):
+        low, high = constant(program, codes).aminmax()
+        return int(low), int(high)
+    if codes.target in (aten.maximum.default, aten.minimum.default, aten.amin.default):
+        lows, highs = zip(*(_limits(program, x, container) for x in codes.all_input_nodes), strict=True)
+        return min(lows), max(highs)
+    return container
 
 
 def check_containers(program: fx.GraphModule, node: fx.Node, y: Grid | None, target: Target) -> None:

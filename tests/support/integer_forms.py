@@ -42,6 +42,14 @@ def as_module(form: Callable[[Tensor], Tensor]) -> nn.Module:
     return form if isinstance(form, nn.Module) else _Function(form)
 
 
+def prelu() -> nn.Module:
+    """Return a PReLU with slopes of both signs."""
+    module = nn.PReLU(8)
+    with torch.no_grad():
+        module.weight.copy_(torch.linspace(-0.2, 0.9, 8))
+    return module
+
+
 FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
     "hard-sigmoid": (nn.Hardsigmoid, {"QLinearAdd"}),
     "hard-swish": (nn.Hardswish, {"QLinearAdd", "QLinearMul"}),
@@ -59,6 +67,18 @@ FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
         {"QLinearMul", "QLinearAdd"},
     ),
     "difference": (lambda: lambda x: torch.cat([F.relu(x - 0.3) / 2, x], 1), {"QLinearConcat"}),
+    "prelu": (prelu, {"QLinearMul", "Max"}),
+    "prelu-of-one-slope": (lambda: nn.PReLU(8), {"QLinearLeakyRelu"}),
+    "maxout": (lambda: lambda x: torch.max(*x.chunk(2, 1)), {"Max"}),
+    "minimum": (lambda: lambda x: torch.minimum(F.relu(x), torch.sigmoid(x) * x), {"Min", "QLinearMul"}),
+    "extremes": (
+        lambda: lambda x: x.amax((2, 3), keepdim=True) + F.relu(x).min(3, keepdim=True)[0],
+        {"ReduceMax", "ReduceMin"},
+    ),
+    "mean-of-a-sequence": (
+        lambda: lambda x: x + x.flatten(2).mean(2, keepdim=True)[..., None],
+        {"QLinearGlobalAveragePool", "QLinearAdd"},
+    ),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.ReLU()), {"QLinearConv"}),
     "grouped-transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, (1, 2), groups=2), {"QLinearConv"}),
 }
@@ -73,6 +93,6 @@ def between(name: str) -> tuple[nn.Module, Tensor]:
         model, x = Between(make()).eval(), torch.randn(8, 3, 12, 12)
         with torch.no_grad():
             model(x)
-        model = randomize(model)
+        model.first, model.second = randomize(model.first), randomize(model.second)
         model.first.weight.data.mul_(3)
         return model, x

@@ -24,18 +24,20 @@ pytestmark = pytest.mark.runtimes
 
 
 class Everything(nn.Module):
-    """One convolution, then each form, joined by a sum of their means."""
+    """One convolution, then each form, joined by a layer that reads their means."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3)
         self.forms = nn.ModuleDict({name: as_module(make()) for name, (make, _) in FORMS.items()})
         self.last = nn.ModuleDict({name: nn.LazyConv2d(4, 1) for name in FORMS})
+        self.head = nn.Linear(4 * len(FORMS), 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         parts = [F.adaptive_avg_pool2d(self.last[name](form(x)), 1) for name, form in self.forms.items()]
-        return torch.cat(parts, 1)
+        result: Tensor = self.head(torch.cat(parts, 1).flatten(1))
+        return result
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def calibrated() -> tuple[CalibrationResult, onnx.ModelProto, Tensor]:
         torch.manual_seed(0)
         model, x = Everything().eval(), torch.randn(16, 3, 12, 12)
         model(x)
-    model = randomize(model)
+    model.first, model.last = randomize(model.first), randomize(model.last)
     model.first.weight.data.mul_(3)
     result = calibrate(fold(capture(model, (x,))), [x], method="mse")
     return result, stored(result), x
