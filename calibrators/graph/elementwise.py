@@ -47,7 +47,7 @@ def _hardtanh(node: fx.Node) -> None:
 
 
 def _prelu(node: fx.Node) -> None:
-    x, weight = node.args[:2]
+    x, weight = bind(node).values()
     if not is_constant(weight) or is_constant(x):
         return
     slopes = constant_of(weight)

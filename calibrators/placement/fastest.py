@@ -75,6 +75,8 @@ class _Prices:
         """Return the cost of an operator; what is fused into another costs nothing."""
         if not integer and node in self.steps:
             return self._cost(self.steps[node], node, integer=False)
+        if integer and self.placer.factor(node) is not None:
+            return 0.0
         if origin := self.placer.absorbed.get(node):
             return 0.0 if integer or origin.target in WEIGHTED else self._cost("relu.default", node, integer=False)
         return self._cost(self._kind(node), node, integer=integer)

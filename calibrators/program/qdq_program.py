@@ -9,8 +9,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
 - the product of a quantized value and a positive number is `dequantize` of its codes with another scale;
 - the constant operand of a sum or product is `dequantize` of a get_attr uint8 buffer;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
-  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`; a maximum or minimum compares codes
-  of one scale likewise;
+  padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`; a maximum or minimum likewise
+  compares codes of one scale;
 - a weight is `dequantize` of a get_attr int8 buffer with zero_point 0, with scales along `axis`: the buffer of an
   asymmetric grid holds code - zero_point, which is the same number and the form that fast integer kernels take; an
   unsigned site's buffer and zero_point are uint8 and 128 more;
@@ -166,7 +166,8 @@ class _Builder:
             return self.graph.call_function(node.target, (*operands, node.args[1], int(qparams.zero_point)))
         if clip_bounds(node) is not None:
             return self.graph.call_function(aten.clamp.default, (*operands, *bounds))
-        return self.graph.call_function(node.target, (*operands, *node.args[len(operands) :]))
+        target: Any = node.target
+        return self.graph.call_function(target, (*operands, *node.args[len(operands) :]))
 
     def _source_of_clip(self, node: fx.Node, site: Site, qparams: QParams, readers: list[fx.Node]) -> fx.Node:
         """Return what the quantizer reads.

@@ -70,7 +70,7 @@ FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
     "prelu": (prelu, {"QLinearMul", "Max"}),
     "prelu-of-one-slope": (lambda: nn.PReLU(8), {"QLinearLeakyRelu"}),
     "maxout": (lambda: lambda x: torch.max(*x.chunk(2, 1)), {"Max"}),
-    "minimum": (lambda: lambda x: torch.minimum(F.relu(x), torch.sigmoid(x) * x), {"Min", "QLinearMul"}),
+    "minimum": (lambda: lambda x: torch.minimum(F.relu(x + 0.3), x * CHANNELS), {"Min", "QLinearMul"}),
     "extremes": (
         lambda: lambda x: x.amax((2, 3), keepdim=True) + F.relu(x).min(3, keepdim=True)[0],
         {"ReduceMax", "ReduceMin"},
