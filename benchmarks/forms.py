@@ -64,6 +64,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "prelu-of-one-slope": nn.PReLU,
     "maxout": lambda: Form(lambda x: torch.maximum(*x.chunk(2, 1))),
     "minimum-along-channels": lambda: Form(lambda x: x.amin(1, keepdim=True)),
+    "conv3d": lambda: nn.Sequential(nn.Unflatten(1, (16, 4)), nn.Conv3d(16, 16, 3, padding=1), nn.Flatten(1, 2)),
     "transposed 4x4 s2": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 4, 2, 1),
     "transposed 3x3 s2": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, 2, 1, 1),
     "transposed 2x2 s2": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2),

@@ -40,9 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, infer_shapes, is_constant, layer_name, replace_args, shape_of
+from calibrators.graph.aten import bind, infer_shapes, is_constant, layer_name, overloads, replace_args, shape_of
 from calibrators.graph.batch_norm import EXPECTED, read_batch_norm
 from calibrators.graph.elementwise import ELEMENTWISE
+from calibrators.graph.operators import TRANSPOSED
 from calibrators.graph.rewrite import (
     Call,
     Rule,
@@ -338,11 +339,11 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default), (_max_pool,)),
     **dict.fromkeys((aten.max.dim, aten.min.dim), (_extreme,)),
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), (_resize,)),
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), (_bias,)),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), (_bias,)),
     aten.linear.default: (_bias, _linear),
     aten.matmul.default: (_matmul,),
     aten.batch_norm.default: (_batch_norm,),
-    **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), (transposed_convolution,)),
+    **dict.fromkeys(overloads(TRANSPOSED), (transposed_convolution,)),
     aten.scaled_dot_product_attention.default: (_attention,),
     **ELEMENTWISE,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), (_split,)),

@@ -88,6 +88,7 @@ OPERATORS: dict[str, Operator] = {
     **_rows("clone.default contiguous.default", onnx="Identity", homogeneous=True),
     **_rows("max_pool1d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("max_pool2d.default", onnx="MaxPool", homogeneous=True),
+    **_rows("max_pool3d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("amax.default", onnx="ReduceMax", homogeneous=True),
     **_rows("amin.default", onnx="ReduceMin", homogeneous=True),
     **_rows("upsample_nearest2d.vec", onnx="Resize", homogeneous=True, on_integers=False),

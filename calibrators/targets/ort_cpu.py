@@ -29,7 +29,7 @@ TARGET = Target(
     wide_activation=QuantSpec(bits=16, signed=True),
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     bias=QuantSpec(bits=32, signed=True, symmetric=True, axis=0, narrow=True),
-    weighted_to_codes=Operators("conv1d.default", "conv2d.default"),
+    weighted_to_codes=Operators("conv1d.default", "conv2d.default", "conv3d.default"),
     weighted_to_float=Operators("linear.default"),
     weight_only=Operators("linear.default"),
     integer_ops=Operators(

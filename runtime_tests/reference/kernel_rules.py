@@ -338,7 +338,7 @@ PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 """Products of two activations, or of one and a constant."""
 
 WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None], Kernel]] = {
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _conv),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _conv),
     aten.linear.default: _linear,
     **dict.fromkeys(PRODUCTS, _matmul),
 }

@@ -221,11 +221,11 @@ def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
 def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry) -> Tensor:
     """Compute QLinearConv.
 
-    codes:   [batch, channels, *space], one or two dimensions of space.
+    codes:   [batch, channels, *space], one to three dimensions of space.
     returns: codes [batch, out, *space].
     """
     centred = x.centred(codes)
-    convolve = {1: functional.conv1d, 2: functional.conv2d}[codes.ndim - 2]
+    convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[codes.ndim - 2]
 
     def pick(cut: slice) -> Tensor:
         batch, channels, *space = centred.shape

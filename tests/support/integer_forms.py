@@ -81,6 +81,13 @@ FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
     ),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.ReLU()), {"QLinearConv"}),
     "grouped-transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, (1, 2), groups=2), {"QLinearConv"}),
+    "volumes": (
+        lambda: nn.Sequential(
+            *(nn.Unflatten(1, (4, 2)), nn.Conv3d(4, 6, 3, padding=1), nn.ReLU(), nn.MaxPool3d((1, 2, 2))),
+            *(nn.ConvTranspose3d(6, 3, 2, 2), nn.Conv3d(3, 2, (2, 3, 1), (2, 1, 1), groups=1), nn.Flatten(1, 2)),
+        ),
+        {"QLinearConv", "MaxPool"},
+    ),
 }
 """By name: the operator, and the integer kernels that compute it."""
 
