@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrators import PlacementOptions, calibrate
