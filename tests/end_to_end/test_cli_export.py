@@ -26,7 +26,8 @@ from onnx import numpy_helper
 from torch import nn
 from typer.testing import CliRunner
 
-from exporter.cli import INTERRUPTED, app
+from exporter.cli import app
+from exporter.console import INTERRUPTED
 from exporter.handover.bundle import write_bundle
 
 NETWORK = """

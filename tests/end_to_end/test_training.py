@@ -25,7 +25,8 @@ from calibrators.methods.qdrop import QDrop
 from calibrators.program.freeze import CalibrationResult
 from calibrators.record import Record
 from exporter import pipeline, run_calibrators
-from exporter.cli import INTERRUPTED, app
+from exporter.cli import app
+from exporter.console import INTERRUPTED
 from exporter.pipeline import export
 from exporter.progress import Bar, Progress
 from tests.support.networks import build
