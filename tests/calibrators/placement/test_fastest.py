@@ -129,6 +129,13 @@ def test_operators_that_are_one_in_float_cost_once() -> None:
     ]
 
 
+def test_a_linear_layer_that_is_fused_with_a_relu_in_float_expands_its_weight_at_every_run() -> None:
+    graph = graph_of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1024), nn.ReLU(), nn.Tanh()))
+    placer = placer_of(graph)
+    [linear] = placer.weighted
+    assert predicted(placer, X86_COSTS) > predicted(placer.without(frozenset({linear.name})), X86_COSTS) + 1e5
+
+
 def test_rows_of_the_table_are_operators_or_kinds() -> None:
     kinds = {"dense", "pointwise", "depthwise", "uneven depthwise", "grouped", "linear"}
     around = {"quantize", "dequantize", "layout", *fastest._COMPOSED}
