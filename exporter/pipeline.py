@@ -19,9 +19,8 @@ import torch
 from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import InputError, ModelError
+from calibrators.errors import InputError
 from calibrators.execution.measure import Batch
-from calibrators.grid.metrics import alike
 from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
 from exporter.about import __version__
@@ -29,9 +28,10 @@ from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
 from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
+from exporter.folding.agreement import check_folding
 from exporter.folding.fold_regions import fold
 from exporter.frontend.calling import input_names, optional_inputs
-from exporter.frontend.capture import SAME, capture
+from exporter.frontend.capture import capture
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.handover.bundle import check_out, write_bundle
@@ -194,15 +194,7 @@ class _Export:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
         if "absorb" in self.config.prepare:  # which changes outputs a little
             return
-        batch = cut(graph, batch, COMPARED_SAMPLES)
-        with torch.no_grad():
-            pairs = list(zip(graph(*batch), result.placement.graph(*batch), strict=True))
-        for name, (ours, theirs) in zip(graph.meta["output_names"], pairs, strict=True):
-            if ours.is_floating_point() and not alike(ours, theirs, SAME):
-                raise ModelError(
-                    f"folding changed output {name!r} of the model by more than {SAME:g} of its largest value, which "
-                    "is a fault of intact; please report this model"
-                )
+        check_folding(graph, result.placement.graph, cut(graph, batch, COMPARED_SAMPLES))
 
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
         with self._step("emit"):
