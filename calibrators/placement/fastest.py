@@ -314,7 +314,7 @@ class _Cut:
         for start, end, cost in self._between_sides():
             units = INFINITE if cost == math.inf else round(cost / total * PRECISION)
             capacity[start, end] = min(capacity.get((start, end), 0) + units, INFINITE)
-        rows, columns = np.array([*capacity]).T
+        rows, columns = np.array([*capacity], np.int32).reshape(-1, 2).T  # none where no operator has a choice
         network = csr_array((np.array([*capacity.values()], np.int32), (rows, columns)), (self.count, self.count))
         flow = maximum_flow(network, SOURCE, SINK).flow
         left = (network - flow).tocsr().T.tocsr()  # what can still flow, reversed
