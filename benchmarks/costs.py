@@ -1,7 +1,7 @@
 """Measure what operators cost in onnxruntime, as floats and as integers, and print the table of `placement: fastest`.
 
     python benchmarks/costs.py > costs.txt
-    python benchmarks/costs.py prelu 'hard sigmoid'
+    python benchmarks/costs.py silu 'hard sigmoid'
 
 Every operator stands alone in a file, at several sizes, once in float and once between quantizers. The times are those
 of onnxruntime's profiler: for each node the least of many runs, less what the profiler itself adds, on one thread. A
@@ -219,10 +219,6 @@ def silu(net: Net) -> str:
     return net.codes(net.op("Mul", x, net.codes(net.op("Sigmoid", x), 1 / 256, 0)), 1 / 32)
 
 
-def prelu(channels: int) -> Build:
-    return lambda net: net.codes(net.op("PRelu", net.codes("x0"), net.constant(np.full((channels, 1, 1), 0.3, "f"))))
-
-
 def maximum(net: Net) -> str:
     """Return the maximum of two values: of codes themselves, in a file of integers."""
     if not net.integer:
@@ -253,7 +249,6 @@ def elementwise() -> Iterator[Case]:
             "silu": (silu, 1),
             "relu.default": (one("Relu"), 1),
             "maximum.default": (maximum, 2),
-            "prelu": (prelu(shape[1]), 1),
             "hard sigmoid": (one("HardSigmoid", 1 / 256, 0, alpha=1 / 6, beta=0.5), 1),
             "max_pool2d.default": (after_convolution("MaxPool", shape[1], **halves), 1),
             "avg_pool2d.default": (after_convolution("AveragePool", shape[1], **halves), 1),

@@ -2,8 +2,8 @@
 
 Measured by benchmarks/costs.py with onnxruntime 1.32 on an Intel Xeon with AVX512-VNNI, one thread, November 2026; the
 comments give the median relative error of the fit, float and integer. A new integer form joins with one row. An
-operator without a row costs the same in both forms, so that it decides nothing. The rows "silu", "prelu" and "hard
-sigmoid" are of operators that canonical graphs spell in several steps, and that are one in float.
+operator without a row costs the same in both forms, so that it decides nothing. The rows "silu" and "hard sigmoid"
+are of operators that canonical graphs spell in several steps, and that are one in float.
 
 Must not know: graphs, how a placement is chosen.
 """
@@ -48,7 +48,6 @@ X86_COSTS: Final[Mapping[str, Costs]] = {
     ),  # 9%, 11%
     "silu": Costs(float=Cost(node=1740, element=0.351)),  # 11%
     "maximum.default": Costs(float=Cost(node=2260, element=0.399), integer=Cost(node=1520, element=0.0698)),  # 9%, 14%
-    "prelu": Costs(float=Cost(node=505, element=3.99)),  # 39%
     "hard sigmoid": Costs(float=Cost(node=1720, element=0.324)),  # 5%
     "relu.default": Costs(float=Cost(node=1590, element=0.142), integer=Cost(node=787, element=0.128)),  # 12%, 13%
     "max_pool2d.default": Costs(

@@ -140,12 +140,6 @@ def _silu(node: fx.Node) -> tuple[fx.Node | None, ...]:
     return (gate,) if gate is not None and gate.args[0] in node.args else ()
 
 
-def _prelu(node: fx.Node) -> tuple[fx.Node | None, ...]:
-    """Return the product of max(x, slopes * x)."""
-    scaled = _step(node, aten.maximum.default, aten.mul.Tensor)
-    return (scaled,) if scaled is not None and scaled.args[0] in node.args and is_constant(scaled.args[1]) else ()
-
-
 def _hard_sigmoid(node: fx.Node) -> tuple[fx.Node | None, ...]:
     """Return sum and product of clamp(slope * x + offset)."""
     total = _step(node, aten.clamp.default, aten.add.Tensor)
@@ -160,7 +154,7 @@ def _step(node: fx.Node, target: object, before: object) -> fx.Node | None:
     return next(found, None) if node.target is target else None
 
 
-_COMPOSED = {"silu": _silu, "prelu": _prelu, "hard sigmoid": _hard_sigmoid}
+_COMPOSED = {"silu": _silu, "hard sigmoid": _hard_sigmoid}
 """By row: what finds the earlier steps of an operator from its last one."""
 FREE = "part of another operator"
 """Stands for a row of the table that costs nothing: there is none of that name."""
