@@ -54,6 +54,7 @@ class Placement:
     """The graph in integer forms and its sites, in topological order of the values.
 
     rules: the layers that each rule decided; notes: the settings that could not be kept, and why.
+    lookups: fx names of the embeddings whose tables are stored in 8 bits.
     """
 
     graph: fx.GraphModule
@@ -61,6 +62,7 @@ class Placement:
     sites: tuple[Site, ...]
     rules: tuple[AppliedRule, ...] = ()
     notes: tuple[str, ...] = ()
+    lookups: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Site]:
@@ -195,7 +197,8 @@ def place(
         *_notes(rules, sites, weighted),
         *_notes_on_weight_only(rules, target, weighted, weight_only),
     )
-    return _with_unsigned(Placement(graph, target, sites, _applied(graph, rules, weighted), notes), rules)
+    applied, lookups = _applied(graph, rules, weighted), tuple(_lookups(graph, selected))
+    return _with_unsigned(Placement(graph, target, sites, applied, notes, lookups), rules)
 
 
 def _left_in_float(placer: Placer, given: Iterable[MatchedRule]) -> LeftInFloat | None:
@@ -243,6 +246,14 @@ def _has_weight(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
         return False
     bias_ok = bound["bias"] is None or is_constant(bound["bias"])
     return bias_ok and constant(graph, bound["weight"]).dtype == torch.float32
+
+
+def _lookups(graph: fx.GraphModule, selected: Collection[str]) -> Iterator[str]:
+    """Yield the names of embeddings that no rule keeps in float and whose table is a float32 constant."""
+    for node in graph.graph.nodes:
+        is_lookup = node.target is aten.embedding.default and node.name in selected
+        if is_lookup and is_constant(node.args[0]) and constant(graph, node.args[0]).dtype == torch.float32:
+            yield node.name
 
 
 def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:

@@ -16,6 +16,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
   unsigned site's buffer and zero_point are uint8 and 128 more;
 - the weight of a weight-only layer keeps codes and zero points, since both are stored in few bits; its scales may
   belong to blocks of `block_size` entries of a row; its bias stays a float buffer;
+- an embedding is the product of the codes and of the scales that it looks up in a table of int8 rows, which may be the
+  weight of a layer;
 - a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
@@ -36,7 +38,7 @@ from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, i
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
-from calibrators.graph.rewrite import origin
+from calibrators.graph.rewrite import origin, replace_by
 from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
@@ -47,6 +49,8 @@ aten = torch.ops.aten
 
 UNSIGNED_ZERO = 128
 """Zero point of weights stored as uint8."""
+ROW_LIMIT = 127
+"""Largest code of a table of which no layer shares the codes."""
 CLIP_TOLERANCE = torch.finfo(torch.float32).eps
 """Distance between the bound of a clip and the end of a grid within which onnxruntime takes them for equal."""
 INT32_END = 2.0**31
@@ -102,6 +106,8 @@ def build_program(
             builder.operand(site)
         else:
             builder.constant(site, (weights if site.kind == "weight" else biases)[site.name])
+    for name in placement.lookups:
+        builder.lookup(builder.nodes[name])
     return builder.finish()
 
 
@@ -117,6 +123,7 @@ class _Builder:
         self.operands = {name: [x.name for x in node.all_input_nodes] for name, node in placement.nodes.items()}
         self.codes: dict[str, fx.Node] = {}  # codes of each activation site
         self.parameters: dict[str, tuple[str, str]] = {}  # buffers of each site that owns its scale
+        self.rows: dict[str, tuple[str, str]] = {}  # codes of 8 bits and scales of rows, by the float constant
         self.weight_only = {user for site in placement.sites if site.weight_only for user in site.users}
 
     def _buffer(self, readable: str, value: Tensor) -> str:
@@ -212,6 +219,8 @@ class _Builder:
             self._buffer(f"{site.name}_{what}", value)
             for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))
         ]
+        if codes.dtype == torch.int8 and site.spec.bits == 8 and codes.ndim == 2 and not site.weight_only:
+            self.rows[str(self.nodes[site.node].target)] = self._rows(site.name, buffers[0], qparams.scale)
         for user in map(self.nodes.__getitem__, site.users):
             with self.graph.inserting_before(user):
                 constants = tuple(self.graph.get_attr(name) for name in buffers)
@@ -220,6 +229,34 @@ class _Builder:
                 value = self.graph.call_function(DEQUANTIZE, (*constants, axis, site.name, *block))
             value.meta = origin(user)
             replace_args(user, **{"weight" if site.kind == "weight" else "bias": value})
+
+    def _rows(self, name: str, codes: str, scale: Tensor) -> tuple[str, str]:
+        """Return the buffers of codes [rows, columns] and of their scales as a column, which lookups can read."""
+        return codes, self._buffer(f"{name}_row_scale", scale[:, None].contiguous())
+
+    def lookup(self, node: fx.Node) -> None:
+        """Look codes and scales of rows up instead of floats: those of the layer that shares the table, or its own.
+
+        The products of codes and scales are the numbers that a dequantizer gives.
+        """
+        table, indices = node.args[:2]
+        assert is_constant(table)
+        target = str(table.target)
+        if target not in self.rows:
+            rows = constant(self.program, table)
+            scale = (rows.abs().amax(1) / ROW_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
+            codes = torch.round(rows / scale[:, None]).to(torch.int8)
+            self.rows[target] = self._rows(target, self._buffer(f"{target}_quantized", codes), scale)
+        with self.graph.inserting_before(node):
+            codes, scales = (
+                self.graph.call_function(aten.embedding.default, (self.graph.get_attr(name), indices))
+                for name in self.rows[target]
+            )
+            numbers = self.graph.call_function(aten._to_copy.default, (codes,), {"dtype": torch.float32})
+            value = self.graph.call_function(aten.mul.Tensor, (numbers, scales))
+        for made in (codes, scales, numbers, value):
+            made.meta = origin(node)
+        replace_by(node, value)
 
     def _shield(self, node: fx.Node) -> None:
         """Shield an operator that stays in float, or of which only the weight is quantized, from codes before it.

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from calibrators.errors import ModelError
-from runtime_tests.ort.onnx_operators import DEQUANTIZE, INTEGER_INSIDE, QUANTIZE
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, MOVE_DATA, QUANTIZE
 from runtime_tests.ort.sessions import Model, session
 
 __all__ = ["Simplifier", "changes", "simplify"]
@@ -79,10 +79,10 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
         _restore(candidate, model)
         if found := changes(model, candidate):
             return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
-        if lost := _lost_kernels(model, candidate):
-            return kept(f"dropped: onnxruntime makes fewer integer kernels of it: {lost}", after)
         if not _same_outputs(model, candidate, sample_inputs):
             return kept("dropped: the outputs on the sample inputs differ", after)
+        if other := _other_operators(model, candidate):
+            return kept(f"dropped: onnxruntime computes it with other operators: {other}", after)
     except (onnx.shape_inference.InferenceError, ModelError) as error:
         return kept(f"dropped: the simplified model is not valid: {error}", after)
     if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
@@ -181,18 +181,20 @@ def _metadata(model: onnx.ModelProto) -> tuple[dict[str, str], ...]:
     return tuple({entry.key: entry.value for entry in part.metadata_props} for part in (model, model.graph))
 
 
-def _lost_kernels(model: onnx.ModelProto, candidate: onnx.ModelProto) -> str:
-    """Return which integer kernels onnxruntime makes of the model and not of the candidate: `QGemm 12 -> 4`.
+def _other_operators(model: onnx.ModelProto, candidate: onnx.ModelProto) -> str:
+    """Return which operators onnxruntime executes how often of the model and the candidate, `QGemm 12 -> 4`.
 
-    Where two reshapes vanish, for instance, it merges a Gemm and the Relu after it in float.
+    Where two reshapes vanish, for instance, a Gemm and the Relu after it become one kernel, in float or on integers.
     """
-    before, after = map(_kernels, (model, candidate))
-    return ", ".join(f"{name} {count} -> {after[name]}" for name, count in before.items() if after[name] < count)
+    before, after = map(_executed, (model, candidate))
+    names = [name for name in sorted({*before, *after}) if before[name] != after[name]]
+    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in names)
 
 
-def _kernels(model: onnx.ModelProto) -> Counter[str]:
+def _executed(model: onnx.ModelProto) -> Counter[str]:
+    """Return the counts of all operators that compute, quantize or dequantize in the optimized graph."""
     names = (node.op_type for node in Model(model).optimized.proto.graph.node)
-    return Counter(name for name in names if name.startswith("QLinear") or name in INTEGER_INSIDE)
+    return Counter(name for name in names if name not in MOVE_DATA or name in QUANTIZERS)
 
 
 def _same_outputs(model: onnx.ModelProto, candidate: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> bool:

@@ -513,8 +513,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "volume": Architecture(
         Volume, ((1, 6, 6, 6),), floats=frozenset({"Conv", "FusedConv", "Relu", "MaxPool", "ReduceMean"}), exact=False
     ),
-    "encoder": Architecture(TokenEncoder, ((6,),), tokens=20, floats=TOKENS, exact=False),
-    "gpt": Architecture(Gpt, ((6,),), tokens=20, floats=TOKENS | {"Where"}, exact=False),
+    "encoder": Architecture(TokenEncoder, ((6,),), tokens=20, floats=TOKENS | {"Mul"}, exact=False),
+    "gpt": Architecture(Gpt, ((6,),), tokens=20, floats=TOKENS | {"Mul", "Where"}, exact=False),
     "vit": Architecture(VisionTransformer, floats=TOKENS, exact=False),
     "swin": Architecture(Swin, floats=TOKENS, exact=False),
     "lstm": Architecture(partial(Recurrent, nn.LSTM), ((5, 4),), floats=frozenset({"LSTM", "Relu"}), exact=False),
