@@ -220,7 +220,9 @@ class _Builder:
             for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))
         ]
         if codes.dtype == torch.int8 and site.spec.bits == 8 and codes.ndim == 2 and not site.weight_only:
-            self.rows[str(self.nodes[site.node].target)] = self._rows(site.name, buffers[0], qparams.scale)
+            self.rows[str(self.nodes[site.node].target)] = self._rows(
+                site.name, buffers[0], qparams.scale.expand(len(codes))
+            )
         for user in map(self.nodes.__getitem__, site.users):
             with self.graph.inserting_before(user):
                 constants = tuple(self.graph.get_attr(name) for name in buffers)
@@ -245,8 +247,8 @@ class _Builder:
         if target not in self.rows:
             rows = constant(self.program, table)
             scale = (rows.abs().amax(1) / ROW_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
-            codes = torch.round(rows / scale[:, None]).to(torch.int8)
-            self.rows[target] = self._rows(target, self._buffer(f"{target}_quantized", codes), scale)
+            rounded = torch.round(rows / scale[:, None]).to(torch.int8)
+            self.rows[target] = self._rows(target, self._buffer(f"{target}_quantized", rounded), scale)
         with self.graph.inserting_before(node):
             codes, scales = (
                 self.graph.call_function(aten.embedding.default, (self.graph.get_attr(name), indices))

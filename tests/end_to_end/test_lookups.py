@@ -59,10 +59,11 @@ def tables(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {each.name: tuple(each.dims) for each in tensors if tuple(each.dims) == (ROWS, COLUMNS)}
 
 
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["row", "tensor"])
 @pytest.mark.parametrize(("tied", "names"), [(True, ["project"]), (False, ["project", "table"])], ids=["tied", "own"])
-def test_floats_are_those_of_the_codes(tied: bool, names: list[str], tmp_path: Path) -> None:
+def test_floats_are_those_of_the_codes(tied: bool, names: list[str], per_tensor: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, tokens = exported(Tokens(tied=tied), tmp_path / "model.onnx")
+    model, tokens = exported(Tokens(tied=tied), tmp_path / "model.onnx", per_tensor_weights=per_tensor)
     assert sorted(tables(model)) == [f"{name}.weight_quantized" for name in names]
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
     name = f"{names[-1]}.weight"
