@@ -251,6 +251,7 @@ def elementwise() -> Iterator[Case]:
             "maximum.default": (maximum, 2),
             "hard sigmoid": (one("HardSigmoid", 1 / 256, 0, alpha=1 / 6, beta=0.5), 1),
             "max_pool2d.default": (after_convolution("MaxPool", shape[1], **halves), 1),
+            "max pool of planes": (one("MaxPool", **halves), 1),
             "avg_pool2d.default": (after_convolution("AveragePool", shape[1], **halves), 1),
             "adaptive_avg_pool2d.default": (after_convolution("GlobalAveragePool", shape[1]), 1),
         }

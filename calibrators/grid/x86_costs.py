@@ -53,6 +53,7 @@ X86_COSTS: Final[Mapping[str, Costs]] = {
     "max_pool2d.default": Costs(
         float=Cost(node=2520, element=0.0496), integer=Cost(node=1620, element=0.151)
     ),  # 22%, 11%
+    "max pool of planes": Costs(integer=Cost(node=470, element=5.35)),  # 27%
     "avg_pool2d.default": Costs(float=Cost(node=923, element=0.0799), integer=Cost(node=317, element=3.81)),  # 8%, 26%
     "adaptive_avg_pool2d.default": Costs(
         float=Cost(node=3160, element=0.0657), integer=Cost(node=1550, element=0.0858)

@@ -93,6 +93,17 @@ class _Prices:
     def quantizer(self, kind: str, value: fx.Node) -> float:
         return self.costs[kind].integer.of(Work(self._elements(value)))
 
+    def quantize(self, value: fx.Node) -> float:
+        """Return the cost of quantizing a float.
+
+        onnxruntime moves a quantizer that follows a max pool to before it: the pool then reads codes in the layout of
+        floats, for which its kernel is slow.
+        """
+        total = self.quantizer("quantize", value)
+        if value.target is aten.max_pool2d.default:
+            total += self._cost("max pool of planes", value, integer=True)
+        return total
+
     def layout(self, value: fx.Node, *, integer: bool) -> float:
         """Return the cost of bringing an image into another layout."""
         if len(shape_of(value)) != IMAGES:
@@ -208,7 +219,7 @@ def _of_value(prices: _Prices, value: fx.Node, *, laid_out: bool) -> float:
     placer = prices.placer
     has_codes, written = placer.is_quantized[value], placer.writes_codes(value)
     reads = {user: has_codes and placer.reads_codes(user, value) for user in value.users}
-    total = prices.quantizer("quantize", value) if has_codes and not written else 0.0
+    total = prices.quantize(value) if has_codes and not written else 0.0
     total += prices.quantizer("dequantize", value) if has_codes and not all(reads.values()) else 0.0
     for integer in (False, True):
         neutral = NEUTRAL_FOR_CODES if integer else NEUTRAL
@@ -287,7 +298,7 @@ class _Cut:
         placer = self.prices.placer
         if not placer.is_quantized[value]:
             return
-        quantize = self.prices.quantizer("quantize", value) + self.prices.layout(value, integer=True)
+        quantize = self.prices.quantize(value) + self.prices.layout(value, integer=True)
         dequantize = self.prices.quantizer("dequantize", value) + self.prices.layout(value, integer=True)
         writer = self.place[value] if placer.writes_codes(value) else SINK
         codes, floats = self._new(), self._new()

@@ -129,9 +129,19 @@ def test_a_linear_layer_that_is_fused_with_a_relu_in_float_expands_its_weight_at
     assert predicted(placer, X86_COSTS) > predicted(placer.without(frozenset({linear.name})), X86_COSTS) + 1e5
 
 
+def test_a_float_max_pool_before_a_quantizer_runs_on_codes_and_is_slow() -> None:
+    graph = graph_of(nn.Sequential(nn.Conv2d(3, 10, 3), nn.LeakyReLU(), nn.MaxPool2d(2), nn.Conv2d(10, 16, 3)), size=96)
+    placer = placer_of(graph)
+    first, second = (node.name for node in graph.graph.nodes if node in placer.weighted)
+    pool = frozenset({first, "leaky_relu", "max_pool2d"})
+    assert predicted(placer.without(pool), X86_COSTS) > predicted(placer.without(pool | {second}), X86_COSTS) + 1e5
+    left = faster_in_float(placer, X86_COSTS)
+    assert left is None or not (first in left.nodes and second not in left.nodes)
+
+
 def test_rows_of_the_table_are_operators_or_kinds() -> None:
     kinds = {"dense", "pointwise", "depthwise", "uneven depthwise", "grouped", "linear"}
-    around = {"quantize", "dequantize", "layout", *fastest._COMPOSED}
+    around = {"quantize", "dequantize", "layout", "max pool of planes", *fastest._COMPOSED}
     known = {*OPERATORS, *kinds, *around, "sigmoid.default", "relu.default", "cat.default", "maximum.default"}
     assert X86_COSTS.keys() <= known
     assert all(cost.of(Work(1e4, 1e6, 1e4, 1e3)) >= 0 for row in X86_COSTS.values() for cost in vars(row).values())
