@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from calibrators.errors import InputError, no_file
@@ -22,6 +22,7 @@ from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
 from calibrators.settings import Settings, expected, setting
 from calibrators.targets import DEFAULT_TARGET
+from exporter.frontend.axes import Axes, parse_axes, with_axes
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 
 __all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
@@ -76,6 +77,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "int8. The report states the oldest release in any case.",
         metavar="VERSION",
     )
+    dynamic: Annotated[tuple[str, ...], BeforeValidator(with_axes)] = setting(
+        (),
+        "Axes besides the batch whose size stays free in the file; repeatable: `x:2,3` (height and width of the input "
+        "x), `tokens:1=length`, `x:2[32..512]`. In Python also {'x': {2: torch.export.Dim('height')}}.",
+        panel=DATA,
+        metavar="INPUT:AXES",
+    )
     prepare: Names = setting(
         (),
         "Rewrites of the float model before calibration: `cle` equalizes the ranges of neighbouring layers, `absorb` "
@@ -128,6 +136,14 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
         raise InputError(f"layers = {rules!r} is not a list of rules; in a file, write [[layers]] above each rule.")
+
+    @property
+    def free_axes(self) -> Axes:
+        """Return the axes besides the batch whose size stays free.
+
+        raises: InputError for a text that names none.
+        """
+        return parse_axes(self.dynamic)
 
     @property
     def proving_runtimes(self) -> tuple[str, ...]:

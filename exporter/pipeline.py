@@ -30,6 +30,7 @@ from exporter.emission.build_model import check_opset, emit_float, needed_opset,
 from exporter.emission.packing import alternatives, pack, small
 from exporter.folding.agreement import check_folding
 from exporter.folding.fold_regions import fold
+from exporter.frontend.axes import tiled
 from exporter.frontend.calling import input_names, optional_inputs
 from exporter.frontend.capture import capture
 from exporter.frontend.load import load_model
@@ -42,7 +43,7 @@ from exporter.inputs.open import check_takes_integers, open_both
 from exporter.progress import Bar, Progress
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
-from exporter.reporting.sections import emission_of, model_of, storage_of
+from exporter.reporting.sections import emission_of, model_of, sizes_of, storage_of
 from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
@@ -66,8 +67,8 @@ COMPARED_SAMPLES = 4
 STEPS = ("capture", "fold", "calibrate", "emit", "validate")
 
 
-Golden = tuple[dict[str, Any], dict[str, Any]]
-"""Inputs and outputs by name."""
+Golden = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Sets of inputs and outputs by name."""
 
 
 def export(
@@ -155,7 +156,8 @@ class _Export:
         if isinstance(model, nn.Module):
             check_takes_integers(model, example, calibration.label)
         with self._step("capture"):
-            graph = capture(model, example.inputs, form=example.form, free_batch=not self.target.static_shapes)
+            free_batch, axes = not self.target.static_shapes, self.config.free_axes
+            graph = capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation) if evaluation else None
         if held_out is not None:
@@ -165,12 +167,12 @@ class _Export:
         with self._timed("calibrate"):
             result = calibrated(folded, batches, self.config, self.progress.stage)
         self.warnings += calibration_notes(result)
-        self._check_folding(graph, result, next(iter(batches)))
+        first = cut(graph, next(iter(batches)), COMPARED_SAMPLES)
+        for batch in (first, *_resized(first, graph.meta["other_examples"])):
+            self._check_folding(graph, result, batch)
         simplifier = self._emitted(folded, result)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
-        assert proof.golden is not None
-        inputs, outputs = proof.golden
         sources = DataSources(_source(batches), _source(held_out) if held_out else None)
         report = self._report(graph, result, proof, noise.decibels(), simplifier, sources)
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
@@ -180,8 +182,10 @@ class _Export:
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, values, report.golden, report.emission.min_onnxruntime)
         names = result.program.meta["output_names"]
-        expected = {name: y.numpy() for name, y in zip(names, outputs, strict=True)}
-        return report, (feed(result.program, inputs), expected)
+        return report, [
+            (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})
+            for inputs, outputs in proof.golden
+        ]
 
     def move_files(self, target: Path) -> None:
         """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
@@ -194,7 +198,7 @@ class _Export:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
         if "absorb" in self.config.prepare:  # which changes outputs a little
             return
-        check_folding(graph, result.placement.graph, cut(graph, batch, COMPARED_SAMPLES))
+        check_folding(graph, result.placement.graph, batch)
 
     def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
         with self._step("emit"):
@@ -268,6 +272,9 @@ class _Export:
                 bar.advance()
                 if proof.is_done:
                     break
+            if program.meta["free_axes"]:
+                for sized in _resized(proof.golden[0][0], program.meta["other_examples"]):
+                    proof.add_golden(sized)
             return proof
 
     def _report(
@@ -303,6 +310,7 @@ class _Export:
             gates=(),
             tool=Tool("intact", __version__),
             model=model_of(self.source, graph, self.model.graph_model),
+            sizes=sizes_of(program, (inputs for inputs, _ in proof.golden)),
             rules=result.placement.rules,
             layers=layer_entries(result, noise),
             preparation=record.preparation,
@@ -324,14 +332,21 @@ class _Export:
 
     def _timings(self, program: fx.GraphModule, proof: Proof) -> tuple[Timings | None, int]:
         """Return the latencies of all files, None if not wanted, and the batch size they were timed with."""
-        if not self.config.latency_runs or proof.golden is None:
+        if not self.config.latency_runs or not proof.golden:
             return None, 0
-        sample = feed(program, cut(program, proof.golden[0]))
+        sample = feed(program, cut(program, proof.golden[0][0]))
         models: dict[str, Source] = {"float": self.float_path, "quantized": self.model, **self.alternatives}
         timings = latency(
             models, sample, threads=self.config.threads, runs=self.config.latency_runs, profiled="quantized"
         )
         return timings, len(next(iter(sample.values())))
+
+
+def _resized(batch: Batch, others: Iterable[Batch]) -> list[Batch]:
+    """Return a batch in the other sizes of its free axes, each size once."""
+    sizes = dict.fromkeys(tuple(tuple(x.shape[1:]) for x in other) for other in others)
+    sizes.pop(tuple(tuple(x.shape[1:]) for x in batch), None)
+    return [tuple(tiled(x, size) for x, size in zip(batch, each, strict=True)) for each in sizes]
 
 
 def _source(batches: GraphBatches) -> DataSource:

@@ -65,23 +65,25 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     config = report.config or {}
     runtimes = available_runtimes([*on, *(["openvino"] if report.parity.openvino is not None else [])])
     model, program = Model(folder / "model.onnx"), load_reference(folder / REFERENCE)
-    inputs, expected = _golden(folder, model, program)
-    batch = tuple(torch.from_numpy(np.array(array)) for array in inputs.values())
+    golden = _golden(folder, model, program)
+    batches = [tuple(torch.from_numpy(np.array(array)) for array in inputs.values()) for inputs, _ in golden]
     with progress.stage("compare"):
         proof = Proof(model, program, runtimes=runtimes, threads=torch.get_num_threads())
-        proof.add(batch)
-        found = session(model).run(list(expected), inputs)
+        proof.add_all(batches)
+        found = [session(model).run(list(expected), inputs) for inputs, expected in golden]
     pairs = [
-        (torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), found, strict=True)
+        [(torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), each, strict=True)]
+        for (_, expected), each in zip(golden, found, strict=True)
     ]
     parity = proof.parity
     optimized = replace(
         parity.optimized,
-        outputs_identical=parity.optimized.outputs_identical and all(alike(a, b, 0.0) for a, b in pairs),
-        violations=parity.optimized.violations + _beyond_tolerance(report, pairs),
+        outputs_identical=parity.optimized.outputs_identical
+        and all(alike(a, b, 0.0) for each in pairs for a, b in each),
+        violations=parity.optimized.violations + sum(_beyond_tolerance(report, each) for each in pairs),
     )
     with progress.stage("measure"):
-        parts = machine_parts(proof, batch, config.get("threads", 1))
+        parts = machine_parts(proof, batches[0], config.get("threads", 1))
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
     return dump(judge(report, gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes])))
 
@@ -101,29 +103,31 @@ def _beyond_tolerance(report: Report, pairs: Sequence[tuple[torch.Tensor, torch.
     return sum(not within(golden, *pair) for golden, pair in zip(report.golden, pairs, strict=True))
 
 
-def _golden(folder: Path, model: Model, program: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+def _golden(folder: Path, model: Model, program: fx.GraphModule) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the golden inputs and outputs, and give those of the program the names that they have in the file.
 
     The reference program keeps the order of its outputs, not their names.
     """
-    inputs, expected = read_golden(folder)
-    graph = model.proto.graph
-    for kind, arrays, values in (("input", inputs, graph.input), ("output", expected, graph.output)):
-        names = [value.name for value in values]
-        if [*arrays] != names or len(names) != len(program.meta[f"{kind}_names"]):
-            raise InputError(
-                f"the golden {kind}s of {folder} are not those of its model and reference program; get a fresh copy of "
-                "the bundle."
-            )
-        program.meta[f"{kind}_names"] = names
-    for (name, array), example in zip(inputs.items(), program.meta["example"], strict=True):
-        form, wanted = (array.dtype, array.shape[1:]), (example.numpy().dtype, tuple(example.shape[1:]))
-        if form != wanted or array.ndim != example.ndim:
-            raise InputError(
-                f"the golden input {name!r} of {folder} is {array.dtype} {list(array.shape)}, which its model does not "
-                "take; get a fresh copy of it."
-            )
-    return inputs, expected
+    sets, graph = read_golden(folder), model.proto.graph
+    free = list(program.meta["free_axes"].get(name, {}) for name in program.meta["input_names"])
+    for inputs, expected in sets:
+        for kind, arrays, values in (("input", inputs, graph.input), ("output", expected, graph.output)):
+            names = [value.name for value in values]
+            if [*arrays] != names or len(names) != len(program.meta[f"{kind}_names"]):
+                raise InputError(
+                    f"the golden {kind}s of {folder} are not those of its model and reference program; get a fresh "
+                    "copy of the bundle."
+                )
+            program.meta[f"{kind}_names"] = names
+        for (name, array), example, axes in zip(inputs.items(), program.meta["example"], free, strict=True):
+            sizes = zip(array.shape, example.shape, strict=False)
+            same = all(a == b for axis, (a, b) in enumerate(sizes) if axis and axis not in axes)
+            if array.dtype != example.numpy().dtype or array.ndim != example.ndim or not same:
+                raise InputError(
+                    f"the golden input {name!r} of {folder} is {array.dtype} {list(array.shape)}, which its model does "
+                    "not take; get a fresh copy of it."
+                )
+    return sets
 
 
 def machine_parts(proof: Proof, batch: Batch, threads: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@
         proof.add(inputs)
     proof.levels["optimized"].raise_for_mismatch()
 
-Only counts, sums and the golden samples are kept from batch to batch, so memory does not grow with their number.
+Only counts, sums and the golden sets are kept from batch to batch, so memory does not grow with their number.
 
 Must not know: how the model was made, reports.
 """
@@ -76,6 +76,7 @@ class Proof:
 
     levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
     runtimes: further runtimes in which the file is compared. One that refuses the file is a result, not an error.
+    golden:   sets of inputs and reference outputs: of the first samples, and of `add_golden`.
     measured: what to measure; if None, parity on all samples.
     raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
               quantized values; ParityError if it lacks a weight; InputError if OpenVINO is not installed.
@@ -95,7 +96,7 @@ class Proof:
         self.target = target_of(self.model)
         self.measured = measured or Measurements()
         self.samples = 0
-        self.golden: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.golden: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
         self.accuracy = RunningAccuracy() if self.measured.float_model is not None else None
         self._weights = weight_agreements(self.model, program)
         levels = [*levels, *(LEVEL_OF[each.name] for each in runtimes if each.name in LEVEL_OF)]
@@ -161,13 +162,11 @@ class Proof:
 
     def golden_outputs(self, processors: Iterable[str]) -> tuple[GoldenOutput, ...]:
         """Return the tolerance of each golden output; processors: families for which the file is made."""
-        assert self.golden is not None
-        return golden_outputs(self.model, self.kernels, *self.golden, processors=processors)
+        return golden_outputs(self.model, self.kernels, self.golden, processors=processors)
 
     def golden_values(self, processors: Iterable[str]) -> list[GoldenValue]:
-        """Return the codes of every quantized value for the golden inputs; processors: as of `golden_outputs`."""
-        assert self.golden is not None
-        return golden_values(self.kernels, self.golden[0], processors=processors)
+        """Return the codes of every quantized value for the first golden set; processors: as of `golden_outputs`."""
+        return golden_values(self.kernels, self.golden[0][0], processors=processors)
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.
@@ -184,6 +183,15 @@ class Proof:
             if self.is_done:
                 return
             self._add(tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
+
+    def add_golden(self, inputs: tuple[Tensor, ...]) -> None:
+        """Compare a batch, however many samples were compared, and keep it as another golden set."""
+        integer = run(self.kernels, inputs, with_floats=True)
+        for name, comparison in self._comparisons.items():
+            comparison.add(inputs, *(run(self._literal, inputs) if name == "unoptimized" else integer))
+        for each in self._elsewhere:
+            each.add(inputs, *integer)
+        self.golden.append((inputs, integer[1]))
 
     def add_all(self, batches: Batches) -> None:
         """Run and measure batches without labels."""
@@ -205,7 +213,7 @@ class Proof:
         compared = self._comparisons if first < measured.parity_samples else {}
         elsewhere = [each for each in self._elsewhere if first < each.samples]
         noise = measured.noise if first < measured.noise_samples else None
-        wants_golden = self.golden is None and measured.golden_samples > 0
+        wants_golden = not self.golden and measured.golden_samples > 0
         if noise is not None:
             noise.start(inputs)
         if noise is not None or "unoptimized" in compared:
@@ -217,7 +225,7 @@ class Proof:
         for each in elsewhere:
             each.add(inputs, *integer)
         if wants_golden:
-            self.golden = inputs, integer[1]
+            self.golden.append((inputs, integer[1]))
         if self.accuracy is not None and measured.float_model is not None:
             with torch.no_grad():
                 exact = measured.float_model(*inputs)[0]

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import torch
 from torch import fx
@@ -92,10 +93,9 @@ def merge(graph: fx.GraphModule, blocks: Sequence[Block]) -> Block:
     if not nodes or tuple(order[start : start + len(nodes)]) != nodes:
         raise ValueError(f"not consecutive blocks of the graph: {', '.join(b.name for b in blocks) or 'none'}")
     inside, outside = set(nodes), set(order) - set(nodes)
-    batch = example_batch(graph)
 
     def leaves(name: str) -> bool:
-        users = [user for user in source[name].users if not _is_batch_size(user, batch)]
+        users = [user for user in source[name].users if not _is_size(user)]
         return any(user.op == "output" or user.name in outside for user in users)
 
     source = {node.name: node for node in graph.graph.nodes}
@@ -119,12 +119,15 @@ def extract(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
     source = {node.name: node for node in graph.graph.nodes}
     batch = example_batch(graph)
     new = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, Any] = {}
 
-    def copied(node: fx.Node) -> fx.Node:
+    def copied(node: fx.Node) -> Any:
         if node not in made:
-            far = _is_batch_size(node, batch) and node.args[0] not in made
-            made[node] = batch_size(node) if far else new.node_copy(node, copied)
+            if _is_size(node) and not _is_batch_size(node, batch):
+                made[node] = shape_of(node.args[0])[node.args[1]]  # type: ignore[arg-type, index]
+            else:
+                far = _is_batch_size(node, batch) and node.args[0] not in made
+                made[node] = batch_size(node) if far else new.node_copy(node, copied)
         return made[node]
 
     def batch_size(node: fx.Node) -> fx.Node:
@@ -157,13 +160,20 @@ def _live_calls(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node in reached and node.op == "call_function"]
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Return whether a call reads a size from a tensor. All sizes but the batch are those of the example here."""
+    return node.target is torch.ops.aten.sym_size.int
+
+
 def _is_batch_size(node: fx.Node, batch: int) -> bool:
     """Return whether a call reads the number of samples from a tensor; any other tensor with samples has it too."""
-    if node.target is not torch.ops.aten.sym_size.int:
+    if not _is_size(node):
         return False
     x, dim = node.args
-    shape = shape_of(x)  # type: ignore[arg-type]
-    return bool(shape) and shape[dim] == batch  # type: ignore[index]
+    assert isinstance(x, fx.Node)
+    assert isinstance(dim, int)
+    shape = shape_of(x)
+    return bool(shape) and shape[dim] == batch and (x.op != "placeholder" or dim == 0)
 
 
 class _Flow:
@@ -172,13 +182,12 @@ class _Flow:
     def __init__(self, graph: fx.GraphModule, weighted: frozenset[str]) -> None:
         self.weighted = weighted
         self.calls = _live_calls(graph)
-        self.batch = example_batch(graph)
         self.samples = sample_values(graph)
         self.returned = frozenset(graph.graph.output_node().all_input_nodes)
         self.position = {node: index for index, node in enumerate(self.calls)}
         self.constants = {node for node in graph.graph.nodes if node.op == "get_attr"}
         for node in self.calls:
-            fixed = all(x in self.constants for x in node.all_input_nodes) or _is_batch_size(node, self.batch)
+            fixed = all(x in self.constants for x in node.all_input_nodes) or _is_size(node)
             if fixed and node.name not in weighted:
                 self.constants.add(node)
         self.readers: dict[fx.Node, list[fx.Node]] = {}

@@ -5,6 +5,8 @@ The contract of that graph:
   and operator.getitem) and output; no call_module, no pytrees: it takes tensors and returns a tuple of tensors;
 - `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
 - `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
+- `graph.meta["free_axes"]` names the other free dimensions, by input and axis; {} where it is absent;
+- `graph.meta["other_examples"]` holds inputs in which every free size differs from the example's; () where absent;
 - `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known;
 - `node.meta["expected"]` holds what batch norms tell about a value, where any do (calibrators.graph.batch_norm).
 
@@ -37,6 +39,7 @@ __all__ = [
     "free_name",
     "infer_shapes",
     "is_constant",
+    "is_free",
     "layer_name",
     "macs",
     "module_path",
@@ -189,9 +192,23 @@ def example_batch(graph: fx.GraphModule) -> int:
 
 
 def infer_shapes(graph: fx.GraphModule) -> None:
-    """Run the example once and store every node's shape and dtype in node.meta["tensor_meta"]."""
+    """Run the example and store every node's shape and dtype in node.meta["tensor_meta"].
+
+    The axes whose sizes differ in the other examples are stored in node.meta["free"].
+    """
+    sizes: dict[fx.Node, list[tuple[int, ...]]] = {}
     with torch.no_grad():
-        ShapeProp(graph).propagate(*graph.meta["example"])
+        for example in (*graph.meta.get("other_examples", ()), graph.meta["example"]):
+            ShapeProp(graph).propagate(*example)
+            for node in graph.graph.nodes:
+                sizes.setdefault(node, []).append(shape_of(node))
+    for node, found in sizes.items():
+        node.meta["free"] = frozenset(axis for axis, each in enumerate(zip(*found, strict=True)) if len({*each}) > 1)
+
+
+def is_free(node: fx.Node, axis: int) -> bool:
+    """Return whether the size of an axis differs between calls: that of the batch, or of another free axis."""
+    return axis % max(len(shape_of(node)), 1) in node.meta.get("free", ())
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

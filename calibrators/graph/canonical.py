@@ -40,7 +40,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, infer_shapes, is_constant, layer_name, overloads, replace_args, shape_of
+from calibrators.graph.aten import (
+    bind,
+    infer_shapes,
+    is_constant,
+    is_free,
+    layer_name,
+    overloads,
+    replace_args,
+    shape_of,
+)
 from calibrators.graph.batch_norm import EXPECTED, read_batch_norm
 from calibrators.graph.elementwise import ELEMENTWISE
 from calibrators.graph.operators import TRANSPOSED
@@ -51,11 +60,11 @@ from calibrators.graph.rewrite import (
     call_before,
     constant_before,
     constant_of,
-    is_free,
     meta_of_part,
     replace_by,
     replace_call,
 )
+from calibrators.graph.sizes import reshape_sizes
 from calibrators.graph.transposed import transposed_convolution
 
 __all__ = ["clip_bounds", "to_integer_forms"]
@@ -111,6 +120,8 @@ def _adaptive_pool(node: fx.Node) -> None:
         return
     if list(sizes) == [1, 1] or len(shape_of(x)) != 4 or any(old % new for old, new in zip(before, sizes, strict=True)):
         return
+    if is_free(x, -1) or is_free(x, -2):
+        return
     kernel = [old // new for old, new in zip(before, sizes, strict=True)]
     if kernel == [1, 1]:
         replace_by(node, x)
@@ -141,6 +152,8 @@ def _average_pool(node: fx.Node) -> None:
     stride = pair(bound["stride"] or bound["kernel_size"], 1)
     sizes, made = pair(shape[2:], 1), pair(after[2:], 1)
     along = list(zip(sizes, made, kernel, stride, padding, strict=True))
+    if any(is_free(x, axis) for axis in range(2, dims + 2)) and (bound["ceil_mode"] or divisor is not None):
+        return
     calls: list[Call] = [(aten.unsqueeze.default, (x, 2))] if dims == 1 else []
     source = ... if calls else x
     if divisor is None and all((size + 2 * p - k) // s + 1 == out for size, out, k, s, p in along):
@@ -184,7 +197,10 @@ def _extreme(node: fx.Node) -> None:
 
 
 def _resize(node: fx.Node) -> None:
-    before, after = shape_of(node.all_input_nodes[0])[2:], shape_of(node)[2:]
+    x = node.all_input_nodes[0]
+    before, after = shape_of(x)[2:], shape_of(node)[2:]
+    if any(is_free(each, axis) for each in (x, node) for axis in range(2, len(shape_of(x)))):
+        return
     if bind(node)["output_size"] is None or any(new % old for old, new in zip(before, after, strict=True)):
         return
     factors = [float(new // old) for old, new in zip(before, after, strict=True)]
@@ -214,7 +230,8 @@ def _matmul(node: fx.Node) -> None:
 def _linear(node: fx.Node) -> None:
     """Reshape the input to a matrix, as runtimes fuse a bias only then; layers with one input share its reshape."""
     x, shape = bind(node)["input"], shape_of(bind(node)["input"])
-    if len(shape) < 3:
+    sizes = _sizes(node)
+    if len(shape) < 3 or sizes is None:
         return
     flat_shape = [-1, shape[-1]]
     reshapes = (user for user in x.users if user.target is aten.reshape.default and user < node)
@@ -222,15 +239,17 @@ def _linear(node: fx.Node) -> None:
     if flat is None:
         flat = call_before(x.next, aten.reshape.default, x, flat_shape)
         flat.meta = meta_of_part(x)
-    replace_call(node, (aten.linear.default, (flat, *node.args[1:])), (aten.reshape.default, (..., _sizes(node))))
+    replace_call(node, (aten.linear.default, (flat, *node.args[1:])), (aten.reshape.default, (..., sizes)))
 
 
-def _sizes(node: fx.Node) -> list[int]:
-    """Return the shape of a value, with -1 for the dimension that depends on the batch."""
+def _sizes(node: fx.Node) -> list[Any] | None:
+    """Return the shape of a value as arguments of a reshape before it; None if several free sizes are not known."""
+    free = _free(node)
+    if len(free) < 2:
+        missing = free[0] if free else 0
+        return [-1 if axis == missing else size for axis, size in enumerate(shape_of(node))]
     value = node.meta.get("val")
-    if isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape):
-        return [size if isinstance(size, int) else -1 for size in value.shape]
-    return [-1, *shape_of(node)[1:]]
+    return reshape_sizes(node, tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
 def _batch_norm(node: fx.Node) -> None:
@@ -266,7 +285,7 @@ def _attention(node: fx.Node) -> None:
 def _additive_mask(bound: dict[str, Any]) -> Tensor | None:
     """Return the mask as zeros and minus infinities; None for a computed mask, or one that hides a whole row."""
     given = bound["attn_mask"]
-    if not (given is None or is_constant(given)) or is_free(bound["query"], -2):
+    if not (given is None or is_constant(given)) or is_free(bound["query"], -2) or is_free(bound["key"], -2):
         return None
     if given is None:
         allowed = torch.ones(shape_of(bound["query"])[-2], shape_of(bound["key"])[-2], dtype=torch.bool).tril()
@@ -325,8 +344,13 @@ def _expand(node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     for user in list(node.users):
         others = [x for x in user.args[:2] if isinstance(x, fx.Node) and x is not node]
-        if user.target in BROADCASTING and len(others) == 1 and shape_of(others[0]) == shape_of(user):
+        same = len(others) == 1 and shape_of(others[0]) == shape_of(user) and _free(others[0]) == _free(user)
+        if user.target in BROADCASTING and same:
             user.replace_input_with(node, source)
+
+
+def _free(node: fx.Node) -> list[int]:
+    return [axis for axis in range(len(shape_of(node))) if is_free(node, axis)]
 
 
 BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)

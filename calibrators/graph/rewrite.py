@@ -20,7 +20,6 @@ __all__ = [
     "call_before",
     "constant_before",
     "constant_of",
-    "is_free",
     "meta_of_part",
     "origin",
     "replace_by",
@@ -82,12 +81,6 @@ def constant_of(node: fx.Node) -> Tensor:
     owner = node.graph.owning_module
     assert owner is not None
     return constant(owner, node)
-
-
-def is_free(x: fx.Node, dim: int) -> bool:
-    """Return whether the size of a dimension depends on the batch or another free size."""
-    value = x.meta.get("val")
-    return isinstance(value, Tensor) and not isinstance(value.shape[dim], int)
 
 
 def meta_of_part(node: fx.Node) -> dict[str, Any]:

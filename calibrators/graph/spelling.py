@@ -1,7 +1,7 @@
 """One spelling per meaning: rewrite the many names of views, moves and products into the few that the tables know.
 
 - aliases (`ALIASES` in calibrators.graph.operators) -> the operator they stand for
-- views, flattened and added axes -> reshape to constant sizes, at most one of them free (-1)
+- views, flattened and added axes -> reshape to constant sizes, one free size as -1, more computed from the inputs
 - squeezes -> squeeze of the axes that have size 1
 - swapped, moved and transposed axes -> permute
 - narrow -> slice; flips -> flip; rotations -> transpose and flip
@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from calibrators.graph.aten import bind, is_constant, operator_name, overloads
 from calibrators.graph.operators import ALIASES
 from calibrators.graph.rewrite import Call, Rule, call_before, origin, replace_by, replace_call
+from calibrators.graph.sizes import reshape_sizes
 
 __all__ = ["SPELLINGS"]
 
@@ -39,12 +40,6 @@ def _shape(node: Any) -> tuple[Any, ...]:
 def _is_known(node: fx.Node) -> bool:
     """Return whether capture recorded the values that a call reads and writes."""
     return all(isinstance(each.meta.get("val"), Tensor) for each in (node, *node.all_input_nodes))
-
-
-def _sizes(shape: tuple[Any, ...]) -> list[int] | None:
-    """Return a shape as arguments of a reshape, -1 for the free size; None for several free sizes or an empty value."""
-    sizes = [size if isinstance(size, int) else -1 for size in shape]
-    return sizes if sizes.count(-1) <= 1 and 0 not in sizes else None
 
 
 def _axes(node: fx.Node, name: str = "dims") -> list[int]:
@@ -70,10 +65,13 @@ def _alias(node: fx.Node) -> None:
 
 def _reshape(node: fx.Node) -> None:
     """Replace a view by a reshape, which takes any memory layout."""
-    sizes = _sizes(_shape(node)) if isinstance(node.meta.get("val"), Tensor) else None
+    is_view = node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+    shape = _shape(node) if isinstance(node.meta.get("val"), Tensor) else (0,)
+    several = sum(not isinstance(size, int) for size in shape) > 1
+    sizes = None if is_view and several else reshape_sizes(node, shape)  # a view has computed them already
     if sizes:
         node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
-    elif node.target in (aten.view.default, aten._unsafe_view.default):
+    elif is_view:
         node.target = aten.reshape.default
 
 
@@ -128,18 +126,19 @@ def _rotate(node: fx.Node) -> None:
 
 def _regroup(node: fx.Node) -> None:
     """Spell a channel shuffle or pixel unshuffle out: cut axes, move them, merge them."""
-    sizes = _sizes(_shape(node)) if _is_known(node) else None
     x, count = node.args[:2]
-    before = _shape(x)
-    if sizes is None or len(before) != 4 or not all(isinstance(size, int) for size in (*before[1:], count)):
+    if not _is_known(node) or len(_shape(x)) != 4 or not isinstance(count, int):
         return
-    batch, (channels, height, width) = sizes[0], before[1:]
+    batch, channels, height, width = _shape(x)
     if node.target is aten.channel_shuffle.default:
-        cut, order = [batch, count, channels // count, height, width], [0, 2, 1, 3, 4]
+        cut, order = reshape_sizes(node, (batch, count, channels // count, height, width)), [0, 2, 1, 3, 4]
     else:
-        cut, order = [batch, channels, height // count, count, width // count, count], [0, 1, 3, 5, 2, 4]
-    parts = _part(node, aten.reshape.default, x, cut)
-    replace_call(node, (aten.reshape.default, (_part(node, aten.permute.default, parts, order), sizes)))
+        cells = (height // count, count, width // count, count)
+        cut, order = reshape_sizes(node, (batch, channels, *cells)), [0, 1, 3, 5, 2, 4]
+    merged = reshape_sizes(node, _shape(node))
+    if cut is not None and merged is not None:
+        moved = _part(node, aten.permute.default, _part(node, aten.reshape.default, x, cut), order)
+        replace_call(node, (aten.reshape.default, (moved, merged)))
 
 
 # Several tensors -----------------------------------------------------------------------------------------------------
@@ -197,8 +196,9 @@ def _contract(node: fx.Node) -> None:
         [axis % len(_shape(value)) for axis in axes]
         for value, axes in zip((x, y), bound[2:] or ([-1], [-1]), strict=True)
     )
-    contracted, sizes = [_shape(x)[axis] for axis in last], _sizes(_shape(node))
-    if sizes is None or not all(isinstance(size, int) for size in contracted):
+    contracted = [_shape(x)[axis] for axis in last]
+    sizes = reshape_sizes(node, _shape(node)) if all(isinstance(size, int) for size in contracted) else None
+    if sizes is None:
         return
     count = math.prod(contracted)
     rows = _part(node, aten.permute.default, x, [*_others(x, last), *last])

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, convolution, is_constant, per_axis, shape_of
+from calibrators.graph.aten import bind, convolution, is_constant, is_free, per_axis, shape_of
 from calibrators.graph.operators import Operators, facts
-from calibrators.graph.rewrite import Call, call_before, constant_before, constant_of, is_free, meta_of_part
+from calibrators.graph.rewrite import Call, call_before, constant_before, constant_of, meta_of_part
 
 __all__ = ["transposed_convolution"]
 

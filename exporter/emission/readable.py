@@ -63,8 +63,7 @@ def annotate(model: ir.Model, program: fx.GraphModule, metadata: Mapping[str, st
         value.metadata_props.clear()
     model.metadata_props.update({f"intact.{key}": value for key, value in metadata.items()})
     model.producer_name, model.producer_version = "intact", metadata.get("version", "")
-    if program.meta["dynamic_batch"]:
-        _name_batch(model.graph)
+    _name_free_sizes(model.graph, program)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
@@ -141,15 +140,21 @@ def _name_constants(model: ir.Model, own: set[str], names: _Names) -> None:
             own.add(str(value.name))
 
 
-def _name_batch(graph: ir.Graph) -> None:
-    """Call the free dimension 'batch', also in sizes that are multiples of it; static sizes stay numbers."""
-    symbols = {str(value.shape[0]) for value in graph.inputs if value.shape and len(value.shape)}
-    symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
+def _name_free_sizes(graph: ir.Graph, program: fx.GraphModule) -> None:
+    """Call the free sizes of inputs 'batch' or by the names of their axes, wherever they occur; others stay."""
+    named = program.meta.get("free_axes", {})
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        axes = ({0: "batch"} if program.meta["dynamic_batch"] else {}) | named.get(value.name, {})
+        for axis, name in axes.items():
+            if value.shape is not None and axis < len(value.shape):
+                names.setdefault(str(value.shape[axis]), name)
     for value in _values(graph):
         for index, dim in enumerate(value.shape or ()):
             if not isinstance(dim, int) and dim.value is not None:
                 assert value.shape is not None
-                value.shape[index] = ir.SymbolicDim(symbol.sub("batch", str(dim)))
+                text = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), str(dim))
+                value.shape[index] = ir.SymbolicDim(text)
 
 
 class _Names:

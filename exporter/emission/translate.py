@@ -135,13 +135,12 @@ def _with_constants_as_inputs(program: fx.GraphModule, tensors: dict[str, Tensor
 def _infer_shapes(module: fx.GraphModule, constants: list[Tensor], program: fx.GraphModule) -> None:
     """Store types and shapes of all values; one symbol stands for the batch of all inputs if it is free."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    first = DimDynamic.DUCK if program.meta["dynamic_batch"] else DimDynamic.STATIC
-    inputs = [
-        mode.from_tensor(
-            x, symbolic_context=StatelessSymbolicContext([first, *[DimDynamic.STATIC] * (x.ndim - 1)][: x.ndim])
-        )
-        for x in program.meta["example"]
-    ]
+    free, first = program.meta.get("free_axes", {}), {0: DimDynamic.DUCK} if program.meta["dynamic_batch"] else {}
+    inputs = []
+    for name, x in zip(program.meta["input_names"], program.meta["example"], strict=True):
+        dynamic = first | dict.fromkeys(free.get(name, {}), DimDynamic.DYNAMIC)
+        sizes = [dynamic.get(axis, DimDynamic.STATIC) for axis in range(x.ndim)]
+        inputs.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes)))
     with enable_python_dispatcher():
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(
             *(mode.from_tensor(x, static_shapes=True) for x in constants), *inputs
@@ -149,10 +148,11 @@ def _infer_shapes(module: fx.GraphModule, constants: list[Tensor], program: fx.G
 
 
 def _reshape_by_views(graph: fx.Graph) -> None:
-    """Replace what reshapes by a view, which has one form in ONNX; only the free size stays open."""
+    """Replace what reshapes by a view, which has one form in ONNX; only one free size stays open."""
     for node in graph.nodes:
         if node.target is aten.flatten.using_ints:
             sizes = [-1 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
-            node.target, node.args, node.kwargs = aten.view.default, (node.args[0], sizes), {}
+            if sizes.count(-1) < 2:
+                node.target, node.args, node.kwargs = aten.view.default, (node.args[0], sizes), {}
         elif node.target is aten.reshape.default:
             node.target = aten.view.default

@@ -23,6 +23,7 @@ __all__ = [
     "optional_inputs",
     "restoring",
     "shapes_of",
+    "tensor_names",
     "user_inputs",
 ]
 
@@ -40,6 +41,15 @@ def input_names(model: Model) -> tuple[str, ...]:
         return tuple(node.name for node in user_inputs(model))
     parameters = _parameters(model)
     return () if any(p.kind is p.VAR_POSITIONAL for p in parameters) else tuple(p.name for p in _named(parameters))
+
+
+def tensor_names(model: Model, count: int, form: Form) -> tuple[str, ...]:
+    """Return the names of the tensors of a batch: those of the inputs, with the way into nested ones."""
+    if form is not None:
+        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), form))
+        return tuple("_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths)
+    names = input_names(model)
+    return (*names, *(f"input_{index}" for index in range(len(names), count)))[:count]
 
 
 def optional_inputs(model: Model) -> frozenset[str]:

@@ -10,7 +10,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,35 @@ from torch.utils import _pytree as pytree
 from calibrators.errors import ModelError, first_line
 from calibrators.graph.aten import infer_shapes, outputs_of, where
 from calibrators.grid.metrics import alike
-from exporter.frontend.calling import Form, arguments, call_of, restoring, shapes_of, user_inputs
+from exporter.frontend.axes import Axes, FreeAxis, axes_by_input
+from exporter.frontend.calling import Form, arguments, call_of, restoring, shapes_of, tensor_names, user_inputs
+from exporter.frontend.free_sizes import free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 
 __all__ = ["SAME", "capture", "evaluating", "quiet"]
 
 Example = Tensor | Sequence[Tensor]
 
+FreeAxes = Sequence[Mapping[int, FreeAxis]]
+"""Free axes by number, for each input."""
+
 OURS = Path(__file__).parents[1]
 """Frames of this package say nothing about the user's code."""
+
+OTHER_SIZES = 2
+"""Number of other sizes on which a model with free axes is compared with its export, its folding and its file."""
 
 SAME, SAME_IN_HALF = 1e-3, 5e-2
 """Largest legal difference of outputs between a model, its program and the captured graph, relative to the outputs."""
 
 
 def capture(
-    model: nn.Module | torch.export.ExportedProgram, example: Example, *, form: Form = None, free_batch: bool = True
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Example,
+    *,
+    form: Form = None,
+    free_batch: bool = True,
+    axes: Axes | None = None,
 ) -> fx.GraphModule:
     """Return the flat ATen graph of `model` in eval mode, with a free batch dimension where the model allows one.
 
@@ -45,10 +58,12 @@ def capture(
              with float64 weights becomes one in float32 unless the example is in float64 too.
     form:    the named, nested arguments that these tensors make up; None for one argument each.
     free_batch: whether the batch may be free; if not, it is 1, or what a program declares.
+    axes:    further axes that have to be free. Those of a program are what it was exported with.
     returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
-             meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured).
-    raises:  ModelError naming the module and the line that cannot be captured, or for a program whose batch is free
-             although it must not be.
+             meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured),
+             meta["free_axes"], and meta["other_examples"], in which the model agrees with the graph too.
+    raises:  ModelError naming the module and the line that cannot be captured, for axes that cannot be free, or for a
+             program whose batch is free although it must not be; InputError for axes that its inputs do not have.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     narrow = is_double(model.parameters()) and not any(x.dtype == torch.float64 for x in inputs)
@@ -56,19 +71,29 @@ def capture(
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     if isinstance(model, torch.export.ExportedProgram):
         notes: list[str] = []
-        program, dynamic = model, _has_free_batch(model)
+        program, dynamic = model, has_free_batch(model)
         if dynamic and not free_batch:
             raise ModelError("the program has a free batch, but the target needs a fixed one; export it with batch 1")
-        inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model)
+        _check_fits(model, inputs)
+        inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model, inputs)
+        free = free_axes(program)
+        _check_declared(axes or {}, free)
     else:
-        program, dynamic, notes = _export(model, inputs, form, free_batch=free_batch)
+        named = axes_by_input(axes or {}, tensor_names(model, len(inputs), form), inputs)
+        program, dynamic, notes = _export(model, inputs, form, named, free_batch=free_batch)
         inputs = _with_batch(inputs, 2 if dynamic else 1)
+        free = free_axes(program, named)
     with quiet():
         graph = flatten(program, narrow=narrow)
     notes += graph.meta["notes"]
+    others = [_with_batch(inputs, 3)] if dynamic else []
+    if free:
+        with evaluating(model) if isinstance(model, nn.Module) else contextlib.nullcontext():
+            others += _other_sizes(call_of(model, form), program, inputs, notes)
     if narrow:
-        inputs = tuple(x.float() if x.dtype == torch.float64 else x for x in inputs)
-    graph.meta |= {"example": inputs, "dynamic_batch": dynamic, "notes": notes}
+        inputs, *others = (tuple(x.float() if x.dtype == torch.float64 else x for x in e) for e in (inputs, *others))
+    graph.meta |= {"example": inputs, "other_examples": tuple(others), "dynamic_batch": dynamic, "free_axes": free}
+    graph.meta["notes"] = notes
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
     _check(graph)
@@ -77,7 +102,7 @@ def capture(
 
 
 def _export(
-    model: nn.Module, inputs: tuple[Tensor, ...], form: Form, *, free_batch: bool
+    model: nn.Module, inputs: tuple[Tensor, ...], form: Form, axes: FreeAxes, *, free_batch: bool
 ) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
     """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
     _refuse_script(model)
@@ -85,21 +110,22 @@ def _export(
         reason = "the target needs it"
         for strict in (False, True) if free_batch else ():
             try:
-                return _export_free(model, inputs, form, strict=strict), True, []
+                return _export_free(model, inputs, form, axes, strict=strict), True, []
             except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
                 reason = f"a free batch cannot be exported ({first_line(free)})" if not strict else reason
             if _error(model, inputs, form) is not None:
                 break  # the model itself fails
         try:
             args, kwargs = arguments(model, _with_batch(inputs, 1), form)
-            program = torch.export.export(model, args, kwargs, strict=False)
+            shapes = shapes_of(model, tuple(map(_hints, axes)), form) if any(axes) else None
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as fixed:
             raise ModelError(_refusal(model, inputs, form, fixed)) from fixed
         return program, False, [f"the batch is fixed at 1, because {reason}"]
 
 
 def _export_free(
-    model: nn.Module, inputs: tuple[Tensor, ...], form: Form, *, strict: bool
+    model: nn.Module, inputs: tuple[Tensor, ...], form: Form, axes: FreeAxes, *, strict: bool
 ) -> torch.export.ExportedProgram:
     """Return the program with a free batch, checked against the model at batches of 1, 2 and 3.
 
@@ -108,14 +134,63 @@ def _export_free(
     strict: read the model's bytecode, which keeps `len(x)` free where tracing makes it a number, but reads less code.
     """
     batch = torch.export.Dim("batch", min=1, max=2**20)
-    dynamic_shapes = shapes_of(model, tuple({0: batch} if x.ndim else None for x in inputs), form)
+    sizes = ({0: batch} | _hints(free) if x.ndim else None for x, free in zip(inputs, axes, strict=True))
     args, kwargs = arguments(model, _with_batch(inputs, 2), form)
-    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+    shapes = shapes_of(model, tuple(sizes), form)
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     traced, original, limit = call_of(program), call_of(model, form), _limit(program, inputs)
     for size in (1, 2, 3):
         if not all(_agreement(original, traced, _with_batch(inputs, size), limit)):
             raise ValueError(f"at a batch of {size} the model computes something else than at a batch of 2")
     return program
+
+
+def _hints(axes: Mapping[int, FreeAxis]) -> dict[int, Any]:
+    """Return what torch.export takes for free axes; it finds out by itself which sizes have to be equal."""
+    return {axis: torch.export.Dim.DYNAMIC(min=free.low, max=free.high) for axis, free in axes.items()}
+
+
+def _other_sizes(
+    original: Callable[..., Any], program: torch.export.ExportedProgram, inputs: tuple[Tensor, ...], notes: list[str]
+) -> list[tuple[Tensor, ...]]:
+    """Return inputs of other sizes of the free axes, on which model and program agree; note those on which they do not.
+
+    raises: ModelError if there are none.
+    """
+    traced, limit, found, reason = call_of(program), _limit(program, inputs), [], ""
+    for other in inputs_of_other_sizes(program, inputs):
+        shapes = ", ".join(str(list(x.shape[1:])) for x in other)
+        with torch.no_grad(), quiet():
+            try:
+                original(*(x.clone() for x in other))
+            except Exception as error:  # a size that the model does not take
+                reason = reason or f"on samples of shape {shapes} it raises {type(error).__name__}: {first_line(error)}"
+                continue
+            try:
+                same = all(_agreement(original, traced, other, limit))
+                why = "computes something else"
+            except Exception as error:  # what torch.export assumed about sizes
+                same, why = False, f"does not run ({first_line(error)})"
+        if same:
+            found.append(other)
+        else:
+            notes.append(f"on samples of shape {shapes} the model runs, but its export {why}: do not use such sizes")
+            reason = notes[-1]
+        if len(found) == OTHER_SIZES:
+            break
+    if not found:
+        raise ModelError(f"no free axis of the model can have another size than that of the data: {reason}")
+    return found
+
+
+def _check_declared(axes: Axes, free: Mapping[str, Mapping[int, str]]) -> None:
+    """Raise ModelError for axes that a program was exported without."""
+    for name, wanted in axes.items():
+        if missing := [axis for axis in wanted if axis not in free.get(name, {})]:
+            raise ModelError(
+                f"the program has a fixed size at axis {missing[0]} of {name!r}; export it with dynamic_shapes for "
+                "that axis, or leave --dynamic out"
+            )
 
 
 def _refuse_script(model: nn.Module) -> None:
@@ -171,15 +246,29 @@ def _with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x] * size)[:size].clone() if x.ndim and len(x) else x for x in inputs)
 
 
-def _has_free_batch(program: torch.export.ExportedProgram) -> bool:
-    shapes = [node.meta["val"].shape for node in user_inputs(program)]
-    return bool(shapes) and all(len(shape) and isinstance(shape[0], torch.SymInt) for shape in shapes)
+def _declared_example(program: torch.export.ExportedProgram, data: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return zero tensors of the shapes that a program with a fixed batch was exported with; free sizes are the data's.
 
-
-def _declared_example(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
-    """Return zero tensors of the shapes that a static program was exported with."""
+    data: which fits.
+    """
     values = [node.meta["val"] for node in user_inputs(program)]
-    return tuple(torch.zeros([int(n) for n in value.shape], dtype=value.dtype) for value in values)
+    shapes = [[n if isinstance(n, int) else data[i].shape[axis] for axis, n in enumerate(value.shape)]
+              for i, value in enumerate(values)]  # fmt: skip
+    return tuple(torch.zeros(shape, dtype=value.dtype) for value, shape in zip(values, shapes, strict=True))
+
+
+def _check_fits(program: torch.export.ExportedProgram, data: tuple[Tensor, ...]) -> None:
+    """Raise ModelError for samples of another shape than a program was exported for."""
+    for node, x in zip(user_inputs(program), data, strict=False):
+        declared = tuple(node.meta["val"].shape)
+        fixed = [(a, b) for a, b in zip(declared[1:], x.shape[1:], strict=False) if isinstance(a, int)]
+        if len(declared) != x.ndim or any(a != b for a, b in fixed):
+            takes = ", ".join(str(n) if isinstance(n, int) else "any" for n in declared[1:])
+            given = ", ".join(map(str, x.shape[1:]))
+            raise ModelError(
+                f"input {node.name!r} of the program takes [n, {takes}], but the data has [n, {given}]; give data of "
+                "that shape (--image-size resizes images), or export the program for the shape of the data"
+            )
 
 
 def _check(graph: fx.GraphModule) -> None:

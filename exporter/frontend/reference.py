@@ -20,12 +20,16 @@ __all__ = ["export_program", "load_reference", "save_reference"]
 
 
 def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
-    """Return a flat graph as an ExportedProgram with the same inputs and the same free batch."""
-    batch = torch.export.Dim("batch", min=1, max=2**20)
+    """Return a flat graph as an ExportedProgram with the same inputs and the same free axes."""
+    free, batch = program.meta.get("free_axes", {}), torch.export.Dim("batch", min=1, max=2**20)
     example: tuple[torch.Tensor, ...] = program.meta["example"]
-    shapes: Any = tuple({0: batch} if x.ndim else None for x in example) if program.meta["dynamic_batch"] else None
+    first: dict[int, Any] = {0: batch} if program.meta["dynamic_batch"] else {}
+    shapes = tuple(
+        first | dict.fromkeys(free.get(name, {}), torch.export.Dim.DYNAMIC) if x.ndim else None
+        for name, x in zip(program.meta["input_names"], example, strict=True)
+    )
     with quiet(), torch.no_grad():
-        return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(program, example, dynamic_shapes=shapes if first or free else None, strict=False)
 
 
 def save_reference(exported: torch.export.ExportedProgram, path: Path) -> None:

@@ -9,6 +9,7 @@ Must not know: graphs, torch, how the model or the report came to be.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -40,11 +41,12 @@ Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Files: TypeAlias = Callable[[Path], object] | Mapping[str, bytes | Path]
 
 _MANIFEST = "manifest.json"
-_GOLDEN = "golden/test_data_set_0"
+_GOLDEN = "golden/test_data_set_{}"
 _GOLDEN_PAGE = """# Golden inputs and outputs
 
-`test_data_set_0` holds inputs and the outputs that the reference program computes of them, as ONNX tensors
-(`TensorProto`) in the order of the model's signature. Feed a device the inputs and compare its outputs as follows.
+Each `test_data_set` holds inputs and the outputs that the reference program computes of them, as ONNX tensors
+(`TensorProto`) in the order of the model's signature; where sizes are free, there is one for each size that was proved.
+Feed a device the inputs and compare its outputs as follows.
 
 Integer kernels give the same integers on every processor of the target. Float operators do not: their last bits differ
 between libraries and processors, so that rare codes after them are one step off. The tolerance is twice the largest
@@ -66,14 +68,14 @@ def write_bundle(
     *,
     files: Files,
     report: Report,
-    golden: tuple[Arrays, Arrays],
+    golden: Sequence[tuple[Arrays, Arrays]],
     config: Mapping[str, Any],
     overwrite: bool = False,
 ) -> Path:
     """Write a bundle to the folder `out` and return its absolute path.
 
     files:     a function that writes model.onnx and its external data into a given folder, or the files by name.
-    golden:    inputs and outputs of the model by name, in the order of its signature.
+    golden:    sets of inputs and outputs of the model by name, in the order of its signature.
     overwrite: replace a bundle that is already there; a folder with anything else in it is never replaced.
     raises:    InputError if DIR is taken or cannot be written; DIR then stays untouched, as it does on Ctrl-C.
     """
@@ -203,18 +205,20 @@ def _put_files(files: Files, folder: Path) -> None:
         raise ValueError("`files` must write model.onnx into the folder it is given")
 
 
-def _put_golden(golden: tuple[Arrays, Arrays], described: Sequence[GoldenOutput], folder: Path) -> None:
+def _put_golden(sets: Sequence[tuple[Arrays, Arrays]], described: Sequence[GoldenOutput], folder: Path) -> None:
     """Write inputs and outputs in the ONNX test-data layout, each output with its tolerance, and a page about them."""
     texts = {output.name: _tolerance(output) for output in described}
     page = "\n".join(f"| `{name}` | {text} |" for name, text in texts.items())
     entries = "\n".join(f"- `{name}`: `{value}`" for name, value in EXACT.items())
     _write(folder, "golden/README.md", f"{_GOLDEN_PAGE.format(entries=entries)}{page}\n".encode())
-    for kind, arrays in zip(("input", "output"), golden, strict=True):
-        for index, (name, array) in enumerate(arrays.items()):
-            tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-            if kind == "output":
-                tensor.doc_string = texts.get(name, "")
-            _write(folder, f"{_GOLDEN}/{kind}_{index}.pb", tensor.SerializeToString(deterministic=True))
+    for number, golden in enumerate(sets):
+        for kind, arrays in zip(("input", "output"), golden, strict=True):
+            for index, (name, array) in enumerate(arrays.items()):
+                tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+                if kind == "output":
+                    tensor.doc_string = texts.get(name, "")
+                path = f"{_GOLDEN.format(number)}/{kind}_{index}.pb"
+                _write(folder, path, tensor.SerializeToString(deterministic=True))
 
 
 def _tolerance(output: GoldenOutput) -> str:
@@ -227,13 +231,14 @@ def _tolerance(output: GoldenOutput) -> str:
     )
 
 
-def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-    """Return inputs and outputs of the golden set by name, in the order of the model's signature.
+def read_golden(bundle: Path) -> list[tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]]:
+    """Return inputs and outputs of each golden set by name, in the order of the model's signature.
 
     raises: InputError if a file is missing or is no ONNX tensor.
     """
-    inputs, outputs = (_read_arrays(bundle / _GOLDEN, kind) for kind in ("input", "output"))
-    return inputs, outputs
+    folders = itertools.takewhile(Path.exists, (bundle / _GOLDEN.format(number) for number in itertools.count(1)))
+    sets = [bundle / _GOLDEN.format(0), *folders]
+    return [(_read_arrays(folder, "input"), _read_arrays(folder, "output")) for folder in sets]
 
 
 def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
@@ -269,6 +274,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "config": dict(config),
         "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
         "data": report.get("data", {}),
+        "sizes": report.get("sizes"),
         "holds": report.get("holds", []),
         "artifact_sha256": _digest(artifact),
         "files": files,

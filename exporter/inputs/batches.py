@@ -77,7 +77,9 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data)
     """
     ours, theirs = calibration.example(), evaluation.example()
     for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
-        if x.dtype != y.dtype or x.shape[1:] != y.shape[1:]:
+        free = graph.meta["free_axes"].get(name, {})
+        sizes = [(a, b) for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=False)) if axis and axis not in free]
+        if x.dtype != y.dtype or x.ndim != y.ndim or any(a != b for a, b in sizes):
             forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
             raise DataError(
                 f"input {name!r} is {forms[0]} in --data and {forms[1]} in --eval; give both the same shape and type."

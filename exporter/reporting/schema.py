@@ -33,7 +33,7 @@ from calibrators.record import (
 )
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.layer_sections import LayerEntry
-from exporter.reporting.sections import Emission, Environment, Model, Storage
+from exporter.reporting.sections import Emission, Environment, Model, Sizes, Storage
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.latency import Latency
 from runtime_tests.measure.profile import TimeShares
@@ -151,6 +151,7 @@ class Report:
     proved_on: tuple[ProvedOn, ...] | None = None
     tool: Tool | None = None
     model: Model | None = None
+    sizes: Sizes | None = None
     environment: Environment | None = None
     time_shares: TimeShares | None = None
     storage: Storage | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from runtime_tests.measure.latency import Timings
 from runtime_tests.ort.saturation import this_cpu
@@ -55,6 +55,18 @@ class Model:
     parameters: int
     dynamic_batch: bool
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Free axes besides the batch.
+
+    axes:   names of their sizes in the file, by input and axis.
+    proved: shapes of the samples of each input with which the file was compared with the reference.
+    """
+
+    axes: dict[str, dict[int, str]]
+    proved: tuple[dict[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,15 @@ def model_of(source: str, graph: fx.GraphModule, model: ir.Model) -> Model:
     parameters = sum(parameter.numel() for parameter in graph.parameters())
     dynamic_batch, notes = graph.meta["dynamic_batch"], tuple(graph.meta["notes"])
     return Model(source, ports(model.graph.inputs), ports(model.graph.outputs), parameters, dynamic_batch, notes)
+
+
+def sizes_of(graph: fx.GraphModule, batches: Iterable[Sequence[Tensor]]) -> Sizes | None:
+    """Describe the free axes of a graph, proved on batches; None where it has none."""
+    if not graph.meta["free_axes"]:
+        return None
+    names = graph.meta["input_names"]
+    proved = ({name: tuple(x.shape[1:]) for name, x in zip(names, batch, strict=True)} for batch in batches)
+    return Sizes(graph.meta["free_axes"], tuple(proved))
 
 
 def emission_of(model: ir.Model) -> Emission:

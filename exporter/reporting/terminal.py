@@ -55,6 +55,8 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parity", _parity(report["parity"]["optimized"])
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
     yield from proof_rows(proofs)
+    if sizes := report.get("sizes"):
+        yield "sizes", "; ".join(_sizes(sizes))
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _integer_share(report["coverage"])
@@ -84,6 +86,13 @@ def _warnings(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
     more = len(warnings) - WARNINGS
     shown = [*map(escape, warnings[:WARNINGS]), *([f"{more} more in the report"] if more > 0 else [])]
     yield from (("[yellow]warning[/yellow]", text) for text in shown)
+
+
+def _sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
+    """Yield for each input with free axes the shapes of samples on which the file was proved."""
+    for name, axes in sizes["axes"].items():
+        shapes = dict.fromkeys(" x ".join(map(str, each[name])) for each in sizes["proved"])
+        yield f"{name}: {', '.join(shapes)} (free: {', '.join(axes.values())})"
 
 
 def _levers(report: Mapping[str, Any]) -> Iterator[str]:

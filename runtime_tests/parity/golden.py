@@ -40,10 +40,13 @@ MARGIN = 2.0
 
 SEED = 0
 
+GoldenSet = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Inputs of one size, and the reference's outputs."""
+
 
 @dataclass(frozen=True)
 class GoldenOutput:
-    """One output of the golden set.
+    """One output of the golden sets.
 
     tolerance: largest legal difference from it, absolute; 0: the bits are the same in every correct runtime.
     measured:  largest difference that was measured.
@@ -93,26 +96,27 @@ def golden_values(plan: KernelPlan, inputs: Sequence[Tensor], *, processors: Ite
 
 
 def golden_outputs(
-    model: Source,
-    plan: KernelPlan,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    *,
-    processors: Iterable[str],
+    model: Source, plan: KernelPlan, sets: Sequence[GoldenSet], *, processors: Iterable[str]
 ) -> tuple[GoldenOutput, ...]:
     """Return the tolerance of each output of the reference on the golden inputs.
 
     plan:       the integer kernels of the program.
-    outputs:    of the reference, in the order of the program's.
+    sets:       inputs, and the outputs of the reference in the order of the program's.
     processors: families (calibrators.grid.processors) for which the file is made.
     """
-    unsure = _unsure_sites(plan, processors)
-    identical = [_is_identical(plan, index, unsure) for index in range(len(outputs))]
-    others = [] if all(identical) else [*_disturbed(plan, inputs, unsure), *_in_onnxruntime(model, inputs)]
+    names, unsure = plan.program.meta["output_names"], _unsure_sites(plan, processors)
+    identical = [_is_identical(plan, index, unsure) for index in range(len(names))]
+    others = [
+        [] if all(identical) else [*_disturbed(plan, inputs, unsure), *_in_onnxruntime(model, inputs)]
+        for inputs, _ in sets
+    ]
     found = []
-    for index, (name, output) in enumerate(zip(plan.program.meta["output_names"], outputs, strict=True)):
-        largest = largest_finite(output)
-        measured = 0.0 if identical[index] else max(distance(output, other[index]) for other in others)
+    for index, name in enumerate(names):
+        pairs = [
+            (outputs[index], other[index]) for (_, outputs), runs in zip(sets, others, strict=True) for other in runs
+        ]
+        largest = max(largest_finite(outputs[index]) for _, outputs in sets)
+        measured = 0.0 if identical[index] else max(distance(*pair) for pair in pairs)
         allowed = 0.0 if identical[index] else _rounded_up(MARGIN * measured + FLOAT_OUTPUT_ERROR * largest)
         found.append(GoldenOutput(name, allowed, measured, largest))
     return tuple(found)

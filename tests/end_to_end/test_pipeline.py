@@ -78,7 +78,7 @@ def test_bundle_holds_what_it_promises(bundle: Path) -> None:
     assert {"model.onnx", "report.json", "report.html", "junit.xml", "manifest.json"} <= names
     assert "golden/test_data_set_0/input_0.pb" in names and "golden/reference.pt2" in names
     verify_manifest(bundle)
-    inputs, outputs = read_golden(bundle)
+    ((inputs, outputs),) = read_golden(bundle)
     found = session(bundle / "model.onnx").run(list(outputs), inputs)
     assert all(np.array_equal(a, b) for a, b in zip(outputs.values(), found, strict=True))
 
@@ -114,10 +114,10 @@ def test_verify_holds_outputs_to_the_tolerance_that_the_bundle_states(
     transformer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (stated,) = (output["tolerance"] for output in json.loads((transformer / "report.json").read_text())["golden"])
-    inputs, outputs = read_golden(transformer)
+    ((inputs, outputs),) = read_golden(transformer)
     for factor, verdict in ((0.9, "pass"), (1.1, "fail")):
         moved = {name: array + np.float32(factor * stated) for name, array in outputs.items()}
-        monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _, moved=moved: (inputs, moved))
+        monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _, moved=moved: [(inputs, moved)])
         assert verify(transformer)["verdict"] == verdict
 
 
@@ -136,7 +136,7 @@ def test_four_bits_load_where_they_have_to(tmp_path: Path, monkeypatch: pytest.M
         report = run("mlp", tmp_path / stated, min_ort=release, **settings)
         assert report["verdict"] == "pass"
         assert report["emission"]["min_onnxruntime"] == stated
-    codes = [read_golden(tmp_path / stated)[1] for stated in ("1.23", "1.18")]
+    codes = [read_golden(tmp_path / stated)[0][1] for stated in ("1.23", "1.18")]
     assert all(np.array_equal(a, b) for a, b in zip(*(each.values() for each in codes), strict=True))
 
 
@@ -216,9 +216,9 @@ def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
 def test_verify_refuses_golden_inputs_that_the_model_does_not_take(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
 ) -> None:
-    inputs, outputs = read_golden(bundle)
+    ((inputs, outputs),) = read_golden(bundle)
     changed = {name: change(array) for name, array in inputs.items()}
-    monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _: (changed, outputs))
+    monkeypatch.setattr(sys.modules["exporter.verify"], "read_golden", lambda _: [(changed, outputs)])
     with pytest.raises(InputError, match="which its model does not take"):
         verify(bundle)
 
@@ -340,7 +340,7 @@ def test_fixed_batches_are_never_cut(tmp_path: Path) -> None:
     report = export(program, [torch.randn(10, 3, 9, 9)], out=tmp_path / "out", latency_runs=0, parity_samples=6)
     assert report["verdict"] == "pass"
     assert report["parity"]["optimized"]["samples"] == 10
-    assert len(read_golden(tmp_path / "out")[0]["x"]) == 5
+    assert len(read_golden(tmp_path / "out")[0][0]["x"]) == 5
 
 
 def test_excluded_layer_stays_in_float(tmp_path: Path) -> None:

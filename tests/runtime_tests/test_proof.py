@@ -49,10 +49,10 @@ def test_the_reference_runs_once_per_batch(runs: list[tuple[bool, int]]) -> None
     for name, level in proof.levels.items():
         assert level == parity(model, result.program, parts, optimized=name == "optimized")
     golden = tuple(x[:4] for x in inputs)
-    assert proof.golden is not None
-    assert all(torch.equal(a, b) for a, b in zip(proof.golden[0], golden, strict=True))
+    ((kept, expected),) = proof.golden
+    assert all(torch.equal(a, b) for a, b in zip(kept, golden, strict=True))
     _, outputs = run(plan(result.program), golden)
-    assert all(torch.equal(a, b) for a, b in zip(proof.golden[1], outputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
     assert noise.decibels() == pytest.approx(noise_of(result, tuple(x[:20] for x in inputs)), rel=1e-6)
 
 
@@ -72,5 +72,5 @@ def test_golden_samples_stay_in_one_piece(runs: list[tuple[bool, int]]) -> None:
     measured = Measurements(parity_samples=2, golden_samples=4)
     proof = Proof(stored(result), result.program, ["optimized"], measured=measured)
     proof.add(inputs)
-    assert proof.golden is not None and len(proof.golden[0][0]) == 4
+    assert [len(inputs[0]) for inputs, _ in proof.golden] == [4]
     assert runs == [(True, 4)]

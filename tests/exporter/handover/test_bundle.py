@@ -56,7 +56,7 @@ def _report() -> dict[str, Any]:
 
 
 def _write(out: Path, **changes: Any) -> Path:
-    arguments = {"files": _model, "report": _report(), "golden": GOLDEN, "config": CONFIG} | changes
+    arguments = {"files": _model, "report": _report(), "golden": [GOLDEN], "config": CONFIG} | changes
     return write_bundle(out, **arguments | {"report": validate_report(arguments["report"])})
 
 
@@ -104,7 +104,7 @@ def test_artifact_digest_ignores_measured_times_and_sees_the_model(tmp_path: Pat
             "a": {},
             "slower": {"report": report},
             "other": {"files": {"model.onnx": b"x"}},
-            "golden": {"golden": (GOLDEN[0], {"logits": GOLDEN[1]["logits"] + 1})},
+            "golden": {"golden": [(GOLDEN[0], {"logits": GOLDEN[1]["logits"] + 1})]},
         }.items()
     ]
     assert digests[0] == digests[1]
@@ -123,7 +123,7 @@ def test_golden_is_the_onnx_test_data_layout(tmp_path: Path) -> None:
     tensor = onnx.load_tensor(out / "golden/test_data_set_0/input_1.pb")
     assert tensor.name == "mask"
     assert numpy_helper.to_array(tensor).dtype == np.bool_
-    inputs, outputs = read_golden(out)
+    ((inputs, outputs),) = read_golden(out)
     for arrays, expected in ((inputs, GOLDEN[0]), (outputs, GOLDEN[1])):
         assert list(arrays) == list(expected)
         for name, array in expected.items():
@@ -133,7 +133,7 @@ def test_golden_is_the_onnx_test_data_layout(tmp_path: Path) -> None:
 
 def test_golden_keeps_the_order_of_more_than_ten_inputs(tmp_path: Path) -> None:
     inputs = {f"x{index}": np.float32([index]) for index in range(12)}
-    assert list(read_golden(_write(tmp_path / "build", golden=(inputs, GOLDEN[1])))[0]) == list(inputs)
+    assert list(read_golden(_write(tmp_path / "build", golden=[(inputs, GOLDEN[1])]))[0][0]) == list(inputs)
 
 
 TEXTS = numpy_helper.from_array(np.array(["a"], object), "y").SerializeToString()

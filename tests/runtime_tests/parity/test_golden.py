@@ -42,7 +42,7 @@ def described(name: str, folder: Path) -> tuple[KernelPlan, tuple[Tensor, ...], 
     emit(result, folder / "m.onnx")
     kernels = plan(result.program)
     outputs = run(kernels, (x,))[1]
-    return kernels, outputs, golden_outputs(folder / "m.onnx", kernels, (x,), outputs, processors=PROCESSORS)
+    return kernels, outputs, golden_outputs(folder / "m.onnx", kernels, [((x,), outputs)], processors=PROCESSORS)
 
 
 @pytest.mark.parametrize("name", ["residual", "pooled", "mlp"])
