@@ -49,8 +49,11 @@ def checked_data(
 
     raises: DataError for missing labels or data that can be read only once, InputError for a gate without its data.
     """
-    evaluation, has_labels = _with_usable_labels(evaluation, gates)
-    check_measurable(gates, has_eval=evaluation is not None, has_labels=has_labels)
+    has_metric, has_eval = config.metric is not None, evaluation is not None
+    evaluation, has_labels = _with_usable_labels(evaluation, gates, has_metric=has_metric)
+    check_measurable(gates, has_eval=has_eval, has_labels=has_labels, has_metric=has_metric)
+    if has_metric and not has_eval:
+        raise InputError("--metric needs held-out data; give it with --eval, or leave the metric out.")
     calibration = data.take(config.calibration_batches)
     required = getattr(get_method(config.method, config.options), "needs_labels", False)
     limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
@@ -69,8 +72,12 @@ def checked_data(
     return calibration, evaluation
 
 
-def _with_usable_labels(evaluation: Data | None, gates: Iterable[Gate]) -> tuple[Data | None, bool]:
+def _with_usable_labels(
+    evaluation: Data | None, gates: Iterable[Gate], *, has_metric: bool
+) -> tuple[Data | None, bool]:
     """Return evaluation data, without labels that are not class indices, and whether it has labels.
+
+    A metric of the user's gets any labels.
 
     raises: LabelError for such labels if a gate needs them.
     """
@@ -81,6 +88,8 @@ def _with_usable_labels(evaluation: Data | None, gates: Iterable[Gate]) -> tuple
     except LabelError as error:
         if any(needs_labels(gate) for gate in gates):
             raise
+        if has_metric:
+            return evaluation.without_labels(), False
         return evaluation.without_labels(f"labels of --eval are not used: {error}"), False
 
 

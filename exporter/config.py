@@ -33,6 +33,7 @@ NO_EFFECT = frozenset(
         "explain",
         "sensitivity",
         "gates",
+        "metric",
         "openvino",
         "prove_on",
         "parity_samples",
@@ -105,6 +106,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     )
     gates: tuple[str, ...] = setting(
         (), "Condition for exit code 0; repeatable: `accuracy_drop<=0.01`.", panel=PROOF, flag="gate", metavar="EXPR"
+    )
+    metric: str | None = setting(
+        None,
+        "Function of all outputs and labels of --eval that returns a number: `metrics.py:mean_iou`. Gates: `metric`, "
+        "`metric_drop`.",
+        panel=PROOF,
+        metavar="FILE.py:NAME",
     )
     openvino: bool = setting(
         False, "Prove the model in OpenVINO too, kernel by kernel; needs the extra `openvino`.", panel=PROOF

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +33,16 @@ from exporter.folding.fold_regions import fold
 from exporter.frontend.axes import tiled
 from exporter.frontend.calling import input_names, optional_inputs
 from exporter.frontend.capture import capture
+from exporter.frontend.declared import other_size
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
 from exporter.handover.bundle import check_out, write_bundle
 from exporter.handover.golden_set import CHECK, write_golden_set
-from exporter.inputs.batches import GraphBatches, check_evaluation, cut, feed
+from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, cut, feed
 from exporter.inputs.data import Data
+from exporter.inputs.metric import Metric, joined, load_metric
 from exporter.inputs.open import check_takes_integers, open_both
+from exporter.inputs.sanity import calibration_warnings, range_warnings, score_warnings
 from exporter.progress import Bar, Progress
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
@@ -81,6 +84,7 @@ def export(
     checkpoint_key: str | None = None,
     config: ExportConfig | None = None,
     progress: Progress | None = None,
+    metric: str | Callable[[Any, Any], float] | None = None,
     source: str = "",
     overwrite: bool = False,
     **settings: Any,
@@ -91,12 +95,16 @@ def export(
     data, eval_data: batches of x, (x, labels) or ({name: x}, labels), an inputs.data.Data, or text as `intact export`
                      takes it. Calibration reads no labels; evaluation uses them if there are any.
     checkpoint:      weights for the module of a factory that `model` names; checkpoint_key says where they are in it.
+    metric:     a function of all outputs and labels of the evaluation data, or text such as "metrics.py:mean_iou".
     config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
                      not raise: report["verdict"] says "fail".
     """
     keep_freed_memory()
     config = config or make_config(settings)
+    measure = load_metric(metric or config.metric)
+    if measure is not None and config.metric is None:
+        config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
     out = Path(out)
     check_out(out, overwrite=overwrite)
     check_settings(config)
@@ -110,7 +118,7 @@ def export(
     calibration, evaluation = checked_data(given, evaluation, config, gates)
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
-        work = _Export(config, progress or Progress(), source, Path(folder))
+        work = _Export(config, progress or Progress(), source, Path(folder), measure)
         work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         report = judge(report, gates)
@@ -128,8 +136,11 @@ def export(
 class _Export:
     """One export: the steps in order, each a method."""
 
-    def __init__(self, config: ExportConfig, progress: Progress, source: str, folder: Path) -> None:
+    def __init__(
+        self, config: ExportConfig, progress: Progress, source: str, folder: Path, metric: Metric | None
+    ) -> None:
         self.config, self.progress, self.source, self.folder = config, progress, source, folder
+        self.metric = metric
         self.target = get_target(config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
@@ -155,13 +166,13 @@ class _Export:
         example = calibration.example()
         if isinstance(model, nn.Module):
             check_takes_integers(model, example, calibration.label)
+            self.warnings += [text] if (text := other_size(model, example.inputs)) else []
         with self._step("capture"):
             free_batch, axes = not self.target.static_shapes, self.config.free_axes
             graph = capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
         batches = GraphBatches(graph, calibration)
-        held_out = GraphBatches(graph, evaluation) if evaluation else None
-        if held_out is not None:
-            check_evaluation(graph, batches.data, held_out.data)
+        held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
+        self._check_data(graph, batches, held_out)
         with self._step("fold"):
             folded = fold(graph)
         with self._timed("calibrate"):
@@ -173,8 +184,11 @@ class _Export:
         simplifier = self._emitted(folded, result)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
+        self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
         sources = DataSources(_source(batches), _source(held_out) if held_out else None)
         report = self._report(graph, result, proof, noise.decibels(), simplifier, sources)
+        if proof.metric is not None and held_out is not None:
+            report = replace(report, metric=proof.metric.result(joined(held_out.given, proof.metric.samples)))
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
         warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
         report = replace(report, warnings=tuple(warnings))
@@ -186,6 +200,17 @@ class _Export:
             (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})
             for inputs, outputs in proof.golden
         ]
+
+    def _check_data(self, graph: fx.GraphModule, batches: GraphBatches, held_out: GraphBatches | None) -> None:
+        """Refuse data that the model cannot take, and warn about data that look wrong, by their first batches."""
+        if (first := next(iter(batches), None)) is not None:
+            self.warnings += calibration_warnings(graph, first, batches.data.label)
+        if held_out is not None:
+            check_evaluation(graph, batches.data, held_out.data)
+            pair = (data.example().inputs for data in (batches.data, held_out.data))
+            self.warnings += range_warnings(graph.meta["input_names"], *pair)
+            if self.metric is not None:
+                check_metric(graph, held_out.data, self.metric)
 
     def move_files(self, target: Path) -> None:
         """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
@@ -263,6 +288,7 @@ class _Export:
             noise_samples=SQNR_SAMPLES,
             noise=noise,
             float_model=graph if evaluated else None,
+            metric=(self.metric.name, self.metric) if self.metric is not None else None,
         )
         runtimes = available_runtimes(self.config.proving_runtimes)
         with self._step("validate", "compare") as bar:
@@ -299,7 +325,7 @@ class _Export:
             method=config.method,
             bits=Bits(config.weight_bits, config.activation_bits),
             fold=result.placement.graph.meta["fold"],
-            accuracy=proof.accuracy.result() if proof.accuracy else None,
+            accuracy=proof.scores,
             parity=proof.parity,
             proved_on=proof.proved_on,
             size=size,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import RunningAccuracy
+from runtime_tests.measure.accuracy import Accuracy, RunningAccuracy
+from runtime_tests.measure.metric import MetricFunction, RunningMetric
 from runtime_tests.measure.noise import Noise
+from runtime_tests.measure.outputs import RunningOutputs
 from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.parity.compare import Comparison, weight_agreements
@@ -56,7 +58,8 @@ class Measurements:
     parity_samples: number of samples, from the first on, whose codes are compared.
     golden_samples: number of samples whose inputs and reference outputs are kept.
     noise_samples:  number of samples that `noise` reads.
-    float_model:    if given, accuracy is measured on all samples against its first output.
+    float_model:    if given, accuracy is measured on all samples against its outputs, with labels of the first one.
+    metric:         a metric of the user's by name, measured on all samples too.
     """
 
     parity_samples: float = math.inf
@@ -64,6 +67,7 @@ class Measurements:
     noise_samples: int = 0
     noise: Noise | None = None
     float_model: fx.GraphModule | None = None
+    metric: tuple[str, MetricFunction] | None = None
 
     @property
     def limits(self) -> tuple[float, ...]:
@@ -97,7 +101,10 @@ class Proof:
         self.measured = measured or Measurements()
         self.samples = 0
         self.golden: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        names = program.meta["output_names"]
         self.accuracy = RunningAccuracy() if self.measured.float_model is not None else None
+        self.outputs = RunningOutputs(names)
+        self.metric = RunningMetric(*self.measured.metric, names) if self.measured.metric is not None else None
         self._weights = weight_agreements(self.model, program)
         levels = [*levels, *(LEVEL_OF[each.name] for each in runtimes if each.name in LEVEL_OF)]
         self._comparisons = {name: self._comparison(name) for name in dict.fromkeys(levels)}
@@ -227,10 +234,25 @@ class Proof:
         if wants_golden:
             self.golden.append((inputs, integer[1]))
         if self.accuracy is not None and measured.float_model is not None:
-            with torch.no_grad():
-                exact = measured.float_model(*inputs)[0]
-            deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
-            self.accuracy.update(exact.numpy(), integer[1][0].numpy(), deployed[0], labels)
+            self._add_accuracy(measured.float_model, inputs, integer[1], labels)
+
+    def _add_accuracy(
+        self, float_model: fx.GraphModule, inputs: tuple[Tensor, ...], ours: tuple[Tensor, ...], labels: Any
+    ) -> None:
+        assert self.accuracy is not None
+        with torch.no_grad():
+            exact = float_model(*inputs)
+        deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
+        networks = {"float": [y.numpy() for y in exact], "reference": [y.numpy() for y in ours], "runtime": deployed}
+        self.accuracy.update(networks["float"][0], networks["reference"][0], networks["runtime"][0], labels)
+        self.outputs.update(networks)
+        if self.metric is not None:
+            self.metric.update(networks, len(inputs[0]))
+
+    @property
+    def scores(self) -> Accuracy | None:
+        """The accuracy on all samples, None if it was not measured."""
+        return None if self.accuracy is None else replace(self.accuracy.result(), outputs=self.outputs.result())
 
 
 class _Reference(Protocol):

@@ -128,7 +128,7 @@ def where(node: fx.Node) -> str:
     """Return the node, module path and source line, for error messages: `conv2d_3 (stages.0.conv, zoo.py:31)`."""
     parts = [module_path(node)]
     lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    own = [line for line in lines if "/torch/" not in line] or lines
+    own = [line for line in lines if "/torch/" not in line]  # a line of torch says less than the module path
     if own:
         file, line = own[-1].split(",")[:2]
         parts.append(f"{file.split('/')[-1].strip().strip(chr(34))}:{line.split()[-1]}")

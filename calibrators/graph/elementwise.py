@@ -1,7 +1,7 @@
 """Elementwise operators in canonical form: activations as the sums, products and clips for which there are kernels.
 
 - SiLU -> x * sigmoid(x)
-- ReLU6, hardtanh -> clamp
+- ReLU6, hardtanh, clamp by constant tensors of one element -> clamp by numbers
 - PReLU -> leaky ReLU where all slopes agree, else max(x, slope * x) where none is above 1
 - hard sigmoid -> clamp(x / 6 + 1 / 2, 0, 1); hard swish -> x times that
 - sum, difference, product or quotient with a number or constant -> sum or product with a constant second operand
@@ -44,6 +44,15 @@ def _hardtanh(node: fx.Node) -> None:
     bound = bind(node)
     lo, hi = bound.get("min_val", 0), bound.get("max_val", 6)
     replace_call(node, (aten.clamp.default, (bound["self"], float(lo), float(hi))))
+
+
+def _clamp_by_constants(node: fx.Node) -> None:
+    """Clamp by numbers where constants of one element are the bounds."""
+    x, *limits = bind(node).values()
+    constant = all(limit is None or (is_constant(limit) and constant_of(limit).numel() == 1) for limit in limits)
+    if constant and len(shape_of(x)) == len(shape_of(node)):
+        numbers = (None if limit is None else float(constant_of(limit)) for limit in limits)
+        replace_call(node, (aten.clamp.default, (x, *numbers)))
 
 
 def _prelu(node: fx.Node) -> None:
@@ -147,6 +156,7 @@ def _scaled_factor(node: fx.Node) -> None:
 ELEMENTWISE: dict[Any, tuple[Rule, ...]] = {
     aten.silu.default: (_silu,),
     **dict.fromkeys((aten.hardtanh.default, aten.relu6.default), (_hardtanh,)),
+    aten.clamp.Tensor: (_clamp_by_constants,),
     aten.prelu.default: (_prelu,),
     **dict.fromkeys((aten.hardsigmoid.default, aten.hardswish.default), (_hard_sigmoid,)),
     **dict.fromkeys(overloads(SUMS | PRODUCTS | QUOTIENTS), (_constant_operand,)),

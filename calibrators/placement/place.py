@@ -175,6 +175,11 @@ def place(
     selected = frozenset(name for name in operators if not floats.value("float", name))
     weighted = [node for node in graph.graph.nodes if node.name in selected and _has_weight(graph, target, node)]
     if not weighted:
+        if wide := [node for node in graph.graph.nodes if node.name in selected and _is_double(graph, target, node)]:
+            raise InputError(
+                f"nothing to quantize: the weights of {layer_name(wide[0])} are float64, and integer kernels stand for "
+                "float32; capture the model with inputs in float32, which makes its weights float32 too"
+            )
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
             f"{', '.join(sorted(op.split('.')[0] for op in target.weighted))} with constant weights, but the model "
@@ -254,6 +259,12 @@ def _lookups(graph: fx.GraphModule, selected: Collection[str]) -> Iterator[str]:
         is_lookup = node.target is aten.embedding.default and node.name in selected
         if is_lookup and is_constant(node.args[0]) and constant(graph, node.args[0]).dtype == torch.float32:
             yield node.name
+
+
+def _is_double(graph: fx.GraphModule, target: Target, node: fx.Node) -> bool:
+    """Return whether an operator has a constant float64 weight."""
+    weight = bind(node)["weight"] if node.target in target.weighted else None
+    return is_constant(weight) and constant(graph, weight).dtype == torch.float64
 
 
 def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.Node]) -> Iterator[MatchedRule]:

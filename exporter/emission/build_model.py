@@ -151,6 +151,10 @@ def _refusal(program: fx.GraphModule, error: BaseException) -> str:
     text = " ".join(messages)
     missing = re.search(r"OpOverload\(op='\w+\.(\w+)'", text) or re.search(r"target=torch\.ops\.\w+\.(\w+)", text)
     advice = "has no ONNX form; rewrite that line of the model with other operators"
+    failed = re.search(r"translating node %(\w+)", text)  # its name, unless the graph was traced again
+    for node in program.graph.nodes:
+        if failed is not None and node.name == failed[1] and f"target=torch.ops.{node.target}" in text:
+            return f"operator {operator_name(node.target)!r} at {where(node)} {advice}"
     for node in program.graph.nodes:
         name = operator_name(node.target)
         named = missing is not None and (missing[1] in name or missing[1].startswith(f"{name}_"))

@@ -138,7 +138,36 @@ def _is_dequantized(value: Any) -> bool:
     return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
 
 
+def _antialiased(mode: str) -> Any:
+    """Return the form of a smoothed resize; torch.onnx drops its factors, which differ from the ratio of odd sizes."""
+
+    def form(x: Any, output_size: Any, align_corners: bool, scale_factors: Any = None) -> Any:
+        factors = None if scale_factors is None else _tensor(np.array([1, 1, *scale_factors], np.float32))
+        sizes: Any = None
+        if output_size is not None:
+            free: list[Any] = [size if isinstance(size, ir.Value) else _tensor(np.array(size)) for size in output_size]
+            parts = [op.Reshape(size, _tensor(np.array([1]))) for size in free]
+            sizes = op.Concat(op.Shape(x, end=2), *parts, axis=0)
+        where = "align_corners" if align_corners else "half_pixel"
+        rest: dict[str, Any] = {"cubic_coeff_a": -0.5} if mode == "cubic" else {}
+        return op.Resize(
+            x,
+            None,
+            factors,
+            sizes,
+            mode=mode,
+            coordinate_transformation_mode=where,
+            antialias=1,
+            exclude_outside=1,
+            **rest,
+        )
+
+    return form
+
+
 ONNX_FORMS: dict[Any, Any] = {
+    torch.ops.aten._upsample_bilinear2d_aa.vec: _antialiased("linear"),
+    torch.ops.aten._upsample_bicubic2d_aa.vec: _antialiased("cubic"),
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,

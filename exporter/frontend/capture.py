@@ -11,6 +11,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from calibrators.graph.aten import infer_shapes, outputs_of, where
 from calibrators.grid.metrics import alike
 from exporter.frontend.axes import Axes, FreeAxis, axes_by_input
 from exporter.frontend.calling import Form, arguments, call_of, restoring, shapes_of, tensor_names, user_inputs
+from exporter.frontend.declared import other_size
 from exporter.frontend.free_sizes import free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 
@@ -107,6 +109,7 @@ def _export(
     """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
     _refuse_script(model)
     with evaluating(model), restoring(model), torch.no_grad(), quiet():
+        _register_outputs(model, inputs, form)
         reason = "the target needs it"
         for strict in (False, True) if free_batch else ():
             try:
@@ -191,6 +194,23 @@ def _check_declared(axes: Axes, free: Mapping[str, Mapping[int, str]]) -> None:
                 f"the program has a fixed size at axis {missing[0]} of {name!r}; export it with dynamic_shapes for "
                 "that axis, or leave --dynamic out"
             )
+
+
+def _register_outputs(model: nn.Module, inputs: tuple[Tensor, ...], form: Form) -> None:
+    """Make the dataclasses that a model returns known to torch.export, which takes no others."""
+    waiting: list[Any] = []
+    with contextlib.suppress(Exception):  # of the user's own code, which the export will report
+        waiting.append(call_of(model, form)(*_with_batch(inputs, 2)))
+    while waiting:
+        value = waiting.pop()
+        if is_dataclass(value) and not isinstance(value, type):
+            if type(value) not in pytree.SUPPORTED_NODES:
+                torch.export.register_dataclass(type(value))
+            waiting += [getattr(value, each.name) for each in fields(value)]
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
 
 
 def _refuse_script(model: nn.Module) -> None:
@@ -316,7 +336,8 @@ def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], form: Form, error: Ex
     if (eager := _error(model, inputs, form)) is not None:
         return (
             f"the model does not run on inputs of shape {shapes}: {type(eager).__name__}: {first_line(eager)}"
-            f"{f' (in {module!r}, {line})' if line else ''}; check that the data fits the model's forward()"
+            f"{f' (in {module!r}, {line})' if line else ''}; "
+            f"{other_size(model, inputs) or 'check that the data fits the forward() of the model'}"
         )
     return (
         f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "

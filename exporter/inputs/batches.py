@@ -16,8 +16,10 @@ from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
 from exporter.inputs.data import Data
+from exporter.inputs.metric import Metric, joined
+from runtime_tests.measure.metric import arguments_of
 
-__all__ = ["GraphBatches", "check_evaluation", "cut", "feed"]
+__all__ = ["GraphBatches", "check_evaluation", "check_metric", "cut", "feed"]
 
 
 class GraphBatches:
@@ -26,11 +28,13 @@ class GraphBatches:
     Where the graph fixes its batch size, samples are regrouped to it; an incomplete last batch is dropped.
 
     samples: number of samples in the longest pass so far; dropped: of those that the last complete pass left out.
+    given:   the labels of the last pass, as the data gives them, batch by batch; empty unless they are to be kept.
     """
 
-    def __init__(self, graph: fx.GraphModule, data: Data) -> None:
+    def __init__(self, graph: fx.GraphModule, data: Data, *, keeps_labels: bool = False) -> None:
         self.graph, self.data = graph, data if data.names else data.named(graph.meta["input_names"])
         self.samples = self.dropped = 0
+        self.keeps_labels, self.given = keeps_labels, list[Any]()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -45,7 +49,10 @@ class GraphBatches:
         """Yield the inputs of each batch and its labels, an array, or None where there are none."""
         rest: tuple[Tensor, ...] = ()
         samples = 0
+        self.given = []
         for batch in self.data:
+            if self.keeps_labels:
+                self.given.append(batch.given)
             values = batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
             if rest:
                 values = tuple(torch.cat(pair) for pair in zip(rest, values, strict=True))
@@ -70,6 +77,19 @@ def feed(graph: fx.GraphModule, batch: Batch) -> dict[str, Any]:
     return {name: x.numpy() for name, x in zip(graph.meta["input_names"], batch, strict=True)}
 
 
+def check_metric(graph: fx.GraphModule, evaluation: Data, metric: Metric) -> None:
+    """Call the metric on the first batch, so that its errors come before the work.
+
+    raises: DataError.
+    """
+    batch = evaluation.example()
+    size = batch_of(graph, len(batch))
+    if size <= len(batch):
+        with torch.no_grad():
+            outputs = [y.numpy() for y in graph(*(x[:size] for x in batch.inputs))]
+        metric(arguments_of(graph.meta["output_names"], outputs), joined([batch.given], size))
+
+
 def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data) -> None:
     """Refuse evaluation data that the model cannot take, judged by its first batch.
 
@@ -88,8 +108,13 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data)
         return
     with torch.no_grad():
         output = graph(*graph.meta["example"])[0]
-    highest = int(theirs.labels.max())
+    highest = max(int(theirs.labels.max()), (evaluation.classes or 0) - 1)
     if is_logits(output) and highest >= output.shape[1]:
         raise DataError(
             f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}; check the labels."
+        )
+    if is_logits(output) and evaluation.classes is not None and evaluation.classes < output.shape[1]:
+        evaluation.noted(
+            f"{evaluation.label} has {evaluation.classes} class folders, but the model has {output.shape[1]} outputs: "
+            "check that both count the same classes in the same order"
         )

@@ -41,12 +41,14 @@ class Batch:
 
     inputs: one tensor per model input, in the model's order.
     labels: [n] int64, or None.
+    given:  labels as the source gives them, whatever they are.
     form:   the named and nested arguments that the inputs make up; None where the source gives no names.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
     form: pytree.TreeSpec | None = None
+    given: Any = None
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -74,6 +76,7 @@ class Data:
     optional:    those of `names` that may be missing before others.
     by_position: named inputs that match none of `names` are taken in order (.npz files).
     limit:       batches of a pass; None for all.
+    classes:     number of classes that the source says it has; None where it does not say.
     labels:      what becomes of labels: "read" where there are some, "needed" in every batch, or "unread".
     """
 
@@ -84,6 +87,7 @@ class Data:
     limit: int | None = None
     labels: Literal["read", "needed", "unread"] = "read"
     optional: frozenset[str] = frozenset()
+    classes: int | None = None
     _seen: _Seen = field(default_factory=_Seen, repr=False)
 
     def named(self, names: Sequence[str], optional: Iterable[str] = ()) -> Data:
@@ -98,11 +102,15 @@ class Data:
         """Return the same data, but with an error for a batch without labels."""
         return replace(self, labels="needed")
 
-    def without_labels(self, note: str = "") -> Data:
+    def without_labels(self, note: str | None = None) -> Data:
         """Return the same data, whose labels nobody looks at, and tell the user so by a note, if it is given."""
-        if note:
-            self._seen.note(note)
-        return replace(self, labels="unread")
+        return replace(self, labels="unread").noted(note)
+
+    def noted(self, text: str | None) -> Data:
+        """Return the same data, after a note for the user, if there is one."""
+        if text:
+            self._seen.note(text)
+        return self
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -171,11 +179,12 @@ class Data:
                 f"{where}: inputs have different numbers of samples: {sizes}; give each input one per sample."
             )
         is_named = isinstance(parts[0], Mapping) and named.keys() <= set(self.names)
-        batch = Batch(tuple(inputs.values()), form=form if is_named else None)
+        given = parts[1] if len(parts) == 2 else None
+        batch = Batch(tuple(inputs.values()), form=form if is_named else None, given=given)
         if self.labels == "unread":
             return batch, tuple(inputs)
-        if len(parts) == 2 and parts[1] is not None:
-            batch = replace(batch, labels=_label_tensor(parts[1], len(batch), where))
+        if given is not None:
+            batch = replace(batch, labels=_label_tensor(given, len(batch), where))
         elif self.labels == "needed":
             raise DataError(f"{where} has no labels; yield (x, labels), or store them as 'labels' in the .npz file.")
         return batch, tuple(inputs)

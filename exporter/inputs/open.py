@@ -20,7 +20,8 @@ from exporter.frontend.capture import evaluating
 from exporter.frontend.user_code import UserCallable, article, load_callable, load_object, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.form import DataForm
-from exporter.inputs.sources import from_arrays, from_images, from_npz
+from exporter.inputs.sanity import split_warning
+from exporter.inputs.sources import class_folders, from_arrays, from_images, from_npz
 
 __all__ = ["check_takes_integers", "open_both", "open_data"]
 
@@ -148,7 +149,9 @@ def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
 
 def _open_path(path: Path, form: DataForm) -> Data:
     if path.is_dir():
-        return Data(str(path), lambda: from_images(path, form))
+        names = class_folders(path)
+        data = Data(str(path), lambda: from_images(path, form), classes=len(names) or None)
+        return data.noted(split_warning(str(path), names))
     if form.is_for_images:
         raise DataError(f"image size, mean and std apply to folders of images only; {path} is not one. Omit them.")
     if not path.is_file():

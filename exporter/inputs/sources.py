@@ -21,7 +21,7 @@ from PIL import Image
 from calibrators.errors import DataError
 from exporter.inputs.form import DataForm
 
-__all__ = ["from_arrays", "from_images", "from_npz"]
+__all__ = ["class_folders", "from_arrays", "from_images", "from_npz"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHUNK_BYTES = 1 << 20
@@ -120,10 +120,14 @@ def from_images(root: Path, form: DataForm) -> Raw:
         yield stacked if labels is None else (stacked, np.array(labels[start:end]))
 
 
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the sub-folders of a folder, each a class, in the order of their numbers."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _image_files(root: Path) -> tuple[list[Path], list[int] | None]:
     direct = _found(root.iterdir())
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = [(folder, _found(folder.rglob("*"))) for folder in folders]
+    classes = [(root / name, _found((root / name).rglob("*"))) for name in class_folders(root)]
     inside = sum(len(files) for _, files in classes)
     if direct and inside:
         raise DataError(

@@ -73,6 +73,7 @@ class Metric:
     quantity: str = "share"
     needs_eval: bool = False
     needs_labels: bool = False
+    needs_metric: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _is_path(name: str) -> bool:
     return name in metric_paths() or ("." in name and f"{name.rpartition('.')[0]}.*" in metric_paths())
 
 
-def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool) -> None:
+def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool, has_metric: bool = False) -> None:
     """Raise InputError, naming gate and data, unless the data at hand can answer every gate.
 
     Call it before the work starts.
@@ -150,6 +151,11 @@ def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool)
         needs_eval, needs_labels = _needs(gate.name)
         if needs_eval and not has_eval:
             raise InputError(f"gate {gate.expression!r} needs held-out data; give it with --eval, or drop the gate.")
+        if gate.name in METRICS and METRICS[gate.name].needs_metric and not has_metric:
+            raise InputError(
+                f"gate {gate.expression!r} needs a metric of yours; give --metric file.py:function, or gate on "
+                "accuracy_drop, agreement or sqnr_db."
+            )
         if needs_labels and not has_labels:
             raise InputError(
                 f"gate {gate.expression!r} needs labels in the --eval data; add them (`labels` in an .npz, or "
@@ -166,7 +172,7 @@ def _needs(name: str) -> tuple[bool, bool]:
     if name in METRICS:
         return METRICS[name].needs_eval, METRICS[name].needs_labels
     free_of_labels = ("accuracy.agreement", "accuracy.sqnr_db", "accuracy.samples")
-    needs_eval = name.startswith(("accuracy.", "data.evaluation."))
+    needs_eval = name.startswith(("accuracy.", "metric.", "data.evaluation."))
     return needs_eval, name.startswith("accuracy.") and name not in free_of_labels
 
 
@@ -289,6 +295,18 @@ METRICS: dict[str, Metric] = {
         _sqnr,
         "dB",
         needs_eval=True,
+    ),
+    "metric": Metric(
+        "value in the runtime of the metric that --metric names",
+        _path("metric.runtime"),
+        needs_eval=True,
+        needs_metric=True,
+    ),
+    "metric_drop": Metric(
+        "that metric of the float model minus its value in the runtime; negative where an error grew",
+        _minus("metric.float", "metric.runtime"),
+        needs_eval=True,
+        needs_metric=True,
     ),
     "mismatched": Metric("differing values end to end, optimizations on", _path("parity.optimized.mismatched")),
     "kernel_mismatched": Metric(

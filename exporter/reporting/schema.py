@@ -36,6 +36,7 @@ from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.sections import Emission, Environment, Model, Sizes, Storage
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.latency import Latency
+from runtime_tests.measure.metric import UserMetric
 from runtime_tests.measure.profile import TimeShares
 from runtime_tests.measure.size import Size
 from runtime_tests.ort.coverage import Coverage
@@ -152,6 +153,7 @@ class Report:
     tool: Tool | None = None
     model: Model | None = None
     sizes: Sizes | None = None
+    metric: UserMetric | None = None
     environment: Environment | None = None
     time_shares: TimeShares | None = None
     storage: Storage | None = None

@@ -52,6 +52,12 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
     if accuracy is not None:
         yield accuracy["metric"], _accuracy(accuracy)
+        yield from _others(accuracy)
+    if metric := report.get("metric"):
+        values = ", ".join(
+            f"{_number(metric[key])} {words}" for key, words in (("float", "float"), ("runtime", "in the runtime"))
+        )
+        yield escape(metric["name"]), f"{values}, {metric['samples']} samples"
     yield "parity", _parity(report["parity"]["optimized"])
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
     yield from proof_rows(proofs)
@@ -93,6 +99,18 @@ def _sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
     for name, axes in sizes["axes"].items():
         shapes = dict.fromkeys(" x ".join(map(str, each[name])) for each in sizes["proved"])
         yield f"{name}: {', '.join(shapes)} (free: {', '.join(axes.values())})"
+
+
+def _others(accuracy: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a line with the noise of each output, if there are several."""
+    outputs = accuracy.get("outputs") or ()
+    if len(outputs) > 1:
+        texts = (f"{each['name']} {_decibels(each['runtime'])}" for each in outputs)
+        yield "outputs", escape(", ".join(texts))
+
+
+def _decibels(value: float | None) -> str:
+    return "identical" if value is None else f"{_number(value)} dB"
 
 
 def _levers(report: Mapping[str, Any]) -> Iterator[str]:

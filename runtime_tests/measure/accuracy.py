@@ -17,6 +17,7 @@ from scipy.special import log_softmax, ndtri
 
 from calibrators.errors import DataError
 from calibrators.grid.metrics import decibels
+from runtime_tests.measure.outputs import OutputAccuracy, masked
 
 __all__ = ["Accuracy", "RunningAccuracy", "Triple", "paired_interval"]
 
@@ -50,6 +51,7 @@ class Accuracy(Triple):
     sqnr_db:   of the runtime's outputs; None where they are identical.
     mean_kl:   divergence of the runtime's predictions from the float model's.
     drop_ci:   95 % interval of float - runtime, paired by sample.
+    outputs:   scores of every output; the others are those of the first one.
     """
 
     metric: str
@@ -59,6 +61,7 @@ class Accuracy(Triple):
     sqnr_db: Real | None
     mean_kl: Real | None
     drop_ci: tuple[Real, Real] | None
+    outputs: tuple[OutputAccuracy, ...] | None = None
 
 
 @dataclass
@@ -67,11 +70,14 @@ class RunningAccuracy:
 
     classifier: outputs are [N, classes] with at least two classes; else only the signal-to-noise ratio is measured
                 and labels are not read. Decided by the first batch, like `labelled`.
+    classes:    number of classes that the outputs tell apart; highest: highest label so far.
     """
 
     samples: int = 0
     classifier: bool = True
     labelled: bool = False
+    classes: int = 0
+    highest: int = -1
     _batches: int = 0
     _top1: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
     _top5: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
@@ -96,14 +102,15 @@ class RunningAccuracy:
         checked = self._check_labels(labels, truth)
         self.samples += len(truth)
         self._batches += 1
-        masked = _masked(outputs)  # neither signal nor noise
-        exact = {name: np.where(masked, 0.0, each.astype(np.float64)) for name, each in outputs.items()}
+        hidden = masked(outputs)  # neither signal nor noise
+        exact = {name: np.where(hidden, 0.0, each.astype(np.float64)) for name, each in outputs.items()}
         self._signal += float(np.sum(exact["float"] ** 2))
         for name, each in exact.items():
             self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
         if self.classifier:
-            self._add_classes({name: np.where(masked, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
+            self._add_classes({name: np.where(hidden, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
         if checked is not None:
+            self.classes, self.highest = truth.shape[1], max(self.highest, int(checked.max()))
             self._add_ranks({name: _rank(each, checked) for name, each in outputs.items()})
 
     @property
@@ -132,7 +139,9 @@ class RunningAccuracy:
     def result(self) -> Accuracy:
         """Return the scores over all batches."""
         return Accuracy(
-            **{name: self.value(name) for name in NETWORKS},
+            float=self.value("float"),
+            reference=self.value("reference"),
+            runtime=self.value("runtime"),
             metric=self.metric,
             samples=self.samples,
             top5=Triple(**{name: self._share(count) for name, count in self._top5.items()}) if self.labelled else None,
@@ -152,13 +161,13 @@ class RunningAccuracy:
             raise DataError(
                 f"outputs of batch {self._batches} have shapes {shapes}; all three must have one shape [N, ...]."
             )
-        masked = _masked(outputs)
-        broken = [name for name, each in outputs.items() if not np.isfinite(each[~masked]).all()]
+        hidden = masked(outputs)
+        broken = [name for name, each in outputs.items() if not np.isfinite(each[~hidden]).all()]
         if broken:
             raise DataError(
                 f"outputs of batch {self._batches} are not finite in: {', '.join(broken)}; check weights and inputs."
             )
-        classifier = len(shape) == 2 and shape[1] > 1
+        classifier = len(shape) == 2 and shape[1] > 1 and np.issubdtype(outputs["float"].dtype, np.floating)
         if self._batches == 0:
             self.classifier = classifier
         elif classifier != self.classifier:
@@ -218,12 +227,6 @@ def paired_interval(lost: int, gained: int, samples: int) -> tuple[float, float]
     difference = first - second
     error = float(ndtri((1 + CONFIDENCE) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
     return max(-1.0, difference - error), min(1.0, difference + error)
-
-
-def _masked(outputs: dict[str, Array]) -> Array:
-    """Return where all networks give the same infinity, as masks do."""
-    truth = outputs["float"]
-    return np.asarray(np.isinf(truth) & (truth == outputs["reference"]) & (truth == outputs["runtime"]))
 
 
 def _rank(outputs: Array, labels: Array) -> Array:

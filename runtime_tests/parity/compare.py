@@ -29,7 +29,7 @@ from calibrators.errors import DataError
 from calibrators.graph.magnitude import magnitudes
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.sessions import Model, Source
-from runtime_tests.parity.probes import codes_of, results_of
+from runtime_tests.parity.probes import choices_of, codes_of, results_of
 from runtime_tests.parity.results import (
     FLOAT_OUTPUT_ERROR,
     Agreement,
@@ -40,7 +40,7 @@ from runtime_tests.parity.results import (
     legal_rate,
 )
 from runtime_tests.parity.stored_weights import differing_weights
-from runtime_tests.reference.execute import KernelPlan, floats_of, run
+from runtime_tests.reference.execute import FLOAT, KernelPlan, floats_of, gap_of, run
 from runtime_tests.workers.runtime import Loaded
 
 __all__ = [
@@ -104,10 +104,13 @@ class Comparison:
     ) -> None:
         self.plan, self.weights = plan, weights
         self.results = results_of(model, plan) if exact else {}
-        self.runtime = runtime = start([*codes_of(plan).values(), *self.results.values()])
+        self.choices = choices_of(model, plan) if exact else {}
+        outputs = {value.name for value in model.proto.graph.output}
+        self.probes = codes_of(plan) | self.results | {k: v for k, v in self.choices.items() if v not in outputs}
+        self.runtime = runtime = start([*self.probes.values()])
         self.unplanned = unplanned_kernels(runtime.executed(), plan)
         self.samples = 0
-        self.per_node = dict.fromkeys([*plan.sites, *self.results], Agreement(0, 0, 0))
+        self.per_node = dict.fromkeys([*plan.sites, *self.results, *self.choices], Agreement(0, 0, 0))
         self.end_to_end = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
         self.outputs = [_OutputTally() for _ in runtime.output_names]
 
@@ -115,11 +118,13 @@ class Comparison:
         """Run a batch and compare it with the codes and outputs of the reference."""
         self.samples += len(inputs[0])
         outputs, probes = self.runtime.run([x.numpy(force=True) for x in inputs])
-        names = [*self.plan.sites, *self.results]
-        theirs = {name: torch.from_numpy(probe) for name, probe in zip(names, probes, strict=True)}
+        theirs = {name: torch.from_numpy(probe) for name, probe in zip(self.probes, probes, strict=True)}
+        by_name = dict(zip(self.runtime.output_names, outputs, strict=True))
+        theirs |= {k: torch.from_numpy(by_name[v]) for k, v in self.choices.items() if k not in theirs}
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
-        if any(agreement.mismatched for agreement in end_to_end.values()):
+        chooses_alike = all(torch.equal(codes[key], theirs[key]) for key in self.choices)
+        if not chooses_alike or any(agreement.mismatched for agreement in end_to_end.values()):
             codes, ours_per_node = run(self.plan, inputs, theirs, with_floats=True)
             per_node = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         for site in self.plan.sites:
@@ -127,6 +132,8 @@ class Comparison:
             self.per_node[site] += per_node[site]
         for name in self.results:
             self.per_node[name] += _agreement_of_floats(name, codes[name], theirs[name])
+        for name in self.choices:
+            self.per_node[name] += _agreement_of_choices(theirs[name], codes.get(gap_of(name)))
         scales = cache(partial(magnitudes, self.plan.program, inputs))
         for index, tally in enumerate(self.outputs):
             found = torch.from_numpy(outputs[index])
@@ -149,6 +156,7 @@ class Comparison:
                 *(NodeParity.of(site, DEQUANTIZE, found, found) for site, found in self.weights.items()),
                 *map(self._node, self.plan.sites),
                 *map(self._result, self.results),
+                *map(self._choice, self.choices),
             ],
             "outputs": [
                 OutputParity.of(name, exact=exact and not self.runtime.kernel_rate, **asdict(tally))
@@ -162,7 +170,8 @@ class Comparison:
 
     def _node(self, site: str) -> NodeParity:
         step = self.plan.by_site[site]
-        rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate)
+        depth = self.plan.depths[site]
+        rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate, depth)
         found, end_to_end = self.per_node[site], self.end_to_end[site]
         return NodeParity.of(site, step.kernel, found, end_to_end, reason=step.reason, rate=rate)
 
@@ -171,6 +180,11 @@ class Comparison:
         kernel = next(step.kernel for step in self.plan.steps if not step.quantized and floats_of(step.site) == name)
         found = self.per_node[name]
         return NodeParity.of(self.results[name], kernel, found, found)
+
+    def _choice(self, name: str) -> NodeParity:
+        """Judge indices by their scores."""
+        found = self.per_node[name]
+        return NodeParity.of(self.choices[name], FLOAT, found, found, reason="chooses by floats")
 
 
 def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agreement]:
@@ -212,6 +226,12 @@ def _agreement_of_floats(name: str, ours: Tensor, theirs: Tensor) -> Agreement:
         )
     steps = (ours.flatten().view(torch.int32).long() - theirs.flatten().view(torch.int32)).abs()
     return Agreement(ours.numel(), int(steps.count_nonzero()), int(steps.max()))
+
+
+def _agreement_of_choices(theirs: Tensor, gaps: Tensor | None) -> Agreement:
+    """Count the indices whose scores are worse than roundings explain; none where both sides chose the same."""
+    worse = 0 if gaps is None else int((gaps > FLOAT_OUTPUT_ERROR).sum())
+    return Agreement(theirs.numel(), worse, int(worse > 0))
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:

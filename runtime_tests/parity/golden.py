@@ -163,7 +163,7 @@ def _disturbed(plan: KernelPlan, inputs: Sequence[Tensor], unsure: frozenset[str
     def disturb(site: str, codes: Tensor) -> Tensor:
         if site not in unsure:
             return codes
-        count = max(1, round(legal_rate(FLOAT, plan.container_bits[site]) * codes.numel()))
+        count = max(1, round(legal_rate(FLOAT, plan.container_bits[site], depth=plan.depths[site]) * codes.numel()))
         places = torch.randint(codes.numel(), (count,), generator=generator)
         steps = 2 * torch.randint(2, (count,), generator=generator, dtype=torch.int32) - 1
         limits, flat = torch.iinfo(codes.dtype), codes.flatten()

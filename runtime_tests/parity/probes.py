@@ -17,9 +17,10 @@ from calibrators.graph.aten import bind, is_constant
 from calibrators.program.qdq_program import DEQUANTIZE
 from runtime_tests.ort.onnx_operators import PRODUCTS
 from runtime_tests.ort.sessions import Model
-from runtime_tests.reference.execute import KernelPlan, floats_of
+from runtime_tests.reference.execute import KernelPlan, choice_of, floats_of
+from runtime_tests.reference.ordered import CHOICES
 
-__all__ = ["codes_of", "results_of"]
+__all__ = ["choices_of", "codes_of", "results_of"]
 
 
 def codes_of(plan: KernelPlan) -> dict[str, str]:
@@ -43,6 +44,23 @@ def results_of(model: Model, plan: KernelPlan) -> dict[str, str]:
         if names := readers[f"{weight}_dequantized"]:
             found[floats_of(step)] = names.pop(0)
     return {key: name for key, name in found.items() if name not in outputs}
+
+
+def choices_of(model: Model, plan: KernelPlan) -> dict[str, str]:
+    """Return the names of the indices that operators of CHOICES write in the file, by `choice_of` the operator's name.
+
+    Both sides have them in one order; where the numbers differ nothing is returned. Outputs of the file may be among
+    them.
+    """
+    graph = model.proto.graph
+    found: dict[str, str] = {}
+    for kind in dict.fromkeys(CHOICES.values()):
+        ours = [node.name for node in plan.program.graph.nodes if CHOICES.get(node.target) == kind]
+        theirs = [node.output[-1] for node in graph.node if node.op_type == kind]
+        if len(ours) != len(theirs):
+            return {}
+        found |= {choice_of(name): value for name, value in zip(ours, theirs, strict=True)}
+    return found
 
 
 def _float_products(plan: KernelPlan) -> Iterator[tuple[str, str]]:

@@ -23,9 +23,9 @@ from calibrators.graph.walk import call, walk
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
-from runtime_tests.reference.ordered import ORDERED, in_order
+from runtime_tests.reference.ordered import CHOICES, gap, in_order, indices_of
 
-__all__ = ["FLOAT", "KernelPlan", "floats_of", "plan", "run"]
+__all__ = ["FLOAT", "KernelPlan", "choice_of", "floats_of", "gap_of", "plan", "run"]
 
 See = Callable[[str, Tensor], None]
 """A function that gets the name of a site and its dequantized codes."""
@@ -37,6 +37,16 @@ Disturb = Callable[[str, Tensor], Tensor]
 def floats_of(operator: str) -> str:
     """Return the key of the floats that an integer kernel writes; no site has such a name."""
     return f"floats of {operator}"
+
+
+def choice_of(operator: str) -> str:
+    """Return the key of the indices that an operator of CHOICES gives; no site has such a name."""
+    return f"choice of {operator}"
+
+
+def gap_of(choice: str) -> str:
+    """Return the key of how much worse the scores at forced indices are, for the key of the indices."""
+    return f"gap of {choice}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +78,20 @@ def run(
     """Return the codes of every site and the outputs of the program.
 
     forced:  codes by site that replace the computed ones downstream, once these are recorded. With the runtime's
-             own codes, every site shows what its kernel computes from the inputs that the runtime had.
+             own codes, every site shows what its kernel computes from the inputs that the runtime had. Indices too, by
+             `choice_of` the operator's name.
     see:     gets the floats of every dequantized site that no kernel covers.
     disturb: changes the codes of sites, once they are recorded.
     with_floats: also return the floats of integer kernels, by `floats_of` the operator's name.
-    returns: codes in their container dtype by site name, and the outputs in order.
+    returns: codes in their container dtype by site name, and the outputs in order. With the codes are the indices of
+             operators of CHOICES, by `choice_of` the operator's name; where they are forced, how much worse their
+             scores are too, by `gap_of` that.
     """
     forced = forced or {}
     codes: dict[str, Tensor] = {}
     outputs: tuple[Tensor, ...] = ()
     with torch.no_grad(), _full_float32():
-        steps = walk(plan.program, inputs, partial(_evaluate, plan), skipped=plan.skipped, reads=plan.reads)
+        steps = walk(plan.program, inputs, partial(_evaluate, plan, forced), skipped=plan.skipped, reads=plan.reads)
         for node, values in steps:
             if node.op == "output":
                 outputs = tuple(map(_floats, values[node]))
@@ -90,12 +103,24 @@ def run(
                     values[node] = disturb(site, values[node])
             elif with_floats and node in plan.kernels:
                 codes[floats_of(node.name)] = values[node]
+            elif node.target in CHOICES:
+                codes |= _choice(node, values, forced.get(choice_of(node.name)))
             elif see is not None and node.target is DEQUANTIZE:
                 see(values[node].site, values[node].values)
     return codes, outputs
 
 
-def _evaluate(plan: KernelPlan, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def _choice(node: fx.Node, values: Mapping[fx.Node, Any], forced: Tensor | None) -> dict[str, Tensor]:
+    """Return the indices that an operator chose, and how much worse the scores at forced ones are."""
+    found = {choice_of(node.name): indices_of(node, values[node])}
+    if forced is not None:
+        found[gap_of(choice_of(node.name))] = gap(node, _operands(node, values), forced)
+    return found
+
+
+def _evaluate(plan: KernelPlan, forced: Mapping[str, Tensor], node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.target in CHOICES:
+        return in_order(node, _operands(node, values), forced.get(choice_of(node.name)))
     if node in plan.kernels:
         return _run_kernel(plan.kernels[node], values)
     if node.target is DEQUANTIZE:
@@ -132,8 +157,11 @@ def _moved(node: fx.Node, values: Mapping[fx.Node, Any], codes: Tensor) -> Any:
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Tensor]) -> Any:
     """Run the operator itself on floats, with some operands replaced by those of `instead`."""
-    operands = {source: instead.get(source, _floats(values.get(source))) for source in node.all_input_nodes}
-    return in_order(node, operands) if node.target in ORDERED else call(node, operands)
+    return call(node, {**_operands(node, values), **instead})
+
+
+def _operands(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    return {source: _floats(values.get(source)) for source in node.all_input_nodes}
 
 
 def _floats(value: Any) -> Any:

@@ -26,6 +26,7 @@ from calibrators.placement.kernel_forms import missing_form
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE, is_saturation
 from calibrators.targets import DEFAULT_TARGET, get_target
 from runtime_tests.ort.onnx_operators import WEIGHT_ONLY
+from runtime_tests.reference.float_depth import float_depths
 from runtime_tests.reference.kernel_rules import (
     PRODUCTS,
     PROPAGATED,
@@ -104,6 +105,12 @@ class KernelPlan:
         """Bits of the container of every site's codes, sites in the order in which they are computed."""
         quantizers = (node for node in self.program.graph.nodes if node.target is QUANTIZE)
         return {site_of(node): torch.iinfo(output_grid(self.program, node).dtype).bits for node in quantizers}
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Number of float operators, one after the other, before the codes of every site."""
+        depths = float_depths(self.program)
+        return {site_of(node): depths[source(node)] for node in depths if node.target is QUANTIZE}
 
     @property
     def sites(self) -> tuple[str, ...]:

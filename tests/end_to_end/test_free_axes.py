@@ -106,6 +106,7 @@ def test_the_file_runs_at_sizes_that_nobody_tried(bundle: Path) -> None:
             assert 10 * np.log10((wanted**2).sum() / ((wanted - found) ** 2).sum()) > 20
 
 
+@pytest.mark.slow
 def test_lengths_that_have_to_agree_have_one_name(tmp_path: Path) -> None:
     data = [({"x": torch.randn(8, 12, 16), "mask": torch.ones(8, 12, dtype=torch.bool)}, None) for _ in range(2)]
     report = export(model(Attention), data, out=tmp_path / "out", dynamic=["x:1=length", "mask:1"], **QUICK)
@@ -178,3 +179,21 @@ def test_data_of_another_size_than_the_program() -> None:
         capture(program, images()[0])
     with pytest.raises(ModelError, match="has a fixed size at axis 2 of 'x'"):
         capture(program, images(8)[0], axes={"x": {2: FreeAxis("height")}})
+
+
+class Similarities(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.inner(self.a(x), self.b(y)) + torch.tensordot(self.a(y), self.b(x), dims=([1], [1]))
+
+
+def test_products_of_all_samples_with_all() -> None:
+    graph = capture(model(Similarities), (torch.randn(4, 6), torch.randn(4, 6)))
+    assert graph.meta["dynamic_batch"]
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert "aten.matmul.default" in targets and not targets & {"aten.inner.default", "aten.tensordot.default"}
+    x, y = torch.randn(5, 6), torch.randn(5, 6)
+    torch.testing.assert_close(graph(x, y)[0], model(Similarities)(x, y))

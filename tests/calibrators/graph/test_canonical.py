@@ -182,6 +182,26 @@ def test_module_becomes_a_convolution(module: nn.Module, operators: set[object])
     torch.testing.assert_close(graph(x)[0], module(x), rtol=tolerance, atol=tolerance)
 
 
+class ClampedByBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(-0.25))
+        self.register_buffer("high", torch.tensor([0.5]))
+        self.register_buffer("each", torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(torch.clamp(x, self.low, self.high), max=self.each)
+
+
+def test_clamps_by_constants_of_one_element_are_by_numbers() -> None:
+    model, x = ClampedByBuffers(), torch.randn(2, 4, 5, 6)
+    graph = to_integer_forms(capture(model, x))
+    first, second = (node for node in graph.graph.nodes if node.op == "call_function")
+    assert first.target is aten.clamp.default and first.args[1:] == (-0.25, 0.5)
+    assert second.target is aten.clamp.Tensor
+    assert torch.equal(graph(x)[0], model(x))
+
+
 def test_resizing_to_a_multiple_names_the_factor() -> None:
     graph = to_integer_forms(capture(Function(lambda x: F.interpolate(x, size=(10, 18))), torch.randn(2, 4, 5, 6)))
     (node,) = (node for node in graph.graph.nodes if node.op == "call_function")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,9 @@ from calibrators.graph.aten import constant
 from calibrators.placement.place import PlacementOptions
 from calibrators.program.freeze import CalibrationResult
 from exporter.emission import build_model as emit_module
+from exporter.emission import translate
 from exporter.emission.build_model import emit, emit_float
+from exporter.emission.onnx_forms import ONNX_FORMS
 from exporter.frontend.capture import capture
 from exporter.frontend.reference import export_program, load_reference, save_reference
 from runtime_tests.ort.sessions import session
@@ -164,6 +167,30 @@ def test_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"'special_bessel_j0' at .*test_build_model\.py:\d+.* has no ONNX form"):
         emit(result, path)
     assert not path.exists()
+
+
+def test_the_one_operator_of_several_that_has_no_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_plain(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+        if alpha != 1:
+            raise ValueError("no such form")
+        return ONNX_FORMS[torch.ops.aten.elu.default](x, alpha, scale, input_scale)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.ELU(), nn.ELU(alpha=3.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    forms = {**ONNX_FORMS, torch.ops.aten.elu.default: only_plain}
+    monkeypatch.setattr(translate, "ONNX_FORMS", forms)
+    translate._translations.cache_clear()
+    try:
+        with pytest.raises(ExportError, match=r"operator 'elu' at elu_1 \(second, test_build_model\.py:\d+\)"):
+            emit_float(capture(Two().eval(), torch.randn(2, 3)), tmp_path / "m.onnx")
+    finally:
+        translate._translations.cache_clear()
 
 
 def test_reference_program_survives_its_file(tmp_path: Path) -> None:

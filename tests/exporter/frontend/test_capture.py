@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from calibrators.errors import ModelError
 from exporter.frontend import functionalize
 from exporter.frontend.capture import capture
+from exporter.frontend.declared import other_size
 from tests.support.networks import NETWORKS, build, randomize
 
 aten = torch.ops.aten
@@ -461,3 +463,53 @@ def test_branches_chosen_at_run_time_are_refused() -> None:
 
     with pytest.raises(ModelError, match=r"cond.*chooses between subgraphs.*torch\.where"):
         capture(Branching(), torch.ones(2, 3))
+
+
+class Sized(nn.Module):
+    """It knows its size as timm's models do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, size, size), "num_classes": 5}
+        self.head = nn.Linear(3 * size * size, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x.flatten(1))
+        return y
+
+
+def test_images_of_another_size_than_the_model_names() -> None:
+    message = (
+        r"does not run on .*; the model says that it takes images of 8 x 8, but the data has 6 x 6 \(--image-size 8"
+    )
+    with pytest.raises(ModelError, match=message):
+        capture(Sized(8), torch.randn(2, 3, 6, 6))
+    assert other_size(Sized(8), [torch.randn(2, 3, 8, 8)]) is None
+    assert other_size(nn.Linear(3, 4), [torch.randn(2, 3, 8, 8)]) is None
+    wide = Sized(8)
+    wide.pretrained_cfg = {"input_size": (3, 4, 8)}
+    assert "--image-size 4x8" in (other_size(wide, [torch.randn(2, 3, 8, 8)]) or "")
+
+
+@dataclass
+class Found:
+    """What a model returns; torch.export knows nothing of it."""
+
+    boxes: Tensor
+    heads: dict[str, Tensor]
+
+
+def test_outputs_in_a_dataclass_keep_their_names() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Found:
+            y = self.conv(x)
+            return Found(y.mean((2, 3)), {"scores": y.relu(), "masks": y.sigmoid()})
+
+    model, x = randomize(Detector()).eval(), torch.randn(3, 3, 5, 5)
+    graph = capture(model, x)
+    assert graph.meta["output_names"] == ["boxes", "heads_scores", "heads_masks"]
+    assert torch.equal(graph(x)[0], model(x).boxes)

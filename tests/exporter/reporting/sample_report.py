@@ -261,6 +261,15 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "sqnr_db": 31.4,
             "mean_kl": 0.0021,
             "drop_ci": [-0.0012, 0.0032],
+            "outputs": [
+                {"name": "logits", "reference": 31.6, "runtime": 31.4, "agreement": 0.991},
+                {"name": "index", "reference": None, "runtime": None, "agreement": None},
+            ],
+        },
+        "metric": {"name": "mean_iou", "samples": 2000, "float": 0.71, "reference": 0.705, "runtime": 0.7},
+        "sizes": {
+            "axes": {"image": {"2": "height", "3": "width"}},
+            "proved": [{"image": [3, 32, 32]}, {"image": [3, 49, 16]}],
         },
         "parity": {"unoptimized": plain, "optimized": level},
         "proved_on": [_proved_on("ort", "x86-vnni", samples=512), _proved_on("avx2", "x86-avx2", samples=16)],

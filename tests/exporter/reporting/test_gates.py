@@ -95,6 +95,8 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "size": 7_991_296,
         "latency_ratio": 3.92 / 12.41,
         "size_ratio": 7_991_296 / 31_412_224,
+        "metric": 0.7,
+        "metric_drop": 0.01,
         "unproved_runtimes": 0,
         "inexact_here": 0,
         "lint_errors": 0,

@@ -39,7 +39,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "re
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
             "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
             "preparation", "settled", "limited_weights", "unsigned_weights",
-            "portability")  # fmt: skip
+            "portability", "metric", "sizes")  # fmt: skip
 STEPS = {"samples": 8, "step": 0.1}
 UNMEASURED = {"hessian": [[None]], "share": None, "eigenvalues": [], "mean_diagonal": None, "mean_off_diagonal": None,
               "p": 2.0, "powers": []}  # fmt: skip
@@ -198,6 +198,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
         "preparation": "Ranges of neighbouring layers", "sensitivity": "Sensitivity",
         "mixed_precision": "Mixed precision", "portability": "Cost of portability",
+        "metric": "mean_iou", "sizes": "Free sizes",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text
     assert headings[key] not in text
@@ -433,6 +434,14 @@ def test_a_matrix_is_drawn_cell_by_cell() -> None:
         ("minus", 0.5): "M1 0h1v1h-1zM0 1h1v1h-1z",
     }
     assert len(matrix_plot([[1.0 + (i * j) % 7 for j in range(150)] for i in range(150)])) < 500_000
+
+
+def test_the_page_shows_every_output_the_users_metric_and_free_sizes() -> None:
+    page = _Page(render_html(sample_report(9))).text
+    words = " ".join(page.split())
+    assert "output logits , same decision in 99.10 % 31.4 dB" in words and "output index identical" in words
+    assert "mean_iou in the runtime, 0.71 with the float model 0.7" in page
+    assert "Free sizes: height, width of image. Compared on samples of 3 × 32 × 32, 3 × 49 × 16." in page
 
 
 def test_without_labels_the_page_shows_agreement() -> None:
