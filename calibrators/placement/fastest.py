@@ -322,7 +322,7 @@ class _Cut:
         rows, columns = np.array([*capacity], np.int32).reshape(-1, 2).T  # none where no operator has a choice
         network = csr_array((np.array([*capacity.values()], np.int32), (rows, columns)), (self.count, self.count))
         flow = maximum_flow(network, SOURCE, SINK).flow
-        left = (network - flow).tocsr().T.tocsr()  # what can still flow, reversed
+        left = csr_array((network - flow).T)  # what can still flow, reversed
         left.data = np.maximum(left.data, 0)
         left.eliminate_zeros()
         reached = set(breadth_first_order(left, SINK, return_predecessors=False).tolist())
