@@ -350,7 +350,7 @@ def test_excluded_layer_stays_in_float(tmp_path: Path) -> None:
 
 
 def test_an_excluded_transposed_convolution_stays_in_float(tmp_path: Path) -> None:
-    """It is written as a convolution, whose weights the runtime would quantize by itself: the file must prevent that."""
+    """It is written as a convolution whose weights the runtime would quantize by itself: the file must prevent that."""
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3, 2), nn.Conv2d(3, 2, 1)))
     x = torch.randn(8, 3, 8, 8)
     report = export(model, [x], eval_data=[x], out=tmp_path / "out", latency_runs=0, exclude=("2",))
