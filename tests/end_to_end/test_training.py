@@ -199,7 +199,8 @@ def test_ctrl_c_while_training_leaves_nothing(
     assert result.stderr == "interrupted; nothing was written.\n"
     del result  # it holds the frames of the training
     gc.collect()
-    assert list(tmp_path.rglob("*")) == [temporary]
+    left = [path for path in tmp_path.rglob("*") if not path.name.startswith("torchinductor_")]  # made by its import
+    assert left == [temporary]
 
 
 def test_a_disk_that_fills_with_activations_exits_2_with_advice(
