@@ -145,7 +145,8 @@ class Moments:
         grid: QParams | None = None,
     ) -> None:
         self._order = torch.arange(columns, device=device).view(-1, cut.taps).T.flatten()  # of what arrives
-        self._grid = grid if cut.groups == 1 and multiplies_int8(device) else None
+        # torch 2.13 returns uninitialized numbers for the product of a row and a column
+        self._grid = grid if cut.groups == 1 and columns > 1 and multiplies_int8(device) else None
         few = weights is not None and 2 * weights.shape[1] < columns  # then products with them take less time
         self._weights = weights.to(device)[:, :, self._order] if weights is not None and few else None
         groups, rows = cut.groups, columns if self._weights is None else self._weights.shape[1]

@@ -138,6 +138,19 @@ def test_products_of_codes_are_exact(bits: int, signed: bool, zero_point: int, g
     torch.testing.assert_close(moments.hessian[0], (2 * exact.T @ exact / len(codes)).float(), rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 129])
+@pytest.mark.parametrize("positions", [1, 2, 30])
+def test_products_of_few_columns_are_exact(columns: int, positions: int, generator: torch.Generator) -> None:
+    codes = torch.randint(0, 256, (2 * positions, columns), generator=generator)
+    grid = QParams(torch.tensor(0.5), torch.tensor(7, dtype=torch.int32), QuantSpec(bits=8, signed=False))
+    x = dequantize(codes[None], grid)
+    moments = Moments(Im2col(), columns, x.device, with_error=False, grid=grid)
+    for half in range(2):
+        moments.add(half, x[:, half::2])
+    exact = (codes.double() - 7) / 2
+    torch.testing.assert_close(moments.hessian[0], (2 * exact.T @ exact / len(codes)).float(), rtol=2e-7, atol=0)
+
+
 def test_the_device_multiplies_extreme_codes_exactly_if_it_says_so() -> None:
     codes = torch.tensor([-128, 127], dtype=torch.int8).repeat(64)[:, None].expand(128, 32).contiguous()
     if multiplies_int8(codes.device):
