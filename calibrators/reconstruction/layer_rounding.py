@@ -42,7 +42,7 @@ FEW = 0.3
 """Damping of a Hessian that is measured on as many positions as it has columns, which would else fit their noise."""
 
 NARROW = 4
-"""Most bits of codes that are chosen again: of 8 bits they hardly change, and it takes longer than to round them."""
+"""Most bits of codes that are chosen again, which takes as long as rounding them: 8 bits have little to gain."""
 
 PER_COLUMN, LEAST = 64, 2048
 """Positions for each column of the moments, and for any layer, up to those of the option: more change no result."""

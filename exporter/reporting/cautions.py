@@ -15,8 +15,7 @@ from runtime_tests.measure.latency import Latency
 __all__ = ["cautions"]
 
 NOISE = 0.05
-"""Difference of latencies that counts as none: of 20 comparisons of a file with itself, 50 runs each, on a busy machine
-18 stayed below it."""
+"""Share by which latencies may differ before one of them is called slower."""
 
 
 def cautions(report: Report) -> Iterator[str]:
