@@ -15,12 +15,13 @@ from torch import Tensor, fx
 
 from calibrators.execution.blocks import Block, extract
 from calibrators.execution.quantizers import ActivationQuantizer
-from calibrators.graph.aten import add_constant, bind, replace_args
+from calibrators.graph.aten import add_constant, bind, constant, replace_args
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import constant_operand
 from calibrators.grid.numerics import fake_quant
 from calibrators.grid.spec import Site
 from calibrators.placement.place import Placement
+from calibrators.program.qdq_program import table_rows
 
 __all__ = ["BlockBoundary", "ParametricOp", "Simulation", "channels_last", "speed_up"]
 
@@ -117,6 +118,9 @@ class Simulation(torch.nn.Module):
                 self._round(site)
             else:
                 self._free(site)
+        for name in placement.lookups:
+            if name in self._nodes:
+                self._round_table(self._nodes[name])
         self._weighted = speed_up(self.graph, block.weighted)
 
     @cached_property
@@ -171,6 +175,13 @@ class Simulation(torch.nn.Module):
             with self.graph.graph.inserting_before(user):
                 value = self.graph.graph.get_attr(names[site.name])
             replace_args(user, **{site.kind: value})
+
+    def _round_table(self, node: fx.Node) -> None:
+        """Replace the table of an embedding by its rows in 8 bits, also where it shares the codes of a layer."""
+        codes, scale = table_rows(constant(self.graph, node.all_input_nodes[0]))
+        with self.graph.graph.inserting_before(node):
+            table = self.graph.graph.get_attr(add_constant(self.graph, f"{node.name}_rows", codes * scale[:, None]))
+        node.replace_input_with(node.all_input_nodes[0], table)
 
     def reading(self, name: str) -> fx.GraphModule:
         """Return the part of the block that computes the input of one of its weighted operators, with what is set now.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -92,7 +93,8 @@ class StreamedNetwork:
         if site is None:
             return None
         root = self.placement.root(site).name
-        return self.placement.qparams_of(site, {root: self.quantizers[root].qparams.to("cpu")})
+        owned = self.quantizers[root].qparams.to("cpu")  # at other bits than the placement's while bits are tried
+        return replace(self.placement.qparams_of(site, {root: owned}), spec=owned.spec)
 
 
 class RoundedNetwork(StreamedNetwork):

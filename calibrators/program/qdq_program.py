@@ -43,7 +43,7 @@ from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds", "is_saturation"]
+__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds", "is_saturation", "table_rows"]
 
 aten = torch.ops.aten
 
@@ -245,9 +245,7 @@ class _Builder:
         assert is_constant(table)
         target = str(table.target)
         if target not in self.rows:
-            rows = constant(self.program, table)
-            scale = (rows.abs().amax(1) / ROW_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
-            rounded = torch.round(rows / scale[:, None]).to(torch.int8)
+            rounded, scale = table_rows(constant(self.program, table))
             self.rows[target] = self._rows(target, self._buffer(f"{target}_quantized", rounded), scale)
         with self.graph.inserting_before(node):
             codes, scales = (
@@ -297,6 +295,12 @@ class _Builder:
         self.program.meta = {**self.placement.graph.meta, "names": self.names}
         infer_shapes(self.program)
         return self.program
+
+
+def table_rows(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a table [rows, columns] rounded to 8 bits, int8, and the scale of each row, float32 [rows]."""
+    scale = (table.abs().amax(1) / ROW_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.round(table / scale[:, None]).to(torch.int8), scale
 
 
 def is_saturation(

@@ -45,6 +45,7 @@ TARGET = replace(
     static_shapes=True,
     weight=QuantSpec(bits=8, signed=True, symmetric=True, narrow=True),
     integer_ops=ORT_CPU.integer_ops - {"add.Tensor"},
+    constant_operands=ORT_CPU.constant_operands - {"add.Tensor"},
     fused_ops=ORT_CPU.fused_ops | {"add.Tensor"},
     forms={name: forms for name, forms in ORT_CPU.forms.items() if name != "add.Tensor"},
 )
@@ -92,7 +93,8 @@ def added(**changes: object) -> Target:
     """Return a target whose placement knows no kernel for sums."""
     target = get_target("ort-cpu")
     forms = {name: forms for name, forms in target.forms.items() if name != "add.Tensor"}
-    return replace(target, name="t", integer_ops=target.integer_ops - {"add.Tensor"}, forms=forms, **changes)
+    return replace(target, name="t", integer_ops=target.integer_ops - {"add.Tensor"}, forms=forms,
+                   constant_operands=target.constant_operands - {"add.Tensor"}, **changes)  # fmt: skip
 
 
 def test_the_plan_has_the_kernels_of_the_target_alone() -> None:

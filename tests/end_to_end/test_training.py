@@ -347,7 +347,7 @@ def test_methods_without_training_report_no_reconstruction() -> None:
     from exporter.frontend.capture import capture
 
     record = run_calibrators.calibrate(capture(model, (batches[0],)), batches, method=MSE()).record
-    assert replace(record, limited_weights=None, settled=None) == Record()
+    assert replace(record, limited_weights=None, settled=None, portability=None) == Record()
 
 
 def test_wide_taps_are_told(tmp_path: Path) -> None:
