@@ -266,7 +266,7 @@ def compare_dump(
         from exporter.handover.dump import compare_dump as compare
         from exporter.reporting.number_format import percent, significant
 
-        layers, strangers = compare(folder, dump, names)
+        layers, strangers, absent = compare(folder, dump, names)
         rows = [
             (
                 each.layer,
@@ -281,10 +281,12 @@ def compare_dump(
         print_table(("layer", "kernel", "differ", "largest step", "mean step", "read as"), rows, box=None)
         console = Console(soft_wrap=True, highlight=False)
         if strangers:
-            console.print(f"{len(strangers)} tensors belong to no value: {', '.join(strangers[:3])}", markup=False)
+            console.print(f"These tensors belong to no value: {', '.join(strangers[:3])}", markup=False)
+        if absent:
+            console.print(f"Not in the dump: {len(absent)} of {len(absent) + len(layers)} values.")
         first = next((each for each in layers if each.differing and each.exact), None)
         if first is None:
-            console.print(f"{len(layers)} values agree where every runtime must.")
+            console.print("Everything in the dump agrees.")
         else:
             console.print(f"The first layer that differs is {first.layer} ({first.name}).", markup=False)
         raise typer.Exit(first is not None)

@@ -124,7 +124,23 @@ def _export(
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as fixed:
             raise ModelError(_refusal(model, inputs, form, fixed)) from fixed
+        _check_one_sample(model, inputs, form)
         return program, False, [f"the batch is fixed at 1, because {reason}"]
+
+
+def _check_one_sample(model: nn.Module, inputs: tuple[Tensor, ...], form: Form) -> None:
+    """Check that one sample gives one row of each output that has a row per sample.
+
+    raises: ModelError for a model that works with the batch of the data alone, and broadcasts others to it.
+    """
+    samples, call = len(inputs[0]), call_of(model, form)
+    whole, one = (pytree.tree_leaves(call(*_with_batch(inputs, size))) for size in (samples, 1))
+    for ours, alone in zip(whole, one, strict=False):
+        if isinstance(ours, Tensor) and ours.ndim and len(ours) == samples > 1 and len(alone) != 1:
+            raise ModelError(
+                f"the model works with batches of {samples} alone: one sample gives an output of shape "
+                f"{list(alone.shape)}; make its constants independent of the batch, or give data in batches of 1"
+            )
 
 
 def _export_free(

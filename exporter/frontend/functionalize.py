@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, first_line
 from calibrators.graph.aten import bind, convolution, is_constant, overloads, where
 from calibrators.graph.operators import DROPOUTS, PADDED_BY_NAME
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, origin, replace_by, replace_call
@@ -29,6 +29,21 @@ aten = torch.ops.aten
 HALVES = {torch.float16, torch.bfloat16}
 
 
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return the program without operators that change tensors; some composite operators are split.
+
+    raises: ModelError where torch cannot do that.
+    """
+    try:
+        changed: torch.export.ExportedProgram = program.run_decompositions({})
+    except (AssertionError, RuntimeError) as error:
+        raise ModelError(
+            f"torch cannot rewrite operators that change tensors in place ({first_line(error)}); replace them, for "
+            "example an Embedding with max_norm whose table another layer shares"
+        ) from error
+    return changed
+
+
 def flatten(program: torch.export.ExportedProgram, *, narrow: bool = False) -> fx.GraphModule:
     """Return the program's module without guards, asserts, in-place operators and pytrees.
 
@@ -38,7 +53,7 @@ def flatten(program: torch.export.ExportedProgram, *, narrow: bool = False) -> f
     """
     changed = _changed_buffers(program)
     if any(_is_in_place(node) and not _is_plain_in_place(node) for node in _all_nodes(program.graph_module)):
-        program = program.run_decompositions({})  # functionalizes; splits some composite operators
+        program = _functional(program)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     graph = module.graph

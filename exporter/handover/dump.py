@@ -55,14 +55,14 @@ class DumpedLayer:
     read_as: str
 
 
-def compare_dump(bundle: Path, dump: Path, names: Path | None = None) -> tuple[list[DumpedLayer], list[str]]:
-    """Return the dumped values in the order in which they are computed, and the names that the bundle does not know.
+def compare_dump(bundle: Path, dump: Path, names: Path | None = None) -> tuple[list[DumpedLayer], list[str], list[str]]:
+    """Return the dumped values in order of computation, names that the bundle does not know, and values not dumped.
 
     names:  CSV table with the columns file (or name in the .npz) and value, for dumps with names of their own.
     raises: InputError for a bundle without golden codes, a dump that cannot be read or that holds none of its values,
             or a tensor of another size.
     """
-    values, golden = _golden(bundle)
+    values, outputs, golden = _golden(bundle)
     renamed = _table(names) if names else {}
     known = {f"{_site(value['name'])}{suffix}": value["name"] for value in values for suffix in SUFFIXES}
     found: dict[str, tuple[Path, str]] = {}
@@ -73,7 +73,7 @@ def compare_dump(bundle: Path, dump: Path, names: Path | None = None) -> tuple[l
             found[known[wanted]] = path, name
         elif name in renamed:
             raise UnknownNameError("value", wanted, [value["name"] for value in values])
-        else:
+        elif name not in outputs:
             strangers.append(name)
     if not found:
         raise InputError(
@@ -85,27 +85,28 @@ def compare_dump(bundle: Path, dump: Path, names: Path | None = None) -> tuple[l
         for value in values
         if value["name"] in found
     ]
-    return layers, strangers
+    return layers, strangers, [value["layer"] for value in values if value["name"] not in found]
 
 
 def _site(name: str) -> str:
     return name.removesuffix(SUFFIXES[0])
 
 
-def _golden(bundle: Path) -> tuple[list[dict[str, Any]], dict[str, Array]]:
-    """Return the entries of values.json in order, and the golden codes by name."""
+def _golden(bundle: Path) -> tuple[list[dict[str, Any]], set[str], dict[str, Array]]:
+    """Return the entries of values.json in order, the names of outputs, and the golden codes by name."""
     path = bundle / "golden/values.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         with np.load(bundle / "golden/codes.npz", allow_pickle=False) as archive:
             codes = {value["name"]: archive[value["name"]] for value in content["values"]}
+        outputs = {output["name"] for output in content["outputs"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{bundle} holds no readable golden codes: {error}; give a bundle that this version of intact exported."
         ) from error
     if content.get("format") != FORMAT:
         raise InputError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}; export again.")
-    return content["values"], codes
+    return content["values"], outputs, codes
 
 
 def _table(path: Path) -> dict[str, str]:

@@ -129,7 +129,7 @@ def _levers(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"[red]{left} of {kernels} sums, products and sigmoids differ at ties[/red]"
     if cost := report.get("portability"):
         portable, free = (significant(cost[key]["sqnr_db"], 3) for key in ("portable", "free"))
-        yield f"SQNR {portable} dB on calibration data, {free} dB without"
+        yield f"SQNR on calibration data {portable} dB, {free} dB without these limits"
 
 
 def _integer_share(coverage: Mapping[str, Any]) -> str:

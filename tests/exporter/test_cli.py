@@ -240,7 +240,7 @@ def test_the_verdict_panel_tells_what_portability_took(
     shown = " ".join(run("export", *ARGUMENTS, "--out", str(tmp_path / "out")).stdout.replace("│", " ").split())
     assert "57 of 64 channels 1.26 times coarser on average; 1 uint8 weight; 1 scale moved off ties" in shown
     assert "1 of 7 sums, products and sigmoids differ at ties" in shown
-    assert "SQNR 27.3 dB on calibration data, 27.4 dB without" in shown
+    assert "SQNR on calibration data 27.3 dB, 27.4 dB without these limits" in shown
 
 
 def test_a_failed_gate_exits_1_and_is_named(

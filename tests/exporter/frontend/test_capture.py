@@ -513,3 +513,32 @@ def test_outputs_in_a_dataclass_keep_their_names() -> None:
     graph = capture(model, x)
     assert graph.meta["output_names"] == ["boxes", "heads_scores", "heads_masks"]
     assert torch.equal(graph(x)[0], model(x).boxes)
+
+
+def test_a_model_of_one_batch_size_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("table", torch.randn(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.get_buffer("table")
+
+    with pytest.raises(ModelError, match=r"batches of 16 alone: one sample gives an output of shape \[16, 4\]"):
+        capture(Fixed(), torch.randn(16, 4))
+
+
+def test_a_shared_table_that_is_renormalized_is_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(20, 12, max_norm=0.5), nn.Linear(12, 20)
+            self.out.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.out(torch.relu(self.table(x)))
+            return found
+
+    with pytest.raises(ModelError, match="max_norm"):
+        capture(Tied().eval(), torch.randint(0, 20, (16, 6)))

@@ -22,6 +22,7 @@ from exporter.handover import bundle as bundle_module
 from exporter.handover.bundle import check_out, read_golden, verify_manifest, write_bundle
 from exporter.reporting.html import render_html
 from exporter.reporting.schema import read_report, validate_report
+from runtime_tests.parity.golden import GoldenOutput
 from tests.exporter.reporting.sample_report import sample_report
 
 CONFIG = {"seed": 3, "method": "mse"}
@@ -371,3 +372,8 @@ def test_a_manifest_nested_too_deeply_is_one_message(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_bundle_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a readable bundle"):
         verify_manifest(tmp_path / "nowhere")
+
+
+def test_an_output_of_zeros_has_a_tolerance() -> None:
+    output = GoldenOutput("y", tolerance=0.1, measured=0.05, largest=0.0)
+    assert bundle_module._tolerance(output) == "absolute tolerance 0.1: float operators compute part of it"

@@ -40,7 +40,7 @@ def bundle(tmp_path: Path, codes: dict[str, np.ndarray]) -> Path:
         }
         for name, array in codes.items()
     ]  # fmt: skip
-    (golden / "values.json").write_text(json.dumps({"format": FORMAT, "values": values}))
+    (golden / "values.json").write_text(json.dumps({"format": FORMAT, "values": values, "outputs": []}))
     return tmp_path / "bundle"
 
 
@@ -59,7 +59,7 @@ def forms(codes: dict[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndar
 def test_every_form_of_a_dump_agrees(index: int, bundle: Path, codes: dict[str, np.ndarray], tmp_path: Path) -> None:
     read_as, arrays = list(forms(codes))[index]
     save_arrays(tmp_path / "dump.npz", {**arrays, "other": np.zeros(3)})
-    layers, strangers = compare_dump(bundle, tmp_path / "dump.npz")
+    layers, strangers, _ = compare_dump(bundle, tmp_path / "dump.npz")
     assert [layer.layer for layer in layers] == ["stage.conv", "stage.norm", "stage.head"]
     assert all(layer.differing == layer.largest == 0 for layer in layers)
     assert layers[0].read_as == read_as and strangers == ["other"]
@@ -79,7 +79,7 @@ def test_raw_files_are_understood(form: str, bundle: Path, codes: dict[str, np.n
             np.save(folder / f"{name}.npy", stored)
         else:
             stored.tofile(folder / f"{name}.bin")
-    layers, _ = compare_dump(bundle, folder)
+    layers, *_ = compare_dump(bundle, folder)
     assert len(layers) == 3 and not any(layer.differing for layer in layers)
 
 
@@ -89,7 +89,7 @@ def test_the_first_layer_that_differs_is_named(
     codes["norm"][0, 0, 0, :3] ^= 1  # after float operators, where codes may differ
     codes["head"] = np.clip(codes["head"], 2, 255) - np.uint8(2)
     save_arrays(tmp_path / "dump.npz", codes)
-    layers, _ = compare_dump(bundle, tmp_path / "dump.npz")
+    layers, *_ = compare_dump(bundle, tmp_path / "dump.npz")
     assert [layer.differing for layer in layers][:2] == [0, 3]
     assert layers[2].largest == 2 and -2 <= layers[2].mean < -1.9
     result = CliRunner().invoke(app, ["compare-dump", str(bundle), str(tmp_path / "dump.npz")])
@@ -98,14 +98,14 @@ def test_the_first_layer_that_differs_is_named(
     codes["head"] = codes["head"] + np.uint8(0)
     save_arrays(tmp_path / "dump.npz", {"conv": codes["conv"], "norm": codes["norm"]})
     result = CliRunner().invoke(app, ["compare-dump", str(bundle), str(tmp_path / "dump.npz")])
-    assert result.exit_code == 0 and "2 values agree" in result.stdout
+    assert result.exit_code == 0 and "Not in the dump: 1 of 3 values" in result.stdout
 
 
 def test_names_of_their_own_are_translated(bundle: Path, codes: dict[str, np.ndarray], tmp_path: Path) -> None:
     save_arrays(tmp_path / "dump.npz", {"t17": codes["conv"]})
     table = tmp_path / "names.csv"
     table.write_text("t17,conv\n")
-    layers, _ = compare_dump(bundle, tmp_path / "dump.npz", table)
+    layers, *_ = compare_dump(bundle, tmp_path / "dump.npz", table)
     assert [layer.differing for layer in layers] == [0]
     table.write_text("t17,conf\n")
     with pytest.raises(UnknownNameError, match="conf"):
