@@ -233,7 +233,7 @@ def _check(bundle: _Bundle, found: Mapping[str, np.ndarray[Any, Any]]) -> bool:
     """Print what agrees and what does not; return whether everything does."""
     changed = bundle.changed_parts()
     _say(not changed, "model.onnx", f"all {len(bundle.values['parts']):,} parts as exported" if not changed else
-         f"{len(changed):,} parts changed after the export: {_some(changed)}")  # fmt: skip
+         f"{len(changed):,} part{'s' * (len(changed) > 1)} changed after the export: {_some(changed)}")  # fmt: skip
     errors = {o["name"]: _output_error(bundle.outputs[o["name"]], found[o["name"]]) for o in bundle.values["outputs"]}
     beyond = [o for o in bundle.values["outputs"] if not errors[o["name"]] <= o["tolerance"]]
     for output in beyond:
