@@ -194,7 +194,7 @@ class _Export:
         report = replace(report, warnings=tuple(warnings))
         values = proof.golden_values(self.target.exact_on)
         assert report.golden is not None and report.emission is not None
-        write_golden_set(self.folder, values, report.golden, report.emission.min_onnxruntime)
+        write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
         names = result.program.meta["output_names"]
         return report, [
             (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})

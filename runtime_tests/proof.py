@@ -101,6 +101,7 @@ class Proof:
         self.measured = measured or Measurements()
         self.samples = 0
         self.golden: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        self._golden_codes: dict[str, Tensor] = {}  # of the first set, by site
         names = program.meta["output_names"]
         self.accuracy = RunningAccuracy() if self.measured.float_model is not None else None
         self.outputs = RunningOutputs(names)
@@ -173,7 +174,7 @@ class Proof:
 
     def golden_values(self, processors: Iterable[str]) -> list[GoldenValue]:
         """Return the codes of every quantized value for the first golden set; processors: as of `golden_outputs`."""
-        return golden_values(self.kernels, self.golden[0][0], processors=processors)
+        return golden_values(self.kernels, self._golden_codes, processors=processors)
 
     def add(self, batch: Sequence[Tensor] | Tensor, labels: Any = None) -> None:
         """Run and measure a batch: one tensor per input, or a tensor; labels: [n] array of classes.
@@ -233,6 +234,7 @@ class Proof:
             each.add(inputs, *integer)
         if wants_golden:
             self.golden.append((inputs, integer[1]))
+            self._golden_codes = {site: integer[0][site] for site in self.kernels.sites}
         if self.accuracy is not None and measured.float_model is not None:
             self._add_accuracy(measured.float_model, inputs, integer[1], labels)
 

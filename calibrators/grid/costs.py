@@ -1,4 +1,4 @@
-"""What operators cost on a runtime: nanoseconds from the shapes of a call.
+"""Costs of operators on a runtime: nanoseconds from the shapes of a call.
 
 Must not know: graphs, which operators there are, how costs were measured.
 """

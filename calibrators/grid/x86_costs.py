@@ -1,4 +1,4 @@
-"""What operators cost in onnxruntime on x86-64 with VNNI, one row per operator: ATen names, or kinds of convolution.
+"""Costs of operators in onnxruntime on x86-64 with VNNI, one row per operator: ATen names, or kinds of convolution.
 
 Measured by benchmarks/costs.py with onnxruntime 1.32 on an Intel Xeon with AVX512-VNNI, one thread, November 2026; the
 comments give the median relative error of the fit, float and integer. A new integer form joins with one row. An

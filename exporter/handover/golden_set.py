@@ -17,9 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from exporter.handover.check import FORMAT, parts_of, sampled, save_arrays
+from runtime_tests.ort.sessions import Model
 from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput, GoldenValue
 
@@ -30,9 +30,13 @@ CHECK = "check.py"
 
 
 def write_golden_set(
-    folder: Path, values: Sequence[GoldenValue], outputs: Sequence[GoldenOutput], min_onnxruntime: str | None
+    folder: Path,
+    model: Model,
+    values: Sequence[GoldenValue],
+    outputs: Sequence[GoldenOutput],
+    min_onnxruntime: str | None,
 ) -> None:
-    """Write the golden codes and the script beside model.onnx, which must be in the folder."""
+    """Write the golden codes and the script beside model.onnx, which must be in the folder; model: the same file."""
     golden = folder / "golden"
     golden.mkdir(parents=True, exist_ok=True)
     arrays = {value.name: value.codes.numpy() for value in values}
@@ -61,7 +65,5 @@ def write_golden_set(
         "parts": parts_of((folder / "model.onnx").read_bytes()),
     }
     (golden / "values.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    infos = [onnx.ValueInfoProto(name=value.name) for value in values]
-    probes = onnx.ModelProto(graph=onnx.GraphProto(output=infos))
-    (golden / "probes.pb").write_bytes(probes.SerializeToString(deterministic=True))
+    (golden / "probes.pb").write_bytes(model.further_outputs([value.name for value in values]))
     (folder / CHECK).write_bytes(files("exporter.handover").joinpath("check.py").read_bytes())

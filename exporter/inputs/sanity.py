@@ -1,4 +1,4 @@
-"""What looks wrong with data that is legal: said as warnings, since only the user knows what was meant.
+"""Warnings about data that is legal but looks wrong: only the user knows what was meant.
 
 Must not know: where data come from, quantization, ONNX.
 """

@@ -162,7 +162,7 @@ ADVICE = {
     "ConvTranspose": "an upsampling to the nearest value and a convolution have integer kernels",
     "Einsum": "convolutions and linear layers have integer kernels",
 }
-"""What to use in place of a float operator."""
+"""Replacements for a float operator."""
 
 OTHERWISE = "left in float together with the layers around it (--exclude), it needs no quantizers"
 

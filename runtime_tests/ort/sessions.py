@@ -108,7 +108,7 @@ class Model:
 
         raises: UnknownNameError for a probe that no node or input makes.
         """
-        return bytes(self.proto.SerializeToString() + self._further_outputs(probes))
+        return bytes(self.proto.SerializeToString() + self.further_outputs(probes))
 
     def whole(self, probes: Sequence[str]) -> bytes:
         """Serialize the model as one file with `probes` as further outputs and external data inside.
@@ -125,9 +125,13 @@ class Model:
                 f"the model has {proto.ByteSize() / 2**30:.1f} GiB, but only a file of at most 2 GiB can be handed to "
                 "another runtime."
             )
-        return bytes(proto.SerializeToString() + self._further_outputs(probes))
+        return bytes(proto.SerializeToString() + self.further_outputs(probes))
 
-    def _further_outputs(self, probes: Sequence[str]) -> bytes:
+    def further_outputs(self, probes: Sequence[str]) -> bytes:
+        """Serialize what makes `probes` further outputs when it is appended to the model.
+
+        raises: UnknownNameError for a probe that no node or input makes.
+        """
         graph = self.proto.graph
         known = {info.name for info in graph.input} | {name for node in graph.node for name in node.output}
         for probe in probes:

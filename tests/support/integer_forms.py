@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.networks import randomize
+from tests.support.networks import Function, randomize
 
 __all__ = ["FORMS", "as_module", "between"]
 
@@ -28,18 +28,9 @@ class Between(nn.Module):
         return result
 
 
-class _Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def as_module(form: Callable[[Tensor], Tensor]) -> nn.Module:
     """Return a module as it is, a function as a module."""
-    return form if isinstance(form, nn.Module) else _Function(form)
+    return form if isinstance(form, nn.Module) else Function(form)
 
 
 def prelu() -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,17 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
     return model.eval().requires_grad_(False)
+
+
+class Function(nn.Module):
+    """A module that calls a function of one tensor."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Residual(nn.Module):

@@ -16,7 +16,7 @@ from calibrators.graph.canonical import clip_bounds, to_integer_forms
 from exporter.emission.build_model import emit
 from exporter.frontend.capture import capture
 from runtime_tests.proof import validate
-from tests.support.networks import randomize
+from tests.support.networks import Function, randomize
 
 aten = torch.ops.aten
 
@@ -30,15 +30,6 @@ REORDERED = 1e-13
 
 FACTORS = 1e-6
 """A factor that is no power of two is rounded once more, in float32."""
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def forms(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[set[object], Tensor, Tensor]:

@@ -7,21 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibrators.graph.magnitude import magnitudes
 from exporter.frontend.capture import capture
+from tests.support.networks import Function
 
 X = torch.tensor([[1.0, -1.0, 2.0, -2.0], [3.0, -3.0, 0.5, -0.5]])
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize(

@@ -493,7 +493,7 @@ def test_images_of_another_size_than_the_model_names() -> None:
 
 @dataclass
 class Found:
-    """What a model returns; torch.export knows nothing of it."""
+    """The outputs of a model, of a type that torch.export does not know."""
 
     boxes: Tensor
     heads: dict[str, Tensor]
