@@ -141,14 +141,19 @@ class Results:
             "rows": self.shown.get("rows", []),
             "runs": [asdict(run) for run in self.runs.values()],
         }
-        aside = path.with_name(f"{path.name}.tmp")
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_table(path, content)
 
     def _methods(self) -> list[str]:
         """Return the methods of this project that have runs."""
         used = {run.method.partition("(")[0] for run in self.runs.values()}
         return [info.name for info in list_methods() if info.name in used]
+
+
+def write_table(path: Path, content: dict[str, Any]) -> None:
+    """Write a table in the form of docs/results; the file is complete at any time."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
 
 
 def provenance(threads: int | None = None, tools: Iterable[str] = ()) -> dict[str, Any]:

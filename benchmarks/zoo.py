@@ -1,12 +1,15 @@
-"""Whole exports, a row per network and bits: accuracy, parity, coverage, size, latency, time, and proofs elsewhere.
+"""Whole exports, a row per network and bits: folds, accuracy, parity, coverage, cost, seconds of each step.
 
-    python benchmarks/zoo.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration --eval zoo.py:evaluation \
-        --bits 8/8 4/4 --on avx2 arm64 web ort==1.19.2 --json networks.json
+    python benchmarks/zoo.py zoo.py:repvgg zoo.py:vit --data zoo.py:calibration --bits 8/8 4/4 --json networks.json \
+        --flags "--eval zoo.py:evaluation --prove-on avx2 --prove-on web"
+    python benchmarks/zoo.py @families.txt --method mse --json families.json
 
-Codes are compared on the samples that `intact export` compares: 256, and 16 in emulated processors. With --on there is
-a column for each runtime, in place of size and time: it counts the codes that differ end to end, and those of integer
-kernels that are fed with the reference's codes. The file of --json is complete after every row, and can be put into
-docs/results.
+A network is a factory that `intact export` takes, after the name of its family if it has one
+("convnext nets.py:convnext_atto"); `@FILE` names a file of them, one a line. Without --data, the data of `nets.py:NAME`
+are `nets.py:data_NAME`. Every export is a process of its own, so that none can end the others. The file of --json is
+complete after every row and can be put into docs/results; a second run goes on with it, and keeps its title and notes.
+A runtime of --prove-on has a column: the codes that differ end to end, and those of integer kernels that are fed with
+the reference's codes.
 """
 
 from __future__ import annotations
@@ -14,81 +17,107 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shlex
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accuracy_table import markdown
-from runs import provenance
+from runs import provenance, write_table
 
-from calibrators.targets import DEFAULT_TARGET
-from exporter import export
-from exporter.frontend.load import load_model
-from exporter.inputs.open import open_data
+Row = dict[str, Any]
+"""Values by title of the column; no entry where there is none."""
 
-COLUMNS = (
-    {"title": "network"},
-    {"title": "bits"},
-    {"title": "float", "format": "{:.2f} %"},
-    {"title": "in the runtime", "format": "{:.2f} %"},
-    {"title": "codes compared", "format": "{:,}"},
-    {"title": "differ in kernels", "format": "{:,}"},
-    {"title": "differ after float operators"},
-    {"title": "outputs"},
-    {"title": "integer MACs", "format": "{:.4g} %"},
-)
+COLUMNS = {
+    "family": "{}",
+    "network": "{}",
+    "bits": "{}",
+    "result": "{}",
+    "folded": "{:,}",
+    "float": "{:.2f} %",
+    "in the runtime": "{:.2f} %",
+    "codes compared": "{:,}",
+    "differ in kernels": "{:,}",
+    "differ after float operators": "{}",
+    "outputs": "{}",
+    "integer MACs": "{:.4g} %",
+    "integer nodes": "{:.3g} %",
+    "integer time": "{:.3g} %",
+    "size": "{:.2f}x",
+    "latency": "{:.2f}x",
+} | {f"{step}, s": "{:.0f}" for step in ("capture", "fold", "calibrate", "emit", "validate")}
+"""Formats by title; a proof in another runtime has a column of text after these."""
 
-COSTS = (
-    {"title": "size", "format": "{:.2f}x"},
-    {"title": "latency", "format": "{:.2f}x"},
-    {"title": "time", "format": "{:.0f} s"},
-    {"title": "of it calibration", "format": "{:.0f} s"},
-)
+RESULTS = {0: "pass", 1: "fail", 2: "refused", 3: "refused", 70: "internal error"}
+"""Results by exit code."""
+
+TIMED_OUT = 124
 
 
-def row(model: str, bits: str, arguments: argparse.Namespace) -> list[Any]:
-    """Export one network and return its row."""
-    weight, activation = map(int, bits.split("/"))
+def export(network: str, data: str, bits: str, arguments: argparse.Namespace) -> tuple[int, dict[str, Any] | None, str]:
+    """Export a network in a process of its own; return the exit code, the report if there is one, and the message."""
+    weight, activation = bits.split("/")
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        report = export(
-            load_model(model),
-            open_data(arguments.data),
-            eval_data=open_data(arguments.eval),
-            out=Path(folder) / "out",
-            method=arguments.method,
-            target=arguments.target,
-            weight_bits=weight,
-            activation_bits=activation,
-            prove_on=tuple(arguments.on),
-        )
-        seconds = time.perf_counter() - start
-    accuracy, level = report["accuracy"], report["parity"]["optimized"]
-    latency, size = report["latency_ms"], report["size"]
-    top1 = [None, None] if accuracy is None else [100 * accuracy["float"], 100 * accuracy["runtime"]]
-    assert latency is not None
-    cells = [
-        model.split(":")[-1],
-        bits,
-        *top1,
-        level["values"],
-        level["kernel_mismatched"],
-        f"{level['float_mismatched']:,} of {level['float_values']:,}" if level["float_values"] else None,
-        "identical" if level["outputs_identical"] else "differ",
-        None if report["coverage"]["integer_macs"] is None else 100 * report["coverage"]["integer_macs"],
+        out = Path(folder) / "out"
+        command = [sys.executable, "-m", "exporter", "export", network, "--data", data, "--out", str(out), "--quiet"]
+        command += ["--weight-bits", weight, "--activation-bits", activation, "--method", arguments.method]
+        try:
+            done = subprocess.run(
+                [*command, *arguments.flags],
+                capture_output=True,
+                text=True,
+                timeout=arguments.limit,
+                env=os.environ | {"COLUMNS": "1000"},
+            )
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT, None, f"took more than {arguments.limit} s"
+        path = out / "report.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return done.returncode, report, done.stderr.strip()
+
+
+def row(known: Row, model: str, arguments: argparse.Namespace) -> Row:
+    """Export a network and return its row; print why there are no figures in it."""
+    file, _, network = model.rpartition(":")
+    data = arguments.data or f"{file}:data_{network}"
+    code, report, message = export(model, data, known["bits"], arguments)
+    result = RESULTS.get(code, "ended by a signal" if code < 0 else "out of time" if code == TIMED_OUT else str(code))
+    if report is None:
+        print(f"{network}: {result}: {message}", file=sys.stderr, flush=True)
+        return known | {"result": result}
+    if failed := [gate["expression"] for gate in report["gates"] if not gate["passed"]]:
+        result = f"fail: {', '.join(failed)}"
+    return known | {"result": result} | {title: value for title, value in figures(report) if value is not None}
+
+
+def figures(report: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return titles and values of a report, None where something was not measured."""
+    coverage, level, size = report["coverage"], report["parity"]["optimized"], report["size"]
+    accuracy, shares, latency = (report.get(name) or {} for name in ("accuracy", "time_shares", "latency_ms"))
+    floats = f"{level['float_mismatched']:,} of {level['float_values']:,}" if level["float_values"] else None
+    return [
+        ("folded", report["fold"]["regions"]),
+        ("float", _percent(accuracy.get("float"))),
+        ("in the runtime", _percent(accuracy.get("runtime"))),
+        ("codes compared", level["values"]),
+        ("differ in kernels", level["kernel_mismatched"]),
+        ("differ after float operators", floats),
+        ("outputs", "identical" if level["outputs_identical"] else "differ"),
+        ("integer MACs", _percent(coverage["integer_macs"])),
+        ("integer nodes", _percent(coverage["integer_nodes"] / max(1, coverage["compute_nodes"]))),
+        ("integer time", _percent(shares.get("integer"))),
+        ("size", size["bytes"] / size["float_bytes"]),
+        ("latency", latency.get("ratio")),
+        *((f"{step}, s", seconds) for step, seconds in report["time_s"].items()),
+        *((found["runtime"], proof(found)) for found in report.get("proved_on") or ()),
     ]
-    costs = [
-        size["bytes"] / size["float_bytes"],
-        latency["ratio"],
-        seconds,
-        report["time_s"]["calibrate"],
-    ]
-    by_name = {found["runtime"]: proof(found) for found in report["proved_on"] or ()}
-    return [*cells, *([by_name[name] for name in arguments.on] or costs)]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def proof(found: dict[str, Any]) -> str:
@@ -103,38 +132,59 @@ def proof(found: dict[str, Any]) -> str:
     return f"{differing}; outputs differ by {found['largest_difference']:.2g}"
 
 
-def save(path: Path, arguments: argparse.Namespace, columns: Sequence[dict[str, str]], rows: Sequence[Any]) -> None:
-    """Write the table with its command and provenance."""
-    content = {
-        "title": f"Whole exports with `{arguments.method}`",
-        "command": shlex.join(["python", "benchmarks/zoo.py", *sys.argv[1:]]),
-        "measured": provenance(),
-        "methods": [arguments.method],
-        "notes": [],
-        "columns": columns,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def finished(content: dict[str, Any]) -> list[Row]:
+    """Return the rows of a file, without their empty cells."""
+    titles = [column["title"] for column in content.get("columns", ())]
+    rows = (dict(zip(titles, cells, strict=True)) for cells in content.get("rows", ()))
+    return [{title: value for title, value in each.items() if value is not None} for each in rows]
+
+
+def tabled(rows: list[Row]) -> dict[str, Any]:
+    """Return columns and rows of the table, without the columns that are empty in all rows."""
+    used = dict.fromkeys(title for each in rows for title in each)
+    titles = [*(title for title in COLUMNS if title in used), *(title for title in used if title not in COLUMNS)]
+    columns = [{"title": title, "format": COLUMNS.get(title, "{}")} for title in titles]
+    return {"columns": columns, "rows": [[each.get(title) for title in titles] for each in rows]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="file.py:factory")
-    parser.add_argument("--data", required=True, help="file.py:callable of calibration batches")
-    parser.add_argument("--eval", required=True, help="file.py:callable of batches, with labels for top-1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
+    parser.add_argument("models", nargs="+", help="file.py:factory, after its family if it has one; @FILE: one a line")
+    parser.add_argument("--data", help="file.py:callable of the calibration batches of all networks")
     parser.add_argument("--bits", nargs="+", default=["8/8"], help="weights/activations")
     parser.add_argument("--method", default="gptq", help="method of all exports")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help="target of all exports")
-    parser.add_argument("--on", nargs="+", default=[], help="runtimes that prove the file, of `intact runtimes`")
-    parser.add_argument("--json", type=Path, help="file of the table")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of `intact export`, in one text")
+    parser.add_argument("--limit", type=int, default=1800, help="seconds for one export")
+    parser.add_argument("--again", action="store_true", help="repeat the rows that did not pass")
+    parser.add_argument("--json", type=Path, required=True, help="file of the table")
     arguments = parser.parse_args()
-    columns, rows = [*COLUMNS, *([{"title": name} for name in arguments.on] or COSTS)], []
+    content = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
+    wanted = {}
     for model, bits in itertools.product(arguments.models, arguments.bits):
-        rows.append(row(model, bits, arguments))
-        print(markdown(columns, rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        if arguments.json:
-            save(arguments.json, arguments, columns, rows)
-    print(markdown(columns, rows))
+        family, _, name = model.rpartition(" ")
+        wanted[name.rpartition(":")[2], bits] = (family, name)
+    rows = {
+        (each["network"], each["bits"]): each
+        for each in finished(content)
+        if each["result"] == "pass" or not arguments.again
+    }
+    for (network, bits), (family, name) in wanted.items():
+        if (network, bits) in rows:
+            continue
+        start = ({"family": family} if family else {}) | {"network": network, "bits": bits}
+        rows[network, bits] = row(start, name, arguments)
+        content = {
+            "title": content.get("title", f"Whole exports with `{arguments.method}`"),
+            "command": shlex.join(["python", "benchmarks/zoo.py", *sys.argv[1:]]),
+            "measured": provenance(),
+            "methods": [arguments.method],
+            "notes": content.get("notes", []),
+            **tabled([rows[key] for key in dict.fromkeys([*wanted, *rows]) if key in rows]),
+        }
+        write_table(arguments.json, content)
+    print(markdown(content["columns"], content["rows"]))
 
 
 if __name__ == "__main__":
