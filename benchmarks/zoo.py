@@ -112,7 +112,7 @@ def figures(report: dict[str, Any]) -> list[tuple[str, Any]]:
         ("size", size["bytes"] / size["float_bytes"]),
         ("latency", latency.get("ratio")),
         *((f"{step}, s", seconds) for step, seconds in report["time_s"].items()),
-        *((found["runtime"], proof(found)) for found in report.get("proved_on") or ()),
+        *((found["runtime"], proof(found)) for found in report.get("proved_on") or () if found["runtime"] != "ort"),
     ]
 
 
