@@ -60,6 +60,7 @@ from calibrators.graph.rewrite import (
     call_before,
     constant_before,
     constant_of,
+    merge_equal_calls,
     meta_of_part,
     replace_by,
     replace_call,
@@ -77,6 +78,7 @@ def to_integer_forms(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(graph)
     infer_shapes(graph)
     apply_rules(graph, RULES)
+    merge_equal_calls(graph)
     graph.recompile()
     infer_shapes(graph)
     return graph

@@ -5,9 +5,12 @@ Must not know: which rewrites there are, quantization, folding, ONNX.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import add_constant, constant
@@ -20,6 +23,7 @@ __all__ = [
     "call_before",
     "constant_before",
     "constant_of",
+    "merge_equal_calls",
     "meta_of_part",
     "origin",
     "replace_by",
@@ -42,6 +46,30 @@ def apply_rules(graph: fx.GraphModule, rules: Mapping[Any, Sequence[Rule]]) -> N
         for rule in rules.get(node.target, ()) if node.op == "call_function" else ():
             rule(node)
     graph.graph.eliminate_dead_code()
+
+
+def merge_equal_calls(graph: fx.GraphModule) -> None:
+    """Keep one of several calls of an operator with the same operands, as runtimes do.
+
+    How many readers a value has decides which kernels runtimes make, so it must be the same here and there.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            key = f"constant {id(attrgetter(str(node.target))(graph))}"
+        elif node.op == "call_function" and _is_repeatable(node.target):
+            key = repr((node.target, node.args, sorted(node.kwargs.items())))
+        else:
+            continue
+        if (kept := first.setdefault(key, node)) is not node:
+            replace_by(node, kept)
+
+
+def _is_repeatable(target: Any) -> bool:
+    """Return whether calls of an operator with the same operands have the same result."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def replace_call(node: fx.Node, *calls: Call) -> fx.Node:

@@ -79,16 +79,7 @@ class _Prices:
             return 0.0
         if origin := self.placer.absorbed.get(node):
             return 0.0 if integer or origin.target in WEIGHTED else self._cost("relu.default", node, integer=False)
-        if integer and self._expands_weight(node):
-            weight = Work(math.prod(shape_of(bind(node)["weight"])))
-            return self._cost(self._kind(node), node, integer=False) + self.costs["dequantize"].integer.of(weight)
         return self._cost(self._kind(node), node, integer=integer)
-
-    def _expands_weight(self, node: fx.Node) -> bool:
-        """Return whether onnxruntime fuses a linear layer with the ReLU after it in float, as it does without codes."""
-        user = next(iter(node.users), node)
-        fused = user.target is aten.relu.default and self.placer.absorbed.get(user) is node
-        return fused and node.target in self.placer.target.weighted_to_float and not self.placer.is_quantized[user]
 
     def quantizer(self, kind: str, value: fx.Node) -> float:
         return self.costs[kind].integer.of(Work(self._elements(value)))

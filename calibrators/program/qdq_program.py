@@ -8,6 +8,7 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
   uint8 [] (int16 for wide grids); [qmin, qmax] of quantize may be narrower than the container;
 - the product of a quantized value and a positive number is `dequantize` of its codes with another scale;
 - the constant operand of a sum or product is `dequantize` of a get_attr uint8 buffer;
+- a ReLU or clip of the floats that an integer product writes is a maximum and a minimum with get_attr numbers;
 - a ReLU or clip of a value that is quantized already is `dequantize(clamp(codes, lo, hi), ...)` on the codes, and
   padding it with zeros `dequantize(constant_pad_nd(codes, widths, zero_point), ...)`; a maximum or minimum likewise
   compares codes of one scale;
@@ -38,7 +39,7 @@ from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, i
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
-from calibrators.graph.rewrite import origin, replace_by
+from calibrators.graph.rewrite import call_before, constant_before, origin, replace_by
 from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
@@ -54,6 +55,8 @@ ROW_LIMIT = 127
 CLIP_TOLERANCE = torch.finfo(torch.float32).eps
 """Distance between the bound of a clip and the end of a grid within which onnxruntime takes them for equal."""
 INT32_END = 2.0**31
+FLOAT_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default)
+"""Products whose integer kernels may write floats."""
 
 
 @torch.library.custom_op("intact::quantize", mutates_args=())
@@ -265,11 +268,9 @@ class _Builder:
         clip at the bounds of the grid changes no value and hides the codes from them.
         """
         weight, source = bind(node)["weight"], node.args[0]
-        coded = source
-        while isinstance(coded, fx.Node) and coded.target in self.placement.target.same_scale_ops:
-            coded = coded.args[0]  # codes are moved through these, too
+        coded = self._before_moves(source)
         in_integers = weight.target is DEQUANTIZE and node.name not in self.weight_only
-        if in_integers or not isinstance(coded, fx.Node) or coded.target is not DEQUANTIZE:
+        if in_integers or coded.target is not DEQUANTIZE:
             return
         assert isinstance(source, fx.Node)
         step, zero = (constant(self.program, node) for node in coded.args[1:3] if is_constant(node))
@@ -280,11 +281,39 @@ class _Builder:
         clipped.meta = dict(source.meta)
         node.replace_input_with(source, clipped)
 
+    def _spell_clip(self, node: fx.Node) -> None:
+        """Write a clip of the floats of an integer product as a maximum and a minimum.
+
+        onnxruntime keeps a product in float if a ReLU or Clip is its only reader and has one reader itself that is not
+        a quantizer. How many there are depends on what its optimizer merges.
+        """
+        if (bounds := clip_bounds(node)) is None:
+            return
+        value: Any = node.args[0]
+        if value.target not in FLOAT_PRODUCTS:
+            return
+        is_integer = all(self._before_moves(x).target is DEQUANTIZE for x in value.args[:2])
+        if is_integer and any(user.target is not QUANTIZE for user in node.users):
+            limits = zip((aten.maximum.default, aten.minimum.default), bounds, strict=True)
+            for target, bound in ((target, bound) for target, bound in limits if math.isfinite(bound)):
+                limit = constant_before(node, f"{node.name}_bound", torch.tensor(bound))
+                value = call_before(node, target, value, limit)
+            replace_by(node, value)
+
+    def _before_moves(self, value: Any) -> fx.Node:
+        """Return the node that computes a value before moves, through which runtimes move quantizers."""
+        while value.target in self.placement.target.same_scale_ops:
+            value = value.args[0]
+        assert isinstance(value, fx.Node)
+        return value
+
     def finish(self) -> fx.GraphModule:
         restore_activations(self.program)
         for node in list(self.graph.nodes) if self.placement.target.shields_floats else ():
             if node.target in WEIGHTED:
                 self._shield(node)
+        for node in list(self.graph.nodes):
+            self._spell_clip(node)
         self.graph.eliminate_dead_code()
         self.program.delete_all_unused_submodules()
         used = {str(node.target).split(".")[0] for node in self.graph.nodes if node.op == "get_attr"}

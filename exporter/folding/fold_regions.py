@@ -20,7 +20,7 @@ from calibrators.errors import ModelError
 from calibrators.graph.aten import bind, convolution, infer_shapes, module_path, shape_of, where
 from calibrators.graph.batch_norm import EXPECTED, Expected
 from calibrators.graph.operators import SUMS, TRANSPOSED
-from calibrators.graph.rewrite import Call, constant_before, origin, replace_call
+from calibrators.graph.rewrite import Call, constant_before, merge_equal_calls, origin, replace_call
 from calibrators.record import Refused
 from exporter.folding.affine_map import AffineMap
 from exporter.folding.bn_statistics import expected_output
@@ -112,6 +112,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     infer_shapes(graph)
     macs_before = _macs(graph)
     remove_identities(graph)
+    merge_equal_calls(graph)
     constants = fold_constants(graph)
     fill_borders(graph, constants)
     analysis = interpret(graph, constants)

@@ -256,6 +256,7 @@ def _is_clipped(node: fx.Node) -> bool:
     """Return whether only a ReLU or clip reads the result, and only one float operator reads that.
 
     The runtime takes the clip for part of a kernel that writes codes, finds no quantizer after it, and makes no kernel.
+    Only bundles of earlier versions have such a clip: now it is written as a maximum.
     """
     clip = next(iter(node.users))
     readers = list(clip.users)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibrators.graph.batch_norm import EXPECTED, Expected
-from calibrators.graph.rewrite import apply_rules, call_before, constant_before, replace_by, replace_call
+from calibrators.graph.rewrite import (
+    apply_rules,
+    call_before,
+    constant_before,
+    merge_equal_calls,
+    replace_by,
+    replace_call,
+)
 
 aten = torch.ops.aten
 
@@ -64,3 +71,20 @@ def test_rules_see_the_calls_of_the_beginning_and_leave_nothing_unread() -> None
     apply_rules(graph, {aten.neg.default: (negative,), aten.sigmoid.default: (negative,)})
     assert seen == [aten.neg.default]
     assert [node.target for node in calls(graph)] == [aten.relu.default, aten.relu.default]
+
+
+def test_equal_calls_are_made_once() -> None:
+    """Random ones are drawn at each call, and 2 is not 2.0."""
+    graph = graph_of(aten.relu.default)
+    [relu] = calls(graph)
+    arguments: list[tuple[object, ...]] = [(aten.add.Tensor, relu, 2), (aten.add.Tensor, relu, 2.0)]
+    arguments += [(aten.exp.default, relu), (aten.rand_like.default, relu)]
+    output = graph.graph.output_node()
+    made = [call_before(output, *call) for call in arguments * 2]
+    made.append(constant_before(output, "c", torch.ones(2)))
+    with graph.graph.inserting_before(output):
+        made.append(graph.graph.get_attr("c"))
+    output.args = ((relu, *made),)
+    merge_equal_calls(graph)
+    kept = [made.index(node) for node in output.args[0][1:]]  # type: ignore[union-attr, index]
+    assert kept == [0, 1, 2, 3, 0, 1, 2, 7, 8, 8]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from calibrators.program.qdq_program import is_saturation
 from exporter import capture, emit, fold
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.proof import validate
+from tests.support.networks import Function
 from tests.support.onnx_models import Net
 
 SCALE = 0.01
@@ -56,3 +59,29 @@ def test_a_bound_that_rounds_to_the_end_of_the_grid_keeps_the_kernel(tmp_path) -
     emit(result, tmp_path / "model.onnx")
     validate(tmp_path / "model.onnx", reference=result, batches=[x]).raise_for_mismatch()
     assert coverage(tmp_path / "model.onnx").integer_macs == 1.0
+
+
+READERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "one": torch.exp,
+    "two that are equal": lambda y: torch.cat([y.exp(), y.exp()], 1),
+    "one that reads twice": lambda y: torch.cat([y, y], 1).exp(),
+    "one whose form reads twice": lambda y: y.sort(-1),
+    "an output": lambda y: y,
+    "an output and one": lambda y: (y, y.exp()),
+    "a product": lambda y: y @ y.mT,
+}
+
+
+@pytest.mark.parametrize("clip", [F.relu, F.relu6], ids=["relu", "relu6"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_linear_layer_is_an_integer_kernel_whatever_reads_its_clip(reader: str, clip: Callable, tmp_path) -> None:
+    """onnxruntime makes none where one float operator reads a Relu or Clip once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Function(lambda x: READERS[reader](clip(x))))
+    x = torch.randn(16, 8)
+    result = calibrate(fold(capture(model.eval(), x)), [x])
+    emit(result, tmp_path / "model.onnx")
+    found = validate(tmp_path / "model.onnx", reference=result, batches=[x])
+    found.raise_for_mismatch()
+    assert coverage(tmp_path / "model.onnx").by_op["QGemm"] == 1
+    assert not found.optimized.unplanned
