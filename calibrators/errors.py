@@ -23,6 +23,7 @@ __all__ = [
     "IntactError",
     "ModelError",
     "UnknownNameError",
+    "counted",
     "first_line",
     "no_file",
 ]
@@ -64,6 +65,11 @@ class ExportError(IntactError):
     """The model contains something that the target cannot represent."""
 
     exit_code = 3
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, with a plural s where it is not 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 
 import torch
 
-from calibrators.errors import DataError, InputError
+from calibrators.errors import DataError, InputError, UnknownNameError, counted
 from calibrators.methods import get_method, range_method
 from calibrators.mixed_precision.budgets import ACCURACY
+from calibrators.options import list_options
 from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import DEFAULT_TARGET, get_target
 from exporter.config import ExportConfig
@@ -30,7 +31,7 @@ def check_settings(config: ExportConfig) -> None:
     raises: InputError.
     """
     get_target(config.target)
-    get_method(config.method, config.options)
+    _check_options(config)
     for rule in config.layers:
         if rule.method is not None:
             range_method(rule.method)
@@ -40,6 +41,16 @@ def check_settings(config: ExportConfig) -> None:
     _check_portable(config)
     _check_storage(config)
     _check_min_ort(config)
+
+
+def _check_options(config: ExportConfig) -> None:
+    """Raise InputError for options that the method does not have, or for a value that it does not allow."""
+    known = {option.name for option in list_options(type(get_method(config.method)))}
+    settings = ExportConfig.model_fields.keys() - {"options"}
+    for name in config.options:
+        if name not in known:
+            raise UnknownNameError(f"setting or {config.method} option", name, known | settings)
+    get_method(config.method, config.options)
 
 
 def checked_data(
@@ -145,7 +156,7 @@ def _check_device(name: str) -> None:
     kind, _, index = name.partition(":")
     found = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= found:
-        devices = f"{found} CUDA device{'s' if found > 1 else ''}" if found else "no CUDA device"
+        devices = counted(found, "CUDA device") if found else "no CUDA device"
         raise InputError(
             f"device {name!r} is not available: torch {torch.__version__} finds {devices}; use --device cpu."
         )

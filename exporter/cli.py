@@ -357,9 +357,10 @@ def targets(debug: Debug = False) -> None:
         from calibrators.targets import list_targets
 
         rows = [
-            (t.name, _grid(t.activation), _grid(t.weight), ", ".join(t.exact_on), t.summary) for t in list_targets()
+            (t.name, f"{_grid(t.activation)}, {_grid(t.weight)}", ", ".join(t.exact_on), t.summary)
+            for t in list_targets()
         ]
-        print_table(("target", "activations", "weights", "exact on", "description"), rows, title="Targets")
+        print_table(("target", "activations, weights", "exact on", "description"), rows, title="Targets")
 
 
 @app.command()

@@ -67,7 +67,9 @@ def _complain(message: str, prefix: str) -> None:
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:
     """Print a table whose first column is bold, or `empty` if it has no rows; style: arguments of rich's Table."""
-    table = Table(*columns, title_justify="left", **style)
+    table = Table(title_justify="left", **style)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a narrow terminal breaks words rather than cutting them
     for first, *others in rows:
         table.add_row(f"[bold]{escape(first)}[/bold]", *map(escape, others))
     Console().print(table if rows else empty)

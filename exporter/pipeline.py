@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import InputError
+from calibrators.errors import InputError, counted
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
@@ -105,8 +105,6 @@ def export(
     measure = load_metric(metric or config.metric)
     if measure is not None and config.metric is None:
         config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
-    out = Path(out)
-    check_out(out, overwrite=overwrite)
     check_settings(config)
     gates = gates_of(config.gates, config.proving_runtimes)
     given, evaluation = open_both(data, eval_data, config)
@@ -116,6 +114,8 @@ def export(
     names, optional = input_names(model), optional_inputs(model)
     given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
+    out = Path(out)
+    check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
         work = _Export(config, progress or Progress(), source, Path(folder), measure)
@@ -248,8 +248,9 @@ class _Export:
             save(other, self.alternatives[name])
         if self.config.weight_storage != "auto" and (names := small(model, self.config.weight_storage)):
             self.warnings.append(
-                f"{len(names)} weights are stored as int8 although weight_storage is {self.config.weight_storage!r}, "
-                f"because the nodes that unpack them are larger than what packing saves: {', '.join(names)}"
+                f"stored as int8 although weight_storage is {self.config.weight_storage!r}: "
+                f"{counted(len(names), 'weight')}, as the nodes that unpack them are larger than what packing saves: "
+                f"{', '.join(names)}"
             )
         pack(model, self.config.weight_storage, self.config.min_ort)
         check_opset(model, self.target)

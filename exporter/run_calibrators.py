@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.calibration import calibrate
-from calibrators.errors import InputError, first_line
+from calibrators.errors import InputError, counted, first_line
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
@@ -62,7 +62,7 @@ def calibration_notes(result: CalibrationResult) -> list[str]:
     notes = [*result.placement.notes, *result.record.notes]
     if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
         notes.append(
-            f"the identity taps of {len(wide)} kernel{'s' if len(wide) > 1 else ''} keep {wide[0].spec.tap_bits} bits, "
+            f"the identity taps of {counted(len(wide), 'kernel')} keep {wide[0].spec.tap_bits} bits, "
             f"because fewer cannot hold them ({wide[0].name}, ...); --set wide_taps=false gives all taps the same bits"
         )
     return notes

@@ -2,7 +2,7 @@
 
 Pooling and resizing
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
-- mean over a sequence -> adaptive average pooling to 1x1
+- mean and adaptive average pooling of a sequence -> the same of an image of height 1
 - adaptive average pooling to a divisor of the size -> average pooling
 - average pooling of a sequence -> the same of an image of height 1
 - average pooling with ceil_mode or divisor_override -> padding, plain average pooling, a factor per position
@@ -115,27 +115,37 @@ def _spatial_mean(node: fx.Node) -> None:
 
 def _adaptive_pool(node: fx.Node) -> None:
     x, sizes = bind(node).values()
-    before = shape_of(x)[-2:]
-    if len(shape_of(x)) == 3:  # an image without channels: the first dimension counts samples
+    if list(sizes) == list(shape_of(x)[-2:]) and not _has_free(x, 2):
+        replace_by(node, x)
+    elif len(shape_of(x)) == 3:  # an image without channels: the first dimension counts samples
         pool = (aten.adaptive_avg_pool2d.default, (..., sizes))
         replace_call(node, (aten.unsqueeze.default, (x, 1)), pool, (aten.squeeze.dim, (..., 1)))
-        return
-    if list(sizes) == [1, 1] or len(shape_of(x)) != 4 or any(old % new for old, new in zip(before, sizes, strict=True)):
-        return
-    if is_free(x, -1) or is_free(x, -2):
-        return
-    kernel = [old // new for old, new in zip(before, sizes, strict=True)]
-    if kernel == [1, 1]:
-        replace_by(node, x)
-    else:
+    elif len(shape_of(x)) == 4 and (kernel := _whole_windows(x, sizes)):
         replace_call(node, (aten.avg_pool2d.default, (x, kernel, kernel)))
+
+
+def _whole_windows(x: fx.Node, sizes: Sequence[int]) -> list[int] | None:
+    """Return the kernel that makes an adaptive pool a plain one; None for unequal windows, free sizes, one pixel."""
+    before = shape_of(x)[-len(sizes) :]
+    if _has_free(x, len(sizes)) or {*sizes} == {1} or any(old % new for old, new in zip(before, sizes, strict=True)):
+        return None
+    return [old // new for old, new in zip(before, sizes, strict=True)]
+
+
+def _has_free(x: fx.Node, space: int) -> bool:
+    """Return whether one of the last axes of a value has a free size."""
+    return any(is_free(x, axis) for axis in range(-space, 0))
 
 
 def _pool_of_sequence(node: fx.Node) -> None:
     x, sizes = bind(node).values()
-    if list(sizes) == [1] and len(shape_of(x)) == 3:
-        pool = (aten.adaptive_avg_pool2d.default, (..., [1, 1]))
-        replace_call(node, (aten.unsqueeze.default, (x, 2)), pool, (aten.squeeze.dim, (..., 2)))
+    if list(sizes) == list(shape_of(x)[-1:]) and not _has_free(x, 1):
+        replace_by(node, x)
+    elif len(shape_of(x)) == 3:
+        kernel = _whole_windows(x, sizes)
+        pool = (aten.adaptive_avg_pool2d.default, (..., [1, *sizes]))
+        plain = (aten.avg_pool2d.default, (..., [1, *(kernel or ())], [1, *(kernel or ())]))
+        replace_call(node, (aten.unsqueeze.default, (x, 2)), plain if kernel else pool, (aten.squeeze.dim, (..., 2)))
 
 
 def _average_pool(node: fx.Node) -> None:

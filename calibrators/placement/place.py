@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, counted
 from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
 from calibrators.graph.operators import WEIGHTED
 from calibrators.grid.limits import Limits, pairings
@@ -217,7 +217,7 @@ def _notes_on_floats(graph: fx.GraphModule, left: LeftInFloat | None) -> Iterato
         return
     layers = [node for node in graph.graph.nodes if node.name in left.nodes and node.target in WEIGHTED]
     yield (
-        f"{len(layers)} layer{'s' if len(layers) > 1 else ''} left in float, which is faster ({left.ms:.2f} instead of "
+        f"{counted(len(layers), 'layer')} left in float, which is faster ({left.ms:.2f} instead of "
         f"{left.integer_ms:.2f} ms a sample, as predicted for x86-64 with VNNI); --placement integer quantizes them"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError
+from calibrators.errors import DataError, counted
 from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
@@ -39,7 +39,8 @@ class GraphBatches:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user on the passes so far."""
-        text = f"{self.data.label}: the last {self.dropped} samples are not used, because the model has a fixed batch"
+        last = counted(self.dropped, "sample")
+        text = f"{self.data.label}: what is over is not used ({last}), because the model has a fixed batch"
         return (*self.data.notes, text) if self.dropped else self.data.notes
 
     def __iter__(self) -> Iterator[Batch]:

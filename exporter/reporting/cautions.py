@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from calibrators.errors import counted
 from exporter.reporting.number_format import compared, percent
 from exporter.reporting.schema import Report
 from runtime_tests.measure.latency import Latency
@@ -29,11 +30,12 @@ def cautions(report: Report) -> Iterator[str]:
     if report.coverage.uncounted:
         yield f"multiply-accumulates that cannot be counted: {', '.join(report.coverage.uncounted)}"
     if report.saturation is not None and report.saturation.affected_here:
-        yield f"sums of two products can saturate on this processor in {len(report.saturation.layers)} layers"
+        layers = counted(len(report.saturation.layers), "layer")
+        yield f"sums of two products can saturate on this processor in {layers}"
     found = [finding for finding in report.lint or () if finding.severity == "warning"]
     for rule, times in Counter(finding.rule for finding in found).items():
         first = next(finding for finding in found if finding.rule == rule)
-        more = f", and in {times - 1} more places" if times > 1 else ""
+        more = f", and in {counted(times - 1, 'more place')}" if times > 1 else ""
         yield f"lint, {rule}: {first.message} (at {first.where}{more})"
 
 

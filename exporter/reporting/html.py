@@ -34,13 +34,14 @@ Z_95: Final = 1.959963984540054  # two-sided 95 % point of the normal distributi
 
 
 def _wilson(share: float, samples: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of independent samples.
+    """Return the 95 % interval of a share of independent samples, which ends at 1 if all of them are right.
 
     source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
     z2 = Z_95**2 / samples
     centre, spread = share + z2 / 2, Z_95 * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
-    return (centre - spread) / (1 + z2), (centre + spread) / (1 + z2)
+    low, high = (centre - spread) / (1 + z2), (centre + spread) / (1 + z2)
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high  # without the rounding of the sums above
 
 
 def _scores(report: Report) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from calibrators.errors import counted
 from exporter.reporting.number_format import differ, significant
 from runtime_tests.parity.results import ProvedOn
 
@@ -46,7 +47,7 @@ def found_on(entry: ProvedOn) -> str:
     """Return what was found in a runtime: codes compared and differing, and the outputs."""
     if entry.refused is not None:
         return entry.refused
-    text = f"{differ(entry)} integers of {entry.samples} {'sample' if entry.samples == 1 else 'samples'} differ"
+    text = f"{differ(entry)} integers of {counted(entry.samples, 'sample')} differ"
     if entry.mismatched:
         text += f" end to end; kernel by kernel {entry.kernel_mismatched:,}"
         if entry.float_values:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from calibrators.errors import counted
 from exporter.reporting.number_format import compared, percent, significant
 from exporter.reporting.proofs import UNPROVED, not_proved, proof_rows
 from exporter.reporting.where import INEXACT, not_exact_here, where_rows
@@ -57,7 +58,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         values = ", ".join(
             f"{_number(metric[key])} {words}" for key, words in (("float", "float"), ("runtime", "in the runtime"))
         )
-        yield escape(metric["name"]), f"{values}, {metric['samples']} samples"
+        yield escape(metric["name"]), f"{values}, {counted(metric['samples'], 'sample')}"
     yield "parity", _parity(report["parity"]["optimized"])
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
     yield from proof_rows(proofs)
@@ -120,11 +121,11 @@ def _levers(report: Mapping[str, Any]) -> Iterator[str]:
         factor = sum(weight["factor_mean"] * weight["channels_total"] for weight in limited) / total
         yield f"{raised:,} of {total:,} channels {significant(factor, 3)} times coarser on average"
     if unsigned := report.get("unsigned_weights"):
-        yield f"{len(unsigned)} uint8 weight{'s' if len(unsigned) > 1 else ''}"
+        yield counted(len(unsigned), "uint8 weight")
     if settled := report.get("settled"):
         moved, left, kernels = len(settled["moved"]), len(settled["left"]), settled["kernels"]
         if moved:
-            yield f"{moved} scale{'s' if moved > 1 else ''} moved off ties"
+            yield f"{counted(moved, 'scale')} moved off ties"
         if left:
             yield f"[red]{left} of {kernels} sums, products and sigmoids differ at ties[/red]"
     if cost := report.get("portability"):
@@ -136,7 +137,7 @@ def _integer_share(coverage: Mapping[str, Any]) -> str:
     """Return the share of the multiply-accumulates, or why it is not known, and that of the nodes."""
     macs = _percent(coverage["integer_macs"])
     if uncounted := coverage.get("uncounted"):
-        macs += f": {len(uncounted)} operator{'s' if len(uncounted) > 1 else ''} cannot be counted"
+        macs += f": {counted(len(uncounted), 'operator')} cannot be counted"
     return f"{macs}; {coverage['integer_nodes']} of {coverage['compute_nodes']} compute nodes"
 
 
@@ -156,9 +157,9 @@ def _weight_only(coverage: Mapping[str, Any]) -> str:
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:
     if accuracy["metric"] == "sqnr_db":
-        return f"{_number(accuracy['runtime'])} dB over {accuracy['samples']} samples"
+        return f"{_number(accuracy['runtime'])} dB over {counted(accuracy['samples'], 'sample')}"
     values = f"{_percent(accuracy['float'])} float, {_percent(accuracy['runtime'])} in the runtime"
-    return f"{values}, {accuracy['samples']} samples"
+    return f"{values}, {counted(accuracy['samples'], 'sample')}"
 
 
 def _parity(level: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, counted
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, MOVE_DATA, QUANTIZE
 from runtime_tests.ort.sessions import Model, session
 
@@ -87,9 +87,8 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
         return kept(f"dropped: the simplified model is not valid: {error}", after)
     if after == before and len(candidate.graph.initializer) == len(model.graph.initializer):
         return kept("nothing to simplify", after)
-    gained = (
-        f"{before - after} nodes, {len(model.graph.initializer) - len(candidate.graph.initializer)} initializers fewer"
-    )
+    constants = len(model.graph.initializer) - len(candidate.graph.initializer)
+    gained = f"{counted(before - after, 'node')} and {counted(constants, 'initializer')} fewer"
     return candidate, Simplifier(True, gained, before, after)
 
 
@@ -106,7 +105,7 @@ def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
     found = [name for name, read in guards.items() if read(model) != read(candidate)]
     lost = sum(1 for node in candidate.graph.node if not node.metadata_props)
     if lost > sum(1 for node in model.graph.node if not node.metadata_props):
-        found.append(f"the output names of {lost} nodes, whose metadata is lost")
+        found.append(f"the output names of {counted(lost, 'node')}, whose metadata is lost")
     return found
 
 

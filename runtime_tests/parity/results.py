@@ -226,7 +226,7 @@ class Level(Agreement):
             raise ParityError(
                 f"{first.mismatched} of {first.values} codes of {first.site!r} ({first.kernel}) differ from the "
                 f"reference by up to {first.max_lsb}, computed from the runtime's own input codes, {level}; "
-                f"{len(illegal)} of {len(self.nodes)} sites are affected. The file and the program disagree there "
+                f"sites affected: {len(illegal)} of {len(self.nodes)}. The file and the program disagree there "
                 "(scale, zero point, weight or bias), or this runtime computes otherwise; compare its version and CPU."
             )
         for output in self.outputs:

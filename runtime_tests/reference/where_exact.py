@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from calibrators.errors import counted
 from calibrators.grid.processors import PROCESSORS, REFERENCE, Processor
 from calibrators.grid.target import Target
 from runtime_tests.ort.saturation import Saturation
@@ -84,7 +85,7 @@ def _holds(family: Processor, plan: KernelPlan, saturation: Saturation, target: 
         return Holds(family.name, "differs", found)
     condition = "the reference has its arithmetic"
     if family.pair_sum is not None and saturation.checked:
-        layers = f"{saturation.checked} layer{'s' if saturation.checked > 1 else ''}"
+        layers = counted(saturation.checked, "layer")
         condition = f"no pair of weights saturates in any of {layers}, and no tie rounds otherwise"
     elif family.name != REFERENCE:
         condition = "no tie rounds otherwise"
@@ -95,9 +96,9 @@ def _differs(family: Processor, plan: KernelPlan, saturation: Saturation) -> str
     """Return why a family computes other codes for some inputs, '' if it does not."""
     layers, reasons = saturation.layers, []
     if family.pair_sum is not None and layers:
-        reasons.append(f"pairs of weights can saturate in {len(layers)} layers, first in {layers[0].name}")
+        reasons.append(f"pairs of weights can saturate in {counted(len(layers), 'layer')}, first in {layers[0].name}")
     if tied := ties_of(plan, (REFERENCE, family.name)):
-        first, kernels = tied[0], f"{len(tied)} kernel{'s' if len(tied) > 1 else ''}"
+        first, kernels = tied[0], counted(len(tied), "kernel")
         reasons.append(
             f"ties round otherwise in {kernels}, first for {first.differing:,} of {first.total:,} sets of codes "
             f"at {first.site}"

@@ -317,7 +317,7 @@ def test_exported_program_with_a_fixed_batch(tmp_path: Path) -> None:
     assert report["verdict"] == "pass"
     assert report["latency_ms"]["batch"] == 3
     assert report["data"]["calibration"]["samples"] == 6  # the incomplete rest is dropped
-    assert any("the last 1 samples are not used" in warning for warning in report["warnings"])
+    assert any("what is over is not used (1 sample)" in warning for warning in report["warnings"])
     assert sum(report["time_shares"][kind] for kind in ("integer", "float", "quantizers", "moves")) == pytest.approx(1)
     assert verify(tmp_path / "out")["verdict"] == "pass"
 

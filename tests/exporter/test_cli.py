@@ -150,6 +150,35 @@ def test_targets_are_listed(run: Callable[..., Any]) -> None:
     assert "uint8 per tensor" in result.output
 
 
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_narrow_terminal_cuts_no_table(columns: str) -> None:
+    result = CliRunner().invoke(app, ["targets"], env={"COLUMNS": columns, "NO_COLOR": "1"})
+    assert result.exit_code == 0 and "ort-cpu" in result.output
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.output
+
+
+@pytest.mark.parametrize(("name", "near"), [("weight_bit", "weight_bits"), ("act_ordre", "act_order"), ("zebra", None)])
+def test_a_misspelt_setting_is_looked_for_among_settings_and_options(name: str, near: str | None) -> None:
+    with pytest.raises(InputError, match=f"unknown setting or gptq option '{name}'") as caught:
+        check_settings(ExportConfig(method="gptq", options={name: 4}))
+    assert ("Did you mean" in str(caught.value)) == (near is not None)
+    assert near is None or f"mean '{near}'" in str(caught.value)
+
+
+def test_faults_of_the_input_come_before_a_folder_that_is_taken(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("")
+    arguments = ["--data", "exporter.demo.model:calibration", "--out", str(tmp_path / "out")]
+    assert "exists and is not empty" in run("export", "exporter.demo.model:network", *arguments).stderr
+    for model, more, said in (
+        ("exporter.demo.model:netwrok", (), "netwrok"),
+        ("exporter.demo.model:network", ("--set", "weight_bit=4"), "weight_bit"),
+        ("exporter.demo.model:network", ("--eval", "nowhere.npz"), "nowhere.npz"),
+    ):
+        result = run("export", model, *arguments, *more)
+        assert result.exit_code == 2 and said in result.stderr and "not empty" not in result.stderr
+
+
 def test_methods_are_listed_by_a_line_each(run: Callable[..., Any]) -> None:
     from calibrators.methods import list_methods
 
@@ -339,7 +368,7 @@ def test_a_taken_folder_is_refused_before_any_work(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr("exporter.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.pipeline.capture", lambda *_, **__: pytest.fail("the work began"))
     for extra in ([], ["--overwrite"]):  # a folder that is no bundle is not overwritten either
         result = run("export", *ARGUMENTS, "--out", str(tmp_path), *extra)
         assert result.exit_code == 2, result.output

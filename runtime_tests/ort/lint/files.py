@@ -15,7 +15,7 @@ import onnx
 from onnx import shape_inference
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from calibrators.errors import ModelError, first_line
+from calibrators.errors import ModelError, counted, first_line
 from runtime_tests.ort.lint.rule import Case, Hits, Rule
 from runtime_tests.ort.lint.stored_data import faults
 from runtime_tests.ort.lint.subjects import BYTE, NARROW
@@ -120,7 +120,8 @@ def _unknown_operators(case: Case) -> Hits:
         if (domain, op) in known or domain not in _imported(case):
             continue
         name = f"{domain}.{op}" if domain else op
-        yield name, f"onnxruntime has no such operator ({count} nodes); register a library that has it, or rewrite it"
+        nodes = counted(count, "node")
+        yield name, f"onnxruntime has no such operator ({nodes}); register a library that has it, or rewrite it"
 
 
 def _imported(case: Case) -> set[str]:

@@ -54,6 +54,13 @@ def forms(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[set[object],
         pytest.param(
             lambda x: x.mean((-1, -2)), {aten.adaptive_avg_pool2d.default, aten.flatten.using_ints}, id="mean"
         ),
+        pytest.param(
+            lambda x: F.adaptive_avg_pool1d(x.flatten(2), 10),
+            {aten.reshape.default, aten.unsqueeze.default, aten.avg_pool2d.default, aten.squeeze.dim},
+            id="pool-of-sequence",
+        ),
+        pytest.param(lambda x: F.adaptive_avg_pool1d(x.flatten(2), 30), {aten.reshape.default}, id="pool-of-itself"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, (5, 6)) + x, LINEAR - {aten.mul.Tensor}, id="pool-of-image"),
         pytest.param(lambda x: x.mean(1), {aten.mean.dim}, id="mean-over-channels-stays"),
     ],
 )

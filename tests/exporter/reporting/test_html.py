@@ -543,3 +543,10 @@ def test_junit_survives_characters_that_xml_cannot_hold() -> None:
 )  # fmt: skip
 def test_numbers_read_well(function: Any, value: object, text: str) -> None:
     assert function(value) == text
+
+
+@pytest.mark.parametrize("samples", [1, 400, 50000])
+def test_an_interval_ends_where_the_share_does(samples: int) -> None:
+    assert pages._wilson(1.0, samples)[1] == 1.0 and pages._wilson(0.0, samples)[0] == 0.0
+    low, high = pages._wilson(0.5, samples)
+    assert 0 < low < 0.5 < high < 1
