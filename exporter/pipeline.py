@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -186,7 +186,7 @@ class _Export:
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
         sources = DataSources(_source(batches), _source(held_out) if held_out else None)
-        report = self._report(graph, result, proof, noise.decibels(), simplifier, sources)
+        report = self._report(graph, result, proof, noise, simplifier, sources)
         if proof.metric is not None and held_out is not None:
             report = replace(report, metric=proof.metric.result(joined(held_out.given, proof.metric.samples)))
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
@@ -309,7 +309,7 @@ class _Export:
         graph: fx.GraphModule,
         result: CalibrationResult,
         proof: Proof,
-        noise: Mapping[str, float],
+        noise: Noise,
         simplifier: Simplifier,
         sources: DataSources,
     ) -> Report:
@@ -339,7 +339,7 @@ class _Export:
             model=model_of(self.source, graph, self.model.graph_model),
             sizes=sizes_of(program, (inputs for inputs, _ in proof.golden)),
             rules=result.placement.rules,
-            layers=layer_entries(result, noise),
+            layers=layer_entries(result, noise.decibels(), noise.histograms()),
             preparation=record.preparation,
             reconstruction=record.reconstruction,
             lapq=record.lapq,

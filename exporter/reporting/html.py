@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 from functools import cache
+from importlib.resources import files
 from operator import attrgetter
 from typing import Any, Final
 
@@ -21,7 +23,8 @@ from markupsafe import Markup
 
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
-from exporter.reporting.headline import headline, unplanned_kernels
+from exporter.reporting.headline import failure, headline, unplanned_kernels
+from exporter.reporting.layer_table import layer_rows, linker, noisiest
 from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report, dump_json
@@ -29,6 +32,12 @@ from exporter.reporting.where import where_rows
 from runtime_tests.measure.profile import TimeShares
 
 __all__ = ["render_html"]
+
+_GRADES: Final = (
+    *(("0", "below 10 dB"), ("1", "10 to 20 dB"), ("2", "20 to 30 dB"), ("3", "30 to 40 dB"), ("4", "above 40 dB")),
+    *(("f", "in float"), ("", "not quantized")),
+)
+"""Legend of the map: the grades of layer_table.LayerRow."""
 
 Z_95: Final = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
@@ -62,27 +71,6 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_groups(report: Report) -> list[dict[str, Any]]:
-    """Return activations and weights, each with the rows of the table, the worst of them, and the overview figure."""
-    groups = []
-    for kind, title in (("activation", "Activations"), ("weight", "Weights")):
-        layers = [layer for layer in report.layers or () if layer.kind == kind]
-        if not layers:
-            continue
-        noise = [measured(layer.sqnr_db) for layer in layers]
-        finite = sorted((n, index) for index, n in enumerate(noise) if n is not None and math.isfinite(n))
-        lowest = [layers[index] for _, index in finite[:WORST]] if len(finite) > WORST else []
-        numbers = {layer.site: index for index, layer in enumerate(lowest, start=1)}
-        top = finite[-1][0] if finite else 0.0
-        rows = [
-            {"layer": layer, "plot": plots.range_plot(layer), "share": _share(n, top), "key": _sort_key(n)}
-            for layer, n in zip(layers, noise, strict=True)
-        ]
-        figure = plots.sqnr_plot(layers, numbers, f"intact-{kind}")
-        groups.append({"kind": kind, "title": title, "rows": rows, "worst": lowest, "figure": figure})
-    return groups
-
-
 def _reconstruction(report: Report) -> dict[str, Any] | None:
     """Return the units with their errors before and after training, and the figure of all."""
     if not report.reconstruction or not report.reconstruction.units:
@@ -112,7 +100,6 @@ def _oscillation(grouping: Grouping) -> Markup:
     )
 
 
-WORST: Final = 3  # sites that the overview names
 _RANGES: Final = {
     "minmax": "min-max",
     "percentile": "percentile",
@@ -194,9 +181,10 @@ def _quotient(part: object, whole: object) -> float | None:
     return top / bottom if top is not None and bottom else None
 
 
-def _sort_key(noise: float | None) -> float:
-    """Return the sort key of a site: unmeasured ones first, exact ones last; no script reads "inf" as a number."""
-    return -1e9 if noise is None else min(noise, 1e9)
+def _key(value: object) -> str:
+    """Return the sort key of a number, empty for what was not measured; no script reads "inf" as a number."""
+    number = measured(value)
+    return "" if number is None else f"{min(number, 1e12):.5g}"
 
 
 def _share(part: object, whole: object) -> float:
@@ -207,23 +195,8 @@ def _share(part: object, whole: object) -> float:
     return min(max(top / bottom, 0.0), 1.0)
 
 
-_SCRIPT: Final = """
-for (const head of document.querySelectorAll('th[data-sort]')) {
-  head.tabIndex = 0; head.title = 'sort';
-  const sort = () => {
-    const body = head.closest('table').tBodies[0], column = head.cellIndex;
-    const down = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
-    for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
-    head.setAttribute('aria-sort', down === 1 ? 'ascending' : 'descending');
-    const key = row => row.cells[column].dataset.key ?? row.cells[column].textContent.trim();
-    const compare = (a, b) => isNaN(a) || isNaN(b) ? String(a).localeCompare(b) : a - b;
-    body.append(...[...body.rows].sort((a, b) => down * compare(key(a), key(b))));
-  };
-  head.addEventListener('click', sort);
-  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort(); });
-}
-addEventListener('beforeprint', () => { for (const part of document.querySelectorAll('details')) part.open = true; });
-"""
+def _part(name: str) -> str:
+    return files("exporter").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @cache
@@ -236,20 +209,26 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
-    environment.filters["unplanned_kernels"] = unplanned_kernels
+    environment.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key}
     environment.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return environment.get_template("report.html.j2")
 
 
 def render_html(report: Report) -> str:
     """Return the whole page, verdict first."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    script, rows = _part("report.js"), layer_rows(report)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     latency = report.latency_ms
     text = _template().render(
         r=report,
         headline=headline(report),
         scores=_scores(report),
-        groups=_layer_groups(report),
+        failures=[failure(gate, report) for gate in report.gates if not gate.passed],
+        layers=rows,
+        noisiest=noisiest(rows),
+        grades=_GRADES,
+        linked=linker(rows),
+        details=Markup(json.dumps([row.details() for row in rows], separators=(",", ":")).replace("<", "\\u003c")),
         levels=_levels(report),
         reconstruction=_reconstruction(report),
         lapq=_lapq(report),
@@ -264,7 +243,8 @@ def render_html(report: Report) -> str:
         where=tuple(where_rows(report.holds or (), report.emission.min_onnxruntime if report.emission else None)),
         environment=vars(report.environment) if report.environment else {},
         config_text=dump_json(report.config or {}),
-        script=Markup(_SCRIPT),
+        style=Markup(_part("report.css")),
+        script=Markup(script),
         script_digest=digest,
     )
     return text.encode("utf-8", "replace").decode()  # a name with a lone surrogate must not stop the export

@@ -1,4 +1,4 @@
-"""The part of the report about single sites: chosen and observed range, histogram, and noise.
+"""The part of the report about single sites: chosen and observed range, noise and histograms.
 
 Must not know: files, runtimes, how pages look.
 """
@@ -9,27 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from calibrators.graph.aten import bind, module_path, operator_name
 from calibrators.grid.numerics import code_limits, grid_of
 from calibrators.grid.spec import QParams, Site
 from calibrators.program.freeze import CalibrationResult
+from runtime_tests.measure.histograms import Histograms
 
 __all__ = ["LayerEntry", "layer_entries"]
-
-HISTOGRAM_BINS = 64
 
 
 @dataclass(frozen=True)
 class LayerEntry:
     """One weight or activation site.
 
-    lo, hi:      the chosen range; observed_lo, observed_hi: the values that were seen, with their histogram.
+    lo, hi:      the chosen range; observed_lo, observed_hi: the values that calibration saw.
     zero_point:  None where channels have different ones.
     sqnr_db:     signal over quantization noise.
+    clipped, floats, codes: as runtime_tests.measure.histograms.Histograms says.
     tap_bits:    bits of the taps of a folded identity branch.
     input_bits:  bits of the value that a layer reads, at its weight; the widest where several layers share the weight,
                  None where that value is float.
@@ -53,10 +51,14 @@ class LayerEntry:
     block_size: int | None = None
     observed_lo: float | None = None
     observed_hi: float | None = None
-    histogram: tuple[int, ...] | None = None
+    clipped: float | None = None
+    floats: tuple[int, ...] | None = None
+    codes: tuple[int, ...] | None = None
 
 
-def layer_entries(result: CalibrationResult, noise: Mapping[str, float]) -> tuple[LayerEntry, ...]:
+def layer_entries(
+    result: CalibrationResult, noise: Mapping[str, float], histograms: Mapping[str, Histograms]
+) -> tuple[LayerEntry, ...]:
     """Return one entry per weight and activation site, in graph order; noise: decibels by site."""
     read = {site.node: site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     entries = []
@@ -65,7 +67,8 @@ def layer_entries(result: CalibrationResult, noise: Mapping[str, float]) -> tupl
             found = {**_grid(result.qparams_of(site), site), **_observed(result, site)}
         elif site.kind == "weight":
             weight, qparams = result.placement.values(site), result.weights[site.name].qparams
-            found = {**_grid(qparams, site), **_weight_range(weight)}
+            observed = {"observed_lo": float(weight.min()), "observed_hi": float(weight.max())}
+            found = {**_grid(qparams, site), **observed}
             if not site.weight_only:
                 nodes = result.placement.nodes
                 found["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
@@ -86,6 +89,7 @@ def layer_entries(result: CalibrationResult, noise: Mapping[str, float]) -> tupl
                 sqnr_db=noise.get(site.name),
                 tap_bits=site.spec.tap_bits,
                 block_size=site.spec.block_size,
+                **(vars(histograms[site.name]) if site.name in histograms else {}),
                 **found,
             )
         )
@@ -114,16 +118,4 @@ def _observed(result: CalibrationResult, site: Site) -> dict[str, Any]:
     statistic = result.observed.get(result.placement.root(site).name)
     if statistic is None or statistic.count == 0:
         return {}
-    extremes = (statistic.lo, statistic.hi)
-    counts, _ = np.histogram(statistic.centers(), HISTOGRAM_BINS, range=extremes, weights=statistic.counts)
-    return _range(*extremes, counts)
-
-
-def _weight_range(weight: Tensor) -> dict[str, Any]:
-    lo, hi = float(weight.min()), float(weight.max())
-    counts = torch.histc(weight.float(), bins=HISTOGRAM_BINS, min=lo, max=hi) if hi > lo else torch.zeros(0)
-    return _range(lo, hi, counts)
-
-
-def _range(lo: float, hi: float, counts: Any) -> dict[str, Any]:
-    return {"observed_lo": lo, "observed_hi": hi, "histogram": tuple(int(count) for count in counts)}
+    return {"observed_lo": statistic.lo, "observed_hi": statistic.hi}

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from calibrators.record import MixedPrecision, ScaleSensitivity
-from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.number_format import measured
 
 __all__ = [
@@ -33,9 +32,7 @@ __all__ = [
     "interval_plot",
     "loss_plot",
     "matrix_plot",
-    "range_plot",
     "sensitivity_plot",
-    "sqnr_plot",
 ]
 
 # Matplotlib only knows colours: these are exchanged for CSS variables afterwards, so that plots follow the theme.
@@ -46,7 +43,8 @@ _THEME: Final = {
     "#010206": "var(--warn)",
 }
 _MUTED, _LINE, _ACCENT, _WARN = _THEME
-_WIDTH, _HEIGHT = 256, 26  # viewBox of the plots inside table rows
+_MARKED = 64  # points up to which a curve has markers, as each is an element of the page
+_WIDTH = 256  # of the viewBox of the plots inside table rows
 _SHADES = 12  # of a cell in a matrix
 
 
@@ -59,70 +57,6 @@ def interval_plot(value: float, interval: tuple[float, float], domain: tuple[flo
         f'<path class="whisker" d="M{low:.1f} 9H{high:.1f}M{low:.1f} 5v8M{high:.1f} 5v8"/>'
         f'<circle class="dot" cx="{x:.1f}" cy="9" r="4.5"/></svg>'
     )
-
-
-def range_plot(layer: LayerEntry) -> Markup:
-    """Draw the histogram of the observed values (log height) over the chosen range; clipped values stand out."""
-    lo, hi = layer.lo, layer.hi
-    seen_lo, seen_hi = measured(layer.observed_lo), measured(layer.observed_hi)
-    left = lo if seen_lo is None else min(lo, seen_lo)
-    right = hi if seen_hi is None else max(hi, seen_hi)
-    unit = (_WIDTH - 4) / ((right - left) or 1.0)
-    start, end = 2 + (lo - left) * unit, 2 + (hi - left) * unit
-    outlines = ""
-    bins = layer.histogram or ()
-    if bins and seen_lo is not None and seen_hi is not None:
-        width = (seen_hi - seen_lo) / len(bins)
-        inside = [lo - width / 2 <= seen_lo + (i + 0.5) * width <= hi + width / 2 for i in range(len(bins))]
-        for css, keep in (("seen", True), ("cut", False)):
-            kept = [n if here is keep else 0 for n, here in zip(bins, inside, strict=True)]
-            outlines += (
-                f'<path class="{css}" d="{_outline(kept, max(bins), 2 + (seen_lo - left) * unit, width * unit)}"/>'
-            )
-    bracket = f'<path class="chosen" d="M{start:.1f} 20v6M{start:.1f} 23H{end:.1f}M{end:.1f} 20v6"/>'
-    return Markup(
-        f'<svg class="strip" viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f"{outlines}{bracket}</svg>"
-    )
-
-
-def _outline(bins: Sequence[int], top: int, x: float, width: float) -> str:
-    """Return the SVG path of a histogram on the line y = 19: empty bins have no height, others at least one unit."""
-    path, height_before = "", 0.0
-    for index, number in enumerate([*bins, 0]):
-        height = 1 + 17 * math.log1p(number) / math.log1p(top) if number else 0.0
-        if height == height_before == 0:
-            continue
-        if height_before == 0:
-            path += f"M{x + index * width:.1f} 19"
-        path += f"V{19 - height:.1f}" + (f"h{width:.1f}" if height else "z")
-        height_before = height
-    return path
-
-
-def sqnr_plot(layers: Sequence[LayerEntry], worst: Mapping[str, int], salt: str) -> Markup:
-    """Plot the SQNR of layers as bars in graph order; the worst have the number under which the caption names them."""
-    values = [measured(layer.sqnr_db) for layer in layers]
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) < 2:
-        return Markup()
-    heights = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    marks = {index: worst[layer.site] for index, layer in enumerate(layers) if layer.site in worst}
-    return _figure(salt, lambda axes: _bars(axes, heights, marks))
-
-
-def _bars(axes: Axes, heights: Sequence[float], marks: Mapping[int, int]) -> None:
-    """Draw one bar per height; those in `marks` (index -> number) stand out."""
-    colors = [_WARN if index in marks else _ACCENT for index in range(len(heights))]
-    width = min(0.16 + 0.03 * len(heights), 0.8)  # few bars stay slim, many leave a gap
-    axes.bar(range(1, len(heights) + 1), heights, width=width, color=colors, linewidth=0)
-    top = max(*heights, 1.0)
-    for index, number in marks.items():
-        axes.vlines(index + 1, heights[index], top * 1.06, color=_WARN, linewidth=0.8, linestyle=":")
-        axes.annotate(str(number), (index + 1, top * 1.06), (0, 1), textcoords="offset points",
-                      ha="center", color=_WARN, fontsize=9, weight="bold")  # fmt: skip
-    axes.set(xlim=(0.3, len(heights) + 0.7), ylim=(min(0.0, *heights), top * 1.18))
-    _label(axes, "site, in graph order", "SQNR, dB")
 
 
 def error_plot(
@@ -142,7 +76,14 @@ def error_plot(
             axes.axvspan(group[0] + 0.6, group[-1] + 1.4, color=_MUTED, alpha=0.18, linewidth=0)
         styles = ((_MUTED, "s"), (_ACCENT, "o")) if len(shown) > 1 else ((_ACCENT, "o"),)
         for (color, marker), curve in zip(styles, shown, strict=True):
-            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1.6, marker=marker, markersize=3.5)
+            axes.plot(
+                range(1, len(curve) + 1),
+                curve,
+                color=color,
+                linewidth=1.6,
+                marker=_marker(marker, curve),
+                markersize=3.5,
+            )
         if labels:
             axes.legend(axes.lines, labels, frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log", xlim=(0.7, count + 0.3))
@@ -152,6 +93,10 @@ def error_plot(
         axes.yaxis.set_major_formatter("{x:g}")
 
     return _figure(salt, paint)
+
+
+def _marker(marker: str, curve: Sequence[float]) -> str:
+    return marker if len(curve) <= _MARKED else ""
 
 
 def loss_plot(powers: Mapping[float, float], coefficients: Sequence[float], vertex: float | None, salt: str) -> Markup:
@@ -185,11 +130,14 @@ def sensitivity_plot(scales: Sequence[ScaleSensitivity], finest: float, salt: st
         for index, bits in enumerate(widths):
             curve = [losses.get(bits, math.nan) for losses in added]
             shade = 1.0 - 0.75 * index / max(1, len(widths) - 1)
-            axes.plot(places, curve, color=_ACCENT, alpha=shade, linewidth=1.2, marker="o", markersize=2.5)
+            axes.plot(
+                places, curve, color=_ACCENT, alpha=shade, linewidth=1.2, marker=_marker("o", curve), markersize=2.5
+            )
             axes.annotate(f"{bits} bit", (len(scales), curve[-1]), (6, -3), textcoords="offset points",
                           color=_MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
         chosen = [losses.get(scale.bits or 0, math.nan) for scale, losses in zip(scales, added, strict=True)]
-        axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=7, markerfacecolor="none")
+        size = 7 if len(scales) <= _MARKED else 3
+        axes.plot(places, chosen, color=_WARN, linewidth=0, marker="o", markersize=size, markerfacecolor="none")
         axes.set(yscale="log", xlim=(0.3, len(scales) + 0.7))
         _label(axes, "scale, in graph order", "added loss")
 

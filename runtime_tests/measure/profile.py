@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -58,6 +58,7 @@ class TimeShares:
     moves:      transposes, reshapes, copies, index arithmetic.
     runs:       profiled runs; each share is one of the medians over them.
     slowest:    the most expensive float operators, with advice.
+    nodes:      share of each node by name; left out where a name occurs several times.
     """
 
     integer: Real
@@ -66,15 +67,17 @@ class TimeShares:
     moves: Real
     runs: int
     slowest: tuple[OperatorTime, ...]
+    nodes: dict[str, Real] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """Time by kind and operator: the median over `runs` runs in microseconds, and the number of nodes."""
+    """Times in microseconds, medians over `runs` runs: by kind and operator with the number of nodes, and by node."""
 
     microseconds: dict[tuple[Kind, str], Real]
     nodes: dict[tuple[Kind, str], int]
     runs: int
+    by_name: dict[str, Real] = field(default_factory=dict)
 
 
 def node_times(path: str | Path) -> NodeTimes:
@@ -83,6 +86,7 @@ def node_times(path: str | Path) -> NodeTimes:
     begins = np.array([event["ts"] for event in events if event["name"] == RUN][1:])
     times: dict[tuple[Kind, str], Any] = defaultdict(lambda: np.zeros(len(begins)))
     calls: dict[tuple[Kind, str], int] = defaultdict(int)
+    single: dict[str, list[float]] = defaultdict(list)
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(NODE)]
     for event, own in zip(nodes, _own_times(nodes), strict=True):
         run = int(np.searchsorted(begins, event["ts"], side="right")) - 1
@@ -90,8 +94,10 @@ def node_times(path: str | Path) -> NodeTimes:
             key = (_kind(event["args"]), event["args"]["op_name"])
             times[key][run] += own
             calls[key] += 1
+            single[event["name"].removesuffix(NODE)].append(own)
     medians = {key: float(np.median(each)) for key, each in times.items()}
-    return NodeTimes(medians, {key: round(count / len(begins)) for key, count in calls.items()}, len(begins))
+    by_name = {name: float(np.median(each)) for name, each in single.items() if len(each) == len(begins)}
+    return NodeTimes(medians, {key: round(n / len(begins)) for key, n in calls.items()}, len(begins), by_name)
 
 
 def _own_times(events: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -145,6 +151,7 @@ def time_shares(times: NodeTimes, run_ms: float, float_nodes: Iterable[FloatNode
             OperatorTime(op, times.nodes["float", op], floats[op] / total, _advice(op, reasons.get(op, "")))
             for op in slowest
         ),
+        nodes={name: max(value - added, 0.0) / total for name, value in times.by_name.items()},
     )
 
 

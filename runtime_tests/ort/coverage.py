@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibrators.errors import DataError
+from runtime_tests.ort.layers import ComputeNode, compute_nodes
 from runtime_tests.ort.macs import macs, reads_shapes
 from runtime_tests.ort.onnx_operators import (
     ELEMENTWISE,
@@ -72,6 +73,7 @@ class Coverage:
     weight_only_macs: share of them in float kernels that read codes of the weight alone; None likewise.
     accuracy_level: type to which those kernels may round activations, the coarsest of all: 0 (unset) and 1 float32,
                   2 float16, 3 bfloat16, 4 int8; None where there are none.
+    nodes:        every compute node, in the order of the graph.
     float_nodes:  the rest by name and reason, most expensive first.
     uncounted:    nodes whose multiply-accumulates cannot be counted, by operator and name: operators without a known
                   formula, loops over nodes with products.
@@ -87,6 +89,7 @@ class Coverage:
     float_nodes: tuple[FloatNode, ...]
     uncounted: tuple[str, ...]
     by_op: dict[str, int]
+    nodes: tuple[ComputeNode, ...] = ()
 
 
 def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Coverage:
@@ -114,6 +117,7 @@ def coverage(model: Source, *, sample: Mapping[str, Array] | None = None) -> Cov
         float_nodes=tuple(sorted(rest, key=lambda node: -math.inf if node.macs is None else -node.macs)),
         uncounted=tuple(f"{node.op_type} {where(node)}" for node, count in counts.items() if count is None),
         by_op=dict(Counter(node.op_type for node in graph).most_common()),
+        nodes=compute_nodes(Model.of(model), counts, integer),
     )
 
 

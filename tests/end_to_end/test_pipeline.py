@@ -91,7 +91,7 @@ def test_report_is_complete(bundle: Path) -> None:
     assert report["data"]["calibration"]["samples"] == 24
     sites = {entry["site"] for entry in report["layers"]}
     assert {"x", "stem.weight", "sigmoid"} <= sites
-    assert all(sum(e["histogram"]) > 0 for e in report["layers"] if e.get("histogram"))
+    assert all(sum(e["floats"]) == sum(e["codes"]) > 0 for e in report["layers"])
 
 
 def test_same_input_same_bytes(bundle: Path, tmp_path: Path) -> None:

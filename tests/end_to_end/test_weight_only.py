@@ -580,7 +580,7 @@ def test_coverage_counts_them_as_what_they_are() -> None:
 
 def test_entries_of_layers_say_what_has_one_scale() -> None:
     result, _ = pair(4, "block-32")
-    first, second = layer_entries(result, {})
+    first, second = layer_entries(result, {}, {})
     assert (first.granularity, first.block_size) == ("block", 32)
     assert second.granularity == "channel"
     assert first.input_bits is None

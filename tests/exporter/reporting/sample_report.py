@@ -8,10 +8,12 @@ from collections import Counter
 from typing import Any
 
 
-def _histogram(index: int) -> list[int]:
-    """64 bins of a bell whose centre and width depend on the layer."""
+def _histograms(index: int) -> dict[str, Any]:
+    """A bell whose centre and width depend on the layer, cut at the ends of the range, which has 64 bins."""
     centre, width = 14 + (index * 7) % 30, 4 + index % 9
-    return [round(4000 * math.exp(-(((bin_ - centre) / width) ** 2) / 2)) for bin_ in range(64)]
+    floats = [round(4000 * math.exp(-(((bin_ - centre) / width) ** 2) / 2)) for bin_ in range(-4, 68)]
+    codes = [sum(floats[:5]), *floats[5:67], sum(floats[67:])]
+    return {"floats": floats, "codes": codes, "clipped": (sum(floats[:4]) + sum(floats[68:])) / sum(floats)}
 
 
 def layer(index: int, kind: str = "activation") -> dict[str, Any]:
@@ -35,7 +37,7 @@ def layer(index: int, kind: str = "activation") -> dict[str, Any]:
         "observed_lo": lo * 1.1 - 0.05,
         "observed_hi": hi * (1.0 + (index % 5) / 6),
         "sqnr_db": 44.0 - (index * 29 % 23) - index * 0.05,
-        "histogram": _histogram(index),
+        **_histograms(index),
     }
 
 
@@ -149,6 +151,22 @@ def _mixed() -> dict[str, Any]:
         "found": choice(4.2, 0.0123),
         "front": [*(choice(bits, 0.01 + 2.0 / 4**bits) for bits in (2.0, 3.5, 5.0, 8.0)), *uniform],
         "seconds": 61.5,
+    }
+
+
+def _compute_node(index: int) -> dict[str, Any]:
+    module = f"stages.{index // 4}.{index % 4}.conv"
+    kernel = "LayerNormalization" if index % 7 == 6 else "QLinearConv"
+    return {
+        "name": f"{module}.Conv_token_{index}",
+        "module": module,
+        "kernel": kernel,
+        "op": "Conv",
+        "integer": kernel.startswith("QLinear"),
+        "macs": 100_000 * (index + 1),
+        "bytes": 2_000 * (index + 1),
+        "reads": [f"{module}.weight"],
+        "writes": f"{module}.activation",
     }
 
 
@@ -291,6 +309,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                 {"name": "head.softmax", "op": "Softmax", "why": "kept in float by --exclude", "macs": 0},
             ],
             "by_op": {"QLinearConv": 13, "QGemm": 1, "LayerNormalization": 1, "Softmax": 1},
+            "nodes": [_compute_node(i) for i in range(layers)],
         },
         "preparation": {
             "cle": {
@@ -359,6 +378,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "quantizers": 0.12,
             "moves": 0.05,
             "runs": 5,
+            "nodes": {f"stages.{i // 4}.{i % 4}.conv.Conv_token_{i}": (i + 1) / layers**2 for i in range(layers)},
             "slowest": [
                 {
                     "op": "LayerNormalization",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -18,6 +19,7 @@ import xmlschema
 from exporter.reporting import headline as wording
 from exporter.reporting import html as pages
 from exporter.reporting import junit
+from exporter.reporting.layer_table import layer_rows, linker, noisiest
 from exporter.reporting.number_format import (
     compact,
     count,
@@ -127,7 +129,7 @@ def test_page_is_well_formed_small_and_offline(report: dict[str, Any]) -> None:
 def test_verdict_comes_first_and_says_what_was_proved() -> None:
     report = sample_report(3)
     page = _Page(render_html(report))
-    assert next(attributes for tag, attributes in page.tags if tag == "section") == {"class": "verdict pass"}
+    assert next(attributes for tag, attributes in page.tags if tag == "section")["class"] == "verdict pass"
     assert headline(report) == (
         "All 1,204,224 integers in the runtime equal those of the calibrated model, "
         "and the outputs are identical bit for bit."
@@ -160,11 +162,11 @@ def test_failing_verdict_names_the_gate_the_value_and_the_rest() -> None:
     page = _Page(render_html(_failing()))
     assert headline(_failing()) == "Gate accuracy_drop<=0.01 failed: it is 0.0341. 1 more of 2 gates failed."
     assert "not measured" in page.text
-    assert next(attributes for tag, attributes in page.tags if tag == "section") == {"class": "verdict fail"}
+    assert next(attributes for tag, attributes in page.tags if tag == "section")["class"] == "verdict fail"
 
 
 def test_every_block_shows_its_numbers() -> None:
-    text = _Page(render_html(sample_report(9))).text
+    text = " ".join(_Page(render_html(sample_report(9))).text.split())
     for shown in (
         "90.35 %", "88.98 % … 91.57 %", "[−0.12, 0.32]", "99.10 %", "31.4 dB", "41 of 3,612,672", "99.87 %",
         "14 of 16 compute nodes", "head.norm", "kept in float by --exclude", "24.6 dB", "a ReLU stands between",
@@ -175,7 +177,7 @@ def test_every_block_shows_its_numbers() -> None:
         "0.0198 → 0.0121 in 287 evaluations, 1 min 11 s", "on 512 calibration samples", "min-max", "0.0812",
         "vertex of the parabola at p = 2.5, tried at p = 2.5 with a loss of 0.02", "1.843", "20.0 % coupling",
         "5.0 % coupling", "0.005 … 0.88", "first and last layer", "stem.conv, head",
-        "granularity tensor, symmetric true", "none: later rules decide", "input bits",
+        "granularity tensor, symmetric true", "none: later rules decide",
         "1 pair equalized in 17 sweeps", "0.775 … 24.5", "0.54", "its result has 2 readers", "2 layers with absorbed",
         "57 of 64", "38.2 dB", "40.5 dB", "uint8 weights in 1 layer", "stages.1.0.add", "−23",
         "1 of 7 kernels differ", "31 of 65,536", "x86-avx2, arm64", "5 of 48", "3.22", "exact", "0.00076",
@@ -191,7 +193,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
     del report[key]
     text = _Page(render_html(report)).text
     headings = {
-        "layers": "Activations: noise", "saturation": "16-bit saturation", "simplifier": "Simplifier",
+        "layers": "8 / 8", "saturation": "16-bit saturation", "simplifier": "Simplifier",
         "settled": "Ties between processors", "limited_weights": "Coarser scales", "unsigned_weights": "uint8 weights",
         "model": "parameters", "environment": "Environment", "warnings": "1 warning", "data": "sha256",
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
@@ -220,7 +222,8 @@ def test_names_are_escaped_everywhere(hostile: str) -> None:
 
     infected = infect(report)
     clean, page = _Page(render_html(report)), _Page(render_html(infected))
-    assert [tag for tag, _ in page.tags] == [tag for tag, _ in clean.tags]
+    assert [tag for tag, _ in page.tags if tag != "a"] == [tag for tag, _ in clean.tags if tag != "a"]
+    assert json.loads(_details(render_html(infected))), "the data of the script stay JSON"
     assert page.text.count(hostile) > 50
     assert {name for _, attributes in page.tags for name in attributes} == {
         name for _, attributes in clean.tags for name in attributes
@@ -245,7 +248,7 @@ def test_rendering_is_deterministic_and_leaves_the_report_alone() -> None:
 def test_plots_follow_the_theme_and_share_no_ids() -> None:
     html = render_html(sample_report(9))
     figures = re.findall(r'<svg class="figure".*?</svg>', html, flags=re.DOTALL)
-    assert len(figures) == 6
+    assert len(figures) == 4
     for figure in figures:
         assert "var(--accent)" in figure and "var(--muted)" in figure and "#0102" not in figure
         assert "font-family" not in figure
@@ -255,22 +258,74 @@ def test_plots_follow_the_theme_and_share_no_ids() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_clipped_values_are_drawn_apart() -> None:
+def _details(html: str) -> str:
+    (found,) = re.findall(r'<script type="application/json" id="layer-details">(.*?)</script>', html, flags=re.DOTALL)
+    return str(found)
+
+
+def test_histograms_are_logarithms_of_densities() -> None:
     report = sample_report(1)
-    inside = layer(0) | {"observed_lo": -1.0, "observed_hi": 1.0, "lo": -1.0, "hi": 1.0, "histogram": [1, 2, 3, 4]}
-    report["layers"] = [inside]
-    assert re.search(r'class="cut" d=""', render_html(report))
-    report["layers"] = [inside | {"hi": 0.0}]
-    path = re.search(r'class="cut" d="([^"]+)"', render_html(report))
-    assert path is not None
-    # Bins are 0.5 wide; one that only touches the range within half a bin is kept: [0.5, 1] is the clipped one.
-    assert path.group(1).startswith("M191.0 19V")
+    floats = [0, 2, 0, 0, *[0, 1, 100, 1] * 2, 0, 0, 0, 0]  # four bins of floats to a code
+    report["layers"] = [layer(0) | {"bits": 1, "floats": floats, "codes": [8, 0]}]
+    (site,) = json.loads(_details(render_html(report)))[0]["sites"]
+    heights = [int(digit, 36) for digit in site["floats"]]
+    assert [height > 0 for height in heights] == [count > 0 for count in floats]
+    assert max(heights) == heights[6] == 35 and heights[1] > heights[5] > 0
+    assert site["codes"] == site["floats"][1] + "0", "8 codes over four bins are as dense as 2 floats in one"
+
+
+def test_layers_are_rows_in_the_order_of_the_graph() -> None:
+    report = sample_report(9)
+    report["layers"].insert(0, layer(0) | {"site": "image", "module": "", "op": "image"})
+    report["parity"]["optimized"]["nodes"][2] |= {"mismatched": 7, "max_lsb": 2}
+    rows = layer_rows(validate_report(report))
+    assert [row.name for row in rows] == ["image", *(f"stages.{i // 4}.{i % 4}.conv" for i in range(9))]
+    assert [row.anchor for row in rows] == [f"layer-{number}" for number in range(1, 11)]
+    first = rows[1]
+    assert (first.kernel, first.macs, first.bytes, first.time) == ("QLinearConv", 100_000, 2_000, 1 / 81)
+    assert first.weight is not None and first.result is not None and first.grade == "4"
+    assert rows[7].grade == "f" and not rows[7].integer
+    assert rows[3].details()["notes"] == ["7 of 401,408 integers differ, by at most 2"]
+    worst = min(rows, key=lambda row: row.total_db or 0)
+    assert noisiest(rows)[0] is worst and len(noisiest(rows)) == 3 and noisiest(rows[:3]) == []
+
+
+def test_layers_without_sites_and_sites_without_layers_have_rows() -> None:
+    report = sample_report(2)
+    first, second = report["coverage"]["nodes"]
+    first |= {"writes": None, "macs": None}
+    second |= {"reads": ["stages.0.0.conv.activation"], "writes": "stages.0.1.conv.activation", "module": ""}
+    rows = layer_rows(validate_report(report))
+    assert [(row.name, row.macs) for row in rows] == [
+        ("stages.0.0.conv", None),
+        ("stages.0.0.conv.activation", None),
+        ("stages.0.1.conv.Conv_token_1", 200_000),
+        ("stages.0.1.conv.weight", None),
+    ]
+    report["coverage"]["nodes"], report["time_shares"] = [], None
+    assert len(layer_rows(validate_report(report))) == 4, "reports of earlier versions have sites only"
+    _Page(render_html(report))
+
+
+def test_findings_lead_to_layers() -> None:
+    link = linker(layer_rows(validate_report(sample_report(3))))
+    assert link("stages.0.1.conv.weight") == '<a href="#layer-2">stages.0.1.conv.weight</a>'
+    assert link("2 of stages.0.2.conv, <b>") == '2 of <a href="#layer-3">stages.0.2.conv</a>, &lt;b&gt;'
+    assert link("stages.0.2.convolution stages.0") == "stages.0.2.convolution stages.0"
+    report = sample_report(3)
+    report["coverage"]["nodes"][0]["module"] = "head"
+    link = linker(layer_rows(validate_report(report)))
+    assert link("head") == '<a href="#layer-1">head</a>' and link("the head of it") == "the head of it"
+    html = render_html(sample_report(3))
+    for anchor in re.findall(r'href="#([^"]+)"', html):
+        assert html.count(f' id="{anchor}"') == 1, anchor
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"histogram": []}, {"histogram": [0] * 64}, {"observed_lo": None, "observed_hi": None}, {"lo": 0.0, "hi": 0.0},
+        {"floats": [], "codes": []}, {"floats": [0] * 72, "codes": [0] * 64}, {"clipped": None},
+        {"observed_lo": None, "observed_hi": None}, {"lo": 0.0, "hi": 0.0},
         {"observed_lo": 0.0, "observed_hi": 0.0, "lo": 0.0, "hi": 0.0}, {"sqnr_db": None}, {"sqnr_db": math.inf},
         {"sqnr_db": -3.0}, {"sqnr_db": math.nan},
     ],

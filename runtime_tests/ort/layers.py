@@ -1,0 +1,112 @@
+"""Find the layer of the file behind each node that the runtime executes, and what the layer reads, writes and stores.
+
+The optimizer names a kernel after the node that it replaces, followed by a mark of its own. A node whose name is of
+another form belongs to no layer. Nothing that decides a verdict depends on these names.
+
+Must not know: which kernels are integer, how shapes were found, how long anything takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, MOVE_DATA, QUANTIZE
+from runtime_tests.ort.operands import consumers, where
+from runtime_tests.ort.sessions import Model
+
+__all__ = ["ComputeNode", "compute_nodes"]
+
+MARKS = re.compile(r"(_token_\d+)+$|/.*$")
+"""Ends of the names of fused nodes: "conv_token_2", "matmul/MatMulAddFusion"."""
+
+
+@dataclass(frozen=True)
+class ComputeNode:
+    """A node that the runtime executes and that computes.
+
+    name:   in the optimized graph; module: path of the module that it comes from, "" for the root or unknown.
+    kernel: operator that the runtime executes; op: operator of the file, "" if the optimizer made it of several.
+    macs:   multiply-accumulates of one run, None if they cannot be counted.
+    bytes:  of the constants that it reads, as the file stores them.
+    reads:  sites of its quantized operands; writes: site of its result; None where the result is not quantized.
+    """
+
+    name: str
+    module: str
+    kernel: str
+    op: str
+    integer: bool
+    macs: int | None
+    bytes: int
+    reads: tuple[str, ...]
+    writes: str | None
+
+
+def compute_nodes(
+    model: Model, counts: Mapping[ir.Node, int | None], integer: Collection[ir.Node]
+) -> tuple[ComputeNode, ...]:
+    """Describe nodes of the optimized graph, given with their multiply-accumulates.
+
+    integer: those that run on codes.
+    """
+    layers = {str(node.name): node for node in model.graph_model.graph}
+    own = {node: layers.get(where(node)) or layers.get(MARKS.sub("", where(node))) for node in counts}
+    executed = {node for node in own.values() if node is not None}
+    return tuple(
+        ComputeNode(
+            name=where(node),
+            module=layer.metadata_props.get("intact.module", "") if layer is not None else "",
+            kernel=node.op_type,
+            op=layer.op_type if layer is not None else "",
+            integer=node in integer,
+            macs=counts[node],
+            bytes=sum(_stored(layer).values()) if layer is not None else 0,
+            reads=_reads(layer) if layer is not None else (),
+            writes=_writes(layer, executed) if layer is not None else None,
+        )
+        for node, layer in own.items()
+    )
+
+
+def _stored(layer: ir.Node) -> dict[str, int]:
+    """Return the bytes of the initializers from which alone operands of a node are computed, by name."""
+    found: dict[str, int] = {}
+    for value in layer.inputs:
+        found |= _initializers(value) or {}
+    return found
+
+
+def _initializers(value: ir.Value | None) -> dict[str, int] | None:
+    """Return the bytes of the initializers that a value is computed from, None if it depends on an input."""
+    if value is None:
+        return {}
+    if value.const_value is not None:
+        return {str(value.name): value.const_value.nbytes}
+    producer = value.producer()
+    parts = [_initializers(each) for each in producer.inputs] if producer is not None else [None]
+    if None in parts:
+        return None
+    return {name: size for part in parts if part is not None for name, size in part.items()}
+
+
+def _reads(layer: ir.Node) -> tuple[str, ...]:
+    producers = (value.producer() for value in layer.inputs if value is not None)
+    names = (str(node.outputs[0].name) for node in producers if node is not None and node.op_type == DEQUANTIZE)
+    return tuple(name.removesuffix("_dequantized") for name in names)
+
+
+def _writes(layer: ir.Node, executed: Collection[ir.Node]) -> str | None:
+    """Return the site of the quantizer after a node and what the runtime merges into it: activations and moves."""
+    node = layer
+    while True:
+        readers = consumers(node.outputs[0])
+        quantizers = [reader for reader in readers if reader.op_type == QUANTIZE]
+        if quantizers:
+            return str(quantizers[0].outputs[0].name).removesuffix("_quantized")
+        if len(readers) != 1 or (readers[0] in executed and readers[0].op_type not in MOVE_DATA):
+            return None
+        (node,) = readers
