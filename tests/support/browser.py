@@ -24,7 +24,7 @@ from runtime_tests.workers.install import NpmPackages
 
 __all__ = ["AXE", "KEYS", "Browser", "Page", "chromium"]
 
-AXE = NpmPackages("axe", ("axe-core@4.11.0",))
+AXE = NpmPackages("axe", ("axe-core@4.14.1",))
 
 PATIENCE_S = 60.0
 NAMES = ("chromium", "chromium-browser", "google-chrome")
