@@ -149,7 +149,7 @@ def test_a_release_that_the_file_cannot_have_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_stay_int8_against_the_request_are_named(tmp_path: Path) -> None:
     report = run("mlp", tmp_path / "out", weight_bits=4, weight_storage="int4", latency_runs=0)
-    assert any("weights are stored as int8 although weight_storage is 'int4'" in text for text in report["warnings"])
+    assert any("stored as int8 although weight_storage is 'int4'" in text for text in report["warnings"])
 
 
 def test_verify_proves_again(bundle: Path) -> None:

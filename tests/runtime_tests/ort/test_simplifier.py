@@ -200,7 +200,7 @@ SABOTAGE: dict[str, tuple[Callable[[Model], None], str]] = {
     "opset raised": (raise_opset, "the opsets"),
     "batch fixed": (fix_batch, "the names, types or shapes"),
     "output renamed": (rename_output, "the names, types or shapes"),
-    "value renamed": (rename_values, "the output names of 1 nodes"),
+    "value renamed": (rename_values, "the output names of 1 node"),
 }
 
 
