@@ -50,6 +50,9 @@ PROOF, RUNNING = "Proof and verdict", "Running"
 Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, cuda or cuda:N")]
 
 
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+
+
 Release = Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?$"), expected("a release such as 1.19")]
 
 
@@ -84,6 +87,20 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "x), `tokens:1=length`, `x:2[32..512]`. In Python also {'x': {2: torch.export.Dim('height')}}.",
         panel=DATA,
         metavar="INPUT:AXES",
+    )
+    input: Texts = setting(
+        (),
+        "Let the file take an input as bytes, which it normalizes with --mean and --std; repeatable: `uint8`, "
+        "`uint8:nhwc` (channels last), `image:uint8`.",
+        panel=DATA,
+        metavar="[NAME:]uint8[:LAYOUT]",
+    )
+    output: Texts = setting(
+        (),
+        "Let the file give an output as codes, without the last dequantizer; repeatable: `codes` (all outputs), "
+        "`boxes:codes`.",
+        panel=DATA,
+        metavar="[NAME:]codes",
     )
     prepare: Names = setting(
         (),
@@ -144,6 +161,11 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
         raise InputError(f"layers = {rules!r} is not a list of rules; in a file, write [[layers]] above each rule.")
+
+    @property
+    def is_for_images(self) -> bool:
+        """Whether any setting is given that applies to folders of images alone."""
+        return self.image_size is not None if self.input else super().is_for_images
 
     @property
     def free_axes(self) -> Axes:

@@ -28,10 +28,11 @@ from exporter.checks import check_settings, checked_data
 from exporter.config import ExportConfig, make_config
 from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
+from exporter.emission.raw_ends import input_grids, read_bytes, with_raw_ends
 from exporter.folding.agreement import check_folding
 from exporter.folding.fold_regions import fold
 from exporter.frontend.axes import tiled
-from exporter.frontend.calling import input_names, optional_inputs
+from exporter.frontend.calling import input_names, optional_inputs, tensor_names
 from exporter.frontend.capture import capture
 from exporter.frontend.declared import other_size
 from exporter.frontend.load import load_model
@@ -42,6 +43,7 @@ from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric
 from exporter.inputs.data import Data
 from exporter.inputs.metric import Metric, joined, load_metric
 from exporter.inputs.open import check_takes_integers, open_both
+from exporter.inputs.raw import RawInputs, parse_coded
 from exporter.inputs.sanity import calibration_warnings, range_warnings, score_warnings
 from exporter.progress import Bar, Progress
 from exporter.reporting.layer_sections import layer_entries
@@ -114,11 +116,14 @@ def export(
     names, optional = input_names(model), optional_inputs(model)
     given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
+    example = calibration.example()
+    raws = RawInputs(config.input, tensor_names(model, len(example.inputs), example.form), config)
+    calibration, evaluation = raws.as_values(calibration), evaluation and raws.as_values(evaluation)
     out = Path(out)
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="intact-") as folder:
-        work = _Export(config, progress or Progress(), source, Path(folder), measure)
+        work = _Export(config, progress or Progress(), source, Path(folder), measure, raws)
         work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         report = judge(report, gates)
@@ -137,10 +142,16 @@ class _Export:
     """One export: the steps in order, each a method."""
 
     def __init__(
-        self, config: ExportConfig, progress: Progress, source: str, folder: Path, metric: Metric | None
+        self,
+        config: ExportConfig,
+        progress: Progress,
+        source: str,
+        folder: Path,
+        metric: Metric | None,
+        raws: RawInputs,
     ) -> None:
         self.config, self.progress, self.source, self.folder = config, progress, source, folder
-        self.metric = metric
+        self.metric, self.raws = metric, raws
         self.target = get_target(config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
@@ -173,14 +184,21 @@ class _Export:
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
         self._check_data(graph, batches, held_out)
+        coded = parse_coded(self.config.output, graph.meta["output_names"])
         with self._step("fold"):
             folded = fold(graph)
+        folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, self.raws)}
         with self._timed("calibrate"):
             result = calibrated(folded, batches, self.config, self.progress.stage)
         self.warnings += calibration_notes(result)
         first = cut(graph, next(iter(batches)), COMPARED_SAMPLES)
         for batch in (first, *_resized(first, graph.meta["other_examples"])):
             self._check_folding(graph, result, batch)
+        result = with_raw_ends(result, self.raws, coded)
+        graph, folded = read_bytes(graph, self.raws), read_bytes(folded, self.raws)
+        for each in (batches, held_out):
+            if each is not None:
+                each.graph, each.data = graph, self.raws.as_pixels(each.data)
         simplifier = self._emitted(folded, result)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
@@ -336,7 +354,9 @@ class _Export:
             time_s=Times(**self.times),
             gates=(),
             tool=Tool("intact", __version__),
-            model=model_of(self.source, graph, self.model.graph_model),
+            model=model_of(
+                self.source, graph, self.model.graph_model, self.raws.by_name, program.meta.get("output_codes", {})
+            ),
             sizes=sizes_of(program, (inputs for inputs, _ in proof.golden)),
             rules=result.placement.rules,
             layers=layer_entries(result, noise.decibels(), noise.histograms()),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -245,11 +246,23 @@ class Proof:
         with torch.no_grad():
             exact = float_model(*inputs)
         deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
-        networks = {"float": [y.numpy() for y in exact], "reference": [y.numpy() for y in ours], "runtime": deployed}
+        networks = {
+            "float": [y.numpy() for y in exact],
+            "reference": self._values([y.numpy() for y in ours]),
+            "runtime": self._values(deployed),
+        }
         self.accuracy.update(networks["float"][0], networks["reference"][0], networks["runtime"][0], labels)
         self.outputs.update(networks)
         if self.metric is not None:
             self.metric.update(networks, len(inputs[0]))
+
+    def _values(self, outputs: Sequence[Any]) -> list[Any]:
+        """Return outputs of which those that are codes are dequantized."""
+        grids = self.program.meta.get("output_codes", {})
+        return [
+            (y - np.float32(grids[name][1])) * np.float32(grids[name][0]) if name in grids else y
+            for name, y in zip(self.program.meta["output_names"], outputs, strict=True)
+        ]
 
     @property
     def scores(self) -> Accuracy | None:

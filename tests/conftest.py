@@ -31,6 +31,7 @@ SLOW = re.compile(
         (
             r"/test_cuda_graphs\.py::test_methods_on_a_device\[(?!gptq)",  # every method on the pretend device
             r"/test_zoo\.py",  # trained networks
+            r"/test_raw_ends\.py::test_bytes_are_the_codes\w+\[nchw",
             r"/test_second\.py::test_every_kernel\w+\[(?!residual-8|gpt-8|pooled-3)",  # the grid of OpenVINO
             r"/test_architectures\.py::test_\w+\[(?!gpt|slices|lstm|mobilenetv3)",
             r"/test_reconstruct\.py::test_training_improves_on_nearest_rounding\[(?!mlp|residual-qdrop|residual-brecq\])",

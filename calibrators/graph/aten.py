@@ -6,6 +6,8 @@ The contract of that graph:
 - `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
 - `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
 - `graph.meta["free_axes"]` names the other free dimensions, by input and axis; {} where it is absent;
+- `graph.meta["coded_outputs"]` names the outputs that are given as codes; () where it is absent;
+- `graph.meta["input_grids"]` holds scale and zero point of placeholders whose values lie on a grid; {} where absent;
 - `graph.meta["other_examples"]` holds inputs in which every free size differs from the example's; () where absent;
 - `node.meta["nn_module_stack"]` and `node.meta["stack_trace"]` say where a node comes from, where known;
 - `node.meta["expected"]` holds what batch norms tell about a value, where any do (calibrators.graph.batch_norm).
@@ -32,6 +34,7 @@ __all__ = [
     "add_constant",
     "batch_of",
     "bind",
+    "coded_outputs",
     "constant",
     "convolution",
     "example_batch",
@@ -161,6 +164,13 @@ def macs(node: fx.Node) -> int:
 def outputs_of(graph: fx.GraphModule) -> tuple[fx.Node, ...]:
     """Return the nodes whose values the graph returns, in order."""
     return tuple(graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def coded_outputs(graph: fx.GraphModule) -> dict[str, fx.Node]:
+    """Return the nodes of the outputs that are given as codes, by name."""
+    named = graph.meta.get("coded_outputs", ())
+    pairs = zip(graph.meta["output_names"], outputs_of(graph), strict=True) if named else ()
+    return {name: node for name, node in pairs if name in named}
 
 
 def per_axis(value: Any, spatial: int) -> tuple[int, ...]:

@@ -263,6 +263,7 @@ class _Cut:
 
     def __post_init__(self) -> None:
         placer = self.prices.placer
+        self.place[placer.graph.graph.output_node()] = SOURCE  # which reads those values as codes that are given so
         for node in placer.nodes:
             if not _is_integer(placer, node):
                 self.place[node] = SINK

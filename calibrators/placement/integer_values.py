@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from calibrators.graph.aten import bind, is_constant, shape_of
+from calibrators.graph.aten import bind, coded_outputs, is_constant, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import constant_operand
 from calibrators.graph.operators import name_of
@@ -34,6 +34,7 @@ class Placer:
     ) -> None:
         self.graph, self.target, self.selected, self.weighted = graph, target, selected, weighted
         self.nodes = [node for node in graph.graph.nodes if node.op in ("placeholder", "call_function")]
+        self.coded = frozenset(coded_outputs(graph).values())
         self.absorbed: dict[fx.Node, fx.Node] = {}  # ReLU or clip -> the operator whose kernel performs it
         for node in self.nodes:
             self._absorb_clip(node)
@@ -115,7 +116,9 @@ class Placer:
         return False
 
     def reads_codes(self, user: fx.Node, value: fx.Node) -> bool:
-        """Return whether `user` runs an integer kernel on `value`."""
+        """Return whether `user` runs an integer kernel on `value`, or is an output that is given as codes."""
+        if user.op == "output":
+            return value in self.coded and self.available[value]
         if user.op != "call_function":
             return False
         if self.is_weighted(user):

@@ -27,7 +27,16 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError, counted
-from calibrators.graph.aten import bind, constant, is_constant, layer_name, module_path, operator_name
+from calibrators.graph.aten import (
+    bind,
+    coded_outputs,
+    constant,
+    is_constant,
+    layer_name,
+    module_path,
+    operator_name,
+    where,
+)
 from calibrators.graph.operators import WEIGHTED
 from calibrators.grid.limits import Limits, pairings
 from calibrators.grid.spec import QParams, Site
@@ -196,6 +205,7 @@ def place(
         weighted = [node for node in weighted if node.name not in left.nodes]
         rules = RuleList([*_implied(options, target, weighted), *allocated, costly, *given])
     _check_blocks(rules, weighted)
+    _check_coded(placer)
     sites = Sites(placer, rules, weighted, reduce_range=options.reduce_range, wide_taps=options.wide_taps).build()
     notes = (
         *_notes_on_floats(graph, left),
@@ -288,6 +298,16 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
         bits = options.first_last_bits
         nodes = frozenset({weighted[0].name, weighted[-1].name})
         yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first-last-bits")
+
+
+def _check_coded(placer: Placer) -> None:
+    """Raise InputError for an output that is to be given as codes, but that no integer kernel writes."""
+    for name, node in coded_outputs(placer.graph).items():
+        if not placer.writes_codes(node):
+            raise InputError(
+                f"output {name!r} cannot be given as codes, because {where(node)} computes it in float; leave --output "
+                "out for it, or end the model before that operator."
+            )
 
 
 def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> None:

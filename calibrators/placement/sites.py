@@ -81,6 +81,12 @@ class Sites:
         self.names.add(name)
         return name
 
+    @property
+    def _grids(self) -> Mapping[str, tuple[float, int]]:
+        """Scale and zero point of inputs whose values lie on such a grid of 8 bits."""
+        grids: Mapping[str, tuple[float, int]] = self.placer.graph.meta.get("input_grids", {})
+        return grids
+
     def _settings(self, setting: str, nodes: Iterable[fx.Node]) -> list[Any]:
         return [self.rules.value(setting, node.name) for node in nodes]
 
@@ -150,7 +156,7 @@ class Sites:
                 node=node.name,
                 users=tuple(user.name for user in users),
                 spec=placer.target.activation,
-                fixed=placer.target.fixed_outputs.get(name_of(node.target)),
+                fixed=self._grids.get(node.name, placer.target.fixed_outputs.get(name_of(node.target))),
                 clip=clip_bounds(node) if node in placer.absorbed else None,
             )
             if origin is node and node.op == "call_function" and placer.runs_on_integers(node):
@@ -200,4 +206,5 @@ class Sites:
         """Return the site on a grid of that width; one of 16 bits is quantized from floats in any case."""
         if bits == WIDE:
             return replace(site, spec=self.placer.target.wide_activation, fixed=None, of_codes=False)
-        return replace(site, spec=replace(site.spec, bits=bits))
+        fixed = None if site.node in self._grids and bits != site.spec.bits else site.fixed
+        return replace(site, spec=replace(site.spec, bits=bits), fixed=fixed)

@@ -54,6 +54,10 @@ class Batch:
         return len(self.inputs[0])
 
 
+Convert = Callable[[Batch, str], Batch]
+"""A function that changes a batch; the text says where it is, for messages."""
+
+
 @dataclass
 class _Seen:
     """The findings of earlier passes over one source, shared by all views of it."""
@@ -77,6 +81,7 @@ class Data:
     by_position: named inputs that match none of `names` are taken in order (.npz files).
     limit:       batches of a pass; None for all.
     classes:     number of classes that the source says it has; None where it does not say.
+    convert:     changes each batch, for `mapped`; None leaves it as the source gives it.
     labels:      what becomes of labels: "read" where there are some, "needed" in every batch, or "unread".
     """
 
@@ -88,6 +93,7 @@ class Data:
     labels: Literal["read", "needed", "unread"] = "read"
     optional: frozenset[str] = frozenset()
     classes: int | None = None
+    convert: Convert | None = None
     _seen: _Seen = field(default_factory=_Seen, repr=False)
 
     def named(self, names: Sequence[str], optional: Iterable[str] = ()) -> Data:
@@ -97,6 +103,11 @@ class Data:
     def take(self, batches: int | None) -> Data:
         """Return the first `batches` batches of every pass; all of them for None."""
         return replace(self, limit=batches)
+
+    def mapped(self, convert: Convert) -> Data:
+        """Return the same data with every batch changed by a function; the digest stays that of the source."""
+        before = self.convert
+        return replace(self, convert=convert if before is None else lambda x, where: convert(before(x, where), where))
 
     def with_labels(self) -> Data:
         """Return the same data, but with an error for a batch without labels."""
@@ -143,7 +154,7 @@ class Data:
             first = first or _Form.of(batch, names)
             first.check(batch, where)
             digest.update(batch)
-            yield batch
+            yield self.convert(batch, where) if self.convert is not None else batch
         if first is None:
             raise DataError(
                 f"{self.label} yielded no batches; a callable must return fresh data every time it is called."

@@ -70,7 +70,10 @@ class DataForm(Settings):
         metavar="SIZE",
     )
     mean: Means | None = setting(
-        None, "Mean per channel of images in 0..1: `0.485,0.456,0.406`.", panel=DATA, metavar="M,M,M"
+        None,
+        "Mean per channel of images in 0..1: `0.485,0.456,0.406`; for folders, and for --input uint8.",
+        panel=DATA,
+        metavar="M,M,M",
     )
     std: Deviations | None = setting(
         None, "Standard deviation per channel of images in 0..1.", panel=DATA, metavar="S,S,S"

@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
+from exporter.inputs.raw import RawInput
 from runtime_tests.measure.latency import Timings
 from runtime_tests.ort.saturation import this_cpu
 from runtime_tests.ort.versions import minimum_version
@@ -37,12 +38,38 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """What an input makes of bytes: (byte / 255 - mean) / std, each step in float32.
+
+    layout:    order of the axes, "nchw" or "nhwc".
+    mean, std: one number, or one per channel.
+    """
+
+    layout: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the codes of an output stand for: (code - zero_point) * scale."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
 class Port:
-    """One input or output of the model; a free dimension is given by its name, or None."""
+    """One input or output of the model; a free dimension is given by its name, or None.
+
+    pixels: of an input that takes bytes; codes: of an output that is not dequantized.
+    """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: str
+    pixels: Pixels | None = None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +145,16 @@ class Environment:
     numpy: str | None = None
 
 
-def model_of(source: str, graph: fx.GraphModule, model: ir.Model) -> Model:
-    """Describe the interface of a model."""
+def model_of(
+    source: str,
+    graph: fx.GraphModule,
+    model: ir.Model,
+    raws: Mapping[str, RawInput],
+    grids: Mapping[str, tuple[float, int]],
+) -> Model:
+    """Describe the interface of a model; raws: inputs that are bytes; grids: of outputs that are codes."""
+    pixels = {name: Pixels(raw.layout, raw.mean, raw.std) for name, raw in raws.items()}
+    codes = {name: Codes(*grid) for name, grid in grids.items()}
 
     def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
         return tuple(
@@ -127,6 +162,8 @@ def model_of(source: str, graph: fx.GraphModule, model: ir.Model) -> Model:
                 value.name or "",
                 tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()),
                 value.dtype.name if value.dtype else "?",
+                pixels.get(value.name or ""),
+                codes.get(value.name or ""),
             )
             for value in values
         )

@@ -106,7 +106,9 @@ class Comparison:
         self.results = results_of(model, plan) if exact else {}
         self.choices = choices_of(model, plan) if exact else {}
         outputs = {value.name for value in model.proto.graph.output}
-        self.probes = codes_of(plan) | self.results | {k: v for k, v in self.choices.items() if v not in outputs}
+        named = codes_of(plan) | self.results | self.choices
+        self.probes = {key: name for key, name in named.items() if name not in outputs}
+        self.given = {key: name for key, name in named.items() if name in outputs}
         self.runtime = runtime = start([*self.probes.values()])
         self.unplanned = unplanned_kernels(runtime.executed(), plan)
         self.samples = 0
@@ -120,7 +122,7 @@ class Comparison:
         outputs, probes = self.runtime.run([x.numpy(force=True) for x in inputs])
         theirs = {name: torch.from_numpy(probe) for name, probe in zip(self.probes, probes, strict=True)}
         by_name = dict(zip(self.runtime.output_names, outputs, strict=True))
-        theirs |= {k: torch.from_numpy(by_name[v]) for k, v in self.choices.items() if k not in theirs}
+        theirs |= {key: torch.from_numpy(by_name[name]) for key, name in self.given.items()}
         end_to_end = {site: _agreement(site, codes[site], theirs[site]) for site in self.plan.sites}
         per_node, ours_per_node = end_to_end, ours
         chooses_alike = all(torch.equal(codes[key], theirs[key]) for key in self.choices)

@@ -116,7 +116,9 @@ def golden_outputs(
         ]
         largest = max(largest_finite(outputs[index]) for _, outputs in sets)
         measured = 0.0 if identical[index] else max(distance(*pair) for pair in pairs)
-        allowed = 0.0 if identical[index] else _rounded_up(MARGIN * measured + FLOAT_OUTPUT_ERROR * largest)
+        is_float = sets[0][1][index].is_floating_point()
+        rounding = FLOAT_OUTPUT_ERROR * largest if is_float else 0.0
+        allowed = 0.0 if identical[index] else _rounded_up(MARGIN * measured + rounding)
         found.append(GoldenOutput(name, allowed, measured, largest))
     return tuple(found)
 

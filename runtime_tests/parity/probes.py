@@ -13,19 +13,22 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from calibrators.graph.aten import bind, is_constant
-from calibrators.program.qdq_program import DEQUANTIZE
+from calibrators.graph.aten import bind, is_constant, outputs_of
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.ort.onnx_operators import PRODUCTS
 from runtime_tests.ort.sessions import Model
 from runtime_tests.reference.execute import KernelPlan, choice_of, floats_of
+from runtime_tests.reference.kernel_plan import site_of
 from runtime_tests.reference.ordered import CHOICES
 
 __all__ = ["choices_of", "codes_of", "results_of"]
 
 
 def codes_of(plan: KernelPlan) -> dict[str, str]:
-    """Return the names that the codes of the sites have in the file, by site."""
-    return {site: f"{site}_quantized" for site in plan.sites}
+    """Return the names that the codes of the sites have in the file, by site: their own, or those of outputs."""
+    outputs = zip(outputs_of(plan.program), plan.program.meta["output_names"], strict=True)
+    given = {site_of(node): name for node, name in reversed([*outputs]) if node.target is QUANTIZE}
+    return {site: given.get(site, f"{site}_quantized") for site in plan.sites}
 
 
 def results_of(model: Model, plan: KernelPlan) -> dict[str, str]:

@@ -3,7 +3,8 @@
 An operator becomes an integer kernel if everything it reads is dequantized codes and only one quantizer reads its
 result. Operators between the two are absorbed: a ReLU or clip whose bounds are the ends of the container, and
 reshapes, transposes, slices and max pools, through which the runtime moves the quantizer. A linear layer or matrix
-product without a quantizer after it has an integer kernel too, which writes floats.
+product without a quantizer after it has an integer kernel too, which writes floats. A quantizer of an input, or of
+basic arithmetic on one, is exact as well.
 
 Must not know: ONNX, sessions, how parameters were chosen, how a kernel computes.
 """
@@ -36,7 +37,9 @@ from runtime_tests.reference.kernel_rules import (
     StaysFloat,
     before_moves,
     check_containers,
+    is_basic_arithmetic,
     is_coded,
+    is_codes,
     is_weight_only,
     output_grid,
     reason_without_kernel,
@@ -128,7 +131,7 @@ class KernelPlan:
     def exact_outputs(self) -> tuple[bool, ...]:
         """For each output of the program, whether an integer kernel or a dequantizer writes it."""
         writers = (before_moves(node, MOVES) for node in outputs_of(self.program))
-        return tuple(writer in self.kernels or writer.target is DEQUANTIZE for writer in writers)
+        return tuple(writer in self.kernels or writer.target is DEQUANTIZE or is_codes(writer) for writer in writers)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values are needed to evaluate `node`."""
@@ -171,10 +174,11 @@ class _Planner:
         """Plan one quantize node."""
         y, site = output_grid(self.program, node), site_of(node)
         op, absorbed, moves = _chain(node, y)
-        if op.op != "call_function":
-            kernel = "QuantizeLinear" if op.op == "placeholder" else FLOAT
-            reason = "" if op.op == "placeholder" else "a constant is quantized at every run"
-            self.steps.append(Step(site, kernel, reason, op))
+        if op.op == "get_attr":
+            self.steps.append(Step(site, FLOAT, "a constant is quantized at every run", op))
+            return
+        if is_basic_arithmetic(op):
+            self.steps.append(Step(site, "QuantizeLinear", "", op))
             return
         self.covered.add(op)
         try:

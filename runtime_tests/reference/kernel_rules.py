@@ -34,7 +34,9 @@ __all__ = [
     "StaysFloat",
     "before_moves",
     "check_containers",
+    "is_basic_arithmetic",
     "is_coded",
+    "is_codes",
     "is_weight_only",
     "output_grid",
     "reason_without_kernel",
@@ -51,6 +53,8 @@ _THROUGH = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
 PROPAGATED = Operators(*(name for name in MOVES if facts(name).onnx in _THROUGH))
 """Moves that the runtime swaps with quantizers and dequantizers. All moves run on codes if they are between a
 dequantizer and a quantizer with the same parameters."""
+
+BASIC = Operators(*(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")))
 
 
 class StaysFloat(Exception):
@@ -113,6 +117,30 @@ def is_coded(node: object) -> bool:
         return False
     origin = before_moves(node)
     return origin.target is DEQUANTIZE and bind(origin)["axis"] is None
+
+
+def is_codes(node: fx.Node) -> bool:
+    """Return whether a value is codes that a quantizer wrote, moved, clipped, padded or selected since."""
+    if node.target is QUANTIZE:
+        return True
+    meta, operands = node.meta.get("tensor_meta"), node.all_input_nodes
+    is_integer = getattr(meta, "dtype", None) in (torch.uint8, torch.int8, torch.int16)
+    return node.op == "call_function" and is_integer and all(is_codes(x) or is_constant(x) for x in operands)
+
+
+def is_basic_arithmetic(node: fx.Node) -> bool:
+    """Return whether a value is an input, converted to float32, moved, and combined with constants, one at a time.
+
+    IEEE 754 decides every bit of it, and runtimes keep these operators as they are.
+    """
+    while node.op == "call_function":
+        operands = [x for x in node.all_input_nodes if not is_constant(x)]
+        to_float = node.target is aten._to_copy.default and node.kwargs.get("dtype") == torch.float32
+        combined = node.target in BASIC and node.kwargs.get("alpha", 1) == 1 and "rounding_mode" not in node.kwargs
+        if len(operands) != 1 or not (to_float or combined or node.target in PROPAGATED):
+            return False
+        node = operands[0]
+    return node.op == "placeholder"
 
 
 def _grids(program: fx.GraphModule, *nodes: Any) -> list[Grid]:
