@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 from runs import Results, Run
-from scores import Array, ratio, standard_error
+from scores import Array, standard_error
 
 from calibrators.errors import InputError
 from calibrators.grid.metrics import decibels
+from runtime_tests.measure.paired import ratio
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "docs"))
 

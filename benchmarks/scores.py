@@ -5,7 +5,7 @@ Must not know: where outputs come from, methods, files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,6 @@ from scipy.special import log_softmax
 Array = NDArray[Any]
 Outputs = tuple[Array, ...]
 """The outputs of a network for one batch, [n, ...] each."""
-
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +45,6 @@ class Scores:
     agreement: float | None
     noise: float
     per_sample: PerSample
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with the bounds of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def score(batches: Iterable[tuple[Outputs, Outputs, Array | None]]) -> Scores:
@@ -115,27 +103,3 @@ def divergence(exact: Array, found: Array) -> Array:
 def standard_error(values: Array) -> float:
     """Return the standard error of the mean of [n] values."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def ratio(pairs: Sequence[tuple[Array, Array]], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Return the ratio of two means over the same samples, with its 95 % paired bootstrap interval.
-
-    pairs: per network the values of a method and of what it is compared with, [n] each, the latter not all zero; of
-           several networks it is the geometric mean of their ratios.
-    """
-    logs = np.zeros(resamples)
-    value = 0.0
-    with np.errstate(divide="ignore"):  # a method without any divergence has the ratio 0
-        for found, reference in pairs:
-            means = _resampled_means(np.stack([found, reference], axis=1).astype(np.float64), resamples, seed)
-            logs += (np.log(means[:, 0]) - np.log(means[:, 1])) / len(pairs)
-            value += float(np.log(found.mean(dtype=np.float64)) - np.log(reference.mean(dtype=np.float64))) / len(pairs)
-    low, high = np.quantile(np.exp(logs), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(np.exp(value)), float(low), float(high))
-
-
-def _resampled_means(values: Array, resamples: int, seed: int) -> Array:
-    """Return means [resamples, k] over samples of [n, k] drawn with replacement; the same draws for the same n."""
-    draw, n = np.random.default_rng(seed), len(values)
-    counts = (np.bincount(draw.integers(0, n, n), minlength=n) for _ in range(resamples))
-    return np.stack([count @ values / n for count in counts])

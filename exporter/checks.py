@@ -62,7 +62,8 @@ def checked_data(
     """
     has_metric, has_eval = config.metric is not None, evaluation is not None
     evaluation, has_labels = _with_usable_labels(evaluation, gates, has_metric=has_metric)
-    check_measurable(gates, has_eval=has_eval, has_labels=has_labels, has_metric=has_metric)
+    has_baseline = config.baseline is not None
+    check_measurable(gates, has_eval=has_eval, has_labels=has_labels, has_metric=has_metric, has_baseline=has_baseline)
     if has_metric and not has_eval:
         raise InputError("--metric needs held-out data; give it with --eval, or leave the metric out.")
     calibration = data.take(config.calibration_batches)

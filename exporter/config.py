@@ -25,7 +25,7 @@ from calibrators.targets import DEFAULT_TARGET
 from exporter.frontend.axes import Axes, parse_axes, with_axes
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 
-__all__ = ["ExportConfig", "Setting", "list_settings", "load_config", "make_config"]
+__all__ = ["ExportConfig", "Job", "Setting", "config_schema", "list_settings", "load_config", "load_job", "make_config"]
 
 NO_EFFECT = frozenset(
     {
@@ -34,6 +34,7 @@ NO_EFFECT = frozenset(
         "sensitivity",
         "gates",
         "metric",
+        "baseline",
         "openvino",
         "prove_on",
         "parity_samples",
@@ -131,6 +132,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         panel=PROOF,
         metavar="FILE.py:NAME",
     )
+    baseline: str | None = setting(
+        None,
+        "An earlier bundle: the report lists the differences from it. Gates: `baseline_drop`, `baseline_error`, "
+        "`baseline_size`, `baseline_latency`, `baseline_now_float`.",
+        panel=PROOF,
+        metavar="DIR",
+    )
     openvino: bool = setting(
         False, "Prove the model in OpenVINO too, kernel by kernel; needs the extra `openvino`.", panel=PROOF
     )
@@ -187,6 +195,52 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class Job(Settings):
+    """What an export reads and where it writes: keys of the TOML file and flags beside the settings."""
+
+    model: str | None = setting(
+        None, "`file.py:factory`, `file.py:factory(width=0.5)`, or `.pt2`.", panel="", flag=None, metavar="MODEL"
+    )
+    data: str | None = setting(
+        None, "Calibration data: `.npz`, image folder or `file.py:callable`.", panel="", metavar="CALIB"
+    )
+    out: str | None = setting(
+        None, "Folder for the bundle; it must be empty or not exist yet.", panel="", metavar="DIR"
+    )
+    eval: str | None = setting(
+        None,
+        "Held-out data in the same forms as CALIB; with labels, accuracy is measured.",
+        panel="",
+        metavar="EVAL",
+    )
+    checkpoint: str | None = setting(
+        None, "Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", panel="", metavar="FILE"
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Where the weights are in the checkpoint: `ema`, `state_dict.teacher`; by default what fits best.",
+        panel="",
+        metavar="KEY",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `exporter.export`.
+
+        raises: InputError naming the first thing that is missing without which there is no export.
+        """
+        for name, flag in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
+            if getattr(self, name) is None:
+                raise InputError(f"{flag} is missing; give it, or write `{name} = ...` into the file of --config.")
+        return {
+            "model": self.model,
+            "data": self.data,
+            "out": Path(self.out or ""),
+            "eval_data": self.eval,
+            "checkpoint": self.checkpoint and Path(self.checkpoint),
+            "checkpoint_key": self.checkpoint_key,
+        }
+
+
 @dataclass(frozen=True)
 class Setting:
     """A setting as documentation and the command line show it; `flag` is empty where there is none."""
@@ -201,9 +255,9 @@ class Setting:
     repeatable: bool
 
 
-def list_settings() -> list[Setting]:
+def list_settings(model: type[Settings] = ExportConfig) -> list[Setting]:
     """Return every setting but the method's options, in the order of declaration."""
-    return [_described(name, field) for name, field in ExportConfig.model_fields.items() if name != "options"]
+    return [_described(name, field) for name, field in model.model_fields.items() if name != "options"]
 
 
 def _described(name: str, field: FieldInfo) -> Setting:
@@ -223,6 +277,37 @@ def _described(name: str, field: FieldInfo) -> Setting:
     )
 
 
+def load_job(
+    file: Path | None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+) -> tuple[Job, ExportConfig]:
+    """Return a whole export: a TOML file, overridden by flags, overridden by `key=value` texts.
+
+    The keys of the file are those of Job and of `load_config`. Its paths are relative to the current folder, as those
+    of the command line are.
+
+    raises: InputError naming the key.
+    """
+    values, given = _read_toml(file) if file is not None else {}, dict(flags or {})
+    parts = {name: values.pop(name) for name in Job.model_fields if name in values}
+    parts |= {name: value for name in Job.model_fields if (value := given.pop(name, None)) is not None}
+    try:
+        job = Job(**parts)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    return job, _merged(values, given, sets, "" if file is None else str(file))
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the TOML file of an export: the keys of Job and of ExportConfig."""
+    schema, job = ExportConfig.model_json_schema(), Job.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "An export of intact",
+        "properties": job["properties"] | schema["properties"],
+    }
+
+
 def load_config(
     file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> ExportConfig:
@@ -235,7 +320,11 @@ def load_config(
     raises: InputError naming the key.
     """
     values = _read_toml(file) if file is not None else {}
-    given = {key: value for key, value in (flags or {}).items() if value not in (None, [])}
+    return _merged(values, flags or {}, sets, str(file) if file is not None else "")
+
+
+def _merged(values: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[str], source: str) -> ExportConfig:
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
     if isinstance(before := values.get("layers", []), list) and "layers" in given:
         given["layers"] = [*before, *given["layers"]]
     elif "layers" in values:
@@ -247,7 +336,7 @@ def load_config(
             values[key] = value
         else:
             values["options"] = {**values.get("options", {}), key: value}
-    return make_config(values, str(file) if file is not None else "")
+    return make_config(values, source)
 
 
 def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
@@ -276,7 +365,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    """Return settings by name; TOML has no null, so the text "none" stands for it, as in `--set`."""
+    return {str(key).replace("-", "_"): None if value == "none" else value for key, value in values.items()}
 
 
 def _rule(given: object) -> LayerRule:

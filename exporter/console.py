@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic_core import to_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from calibrators.errors import InputError, IntactError, first_line
 
-__all__ = ["INTERNAL_FAULT", "INTERRUPTED", "print_table", "reported_errors"]
+__all__ = ["INTERNAL_FAULT", "INTERRUPTED", "check_folder_of", "print_json", "print_table", "reported_errors"]
 
 INTERNAL_FAULT = 70
 """EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
@@ -63,6 +65,22 @@ def _described(error: Exception) -> tuple[str, str, int]:
 
 def _complain(message: str, prefix: str) -> None:
     Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
+
+
+def check_folder_of(path: Path) -> None:
+    """Check that a file can be put where it is asked for, before any work.
+
+    raises: InputError if its folder does not exist, or if it is a folder itself.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON: dataclasses as objects, numbers that are not finite as null."""
+    print(to_json(value, indent=2, inf_nan_mode="null").decode())
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str = "", **style: Any) -> None:

@@ -25,6 +25,7 @@ from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
 from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
+from exporter.comparing.compare import Export, compare, read_export
 from exporter.config import ExportConfig, make_config
 from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
@@ -37,8 +38,9 @@ from exporter.frontend.capture import capture
 from exporter.frontend.declared import other_size
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
-from exporter.handover.bundle import check_out, write_bundle
+from exporter.handover.bundle import check_out, sha256_of, write_bundle
 from exporter.handover.golden_set import CHECK, write_golden_set
+from exporter.handover.scores import SCORES, write_scores
 from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, cut, feed
 from exporter.inputs.data import Data
 from exporter.inputs.metric import Metric, joined, load_metric
@@ -53,6 +55,7 @@ from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
+from runtime_tests.measure.paired import SampleScores
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.meant_for import EXACT_ON_KEY
 from runtime_tests.ort.saturation import saturation
@@ -109,6 +112,7 @@ def export(
         config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
     check_settings(config)
     gates = gates_of(config.gates, config.proving_runtimes)
+    baseline = read_export(Path(config.baseline)) if config.baseline is not None else None
     given, evaluation = open_both(data, eval_data, config)
     notes: list[str] = []
     if isinstance(model, str):
@@ -127,6 +131,9 @@ def export(
         work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         report = judge(report, gates)
+        if baseline is not None:
+            this = Export(str(out), report, work.scores, sha256_of(work.folder / "model.onnx"))
+            report = judge(replace(report, baseline=compare(baseline, this)), gates)
         write_bundle(
             out,
             files=work.move_files,
@@ -157,6 +164,7 @@ class _Export:
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
         self.times = dict.fromkeys(STEPS, 0.0)
         self.warnings: list[str] = []
+        self.scores: SampleScores | None = None
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -210,6 +218,9 @@ class _Export:
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
         warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
         report = replace(report, warnings=tuple(warnings))
+        if proof.accuracy is not None:
+            self.scores = proof.accuracy.by_sample
+            write_scores(self.folder, self.scores)
         values = proof.golden_values(self.target.exact_on)
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
@@ -232,10 +243,9 @@ class _Export:
 
     def move_files(self, target: Path) -> None:
         """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
-        for path in self.folder.glob("model.onnx*"):
-            shutil.move(path, target / path.name)
-        shutil.move(self.folder / CHECK, target / CHECK)
-        shutil.move(self.folder / "golden", target / "golden")
+        for path in [*self.folder.glob("model.onnx*"), *(self.folder / name for name in (CHECK, SCORES, "golden"))]:
+            if path.exists():
+                shutil.move(path, target / path.name)
 
     def _check_folding(self, graph: fx.GraphModule, result: CalibrationResult, batch: Batch) -> None:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""

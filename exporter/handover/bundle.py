@@ -28,6 +28,7 @@ from onnx import numpy_helper
 from calibrators.errors import InputError
 from exporter.config import NO_EFFECT
 from exporter.handover.readme import render_readme
+from exporter.handover.scores import SCORES
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
 from exporter.reporting.schema import Report, dump, dump_json
@@ -260,8 +261,8 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
-    report_files = ("report.json", "report.html", "junit.xml", "README.md")  # these hold measured times
-    artifact = {name: entry["sha256"] for name, entry in files.items() if name not in report_files}
+    measured = ("report.json", "report.html", "junit.xml", "README.md", SCORES)  # times, and outputs of float operators
+    artifact = {name: entry["sha256"] for name, entry in files.items() if name not in measured}
     environment = report.get("environment", {})
     return {
         "schema": _MANIFEST_VERSION,
@@ -288,8 +289,13 @@ def _digest(value: object) -> str:
 
 
 def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file, as manifests list it."""
     with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify_manifest(bundle: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Metric:
     needs_eval: bool = False
     needs_labels: bool = False
     needs_metric: bool = False
+    needs_baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def _is_path(name: str) -> bool:
     return name in metric_paths() or ("." in name and f"{name.rpartition('.')[0]}.*" in metric_paths())
 
 
-def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool, has_metric: bool = False) -> None:
+def check_measurable(
+    gates: Iterable[Gate], *, has_eval: bool, has_labels: bool, has_metric: bool = False, has_baseline: bool = False
+) -> None:
     """Raise InputError, naming gate and data, unless the data at hand can answer every gate.
 
     Call it before the work starts.
@@ -156,6 +159,8 @@ def check_measurable(gates: Iterable[Gate], *, has_eval: bool, has_labels: bool,
                 f"gate {gate.expression!r} needs a metric of yours; give --metric file.py:function, or gate on "
                 "accuracy_drop, agreement or sqnr_db."
             )
+        if gate.name in METRICS and METRICS[gate.name].needs_baseline and not has_baseline:
+            raise InputError(f"gate {gate.expression!r} needs an earlier bundle; give it with --baseline.")
         if needs_labels and not has_labels:
             raise InputError(
                 f"gate {gate.expression!r} needs labels in the --eval data; add them (`labels` in an .npz, or "
@@ -239,6 +244,21 @@ def _float_mismatch_rate(report: Report) -> float | None:
     if mismatched is None or values is None:
         return None
     return mismatched / values if values else 0.0
+
+
+def _figure_ratio(name: str) -> Callable[[Report], float | None]:
+    """Return a reader of the ratio of a figure to that of the baseline."""
+
+    def value(report: Report) -> float | None:
+        figures = (report.get("baseline") or {}).get("figures", ())
+        return next((figure["ratio"] for figure in figures if figure["name"] == name), None)
+
+    return value
+
+
+def _now_float(report: Report) -> float | None:
+    baseline = report.get("baseline")
+    return None if baseline is None else float(len(baseline["now_float"]))
 
 
 def _sqnr(report: Report) -> float | None:
@@ -349,6 +369,30 @@ METRICS: dict[str, Metric] = {
     "size": Metric("bytes of the quantized model", _path("size.bytes"), "bytes"),
     "size_ratio": Metric(
         "bytes of the quantized model over bytes of the float model", _over("size.bytes", "size.float_bytes")
+    ),
+    "baseline_drop": Metric(
+        "score of the baseline minus this score, on the same samples",
+        _path("baseline.drop.drop.value"),
+        needs_eval=True,
+        needs_labels=True,
+        needs_baseline=True,
+    ),
+    "baseline_error": Metric(
+        "error against the float model over that of the baseline, on the same samples",
+        _path("baseline.error.value"),
+        "number",
+        needs_eval=True,
+        needs_baseline=True,
+    ),
+    "baseline_size": Metric("bytes over bytes of the baseline", _figure_ratio("size"), "number", needs_baseline=True),
+    "baseline_latency": Metric(
+        "time over time of the baseline, each as its export measured it",
+        _figure_ratio("latency"),
+        "number",
+        needs_baseline=True,
+    ),
+    "baseline_now_float": Metric(
+        "compute nodes in float that the baseline lacks", _now_float, "number", needs_baseline=True
     ),
     UNPROVED: Metric(
         "runtimes that refuse the file, or in which values differ by more than is allowed, each from the runtime's own "

@@ -71,7 +71,10 @@ def compared(before: object, after: object, less: str, more: str) -> str:
 def points(value: object) -> str:
     """Write a difference of shares in points: 0.001 -> 0.10 points, with the minus sign U+2212."""
     number = measured(value)
-    return DASH if number is None else f"{number * 100:+.2f}".replace("-", "−").removeprefix("+") + " points"
+    if number is None:
+        return DASH
+    shown = round(number * 100, 2) + 0.0  # no negative zero
+    return f"{shown:.2f} points".replace("-", "−")
 
 
 def decibel(value: object) -> str:

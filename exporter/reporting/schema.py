@@ -32,6 +32,7 @@ from calibrators.record import (
     Settled,
 )
 from exporter.folding.fold_regions import FoldReport
+from exporter.reporting.difference import Difference
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.sections import Emission, Environment, Model, Sizes, Storage
 from runtime_tests.measure.accuracy import Accuracy
@@ -177,6 +178,7 @@ class Report:
     warnings: tuple[str, ...] | None = None
     config: Annotated[dict[str, Any], AfterValidator(_repeatable)] | None = None
     data: DataSources | None = None
+    baseline: Difference | None = None
 
 
 @cache

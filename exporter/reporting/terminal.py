@@ -23,7 +23,7 @@ from exporter.reporting.where import INEXACT, not_exact_here, where_rows
 from runtime_tests.parity.results import ProvedOn
 from runtime_tests.reference.where_exact import Holds
 
-__all__ = ["verdict_panel"]
+__all__ = ["summary_rows", "verdict_panel"]
 
 WARNINGS = 5
 """Warnings that the box shows; the report has all."""
@@ -36,7 +36,7 @@ _number = partial(significant, digits=6, missing="not measured", minus="-")
 def verdict_panel(report: Mapping[str, Any], folder: Path, *, page: str = "report") -> Panel:
     """Sum up a report in a box; page: title of the line that names the page in the bundle."""
     table = Table.grid(padding=(0, 2))
-    for name, value in (*_summary(report), (page, escape(_printable(folder / "report.html")))):
+    for name, value in (*summary_rows(report), (page, escape(_printable(folder / "report.html")))):
         table.add_row(f"[bold]{name}[/bold]", value)
     title, colour = ("PASS", "green") if report["verdict"] == "pass" else ("FAIL", "red")
     return Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False)
@@ -47,7 +47,8 @@ def _printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _summary(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the box, names and values in rich's markup."""
     entries = [Holds(**each) for each in report.get("holds", ())]
     proofs = TypeAdapter(list[ProvedOn]).validate_python(report.get("proved_on", []))
     accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]

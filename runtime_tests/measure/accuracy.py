@@ -1,7 +1,7 @@
 """Measure how much accuracy quantization costs, from outputs that arrive batch by batch.
 
-The float model, the reference program and the runtime are compared on the same samples. Nothing but counts
-and float64 sums is kept: memory does not grow, and the split of the samples into batches does not matter.
+The float model, the reference program and the runtime are compared on the same samples. Counts, float64 sums and five
+bytes for every sample are kept, and the split of the samples into batches does not matter.
 
 Must not know: where the outputs come from.
 """
@@ -13,20 +13,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax, ndtri
+from scipy.special import log_softmax
 
 from calibrators.errors import DataError
 from calibrators.grid.metrics import decibels
 from runtime_tests.measure.outputs import OutputAccuracy, masked
+from runtime_tests.measure.paired import SampleScores, paired_interval
 
-__all__ = ["Accuracy", "RunningAccuracy", "Triple", "paired_interval"]
+__all__ = ["Accuracy", "RunningAccuracy", "Triple"]
 
 Array = NDArray[Any]
 Real: TypeAlias = float
 """The builtin, in classes with a field of that name."""
 
 NETWORKS = ("float", "reference", "runtime")
-CONFIDENCE = 0.95
 TOP = 5
 BEYOND = 1e30
 """Stands for an infinite score, whose difference from itself is not a number."""
@@ -87,6 +87,8 @@ class RunningAccuracy:
     _divergence: float = 0.0
     _lost: int = 0
     _gained: int = 0
+    _errors: list[Array] = field(default_factory=list)
+    _right: list[Array] = field(default_factory=list)
 
     def update(
         self, float_outputs: ArrayLike, reference: ArrayLike, runtime: ArrayLike, labels: ArrayLike | None = None
@@ -109,6 +111,8 @@ class RunningAccuracy:
             self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
         if self.classifier:
             self._add_classes({name: np.where(hidden, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
+        else:
+            self._add_errors(((exact["runtime"] - exact["float"]) ** 2).reshape(len(truth), -1).sum(1))
         if checked is not None:
             self.classes, self.highest = truth.shape[1], max(self.highest, int(checked.max()))
             self._add_ranks({name: _rank(each, checked) for name, each in outputs.items()})
@@ -204,7 +208,12 @@ class RunningAccuracy:
         for name, each in outputs.items():
             self._agree[name] += int(np.sum(each.argmax(1) == best))
         p, q = log_softmax(outputs["float"], axis=1), log_softmax(outputs["runtime"], axis=1)
-        self._divergence += float(np.sum(np.exp(p) * (p - q)))
+        divergence = np.sum(np.exp(p) * (p - q), axis=1)
+        self._divergence += float(np.sum(divergence))
+        self._add_errors(divergence)
+
+    def _add_errors(self, errors: Array) -> None:
+        self._errors.append(errors.astype(np.float32))
 
     def _add_ranks(self, ranks: dict[str, Array]) -> None:
         for name, rank in ranks.items():
@@ -213,20 +222,13 @@ class RunningAccuracy:
         before, after = ranks["float"] == 0, ranks["runtime"] == 0
         self._lost += int(np.sum(before & ~after))
         self._gained += int(np.sum(after & ~before))
+        self._right.append(after)
 
-
-def paired_interval(lost: int, gained: int, samples: int) -> tuple[float, float]:
-    """Return the confidence interval of a difference of two proportions measured on the same samples.
-
-    lost, gained: number of samples that only the first network gets right, and only the second.
-    returns:      bounds of p(first) - p(second), within [-1, 1]; never empty, even for lost = gained = 0.
-    source:       Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions
-                  based on paired data: one sample is added to each discordant cell.
-    """
-    first, second = (lost + 1) / (samples + 2), (gained + 1) / (samples + 2)
-    difference = first - second
-    error = float(ndtri((1 + CONFIDENCE) / 2)) * float(np.sqrt((first + second - difference**2) / (samples + 2)))
-    return max(-1.0, difference - error), min(1.0, difference + error)
+    @property
+    def by_sample(self) -> SampleScores:
+        """The scores of every sample in the runtime."""
+        right = np.concatenate(self._right) if self._right else None
+        return SampleScores(np.concatenate([np.zeros(0, np.float32), *self._errors]), right)
 
 
 def _rank(outputs: Array, labels: Array) -> Array:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scores import Interval, divergence, ratio, score, standard_error
+from scores import divergence, score, standard_error
+
+from runtime_tests.measure.paired import Interval, ratio
 
 
 def logits(*rows: tuple[float, ...]) -> np.ndarray:

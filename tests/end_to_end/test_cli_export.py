@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from exporter.cli import app
 from exporter.console import INTERRUPTED
 from exporter.handover.bundle import write_bundle
+from exporter.reporting.ci import workflow_commands
 
 NETWORK = """
 import torch
@@ -140,6 +141,7 @@ def test_an_export_writes_the_bundle_and_tells_the_verdict(
         "golden",
         "check.py",
         "README.md",
+        "evaluation.npz",
     }
     assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing stays beside the bundle"
     report = report_of(out)
@@ -187,6 +189,46 @@ def test_an_interrupt_half_way_leaves_nothing(files: Path, tmp_path: Path, how: 
     assert {path.name for path in tmp_path.iterdir()} == {"net.py", "tmp", "running"}
     left = [path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith(MADE_BY_LIBRARIES)]
     assert left == []
+
+
+def test_an_export_is_compared_with_an_earlier_one(
+    shell: tuple[subprocess.CompletedProcess[str], Path], intact: Callable[..., Result], files: Path, tmp_path: Path
+) -> None:
+    """The second one has another method and fails a gate on the difference; it says so where CI looks."""
+    _, earlier = shell
+    gates = ("--gate", "baseline_drop<=0.9", "--gate", "baseline_error<=0.5", "--gate", "baseline_now_float==0")
+    data = ("--eval", f"{files}/evaluation.npz", "--method", "minmax", "--summary", f"{tmp_path}/summary.md")
+    result = intact("--baseline", str(earlier), *gates, *data, "--json")
+    assert result.exit_code == 1, result.output
+    report = json.loads(result.stdout)
+    assert report == report_of(tmp_path / "out")
+    baseline, old = report["baseline"], report_of(earlier)
+    assert baseline["before"] == str(earlier) and baseline["verdicts"] == ["pass", "pass"]
+    assert {"name": "method", "before": "gptq", "after": "minmax"} in baseline["settings"]
+    assert baseline["error"]["value"] == pytest.approx(
+        report["accuracy"]["mean_kl"] / old["accuracy"]["mean_kl"], rel=1e-4
+    )
+    drop = old["accuracy"]["runtime"] - report["accuracy"]["runtime"]
+    assert baseline["drop"]["drop"]["value"] == pytest.approx(drop)
+    failed = [gate["name"] for gate in report["gates"] if not gate["passed"]]
+    assert failed == ["baseline_error"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.startswith("## FAIL: out") and "baseline\\_error" in summary
+
+
+def test_github_gets_a_summary_and_annotations(
+    shell: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out = shell
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    (tmp_path / "page.md").write_text("# Earlier step\n")
+    report = report_of(out)
+    report["gates"] = [{"name": "size", "limit": 1.0, "value": 2.0, "passed": False, "expression": "size<=1"}]
+    assert list(workflow_commands(report)) == ["::error title=intact::size is 2, the limit is 1"]
+    assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 0
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Earlier step\n## PASS: out") and "| parity | 0 of " in page
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import RunningAccuracy, paired_interval
+from runtime_tests.measure.accuracy import RunningAccuracy
+from runtime_tests.measure.paired import paired_interval
 
 CLASSES, SAMPLES = 12, 300
 ROUNDING = 1e-12

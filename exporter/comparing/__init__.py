@@ -1,0 +1,1 @@
+"""Compare two exports: accuracy by sample, size, speed, layers, settings and origins."""
