@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError, no_file
+from calibrators.errors import InputError, UnknownNameError, no_file
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
@@ -25,7 +26,7 @@ from calibrators.targets import DEFAULT_TARGET
 from exporter.frontend.axes import Axes, parse_axes, with_axes
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 
-__all__ = ["ExportConfig", "Job", "Setting", "config_schema", "list_settings", "load_config", "load_job", "make_config"]
+__all__ = ["ExportConfig", "Job", "Setting", "config_schema", "list_settings", "load_job", "make_config"]
 
 NO_EFFECT = frozenset(
     {
@@ -278,23 +279,24 @@ def _described(name: str, field: FieldInfo) -> Setting:
 
 
 def load_job(
-    file: Path | None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> tuple[Job, ExportConfig]:
     """Return a whole export: a TOML file, overridden by flags, overridden by `key=value` texts.
 
-    The keys of the file are those of Job and of `load_config`. Its paths are relative to the current folder, as those
-    of the command line are.
-
+    file:  keys are fields of Job and of ExportConfig (dashes or underscores), the method's options are in a table
+           `[options]`, each rule for layers in a table `[[layers]]`. Its paths are relative to the current folder, as
+           those of the command line are.
+    flags: None and [] are flags that were not given; `layers` come after those of the file, for later rules win.
+    sets:  `key=value`; a key that is a setting sets it, any other key is an option of the method.
     raises: InputError naming the key.
     """
-    values, given = _read_toml(file) if file is not None else {}, dict(flags or {})
+    values, source = (_read_toml(file), str(file)) if file is not None else ({}, "")
+    given = {key: value for key, value in (flags or {}).items() if value not in (None, [])}
     parts = {name: values.pop(name) for name in Job.model_fields if name in values}
-    parts |= {name: value for name in Job.model_fields if (value := given.pop(name, None)) is not None}
-    try:
+    parts |= {name: given.pop(name) for name in Job.model_fields if name in given}
+    with _errors_of(source):
         job = Job(**parts)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    return job, _merged(values, given, sets, "" if file is None else str(file))
+    return job, make_config(_merged(values, given, sets), source)
 
 
 def config_schema() -> dict[str, Any]:
@@ -308,23 +310,8 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def load_config(
-    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
-) -> ExportConfig:
-    """Return the settings of a TOML file, overridden by flags, overridden by `key=value` texts.
-
-    file:  keys are fields (dashes or underscores), the method's options are in a table `[options]`, each rule for
-           layers in a table `[[layers]]`.
-    flags: None and [] are flags that were not given; `layers` come after those of the file, for later rules win.
-    sets:  `key=value`; a key that is a field sets the field, any other key is an option of the method.
-    raises: InputError naming the key.
-    """
-    values = _read_toml(file) if file is not None else {}
-    return _merged(values, flags or {}, sets, str(file) if file is not None else "")
-
-
-def _merged(values: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[str], source: str) -> ExportConfig:
-    given = {key: value for key, value in flags.items() if value not in (None, [])}
+def _merged(values: dict[str, Any], given: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of a file, overridden by flags and texts."""
     if isinstance(before := values.get("layers", []), list) and "layers" in given:
         given["layers"] = [*before, *given["layers"]]
     elif "layers" in values:
@@ -336,7 +323,7 @@ def _merged(values: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[str
             values[key] = value
         else:
             values["options"] = {**values.get("options", {}), key: value}
-    return make_config(values, source)
+    return values
 
 
 def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
@@ -344,14 +331,22 @@ def make_config(values: Mapping[str, Any], source: str = "") -> ExportConfig:
 
     raises: InputError naming the key and its source, with near misses for a key that is no setting.
     """
-    try:
+    with _errors_of(source):
+        if source and (strangers := values.keys() - ExportConfig.model_fields.keys()):
+            unknown = UnknownNameError("setting", min(strangers), [*Job.model_fields, *ExportConfig.model_fields])
+            raise InputError(f"{unknown} Options of the method belong in the table [options].")
         return ExportConfig(**values)
+
+
+@contextmanager
+def _errors_of(source: str) -> Iterator[None]:
+    """Put the name of the file before the message of an error, if there is a file."""
+    try:
+        yield
     except InputError as error:
         if not source:
             raise
-        hint = " Options of the method belong in the table [options]."
-        known = ExportConfig.model_fields.keys() >= values.keys()
-        raise InputError(f"{source}: {error}{'' if known else hint}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

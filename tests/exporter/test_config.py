@@ -10,12 +10,17 @@ from pydantic import ValidationError
 
 from calibrators.errors import InputError
 from calibrators.placement.layer_rules import LayerRule
-from exporter.config import ExportConfig, list_settings, load_config, make_config
+from exporter.config import ExportConfig, list_settings, load_job, make_config
 
 
 def toml(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def load_config(*given: Any, **named: Any) -> ExportConfig:
+    """Return the settings without the job."""
+    return load_job(*given, **named)[1]
 
 
 def test_flags_override_the_file_and_sets_override_flags(tmp_path: Path) -> None:
