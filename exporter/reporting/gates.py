@@ -29,6 +29,7 @@ __all__ = [
     "Metric",
     "check_measurable",
     "evaluate",
+    "needs_baseline",
     "needs_labels",
     "parse",
     "renamed",
@@ -159,7 +160,7 @@ def check_measurable(
                 f"gate {gate.expression!r} needs a metric of yours; give --metric file.py:function, or gate on "
                 "accuracy_drop, agreement or sqnr_db."
             )
-        if gate.name in METRICS and METRICS[gate.name].needs_baseline and not has_baseline:
+        if needs_baseline(gate) and not has_baseline:
             raise InputError(f"gate {gate.expression!r} needs an earlier bundle; give it with --baseline.")
         if needs_labels and not has_labels:
             raise InputError(
@@ -171,6 +172,11 @@ def check_measurable(
 def needs_labels(gate: Gate) -> bool:
     """Return whether a gate is on a score that is measured with labels."""
     return _needs(gate.name)[1]
+
+
+def needs_baseline(gate: Gate) -> bool:
+    """Return whether a gate is on a difference from an earlier export."""
+    return METRICS[gate.name].needs_baseline if gate.name in METRICS else gate.name.startswith("baseline.")
 
 
 def _needs(name: str) -> tuple[bool, bool]:
