@@ -6,6 +6,7 @@ Pooling and resizing
 - adaptive average pooling to a divisor of the size -> average pooling
 - average pooling of a sequence -> the same of an image of height 1
 - average pooling with ceil_mode or divisor_override -> padding, plain average pooling, a factor per position
+- adaptive max pooling to 1 -> amax, to a divisor of the size -> max pooling
 - max pooling with unused indices -> max pooling; maxima and minima along an axis -> amax, amin
 - resizing to a multiple of the size -> resizing by that factor
 
@@ -132,6 +133,14 @@ def _whole_windows(x: fx.Node, sizes: Sequence[int]) -> list[int] | None:
     return [old // new for old, new in zip(before, sizes, strict=True)]
 
 
+def _pool_of_volume(node: fx.Node) -> None:
+    x, sizes = bind(node).values()
+    if {*sizes} == {1}:
+        replace_call(node, (aten.mean.dim, (x, [-3, -2, -1], True)))
+    elif kernel := _whole_windows(x, sizes):
+        replace_call(node, (aten.avg_pool3d.default, (x, kernel, kernel)))
+
+
 def _has_free(x: fx.Node, space: int) -> bool:
     """Return whether one of the last axes of a value has a free size."""
     return any(is_free(x, axis) for axis in range(-space, 0))
@@ -185,15 +194,19 @@ def _average_pool(node: fx.Node) -> None:
 
 
 def _max_pool(node: fx.Node) -> None:
-    """Drop the indices of the maxima where nothing reads them."""
-    bound, rank = bind(node), len(shape_of(bind(node)["self"]))
+    """Drop the indices of the maxima where nothing reads them; adaptive pools become plain ones or maxima."""
+    x, (sizes, *_) = node.args[0], node.args[1:]
+    assert isinstance(x, fx.Node)
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         return
     call: Call = (aten.max_pool2d.default, node.args)
-    if node.target is aten.adaptive_max_pool2d.default:
-        if list(bound["output_size"]) != [1, 1]:
-            return
-        call = (aten.amax.default, (bound["self"], [rank - 2, rank - 1], True))
+    if (plain := ADAPTIVE_MAXIMA.get(node.target)) is not None:
+        call = (aten.amax.default, (x, list(range(-len(sizes), 0)), True))
+        if {*sizes} != {1}:
+            kernel = _whole_windows(x, sizes)
+            if kernel is None or len(shape_of(x)) != len(sizes) + 2:
+                return
+            call = (plain, (x, kernel, kernel))
     for user in list(node.users):
         replace_call(user, call)
 
@@ -367,12 +380,20 @@ def _free(node: fx.Node) -> list[int]:
 
 BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
+ADAPTIVE_MAXIMA = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
+"""By adaptive max pool, the plain one."""
+
 RULES: dict[Any, tuple[Rule, ...]] = {
     aten.mean.dim: (_spatial_mean,),
     aten.adaptive_avg_pool2d.default: (_adaptive_pool,),
     aten.adaptive_avg_pool1d.default: (_pool_of_sequence,),
+    aten.adaptive_avg_pool3d.default: (_pool_of_volume,),
     **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default), (_average_pool,)),
-    **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default), (_max_pool,)),
+    **dict.fromkeys((*ADAPTIVE_MAXIMA, aten.max_pool2d_with_indices.default), (_max_pool,)),
     **dict.fromkeys((aten.max.dim, aten.min.dim), (_extreme,)),
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), (_resize,)),
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), (_bias,)),

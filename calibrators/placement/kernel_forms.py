@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from calibrators.graph.aten import bind, shape_of
-from calibrators.graph.operators import name_of
+from calibrators.graph.operators import facts, name_of
 from calibrators.grid.target import Form, Target
 
 __all__ = ["is_float", "missing_form"]
 
-IMAGES = 4
-"""Dimensions of a batch of images: samples, channels, rows, columns."""
+IMAGE = 2
+"""Spatial dimensions of an image; pools that go by another number state it (calibrators.graph.operators)."""
 
 
 def is_float(node: fx.Node) -> bool:
@@ -43,7 +43,10 @@ _CHECKS: Mapping[Form, tuple[Callable[[fx.Node], bool], str]] = {
         lambda node: list(bind(node)["output_size"]) == [1, 1],
         "only pooling to 1x1 has an integer kernel",
     ),
-    "images": (lambda node: len(shape_of(node)) == IMAGES, "only a batch of images has an integer kernel"),
+    "images": (
+        lambda node: len(shape_of(node)) == 2 + (facts(node.target).spatial or IMAGE),
+        "only a batch of images has an integer kernel",
+    ),
     "whole-windows": (
         lambda node: not bind(node)["ceil_mode"],
         "average pooling with ceil_mode has no integer kernel",

@@ -71,6 +71,21 @@ def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
     return op.MatMul(_tensor(rows), op.MatMul(x, _tensor(columns.T.copy())))
 
 
+def _adaptive_avg_pool3d(x: Any, output_size: Any) -> Any:
+    """Pool by a divisor where that is possible, else multiply by a matrix of averages along every axis."""
+    before, after = list(x.shape)[-3:], list(output_size)
+    if after == [1, 1, 1]:
+        return op.ReduceMean(x, _tensor(np.array([-3, -2, -1])), keepdims=1)
+    if all(old % new == 0 for old, new in zip(before, after, strict=True)):
+        kernel = [old // new for old, new in zip(before, after, strict=True)]
+        return op.AveragePool(x, kernel_shape=kernel, strides=kernel)
+    depth = _averages(before[0], after[0])
+    planes = op.MatMul(_tensor(depth), op.Reshape(x, _tensor(np.array([0, 0, before[0], -1]))))
+    volume = op.Reshape(planes, _tensor(np.array([0, 0, after[0], *before[1:]])))
+    rows, columns = (_averages(old, new) for old, new in zip(before[1:], after[1:], strict=True))
+    return op.MatMul(_tensor(rows), op.MatMul(volume, _tensor(columns.T.copy())))
+
+
 def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return [after, before] whose row i averages floor(i * before / after) to ceil((i + 1) * before / after)."""
     matrix = np.zeros((after, before), np.float32)
@@ -171,6 +186,7 @@ ONNX_FORMS: dict[Any, Any] = {
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     torch.ops.aten.clamp.default: _clamp,
     torch.ops.aten.clamp.Tensor: _clamp_tensor,
     torch.ops.aten.constant_pad_nd.default: _pad,

@@ -319,15 +319,11 @@ def _global_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], 
     return partial(kernels.global_average_pool, x=x, y=y)
 
 
-def _average_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    size = bound["kernel_size"]
-    kernel, stride, padding = ((v * 2)[:2] for v in map(tuple, (size, bound["stride"] or size, bound["padding"])))
-    return partial(
-        kernels.average_pool,
-        x=x,
-        y=y,
-        geometry=kernels.PoolGeometry(kernel, stride, padding, bound["count_include_pad"]),
-    )
+def _average_pool(space: int, bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
+    stride = bound["stride"] or bound["kernel_size"]
+    kernel, stride, padding = (_per_axis(v, space) for v in (bound["kernel_size"], stride, bound["padding"]))
+    geometry = kernels.PoolGeometry(kernel, stride, padding, bound["count_include_pad"])
+    return partial(kernels.average_pool, x=x, y=y, geometry=geometry)
 
 
 def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
@@ -378,7 +374,8 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: _mul,
     aten.cat.default: _cat,
     aten.adaptive_avg_pool2d.default: _unary("QLinearGlobalAveragePool", _global_pool),
-    aten.avg_pool2d.default: _unary("QLinearAveragePool", _average_pool),
+    aten.avg_pool2d.default: _unary("QLinearAveragePool", partial(_average_pool, 2)),
+    aten.avg_pool3d.default: _unary("QLinearAveragePool", partial(_average_pool, 3)),
     aten.sigmoid.default: _sigmoid,
     aten.leaky_relu.default: _unary("QLinearLeakyRelu", _leaky_relu),
     aten.softmax.int: _unary("QLinearSoftmax", _softmax),

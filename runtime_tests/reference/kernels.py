@@ -20,9 +20,10 @@ Must not know: graphs, programs, sessions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any, cast
 
 import numpy as np
@@ -124,11 +125,11 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class PoolGeometry:
-    """The moves of a two-dimensional averaging window."""
+    """The moves of an averaging window, one number per spatial axis."""
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     count_include_pad: bool
 
 
@@ -360,23 +361,22 @@ def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
 
 
 def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Tensor:
-    """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, height, width] -> codes."""
-    (kh, kw), (sh, sw), (ph, pw) = geometry.kernel, geometry.stride, geometry.padding
-    values = functional.pad(x.values(codes), (pw, pw, ph, ph))
-    height = (values.shape[-2] - kh) // sh + 1
-    width = (values.shape[-1] - kw) // sw + 1
+    """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, *space] -> codes."""
+    kernel, stride, space = geometry.kernel, geometry.stride, len(geometry.kernel)
+    widths = [width for each in reversed(geometry.padding) for width in (each, each)]
+    values = functional.pad(x.values(codes), widths)
+    sizes = [(n - k) // s + 1 for n, k, s in zip(values.shape[-space:], kernel, stride, strict=True)]
 
     def window_sum(image: Tensor) -> Tensor:
-        total = torch.zeros(*image.shape[:-2], height, width)
-        for i in range(kh):
-            for j in range(kw):
-                total += image[..., i : i + sh * (height - 1) + 1 : sh, j : j + sw * (width - 1) + 1 : sw]
+        total = torch.zeros(*image.shape[:-space], *sizes)
+        for offsets in product(*map(range, kernel)):
+            cells = (slice(at, at + s * (n - 1) + 1, s) for at, s, n in zip(offsets, stride, sizes, strict=True))
+            total += image[(..., *cells)]
         return total
 
-    inside = torch.ones(codes.shape[-2:])
-    count = torch.tensor(float(kh * kw))
+    count = torch.tensor(float(math.prod(kernel)))
     if not geometry.count_include_pad:
-        count = window_sum(functional.pad(inside, (pw, pw, ph, ph)))
+        count = window_sum(functional.pad(torch.ones(codes.shape[-space:]), widths))
     return _saturate((window_sum(values) / count) / y.scale + y.zero_point, y)
 
 

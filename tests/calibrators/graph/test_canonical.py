@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
 from calibrators.graph.canonical import clip_bounds, to_integer_forms
-from exporter.emission.build_model import emit
+from exporter.emission.build_model import emit, emit_float
 from exporter.frontend.capture import capture
 from runtime_tests.proof import validate
 from tests.support.networks import Function, randomize
@@ -69,6 +70,28 @@ def test_form_is_equal(function: Callable[[Tensor], Tensor], operators: set[obje
     assert found == operators
     tolerance = FUSED if function in (F.silu, F.hardsigmoid, F.hardswish) else 0.0
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("function", "operators"),
+    [
+        pytest.param(lambda x: F.adaptive_avg_pool3d(x, 1), {aten.mean.dim}, id="mean"),
+        pytest.param(lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)), {aten.avg_pool3d.default}, id="divisor"),
+        pytest.param(lambda x: F.adaptive_avg_pool3d(x, (3, 3, 4)), {aten.adaptive_avg_pool3d.default}, id="uneven"),
+        pytest.param(lambda x: F.adaptive_max_pool3d(x, 1), {aten.amax.default}, id="maximum"),
+        pytest.param(lambda x: F.adaptive_max_pool3d(x, (2, 3, 1)), {aten.max_pool3d.default}, id="maxima"),
+    ],
+)
+def test_pools_of_volumes_are_plain_and_have_an_onnx_form(
+    function: Callable[[Tensor], Tensor], operators: set[object], tmp_path: Path
+) -> None:
+    x = torch.randn(2, 3, 4, 6, 5)
+    found, result, expected = forms(function, x)
+    assert found == operators
+    torch.testing.assert_close(result, expected, rtol=0, atol=FUSED)
+    emit_float(capture(Function(function), x), tmp_path / "model.onnx")
+    [written] = InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(written), expected, rtol=0, atol=FUSED)
 
 
 def test_linear_on_tokens_becomes_a_matrix_product() -> None:

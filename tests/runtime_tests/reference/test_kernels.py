@@ -5,6 +5,7 @@ Every comparison asks for 0 differing codes (or float bits) and that the kernel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -532,6 +533,8 @@ POOLS = {
     "3x3-padded": PoolGeometry((3, 3), (2, 2), (1, 1), True),
     "3x3-padding-not-counted": PoolGeometry((3, 3), (1, 1), (1, 1), False),
     "2x3": PoolGeometry((2, 3), (1, 2), (0, 1), True),
+    "volume": PoolGeometry((2, 3, 2), (2, 1, 2), (1, 1, 0), True),
+    "volume-padding-not-counted": PoolGeometry((3, 2, 3), (1, 2, 2), (1, 0, 1), False),
 }
 
 
@@ -541,8 +544,8 @@ def test_average_pool(name: str, ties: bool) -> None:
     geometry = POOLS[name]
     rng = np.random.default_rng(len(name))
     x = random_grid(rng)
-    y = grid(float(x.scale) * 2 / (geometry.kernel[0] * geometry.kernel[1]) * 3 if ties else 0.017, 38)
-    codes = random_codes(rng, (2, 16, 12, 11), x)
+    y = grid(float(x.scale) * 2 / math.prod(geometry.kernel) * 3 if ties else 0.017, 38)
+    codes = random_codes(rng, (2, 16, 12, 11, 6)[: 2 + len(geometry.kernel)], x)
     kernel = Kernel.empty()
     pooled = kernel.net.op(
         "AveragePool",
