@@ -220,17 +220,21 @@ class _Export:
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
         warnings = dict.fromkeys([*graph.meta["notes"], *self.warnings, *notes])
         report = replace(report, warnings=tuple(warnings))
+        self._write_for_later(proof, report)
+        names = result.program.meta["output_names"]
+        return report, [
+            (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})
+            for inputs, outputs in proof.golden
+        ]
+
+    def _write_for_later(self, proof: Proof, report: Report) -> None:
+        """Write what other machines and later exports are compared with: golden codes, and scores by sample."""
         if proof.accuracy is not None:
             self.scores = proof.accuracy.by_sample
             write_scores(self.folder, self.scores)
         values = proof.golden_values(self.target.exact_on)
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
-        names = result.program.meta["output_names"]
-        return report, [
-            (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})
-            for inputs, outputs in proof.golden
-        ]
 
     def _check_data(self, graph: fx.GraphModule, batches: GraphBatches, held_out: GraphBatches | None) -> None:
         """Refuse data that the model cannot take, and warn about data that look wrong, by their first batches."""

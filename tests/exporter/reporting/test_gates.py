@@ -259,7 +259,7 @@ def test_the_sample_report_is_valid_and_every_fixed_key_is_required() -> None:
     [
         ("schema", 2), ("verdict", "maybe"), ("parity.optimized.values", "many"), ("parity.optimized.values", 1.5),
         ("coverage.macs", None), ("gates.0.passed", "perhaps"), ("fold.refused", "none"),
-        ("layers.0.kind", "bias"), ("layers.0.histogram", [0.5]),
+        ("layers.0.kind", "bias"), ("layers.0.floats", [0.5]),
     ],
 )  # fmt: skip
 def test_wrong_types_are_named(path: str, value: object) -> None:
