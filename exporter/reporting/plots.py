@@ -233,11 +233,12 @@ def _figure(salt: str, paint: Callable[[Axes], None]) -> Markup:
         mpl.rcdefaults()  # undo the style of the user's matplotlib
         mpl.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none"})
         figure = Figure(figsize=(9.6, 2.3), layout="constrained", facecolor="none")
-        paint(figure.add_subplot(facecolor="none"))
-        return _inline(figure)
+        axes = figure.add_subplot(facecolor="none")
+        paint(axes)
+        return _inline(figure, f"{axes.get_ylabel()} over {axes.get_xlabel()}")
 
 
-def _inline(figure: Figure) -> Markup:
+def _inline(figure: Figure, title: str) -> Markup:
     """Return the figure as SVG for a page: theme colours, the page's font, no metadata, ids from the salt alone."""
     stream = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -249,7 +250,9 @@ def _inline(figure: Figure) -> Markup:
     text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
     text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)
-    text = text.replace("font-weight: ;", "").replace("<svg ", '<svg class="figure" role="img" ', 1)
+    text = text.replace("font-weight: ;", "").replace(
+        "<svg ", f'<svg class="figure" role="img" aria-label="{title}" ', 1
+    )
     text = re.sub(
         r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
     )

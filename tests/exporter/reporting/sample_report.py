@@ -465,3 +465,37 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "evaluation": {"source": "zoo.py:evaluation", "samples": 2000, "sha256": "cd" * 32},
         },
     }
+
+
+def with_openvino(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report with OpenVINO as a second runtime, which differs by a step in two sites and refuses nothing."""
+    report = copy.deepcopy(report)
+    level = copy.deepcopy(report["parity"]["optimized"])
+    for node in level["nodes"][:2]:
+        node |= {"kernel": "Convolution u8", "mismatched": 12, "max_lsb": 1, "rate": 1e-3}
+    level |= {
+        "mismatched": 911,
+        "max_lsb": 2,
+        "outputs_identical": False,
+        "kernel_mismatched": 24,
+        "worst": level["nodes"][:2],
+        "runtime": "OpenVINO",
+        "version": "2026.1",
+        "executed": {"Convolution u8": 13, "FullyConnected u8": 1, "SoftMax f32": 1},
+        "relative": 0.0123,
+        "agreement": 0.9922,
+    }
+    report["parity"]["openvino"] = level
+    report["proved_on"].append(_proved_on("openvino", "openvino", samples=16))
+    return report
+
+
+def failing() -> dict[str, Any]:
+    """Return a report of three layers with two failed gates, one of which was not measured."""
+    report = sample_report(3)
+    report["verdict"] = "fail"
+    report["gates"] = [
+        {"name": "accuracy_drop", "limit": 0.01, "value": 0.0341, "passed": False, "expression": "accuracy_drop<=0.01"},
+        {"name": "agreement", "limit": 0.9, "value": None, "passed": False, "expression": "agreement>=0.9"},
+    ]
+    return report

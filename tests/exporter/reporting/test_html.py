@@ -33,7 +33,7 @@ from exporter.reporting.number_format import (
 from exporter.reporting.plots import error_plot, loss_plot, matrix_plot
 from exporter.reporting.schema import dump, validate_report
 from runtime_tests.parity.results import Level
-from tests.exporter.reporting.sample_report import layer, sample_report
+from tests.exporter.reporting.sample_report import failing, layer, sample_report
 
 # What a page of 60 layers may weigh: it is attached to mails and kept by CI for every build.
 MAX_BYTES = 1_000_000
@@ -88,16 +88,6 @@ class _Page(HTMLParser):
             self.text += f" {data}"
 
 
-def _failing() -> dict[str, Any]:
-    report = sample_report(3)
-    report["verdict"] = "fail"
-    report["gates"] = [
-        {"name": "accuracy_drop", "limit": 0.01, "value": 0.0341, "passed": False, "expression": "accuracy_drop<=0.01"},
-        {"name": "agreement", "limit": 0.9, "value": None, "passed": False, "expression": "agreement>=0.9"},
-    ]
-    return report
-
-
 def _bare() -> dict[str, Any]:
     report = {key: value for key, value in sample_report().items() if key not in OPTIONAL}
     report["accuracy"] = report["latency_ms"] = None
@@ -110,7 +100,7 @@ def _bare() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "report",
-    [sample_report(1), sample_report(3), sample_report(60), _failing(), _bare()],
+    [sample_report(1), sample_report(3), sample_report(60), failing(), _bare()],
     ids=["1-layer", "3-layers", "60-layers", "failing", "fixed-keys-only"],
 )
 def test_page_is_well_formed_small_and_offline(report: dict[str, Any]) -> None:
@@ -159,8 +149,8 @@ def test_headline_never_claims_more_than_was_measured() -> None:
 
 
 def test_failing_verdict_names_the_gate_the_value_and_the_rest() -> None:
-    page = _Page(render_html(_failing()))
-    assert headline(_failing()) == "Gate accuracy_drop<=0.01 failed: it is 0.0341. 1 more of 2 gates failed."
+    page = _Page(render_html(failing()))
+    assert headline(failing()) == "Gate accuracy_drop<=0.01 failed: it is 0.0341. 1 more of 2 gates failed."
     assert "not measured" in page.text
     assert next(attributes for tag, attributes in page.tags if tag == "section")["class"] == "verdict fail"
 
@@ -554,7 +544,7 @@ def test_junit_is_valid_for_jenkins(missing: str) -> None:
 
 
 def test_junit_failures_carry_the_message() -> None:
-    report = _failing()
+    report = failing()
     report["lint"] = [{"rule": "axis", "severity": "error", "where": "fc", "message": "axis is 1"}]
     report["parity"]["optimized"]["kernel_mismatched"] = 2
     report["parity"]["optimized"]["nodes"][0].update(mismatched=2, max_lsb=1, legal=False)
@@ -573,7 +563,7 @@ def test_junit_failures_carry_the_message() -> None:
 
 
 def test_junit_survives_characters_that_xml_cannot_hold() -> None:
-    report = validate_report(_failing())
+    report = validate_report(failing())
     level = report.parity.optimized
     strange = replace(level, nodes=(replace(level.nodes[0], site="conv\x00\x1b\ud800"), *level.nodes[1:]))
     report = replace(report, parity=replace(report.parity, optimized=strange))
