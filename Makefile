@@ -4,6 +4,8 @@
 #   make test-all  runs all tests
 #   make runtimes  installs other runtimes and emulated processors into .runtimes (1 GB), without root rights
 #   make test-runtimes  proves a network in each of them
+#   make browser   installs Chromium, where apt may, and axe-core into .runtimes
+#   make test-browser  tests the report page in Chromium
 #   make wheel     builds a wheel, installs it into an empty environment and runs it there
 #   make docs      installs into .venv, builds the documentation: site/index.html
 #
@@ -17,6 +19,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 RUNTIMES ?=
+ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all runtimes test-runtimes wheel docs check lint clean
+.PHONY: help demo test test-all runtimes test-runtimes browser test-browser wheel docs check lint clean
 
 help:
 	@echo "make demo     export the demo network and prove it: out/demo/report.html"
@@ -33,6 +36,8 @@ help:
 	@echo "make test-all run all tests"
 	@echo "make runtimes install other runtimes and emulated processors into .runtimes"
 	@echo "make test-runtimes  prove a network in each of them"
+	@echo "make browser  install Chromium, where apt may, and axe-core into .runtimes"
+	@echo "make test-browser  test the report page in Chromium"
 	@echo "make wheel    build a wheel and run it in an empty environment"
 	@echo "make docs     build the documentation: site/index.html"
 	@echo "make check    format, lint, types, import rules, then the tests"
@@ -42,7 +47,7 @@ demo: $(STAMP)
 	$(BIN)/intact demo --out out/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not runtimes"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not runtimes and not browser"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -53,6 +58,14 @@ runtimes: $(STAMP)
 # One process: emulation keeps both cores busy.
 test-runtimes: $(STAMP)
 	INTACT_REQUIRED_RUNTIMES="$(or $(RUNTIMES),all)" $(BIN)/python -m pytest -m runtimes --durations=0 $(if $(RUNTIMES),-rs)
+
+browser: $(STAMP)
+	$(BIN)/python -c "import sys; from tests.support.browser import chromium; sys.exit(chromium() is None)" || \
+	  { $(ROOT) apt-get -qq update && $(ROOT) apt-get -qq install --no-install-recommends chromium fonts-dejavu-core; }
+	$(BIN)/python -c "from tests.support.browser import AXE; AXE.install()"
+
+test-browser: $(STAMP)
+	INTACT_REQUIRED_BROWSER=yes $(BIN)/python -m pytest -m browser
 
 # The same torch as in .venv, so that nothing else is downloaded; run outside the checkout, so that only the wheel is seen.
 wheel: $(STAMP)
