@@ -26,6 +26,7 @@ __all__ = [
     "counted",
     "first_line",
     "no_file",
+    "printable",
 ]
 
 SHOWN = 40
@@ -75,6 +76,19 @@ def counted(number: int, noun: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not blank, at most 300 characters of it."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def printable(text: str) -> str:
+    """Return text in which each character that a terminal would obey, or cannot show, is written as an escape.
+
+    Names come from files, which may be anyone's.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # Python's form of a byte in a name that is no UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte < 0x100 else character.encode("unicode_escape").decode()
 
 
 def no_file(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.settings import expected, words
+from calibrators.settings import expected, shown, words
 
 __all__ = ["Option", "Options", "Value", "build", "list_options", "option"]
 
@@ -80,7 +80,7 @@ def _validated(name: str, field: dataclasses.Field[Any], value: object, *, stric
         return _adapter(kind, *field.metadata["limits"]).validate_python(value, strict=strict)
     except ValidationError as error:
         wanted = words(error.errors(include_url=False)[0])
-        raise InputError(f"option {field.name!r} of method {name!r} is {value!r}; {wanted}.") from None
+        raise InputError(f"option {field.name!r} of method {name!r} is {shown(value)}; {wanted}.") from None
 
 
 @cache

@@ -5,6 +5,7 @@ Must not know: which settings there are, torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from calibrators.errors import InputError, UnknownNameError
 
-__all__ = ["Settings", "expected", "setting", "words"]
+__all__ = ["Settings", "expected", "setting", "shown", "words"]
 
 
 class Settings(BaseModel):
@@ -62,10 +63,18 @@ def words(fault: ErrorDetails) -> str:
     return fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
 
 
+def shown(value: object) -> str:
+    """Return a value as messages show it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return f"a number of {sys.int_info.default_max_str_digits} digits or more"
+
+
 def _explained(error: ValidationError) -> str:
     """Return one sentence per wrong setting."""
     sentences: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         name, what = str(fault["loc"][0]) if fault["loc"] else "", words(fault)
-        sentences.setdefault(name or what, f"{name} = {fault['input']!r} should be {what}" if name else what)
+        sentences.setdefault(name or what, f"{name} = {shown(fault['input'])} should be {what}" if name else what)
     return "; ".join(sentences.values()) + "."

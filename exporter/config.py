@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError, UnknownNameError, no_file
+from calibrators.errors import InputError, UnknownNameError, first_line, no_file
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
-from calibrators.settings import Settings, expected, setting
+from calibrators.settings import Settings, expected, setting, shown
 from calibrators.targets import DEFAULT_TARGET
 from exporter.frontend.axes import Axes, parse_axes, with_axes
 from exporter.inputs.form import DATA, DataForm, Names, Positive
@@ -45,17 +45,23 @@ NO_EFFECT = frozenset(
 )
 """Settings that change how an export is computed, verified and reported, but nothing in the model."""
 
+LARGEST_FILE, LONGEST_LINE = 1 << 20, 4096
+"""Bytes of the largest TOML file, and characters of the longest line, that are read: the time that a key takes grows
+with the square of its parts."""
+
+MOST_THREADS = 1024
+
 PROOF, RUNNING = "Proof and verdict", "Running"
 """Panels of `intact export --help`."""
 
 
-Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]+)?)$"), expected("cpu, cuda or cuda:N")]
+Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]{1,4})?)$"), expected("cpu, cuda or cuda:N")]
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 
 
-Release = Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?$"), expected("a release such as 1.19")]
+Release = Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}(\.\d{1,4})?$"), expected("a release such as 1.19")]
 
 
 class _Calibration(Settings):
@@ -154,8 +160,10 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     latency_runs: Annotated[int, Field(ge=0)] = setting(
         50, "Timed runs per model; 0: no timing.", panel=PROOF, flag=None
     )
-    threads: Positive = setting(1, "Threads of the runtime while timing.", panel=PROOF, flag=None)
-    seed: Annotated[int, Field(ge=0)] = setting(0, "Seed of all random numbers.", panel=RUNNING)
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] = setting(
+        1, "Threads of the runtime while timing.", panel=PROOF, flag=None
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "Seed of all random numbers.", panel=RUNNING)
     device: Device = setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", panel=RUNNING)
     cache_gib: Annotated[float, Field(gt=0)] = setting(
         4.0,
@@ -169,7 +177,9 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     def _layers_are_rules(cls, rules: object) -> list[LayerRule]:
         if isinstance(rules, (list, tuple)):
             return [_rule(rule) for rule in rules]
-        raise InputError(f"layers = {rules!r} is not a list of rules; in a file, write [[layers]] above each rule.")
+        raise InputError(
+            f"layers = {shown(rules)} is not a list of rules; in a file, write [[layers]] above each rule."
+        )
 
     @property
     def is_for_images(self) -> bool:
@@ -322,7 +332,8 @@ def _merged(values: dict[str, Any], given: dict[str, Any], sets: Iterable[str]) 
         if key in ExportConfig.model_fields and key != "options":
             values[key] = value
         else:
-            values["options"] = {**values.get("options", {}), key: value}
+            options = values.get("options", {})
+            values["options"] = {**options, key: value} if isinstance(options, Mapping) else options
     return values
 
 
@@ -353,9 +364,14 @@ def _read_toml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"configuration file {no_file(file)}")
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{file} is not a readable TOML file: {error}.") from error
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
+        text = file.read_text(encoding="utf-8")
+        if any(len(line) > LONGEST_LINE for line in text.splitlines()):
+            raise ValueError(f"it has lines of more than {LONGEST_LINE:,} characters")
+        values = tomllib.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{file} is not a readable TOML file: {first_line(error)}.") from error
     return _with_underscores(values)
 
 
@@ -373,10 +389,14 @@ def _rule(given: object) -> LayerRule:
         return given
     table = _rule_of_text(given) if isinstance(given, str) else given
     if not isinstance(table, Mapping):
-        raise InputError(f"layers holds {given!r}; a rule is a table, for example match = 'a.*' and weight_bits = 4.")
+        raise InputError(
+            f"layers holds {shown(given)}; a rule is a table, for example match = 'a.*' and weight_bits = 4."
+        )
     values = _with_underscores(table)
     if "match" not in values:
-        raise InputError(f"the rule for layers {dict(table)!r} has no match; name its layers, as in match = 'a.*'.")
+        raise InputError(
+            f"the rule for layers {shown(dict(table))} has no match; name its layers, as in match = 'a.*'."
+        )
     return LayerRule(**values)
 
 
@@ -401,9 +421,12 @@ def _assignment(text: str) -> tuple[str, Any]:
     key = key.replace("-", "_")
     if not equals or not key.isidentifier():
         raise InputError(f"--set {text!r} is not key=value; write for example --set weight_bits=4.")
+    if len(value) > LONGEST_LINE:
+        return key, value
     if value.lower() in ("true", "false", "none"):
         return key, {"true": True, "false": False, "none": None}[value.lower()]
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
         return key, value
+    return key, found["value"] if len(found) == 1 else value

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from calibrators.errors import InputError, IntactError, first_line
+from calibrators.errors import InputError, IntactError, first_line, printable
 
 __all__ = ["INTERNAL_FAULT", "INTERRUPTED", "check_folder_of", "print_json", "print_table", "reported_errors"]
 
@@ -25,6 +25,8 @@ INTERNAL_FAULT = 70
 """EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
+LONGEST = 2000
+"""Characters of a message; of a longer one, beginning and end are shown."""
 
 
 @contextmanager
@@ -64,7 +66,10 @@ def _described(error: Exception) -> tuple[str, str, int]:
 
 
 def _complain(message: str, prefix: str) -> None:
-    Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
+    text = printable(message)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+    Console(stderr=True).print(Text.assemble((prefix, "bold red"), text), soft_wrap=True)
 
 
 def check_folder_of(path: Path) -> None:
@@ -88,6 +93,7 @@ def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, em
     table = Table(title_justify="left", **style)
     for column in columns:
         table.add_column(column, overflow="fold")  # a narrow terminal breaks words rather than cutting them
-    for first, *others in rows:
-        table.add_row(f"[bold]{escape(first)}[/bold]", *map(escape, others))
+    for row in rows:
+        first, *others = (escape(printable(text)) for text in row)
+        table.add_row(f"[bold]{first}[/bold]", *others)
     Console().print(table if rows else empty)

@@ -6,7 +6,6 @@ Must not know: the command line, how pages look.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from calibrators.errors import InputError, counted
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
+from calibrators.temporary import TemporaryFolder
 from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
 from exporter.comparing.compare import Export, compare, read_export
@@ -127,8 +127,8 @@ def export(
     out = Path(out)
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
     torch.manual_seed(config.seed)
-    with tempfile.TemporaryDirectory(prefix="intact-") as folder:
-        work = _Export(config, progress or Progress(), source, Path(folder), measure, raws)
+    with TemporaryFolder() as folder:
+        work = _Export(config, progress or Progress(), source, folder, measure, raws)
         work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         if baseline is not None:

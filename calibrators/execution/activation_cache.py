@@ -13,8 +13,6 @@ import errno
 import math
 import os
 import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from calibrators.grid.numerics import dequantize, quantize
 from calibrators.grid.spec import QParams
+from calibrators.temporary import TemporaryFolder
 
 __all__ = ["Cache", "Memory", "Recording"]
 
@@ -46,7 +45,7 @@ class Memory:
             free = torch.cuda.mem_get_info(self.device)[0] + reserved - used
             budget = min(budget, free // GPU_SHARE)
         self.budget, self.used, self.spilled = budget, 0, 0
-        self._folder: Path | None = None
+        self._folder: TemporaryFolder | None = None
         self._files = 0
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -65,9 +64,8 @@ class Memory:
     def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
         """Return a flat tensor of `size` bytes in a file that lasts as long as the tensor."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="intact-cache-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / f"{self._files}.bin"
+            self._folder = TemporaryFolder()
+        path = self._folder.path / f"activations-{self._files}.bin"
         self._files += 1
         try:
             with path.open("wb") as file:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Axes", "FreeAxis", "axes_by_input", "parse_axes", "tiled", "with_axes"]
 
-AXIS = re.compile(r"(\d+)(?:=([A-Za-z_]\w*))?(?:\[(\d*)\.\.(\d*)\])?")
+AXIS = re.compile(r"(\d{1,9})(?:=([A-Za-z_]\w*))?(?:\[(\d{0,9})\.\.(\d{0,9})\])?", re.ASCII)
 LARGEST = 2**31
 """Bounds from here on are none: torch.export.Dim has a number there where no bound was given."""
 

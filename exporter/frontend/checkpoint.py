@@ -31,16 +31,18 @@ class State:
     tensors: dict[str, Tensor]
 
 
-def states(content: Any, key: str = "", depth: int = DEPTH) -> Iterator[State]:
-    """Yield every mapping with tensors in a checkpoint, the usual keys first."""
-    if not isinstance(content, Mapping):
+def states(content: Any, key: str = "", depth: int = DEPTH, seen: set[int] | None = None) -> Iterator[State]:
+    """Yield every mapping with tensors in a checkpoint once, the usual keys first; seen: mappings that were visited."""
+    seen = set() if seen is None else seen
+    if not isinstance(content, Mapping) or id(content) in seen:
         return
+    seen.add(id(content))
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if tensors:
         yield State(key, tensors)
     names = [name for name in WRAPPERS if name in content]
     for name in [*names, *(name for name in content if name not in names)] if depth else ():
-        yield from states(content[name], f"{key}.{name}".lstrip("."), depth - 1)
+        yield from states(content[name], f"{key}.{name}".lstrip("."), depth - 1, seen)
 
 
 def fitting_state(found: list[State], expected: Mapping[str, Any]) -> tuple[State, list[State]]:
@@ -57,11 +59,14 @@ def fitting_state(found: list[State], expected: Mapping[str, Any]) -> tuple[Stat
 
 def _without_prefixes(state: State) -> Iterator[State]:
     """Yield what is left under each prefix of the names, such as "module.", shortest prefixes first."""
-    parts = [name.split(".") for name in state.tensors]
-    prefixes = {".".join(each[:depth]) + "." for each in parts for depth in range(1, min(len(each), DEPTH + 1))}
-    for prefix in sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix)):
-        inside = {name.removeprefix(prefix): x for name, x in state.tensors.items() if name.startswith(prefix)}
-        yield State(f"{state.key}.{prefix[:-1]}".lstrip("."), inside)
+    inside: dict[str, dict[str, Tensor]] = {}
+    for name, x in state.tensors.items():
+        parts = name.split(".", DEPTH + 1)
+        for depth in range(1, min(len(parts), DEPTH + 1)):
+            prefix = ".".join(parts[:depth]) + "."
+            inside.setdefault(prefix, {})[name.removeprefix(prefix)] = x
+    for prefix in sorted(inside, key=lambda prefix: (prefix.count("."), prefix)):
+        yield State(f"{state.key}.{prefix[:-1]}".lstrip("."), inside[prefix])
 
 
 def _fit(state: State, expected: Mapping[str, Any]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from calibrators.errors import ModelError, UnknownNameError, first_line, no_file
 from exporter.frontend.capture import quiet
 from exporter.frontend.checkpoint import State, fitting_state, states
 from exporter.frontend.pt2_archive import clean_archive
+from exporter.frontend.untrusted import check_checkpoint
 from exporter.frontend.user_code import article, listed, load_callable
 
 __all__ = ["load_model", "read_states"]
@@ -123,6 +124,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_pickle(path: Path) -> Any:
+    check_checkpoint(path)
     try:
         with quiet():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -157,6 +159,9 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
     unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
         raise ModelError(_mismatch(path, missing, unexpected, len(expected)))
+    odd = [name for name in expected if name in state and not _is_plain(state[name])]
+    if odd:
+        raise ModelError(f"{path} holds sparse, nested or meta tensors for {listed(odd, ', ')}; save dense tensors.")
     shapes = [
         f"{name} is {list(state[name].shape)} in the checkpoint and {list(value.shape)} in the model"
         for name, value in expected.items()
@@ -173,6 +178,10 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
             "quantized checkpoint cannot be loaded into a float model; give the float weights."
         )
     model.load_state_dict(state, strict=False)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_nested and not value.is_meta
 
 
 def _is_float(value: object) -> bool:

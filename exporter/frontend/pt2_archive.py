@@ -26,6 +26,7 @@ import torch
 from torch._decomp import decomposition_table
 
 from calibrators.errors import ModelError
+from exporter.frontend.untrusted import check_pickle, check_sizes
 
 __all__ = ["clean_archive"]
 
@@ -92,7 +93,7 @@ def clean_archive(path: Path) -> io.BytesIO:
     copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
-            _check_sizes(path, archive)
+            check_sizes(path, archive.infolist())
             for name, full in _members(path, archive).items():
                 content = archive.read(full)
                 if name.endswith(".json"):
@@ -130,15 +131,6 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
     return members
 
 
-def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse members that unfold to more than the file holds; torch stores them as they are."""
-    promised, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
-    if promised > size:
-        raise ModelError(
-            f"{path} has {size:,} bytes, but its members promise {promised:,}; write it again with torch.export.save."
-        )
-
-
 def _check_tensors(path: Path, name: str, config: Any) -> None:
     """Refuse weights with far more elements than bytes, which stand for memory that the file does not hold."""
     entries = config.get("config", {}).values() if isinstance(config, dict) else ()
@@ -154,6 +146,7 @@ def _check_tensors(path: Path, name: str, config: Any) -> None:
 
 
 def _check_pickle(path: Path, name: str, content: bytes) -> None:
+    check_pickle(path, io.BytesIO(content))
     try:
         torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many types for hostile bytes: each of them is a refusal

@@ -1,7 +1,8 @@
 """The folder that is handed over: written whole or not at all, and checkable afterwards.
 
 Everything is written into a staging folder beside DIR (same file system) and renamed at the end, so DIR is never half a
-bundle. manifest.json holds the sha256 of every other file and no time of day: the same inputs give the same bytes.
+bundle; what a run that was killed has left there, the next run puts in order. manifest.json holds the sha256 of every
+other file and no time of day: the same inputs give the same bytes.
 
 Must not know: graphs, torch, how the model or the report came to be.
 """
@@ -13,7 +14,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -26,12 +26,13 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 from calibrators.errors import InputError
+from calibrators.temporary import TemporaryFolder, remove_abandoned
 from exporter.config import NO_EFFECT
 from exporter.handover.readme import render_readme
 from exporter.handover.scores import SCORES
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
-from exporter.reporting.schema import Report, dump, dump_json
+from exporter.reporting.schema import Report, dump, dump_json, read_json
 from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput
 
@@ -61,6 +62,11 @@ In onnxruntime, set the configuration entries of the session that the proof sets
 |---|---|
 """
 _MANIFEST_VERSION = 1
+OLD = "old"
+"""Folder for the replaced bundle in a temporary folder."""
+
+HOLES_FROM, BLOCK = 1 << 30, 512
+"""Bytes from which on a file is checked for holes; bytes of a block of the file system, as `stat` counts them."""
 _LIBRARIES = ("python", "torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy")
 
 
@@ -104,11 +110,12 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
             raise InputError(
                 f"{out} is {what}, which cannot be replaced by a finished bundle; give --out a folder inside it."
             )
-        _check_free(place, overwrite=overwrite)
         above = place.parent
         while not above.exists():
             above = above.parent
-        tempfile.TemporaryDirectory(dir=above, prefix=".intact-").cleanup()
+        remove_abandoned(above, _rescue)
+        _check_free(place, overwrite=overwrite)
+        TemporaryFolder(above).remove()
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
@@ -153,22 +160,29 @@ def _staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a new folder that becomes `out` if the body succeeds and is removed if it fails."""
     with _os_errors(out):
         out = out.resolve()
+        if out.parent.exists():
+            remove_abandoned(out.parent, _rescue)
         _check_free(out, overwrite=overwrite)
         made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]  # innermost first
-        finished, stage = False, None
+        finished = False
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".intact-"))
-            (stage / "new").mkdir()  # with the rights of the user's umask, which mkdtemp does not give
-            yield stage / "new"
-            _check_free(out, overwrite=overwrite)  # minutes may have passed
-            _swap(stage / "new", out, stage / "old")
-            finished = True
+            with TemporaryFolder(out.parent) as stage:
+                (stage / "new").mkdir()  # with the rights of the user's umask, which a temporary folder does not have
+                yield stage / "new"
+                _check_free(out, overwrite=overwrite)  # minutes may have passed
+                _swap(stage / "new", out, stage / OLD / out.name)
+                finished = True
         finally:
-            if stage is not None:
-                shutil.rmtree(stage, ignore_errors=True)  # an error here would hide the first one
             if not finished:
                 _remove_empty(made)
+
+
+def _rescue(stage: Path) -> None:
+    """Put back a bundle that a killed run was about to replace."""
+    for old in (stage / OLD).glob("*"):
+        if not (stage.parent / old.name).exists():
+            old.rename(stage.parent / old.name)
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:
@@ -176,6 +190,7 @@ def _swap(new: Path, out: Path, old: Path) -> None:
     if not out.exists():
         new.rename(out)
         return
+    old.parent.mkdir()
     try:
         out.rename(old)
         new.rename(out)
@@ -250,9 +265,11 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
     for path in paths:
         try:
             tensor = onnx.TensorProto.FromString(path.read_bytes())
+            if tensor.data_location != onnx.TensorProto.DEFAULT or not tensor.HasField("raw_data"):
+                raise ValueError("it holds no raw values")
             arrays[tensor.name] = numpy_helper.to_array(tensor)
-            if arrays[tensor.name].dtype.hasobject:
-                raise ValueError("it holds texts")
+            if arrays[tensor.name].dtype.kind not in "biuf":
+                raise ValueError("torch knows no such values")
         except (OSError, DecodeError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path} is not an ONNX tensor: {error}; export the model again.") from error
     return arrays
@@ -308,7 +325,9 @@ def verify_manifest(bundle: Path) -> dict[str, Any]:
     for name, entry in sorted(listed.items()):
         if name not in here:
             raise InputError(f"{bundle} is not intact: {name} is missing; get a fresh copy of the bundle.")
-        if _entry(_inside(bundle, name)) != {"bytes": entry.get("bytes"), "sha256": entry.get("sha256")}:
+        path = _inside(bundle, name)
+        _refuse_holes(path)
+        if entry.get("bytes") != path.stat().st_size or entry.get("sha256") != _entry(path)["sha256"]:
             raise InputError(
                 f"{bundle} is not intact: {name} was changed after the export; get a fresh copy of the bundle."
             )
@@ -317,15 +336,21 @@ def verify_manifest(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def _refuse_holes(path: Path) -> None:
+    """Refuse a file of which the disk holds but a part: it would take hours to read."""
+    status = path.stat()
+    if status.st_size > HOLES_FROM and 4 * BLOCK * status.st_blocks < status.st_size:
+        raise InputError(f"{path} has {status.st_size:,} bytes, most of which are holes; do not use this bundle.")
+
+
 def _read_manifest(bundle: Path) -> dict[str, Any]:
     """Read the manifest and check its form and its file names, but not the files."""
     path = bundle / _MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    if not path.is_file():
         raise InputError(
-            f"{bundle} is not a readable bundle: {path.name}: {error}; give the folder that `intact export` wrote."
-        ) from error
+            f"{bundle} is not a readable bundle (no {_MANIFEST}); give the folder that `intact export` wrote."
+        )
+    manifest: dict[str, Any] = read_json(path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError(f"{path} is not a manifest of intact: it lists no files; give a folder that it exported.")
@@ -343,8 +368,11 @@ def _inside(folder: Path, name: str) -> Path:
     raises: InputError if the name leads out of the folder.
     """
     pure = PurePosixPath(name)
-    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
-        raise InputError(f"the file name {name!r} leads out of the bundle {folder}; do not use this bundle.")
+    odd = not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != name or not name.isprintable()
+    if odd or "\\" in name:
+        raise InputError(
+            f"the file name {name!r} leads out of the bundle {folder}, or is no plain name; do not use this bundle."
+        )
     return folder / pure
 
 

@@ -304,8 +304,8 @@ def _in_order(value: object) -> object:
 def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
     """Return a CPU tensor in a dtype that models take, and a note on its conversion, if there was one."""
     tensor = _tensor(value, where)
-    if tensor.ndim == 0 or len(tensor) == 0:
-        what = "a single number" if tensor.ndim == 0 else "empty (no samples)"
+    if tensor.numel() == 0 or tensor.ndim == 0:
+        what = "a single number" if tensor.ndim == 0 else "empty (no samples)" if not len(tensor) else "without values"
         raise DataError(f"{where} is {what}; give an array whose first dimension counts samples.")
     note = ""
     if tensor.dtype not in KEPT_DTYPES:

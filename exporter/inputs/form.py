@@ -36,7 +36,7 @@ def _grey_or_rgb(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Means = Annotated[
     tuple[float, ...],

@@ -7,25 +7,29 @@ Must not know: torch, models, what the batches are for.
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from calibrators.errors import DataError
+from calibrators.errors import DataError, first_line
+from exporter.inputs.arrays import open_arrays
 from exporter.inputs.form import DataForm
 
 __all__ = ["class_folders", "from_arrays", "from_images", "from_npz"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-CHUNK_BYTES = 1 << 20
-"""Bytes read from an archive at once."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Decoders that read images, whatever the name of a file; others of Pillow start programs (EPS)."""
+
+LARGEST_IMAGE = 1 << 26
+"""Pixels of the largest image."""
+
+BATCH_BYTES = 3 << 28
+"""Bytes that a batch of images in their own size may take, besides four times those of the files."""
 
 Raw = Iterator[object]
 
@@ -48,76 +52,45 @@ def from_arrays(value: object, label: str, batch: int) -> Raw:
 
 def from_npz(path: Path, batch: int) -> Raw:
     """Yield batches that are read row by row from the archive: memory does not grow with the file."""
-    try:
-        with zipfile.ZipFile(path) as archive, ExitStack() as stack:
-            arrays: dict[str, _Rows] = {}
-            for member in archive.namelist():
-                name = member.removesuffix(".npy")
-                size = archive.getinfo(member).file_size
-                arrays[name] = _Rows(stack.enter_context(archive.open(member)), f"{path}: array {name!r}", size)
-            if not arrays:
-                raise DataError(f"{path} holds no array; save one per model input, and labels as 'labels'.")
-            yield from from_arrays(arrays, str(path), batch)
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, MemoryError) as error:
-        raise DataError(f"{path} is not a readable .npz file ({error}); save it again with numpy.savez.") from error
-
-
-class _Rows:
-    """One .npy member, whose slices are read forward along its first dimension. Objects are never unpickled."""
-
-    def __init__(self, stream: Any, where: str, size: int) -> None:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self._shape, fortran, self._dtype = read_header(stream)
-        if self._dtype.hasobject:
-            raise DataError(
-                f"{where} holds Python objects, refused as loading them could run code; save plain numbers."
-            )
-        if not self._shape:
-            raise DataError(f"{where} is a single number; save an array whose first dimension counts samples.")
-        if (promised := math.prod(self._shape) * self._dtype.itemsize) > size:
-            raise DataError(f"{where} has {size:,} bytes, but its header promises {promised:,}; save the file again.")
-        self._stream = stream
-        # A column-major array cannot be read by rows, so all of it is read here.
-        self._whole = self._read(self._shape[::-1]).transpose() if fortran and len(self._shape) > 1 else None
-
-    def __len__(self) -> int:
-        return int(self._shape[0])
-
-    def __getitem__(self, rows: slice) -> np.ndarray[Any, Any]:
-        """Return the next rows; a slice has to begin where the one before it ended."""
-        if self._whole is not None:
-            return np.ascontiguousarray(self._whole[rows])
-        return self._read((len(range(len(self))[rows]), *self._shape[1:]))
-
-    def _read(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        array = np.empty(shape, self._dtype)
-        buffer = array.reshape(-1).view(np.uint8)
-        filled = 0
-        while filled < len(buffer):
-            chunk = self._stream.read(min(len(buffer) - filled, CHUNK_BYTES))
-            if not chunk:
-                raise EOFError("an array is shorter than its header says")
-            buffer[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            filled += len(chunk)
-        return array
+    with open_arrays(path) as arrays:
+        if not arrays:
+            raise DataError(f"{path} holds no array; save one per model input, and labels as 'labels'.")
+        for name, rows in arrays.items():
+            if not rows.shape:
+                raise DataError(
+                    f"{path}: array {name!r} is a single number; save an array whose first dimension counts samples."
+                )
+        yield from from_arrays(arrays, str(path), batch)
 
 
 def from_images(root: Path, form: DataForm) -> Raw:
     """Yield batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
     files, labels = _image_files(root)
     for start in range(0, len(files), form.batch_size):
-        end = start + form.batch_size
-        pixels = [_image(file, form) for file in files[start:end]]
-        shapes = {image.shape for image in pixels}
-        if len(shapes) > 1:
-            odd = next(i for i, image in enumerate(pixels) if image.shape != pixels[0].shape)
-            raise DataError(
-                f"{files[start + odd]} is {_extent(pixels[odd])}, {files[start]} is {_extent(pixels[0])} pixels; "
-                "give --image-size to bring all images to one size."
-            )
-        stacked = np.stack(pixels)  # [n, 3, height, width]
-        yield stacked if labels is None else (stacked, np.array(labels[start:end]))
+        batch = files[start : start + form.batch_size]
+        first = _image(batch[0], form)
+        if form.image_size is None:
+            _check_batch(batch, first)
+        stacked = np.empty((len(batch), *first.shape), np.float32)  # [n, 3, height, width]
+        for index, file in enumerate(batch):
+            pixels = _image(file, form) if index else first
+            if pixels.shape != first.shape:
+                raise DataError(
+                    f"{file} is {_extent(pixels)}, {batch[0]} is {_extent(first)} pixels; "
+                    "give --image-size to bring all images to one size."
+                )
+            stacked[index] = pixels
+        yield stacked if labels is None else (stacked, np.array(labels[start : start + len(batch)]))
+
+
+def _check_batch(batch: Sequence[Path], first: np.ndarray[Any, Any]) -> None:
+    """Refuse images that as a batch take far more memory than their files have."""
+    needed = len(batch) * first.nbytes
+    if needed > BATCH_BYTES + 4 * sum(file.stat().st_size for file in batch):
+        raise DataError(
+            f"a batch of {len(batch)} images like {batch[0]}, {_extent(first)} pixels, takes {needed / 2**30:.1f} GiB; "
+            "give --image-size, or a smaller --batch-size."
+        )
 
 
 def class_folders(root: Path) -> list[str]:
@@ -127,7 +100,12 @@ def class_folders(root: Path) -> list[str]:
 
 def _image_files(root: Path) -> tuple[list[Path], list[int] | None]:
     direct = _found(root.iterdir())
-    classes = [(root / name, _found((root / name).rglob("*"))) for name in class_folders(root)]
+    try:
+        classes = [(root / name, _found((root / name).rglob("*"))) for name in class_folders(root)]
+    except RecursionError as error:
+        raise DataError(
+            f"{root} holds a thousand folders in folders; give images in folders, one per class."
+        ) from error
     inside = sum(len(files) for _, files in classes)
     if direct and inside:
         raise DataError(
@@ -156,14 +134,19 @@ def _image(path: Path, form: DataForm) -> np.ndarray[Any, Any]:
     centre is cropped, as torchvision's Resize(n) and CenterCrop(n) do. Values are in 0..1, then (x - mean) / std.
     """
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            opened = Image.open(path, formats=FORMATS)
+        with opened:
             if opened.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{path} has more than 8 bits per channel ({opened.mode}); give such data as a .npz file."
                 )
+            _check_pixels(path, opened.size, form)
             image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image ({error}); replace or remove it.") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types
+        raise DataError(f"{path} is not a readable image ({first_line(error)}); replace or remove it.") from error
     if form.image_size is not None:
         image = _cover(image, form.image_size)
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)  # [3, height, width]
@@ -174,10 +157,25 @@ def _image(path: Path, form: DataForm) -> np.ndarray[Any, Any]:
     return pixels
 
 
-def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _check_pixels(path: Path, size: tuple[int, int], form: DataForm) -> None:
+    """Refuse an image that is too large, as it is stored or as it is scaled."""
+    for width, height in (size, _covering(size, form.image_size) if form.image_size else size):
+        if width * height > LARGEST_IMAGE:
+            scaled = "" if (width, height) == size else f" once it covers --image-size ({width}x{height})"
+            raise DataError(
+                f"{path} is {size[0]}x{size[1]} pixels, more than {LARGEST_IMAGE:,}{scaled}; scale or cut it first."
+            )
+
+
+def _covering(extent: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the extent to which an image is scaled, so that it just covers `size` (height, width)."""
     height, width = size
-    factor = max(height / image.height, width / image.width)
-    covering = (max(width, int(image.width * factor)), max(height, int(image.height * factor)))
+    factor = max(height / extent[1], width / extent[0])
+    return max(width, int(extent[0] * factor)), max(height, int(extent[1] * factor))
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    (height, width), covering = size, _covering(image.size, size)
     image = image.resize(covering, Image.Resampling.BILINEAR) if covering != image.size else image
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))

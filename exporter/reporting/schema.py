@@ -10,6 +10,7 @@ Must not know: graphs, runtimes, how any number was obtained.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, first_line, no_file
 from calibrators.placement.layer_rules import AppliedRule
 from calibrators.record import (
     Lapq,
@@ -61,11 +62,18 @@ __all__ = [
     "dump_json",
     "json_schema",
     "metric_paths",
+    "read_json",
     "read_report",
     "validate_report",
 ]
 
 SCHEMA_VERSION: Final = 1
+
+LARGEST_JSON = 1 << 25
+"""Bytes of the largest document of a bundle that is read; in memory one takes up to 25 times as many."""
+
+DIGITS = 19
+"""Characters of the longest whole number that is read."""
 
 
 @dataclass(frozen=True)
@@ -218,11 +226,38 @@ def read_report(path: Path) -> Report:
 
     raises: InputError if the file cannot be read, is not JSON or is not a report.
     """
+    return validate_report(read_json(path))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file of a bundle; its numbers are finite and fit into 64 bits.
+
+    raises: InputError for anything but a plain file of a few megabytes with such a document.
+    """
+    if not path.is_file():
+        raise InputError(f"{no_file(path)} Get a fresh copy of the bundle, or export the model again.")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read the report {path}: {error}; export the model again.") from error
-    return validate_report(report)
+        raise InputError(
+            f"cannot read {path}: {first_line(error)}; get a fresh copy of the bundle, or export the model again."
+        ) from error
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"{digits[:DIGITS]}... is no number of a bundle")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:DIGITS]} is no number of a bundle")
+    return number
 
 
 def json_schema() -> dict[str, Any]:

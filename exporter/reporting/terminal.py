@@ -5,7 +5,6 @@ Must not know: how anything is computed, the command line.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from calibrators.errors import counted
+from calibrators.errors import counted, printable
 from exporter.reporting.number_format import compared, percent, significant
 from exporter.reporting.proofs import UNPROVED, not_proved, proof_rows
 from exporter.reporting.where import INEXACT, not_exact_here, where_rows
@@ -36,15 +35,10 @@ _number = partial(significant, digits=6, missing="not measured", minus="-")
 def verdict_panel(report: Mapping[str, Any], folder: Path, *, page: str = "report") -> Panel:
     """Sum up a report in a box; page: title of the line that names the page in the bundle."""
     table = Table.grid(padding=(0, 2))
-    for name, value in (*summary_rows(report), (page, escape(_printable(folder / "report.html")))):
-        table.add_row(f"[bold]{name}[/bold]", value)
+    for name, value in (*summary_rows(report), (page, escape(str(folder / "report.html")))):
+        table.add_row(f"[bold]{printable(name)}[/bold]", printable(value))
     title, colour = ("PASS", "green") if report["verdict"] == "pass" else ("FAIL", "red")
     return Panel(table, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour, expand=False)
-
-
-def _printable(path: Path) -> str:
-    """Return a path as text; bytes that are no UTF-8 are shown escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -53,7 +47,7 @@ def summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     proofs = TypeAdapter(list[ProvedOn]).validate_python(report.get("proved_on", []))
     accuracy, latency, size = report["accuracy"], report["latency_ms"], report["size"]
     if accuracy is not None:
-        yield accuracy["metric"], _accuracy(accuracy)
+        yield escape(accuracy["metric"]), _accuracy(accuracy)
         yield from _others(accuracy)
     if metric := report.get("metric"):
         values = ", ".join(
@@ -64,7 +58,7 @@ def summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from where_rows(entries, report.get("emission", {}).get("min_onnxruntime"))
     yield from proof_rows(proofs)
     if sizes := report.get("sizes"):
-        yield "sizes", "; ".join(_sizes(sizes))
+        yield "sizes", escape("; ".join(_sizes(sizes)))
     if "openvino" in report["parity"]:
         yield "OpenVINO", _second(report["parity"]["openvino"])
     yield "integer MACs", _integer_share(report["coverage"])
@@ -148,7 +142,7 @@ def _time(shares: Mapping[str, Any]) -> str:
     names = {name: f"{name} {_whole(share)}" for name, share in rest.items()}
     if shares["slowest"]:
         first = shares["slowest"][0]
-        names["float operators"] += f" ({first['op']} {_whole(first['share'])})"
+        names["float operators"] += f" ({escape(first['op'])} {_whole(first['share'])})"
     return f"{_whole(shares['integer'])}; {', '.join(names.values())}"
 
 

@@ -5,12 +5,10 @@ Must not know: what the models are, which of them should be faster.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from calibrators.errors import InputError
+from calibrators.temporary import TemporaryFolder
 from runtime_tests.measure.profile import NodeTimes, TimeShares, node_times, time_shares
 from runtime_tests.ort.coverage import FloatNode
 from runtime_tests.ort.sessions import Source, profiling_session, session
@@ -110,9 +109,9 @@ def latency(
     profiled: the model whose nodes are timed too, in a few runs before the others begin.
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
     """
-    with tempfile.TemporaryDirectory(prefix="intact-") as folder:
+    with TemporaryFolder() as folder:
         sessions = {
-            name: profiling_session(model, Path(folder) / name, threads=threads)
+            name: profiling_session(model, folder / name, threads=threads)
             if name == profiled
             else session(model, threads=threads)
             for name, model in models.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import sys
 import tempfile
 import weakref
@@ -23,6 +22,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped, 
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from calibrators.errors import ModelError, UnknownNameError, first_line
+from calibrators.temporary import TemporaryFolder
 from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS, session_options
 
 __all__ = ["Model", "Source", "load_warnings", "loads", "profiling_session", "session"]
@@ -95,10 +95,10 @@ class Model:
 
         raises: ModelError if onnxruntime refuses the model.
         """
-        folder = tempfile.mkdtemp(prefix="intact-")
-        model = Model(Path(folder) / "optimized.onnx")
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-        session(self, save_optimized=Path(folder) / "optimized.onnx", disabled=LAYOUT_OPTIMIZERS)
+        folder = TemporaryFolder()
+        model = Model(folder.path / "optimized.onnx")
+        weakref.finalize(model, folder.remove)
+        session(self, save_optimized=folder.path / "optimized.onnx", disabled=LAYOUT_OPTIMIZERS)
         return model
 
     def with_probes(self, probes: Sequence[str]) -> bytes:

@@ -101,7 +101,7 @@ def parse_version(text: str) -> Version:
 
     raises: InputError for any other text.
     """
-    found = re.fullmatch(r"(\d+)\.(\d+)(\.\S+)?", text)
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\S+)?", text)
     if found is None:
         raise InputError(f"{text!r} is not a release of onnxruntime; write for example 1.19.")
     return Version(int(found[1]), int(found[2]))

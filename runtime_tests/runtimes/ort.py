@@ -68,7 +68,7 @@ class _OnnxRuntime(Runtime):
         return (PipPackages(f"ort-{self.wanted}", (f"onnxruntime=={self.wanted}",)),) if self.wanted else ()
 
     def variant(self, text: str) -> Runtime:
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+){2}", text):
+        if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4}){2}", text):
             raise InputError(f"ort=={text} is not a version of onnxruntime; write for example ort==1.19.2.")
         summary = f"onnxruntime {text} in a process of its own"
         return replace(self, name=f"{self.name}=={text}", summary=summary, variants=(), wanted=text)

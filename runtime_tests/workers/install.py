@@ -14,13 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from calibrators.errors import InputError, first_line
+from calibrators.temporary import TemporaryFolder
 
 __all__ = ["Component", "DebianPackages", "NpmPackages", "PipPackages", "run_tool", "runtimes_folder"]
 
@@ -67,10 +67,10 @@ class Component(ABC):
         if self.is_installed:
             return
         runtimes_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=runtimes_folder(), prefix=".new-") as stage:
-            new = Path(stage) / "new"
+        with TemporaryFolder(runtimes_folder()) as stage:
+            new = stage / "new"
             new.mkdir()
-            self.fetch(new, Path(stage))
+            self.fetch(new, stage)
             (new / RECIPE).write_text(repr(self), encoding="utf-8")
             shutil.rmtree(self.folder, ignore_errors=True)
             new.rename(self.folder)

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from calibrators.errors import InputError, ModelError
+from calibrators.temporary import TemporaryFolder
 from runtime_tests.ort import worker as onnxruntime_worker
 from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.runtime import Array
@@ -67,7 +66,8 @@ class Worker:
 
     def __init__(self, command: Sequence[str | Path], variables: Mapping[str, str], name: str) -> None:
         self.name = name
-        self.folder = Path(tempfile.mkdtemp(prefix="intact-"))
+        folder = TemporaryFolder()
+        self.folder = folder.path
         self._log = self.folder / "stderr.txt"
         try:
             with self._log.open("w") as log:
@@ -77,9 +77,9 @@ class Worker:
                     text=True, encoding="utf-8", env=dict(variables), cwd=self.folder,
                 )  # fmt: skip
         except OSError as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            folder.remove()
             raise InputError(f"{name} cannot be started: {error}; install it again.") from error
-        weakref.finalize(self, _end, self._process, self.folder)
+        weakref.finalize(self, _end, self._process, folder)
 
     def ask(self, request: Mapping[str, Any], within: float = ANSWER_S) -> dict[str, Any]:
         """Send a request and return the answer.
@@ -165,7 +165,7 @@ class LoadedInWorker:
         """Return None: a worker does not tell which kernels run."""
 
 
-def _end(process: subprocess.Popen[str], folder: Path) -> None:
+def _end(process: subprocess.Popen[str], folder: TemporaryFolder) -> None:
     """End a process, whatever it is doing, and remove its folder."""
     process.kill()
     process.wait()
@@ -173,4 +173,4 @@ def _end(process: subprocess.Popen[str], folder: Path) -> None:
         if stream is not None:
             with suppress(BrokenPipeError):  # of a request that nobody reads any more
                 stream.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()

@@ -45,7 +45,7 @@ def filled(memory: Memory, values: Tensor, qparams: QParams | None = None) -> Ca
 
 
 def mapped_files() -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "intact-cache-" in line]
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "activations-" in line]
 
 
 def test_caches_leave_a_gpu_room_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_full_disk_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """Not a signal when the first page that does not fit is written; and nothing stays behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(TINY_FILESYSTEM))
     memory = Memory(0)
-    with pytest.raises(OSError, match="intact-cache-") as caught:
+    with pytest.raises(OSError, match="activations-") as caught:
         memory.allocate(shutil.disk_usage(TINY_FILESYSTEM).total // 1024 + 1, 1024, torch.uint8)
     assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(str(TINY_FILESYSTEM))
     assert (memory.used, memory.spilled) == (0, 0)
@@ -204,7 +204,7 @@ def test_a_full_disk_without_reservation(monkeypatch: pytest.MonkeyPatch, folder
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     memory = Memory(0)
     assert torch.equal(filled(memory, torch.ones(4, 3)).gather(torch.tensor([3])), torch.ones(1, 3))
-    with pytest.raises(OSError, match="intact-cache-") as caught:
+    with pytest.raises(OSError, match="activations-") as caught:
         memory.allocate(shutil.disk_usage(folder).total, 2, torch.uint8)
     assert caught.value.errno == errno.ENOSPC
     assert memory.spilled == 48

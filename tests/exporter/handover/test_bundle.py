@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from calibrators import temporary
 from calibrators.errors import InputError
 from exporter.handover import bundle as bundle_module
 from exporter.handover.bundle import check_out, read_golden, verify_manifest, write_bundle
@@ -224,6 +226,48 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path
     assert (_tree(tmp_path), sorted(p for p in tmp_path.rglob("*"))) == before
 
 
+KILLED_AT = ["files", "render_html", "_put_golden", "_manifest", "_swap", "second rename", "after the renames"]
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_the_next_run_puts_in_order_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, overwrite: bool
+) -> None:
+    out = tmp_path / "build"
+    before = _tree(_write(out)) if overwrite else {}
+    if (pid := os.fork()) == 0:
+        try:
+            if moment == "second rename":
+                monkeypatch.setattr(Path, "rename", _rename_and_die)
+            elif moment == "after the renames":
+                monkeypatch.setattr(temporary.shutil, "rmtree", _die)
+            elif moment != "files":
+                monkeypatch.setattr(bundle_module, moment, _die)
+            _write(out, overwrite=overwrite, files=_half(_die) if moment == "files" else {"model.onnx": b"new"})
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if path != out], "the kill leaves something"
+    finished = moment == "after the renames" or (moment == "second rename" and not overwrite)
+    check_out(out, overwrite=overwrite or finished)
+    assert [path.name for path in tmp_path.iterdir()] == ["build"] * (overwrite or finished)
+    if overwrite and not finished:
+        assert _tree(out) == before
+        verify_manifest(out)
+    if finished:
+        assert (out / "model.onnx").read_bytes() == b"new"
+
+
+def _rename_and_die(self: Path, target: Path) -> None:
+    os.rename(self, target)
+    _die()
+
+
 STEPS = ["render_html", "render_junit", "_put_golden", "_manifest", "_swap"]
 
 
@@ -365,7 +409,7 @@ def test_a_broken_manifest_is_one_message(tmp_path: Path, content: str) -> None:
 
 def test_a_manifest_nested_too_deeply_is_one_message(tmp_path: Path) -> None:
     (_write(tmp_path / "build") / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="not a readable bundle"):
+    with pytest.raises(InputError, match=r"cannot read .*recursion"):
         verify_manifest(tmp_path / "build")
 
 
