@@ -195,18 +195,17 @@ def _average_pool(node: fx.Node) -> None:
 
 def _max_pool(node: fx.Node) -> None:
     """Drop the indices of the maxima where nothing reads them; adaptive pools become plain ones or maxima."""
-    x, (sizes, *_) = node.args[0], node.args[1:]
-    assert isinstance(x, fx.Node)
+    x, sizes = node.all_input_nodes[0], list(node.args[1])  # type: ignore[arg-type]
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         return
     call: Call = (aten.max_pool2d.default, node.args)
-    if (plain := ADAPTIVE_MAXIMA.get(node.target)) is not None:
+    if node.target in ADAPTIVE_MAXIMA:
         call = (aten.amax.default, (x, list(range(-len(sizes), 0)), True))
         if {*sizes} != {1}:
             kernel = _whole_windows(x, sizes)
             if kernel is None or len(shape_of(x)) != len(sizes) + 2:
                 return
-            call = (plain, (x, kernel, kernel))
+            call = (ADAPTIVE_MAXIMA[node.target], (x, kernel, kernel))
     for user in list(node.users):
         replace_call(user, call)
 
@@ -380,7 +379,7 @@ def _free(node: fx.Node) -> list[int]:
 
 BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
-ADAPTIVE_MAXIMA = {
+ADAPTIVE_MAXIMA: dict[Any, Any] = {
     aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
     aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
     aten.adaptive_max_pool3d.default: aten.max_pool3d.default,

@@ -59,7 +59,7 @@ class RunningHistograms:
         places, shape = _places(exact.numel(), samples * PER_SAMPLE), exact.shape
         grid = map(torch.as_tensor, (*grid_of(exact, self.qparams), *code_limits(exact, self.qparams)))
         scale, zero_point, low, high = (
-            each if each.numel() == 1 else each.broadcast_to(shape).reshape(-1)[places] for each in grid
+            each.reshape(()) if each.numel() == 1 else each.broadcast_to(shape).reshape(-1)[places] for each in grid
         )
         steps, codes = (values.reshape(-1)[places] / scale + zero_point for values in (exact, value))
         self.clipped += int(((steps < low - 0.5) | (steps > high + 0.5)).sum())

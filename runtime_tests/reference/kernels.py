@@ -371,7 +371,7 @@ def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Ten
         total = torch.zeros(*image.shape[:-space], *sizes)
         for offsets in product(*map(range, kernel)):
             cells = (slice(at, at + s * (n - 1) + 1, s) for at, s, n in zip(offsets, stride, sizes, strict=True))
-            total += image[(..., *cells)]
+            total += image[(..., *cells)]  # type: ignore[index]
         return total
 
     count = torch.tensor(float(math.prod(kernel)))

@@ -66,6 +66,18 @@ def test_channels_have_their_own_steps() -> None:
     assert [index - 8 for index, count in enumerate(found.codes) if count == 2] == [-8, 0, 7]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 3, 3), (1, 8)])
+def test_the_scale_of_one_channel_leaves_the_shape_alone(shape: tuple[int, ...]) -> None:
+    spec = QuantSpec(4, signed=True, symmetric=True, axis=0)
+    running, x = (
+        RunningHistograms(QParams(torch.tensor([0.1]), torch.zeros(1, dtype=torch.int32), spec)),
+        torch.ones(shape),
+    )
+    running.add(x, x, 1)
+    found = running.result()
+    assert found is not None and sum(found.floats) == x.numel()
+
+
 def test_large_tensors_are_sampled_alike_in_all_places() -> None:
     spec = QuantSpec(1)
     exact = torch.zeros(2, 50, 7 * PER_SAMPLE)
