@@ -50,6 +50,7 @@ from exporter.inputs.sanity import calibration_warnings, range_warnings, score_w
 from exporter.progress import Bar, Progress
 from exporter.reporting.gates import needs_baseline
 from exporter.reporting.layer_sections import layer_entries
+from exporter.reporting.outcome import Outcome
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, model_of, sizes_of, storage_of
 from exporter.run_calibrators import calibrated, calibration_notes
@@ -94,7 +95,7 @@ def export(
     source: str = "",
     overwrite: bool = False,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Outcome:
     """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; return what its report.json holds.
 
     model:           a module, an exported program, or text as `intact export` takes it ("net.py:build", "net.pt2").
@@ -144,7 +145,7 @@ def export(
             config=config.model_dump(mode="json"),
             overwrite=overwrite,
         )
-    return dump(report)
+    return Outcome(dump(report), out)
 
 
 class _Export:

@@ -24,6 +24,7 @@ from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress
 from exporter.reporting.cautions import cautions
 from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, renamed, verdict
+from exporter.reporting.outcome import Outcome
 from exporter.reporting.schema import Report, dump, read_report
 from exporter.reporting.sections import environment
 from runtime_tests.ort.coverage import coverage
@@ -47,7 +48,7 @@ UNKNOWN_PROCESSOR = (
 )
 
 
-def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[str] = ()) -> dict[str, Any]:
+def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[str] = ()) -> Outcome:
     """Prove a bundle again on this machine; return its report with this machine's parity, coverage and gates.
 
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
@@ -85,7 +86,8 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     with progress.stage("measure"):
         parts = machine_parts(proof, batches[0], config.get("threads", 1))
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
-    return dump(judge(report, gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes])))
+    judged = judge(report, gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes]))
+    return Outcome(dump(judged), folder, page="export report")
 
 
 def _beyond_tolerance(report: Report, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError, UnknownNameError, counted
 from calibrators.grid.limits import Limits, coarsened, within
 from calibrators.grid.numerics import code_limits, dequantize, quantize
 from calibrators.grid.spec import QParams, QuantizedTensor, QuantSpec, Site
@@ -56,6 +56,15 @@ class CalibrationResult:
     biases: Mapping[str, QuantizedTensor]
     observed: Mapping[str, Any] = field(default_factory=dict)
     record: Record = field(default_factory=Record)
+
+    def __repr__(self) -> str:
+        """Return a summary, as the tensors themselves say nothing to a reader."""
+        widths = sorted({site.spec.bits for site in self.placement.sites if site.kind == "weight"})
+        bits = f" of {', '.join(map(str, widths))} bits" if widths else ""
+        return (
+            f"CalibrationResult({counted(len(self.weights), 'weight')}{bits}, "
+            f"{counted(len(self.activations), 'activation scale')}, target {self.placement.target.name})"
+        )
 
     @cached_property
     def program(self) -> fx.GraphModule:

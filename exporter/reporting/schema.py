@@ -188,6 +188,11 @@ class Report:
     data: DataSources | None = None
     baseline: Difference | None = None
 
+    def __repr__(self) -> str:
+        """Return a summary; `dump` gives all of it."""
+        bits = f"{self.bits.weight}-bit weights, {self.bits.activation}-bit activations"
+        return f"Report({self.verdict}: {self.method}, {bits}, target {self.target}, {len(self.gates)} gates)"
+
 
 @cache
 def _adapter() -> TypeAdapter[Report]:

@@ -1,0 +1,45 @@
+"""The result of an export for Python: the content of report.json, which a notebook shows as the verdict box.
+
+Must not know: how anything is computed.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.reporting.terminal import verdict_panel
+
+__all__ = ["Outcome"]
+
+WIDTH = 100
+HTML = '<pre style="line-height: 1.25; white-space: pre; overflow-x: auto">{code}</pre>'
+
+
+class Outcome(dict[str, Any]):
+    """What report.json holds, with the folder of the bundle; equal to a dict of the same content.
+
+    Its text is the verdict box, its HTML the same in colour.
+    """
+
+    def __init__(self, report: dict[str, Any], folder: Path, *, page: str = "report") -> None:
+        super().__init__(report)
+        self.folder, self._page = folder, page
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return bool(self["verdict"] == "pass")
+
+    def __repr__(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console.print(verdict_panel(self, self.folder, page=self._page))
+        return console.export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console.print(verdict_panel(self, self.folder, page=self._page))
+        return console.export_html(inline_styles=True, code_format=HTML)
