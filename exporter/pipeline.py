@@ -51,6 +51,7 @@ from exporter.progress import Bar, Progress
 from exporter.reporting.gates import needs_baseline
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.outcome import Outcome
+from exporter.reporting.provenance import provenance
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, model_of, sizes_of, storage_of
 from exporter.run_calibrators import calibrated, calibration_notes
@@ -136,7 +137,7 @@ def export(
             so_far = judge(report, [gate for gate in gates if not needs_baseline(gate)])
             this = Export(str(out), so_far, work.scores, sha256_of(work.folder / "model.onnx"))
             report = replace(report, baseline=compare(baseline, this))
-        report = judge(report, gates)
+        report = replace(judge(report, gates), provenance=provenance(checkpoint, checkpoint_key))
         write_bundle(
             out,
             files=work.move_files,

@@ -28,6 +28,7 @@ from onnx import numpy_helper
 from calibrators.errors import InputError
 from calibrators.temporary import TemporaryFolder, remove_abandoned
 from exporter.config import NO_EFFECT
+from exporter.handover.bom import bill_of_materials, statement
 from exporter.handover.readme import render_readme
 from exporter.handover.scores import SCORES
 from exporter.reporting.html import render_html
@@ -61,6 +62,7 @@ In onnxruntime, set the configuration entries of the session that the proof sets
 | output | how close it has to be |
 |---|---|
 """
+BILL, STATEMENT = "bom.json", "parity.intoto.json"
 _MANIFEST_VERSION = 1
 OLD = "old"
 """Folder for the replaced bundle in a temporary folder."""
@@ -94,6 +96,9 @@ def write_bundle(
         _write(folder, "junit.xml", render_junit(report).encode())
         _write(folder, "README.md", render_readme(report).encode())
         _put_golden(golden, report.golden or (), folder)
+        digests = {path.name: sha256_of(path) for path in folder.glob("model.onnx*")}
+        _write(folder, BILL, dump_json(bill_of_materials(report, digests["model.onnx"])).encode())
+        _write(folder, STATEMENT, dump_json(statement(report, digests)).encode())
         _write(folder, _MANIFEST, dump_json(_manifest(folder, content, config)).encode())
     return out.resolve()
 
@@ -278,7 +283,7 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
-    measured = ("report.json", "report.html", "junit.xml", "README.md", SCORES)  # times, and outputs of float operators
+    measured = ("report.json", "report.html", "junit.xml", "README.md", SCORES, BILL, STATEMENT)  # not to be repeated
     artifact = {name: entry["sha256"] for name, entry in files.items() if name not in measured}
     environment = report.get("environment", {})
     return {

@@ -35,6 +35,7 @@ from calibrators.record import (
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.difference import Difference
 from exporter.reporting.layer_sections import LayerEntry
+from exporter.reporting.provenance import Provenance
 from exporter.reporting.sections import Emission, Environment, Model, Sizes, Storage
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.latency import Latency
@@ -187,6 +188,7 @@ class Report:
     config: Annotated[dict[str, Any], AfterValidator(_repeatable)] | None = None
     data: DataSources | None = None
     baseline: Difference | None = None
+    provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         """Return a summary; `dump` gives all of it."""

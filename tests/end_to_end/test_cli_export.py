@@ -142,6 +142,8 @@ def test_an_export_writes_the_bundle_and_tells_the_verdict(
         "check.py",
         "README.md",
         "evaluation.npz",
+        "bom.json",
+        "parity.intoto.json",
     }
     assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing stays beside the bundle"
     report = report_of(out)

@@ -34,7 +34,7 @@ GOLDEN = (
 )
 NAMES = {
     "model.onnx", "model.onnx.data", "report.json", "report.html", "junit.xml", "manifest.json",
-    "README.md", "golden/README.md", "golden/test_data_set_0/input_0.pb",
+    "README.md", "bom.json", "parity.intoto.json", "golden/README.md", "golden/test_data_set_0/input_0.pb",
     "golden/test_data_set_0/input_1.pb", "golden/test_data_set_0/output_0.pb",
 }  # fmt: skip
 
