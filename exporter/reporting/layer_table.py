@@ -82,8 +82,12 @@ class LayerRow:
         found = [self.why] if self.why else []
         if self.parity is not None and self.parity.mismatched:
             found.append(f"{differ(self.parity)} integers differ, by at most {self.parity.max_lsb}")
-        sites = (("weights", self.weight), ("result", self.result))
-        return {"notes": found, "sites": [_site(title, entry) for title, entry in sites if entry is not None]}
+        entries = (("weights", self.weight), ("result", self.result))
+        sites = [_site(title, entry) for title, entry in entries if entry is not None]
+        return {
+            "notes": found if found or sites else ["It has no quantized value of its own."],
+            "sites": sites,
+        }
 
 
 def _site(title: str, entry: LayerEntry) -> dict[str, object]:
@@ -138,7 +142,7 @@ def _rows(report: Report) -> Iterator[tuple[float, LayerRow]]:
     place = 0.0
     for node in report.coverage.nodes:
         weight = next((weights[site] for site in node.reads if site in weights), None)
-        result = results.get(node.writes or "")
+        result = results.get(node.writes or "") if node.writes not in shown else None
         after = (places[site] + 0.5 for site in node.reads if site in places)
         place = places[result.site] if result is not None else max(after, default=place)
         shown |= {entry.site for entry in (weight, result) if entry is not None}
@@ -148,12 +152,12 @@ def _rows(report: Report) -> Iterator[tuple[float, LayerRow]]:
                 anchor="",
                 name=node.module or node.name,
                 module=node.module,
-                op=node.op or node.kernel,
+                op=node.layer.removeprefix(f"{node.module}.") or node.kernel,
                 kernel=node.kernel,
                 integer=node.integer,
                 why=reasons.get(node.name, ""),
                 macs=node.macs,
-                bytes=node.bytes,
+                bytes=node.bytes or None,
                 time=times.get(node.name),
                 weight=weight,
                 result=result,

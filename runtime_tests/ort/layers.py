@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from runtime_tests.ort.onnx_operators import DEQUANTIZE, MOVE_DATA, QUANTIZE
+from runtime_tests.ort.onnx_operators import DEQUANTIZE, KEEP_CODES, MOVE_DATA, QUANTIZE
 from runtime_tests.ort.operands import consumers, where
 from runtime_tests.ort.sessions import Model
 
@@ -23,13 +23,18 @@ __all__ = ["ComputeNode", "compute_nodes"]
 MARKS = re.compile(r"(_token_\d+)+$|/.*$")
 """Ends of the names of fused nodes: "conv_token_2", "matmul/MatMulAddFusion"."""
 
+CODES, VALUES = "_quantized", "_dequantized"
+"""Ends of the names of a site's codes and of their dequantized values in the file."""
+
+PASSED = MOVE_DATA | KEEP_CODES
+
 
 @dataclass(frozen=True)
 class ComputeNode:
     """A node that the runtime executes and that computes.
 
     name:   in the optimized graph; module: path of the module that it comes from, "" for the root or unknown.
-    kernel: operator that the runtime executes; op: operator of the file, "" if the optimizer made it of several.
+    kernel: operator that the runtime executes; layer: name of the node of the file, "" if none is found.
     macs:   multiply-accumulates of one run, None if they cannot be counted.
     bytes:  of the constants that it reads, as the file stores them.
     reads:  sites of its quantized operands; writes: site of its result; None where the result is not quantized.
@@ -38,7 +43,7 @@ class ComputeNode:
     name: str
     module: str
     kernel: str
-    op: str
+    layer: str
     integer: bool
     macs: int | None
     bytes: int
@@ -61,7 +66,7 @@ def compute_nodes(
             name=where(node),
             module=layer.metadata_props.get("intact.module", "") if layer is not None else "",
             kernel=node.op_type,
-            op=layer.op_type if layer is not None else "",
+            layer=str(layer.name) if layer is not None else "",
             integer=node in integer,
             macs=counts[node],
             bytes=sum(_stored(layer).values()) if layer is not None else 0,
@@ -96,17 +101,16 @@ def _initializers(value: ir.Value | None) -> dict[str, int] | None:
 def _reads(layer: ir.Node) -> tuple[str, ...]:
     producers = (value.producer() for value in layer.inputs if value is not None)
     names = (str(node.outputs[0].name) for node in producers if node is not None and node.op_type == DEQUANTIZE)
-    return tuple(name.removesuffix("_dequantized") for name in names)
+    return tuple(name.removesuffix(VALUES) for name in names)
 
 
 def _writes(layer: ir.Node, executed: Collection[ir.Node]) -> str | None:
-    """Return the site of the quantizer after a node and what the runtime merges into it: activations and moves."""
+    """Return the site of the codes that a node's result becomes, after activations, bounds and moves alone."""
     node = layer
-    while True:
+    while not str(node.outputs[0].name).endswith(CODES):
         readers = consumers(node.outputs[0])
         quantizers = [reader for reader in readers if reader.op_type == QUANTIZE]
-        if quantizers:
-            return str(quantizers[0].outputs[0].name).removesuffix("_quantized")
-        if len(readers) != 1 or (readers[0] in executed and readers[0].op_type not in MOVE_DATA):
+        if not quantizers and (len(readers) != 1 or (readers[0] in executed and readers[0].op_type not in PASSED)):
             return None
-        (node,) = readers
+        node = [*quantizers, *readers][0]
+    return str(node.outputs[0].name).removesuffix(CODES)

@@ -161,7 +161,7 @@ def _compute_node(index: int) -> dict[str, Any]:
         "name": f"{module}.Conv_token_{index}",
         "module": module,
         "kernel": kernel,
-        "op": "Conv",
+        "layer": f"{module}.Conv",
         "integer": kernel.startswith("QLinear"),
         "macs": 100_000 * (index + 1),
         "bytes": 2_000 * (index + 1),
