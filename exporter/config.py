@@ -126,6 +126,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     sensitivity: bool = setting(False, "Measure and plot what fewer bits cost in each layer; `--budget` does this too.")
     explain: bool = setting(False, "Compute and plot the reasons for the method's choice; takes longer.")
     simplify: bool = setting(True, "Simplify the ONNX graph where that provably changes nothing.", flag=None)
+    labels: str | None = setting(
+        None,
+        "Names of the classes, one a line, for the bundle's README and the file's metadata; by default the class "
+        "folders of the data.",
+        panel=DATA,
+        metavar="FILE",
+    )
     calibration_batches: Positive | None = setting(
         None, "Use only the first N calibration batches.", panel=DATA, metavar="N", shown="all"
     )

@@ -41,7 +41,7 @@ from exporter.frontend.reference import export_program, save_reference
 from exporter.handover.bundle import check_out, sha256_of, write_bundle
 from exporter.handover.golden_set import CHECK, write_golden_set
 from exporter.handover.scores import SCORES, write_scores
-from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, cut, feed
+from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, class_names, cut, feed
 from exporter.inputs.data import Data
 from exporter.inputs.metric import Metric, joined, load_metric
 from exporter.inputs.open import check_takes_integers, open_both
@@ -49,11 +49,12 @@ from exporter.inputs.raw import RawInputs, parse_coded
 from exporter.inputs.sanity import calibration_warnings, range_warnings, score_warnings
 from exporter.progress import Bar, Progress
 from exporter.reporting.gates import needs_baseline
+from exporter.reporting.interface import INTERFACE_KEY, images_of, metadata_of, model_of, sizes_of
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.outcome import Outcome
 from exporter.reporting.provenance import provenance
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
-from exporter.reporting.sections import emission_of, model_of, sizes_of, storage_of
+from exporter.reporting.sections import emission_of, storage_of
 from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
@@ -211,12 +212,12 @@ class _Export:
         for each in (batches, held_out):
             if each is not None:
                 each.graph, each.data = graph, self.raws.as_pixels(each.data)
-        simplifier = self._emitted(folded, result)
+        simplifier = self._emitted(graph, folded, result)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
-        sources = DataSources(_source(batches), _source(held_out) if held_out else None)
-        report = self._report(graph, result, proof, noise, simplifier, sources)
+        origins = DataSources(_source(batches), _source(held_out) if held_out else None)
+        report = self._report(graph, result, proof, noise, simplifier, origins)
         if proof.metric is not None and held_out is not None:
             report = replace(report, metric=proof.metric.result(joined(held_out.given, proof.metric.samples)))
         notes = [*batches.notes, *(held_out.notes if held_out else ())]
@@ -239,7 +240,10 @@ class _Export:
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
 
     def _check_data(self, graph: fx.GraphModule, batches: GraphBatches, held_out: GraphBatches | None) -> None:
-        """Refuse data that the model cannot take, and warn about data that look wrong, by their first batches."""
+        """Refuse data that the model cannot take, warn about data that look wrong, and keep what describes them."""
+        sources = [each.data for each in (held_out, batches) if each is not None]
+        self.labels = class_names(self.config.labels, sources, graph)
+        self.images = images_of(next((x.form for x in sources if x.form), None), self.raws.by_name)
         if (first := next(iter(batches), None)) is not None:
             self.warnings += calibration_warnings(graph, first, batches.data.label)
         if held_out is not None:
@@ -261,7 +265,7 @@ class _Export:
             return
         check_folding(graph, result.placement.graph, batch)
 
-    def _emitted(self, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
+    def _emitted(self, graph: fx.GraphModule, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
         with self._step("emit"):
             metadata = {
                 "version": __version__,
@@ -274,10 +278,10 @@ class _Export:
             (self.folder / REFERENCE).parent.mkdir()
             save_reference(export_program(result.program), self.folder / REFERENCE)
             model, simplifier = self._simplified(result, onnx_program)
-            self._store(model, result.program)
+            self._store(graph, model, result.program)
             return simplifier
 
-    def _store(self, model: ir.Model, program: fx.GraphModule) -> None:
+    def _store(self, graph: fx.GraphModule, model: ir.Model, program: fx.GraphModule) -> None:
         """Write the model in its storage, with where it holds, and, for comparison, in the other storages."""
         for name, other in alternatives(model, self.config.weight_storage).items():
             self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
@@ -293,6 +297,10 @@ class _Export:
         self._state_release(model)
         entries = holds_on(plan(program, self.target), saturation(ir.to_proto(model)), self.target)
         model.metadata_props[EXACT_ON_KEY] = ", ".join(exact_on(entries))
+        grids = program.meta.get("output_codes", {})
+        described = model_of(self.source, graph, model, self.raws.by_name, grids)
+        self.interface = replace(described, images=self.images, labels=self.labels)
+        model.metadata_props[INTERFACE_KEY] = metadata_of(self.interface, graph.meta["size_bounds"])
         save(model, self.folder / "model.onnx")
 
     def _state_release(self, model: ir.Model) -> None:
@@ -372,9 +380,7 @@ class _Export:
             time_s=Times(**self.times),
             gates=(),
             tool=Tool("intact", __version__),
-            model=model_of(
-                self.source, graph, self.model.graph_model, self.raws.by_name, program.meta.get("output_codes", {})
-            ),
+            model=self.interface,
             sizes=sizes_of(program, (inputs for inputs, _ in proof.golden)),
             rules=result.placement.rules,
             layers=layer_entries(result, noise.decibels(), noise.histograms()),

@@ -6,6 +6,7 @@ The contract of that graph:
 - `graph.meta["example"]` is a tuple of example inputs (batch size 2 where the batch is dynamic);
 - `graph.meta["dynamic_batch"]` says whether the first dimension of every input is free;
 - `graph.meta["free_axes"]` names the other free dimensions, by input and axis; {} where it is absent;
+- `graph.meta["size_bounds"]` holds their bounds (exporter.frontend.free_sizes), by the name of the size;
 - `graph.meta["coded_outputs"]` names the outputs that are given as codes; () where it is absent;
 - `graph.meta["input_grids"]` holds scale and zero point of placeholders whose values lie on a grid; {} where absent;
 - `graph.meta["other_examples"]` holds inputs in which every free size differs from the example's; () where absent;

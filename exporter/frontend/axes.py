@@ -17,7 +17,7 @@ from calibrators.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Axes", "FreeAxis", "axes_by_input", "parse_axes", "tiled", "with_axes"]
+__all__ = ["LARGEST", "Axes", "FreeAxis", "axes_by_input", "parse_axes", "tiled", "with_axes"]
 
 AXIS = re.compile(r"(\d{1,9})(?:=([A-Za-z_]\w*))?(?:\[(\d{0,9})\.\.(\d{0,9})\])?", re.ASCII)
 LARGEST = 2**31

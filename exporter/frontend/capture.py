@@ -25,7 +25,7 @@ from calibrators.grid.metrics import alike
 from exporter.frontend.axes import Axes, FreeAxis, axes_by_input
 from exporter.frontend.calling import Form, arguments, call_of, restoring, shapes_of, tensor_names, user_inputs
 from exporter.frontend.declared import other_size
-from exporter.frontend.free_sizes import free_axes, has_free_batch, inputs_of_other_sizes
+from exporter.frontend.free_sizes import bounds_of, free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 
 __all__ = ["SAME", "capture", "evaluating", "quiet"]
@@ -63,7 +63,8 @@ def capture(
     axes:    further axes that have to be free. Those of a program are what it was exported with.
     returns: a new GraphModule; meta["dynamic_batch"], meta["notes"] (what the user should know), meta["input_names"],
              meta["output_names"], meta["example"] (batch 2 where the batch is free, else as captured),
-             meta["free_axes"], and meta["other_examples"], in which the model agrees with the graph too.
+             meta["free_axes"], meta["size_bounds"] (by the name of the size), and meta["other_examples"], in which the
+             model agrees with the graph too.
     raises:  ModelError naming the module and the line that cannot be captured, for axes that cannot be free, or for a
              program whose batch is free although it must not be; InputError for axes that its inputs do not have.
     """
@@ -95,6 +96,7 @@ def capture(
     if narrow:
         inputs, *others = (tuple(x.float() if x.dtype == torch.float64 else x for x in e) for e in (inputs, *others))
     graph.meta |= {"example": inputs, "other_examples": tuple(others), "dynamic_batch": dynamic, "free_axes": free}
+    graph.meta["size_bounds"] = bounds_of(program, free)
     graph.meta["notes"] = notes
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")

@@ -6,15 +6,16 @@ Must not know: how programs are captured, quantization, ONNX.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporter.frontend.axes import FreeAxis, tiled
+from exporter.frontend.axes import LARGEST, FreeAxis, tiled
 from exporter.frontend.calling import user_inputs
 
-__all__ = ["free_axes", "has_free_batch", "inputs_of_other_sizes"]
+__all__ = ["Bounds", "bounds_of", "free_axes", "has_free_batch", "inputs_of_other_sizes"]
 
 SIZES = (
     lambda size: size * 3 // 2 + 1,
@@ -28,6 +29,15 @@ SIZES = (
 
 SMALLEST = 2
 """A size of 1 broadcasts, which torch.export treats as another program."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Sizes that a free axis may have: `low` to `high` (None: no limit), multiples of `multiple`."""
+
+    low: int
+    high: int | None = None
+    multiple: int | None = None
 
 
 def has_free_batch(program: torch.export.ExportedProgram) -> bool:
@@ -55,6 +65,20 @@ def free_axes(
     return found
 
 
+def bounds_of(program: torch.export.ExportedProgram, names: Mapping[str, Mapping[int, str]]) -> dict[str, Bounds]:
+    """Return the bounds of free sizes by name, as torch.export found them; names: as `free_axes` returns them."""
+    found = {}
+    for node, shape in zip(user_inputs(program), _shapes(program), strict=True):
+        for axis, name in names.get(node.name, {}).items():
+            size = shape[axis].node.expr
+            limits = {symbol: program.range_constraints[symbol] for symbol in size.free_symbols}
+            low, high = (size.subs({s: getattr(r, end) for s, r in limits.items()}) for end in ("lower", "upper"))
+            multiple = int(size.as_coeff_Mul()[0])
+            is_open = not high.is_finite or high >= LARGEST
+            found[name] = Bounds(int(low), None if is_open else int(high), multiple if multiple > 1 else None)
+    return found
+
+
 def inputs_of_other_sizes(
     program: torch.export.ExportedProgram, inputs: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
@@ -63,8 +87,9 @@ def inputs_of_other_sizes(
     sizes: dict[Any, int] = {}
     for x, shape in zip(inputs, shapes, strict=True):
         for axis, size in enumerate(shape):
-            if axis and isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                sizes.setdefault(size.node.expr, x.shape[axis])
+            for symbol in size.node.expr.free_symbols if axis and isinstance(size, torch.SymInt) else ():
+                expression = size.node.expr  # linear: the symbol, or what torch.export takes as a derived size
+                sizes.setdefault(symbol, int((x.shape[axis] - expression.subs(symbol, 0)) / expression.coeff(symbol)))
     seen = [sizes]
     for shift in (1, 0) if len(sizes) > 1 else (0,) if sizes else ():
         for start in range(len(SIZES)):

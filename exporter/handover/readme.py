@@ -6,13 +6,14 @@ Must not know: graphs, torch, how the model was made.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jinja2
 
 from calibrators.grid.processors import PROCESSORS
+from exporter.reporting.interface import Images, Port, Sizes
 from exporter.reporting.schema import Report
+from exporter.reporting.templates import environment
 from runtime_tests.ort.worker import EXACT
 
 __all__ = ["render_readme"]
@@ -23,31 +24,35 @@ STATUSES = {
     "unknown": "unknown",
     "differs": "**computes other integers**",
 }
-TYPES = {"float": "float32", "double": "float64", "bool": "bool_"}
+LISTED = 20
+"""Classes that the page names."""
 
 
 def render_readme(report: Report) -> str:
     """Return the page in Markdown."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("exporter"),
-        autoescape=False,  # Markdown, not HTML; names are cleaned below
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     model = report.model
     assert model is not None
-    return environment.get_template("bundle.md.j2").render(
-        r=report,
-        title=_clean(model.source) or "Model",
-        ranges=dict(_ranges(report)),
-        preprocessing=list(_preprocessing(report.config or {})),
-        session=EXACT,
-        variables=[re.sub(r"\W", "_", value.name) for value in model.inputs],
-        shapes=[tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in model.inputs],
-        types=[TYPES.get(value.dtype.lower(), value.dtype.lower()) for value in model.inputs],
-        processors={name: processor.summary for name, processor in PROCESSORS.items()},
-        statuses=STATUSES,
+    ranges = dict(_ranges(report))
+    sizes = model.inputs[0].shape[:1]
+    return (
+        environment(autoescape=False, undefined=jinja2.StrictUndefined)
+        .get_template("bundle.md.j2")
+        .render(
+            r=report,
+            title=_clean(model.source) or "Model",
+            meanings={
+                "input": [_of_input(port, ranges) for port in model.inputs],
+                "output": [_of_output(port) for port in model.outputs],
+            },
+            raw=next((port.pixels.layout for port in model.inputs if port.pixels), ""),
+            sizes=[*_bounds(report.sizes)],
+            labels=_listed(model.labels or ()),
+            preprocessing=[*_preprocessing(model.images)] if model.images else [],
+            session=EXACT,
+            batch=next((size for size in sizes if isinstance(size, int)), 1),
+            processors={name: processor.summary for name, processor in PROCESSORS.items()},
+            statuses=STATUSES,
+        )
     )
 
 
@@ -56,28 +61,64 @@ def _clean(text: str | None) -> str:
     return re.sub(r"[^\w .:/()=,-]", "", text or "").strip()
 
 
+def _listed(names: Sequence[str]) -> str:
+    some = [f"{index} {_clean(name)}" for index, name in enumerate(names[:LISTED])]
+    return ", ".join(some) + (", ... (all are in the metadata)" if len(names) > LISTED else "")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _of_input(port: Port, ranges: dict[str, str]) -> str:
+    """Return what the values of an input are."""
+    if port.pixels is None:
+        return ranges.get(port.name, "")
+    layout = "channels last" if port.pixels.layout == "nhwc" else "channels first"
+    normalized = f"(byte / 255 - mean) / std with mean {_numbers(port.pixels.mean)} and std {_numbers(port.pixels.std)}"
+    return f"bytes, 0 to 255, {layout}; the file itself computes {normalized} of them"
+
+
+def _of_output(port: Port) -> str:
+    """Return what the values of an output stand for."""
+    if port.codes is None:
+        return ""
+    return f"codes: value = (code - {port.codes.zero_point}) * {port.codes.scale:.9g}"
+
+
 def _ranges(report: Report) -> Iterator[tuple[str, str]]:
     """Yield by input name the range of its values in the calibration data."""
     for layer in report.layers or ():
         if layer.kind == "activation" and layer.observed_lo is not None and layer.observed_hi is not None:
-            yield layer.site, f"{layer.observed_lo:.3g} to {layer.observed_hi:.3g}"
+            yield layer.site, f"{layer.observed_lo:.3g} to {layer.observed_hi:.3g} in the calibration data"
 
 
-def _preprocessing(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the steps from an image file to an input; nothing where the data was no folder of images."""
-    size, mean, std = (config.get(key) for key in ("image_size", "mean", "std"))
-    if size is None and mean is None and std is None:
-        return
-    yield "Decode the image; channels are red, green, blue, or one channel of grey."
-    if size is not None:
-        height, width = size
+def _bounds(sizes: Sizes | None) -> Iterator[tuple[str, str]]:
+    """Yield the names of free sizes, and what they may be."""
+    for name, bounds in (sizes.bounds if sizes is not None and sizes.bounds else {}).items():
+        ends = f"at least {bounds.low}" if bounds.high is None else f"{bounds.low} to {bounds.high}"
+        yield name, ends + (f", a multiple of {bounds.multiple}" if bounds.multiple else "")
+
+
+def _preprocessing(images: Images) -> Iterator[str]:
+    """Yield the steps from an image file to the input."""
+    yield (
+        f"Decode the image to channels {', '.join(images.colors)}, in this order: grey images get three equal ones, "
+        "transparency is dropped, and a rotation in the metadata of the image is not applied."
+    )
+    if images.size is not None:
+        height, width = images.size
         yield (
-            "Resize bilinearly (Pillow's `BILINEAR`), keeping the aspect ratio, so that the image just covers "
-            f"{height} x {width} (height x width), and crop the centre."
+            f"Resize (Pillow's `{images.resize}`, which averages when it shrinks), keeping the aspect ratio, so that "
+            f"the image just covers {height} x {width} (height x width), and crop the centre."
         )
+    if images.in_file:
+        axes = "batch, height, width, channel" if images.layout == "nhwc" else "batch, channel, height, width"
+        yield f"Feed the bytes, uint8, as {axes}. The file normalizes them."
+        return
     yield "Divide by 255."
-    if mean is not None:
-        yield f"Subtract the mean of each channel: {', '.join(f'{value:g}' for value in mean)}."
-    if std is not None:
-        yield f"Divide by the standard deviation of each channel: {', '.join(f'{value:g}' for value in std)}."
+    if images.mean is not None:
+        yield f"Subtract the mean of each channel: {_numbers(images.mean)}."
+    if images.std is not None:
+        yield f"Divide by the standard deviation of each channel: {_numbers(images.std)}."
     yield "Transpose to channel, height, width, as float32."

@@ -5,13 +5,14 @@ Must not know: where data come from, quantization, ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError, counted
+from calibrators.errors import DataError, InputError, counted, no_file
 from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
@@ -19,7 +20,7 @@ from exporter.inputs.data import Data
 from exporter.inputs.metric import Metric, joined
 from runtime_tests.measure.metric import arguments_of
 
-__all__ = ["GraphBatches", "check_evaluation", "check_metric", "cut", "feed"]
+__all__ = ["GraphBatches", "check_evaluation", "check_metric", "class_names", "cut", "feed"]
 
 
 class GraphBatches:
@@ -91,6 +92,27 @@ def check_metric(graph: fx.GraphModule, evaluation: Data, metric: Metric) -> Non
         metric(arguments_of(graph.meta["output_names"], outputs), joined([batch.given], size))
 
 
+def class_names(file: str | None, sources: Iterable[Data], graph: fx.GraphModule) -> tuple[str, ...] | None:
+    """Return the names of the classes of the first output: those of a file, else of the first source that has as many.
+
+    raises: InputError for a file that cannot be read or names another number of classes.
+    """
+    with torch.no_grad():
+        output = graph(*graph.meta["example"])[0]
+    count = output.shape[1] if is_logits(output) else None
+    if file is None:
+        return next((each.classes for each in sources if len(each.classes) == count), None)
+    if not Path(file).is_file():
+        raise InputError(f"labels {no_file(Path(file))}")
+    try:
+        names = tuple(Path(file).read_text(encoding="utf-8").rstrip().split("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is no readable text: {error}; give the names of the classes, one a line.") from error
+    if count not in (None, len(names)):
+        raise InputError(f"{file} names {len(names)} classes, but the model has {count}; give one name a line.")
+    return names
+
+
 def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data) -> None:
     """Refuse evaluation data that the model cannot take, judged by its first batch.
 
@@ -109,13 +131,13 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data)
         return
     with torch.no_grad():
         output = graph(*graph.meta["example"])[0]
-    highest = max(int(theirs.labels.max()), (evaluation.classes or 0) - 1)
+    highest = max(int(theirs.labels.max()), len(evaluation.classes) - 1)
     if is_logits(output) and highest >= output.shape[1]:
         raise DataError(
             f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}; check the labels."
         )
-    if is_logits(output) and evaluation.classes is not None and evaluation.classes < output.shape[1]:
+    if is_logits(output) and 0 < len(evaluation.classes) < output.shape[1]:
         evaluation.noted(
-            f"{evaluation.label} has {evaluation.classes} class folders, but the model has {output.shape[1]} outputs: "
-            "check that both count the same classes in the same order"
+            f"{evaluation.label} has {len(evaluation.classes)} class folders, but the model has {output.shape[1]} "
+            "outputs: check that both count the same classes in the same order"
         )

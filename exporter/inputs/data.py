@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from calibrators.errors import DataError, UnknownNameError
+from exporter.inputs.form import DataForm
 
 __all__ = ["Batch", "Data", "LabelError"]
 
@@ -80,7 +81,8 @@ class Data:
     optional:    those of `names` that may be missing before others.
     by_position: named inputs that match none of `names` are taken in order (.npz files).
     limit:       batches of a pass; None for all.
-    classes:     number of classes that the source says it has; None where it does not say.
+    classes:     names of the classes that the source says it has, in the order of their numbers; () where it does not.
+    form:        how the source reads images; None where there are none.
     convert:     changes each batch, for `mapped`; None leaves it as the source gives it.
     labels:      what becomes of labels: "read" where there are some, "needed" in every batch, or "unread".
     """
@@ -92,7 +94,8 @@ class Data:
     limit: int | None = None
     labels: Literal["read", "needed", "unread"] = "read"
     optional: frozenset[str] = frozenset()
-    classes: int | None = None
+    classes: tuple[str, ...] = ()
+    form: DataForm | None = None
     convert: Convert | None = None
     _seen: _Seen = field(default_factory=_Seen, repr=False)
 

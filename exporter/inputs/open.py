@@ -150,7 +150,7 @@ def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
 def _open_path(path: Path, form: DataForm) -> Data:
     if path.is_dir():
         names = class_folders(path)
-        data = Data(str(path), lambda: from_images(path, form), classes=len(names) or None)
+        data = Data(str(path), lambda: from_images(path, form), classes=tuple(names), form=form)
         return data.noted(split_warning(str(path), names))
     if form.is_for_images:
         raise DataError(f"image size, mean and std apply to folders of images only; {path} is not one. Omit them.")

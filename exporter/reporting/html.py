@@ -28,6 +28,7 @@ from exporter.reporting.layer_table import layer_rows, linker, noisiest
 from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report, dump_json
+from exporter.reporting.templates import environment
 from exporter.reporting.where import where_rows
 from runtime_tests.measure.profile import TimeShares
 
@@ -201,17 +202,11 @@ def _part(name: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("exporter"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
-    environment.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key}
-    environment.tests["number"] = lambda value: measured(value) is not None  # NaN is none
-    return environment.get_template("report.html.j2")
+    pages = environment(autoescape=True, undefined=jinja2.ChainableUndefined)
+    pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
+    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key}
+    pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
+    return pages.get_template("report.html.j2")
 
 
 def render_html(report: Report) -> str:

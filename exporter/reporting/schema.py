@@ -34,9 +34,10 @@ from calibrators.record import (
 )
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.difference import Difference
+from exporter.reporting.interface import Model, Sizes
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.provenance import Provenance
-from exporter.reporting.sections import Emission, Environment, Model, Sizes, Storage
+from exporter.reporting.sections import Emission, Environment, Storage
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.latency import Latency
 from runtime_tests.measure.metric import UserMetric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from calibrators.errors import InputError, ModelError, UnknownNameError
 from exporter import capture, export
 from exporter.frontend.axes import FreeAxis
+from exporter.frontend.free_sizes import Bounds
 from exporter.verify import verify
 from tests.support.networks import randomize
+from tests.support.readme import run_readme
 
 QUICK: dict[str, Any] = {"method": "mse", "latency_runs": 0, "parity_samples": 8, "simplify": False}
 
@@ -72,6 +75,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = export(model(Pyramid), images(), out=out, dynamic=dims, eval_data=images(48), **QUICK)
     assert report["verdict"] == "pass", report["gates"]
     return out
+
+
+def test_the_readme_gives_the_bounds_and_runs(bundle: Path) -> None:
+    page = (bundle / "README.md").read_text()
+    assert re.search(r"- `height`: \d+ to 128\.\n- `width`: at least \d+\.\n", page)
+    assert run_readme(bundle).splitlines()[0] == "scores float32 (4, 5)"
+
+
+def test_a_program_of_multiples_says_so(tmp_path: Path) -> None:
+    """No input has the free size itself, only four times it."""
+    network, image = model(lambda: nn.Conv2d(3, 4, 3, padding=1)), torch.randn(2, 3, 32, 32)
+    sizes = {0: torch.export.Dim("batch"), 2: 4 * torch.export.Dim("quarter", min=2, max=64)}
+    graph = capture(torch.export.export(network, (image,), dynamic_shapes=(sizes,)), image)
+    assert graph.meta["size_bounds"] == {"input_2": Bounds(low=8, high=256, multiple=4)}
+    assert {x.shape[2] % 4 for (x,) in graph.meta["other_examples"]} == {0}
 
 
 def test_the_report_says_what_is_free_and_proved(bundle: Path) -> None:

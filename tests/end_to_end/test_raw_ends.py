@@ -23,6 +23,7 @@ from exporter.handover.dump import compare_dump
 from exporter.verify import verify
 from runtime_tests.ort.worker import session_options
 from tests.support.networks import randomize
+from tests.support.readme import run_readme
 
 QUICK: dict[str, Any] = {"method": "mse", "latency_runs": 0, "parity_samples": 8, "simplify": False}
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -147,6 +148,12 @@ def test_a_raw_bundle_is_verified_checked_and_compared(
     save_arrays(dump, board)
     layers, _, _ = compare_dump(raw_ends, dump)
     assert [layer.name for layer in layers if layer.differing] == ["map"]
+
+
+def test_the_code_of_the_readme_gives_floats(raw_ends: Path) -> None:
+    """It feeds the golden input, as nothing is known about images, and dequantizes what is codes."""
+    golden = run_readme(raw_ends).splitlines()
+    assert golden == ["scores float32 (4, 5)", "map float32 (4, 4, 64)", "softmax float32 (4, 4, 8, 8)"]
 
 
 def test_a_changed_layer_of_a_raw_bundle_is_named(
