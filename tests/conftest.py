@@ -49,6 +49,7 @@ SLOW = re.compile(
             r"/test_build_model\.py::test_file_computes_the_program\[(?!transformer-w8a8|residual-w4a4)",
             r"/test_cli_export\.py::test_an_interrupt_half_way_leaves_nothing\[15",
             r"/test_html\.py::test_a_missing_block_is_not_drawn\[(?!rules|layers|environment)",
+            r"/test_html\.py::test_page_is_well_formed_small_and_offline\[300",
             r"/test_html\.py::test_degenerate_searches_are_drawn\[(?!flat|nothing finite)",
             r"/test_html\.py::test_degenerate_layers_are_drawn\[(?!.*(nan|: \[\]))",
             r"/test_html\.py::test_degenerate_units_are_drawn\[(?!.*inf)",

@@ -12,6 +12,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from operator import attrgetter
 
 from markupsafe import Markup, escape
@@ -35,7 +36,10 @@ NOISIEST = 3
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row; anchor: id of the row in the page; what is None was not measured or does not exist."""
+    """One row; what is None was not measured or does not exist.
+
+    anchor: id of the row in the page; node: name in the optimized graph, "" where the runtime has no such node.
+    """
 
     anchor: str
     name: str
@@ -43,6 +47,7 @@ class LayerRow:
     op: str
     kernel: str
     integer: bool
+    node: str = ""
     why: str = ""
     macs: int | None = None
     bytes: int | None = None
@@ -155,6 +160,7 @@ def _rows(report: Report) -> Iterator[tuple[float, LayerRow]]:
                 op=node.layer.removeprefix(f"{node.module}.") or node.kernel,
                 kernel=node.kernel,
                 integer=node.integer,
+                node=node.name,
                 why=reasons.get(node.name, ""),
                 macs=node.macs,
                 bytes=node.bytes or None,
@@ -199,16 +205,20 @@ _NAME = re.compile(r"[\w.\[\]]*\w")
 
 
 def linker(rows: Sequence[LayerRow]) -> Callable[[object], Markup]:
-    """Return a function that escapes a text, with links to the rows of the layers and sites that it names.
+    """Return a function that escapes a text, with links to the rows of the layers, nodes and sites that it names.
 
-    A name of one plain word is linked only where it is the whole text.
+    The name of a module leads to the first layer inside. A name of one plain word is linked only where it is the whole
+    text.
     """
     anchors: dict[str, str] = {}
     for row in rows:
         sites = [entry.site for entry in (row.weight, row.result) if entry is not None]
-        for name in (*sites, row.name, row.module):
-            if name:
-                anchors.setdefault(name, row.anchor)
+        for name in (*sites, row.name, row.node, row.module):
+            anchors.setdefault(name, row.anchor)
+    for row in rows:
+        for above in accumulate(row.module.split("."), "{}.{}".format):
+            anchors.setdefault(above, row.anchor)
+    anchors.pop("", None)
 
     def link(name: str) -> Markup:
         return Markup('<a href="#{}">{}</a>').format(anchors[name], name)
