@@ -103,6 +103,20 @@ def tab_to(page: Page, selector: str) -> None:
     pytest.fail(f"no {selector} can be reached with the keyboard")
 
 
+def follow(page: Page, anchor: str) -> None:
+    """Go to an anchor, and wait until the page has acted on it."""
+    go = f"location.hash = '{anchor}'"
+    page.run(
+        f"new Promise(done => {{ addEventListener('hashchange', () => setTimeout(done), {{ once: true }}); {go} }})"
+    )
+
+
+def opened(page: Page) -> None:
+    """Open everything that can be opened."""
+    page.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    follow(page, "layer-1")
+
+
 def test_the_page_works_in_a_browser(browser: Browser, folder: Path) -> None:
     """One case in every run of the tests; the lane `browser` has the rest."""
     with browser.page(page_of("pass", folder), 360) as page:
@@ -113,7 +127,7 @@ def test_the_page_works_in_a_browser(browser: Browser, folder: Path) -> None:
         assert page.run(ORDER) == before and page.run("document.querySelector('th[aria-sort]').ariaSort") == "ascending"
         page.press("Enter")
         assert page.run(ORDER) == before[::-1]
-        page.run("location.hash = 'layer-2'")
+        follow(page, "layer-2")
         assert page.run("document.querySelectorAll('#details svg.histogram').length") == 2
         assert page.errors == []
 
@@ -125,7 +139,7 @@ def test_nothing_overflows_and_the_console_is_silent(browser: Browser, folder: P
     with browser.page(page_of(name, folder), width) as page:
         if shots := os.environ.get(SCREENSHOTS):
             Path(shots, f"{name}-{width}.png").write_bytes(page.screenshot())
-        page.run("for (const part of document.querySelectorAll('details')) part.open = true; location.hash = 'layer-1'")
+        opened(page)
         assert page.run("document.documentElement.scrollWidth") <= width
         assert page.run(WIDER) == []
         assert page.run(CLIPPED.replace("PAPER", "false")) == [] or name == "hostile", "words of 200 letters scroll"
@@ -142,7 +156,7 @@ def test_axe_finds_nothing_serious(browser: Browser, folder: Path, name: str, da
         (pytest.fail if REQUIRED in os.environ else pytest.skip)(reason)
     source = (AXE.folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
     with browser.page(page_of(name, folder), 1280, dark=dark) as page:
-        page.run("for (const part of document.querySelectorAll('details')) part.open = true; location.hash = 'layer-1'")
+        opened(page)
         page.run(source)
         assert page.run(VIOLATIONS) == []
 
@@ -181,13 +195,14 @@ def test_layers_are_filtered_and_opened_by_keyboard(browser: Browser, folder: Pa
         assert page.run("document.querySelector('#shown').textContent") == "3 of 300 layers" and page.run(SHOWN) == 3
         tab_to(page, "#layer-table td a")
         page.press("Enter")
+        page.run("new Promise(done => setTimeout(done, 50))")
         assert page.run("document.querySelector('#details').previousSibling.offsetParent !== null")
         assert page.run("document.querySelector('#details h3').textContent") == "weights"
         assert page.run("document.activeElement.closest('tr').classList.contains('open')")
         tab_to(page, "#details button")
         page.press("Enter")
         assert page.run("document.querySelector('#details')") is None
-        page.run("location.hash = 'layer-250'")
+        follow(page, "layer-250")
         assert page.run("document.querySelector('#layer-250').classList.contains('open')"), "links end the filter"
         assert page.run(SHOWN) == 300
 
@@ -213,6 +228,6 @@ def test_the_map_is_walked_by_arrows_and_filters(browser: Browser, folder: Path)
 @pytest.mark.browser
 def test_findings_open_their_layer(browser: Browser, folder: Path) -> None:
     with browser.page(page_of("budget", folder), 1280) as page:
-        page.run("document.querySelector('.note a').click()")
+        page.run("document.querySelector('.note a').click(), new Promise(done => setTimeout(done, 50))")
         assert page.run("document.querySelector('tr.open a').textContent") == "stages.0.0.conv"
         assert page.run("Math.abs(document.querySelector('tr.open').getBoundingClientRect().top) < innerHeight")
