@@ -17,7 +17,7 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.errors import DataError, InputError, ModelError, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
-from calibrators.execution.task import Problem, Stage, silent
+from calibrators.execution.task import Kept, Problem, Stage, silent
 from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.target import Target
@@ -55,6 +55,7 @@ def calibrate(
     budgets: Sequence[Budget] = (),
     stored: Stored = lambda size, bits, taps: size,
     stage: Stage = silent,
+    kept: Kept | None = None,
 ) -> CalibrationResult:
     """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
@@ -71,6 +72,7 @@ def calibrate(
     budgets:   limits within which bits are allocated to layers, in place of the general ones (mixed_precision.mixed).
     stored:    function from size, bits and wide taps of a weight to its bytes in the file; by default one byte a code.
     stage:     opens a stage of work for a progress display.
+    kept:      where methods that train keep finished units, from which another run with the same arguments continues.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
     keep_freed_memory()
@@ -89,6 +91,7 @@ def calibrate(
         memory=int(cache_gib * 2**30),
         explain=explain,
         stage=stage,
+        kept=kept,
     )
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)

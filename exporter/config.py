@@ -36,6 +36,7 @@ NO_EFFECT = frozenset(
         "gates",
         "metric",
         "baseline",
+        "resume",
         "openvino",
         "prove_on",
         "parity_samples",
@@ -169,6 +170,12 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     )
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] = setting(
         1, "Threads of the runtime while timing.", panel=PROOF, flag=None
+    )
+    resume: bool = setting(
+        False,
+        "Keep finished units of methods that train, and continue after those of an interrupted export of the same "
+        "model, data and settings; a first run may have it too.",
+        panel=RUNNING,
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "Seed of all random numbers.", panel=RUNNING)
     device: Device = setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", panel=RUNNING)

@@ -36,8 +36,8 @@ def reported_errors(*, debug: bool) -> Iterator[None]:
         yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing was written.", "")
+    except KeyboardInterrupt as interrupt:
+        _complain(f"interrupted; {str(interrupt) or 'nothing was written'}.", "")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         raise  # nobody reads the output any more: not a fault, see main

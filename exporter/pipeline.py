@@ -55,6 +55,7 @@ from exporter.reporting.outcome import Outcome
 from exporter.reporting.provenance import provenance
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, storage_of
+from exporter.resume import Unfinished, export_digest
 from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
@@ -202,7 +203,7 @@ class _Export:
             folded = fold(graph)
         folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, self.raws)}
         with self._timed("calibrate"):
-            result = calibrated(folded, batches, self.config, self.progress.stage)
+            result = self._calibrated(folded, batches)
         self.warnings += calibration_notes(result)
         first = cut(graph, next(iter(batches)), COMPARED_SAMPLES)
         for batch in (first, *_resized(first, graph.meta["other_examples"])):
@@ -238,6 +239,22 @@ class _Export:
         values = proof.golden_values(self.target.exact_on)
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
+
+    def _calibrated(self, folded: fx.GraphModule, batches: GraphBatches) -> CalibrationResult:
+        """Calibrate, from the last unit that an interrupted export finished if that is asked for."""
+        if not self.config.resume:
+            return calibrated(folded, batches, self.config, self.progress.stage)
+        kept = Unfinished(export_digest(folded, batches.data.digest(), self.config))
+        found = kept.count
+        try:
+            result = calibrated(folded, batches, self.config, self.progress.stage, kept)
+        except KeyboardInterrupt as interrupt:
+            units = counted(kept.count, "finished unit")
+            raise KeyboardInterrupt(f"no bundle was written; run again to continue after {units}") from interrupt
+        if found:
+            self.warnings.append(f"{counted(found, 'unit')} of an interrupted export were taken over")
+        kept.remove()
+        return result
 
     def _check_data(self, graph: fx.GraphModule, batches: GraphBatches, held_out: GraphBatches | None) -> None:
         """Refuse data that the model cannot take, warn about data that look wrong, and keep what describes them."""

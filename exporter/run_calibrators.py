@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError, counted, first_line
 from calibrators.execution.measure import Batch
+from calibrators.execution.task import Kept
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
@@ -27,11 +28,16 @@ __all__ = ["calibrated", "calibration_notes"]
 
 
 def calibrated(
-    graph: fx.GraphModule, batches: GraphBatches, config: ExportConfig, stage: Callable[..., Any]
+    graph: fx.GraphModule,
+    batches: GraphBatches,
+    config: ExportConfig,
+    stage: Callable[..., Any],
+    kept: Kept | None = None,
 ) -> CalibrationResult:
     """Calibrate the folded graph.
 
     stage:  opens a bar of the progress.
+    kept:   where finished units are kept.
     raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
     """
     with _out_of_space(config):
@@ -54,6 +60,7 @@ def calibrated(
             budgets=config.budget,
             stored=partial(stored_bytes, storage=config.weight_storage, min_ort=config.min_ort),
             stage=stage,
+            kept=kept,
         )
 
 

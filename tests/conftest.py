@@ -30,6 +30,7 @@ SLOW = re.compile(
     "|".join(
         (
             r"/test_cuda_graphs\.py::test_methods_on_a_device\[(?!gptq)",  # every method on the pretend device
+            r"/test_resume\.py::test_(ten_kills|interrupted_runs_give_the_same_bits\[(?!qdrop))",
             r"/test_zoo\.py",  # trained networks
             r"/test_raw_ends\.py::test_bytes_are_the_codes\w+\[nchw",
             r"/test_second\.py::test_every_kernel\w+\[(?!residual-8|gpt-8|pooled-3)",  # the grid of OpenVINO

@@ -6,7 +6,7 @@ Must not know: which methods there are, ONNX.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.histogram import Statistic
 from calibrators.ranges.range_method import RangeMethod
 
-__all__ = ["Bar", "Problem", "Stage", "silent"]
+__all__ = ["Bar", "Kept", "Problem", "Stage", "silent"]
 
 
 class Bar(Protocol):
@@ -50,6 +50,16 @@ def silent(name: str, total: int | None = None) -> Iterator[Bar]:
     yield _Silent()
 
 
+class Kept(Protocol):
+    """Results of finished steps that outlive the process, of this model, these data and these settings alone."""
+
+    def load(self, name: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and the record of a step, None if it was not finished."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep the results of a step; the record holds what JSON does."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One calibration problem.
@@ -62,6 +72,7 @@ class Problem:
     explain: whether to compute what explains the choice, for the record.
     coarser: by name of a weight site: the factors by which limits of its codes raised the scales, filled as they do.
     free:    by name of a weight site: the codes that the method would choose without the limits, where it knows them.
+    kept:    where training keeps the results of its units, so that another run continues after the last one.
     """
 
     placement: Placement
@@ -75,6 +86,7 @@ class Problem:
     stage: Stage = silent
     coarser: dict[str, Tensor] = field(default_factory=dict)
     free: dict[str, QuantizedTensor] = field(default_factory=dict)
+    kept: Kept | None = None
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:

@@ -13,11 +13,12 @@ Must not know: which methods there are, ONNX, runtimes.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +35,7 @@ from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, to_device
 from calibrators.grid.limits import within
 from calibrators.grid.metrics import LEAST_ENERGY, energy
-from calibrators.grid.spec import QParams
+from calibrators.grid.spec import QParams, QuantizedTensor
 from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction import grouping
 from calibrators.reconstruction.downstream import DownstreamTarget, FrozenUnits
@@ -69,6 +70,14 @@ class Deployed:
 
     error: float
     loss: float
+    caches: dict[str, Cache]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A finished unit: its record, and its outputs as it would be exported, by fx name."""
+
+    record: ReconstructedUnit
     caches: dict[str, Cache]
 
 
@@ -203,6 +212,16 @@ class Run(RoundedNetwork):
     # --- one unit ---------------------------------------------------------------------------------------------------
 
     def _solve(self, block: Block, advance: Callable[[int], None]) -> ReconstructedUnit:
+        """Train a unit, or take over what an earlier run kept of it, and compute what later units read."""
+        unit, floats = self._unit(block)
+        loss = self.method.loss(unit, self)
+        kept = self._restored(unit, loss, advance) or self._trained(unit, loss, advance)
+        self.floats |= floats.caches
+        self.quantized |= kept.caches
+        return kept.record
+
+    def _unit(self, block: Block) -> tuple[Unit, Floats]:
+        """Return a unit before training, and its outputs in the float network."""
         simulation = self.simulation(block)
         floating = to_device(extract(self.placement.graph, block), self.device)
         float_inputs = tuple(self.floats[name] for name in block.inputs)
@@ -219,7 +238,10 @@ class Run(RoundedNetwork):
             device=self.device,
         )  # fmt: skip
         self._settled.update(unit.scales, unit.weights)
-        loss = self.method.loss(unit, self)
+        return unit, floats
+
+    def _trained(self, unit: Unit, loss: Loss, advance: Callable[[int], None]) -> Solved:
+        block = unit.block
         before = self._deploy(unit, loss)
         learned = self._learn(unit, loss, before.loss, advance)
         nearest = self._harden(unit, learned)
@@ -231,12 +253,10 @@ class Run(RoundedNetwork):
             nearest()
             kept, dropped = before, after
         _free(*dropped.caches.values())
-        self.floats |= floats.caches
-        self.quantized |= kept.caches
         lowest, highest = _gain_range(learned) if kept is after else (None, None)
-        return ReconstructedUnit(
+        record = ReconstructedUnit(
             name=block.name,
-            weights=len(simulation.block.weighted),
+            weights=len(block.weighted),
             steps=self.settings_of(unit).iters,
             before=before.error,
             after=kept.error,
@@ -246,6 +266,41 @@ class Run(RoundedNetwork):
             gain_lo=lowest,
             gain_hi=highest,
         )
+        if self.problem.kept is not None:
+            state = self._state(unit) if kept is after else {}
+            self.problem.kept.save(self._step, state, asdict(record))
+        return Solved(record, kept.caches)
+
+    def _restored(self, unit: Unit, loss: Loss, advance: Callable[[int], None]) -> Solved | None:
+        """Return a unit as an earlier run left it, None if none did; without tensors it kept nearest rounding."""
+        found = self.problem.kept.load(self._step) if self.problem.kept is not None else None
+        if found is None:
+            return None
+        state, record = found
+        for name in unit.weights if state else ():
+            codes, scale = state[f"codes/{name}"], state[f"weight scale/{name}"]
+            qparams = replace(self.weights[name].qparams, scale=scale)
+            self.weights[name] = QuantizedTensor(codes, qparams)
+        for name in unit.scales if state else ():
+            quantizer = self.quantizers[name]
+            quantizer.reset(replace(quantizer.qparams, scale=state[f"scale/{name}"].to(self.device)))
+        self.biases |= {name: state[f"bias/{name}"] for name in unit.biases if f"bias/{name}" in state}
+        advance(self.settings_of(unit).iters)
+        return Solved(ReconstructedUnit(**record), self._deploy(unit, loss).caches)
+
+    def _state(self, unit: Unit) -> dict[str, Tensor]:
+        """Return all that training a unit may have changed: codes and scales of weights, biases, activation scales."""
+        found = {f"codes/{name}": self.weights[name].codes for name in unit.weights}
+        found |= {f"weight scale/{name}": self.weights[name].qparams.scale for name in unit.weights}
+        found |= {f"scale/{name}": self.quantizers[name].qparams.scale for name in unit.scales}
+        found |= {f"bias/{name}": self.biases[name] for name in unit.biases if name in self.biases}
+        return {name: values.cpu().contiguous() for name, values in found.items()}
+
+    @property
+    def _step(self) -> str:
+        """The name of the current unit among the results that are kept: that of the unit in this run of this method."""
+        run = repr((self.method, self.sizes, [block.name for block in self.blocks]))
+        return f"{hashlib.sha256(run.encode()).hexdigest()[:16]}-{self.position}"
 
     def _learn(self, unit: Unit, loss: Loss, reference: float, advance: Callable[[int], None]) -> Learned:
         """Prepare the unit as the method does, and train it; a unit without targets stays as it is."""

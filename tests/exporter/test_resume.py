@@ -1,0 +1,127 @@
+"""Exports that are interrupted while they train, and continue with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibrators.errors import InputError
+from exporter import resume
+from exporter.pipeline import export
+from exporter.resume import Unfinished
+from tests.support.networks import build
+
+SETTINGS: dict[str, Any] = {
+    "method": "qdrop", "options": {"iters": 15, "batch": 8}, "weight_bits": 4, "activation_bits": 4,
+    "latency_runs": 0, "parity_samples": 8, "simplify": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("INTACT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run(out: Path, **changes: Any) -> Any:
+    model, _ = build("residual")
+    data = [build("residual", seed=seed)[1] for seed in range(2)]
+    return export(model, data, out=out, **SETTINGS | changes)
+
+
+def interrupted(after: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make training stop as by Ctrl-C after some units; return a function that undoes this."""
+    save, left = Unfinished.save, [after]
+
+    def stopping(self: Unfinished, *given: Any) -> None:
+        save(self, *given)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unfinished, "save", stopping)
+    return lambda: monkeypatch.setattr(Unfinished, "save", save)
+
+
+def test_an_interrupted_export_continues_with_the_same_bytes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+    assert not cache.exists()
+    undo = interrupted(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt, match="continue after 2 finished units"):
+        run(tmp_path / "part", resume=True)
+    undo()
+    assert not (tmp_path / "part").exists()
+    (folder,) = (cache / "unfinished").iterdir()
+    (folder / "x.partial").write_bytes(b"what a killed run leaves")
+    other = run(tmp_path / "other", resume=True, seed=1)
+    assert not any("taken over" in text for text in other["warnings"]), "another seed is another export"
+    report = run(tmp_path / "part", resume=True)
+    assert "2 units of an interrupted export were taken over" in report["warnings"]
+    assert (tmp_path / "part/model.onnx").read_bytes() == (tmp_path / "whole/model.onnx").read_bytes()
+    assert not any((cache / "unfinished").iterdir()), "nothing is kept of a finished export"
+
+
+def test_damaged_units_are_trained_again_and_old_exports_make_room(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Unfinished("a" * 64)
+    kept.save("unit", {"x": torch.arange(3)}, {"name": "unit"})
+    found = kept.load("unit")
+    assert found is not None and torch.equal(found[0]["x"], torch.arange(3)) and found[1] == {"name": "unit"}
+    (kept.folder / "unit.safetensors").write_bytes(b"\x08")
+    assert kept.load("unit") is None and kept.load("absent") is None
+    os.utime(kept.folder, (0, 0))
+    monkeypatch.setattr(resume, "LARGEST", 0)
+    assert Unfinished("b" * 64).folder.exists() and not kept.folder.exists()
+    monkeypatch.setenv("INTACT_CACHE", "/proc/none")
+    with pytest.raises(InputError, match="INTACT_CACHE"):
+        Unfinished("c" * 64)
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(*(m for _ in range(4) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()))).eval()
+
+def data():
+    return [torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+"""
+
+
+def test_ten_kills_cost_at_most_a_unit_each(tmp_path: Path) -> None:
+    """The process is killed without warning at ten moments of its work."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    command = [sys.executable, "-m", "exporter", "export", "net.py:build", "--data", "net.py:data", "--quiet"]
+    command += ["--method", "qdrop", "--set", "iters=400", "--set", "latency_runs=0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, "--out", out, *more], cwd=tmp_path, env=environment)
+
+    begun = time.monotonic()
+    assert start("whole").wait() == 0
+    usual = time.monotonic() - begun
+    for kill in range(10):
+        process = start("out", "--resume")
+        time.sleep(usual * (0.3 + 0.06 * kill))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "out").exists():
+            break
+    else:
+        assert start("out", "--resume").wait() == 0
+    assert (tmp_path / "out/model.onnx").read_bytes() == (tmp_path / "whole/model.onnx").read_bytes()
