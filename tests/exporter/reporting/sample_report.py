@@ -499,3 +499,13 @@ def failing() -> dict[str, Any]:
         {"name": "agreement", "limit": 0.9, "value": None, "passed": False, "expression": "agreement>=0.9"},
     ]
     return report
+
+
+def infected(value: Any, hostile: str, key: str = "") -> Any:
+    """Return a part of a report in which every name and text ends in `hostile`."""
+    if isinstance(value, dict):
+        return {k: infected(v, hostile, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [infected(item, hostile, key) for item in value]
+    fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding")
+    return value + hostile if isinstance(value, str) and not fixed else value

@@ -33,7 +33,7 @@ from exporter.reporting.number_format import (
 from exporter.reporting.plots import error_plot, loss_plot, matrix_plot
 from exporter.reporting.schema import dump, validate_report
 from runtime_tests.parity.results import Level
-from tests.exporter.reporting.sample_report import failing, layer, sample_report
+from tests.exporter.reporting.sample_report import failing, infected, layer, sample_report
 
 # Limit of a page of 300 layers with a section of every method: it is attached to mails and kept by CI for every build.
 MAX_BYTES = 1_000_000
@@ -202,23 +202,15 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
 def test_names_are_escaped_everywhere(hostile: str) -> None:
     report = sample_report(6)
 
-    def infect(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: infect(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [infect(item, key) for item in value]
-        fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding")
-        return value + hostile if isinstance(value, str) and not fixed else value
-
-    infected = infect(report)
-    clean, page = _Page(render_html(report)), _Page(render_html(infected))
+    ill = infected(report, hostile)
+    clean, page = _Page(render_html(report)), _Page(render_html(ill))
     assert [tag for tag, _ in page.tags if tag != "a"] == [tag for tag, _ in clean.tags if tag != "a"]
-    assert json.loads(_details(render_html(infected))), "the data of the script stay JSON"
+    assert json.loads(_details(render_html(ill))), "the data of the script stay JSON"
     assert page.text.count(hostile) > 50
     assert {name for _, attributes in page.tags for name in attributes} == {
         name for _, attributes in clean.tags for name in attributes
     }
-    ET.fromstring(render_junit(infected))
+    ET.fromstring(render_junit(ill))
 
 
 def test_only_the_script_of_the_template_may_run() -> None:

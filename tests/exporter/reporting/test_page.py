@@ -13,7 +13,7 @@ import pytest
 
 from exporter.reporting.html import render_html
 from exporter.reporting.schema import validate_report
-from tests.exporter.reporting.sample_report import failing, sample_report, with_openvino
+from tests.exporter.reporting.sample_report import failing, infected, sample_report, with_openvino
 from tests.support.browser import AXE, Browser, Page, chromium
 
 HOSTILE = "\"'><img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>\u2028 😈" + "w" * 200
@@ -45,23 +45,13 @@ def _small() -> dict[str, Any]:
     return report
 
 
-def _infected(value: Any, key: str = "") -> Any:
-    """Return a report whose every name and text ends in markup."""
-    if isinstance(value, dict):
-        return {k: _infected(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_infected(item, key) for item in value]
-    fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding")
-    return value + HOSTILE if isinstance(value, str) and not fixed else value
-
-
 REPORTS = {
     "pass": _small,
     "fail": failing,
     "budget": lambda: sample_report(9),
     "openvino": lambda: with_openvino(_small()),
     "large": lambda: sample_report(300),
-    "hostile": lambda: _infected(sample_report(6)),
+    "hostile": lambda: infected(sample_report(6), HOSTILE),
 }
 THREE_WIDTHS = pytest.mark.parametrize("width", [360, 768, 1280])
 EVERY_REPORT = pytest.mark.parametrize("name", REPORTS)
