@@ -28,7 +28,8 @@ from calibrators.mixed_precision.budgets import QUANTITIES  # noqa: E402
 from calibrators.targets import list_targets  # noqa: E402
 from exporter import cli  # noqa: E402
 from exporter.config import ExportConfig, list_settings  # noqa: E402
-from exporter.reporting.gates import DEFAULT_GATES, METRICS  # noqa: E402
+from exporter.reporting.gates import DEFAULT_GATES  # noqa: E402
+from exporter.reporting.metrics import METRICS  # noqa: E402
 from runtime_tests.ort.lint import RULES  # noqa: E402
 from runtime_tests.runtimes import list_runtimes  # noqa: E402
 

@@ -197,9 +197,10 @@ def _with_settings(
 
 def _flag(setting: Setting) -> inspect.Parameter:
     shown = rf" \[{setting.default}]" if setting.default else ""
-    text, panel = f"{setting.help}{shown}", setting.panel or None
+    is_on = setting.default == "True"  # and its flag switches it off
+    text, panel = f"Switch off: {setting.help}" if is_on else f"{setting.help}{shown}", setting.panel or None
     given = (
-        option(text, setting.flag, metavar=setting.metavar, panel=panel)
+        option(text, f" /{setting.flag}" if is_on else setting.flag, metavar=setting.metavar, panel=panel)
         if setting.flag
         else typer.Argument(metavar=setting.metavar, help=text, show_default=False)
     )
@@ -353,18 +354,20 @@ class Shown:
 def _finish(report: Any, folder: Path, shown: Shown) -> None:
     """Print the verdict; exit with 1 unless it is pass, even if nobody reads what is printed."""
     from exporter.reporting.ci import job_summary, workflow_commands
+    from exporter.reporting.schema import validate_report
     from exporter.reporting.terminal import verdict_panel
 
+    found = validate_report(report)
     with suppress(BrokenPipeError, SystemExit):  # the latter is rich's answer to the former
         if shown.as_json:
             print_json(report)
         else:
-            Console().print(verdict_panel(report, folder, page=shown.page))
+            Console().print(verdict_panel(found, folder, page=shown.page))
             if os.environ.get("GITHUB_ACTIONS") == "true":
-                print(*map("{}\n".format, workflow_commands(report)), sep="", end="")
+                print(*map("{}\n".format, workflow_commands(found)), sep="", end="")
     if shown.summary is not None:
-        shown.summary.write_text(job_summary(report, folder), encoding="utf-8")
+        shown.summary.write_text(job_summary(found, folder), encoding="utf-8")
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(page).open("a", encoding="utf-8") as stream:
-            stream.write(job_summary(report, folder))
+            stream.write(job_summary(found, folder))
     raise typer.Exit(0 if report["verdict"] == "pass" else 1)

@@ -136,10 +136,12 @@ def export(
         work.warnings += notes
         report, golden = work.run(model, calibration, evaluation)
         if baseline is not None:
-            so_far = judge(report, [gate for gate in gates if not needs_baseline(gate)])
+            others = [gate for gate in gates if not needs_baseline(gate)]
+            so_far = judge(report, others, accuracy_gate=config.accuracy_gate)
             this = Export(str(out), so_far, work.scores, sha256_of(work.folder / "model.onnx"))
             report = replace(report, baseline=compare(baseline, this))
-        report = replace(judge(report, gates), provenance=provenance(checkpoint, checkpoint_key))
+        judged = judge(report, gates, accuracy_gate=config.accuracy_gate)
+        report = replace(judged, provenance=provenance(checkpoint, checkpoint_key))
         write_bundle(
             out,
             files=work.move_files,
@@ -400,7 +402,7 @@ class _Export:
             model=self.interface,
             sizes=sizes_of(program, (inputs for inputs, _ in proof.golden)),
             rules=result.placement.rules,
-            layers=layer_entries(result, noise.decibels(), noise.histograms()),
+            layers=layer_entries(result, noise),
             preparation=record.preparation,
             reconstruction=record.reconstruction,
             lapq=record.lapq,

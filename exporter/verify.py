@@ -23,10 +23,20 @@ from exporter.handover.bundle import read_golden, verify_manifest
 from exporter.inputs.batches import cut, feed
 from exporter.progress import Progress
 from exporter.reporting.cautions import cautions
-from exporter.reporting.gates import DEFAULT_GATES, Gate, evaluate, parse, renamed, verdict
+from exporter.reporting.gates import (
+    DEFAULT_GATES,
+    Gate,
+    accuracy_gates,
+    evaluate,
+    judges_accuracy,
+    parse,
+    renamed,
+    verdict,
+)
 from exporter.reporting.outcome import Outcome
 from exporter.reporting.schema import Report, dump, read_report
 from exporter.reporting.sections import environment
+from exporter.reporting.standing import standing
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation
@@ -86,7 +96,8 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     with progress.stage("measure"):
         parts = machine_parts(proof, batches[0], config.get("threads", 1))
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
-    judged = judge(report, gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes]))
+    gates = gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes])
+    judged = judge(report, gates, accuracy_gate=config.get("accuracy_gate", False))
     return Outcome(dump(judged), folder, page="export report")
 
 
@@ -169,11 +180,23 @@ def gates_of(expressions: Iterable[str], runtimes: Collection[str]) -> list[Gate
     return [*DEFAULT_GATES, *map(parse, [*further, *expressions])]
 
 
-def judge(report: Report, gates: Sequence[Gate]) -> Report:
-    """Return the report with gate results and verdict, and warnings on its numbers, its gates and its processor."""
-    results = evaluate(gates, dump(report))
+def judge(report: Report, gates: Sequence[Gate], *, accuracy_gate: bool) -> Report:
+    """Return the report with gate results and verdict, and warnings on its numbers, its gates and its processor.
+
+    accuracy_gate: whether accuracy has the gates of every export where none of `gates` is on it.
+    """
+    content = dump(report)
+    if accuracy_gate and not any(map(judges_accuracy, gates)):
+        gates = [*gates, *accuracy_gates(content)]
+    results = evaluate(gates, content)
     is_known = report.environment is None or report.environment.processor is not None
     warnings = dict.fromkeys(
         [*cautions(report), *(report.warnings or ()), *renamed(gates), *([] if is_known else [UNKNOWN_PROCESSOR])]
     )
-    return replace(report, gates=results, verdict=verdict(results), warnings=tuple(warnings))
+    return replace(
+        report,
+        gates=results,
+        verdict=verdict(results),
+        accuracy_standing=standing(report.accuracy, gated=any(map(judges_accuracy, gates))),
+        warnings=tuple(warnings),
+    )

@@ -11,19 +11,15 @@ from collections.abc import Iterator
 from calibrators.errors import counted
 from exporter.reporting.number_format import compared, percent
 from exporter.reporting.schema import Report
-from runtime_tests.measure.latency import Latency
+from exporter.reporting.speed import is_slower, speed
 
 __all__ = ["cautions"]
-
-NOISE = 0.05
-"""Share by which latencies may differ before one of them is called slower."""
 
 
 def cautions(report: Report) -> Iterator[str]:
     """Yield what the numbers of a report say against its file, one sentence each."""
-    if report.latency_ms is not None and _is_slower(report.latency_ms):
-        slower = compared(report.latency_ms.float, report.latency_ms.quantized, "faster", "slower")
-        yield f"the file is {slower} than the float model{_slowest(report)}"
+    if report.latency_ms is not None and is_slower(report.latency_ms):
+        yield f"the file is {speed(report.latency_ms)[0]}{_slowest(report)}"
     if report.size.bytes > report.size.float_bytes:
         larger = compared(report.size.float_bytes, report.size.bytes, "smaller", "larger")
         yield f"the file is {larger} than the float model: its quantizers outweigh what 8-bit weights save"
@@ -37,11 +33,6 @@ def cautions(report: Report) -> Iterator[str]:
         first = next(finding for finding in found if finding.rule == rule)
         more = f", and in {counted(times - 1, 'more place')}" if times > 1 else ""
         yield f"lint, {rule}: {first.message} (at {first.where}{more})"
-
-
-def _is_slower(latency: Latency) -> bool:
-    speedup = latency.speedup.get("quantized")
-    return speedup is not None and speedup < 1 - NOISE
 
 
 def _slowest(report: Report) -> str:

@@ -23,13 +23,18 @@ from markupsafe import Markup
 
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
-from exporter.reporting.headline import failure, headline, unplanned_kernels
+from exporter.reporting.failures import failures, unplanned_kernels
+from exporter.reporting.headline import headline, verdict_title
 from exporter.reporting.layer_table import layer_rows, linker, noisiest
+from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import found_on
+from exporter.reporting.quantities import written
 from exporter.reporting.schema import Report, dump_json
+from exporter.reporting.speed import speed
 from exporter.reporting.templates import environment
 from exporter.reporting.where import where_rows
+from runtime_tests.measure.accuracy import share_interval
 from runtime_tests.measure.profile import TimeShares
 
 __all__ = ["render_html"]
@@ -39,19 +44,6 @@ _GRADES: Final = (
     *(("f", "in float"), ("", "not quantized")),
 )
 """Legend of the map: the grades of layer_table.LayerRow."""
-
-Z_95: Final = 1.959963984540054  # two-sided 95 % point of the normal distribution
-
-
-def _wilson(share: float, samples: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of independent samples, which ends at 1 if all of them are right.
-
-    source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
-    z2 = Z_95**2 / samples
-    centre, spread = share + z2 / 2, Z_95 * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
-    low, high = (centre - spread) / (1 + z2), (centre + spread) / (1 + z2)
-    return 0.0 if share == 0 else low, 1.0 if share == 1 else high  # without the rounding of the sums above
 
 
 def _scores(report: Report) -> list[dict[str, Any]]:
@@ -64,7 +56,7 @@ def _scores(report: Report) -> list[dict[str, Any]]:
         value = measured(getattr(accuracy, key))
         if value is not None and 0 <= value <= 1:
             top5 = getattr(accuracy.top5, key, None)
-            rows.append({"label": label, "value": value, "top5": top5, "ci": _wilson(value, accuracy.samples)})
+            rows.append({"label": label, "value": value, "top5": top5, "ci": share_interval(value, accuracy.samples)})
     if rows:
         low, high = min(row["ci"][0] for row in rows), max(row["ci"][1] for row in rows)
         for row in rows:
@@ -204,7 +196,7 @@ def _part(name: str) -> str:
 def _template() -> jinja2.Template:
     pages = environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
-    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key}
+    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key, "written": written}
     pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return pages.get_template("report.html.j2")
 
@@ -216,9 +208,11 @@ def render_html(report: Report) -> str:
     latency = report.latency_ms
     text = _template().render(
         r=report,
+        title=verdict_title(report),
         headline=headline(report),
+        failures=failures(report),
+        quantity_of=quantity_of,
         scores=_scores(report),
-        failures=[failure(gate, report) for gate in report.gates if not gate.passed],
         layers=rows,
         noisiest=noisiest(rows),
         grades=_GRADES,
@@ -232,7 +226,7 @@ def render_html(report: Report) -> str:
         sizes=_parts(({"FLOAT": "float32"}.get(name, name.lower()), n) for name, n in report.size.by_type.items()),
         times=_parts(vars(report.time_s).items()),
         time_shares=_time_shares(report.time_shares),
-        speed=_quotient(latency.float, latency.quantized) if latency else None,
+        speed=speed(latency) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),
         found_on=found_on,
         where=tuple(where_rows(report.holds or (), report.emission.min_onnxruntime if report.emission else None)),

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import junitparser
 
-from exporter.reporting.headline import failure, unplanned_kernels
+from exporter.reporting.failures import failures, unplanned_kernels
 from exporter.reporting.number_format import differ, percent, significant
 from exporter.reporting.proofs import found_on
 from exporter.reporting.schema import Report
+from exporter.reporting.standing import remark
 from runtime_tests.parity.results import Level
 
 __all__ = ["render_junit"]
@@ -65,8 +66,15 @@ def _xml(text: str) -> str:
 
 
 def _gates(report: Report) -> Iterator[junitparser.TestCase]:
+    failed = {each.gate.expression: each for each in failures(report)}
     for gate in report.gates:
-        yield _case(gate.expression, failure="" if gate.passed else failure(gate, report))
+        if (each := failed.get(gate.expression)) is None:
+            yield _case(gate.expression)
+        else:
+            note = "\n".join(filter(None, [each.causes, *each.advice]))
+            yield _case(gate.expression, failure=f"Gate {gate.expression} failed: {each.found}", note=note)
+    if left_open := remark(report.accuracy_standing, report.accuracy):
+        yield _case("accuracy", skipped=left_open)
 
 
 def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:

@@ -5,7 +5,6 @@ Must not know: files, runtimes, how pages look.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from calibrators.graph.aten import bind, module_path, operator_name
 from calibrators.grid.numerics import code_limits, grid_of
 from calibrators.grid.spec import QParams, Site
 from calibrators.program.freeze import CalibrationResult
-from runtime_tests.measure.histograms import Histograms
+from runtime_tests.measure.noise import Noise
 
 __all__ = ["LayerEntry", "layer_entries"]
 
@@ -31,6 +30,9 @@ class LayerEntry:
     tap_bits:    bits of the taps of a folded identity branch.
     input_bits:  bits of the value that a layer reads, at its weight; the widest where several layers share the weight,
                  None where that value is float.
+    values:      number of a weight's values.
+    noise_added: at a weight, the noise that its layer adds, by rounding its weights and the values that it reads, over
+                 the energy of its output.
     """
 
     site: str
@@ -49,6 +51,8 @@ class LayerEntry:
     input_bits: int | None = None
     tap_bits: int | None = None
     block_size: int | None = None
+    values: int | None = None
+    noise_added: float | None = None
     observed_lo: float | None = None
     observed_hi: float | None = None
     clipped: float | None = None
@@ -56,10 +60,9 @@ class LayerEntry:
     codes: tuple[int, ...] | None = None
 
 
-def layer_entries(
-    result: CalibrationResult, noise: Mapping[str, float], histograms: Mapping[str, Histograms]
-) -> tuple[LayerEntry, ...]:
-    """Return one entry per weight and activation site, in graph order; noise: decibels by site."""
+def layer_entries(result: CalibrationResult, noise: Noise) -> tuple[LayerEntry, ...]:
+    """Return one entry per weight and activation site, in graph order."""
+    decibels, histograms, added = noise.decibels(), noise.histograms(), noise.added()
     read = {site.node: site.spec.bits for site in result.placement.sites if site.kind == "activation"}
     entries = []
     for site in result.placement.sites:
@@ -68,7 +71,7 @@ def layer_entries(
         elif site.kind == "weight":
             weight, qparams = result.placement.values(site), result.weights[site.name].qparams
             observed = {"observed_lo": float(weight.min()), "observed_hi": float(weight.max())}
-            found = {**_grid(qparams, site), **observed}
+            found = {**_grid(qparams, site), **observed, "values": weight.numel(), "noise_added": added.get(site.name)}
             if not site.weight_only:
                 nodes = result.placement.nodes
                 found["input_bits"] = max(read[bind(nodes[user])["input"].name] for user in site.users)
@@ -86,7 +89,7 @@ def layer_entries(
                 bits=site.spec.bits,
                 granularity=site.spec.granularity,
                 symmetric=site.spec.symmetric,
-                sqnr_db=noise.get(site.name),
+                sqnr_db=decibels.get(site.name),
                 tap_bits=site.spec.tap_bits,
                 block_size=site.spec.block_size,
                 **(vars(histograms[site.name]) if site.name in histograms else {}),

@@ -85,15 +85,16 @@ def decibel(value: object) -> str:
     return "exact" if math.isinf(number) else f"{number:.1f} dB"
 
 
-def size(value: object) -> str:
-    """Write a number of bytes: 8000000 -> 7.63 MiB."""
+def size(value: object, digits: int = 3) -> str:
+    """Write a number of bytes in powers of 1000: 7991296 -> 7.99 MB."""
     number = measured(value)
     if number is None:
         return DASH
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number:.0f} B"
+    rounded = float(f"{number:.{digits}g}")
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if rounded >= factor:
+            return f"{rounded / factor:.{digits}g} {unit}"
+    return f"{rounded:.{max(digits, 3)}g} B"
 
 
 def duration(value: object) -> str:

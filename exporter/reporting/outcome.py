@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from exporter.reporting.schema import validate_report
 from exporter.reporting.terminal import verdict_panel
 
 __all__ = ["Outcome"]
@@ -36,10 +37,10 @@ class Outcome(dict[str, Any]):
 
     def __repr__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, record=True)
-        console.print(verdict_panel(self, self.folder, page=self._page))
+        console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
         return console.export_text().rstrip()
 
     def _repr_html_(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, record=True)
-        console.print(verdict_panel(self, self.folder, page=self._page))
+        console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
         return console.export_html(inline_styles=True, code_format=HTML)

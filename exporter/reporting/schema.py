@@ -38,6 +38,7 @@ from exporter.reporting.interface import Model, Sizes
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.provenance import Provenance
 from exporter.reporting.sections import Emission, Environment, Storage
+from exporter.reporting.standing import Standing
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.latency import Latency
 from runtime_tests.measure.metric import UserMetric
@@ -160,6 +161,7 @@ class Report:
     latency_ms: Latency | None
     time_s: Times
     gates: tuple[GateResult, ...]
+    accuracy_standing: Standing | None = None
     proved_on: tuple[ProvedOn, ...] | None = None
     tool: Tool | None = None
     model: Model | None = None

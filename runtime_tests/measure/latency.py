@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
+from scipy.stats import binom
 
 from calibrators.errors import InputError
 from calibrators.temporary import TemporaryFolder
@@ -21,7 +22,7 @@ from runtime_tests.measure.profile import NodeTimes, TimeShares, node_times, tim
 from runtime_tests.ort.coverage import FloatNode
 from runtime_tests.ort.sessions import Source, profiling_session, session
 
-__all__ = ["Latency", "Timings", "interleave", "latency"]
+__all__ = ["Latency", "Timings", "interleave", "latency", "median_interval"]
 
 Array = NDArray[Any]
 Real: TypeAlias = float
@@ -29,15 +30,22 @@ Real: TypeAlias = float
 
 RUNS, WARMUP, PROFILED_RUNS = 50, 5, 6
 NANOSECONDS_PER_MS = 1e6
+CONFIDENCE = 0.95
+
+LARGEST_SPREAD = 0.2
+"""Interquartile range over the median up to which times are reliable; on an idle machine it is 0.01 to 0.1."""
 
 
 @dataclass(frozen=True)
 class Latency:
     """Medians of the float and the quantized model in milliseconds: the "latency_ms" part of report.json.
 
-    ratio:   quantized over float.
-    batch:   samples of one run.
-    iqr:     interquartile range by model, in milliseconds; speedup: of each model over the float model.
+    ratio:    quantized over float, the median over the rounds.
+    batch:    samples of one run.
+    iqr:      interquartile range by model, in milliseconds.
+    speedup:  of each model over the float model.
+    interval: 95 % interval of the median by model, in milliseconds; ratio_interval: that of the ratio.
+    reliable: whether the times of both models spread little (LARGEST_SPREAD).
     """
 
     float: Real | None
@@ -48,6 +56,15 @@ class Latency:
     batch: int
     iqr: dict[str, Real]
     speedup: dict[str, Real]
+    interval: dict[str, tuple[Real, Real]] | None = None
+    ratio_interval: tuple[Real, Real] | None = None
+    reliable: bool | None = None
+
+    @property
+    def spread(self) -> Real:
+        """The larger interquartile range of both models, over the median."""
+        medians = {"float": self.float, "quantized": self.quantized}
+        return max(self.iqr[name] / median for name, median in medians.items() if median)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +96,20 @@ class Timings:
 
     def summary(self, batch: int) -> Latency:
         """Sum up the times of "float", "quantized" and the other models, measured on inputs of `batch` samples."""
-        exact, quantized = self.median_ms("float"), self.median_ms("quantized")
-        iqr = {name: self.iqr_ms(name) for name in self.names}
-        speedup = {name: self.speedup(name) for name in self.names[1:]}
-        return Latency(exact, quantized, quantized / exact, len(self.times_ms), self.threads, batch, iqr, speedup)
+        ratios = self._column("quantized") / self._column("float")
+        found = Latency(
+            float=self.median_ms("float"),
+            quantized=self.median_ms("quantized"),
+            ratio=float(np.median(ratios)),
+            runs=len(self.times_ms),
+            threads=self.threads,
+            batch=batch,
+            iqr={name: self.iqr_ms(name) for name in self.names},
+            speedup={name: self.speedup(name) for name in self.names[1:]},
+            interval={name: median_interval(self._column(name)) for name in self.names},
+            ratio_interval=median_interval(ratios),
+        )
+        return replace(found, reliable=found.spread <= LARGEST_SPREAD)
 
     def shares(self, name: str, float_nodes: Iterable[FloatNode]) -> TimeShares | None:
         """Return where the time of the profiled model `name` goes; None if no model was profiled.
@@ -121,6 +148,17 @@ def latency(
             calls[str(profiled)]()
         nodes = None if profiled is None else node_times(sessions[profiled].end_profiling())
     return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads, nodes)
+
+
+def median_interval(values: Array) -> tuple[float, float]:
+    """Return the 95 % interval of the median of independent values, whatever their distribution: two of the values.
+
+    Fewer than six values are all within it.
+    source: the number of values below the median is binomial; Conover, Practical Nonparametric Statistics, 3.2.
+    """
+    ordered = np.sort(values)
+    below = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5)), 1)
+    return float(ordered[below - 1]), float(ordered[-below])
 
 
 def _checked(name: str, opened: InferenceSession, inputs: Mapping[str, Array]) -> InferenceSession:

@@ -1,18 +1,19 @@
-"""Measure the noise that quantization adds to each value: the program's values against those of the float graph.
+"""Measure the noise of quantization: at each value, all that came before it included, and what each layer adds.
 
 Must not know: runtimes, files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.graph.walk import walk
 from calibrators.grid.metrics import SignalAndNoise
-from calibrators.grid.numerics import dequantize
+from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.program.freeze import CalibrationResult
 from runtime_tests.measure.histograms import Histograms, RunningHistograms
 
@@ -23,24 +24,27 @@ WEIGHT_SAMPLES = 128
 
 
 class Noise:
-    """Running energy of the signal and of the noise at every site; nothing else is kept from batch to batch."""
+    """Running energies of signal and noise, by site and by layer; nothing else is kept from batch to batch."""
 
     def __init__(self, result: CalibrationResult) -> None:
-        self.result = result
-        self._site_of = {node: site.name for node, site in result.placement.activation_of.items()}
+        self.result, self._placement = result, result.placement
+        self._site_of = {node: site.name for node, site in self._placement.activation_of.items()}
         self._energies = {site: SignalAndNoise() for site in self._site_of.values()}
         self._histograms = {
-            site.name: RunningHistograms(result.qparams_of(site)) for site in result.placement.activation_of.values()
+            site.name: RunningHistograms(result.qparams_of(site)) for site in self._placement.activation_of.values()
         }
+        self._added = {site.name: SignalAndNoise() for site in self._placement.weight_of.values()}
         self._floats: dict[str, Tensor] = {}
 
     def start(self, inputs: Sequence[Tensor]) -> None:
         """Run the float graph on a batch, before `see` gets the program's values for it."""
+        self._floats = {}
         with torch.no_grad():
-            steps = walk(self.result.placement.graph, inputs)
-            self._floats = {
-                self._site_of[node.name]: values[node] for node, values in steps if node.name in self._site_of
-            }
+            for node, values in walk(self._placement.graph, inputs):
+                if node.name in self._site_of:
+                    self._floats[self._site_of[node.name]] = values[node]
+                if (weight := self._placement.weight_of.get(node.name)) is not None:
+                    self._added[weight.name].add(self._rounded(node, values), values[node])
 
     def see(self, site: str, value: Tensor) -> None:
         """Add the program's value at a site, as runtime_tests.reference.execute.run passes it."""
@@ -55,19 +59,43 @@ class Noise:
         Activations carry all noise that came before them; weights are compared alone.
         """
         energies = dict(self._energies)
-        for site in self.result.placement.sites:
+        for site in self._placement.sites:
             if site.kind == "weight":
-                stored = self.result.weights[site.name]
                 energies[site.name] = SignalAndNoise()
-                energies[site.name].add(dequantize(stored.codes, stored.qparams), self.result.placement.values(site))
+                energies[site.name].add(self._weight(site.name), self._placement.values(site))
         return {name: energy.decibels for name, energy in energies.items()}
 
     def histograms(self) -> dict[str, Histograms]:
         """Return the histograms of every site whose values were seen, and of all weights."""
         running = dict(self._histograms)
-        for site in self.result.placement.sites:
+        for site in self._placement.sites:
             if site.kind == "weight":
-                stored, exact = self.result.weights[site.name], self.result.placement.values(site)
-                running[site.name] = RunningHistograms(stored.qparams)
-                running[site.name].add(exact, dequantize(stored.codes, stored.qparams), WEIGHT_SAMPLES)
+                running[site.name] = RunningHistograms(self.result.weights[site.name].qparams)
+                running[site.name].add(self._placement.values(site), self._weight(site.name), WEIGHT_SAMPLES)
         return {name: found for name, each in running.items() if (found := each.result()) is not None}
+
+    def added(self) -> dict[str, float]:
+        """Return by weight site the noise that the layer adds, over the energy of its output.
+
+        That is the error of its output where only its weights and the values that it reads are rounded.
+        """
+        return {site: energy.relative for site, energy in self._added.items()}
+
+    def _weight(self, site: str) -> Tensor:
+        stored = self.result.weights[site]
+        return dequantize(stored.codes, stored.qparams)
+
+    def _rounded(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """Return the output of a layer for the exact values that it reads, rounded to their grids."""
+        weight = self._placement.weight_of[node.name]
+
+        def rounded(operand: fx.Node) -> Any:
+            if operand.name == weight.node:
+                return self._weight(weight.name)
+            site = self._placement.activation_of.get(operand.name)
+            if site is None or node.name not in site.users:
+                return values[operand]
+            return fake_quant(values[operand], self.result.qparams_of(site))
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), rounded)
+        return node.target(*args, **kwargs)  # type: ignore[operator]

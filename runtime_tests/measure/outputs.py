@@ -25,8 +25,8 @@ class OutputAccuracy:
 
     reference, runtime: signal over noise of the reference program and of the runtime in dB; None where they are equal
                         to the float model.
-    agreement:          share of the samples for which runtime and float model make the same decision; None for an
-                        output that is not [n, classes].
+    agreement:          share of the samples for which runtime and float model make the same decision, of an integer
+                        output share of the equal elements; None for other outputs that are not [n, classes].
     """
 
     name: str
@@ -60,9 +60,9 @@ class RunningOutputs:
             sums.signal += float(np.sum(exact["float"] ** 2))
             for name in sums.noise:
                 sums.noise[name] += float(np.sum((exact[name] - exact["float"]) ** 2))
-            if truth.ndim == 2 and truth.shape[1] > 1 and np.issubdtype(truth.dtype, np.floating):
-                sums.agreeing += int(np.sum(truth.argmax(1) == outputs["runtime"].argmax(1)))
-                sums.decided += len(truth)
+            same = _same_decisions(truth, outputs["runtime"])
+            sums.agreeing += int(np.sum(same))
+            sums.decided += same.size
 
     def result(self) -> tuple[OutputAccuracy, ...]:
         """Return the scores over all batches."""
@@ -74,6 +74,13 @@ class RunningOutputs:
             )
             for name, sums in zip(self.names, self._sums, strict=True)
         )
+
+
+def _same_decisions(truth: Array, found: Array) -> Array:
+    """Return for every decision of an output whether both are the same; nothing for an output without decisions."""
+    if not np.issubdtype(truth.dtype, np.floating):
+        return np.asarray(truth == found)
+    return truth.argmax(1) == found.argmax(1) if truth.ndim == 2 and truth.shape[1] > 1 else np.empty(0, bool)
 
 
 def masked(outputs: Mapping[str, Array]) -> Array:

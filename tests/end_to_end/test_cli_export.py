@@ -30,6 +30,7 @@ from exporter.cli import app
 from exporter.console import INTERRUPTED
 from exporter.handover.bundle import write_bundle
 from exporter.reporting.ci import workflow_commands
+from exporter.reporting.schema import validate_report
 
 NETWORK = """
 import torch
@@ -227,7 +228,9 @@ def test_github_gets_a_summary_and_annotations(
     (tmp_path / "page.md").write_text("# Earlier step\n")
     report = report_of(out)
     report["gates"] = [{"name": "size", "limit": 1.0, "value": 2.0, "passed": False, "expression": "size<=1"}]
-    assert list(workflow_commands(report)) == ["::error title=intact::size is 2, the limit is 1"]
+    assert list(workflow_commands(validate_report(report))) == [
+        "::error title=intact::size<=1: it is 2 B, the limit is 1 B"
+    ]
     assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 0
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# Earlier step\n## PASS: out") and "| parity | 0 of " in page

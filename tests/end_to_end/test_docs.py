@@ -14,7 +14,7 @@ import pytest
 from calibrators.methods import list_methods
 from calibrators.placement.layer_rules import LayerRule
 from exporter.config import ExportConfig
-from exporter.reporting.gates import METRICS
+from exporter.reporting.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -80,7 +80,7 @@ def test_every_output_is_evaluated(report: dict[str, Any]) -> None:
     assert pixels["runtime"] == pytest.approx(report["accuracy"]["sqnr_db"])
     assert all(15 < each["runtime"] < 60 for each in (pixels, scores))
     assert scores["agreement"] > 0.8
-    assert pixels["agreement"] is None and best["agreement"] is None
+    assert pixels["agreement"] is None and best["agreement"] > 0.9
 
 
 def test_a_file_names_the_metric(tmp_path: Path) -> None:

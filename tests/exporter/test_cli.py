@@ -33,24 +33,23 @@ Call = dict[str, Any]
 
 
 def report(verdict: str = "pass") -> dict[str, Any]:
-    level = {
-        "values": 123456,
-        "mismatched": 9,
-        "max_lsb": 2,
-        "kernel_mismatched": 0,
-        "float_mismatched": 7,
-        "float_values": 4000,
-        "forced": {"values": 123456, "mismatched": 7, "max_lsb": 1},
+    found = sample_report(3)
+    for key in ("limited_weights", "unsigned_weights", "settled", "portability", "warnings"):
+        del found[key]
+    found["parity"]["optimized"] |= {"mismatched": 9, "float_mismatched": 7, "float_values": 4000}
+    found["accuracy"] |= {"samples": 500, "float": 0.975, "reference": 0.97, "runtime": 0.97}
+    found["coverage"]["integer_macs"] = 0.998
+    found["size"] |= {"float_bytes": 40960, "bytes": 10240}
+    found["latency_ms"] |= {"float": 3.0, "quantized": 1.0, "ratio": 1 / 3, "ratio_interval": [0.3, 0.35]}
+    passed = verdict == "pass"
+    gate = {
+        "name": "accuracy_drop",
+        "limit": 0.001,
+        "value": 0.005,
+        "passed": passed,
+        "expression": "accuracy_drop<=0.001",
     }
-    return {
-        "verdict": verdict,
-        "accuracy": {"metric": "top1", "samples": 500, "float": 0.975, "reference": 0.97, "runtime": 0.97},
-        "parity": {"optimized": level},
-        "coverage": {"integer_macs": 0.998, "integer_nodes": 9, "compute_nodes": 12},
-        "size": {"float_bytes": 40960, "bytes": 10240},
-        "latency_ms": {"float": 3.0, "quantized": 1.0},
-        "gates": [{"name": "accuracy_drop", "limit": 0.001, "value": 0.005, "passed": verdict == "pass"}],
-    }
+    return found | {"verdict": verdict, "gates": [gate]}
 
 
 @pytest.fixture
@@ -279,7 +278,7 @@ def test_a_failed_gate_exits_1_and_is_named(
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     assert "FAIL" in result.stdout
-    assert "accuracy_drop is 0.005, the limit is 0.001" in result.stdout
+    assert "accuracy_drop<=0.001: it is 0.5 points, the limit is 0.1 points" in result.stdout
 
 
 def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[Call], tmp_path: Path) -> None:

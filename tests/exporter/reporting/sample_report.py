@@ -28,7 +28,11 @@ def layer(index: int, kind: str = "activation") -> dict[str, Any]:
         "bits": 8,
         "granularity": "channel" if kind == "weight" else "tensor",
         "symmetric": kind == "weight",
-        **({"input_bits": 4 + index % 5} if kind == "weight" else {}),
+        **(
+            {"input_bits": 4 + index % 5, "values": 4608 * (index + 1), "noise_added": 0.001 * (1 + index % 7)}
+            if kind == "weight"
+            else {}
+        ),
         "scale_min": hi / 255 / (2 if kind == "weight" else 1),
         "scale_max": hi / 255,
         "zero_point": 0 if kind == "weight" else index % 3 * 5,
@@ -371,6 +375,9 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "batch": 1,
             "iqr": {"float": 0.31, "quantized": 0.12},
             "speedup": {"quantized": 3.17},
+            "interval": {"float": [12.38, 12.46], "quantized": [3.91, 3.94]},
+            "ratio_interval": [0.3147, 0.3171],
+            "reliable": True,
         },
         "time_shares": {
             "integer": 0.62,

@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 
 from calibrators.errors import InputError, UnknownNameError
-from exporter.reporting.gates import DEFAULT_GATES, METRICS, check_measurable, evaluate, parse, renamed, verdict
+from exporter.reporting.gates import (
+    AGREEMENT,
+    DEFAULT_GATES,
+    DROP,
+    SQNR,
+    Gate,
+    accuracy_gates,
+    check_measurable,
+    evaluate,
+    judges_accuracy,
+    parse,
+    renamed,
+    verdict,
+)
+from exporter.reporting.metrics import METRICS
 from exporter.reporting.schema import GateResult, dump, json_schema, metric_paths, validate_report
 from tests.exporter.reporting.sample_report import sample_report
 
@@ -32,6 +46,7 @@ def _result(expression: str, report: dict[str, Any]) -> GateResult:
         pytest.param("accuracy_drop<=0.3pp", "accuracy_drop<=0.003", id="points"),
         pytest.param("size<=300kB", "size<=300000", id="kilobytes"),
         pytest.param("size<=1.5e0 MB", "size<=1500000", id="megabytes"),
+        pytest.param("size<=300KiB", "size<=307200", id="kibibytes"),
         pytest.param("latency<2ms", "latency<2", id="milliseconds"),
         pytest.param("latency<0.3s", "latency<300", id="seconds"),
         pytest.param("sqnr_db>=20dB", "sqnr_db>=20", id="decibels"),
@@ -75,7 +90,10 @@ def test_short_metrics_equal_what_the_report_says() -> None:
     report = sample_report(9)
     expected = {
         "accuracy_drop": 0.001,
+        "accuracy_drop_lower": -0.0012,
         "accuracy_drop_upper": 0.0032,
+        "lowest_agreement": None,
+        "lowest_sqnr_db": math.inf,
         "reference_drop": 0.001,
         "agreement": 0.991,
         "sqnr_db": 31.4,
@@ -93,7 +111,7 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         "integer_time": 0.62,
         "latency": 3.92,
         "size": 7_991_296,
-        "latency_ratio": 3.92 / 12.41,
+        "latency_ratio": 0.3159,
         "size_ratio": 7_991_296 / 31_412_224,
         "metric": 0.7,
         "metric_drop": 0.01,
@@ -103,6 +121,60 @@ def test_short_metrics_equal_what_the_report_says() -> None:
         **dict.fromkeys(name for name in METRICS if name.startswith("baseline_")),
     }
     assert {name: metric.value(report) for name, metric in METRICS.items()} == expected
+
+
+def test_an_unknown_unit_names_those_of_the_metric() -> None:
+    with pytest.raises(InputError, match=r"KB is no unit of size; its units are: B, kB, MB, GB, KiB, MiB, GiB\."):
+        parse("size<=300KB")
+
+
+def test_a_gate_on_a_latency_compares_the_worse_end_of_its_interval() -> None:
+    report = sample_report(3)
+    report["latency_ms"] |= {"quantized": 3.9, "interval": {"quantized": [3.7, 4.2]}, "ratio_interval": [0.3, 0.35]}
+    found = [_result(text, report) for text in ("latency<=4ms", "latency>=3.8", "latency_ratio<0.34", "latency==3.9")]
+    assert [(gate.value, gate.passed) for gate in found] == [(4.2, False), (3.7, False), (0.35, False), (3.9, True)]
+
+
+def _outputs(*agreements: float | None, metric: str = "agreement") -> dict[str, Any]:
+    report = sample_report(3)
+    outputs = [{"name": str(i), "reference": 9.0, "runtime": 9.0, "agreement": a} for i, a in enumerate(agreements)]
+    report["accuracy"] |= {"metric": metric, "outputs": outputs}
+    return report
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        pytest.param(_outputs(0.9, metric="top1"), [DROP], id="labels"),
+        pytest.param(_outputs(0.9, 0.8, None, metric="top1"), [DROP, AGREEMENT, SQNR], id="labels-of-one-output"),
+        pytest.param(_outputs(0.9), [AGREEMENT], id="decisions"),
+        pytest.param(_outputs(None, metric="sqnr_db"), [SQNR], id="values"),
+        pytest.param(_outputs(None, 0.9, metric="sqnr_db"), [AGREEMENT, SQNR], id="both"),
+        pytest.param(sample_report(3) | {"accuracy": None}, [], id="no-data"),
+    ],
+)
+def test_what_was_measured_decides_the_gates_on_accuracy(report: dict[str, Any], expected: list[Gate]) -> None:
+    assert accuracy_gates(report) == expected
+    values = {"accuracy_drop_lower": -0.0012, "lowest_sqnr_db": 9.0}
+    lowest = (
+        min((o["agreement"] for o in report["accuracy"]["outputs"][-2:] if o["agreement"]), default=0)
+        if expected
+        else 0
+    )
+    for gate in evaluate(expected, report):
+        assert gate.value == values.get(gate.name, lowest)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("accuracy_drop<=2pp", True), ("agreement>=0.9", True), ("metric_drop<=0.1", True), ("metric>=0.8", True),
+        ("accuracy.runtime>=0.7", True), ("accuracy.float>=0.7", False), ("metric.float>=0.7", False),
+        ("accuracy.samples>=100", False), ("data.evaluation.samples>=100", False), ("size<=1MB", False),
+    ],
+)  # fmt: skip
+def test_which_gates_take_the_place_of_those_on_accuracy(text: str, expected: bool) -> None:
+    assert judges_accuracy(parse(text)) is expected
 
 
 def test_identical_outputs_have_no_noise_at_all() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from exporter import export
 from exporter.reporting import sections
+from exporter.reporting.schema import validate_report
 from exporter.reporting.terminal import verdict_panel
 from exporter.reporting.where import not_exact_here, where_rows
 from exporter.verify import UNKNOWN_PROCESSOR, verify
@@ -84,7 +85,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 def text_of(report: dict[str, Any]) -> str:
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(verdict_panel(report, Path("out")))
+    console.print(verdict_panel(validate_report(report), Path("out")))
     return console.export_text()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import RunningAccuracy
+from runtime_tests.measure.accuracy import RunningAccuracy, share_interval
 from runtime_tests.measure.paired import paired_interval
 
 CLASSES, SAMPLES = 12, 300
@@ -203,3 +203,10 @@ def test_outputs_that_change_their_kind_are_refused() -> None:
     accuracy.update(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(DataError, match=r"batch 1 have shape .* unlike those of the first"):
         accuracy.update(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.ones((2, 3, 4)))
+
+
+@pytest.mark.parametrize("samples", [1, 400, 50000])
+def test_an_interval_ends_where_the_share_does(samples: int) -> None:
+    assert share_interval(1.0, samples)[1] == 1.0 and share_interval(0.0, samples)[0] == 0.0
+    low, high = share_interval(0.5, samples)
+    assert 0 < low < 0.5 < high < 1

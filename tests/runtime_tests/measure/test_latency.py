@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from scipy.stats import binom
 
 from calibrators.errors import InputError
-from runtime_tests.measure.latency import Latency, Timings, interleave, latency
+from runtime_tests.measure.latency import Latency, Timings, interleave, latency, median_interval
 from tests.support import onnx_models as models
 
 
@@ -53,8 +54,28 @@ def test_the_summary_holds_medians_and_the_conditions() -> None:
         batch=3,
         iqr={"float": 0.0, "quantized": 0.0, "other": 0.0},
         speedup={"quantized": 2.0, "other": 4.0},
+        interval={"float": (4.0, 4.0), "quantized": (2.0, 2.0), "other": (1.0, 1.0)},
+        ratio_interval=(0.5, 0.5),
+        reliable=True,
     )
     assert result.median_ms("other") == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 20, 50, 101])
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says(count: int) -> None:
+    """The rank of the true median among independent values is binomial, so the coverage is known exactly."""
+    low, high = (int(end) for end in median_interval(np.random.default_rng(0).permutation(count).astype(float)))
+    assert low + high == count - 1 and low <= high
+    coverage = binom.cdf(high, count, 0.5) - binom.cdf(low, count, 0.5)
+    assert coverage >= 0.95 or (low, high) == (0, count - 1)
+    narrower = binom.cdf(high - 1, count, 0.5) - binom.cdf(low + 1, count, 0.5)
+    assert narrower < 0.95
+
+
+def test_times_that_spread_are_unreliable() -> None:
+    times = np.stack([np.ones(50), np.linspace(1.0, 2.0, 50)], axis=1)
+    found = Timings(("float", "quantized"), times).summary(batch=1)
+    assert found.reliable is False and found.spread == pytest.approx(1 / 3)
 
 
 def test_real_models_are_timed_from_paths_and_protos(tmp_path: Path) -> None:

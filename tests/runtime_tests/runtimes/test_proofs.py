@@ -111,7 +111,7 @@ def test_a_kernel_that_differs_fails_the_verdict(tmp_path: Path) -> None:
     assert suites["intact.proved_on"].failures == 1
     shown = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--on", THERE], env={"COLUMNS": "200"})
     assert shown.exit_code == 1 and "kernel by kernel 1" in shown.stdout
-    assert f"failed gate    not proved in {THERE}: 1 of " in shown.stdout
+    assert f"failed gate    unproved_runtimes==0: not proved in {THERE}: 1 of " in shown.stdout
     assert f"; most at {report['proved_on'][1]['worst'][0]['site']}" in shown.stdout
     assert "export report  " in shown.stdout
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0

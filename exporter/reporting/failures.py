@@ -1,0 +1,195 @@
+"""Failed gates in words: what was found, what in the network causes it, and what to try, with flags to paste.
+
+Must not know: pages, files, how anything was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from exporter.reporting.layer_sections import LayerEntry
+from exporter.reporting.metrics import quantity_of
+from exporter.reporting.number_format import count, differ, percent
+from exporter.reporting.proofs import UNPROVED, not_proved
+from exporter.reporting.quantities import written
+from exporter.reporting.schema import GateResult, Report
+from exporter.reporting.where import INEXACT, not_exact_here
+
+__all__ = ["Failure", "failures", "found_by", "unplanned_kernels"]
+
+NAMED: Final = 3
+"""Layers or operators that a failure names."""
+
+INDICES: Final = ("INT32", "INT64")
+"""Types of biases and shapes."""
+
+WIDE_BITS: Final = 8
+LEARNED: Final = "qdrop"
+"""Method that loses least at few bits (docs/results.md); at 8 bits it is the default one."""
+USUAL: Final = "gptq"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed gate.
+
+    found:  what was measured, and the limit.
+    causes: what contributes most, as a phrase; empty where no part of the network does.
+    advice: what to try, one sentence each.
+    """
+
+    gate: GateResult
+    found: str
+    causes: str
+    advice: tuple[str, ...]
+
+
+Cause: TypeAlias = tuple[str, Sequence[str]]
+
+
+def failures(report: Report) -> tuple[Failure, ...]:
+    """Return the failed gates of a report in their order."""
+    found = []
+    for gate in report.gates:
+        if not gate.passed:
+            causes, advice = _CAUSES[gate.name](report, gate) if gate.name in _CAUSES else ("", ())
+            found.append(Failure(gate, found_by(gate, report), causes, tuple(advice)))
+    return tuple(found)
+
+
+def found_by(gate: GateResult, report: Report) -> str:
+    """Return what a gate found, with units, or why it failed where that is more than a number."""
+    reasons = {
+        INEXACT: not_exact_here(report.holds or (), report.environment.processor if report.environment else None),
+        UNPROVED: not_proved(report.proved_on or ()),
+    }
+    if reason := reasons.get(gate.name):
+        return reason
+    quantity = quantity_of(gate.name)
+    found = "it was not measured" if gate.value is None else f"it is {written(gate.value, quantity)}"
+    return f"{found}, the limit is {written(gate.limit, quantity)}"
+
+
+def unplanned_kernels(found: Mapping[str, int]) -> str:
+    """Name the differences from the plan: {"QLinearConv": -1} -> 1 QLinearConv fewer than planned."""
+    return ", ".join(f"{abs(n)} {name} {'more' if n > 0 else 'fewer'} than planned" for name, n in found.items())
+
+
+def _listed(title: str, texts: Sequence[str]) -> str:
+    return f"{title}: {', '.join(texts)}" if texts else ""
+
+
+def _layer_flags(layers: Sequence[LayerEntry], setting: str) -> str:
+    names = dict.fromkeys(layer.module or layer.site for layer in layers)
+    return " ".join(f"--layer {shlex.quote(f'{name}: {setting}')}" for name in names)
+
+
+def _accuracy(report: Report, gate: GateResult) -> Cause:
+    """Name the layers that add most noise; advise on methods, bits, float layers and limits."""
+    noise = {layer: layer.noise_added for layer in report.layers or () if layer.noise_added}
+    total, noisiest = sum(noise.values()), sorted(noise, key=lambda layer: -(layer.noise_added or 0.0))[:NAMED]
+    causes = [f"{layer.module or layer.site} ({percent(noise[layer] / total, 0)})" for layer in noisiest]
+    return _listed("layers that add most of the noise", causes), [*_accuracy_advice(report, gate, noisiest)]
+
+
+def _accuracy_advice(report: Report, gate: GateResult, noisiest: Sequence[LayerEntry]) -> Iterator[str]:
+    few = [layer for layer in noisiest if min(layer.bits, layer.input_bits or WIDE_BITS) < WIDE_BITS]
+    better = LEARNED if few else USUAL
+    if report.method not in (LEARNED, better):
+        yield f"another method: --method {better}"
+    if few:
+        wide = "weight_bits=8" if few[0].input_bits is None else "weight_bits=8, activation_bits=8"
+        yield f"more bits for the layers named: {_layer_flags(few, wide)}"
+    elif noisiest:
+        yield f"the layers named in float: {_layer_flags(noisiest, 'float=true')}"
+    if gate.name.endswith("agreement"):
+        yield "if the output is no score of classes, a gate on its noise: --gate 'sqnr_db>=15dB'"
+    if gate.name.startswith("accuracy_drop") and gate.value is not None:
+        yield f"if this loss is acceptable, a limit of its own: --gate '{gate.name}<={math.ceil(100 * gate.value)}pp'"
+
+
+def _differing(report: Report, _: GateResult) -> Cause:
+    level = report.parity.optimized
+    sites = [f"{node.site} ({node.kernel}, {differ(node)})" for node in level.nodes if not node.legal]
+    outputs = [f"output {output.name}" for output in level.outputs if not output.legal]
+    found = [*sites, *outputs] or [f"{node.site} ({node.kernel}, {differ(node)})" for node in level.worst]
+    advice = ["another release of onnxruntime, to tell whether this one changed: intact verify DIR --on ort==VERSION"]
+    return _listed("values that differ", found[:NAMED]), advice
+
+
+def _unplanned(report: Report, _: GateResult) -> Cause:
+    return _listed("kernels", [unplanned_kernels(report.parity.optimized.unplanned or {})]), ()
+
+
+def _inexact(report: Report, _: GateResult) -> Cause:
+    return "", ["a form that is exact on this processor: --target ort-cpu, or --set portable=uint8"]
+
+
+def _lint(report: Report, _: GateResult) -> Cause:
+    errors = [finding for finding in report.lint or () if finding.severity == "error"]
+    texts = [f"{finding.rule} at {finding.where}: {finding.message}" for finding in errors[:NAMED]]
+    return _listed("findings", texts), ()
+
+
+def _size(report: Report, gate: GateResult) -> Cause:
+    largest = sorted(report.layers or (), key=lambda layer: -(layer.values or 0))[:NAMED]
+    causes = [f"{layer.module or layer.site} ({count(layer.values)} of {layer.bits} bits)" for layer in largest]
+    advice = [f"fewer bits for the layers named: {_layer_flags(largest, 'weight_bits=4')}"] if largest else []
+    weights = sum(size for kind, size in report.size.by_type.items() if "INT" in kind and kind not in INDICES)
+    if gate.name == "size" and (room := gate.limit - report.size.bytes + weights) > 0:
+        advice.append(f"bits chosen per layer: --budget 'weight_bytes<={room / 1000:.4g}k'")
+    return _listed("largest weights", causes), advice
+
+
+def _time(report: Report, _: GateResult) -> Cause:
+    slowest = report.time_shares.slowest if report.time_shares else ()
+    causes = [f"{each.op} ({percent(each.share, 0)} of the time)" for each in slowest]
+    return _listed("slowest float operators", causes), [f"{each.op}: {each.advice}" for each in slowest]
+
+
+def _in_float(report: Report, _: GateResult) -> Cause:
+    nodes = sorted(report.coverage.float_nodes, key=lambda node: -(node.macs or 0))[:NAMED]
+    placed = (report.config or {}).get("placement") == "fastest"
+    advice = ["layers that are faster in float as integers all the same: --placement integer"] if placed else ()
+    return _listed("largest operators in float", [f"{node.name} ({node.why})" for node in nodes]), advice
+
+
+_CAUSES: Final[dict[str, Callable[[Report, GateResult], Cause]]] = {
+    **dict.fromkeys(
+        (
+            "accuracy_drop",
+            "accuracy_drop_lower",
+            "accuracy_drop_upper",
+            "reference_drop",
+            "agreement",
+            "lowest_agreement",
+            "sqnr_db",
+            "lowest_sqnr_db",
+            "metric",
+            "metric_drop",
+        ),
+        _accuracy,
+    ),
+    **dict.fromkeys(
+        (
+            "kernel_mismatched",
+            "parity_violations",
+            "mismatched",
+            "max_lsb",
+            "outputs_identical",
+            "float_mismatch_rate",
+        ),
+        _differing,
+    ),
+    "unplanned_kernels": _unplanned,
+    INEXACT: _inexact,
+    "lint_errors": _lint,
+    **dict.fromkeys(("size", "size_ratio"), _size),
+    **dict.fromkeys(("latency", "latency_ratio", "integer_time"), _time),
+    **dict.fromkeys(("integer_macs", "integer_nodes", "integer_node_share"), _in_float),
+}
+"""What causes a failure and what helps, by metric."""
