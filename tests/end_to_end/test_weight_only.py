@@ -39,6 +39,7 @@ from exporter.frontend.reference import export_program, load_reference, save_ref
 from exporter.pipeline import export
 from exporter.reporting.layer_sections import layer_entries
 from exporter.verify import verify
+from runtime_tests.measure.noise import Noise
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
@@ -580,7 +581,7 @@ def test_coverage_counts_them_as_what_they_are() -> None:
 
 def test_entries_of_layers_say_what_has_one_scale() -> None:
     result, _ = pair(4, "block-32")
-    first, second = layer_entries(result, {}, {})
+    first, second = layer_entries(result, Noise(result))
     assert (first.granularity, first.block_size) == ("block", 32)
     assert second.granularity == "channel"
     assert first.input_bits is None
