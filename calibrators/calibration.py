@@ -184,13 +184,13 @@ def _device(name: str) -> torch.device:
 
 
 def _check_constants(graph: fx.GraphModule) -> None:
-    """Raise ModelError for NaN, or infinities in what convolutions, linear layers and norms read (masks hold them)."""
-    for node in graph.graph.nodes:
-        if node.op != "get_attr":
-            continue
+    """Raise ModelError for NaN, or infinities in parameters and what layers read; masks, as buffers, may hold them."""
+    parameters = {name for name, _ in graph.named_parameters()}
+    for node in graph.graph.find_nodes(op="get_attr"):
         value = constant(graph, node)
         users = [operator_name(user.target) for user in node.users]
-        finite = any(kind in name for name in users for kind in ("conv", "linear", "norm"))
+        is_read = any(kind in name for name in users for kind in ("conv", "linear", "norm", "embedding"))
+        finite = is_read or str(node.target) in parameters
         if bool((~torch.isfinite(value) if finite else torch.isnan(value)).any()):
             user = next(iter(node.users), node)
             raise ModelError(f"parameter {node.target!r} of {where(user)} holds NaN or infinity; load other weights")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from calibrators.errors import ModelError, first_line
+from calibrators.errors import DataError, ModelError, first_line
 from calibrators.graph.aten import infer_shapes, outputs_of, where
 from calibrators.grid.metrics import alike
 from exporter.frontend.axes import Axes, FreeAxis, axes_by_input
@@ -27,6 +27,8 @@ from exporter.frontend.calling import Form, arguments, call_of, restoring, shape
 from exporter.frontend.declared import other_size
 from exporter.frontend.free_sizes import bounds_of, free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
+from exporter.frontend.lookups import check_indices, lookups_of
+from exporter.frontend.size_limits import check_free_sizes, fixed_axis
 
 __all__ = ["SAME", "capture", "evaluating", "quiet"]
 
@@ -66,7 +68,8 @@ def capture(
              meta["free_axes"], meta["size_bounds"] (by the name of the size), and meta["other_examples"], in which the
              model agrees with the graph too.
     raises:  ModelError naming the module and the line that cannot be captured, for axes that cannot be free, or for a
-             program whose batch is free although it must not be; InputError for axes that its inputs do not have.
+             program whose batch is free although it must not be; DataError for ids beyond a table; InputError for axes
+             that its inputs do not have.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     narrow = is_double(model.parameters()) and not any(x.dtype == torch.float64 for x in inputs)
@@ -78,6 +81,7 @@ def capture(
         if dynamic and not free_batch:
             raise ModelError("the program has a free batch, but the target needs a fixed one; export it with batch 1")
         _check_fits(model, inputs)
+        _check_ids(model, inputs)
         inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model, inputs)
         free = free_axes(program)
         _check_declared(axes or {}, free)
@@ -86,6 +90,7 @@ def capture(
         program, dynamic, notes = _export(model, inputs, form, named, free_batch=free_batch)
         inputs = _with_batch(inputs, 2 if dynamic else 1)
         free = free_axes(program, named)
+        check_free_sizes(program)
     with quiet():
         graph = flatten(program, narrow=narrow)
     notes += graph.meta["notes"]
@@ -116,6 +121,8 @@ def _export(
         for strict in (False, True) if free_batch else ():
             try:
                 return _export_free(model, inputs, form, axes, strict=strict), True, []
+            except DataError:
+                raise
             except Exception as free:  # torch.export raises many types; the fixed batch decides which one counts
                 reason = f"a free batch cannot be exported ({first_line(free)})" if not strict else reason
             if _error(model, inputs, form) is not None:
@@ -124,6 +131,9 @@ def _export(
             args, kwargs = arguments(model, _with_batch(inputs, 1), form)
             shapes = shapes_of(model, tuple(map(_hints, axes)), form) if any(axes) else None
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            _check_ids(program, inputs)
+        except DataError:
+            raise
         except Exception as fixed:
             raise ModelError(_refusal(model, inputs, form, fixed)) from fixed
         _check_one_sample(model, inputs, form)
@@ -159,11 +169,18 @@ def _export_free(
     args, kwargs = arguments(model, _with_batch(inputs, 2), form)
     shapes = shapes_of(model, tuple(sizes), form)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    _check_ids(program, inputs)
     traced, original, limit = call_of(program), call_of(model, form), _limit(program, inputs)
     for size in (1, 2, 3):
         if not all(_agreement(original, traced, _with_batch(inputs, size), limit)):
             raise ValueError(f"at a batch of {size} the model computes something else than at a batch of 2")
     return program
+
+
+def _check_ids(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> None:
+    """Raise DataError for inputs that hold indices beyond a table in which the program looks them up."""
+    nodes = user_inputs(program)
+    check_indices(lookups_of(program.graph, nodes), inputs, [node.name for node in nodes])
 
 
 def _hints(axes: Mapping[int, FreeAxis]) -> dict[int, Any]:
@@ -357,6 +374,8 @@ def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], form: Form, error: Ex
             f"{f' (in {module!r}, {line})' if line else ''}; "
             f"{other_size(model, inputs) or 'check that the data fits the forward() of the model'}"
         )
+    if (axis := fixed_axis(model, error)) is not None:
+        return axis
     return (
         f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "
         f"{type(error).__name__}: {first_line(error)}; make the control flow there independent of tensor values, or "

@@ -16,6 +16,7 @@ from calibrators.errors import DataError, InputError, counted, no_file
 from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
+from exporter.frontend.lookups import check_indices, lookups_of
 from exporter.inputs.data import Data
 from exporter.inputs.metric import Metric, joined
 from runtime_tests.measure.metric import arguments_of
@@ -36,6 +37,7 @@ class GraphBatches:
         self.graph, self.data = graph, data if data.names else data.named(graph.meta["input_names"])
         self.samples = self.dropped = 0
         self.keeps_labels, self.given = keeps_labels, list[Any]()
+        self.lookups = lookups_of(graph.graph, graph.graph.find_nodes(op="placeholder"))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -48,13 +50,17 @@ class GraphBatches:
         return (inputs for inputs, _ in self.labelled())
 
     def labelled(self) -> Iterator[tuple[Batch, Any]]:
-        """Yield the inputs of each batch and its labels, an array, or None where there are none."""
+        """Yield the inputs of each batch and its labels, an array, or None where there are none.
+
+        raises: DataError for indices beyond a table of the graph, and what the data raise.
+        """
         rest: tuple[Tensor, ...] = ()
         samples = 0
         self.given = []
         for batch in self.data:
             if self.keeps_labels:
                 self.given.append(batch.given)
+            check_indices(self.lookups, batch.inputs, self.graph.meta["input_names"])
             values = batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
             if rest:
                 values = tuple(torch.cat(pair) for pair in zip(rest, values, strict=True))

@@ -185,6 +185,7 @@ def _zeros(value: ir.Value) -> Array:
 # ---- reasons
 
 NO_KERNEL = "onnxruntime has no integer kernel for this operator"
+FREE_SIZES = "a transposed convolution becomes a convolution, which has an integer kernel, only if sizes are fixed"
 NOT_FUSED = "onnxruntime did not fuse it"
 WIDE = "16-bit activations have no integer kernels"
 SIGNED = "int8 activations: on x86, only chains without fan-out are moved to the uint8 kernels"
@@ -208,7 +209,7 @@ def _why(node: ir.Node) -> str:
 def _why_product(node: ir.Node) -> str:
     x, weight, bias = (operand(value) for value in inputs(node, 3))
     if node.op_type == "ConvTranspose":
-        return NO_KERNEL
+        return FREE_SIZES if _has_free_sizes(node.graph) else NO_KERNEL
     if x is None:
         return "its input is not quantized"
     if weight is None:
@@ -272,6 +273,11 @@ def _why_elementwise(node: ir.Node) -> str:
     if node.op_type == "MaxPool":
         return "the quantizers before and after it have different parameters"
     return NOT_FUSED
+
+
+def _has_free_sizes(graph: Any) -> bool:
+    """Return whether an input of the graph has a free size besides the batch."""
+    return any(not isinstance(size, int) for value in graph.inputs for size in (value.shape or ())[1:])
 
 
 def _is_quantized(node: ir.Node) -> bool:

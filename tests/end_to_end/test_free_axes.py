@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,40 @@ def test_sizes_for_which_the_export_does_not_hold_are_named() -> None:
     assert any("on samples of shape [3, 49, 32] the model runs, but its export" in note for note in graph.meta["notes"])
 
 
+class Pixels(nn.Module):
+    """A linear layer over all pixels of a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.conv(x).flatten(2))
+        return y
+
+
+class Rows(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self, layer: type[nn.LSTM] | None = None) -> None:
+        super().__init__()
+        self.rows, self.head = layer(8, 6, batch_first=True) if layer else None, nn.Linear(6 if layer else 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.mean(1)
+        read = sum(rows[:, i] for i in range(rows.shape[1])) if self.rows is None else self.rows(rows)[0]
+        y: Tensor = self.head(read)
+        return y
+
+
 @pytest.mark.parametrize(
     ("make", "dynamic", "error", "message"),
     [
-        (Flat, ["x:2"], ModelError, "capture|other size"),
+        (Pixels, ["x:2,3"], ModelError, r"axis 2 of input 'x' .* needs \(x.shape\[3\]\*x.shape\[2\]\) == 64; leave"),
+        (Pixels, ["x:3"], ModelError, "axis 3 of input 'x' cannot be free, because the model makes its size"),
+        (partial(Rows, nn.LSTM), ["x:2"], ModelError, r"recurrent layers .* are captured for one length \(8\)"),
+        (Rows, ["x:2"], ModelError, r"its size a constant \(8\), for example by .* range\(\)"),
+        (Flat, ["x:2"], ModelError, "makes its size a constant"),
         (Flat, ["y:2"], UnknownNameError, "'y'"),
         (Flat, ["x:4"], InputError, "an axis that the input does not have"),
         (Flat, ["x:0"], InputError, "the batch"),

@@ -171,6 +171,17 @@ def test_a_transposed_convolution_of_a_reshaped_value_is_counted() -> None:
     assert result.macs == 2 * 4 * 4 * 3 * 2 * 2
 
 
+@pytest.mark.parametrize("size", [4, "height"], ids=["fixed", "free"])
+def test_a_transposed_convolution_says_whether_free_sizes_keep_it_in_float(size: int | str) -> None:
+    net = Net()
+    image = net.op("Relu", net.input("x", ("batch", 2, size, 4)))
+    weight = net.constant("weight", np.ones((2, 3, 2, 2), np.float32))
+    model = net.model(net.op("ConvTranspose", image, weight, strides=[2, 2]))
+    nodes = coverage(model, sample={"x": np.ones((1, 2, 4, 4), np.float32)}).float_nodes
+    [why] = [node.why for node in nodes if node.op == "ConvTranspose"]
+    assert ("only if sizes are fixed" in why) == (size == "height")
+
+
 def test_sequences_of_tensors_do_not_count_as_computing() -> None:
     net = Net()
     x = net.input("x", ("batch", 4))

@@ -1,0 +1,99 @@
+"""Why an axis cannot be free: the model makes its size a constant, or binds it to the sizes of others.
+
+Must not know: how programs are captured, quantization, ONNX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrators.errors import ModelError
+from exporter.frontend.calling import user_inputs
+from exporter.frontend.free_sizes import SMALLEST, free_axes
+
+__all__ = ["check_free_sizes", "fixed_axis"]
+
+FIXED_AXIS = re.compile(
+    r"marked L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but .* specialized it to be a constant \((\d+)\)"
+)
+"""What torch.export says of a free axis that is not free: input, axis, size."""
+
+SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+"""A size in the conditions under which torch.export's program holds; here it is called `input__axis`."""
+
+LARGEST_TRIED = 256
+"""Largest size for which these conditions are evaluated, unless twice the size of the data is larger."""
+
+
+def fixed_axis(model: nn.Module, error: Exception) -> str | None:
+    """Return the error text for a free axis whose size the model makes a constant; None for other errors."""
+    found = FIXED_AXIS.search(str(error))
+    if found is None:
+        return None
+    name, axis, size = found.groups()
+    why = f"the model makes its size a constant ({size}), for example by int(), range() or a parameter of that size"
+    advice = "compute with x.shape alone"
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        why = f"recurrent layers (nn.LSTM, nn.GRU, nn.RNN) are captured for one length ({size})"
+        advice = "pad or cut sequences to that length"
+    return f"axis {axis} of input {name!r} cannot be free, because {why}; leave it out of --dynamic, or {advice}"
+
+
+def check_free_sizes(program: torch.export.ExportedProgram) -> None:
+    """Check that every free size can be another one while the others stay.
+
+    program: made in this process, whose conditions are safe to evaluate.
+    raises: ModelError naming the axis, and the condition that binds it to others.
+    """
+    conditions = _Conditions.of(program)
+    for name, labels in free_axes(program).items():
+        for axis in labels:
+            size = conditions.axes[f"{name}__{axis}"]
+            tried = range(SMALLEST, max(LARGEST_TRIED, 2 * size.node.hint) + 1)
+            others = (other for other in tried if other != size.node.hint)
+            if size.node.expr.is_symbol and all(conditions.broken(size, other) for other in others):
+                raise ModelError(
+                    f"axis {axis} of input {name!r} cannot be free while the others stay, because the model needs "
+                    f"{conditions.broken(size, 2 * size.node.hint)}; leave it out of --dynamic"
+                )
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """The sizes of a program's inputs, by `input__axis`, and the conditions on them under which it holds."""
+
+    axes: Mapping[str, Any]
+    conditions: Mapping[str, CodeType]
+
+    @classmethod
+    def of(cls, program: torch.export.ExportedProgram) -> _Conditions:
+        axes = {f"{x.name}__{axis}": n for x in user_inputs(program) for axis, n in enumerate(x.meta["val"].shape)}
+        texts = [SIZE.sub(r"\1__\2", text) for text in program._guards_code]
+        known = (text for text in texts if "L[" not in text)
+        return cls(axes, {text: compile(text, "condition", "eval") for text in known})
+
+    def broken(self, free: torch.SymInt, size: int) -> str:
+        """Return the first condition that does not hold if a free size has this value, '' if all hold."""
+        sizes = {name: n if isinstance(n, int) else self._value(n, free, size) for name, n in self.axes.items()}
+        for text, condition in self.conditions.items():
+            try:
+                holds = eval(condition, {}, sizes)  # of torch's own words about sizes, in this process
+            except (NameError, ZeroDivisionError):  # a function of torch's, or a size for which it means nothing
+                holds = True
+            if not holds:
+                return re.sub(r"(\w+)__(\d+)", r"\1.shape[\2]", text)
+        return ""
+
+    @staticmethod
+    def _value(n: torch.SymInt, free: torch.SymInt, size: int) -> int:
+        expression = n.node.expr
+        if expression == free.node.expr:
+            return size
+        return int(expression.subs(free.node.expr, size)) if free.node.expr in expression.free_symbols else n.node.hint
