@@ -210,7 +210,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
 
 
 @app.command(no_args_is_help=True)
-def verify(
+def verify(  # noqa: PLR0913 (a command's arguments are its flags)
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
     on: Annotated[
         list[str] | None,
@@ -221,6 +221,11 @@ def verify(
             metavar="RUNTIME",
         ),
     ] = None,
+    signature: Annotated[
+        Path | None,
+        option("Check this signature of the bundle first; needs --public-key.", "--signature", metavar="FILE"),
+    ] = None,
+    public_key: Annotated[Path | None, option("Key of the signer, PEM.", "--public-key", metavar="FILE")] = None,
     quiet: Quiet = False,
     summary: Summary = None,
     as_json: Json = False,
@@ -233,13 +238,42 @@ def verify(
     with reported_errors(debug=debug):
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give the DIR that `intact export --out DIR` wrote.")
+        from exporter.handover.signature import check_signature
         from exporter.progress import console_progress
         from exporter.verify import verify as prove
 
         if summary is not None:
             check_folder_of(summary)
+        if (signature is None) != (public_key is None):
+            raise InputError("--signature and --public-key belong together; give both.")
+        if signature is not None and public_key is not None:
+            check_signature(folder, public_key, signature)
         report = prove(folder, console_progress(quiet=quiet), on or ())
         _finish(report, folder, Shown(as_json, summary, page="export report"))
+
+
+@app.command(no_args_is_help=True)
+def sign(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
+    key: Annotated[Path, option("Private elliptic-curve key, PEM.", "--key", metavar="FILE")],
+    out: Annotated[
+        Path | None, option("The signature.  [default: DIR.sig, beside the bundle]", "--out", metavar="FILE")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Sign a bundle in the format of OpenSSF's model-signing.
+
+    Example: [bold]openssl ecparam -name prime256v1 -genkey -noout -out key.pem[/bold], then
+    [bold]intact sign build/net --key key.pem[/bold] and
+    [bold]intact verify build/net --signature build/net.sig --public-key pub.pem[/bold]
+    """
+    with reported_errors(debug=debug):
+        from exporter.handover.signature import sign as write
+
+        path = out or folder.with_name(f"{folder.resolve().name}.sig")
+        check_folder_of(path)
+        write(folder, key, path)
+        Console().print(f"Wrote {path}.", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(no_args_is_help=True)
