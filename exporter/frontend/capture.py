@@ -28,7 +28,7 @@ from exporter.frontend.declared import other_size
 from exporter.frontend.free_sizes import bounds_of, free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 from exporter.frontend.lookups import check_indices, lookups_of
-from exporter.frontend.size_limits import check_free_sizes, fixed_axis
+from exporter.frontend.size_limits import fixed_axis, narrowed
 
 __all__ = ["SAME", "capture", "evaluating", "quiet"]
 
@@ -90,7 +90,9 @@ def capture(
         program, dynamic, notes = _export(model, inputs, form, named, free_batch=free_batch)
         inputs = _with_batch(inputs, 2 if dynamic else 1)
         free = free_axes(program, named)
-        check_free_sizes(program)
+    bounds = bounds_of(program, free)
+    if isinstance(model, nn.Module):
+        bounds = narrowed(bounds, program, free)
     with quiet():
         graph = flatten(program, narrow=narrow)
     notes += graph.meta["notes"]
@@ -101,8 +103,7 @@ def capture(
     if narrow:
         inputs, *others = (tuple(x.float() if x.dtype == torch.float64 else x for x in e) for e in (inputs, *others))
     graph.meta |= {"example": inputs, "other_examples": tuple(others), "dynamic_batch": dynamic, "free_axes": free}
-    graph.meta["size_bounds"] = bounds_of(program, free)
-    graph.meta["notes"] = notes
+    graph.meta |= {"size_bounds": bounds, "notes": notes}
     if isinstance(model, torch.export.ExportedProgram) and not dynamic:
         notes.append(f"the program was exported with a fixed batch of {inputs[0].shape[0]}")
     _check(graph)

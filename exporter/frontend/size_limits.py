@@ -5,9 +5,10 @@ Must not know: how programs are captured, quantization, ONNX.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import nn
 
 from calibrators.errors import ModelError
 from exporter.frontend.calling import user_inputs
-from exporter.frontend.free_sizes import SMALLEST, free_axes
+from exporter.frontend.free_sizes import SMALLEST, Bounds
 
-__all__ = ["check_free_sizes", "fixed_axis"]
+__all__ = ["fixed_axis", "narrowed"]
 
 FIXED_AXIS = re.compile(
     r"marked L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but .* specialized it to be a constant \((\d+)\)"
@@ -46,23 +47,32 @@ def fixed_axis(model: nn.Module, error: Exception) -> str | None:
     return f"axis {axis} of input {name!r} cannot be free, because {why}; leave it out of --dynamic, or {advice}"
 
 
-def check_free_sizes(program: torch.export.ExportedProgram) -> None:
-    """Check that every free size can be another one while the others stay.
+def narrowed(
+    bounds: Mapping[str, Bounds], program: torch.export.ExportedProgram, names: Mapping[str, Mapping[int, str]]
+) -> dict[str, Bounds]:
+    """Return the bounds of free sizes, narrowed to those for which a program holds while the others stay.
 
-    program: made in this process, whose conditions are safe to evaluate.
-    raises: ModelError naming the axis, and the condition that binds it to others.
+    program: made in this process, whose conditions are safe to evaluate; names: as `free_axes` returns them.
+    raises: ModelError for a size that cannot be another one, naming the axis and the condition that binds it.
     """
-    conditions = _Conditions.of(program)
-    for name, labels in free_axes(program).items():
-        for axis in labels:
-            size = conditions.axes[f"{name}__{axis}"]
-            tried = range(SMALLEST, max(LARGEST_TRIED, 2 * size.node.hint) + 1)
-            others = (other for other in tried if other != size.node.hint)
-            if size.node.expr.is_symbol and all(conditions.broken(size, other) for other in others):
+    conditions, found = _Conditions.of(program), dict(bounds)
+    for name, labels in names.items():
+        for axis, label in labels.items():
+            size, given = conditions.axes[f"{name}__{axis}"], bounds[label]
+            if not size.node.expr.is_symbol:
+                continue
+            own, last = size.node.hint, max(LARGEST_TRIED, 2 * size.node.hint)
+            tried = range(max(SMALLEST, given.low), min(last, given.high or last) + 1)
+            taken = [other for other in tried if not conditions.broken(size, other)]
+            if not {*taken} - {own} and len(tried) > 1:
                 raise ModelError(
                     f"axis {axis} of input {name!r} cannot be free while the others stay, because the model needs "
-                    f"{conditions.broken(size, 2 * size.node.hint)}; leave it out of --dynamic"
+                    f"{conditions.broken(size, 2 * own)}; leave it out of --dynamic"
                 )
+            step = math.gcd(*taken) if len(taken) > 1 else 1
+            low = taken[0] if taken and taken[0] > tried[0] else given.low
+            found[label] = replace(given, low=low, multiple=step if step > 1 else None)
+    return found
 
 
 @dataclass(frozen=True)

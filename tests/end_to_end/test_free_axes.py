@@ -93,6 +93,25 @@ def test_a_program_of_multiples_says_so(tmp_path: Path) -> None:
     assert {x.shape[2] % 4 for (x,) in graph.meta["other_examples"]} == {0}
 
 
+class Halves(nn.Module):
+    """Takes even heights and widths alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(F.pixel_unshuffle(x, 2))
+        return y
+
+
+def test_bounds_hold_what_the_model_demands_of_sizes() -> None:
+    axes = {"x": {2: FreeAxis("height", low=4, high=64), 3: FreeAxis("width")}}
+    bounds = capture(model(Halves), images()[0], axes=axes).meta["size_bounds"]
+    assert bounds["height"] == Bounds(low=4, high=64, multiple=2)
+    assert bounds["width"].multiple == 2 and bounds["width"].high is None
+
+
 def test_the_report_says_what_is_free_and_proved(bundle: Path) -> None:
     report = json.loads((bundle / "report.json").read_text())
     sizes = report["sizes"]
