@@ -34,6 +34,12 @@ for (const table of all('table')) {
   });
 }
 
+/* The contents are open where they stand beside the page. */
+const wide = matchMedia('(min-width: 1240px)');
+const adapt = () => { document.getElementById('contents').open = wide.matches; };
+wide.addEventListener('change', adapt);
+adapt();
+
 /* A table that scrolls can be reached with the keyboard. */
 const reachable = () => {
   for (const box of all('.scroll')) {
