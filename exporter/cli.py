@@ -253,6 +253,37 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
 
 
 @app.command(no_args_is_help=True)
+def rebuild(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
+    check: Annotated[bool, option("Exit with 1 unless the files are the same, byte for byte.", "--check")] = False,
+    out: Annotated[Path | None, option("Keep the new bundle here.", "--out", metavar="DIR")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Repeat an export from its own record, and compare the files: model, reference program, golden set.
+
+    Model, checkpoint and data have to be where they were, relative to the current folder.
+
+    Example: [bold]intact rebuild build/net --check[/bold]
+    """
+    with reported_errors(debug=debug):
+        from exporter.progress import console_progress
+        from exporter.rebuild import rebuild as repeat
+
+        found = repeat(folder, out, console_progress(quiet=quiet))
+        if as_json:
+            print_json(found)
+        else:
+            same = len(found.compared) - len(found.differing)
+            Console().print(f"{same} of {len(found.compared)} files are the same.", highlight=False)
+            print_table(("differs",), [(name,) for name in found.differing], box=None)
+            changes = [(name, *(each or "absent" for each in pair)) for name, pair in found.changed.items()]
+            print_table(("package", "at the export", "now"), changes, box=None)
+        raise typer.Exit(check and bool(found.differing))
+
+
+@app.command(no_args_is_help=True)
 def sign(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
     key: Annotated[Path, option("Private elliptic-curve key, PEM.", "--key", metavar="FILE")],

@@ -283,8 +283,6 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
-    measured = ("report.json", "report.html", "junit.xml", "README.md", SCORES, BILL, STATEMENT)  # not to be repeated
-    artifact = {name: entry["sha256"] for name, entry in files.items() if name not in measured}
     environment = report.get("environment", {})
     return {
         "schema": _MANIFEST_VERSION,
@@ -299,9 +297,15 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "data": report.get("data", {}),
         "sizes": report.get("sizes"),
         "holds": report.get("holds", []),
-        "artifact_sha256": _digest(artifact),
+        "artifact_sha256": _digest(repeatable({"files": files})),
         "files": files,
     }
+
+
+def repeatable(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the files of a bundle whose bytes an export repeats: all but what was measured."""
+    measured = ("report.json", "report.html", "junit.xml", "README.md", SCORES, BILL, STATEMENT)
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name not in measured}
 
 
 def _digest(value: object) -> str:

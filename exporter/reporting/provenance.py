@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Checkpoint", "Git", "Provenance", "provenance"]
+import torch
+
+__all__ = ["Checkpoint", "Git", "Provenance", "packages", "provenance"]
 
 GIT_SECONDS = 10
 
@@ -38,10 +40,15 @@ class Git:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of an export; packages: every installed distribution, as a requirements file lists them."""
+    """The origin of an export.
+
+    threads:  of torch, which decide the order of sums.
+    packages: every installed distribution, as a requirements file lists them.
+    """
 
     checkpoint: Checkpoint | None
     git: Git | None
+    threads: int
     packages: tuple[str, ...]
 
 
@@ -51,7 +58,7 @@ def provenance(checkpoint: Path | None, key: str | None) -> Provenance:
     if checkpoint is not None:
         with checkpoint.open("rb") as stream:
             found = Checkpoint(str(checkpoint), hashlib.file_digest(stream, "sha256").hexdigest(), key)
-    return Provenance(found, _git(), _packages())
+    return Provenance(found, _git(), torch.get_num_threads(), packages())
 
 
 def _git() -> Git | None:
@@ -75,7 +82,7 @@ def _run_git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _packages() -> tuple[str, ...]:
+def packages() -> tuple[str, ...]:
     """Return name==version of every distribution, by normalized name, each once."""
     found = {
         re.sub(r"[-_.]+", "-", name).lower(): each.version

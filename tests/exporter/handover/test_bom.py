@@ -25,6 +25,7 @@ def test_bill_is_valid_and_names_model_data_and_packages(tmp_path: Path) -> None
     report["provenance"] = {
         "checkpoint": {"path": "net.pt", "sha256": SHA, "key": None},
         "git": {"commit": "0" * 40, "dirty": True},
+        "threads": 1,
         "packages": ["torch==2.13.0+cpu", "numpy==2.4.6"],
     }
     bill = bill_of_materials(validate_report(report), SHA)

@@ -1,0 +1,109 @@
+"""Repeat an export from its own record, and compare the files.
+
+Must not know: how anything is exported, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calibrators.errors import InputError, no_file
+from calibrators.temporary import TemporaryFolder
+from exporter.config import NO_EFFECT, ExportConfig, Job, make_config
+from exporter.handover.bundle import repeatable, sha256_of, verify_manifest
+from exporter.progress import Progress
+from exporter.reporting.provenance import Provenance, packages
+from exporter.reporting.schema import Report, read_report
+
+__all__ = ["Rebuilt", "rebuild"]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """The outcome of a repetition.
+
+    compared: files whose bytes an export repeats; differing: those of them that differ.
+    changed:  packages whose versions are not those of the export: before, now.
+    """
+
+    compared: tuple[str, ...]
+    differing: tuple[str, ...]
+    changed: dict[str, tuple[str | None, str | None]]
+
+
+def rebuild(bundle: Path, out: Path | None = None, progress: Progress | None = None) -> Rebuilt:
+    """Export again what a bundle says it was exported from, and compare the files.
+
+    The same model file, checkpoint and data have to be where they were; torch uses as many threads as then.
+
+    out:    where to put the new bundle; if None it is not kept.
+    raises: InputError for a bundle that does not say what it was made from, or whose checkpoint is another one now.
+    """
+    from exporter.pipeline import export
+
+    before = verify_manifest(bundle)
+    report = read_report(bundle / "report.json")
+    job, origin = _origin(bundle, report)
+    threads = torch.get_num_threads()
+    with TemporaryFolder() as folder:
+        target = out or folder / "again"
+        try:
+            torch.set_num_threads(origin.threads)
+            job = job.model_copy(update={"out": str(target)})
+            export(**job.arguments(), config=_settings(report), progress=progress)
+        finally:
+            torch.set_num_threads(threads)
+        files = [repeatable(manifest) for manifest in (before, verify_manifest(target))]
+    names = tuple(sorted({*files[0], *files[1]}))
+    return Rebuilt(
+        compared=names,
+        differing=tuple(name for name in names if files[0].get(name) != files[1].get(name)),
+        changed=dict(_changed(origin.packages, packages())),
+    )
+
+
+def _origin(bundle: Path, report: Report) -> tuple[Job, Provenance]:
+    """Return the job that a bundle was exported by.
+
+    raises: InputError if it does not say, or if the checkpoint is not there or another one now.
+    """
+    model, data, origin = report.model, report.data, report.provenance
+    if model is None or not model.source or data is None or origin is None:
+        raise InputError(
+            f"{bundle} does not say what it was made from: it was exported from Python objects, or by an earlier "
+            "version; repeat the export as it was run."
+        )
+    checkpoint = origin.checkpoint
+    if checkpoint is not None:
+        path = Path(checkpoint.path)
+        if not path.is_file():
+            raise InputError(f"checkpoint {no_file(path)}")
+        if sha256_of(path) != checkpoint.sha256:
+            raise InputError(f"checkpoint {path} is not the one that {bundle} was exported from: its sha256 differs.")
+    job = Job(
+        model=model.source,
+        data=data.calibration.source,
+        eval=data.evaluation.source if data.evaluation else None,
+        checkpoint=checkpoint.path if checkpoint else None,
+        checkpoint_key=checkpoint.key if checkpoint else None,
+    )
+    return job, origin
+
+
+def _settings(report: Report) -> ExportConfig:
+    """Return the settings, without what only judges and measures."""
+    usual = {name: ExportConfig.model_fields[name].default for name in NO_EFFECT}
+    return make_config((report.config or {}) | usual | {"latency_runs": 0, "accuracy_gate": False})
+
+
+def _changed(before: Iterable[str], now: Iterable[str]) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
+    """Yield the packages whose versions differ."""
+    versions = [dict(each.split("==", 1) for each in listed) for listed in (before, now)]
+    for name in sorted({*versions[0], *versions[1]}):
+        pair = versions[0].get(name), versions[1].get(name)
+        if pair[0] != pair[1]:
+            yield name, pair
