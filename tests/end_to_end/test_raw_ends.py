@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,22 +153,6 @@ def test_the_code_of_the_readme_gives_floats(raw_ends: Path) -> None:
     """It feeds the golden input, as nothing is known about images, and dequantizes what is codes."""
     golden = run_readme(raw_ends).splitlines()
     assert golden == ["scores float32 (4, 5)", "map float32 (4, 4, 64)", "softmax float32 (4, 4, 8, 8)"]
-
-
-def test_a_changed_layer_of_a_raw_bundle_is_named(
-    raw_ends: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = tmp_path / "bundle"
-    shutil.copytree(raw_ends, bundle)
-    model = onnx.load(bundle / "model.onnx")
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    weight = onnx.numpy_helper.to_array(tensors["out.weight_quantized"])
-    tensors["out.weight_quantized"].CopyFrom(onnx.numpy_helper.from_array(-weight, "out.weight_quantized"))
-    (bundle / "model.onnx").write_bytes(model.SerializeToString())
-    assert check(["--bundle", str(bundle)]) == 1
-    shown = capsys.readouterr().out
-    assert "changed after the export: out.weight_quantized" in shown and "the first is out" in shown
-    assert "output    map differs" in shown
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

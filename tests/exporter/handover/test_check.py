@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,21 +20,29 @@ from torch import nn
 from exporter import export
 from exporter.handover import check
 from exporter.handover.check import compared, main, parts_of, read_tensor, sampled, save_arrays
-from tests.support.networks import build
+
+
+def written(folder: Path, **settings: Any) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()
+    )
+    pixels = torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8)
+    data = pixels if settings else (pixels / 255 - 0.5) / 0.25
+    report = export(model, [data], method="minmax", out=folder, latency_runs=0, parity_samples=8, **settings)
+    assert report["verdict"] == "pass"
+    return folder
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, x = build("residual", batch=8)
-    channels = x.shape[1]
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()
-    )
-    folder = tmp_path_factory.mktemp("check") / "bundle"
-    report = export(model, [x], method="minmax", out=folder, latency_runs=0, parity_samples=8)
-    assert report["verdict"] == "pass"
-    return folder
+    return written(tmp_path_factory.mktemp("check") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose model takes bytes and gives codes."""
+    return written(tmp_path_factory.mktemp("check") / "raw", input="uint8", mean=0.5, std=0.25, output="codes")
 
 
 @pytest.fixture
@@ -82,8 +91,14 @@ def swapped_layers(tensors: dict[str, onnx.TensorProto]) -> None:
     set_array(tensors["4.weight_quantized"], lambda _: ours)
 
 
+@pytest.mark.parametrize("ends", ["exported", "raw"])
 @pytest.mark.parametrize("change", [one_weight, one_scale, swapped_layers])
-def test_a_changed_layer_is_named(change: Edit, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_layer_is_named(
+    change: Edit, ends: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(request.getfixturevalue(ends), bundle)
+    assert main(["--bundle", str(bundle)]) == 0
     edit(bundle, change)
     assert main(["--bundle", str(bundle)]) == 1
     shown = capsys.readouterr().out

@@ -119,6 +119,12 @@ def test_the_metadata_holds_the_facts_of_the_page(bundle: Path) -> None:
         assert fact in page, fact
 
 
+def test_the_page_names_every_file(bundle: Path) -> None:
+    page = (bundle / "README.md").read_text(encoding="utf-8")
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in bundle.iterdir()} - {"README.md"}
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
 def test_classes_may_be_named_in_a_file(folder: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n")
