@@ -34,6 +34,7 @@ Row = dict[str, Any]
 COLUMNS = {
     "family": "{}",
     "network": "{}",
+    "inputs": "{}",
     "bits": "{}",
     "result": "{}",
     "folded": "{:,}",
@@ -98,7 +99,9 @@ def figures(report: dict[str, Any]) -> list[tuple[str, Any]]:
     coverage, level, size = report["coverage"], report["parity"]["optimized"], report["size"]
     accuracy, shares, latency = (report.get(name) or {} for name in ("accuracy", "time_shares", "latency_ms"))
     floats = f"{level['float_mismatched']:,} of {level['float_values']:,}" if level["float_values"] else None
+    inputs = ("x".join(map(str, each["shape"][1:])) for each in report["model"]["inputs"])
     return [
+        ("inputs", ", ".join(inputs)),
         ("folded", report["fold"]["regions"]),
         ("float", _percent(accuracy.get("float"))),
         ("in the runtime", _percent(accuracy.get("runtime"))),

@@ -40,6 +40,7 @@ def test_a_row_has_what_the_report_says(
     (tmp_path / "list.txt").write_text("convnext nets.py:small\n")
     row = run(monkeypatch, tmp_path / "table.json", f"@{tmp_path / 'list.txt'}", "--bits", "4/8")["small"]
     assert (row["family"], row["bits"]) == ("convnext", "4/8")
+    assert row["inputs"] == "3x64x64"
     assert row["folded"] == report["fold"]["regions"]
     assert row["integer MACs"] == 100 * report["coverage"]["integer_macs"]
     assert row["latency"] == report["latency_ms"]["ratio"]
