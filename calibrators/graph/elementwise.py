@@ -4,7 +4,8 @@
 - ReLU6, hardtanh, clamp by constant tensors of one element -> clamp by numbers
 - PReLU -> leaky ReLU where all slopes agree, else max(x, slope * x) where none is above 1
 - hard sigmoid -> clamp(x / 6 + 1 / 2, 0, 1); hard swish -> x times that
-- sum, difference, product or quotient with a number or constant -> sum or product with a constant second operand
+- sum, difference, product or quotient with a number or constant -> sum or product with a constant second operand;
+  with nothing but zeros or ones -> the value itself
 - scale * (x * factor), one factor per channel -> x * conv1x1(factor): layer scale after a squeeze-excite
 
 Must not know: targets, scales, ONNX.
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, is_constant, overloads, shape_of
 from calibrators.graph.operators import PRODUCTS, QUOTIENTS, REVERSED, SUMS, name_of
-from calibrators.graph.rewrite import Rule, constant_before, constant_of, replace_call
+from calibrators.graph.rewrite import Rule, constant_before, constant_of, replace_by, replace_call
 
 __all__ = ["ELEMENTWISE", "constant_operand", "restore_activations"]
 
@@ -117,7 +118,10 @@ def _constant_operand(node: fx.Node) -> None:
     value = _combined(node, operands[is_first], bound.get("alpha", 1), _dtype(x))
     if not bool(value.isfinite().all()):
         return
-    target = aten.add.Tensor if node.target in SUMS else aten.mul.Tensor
+    target, neutral = (aten.add.Tensor, 0) if node.target in SUMS else (aten.mul.Tensor, 1)
+    if bool((value == neutral).all()) and shape_of(node) == shape_of(x):
+        replace_by(node, x)
+        return
     node.args = (x, constant_before(node, f"{node.name}_constant", value))
     node.target, node.kwargs = target, {}
 

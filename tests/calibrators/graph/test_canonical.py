@@ -21,6 +21,8 @@ from tests.support.networks import Function, randomize
 
 aten = torch.ops.aten
 
+ONE, ONES, NOTHING = torch.ones(()), torch.ones(1, 3, 1, 1), torch.zeros(1, 1, 1)
+
 FUSED = 1e-6
 """torch's fused activations and attention round in other places, in float32."""
 
@@ -49,6 +51,8 @@ def forms(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[set[object],
         pytest.param(F.hardswish, {*LINEAR, aten.clamp.default}, id="hard-swish"),
         pytest.param(lambda x: (x - 3) * 0.5, LINEAR, id="difference"),
         pytest.param(lambda x: torch.sub(1 + x, 2, alpha=3) / 4, LINEAR, id="alpha"),
+        pytest.param(lambda x: (x * ONE / ONE + NOTHING - NOTHING).exp(), {aten.exp.default}, id="neutral"),
+        pytest.param(lambda x: x[:, :1] * ONES, {aten.slice.Tensor, aten.mul.Tensor}, id="ones-that-repeat-stay"),
         pytest.param(lambda x: 1 - x, {aten.rsub.Scalar}, id="reversed-stays"),
         pytest.param(lambda x: 2 / x, {aten.reciprocal.default, aten.mul.Tensor}, id="reciprocal-stays"),
         pytest.param(lambda x: x.mean((2, 3), keepdim=True), {aten.adaptive_avg_pool2d.default}, id="mean-keepdim"),
