@@ -133,13 +133,15 @@ def time_shares(times: NodeTimes, run_ms: float, float_nodes: Iterable[FloatNode
     """Return the shares of the time, and advice on the float operators that take most of it.
 
     The profiler adds some microseconds to every node; what all nodes together take longer than a run is taken from
-    each of them alike.
+    each of them alike, but no more than the fastest takes: on a busy machine a profiled run takes several times as
+    long as others, for reasons that are not the profiler's.
 
     run_ms:      time of a run without the profiler, in milliseconds.
     float_nodes: of the file's coverage, most expensive first, whose reasons are part of the advice.
     """
-    added = max(sum(times.microseconds.values()) - 1e3 * run_ms, 0.0) / max(sum(times.nodes.values()), 1)
-    own = {key: max(value - added * times.nodes[key], 0.0) for key, value in times.microseconds.items()}
+    longer = max(sum(times.microseconds.values()) - 1e3 * run_ms, 0.0) / max(sum(times.nodes.values()), 1)
+    added = min([longer, *(value / max(times.nodes[key], 1) for key, value in times.microseconds.items())])
+    own = {key: value - added * times.nodes[key] for key, value in times.microseconds.items()}
     total = sum(own.values()) or 1.0
     reasons = {node.op: node.why for node in reversed(tuple(float_nodes))}
     floats = {op: value for (kind, op), value in own.items() if kind == "float" and value}
