@@ -35,7 +35,7 @@ from exporter.reporting.gates import (
 )
 from exporter.reporting.outcome import Outcome
 from exporter.reporting.schema import Report, dump, read_report
-from exporter.reporting.sections import environment
+from exporter.reporting.sections import environment, machine_of
 from exporter.reporting.standing import standing
 from runtime_tests.ort.coverage import coverage
 from runtime_tests.ort.lint import lint
@@ -62,7 +62,7 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     """Prove a bundle again on this machine; return its report with this machine's parity, coverage and gates.
 
     Files are checked against the manifest, then the runtime against the reference program on the golden inputs, every
-    quantized value. Accuracy and latency keep the numbers of the export; nothing is written.
+    quantized value. Accuracy and latency are the exporter's claims (`exported_on`); nothing is written.
 
     on:     runtimes in which the bundle is proved besides this process's onnxruntime (and OpenVINO, if the export was).
     raises: InputError for a missing, damaged or changed file, or for a runtime that is not available.
@@ -95,7 +95,9 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     )
     with progress.stage("measure"):
         parts = machine_parts(proof, batches[0], config.get("threads", 1))
+    exported_on = machine_of(report.environment)
     report = replace(report, parity=replace(parity, optimized=optimized), proved_on=proof.proved_on, **parts)
+    report = replace(report, exported_on=exported_on)
     gates = gates_of(config.get("gates", ()), [runtime.name for runtime in runtimes])
     judged = judge(report, gates, accuracy_gate=config.get("accuracy_gate", False))
     return Outcome(dump(judged), folder, page="export report")

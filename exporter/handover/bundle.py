@@ -63,7 +63,9 @@ In onnxruntime, set the configuration entries of the session that the proof sets
 |---|---|
 """
 BILL, STATEMENT = "bom.json", "parity.intoto.json"
-_MANIFEST_VERSION = 1
+FORMAT = 2
+"""Version of the bundle. Bundles of version 1, whose manifest calls it "schema", lack `data.golden` and the settings of
+the gate on accuracy and of the golden samples."""
 OLD = "old"
 """Folder for the replaced bundle in a temporary folder."""
 
@@ -285,7 +287,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
     environment = report.get("environment", {})
     return {
-        "schema": _MANIFEST_VERSION,
+        "format": FORMAT,
         "tool": report.get("tool"),
         "libraries": {name: environment[name] for name in _LIBRARIES if name in environment},
         "target": report["target"],
@@ -363,9 +365,11 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError(f"{path} is not a manifest of intact: it lists no files; give a folder that it exported.")
-    if manifest.get("schema") != _MANIFEST_VERSION:
-        raise InputError(f"{path} has schema {manifest.get('schema')!r}, this version reads {_MANIFEST_VERSION}; "
-                         "use the version of intact that wrote it.")  # fmt: skip
+    if (found := manifest.get("format", manifest.get("schema"))) not in range(1, FORMAT + 1):
+        raise InputError(
+            f"{bundle} has bundle format {found!r}, and this version of intact reads 1 to {FORMAT}; use the version "
+            "that wrote it, or a newer one."
+        )
     for name in files:
         _inside(bundle, name)
     return manifest

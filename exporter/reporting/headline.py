@@ -5,21 +5,28 @@ Must not know: pages, files, how anything was measured.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from exporter.reporting.failures import failures
 from exporter.reporting.number_format import count, differ
 from exporter.reporting.schema import Report
 from exporter.reporting.standing import remark
 from runtime_tests.parity.results import Level
 
-__all__ = ["headline", "verdict_title"]
+__all__ = ["headline", "tone", "verdict_title"]
 
 
 def verdict_title(report: Report) -> str:
     """Return the verdict, and what a pass leaves open: "PASS (exact; accuracy not measured)"."""
     if report.verdict == "fail":
         return "FAIL"
-    left_open = remark(report.accuracy_standing, report.accuracy)
+    left_open = remark(report.accuracy_standing, report.accuracy, claimed=report.exported_on is not None)
     return f"PASS ({left_open})" if left_open else "PASS"
+
+
+def tone(report: Report) -> Literal["pass", "part", "fail"]:
+    """Return the colour of the verdict: "part" is a pass that leaves accuracy open."""
+    return "part" if report.verdict == "pass" and report.accuracy_standing not in (None, "gated") else report.verdict
 
 
 def headline(report: Report) -> str:

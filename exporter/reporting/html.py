@@ -24,7 +24,7 @@ from markupsafe import Markup
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
 from exporter.reporting.failures import failures, unplanned_kernels
-from exporter.reporting.headline import headline, verdict_title
+from exporter.reporting.headline import headline, tone, verdict_title
 from exporter.reporting.layer_table import layer_rows, linker, noisiest
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import measured
@@ -34,6 +34,7 @@ from exporter.reporting.schema import Report, dump_json
 from exporter.reporting.speed import speed
 from exporter.reporting.templates import environment
 from exporter.reporting.where import where_rows
+from exporter.reporting.widths import activation_bits, weight_bits
 from runtime_tests.measure.accuracy import share_interval
 from runtime_tests.measure.profile import TimeShares
 
@@ -209,6 +210,8 @@ def render_html(report: Report) -> str:
     text = _template().render(
         r=report,
         title=verdict_title(report),
+        tone=tone(report),
+        bits=(weight_bits(report), activation_bits(report)),
         headline=headline(report),
         failures=failures(report),
         quantity_of=quantity_of,

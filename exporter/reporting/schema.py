@@ -146,7 +146,11 @@ def _repeatable(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The whole of report.json."""
+    """The whole of report.json.
+
+    exported_on: only from `verify`, whose machine is `environment`: the machine whose claims accuracy, latency and the
+                 cost of portability are.
+    """
 
     schema: Literal[1]
     verdict: Literal["pass", "fail"]
@@ -168,6 +172,7 @@ class Report:
     sizes: Sizes | None = None
     metric: UserMetric | None = None
     environment: Environment | None = None
+    exported_on: str | None = None
     time_shares: TimeShares | None = None
     storage: Storage | None = None
     preparation: Preparation | None = None

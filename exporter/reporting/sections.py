@@ -28,6 +28,7 @@ __all__ = [
     "Storage",
     "emission_of",
     "environment",
+    "machine_of",
     "storage_of",
 ]
 
@@ -96,6 +97,11 @@ def storage_of(storage: str, alternatives: Mapping[str, Path], timings: Timings 
             for name, path in alternatives.items()
         ),
     )
+
+
+def machine_of(found: Environment | None) -> str:
+    """Return the machine and the runtime of a measurement in words."""
+    return f"{found.cpu}, onnxruntime {found.onnxruntime}" if found is not None else "a machine that is not named"
 
 
 def environment(threads: int) -> Environment:

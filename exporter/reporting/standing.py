@@ -32,11 +32,15 @@ def standing(accuracy: Accuracy | None, *, gated: bool) -> Standing:
     return "gated" if ends is None or ends[1] - ends[0] <= WIDEST else "uncertain"
 
 
-def remark(found: Standing | None, accuracy: Accuracy | None) -> str:
-    """Return what stands beside a pass, empty where gates judged the accuracy."""
+def remark(found: Standing | None, accuracy: Accuracy | None, *, claimed: bool = False) -> str:
+    """Return what stands beside a pass, empty where gates judged the accuracy.
+
+    claimed: whether the accuracy was measured elsewhere.
+    """
     samples = 0 if accuracy is None else accuracy.samples
     return {
         "unmeasured": "exact; accuracy not measured",
         "ungated": "exact; accuracy not gated",
         "uncertain": f"exact; accuracy measured on {counted(samples, 'sample')} only",
-    }.get(found or "gated", "")
+        "gated": "accuracy as the exporter states it" if claimed and accuracy is not None else "",
+    }[found or "gated"]

@@ -16,13 +16,15 @@ from rich.table import Table
 from calibrators.errors import counted, printable
 from exporter.reporting.failures import failures, found_by
 from exporter.reporting.gates import judges_accuracy
-from exporter.reporting.headline import verdict_title
+from exporter.reporting.headline import tone, verdict_title
 from exporter.reporting.interface import Sizes
 from exporter.reporting.number_format import compared, percent, significant, size
 from exporter.reporting.proofs import proof_rows
 from exporter.reporting.schema import Report
+from exporter.reporting.sections import machine_of
 from exporter.reporting.speed import is_slower, latency_text
 from exporter.reporting.where import where_rows
+from exporter.reporting.widths import activation_bits, weight_bits
 from runtime_tests.measure.accuracy import Accuracy
 from runtime_tests.measure.profile import TimeShares
 from runtime_tests.ort.coverage import Coverage
@@ -32,6 +34,8 @@ __all__ = ["summary_rows", "verdict_panel"]
 
 WARNINGS = 5
 """Warnings that the box shows; the report has all."""
+
+COLOURS = {"pass": "green", "part": "yellow", "fail": "red"}
 
 Rows = Iterator[tuple[str, str]]
 
@@ -46,16 +50,21 @@ def verdict_panel(report: Report, folder: Path, *, page: str = "report") -> Pane
     for name, value in (*summary_rows(report), (page, escape(str(folder / "report.html")))):
         table.add_row(f"[bold]{printable(name)}[/bold]", printable(value))
     verdict, _, left_open = verdict_title(report).partition(" ")
-    colour = "red" if report.verdict == "fail" else "yellow" if left_open else "green"
     heading = f"[bold]{verdict}[/bold] {left_open}".strip()
-    return Panel(table, title=heading, title_align="left", border_style=colour, expand=False)
+    return Panel(table, title=heading, title_align="left", border_style=COLOURS[tone(report)], expand=False)
 
 
 def summary_rows(report: Report) -> Rows:
-    """Yield the lines of the box, names and values in rich's markup."""
+    """Yield the lines of the box, names and values in rich's markup; what was not measured here comes apart."""
     yield from _failed(report)
-    yield from _accuracy_rows(report)
-    yield from _proof(report)
+    if report.exported_on is not None:
+        yield "measured on", escape(f"this machine: {machine_of(report.environment)}")
+        yield from _proof(report)
+        yield "[yellow]claimed[/yellow]", escape(f"by the exporter, measured on {report.exported_on}:")
+        yield from _accuracy_rows(report)
+    else:
+        yield from _accuracy_rows(report)
+        yield from _proof(report)
     yield from _costs(report)
     yield from _warnings(report.warnings)
 
@@ -82,6 +91,7 @@ def _accuracy_rows(report: Report) -> Rows:
 
 
 def _proof(report: Report) -> Rows:
+    yield "bits", f"weights {weight_bits(report)}; activations {activation_bits(report)}"
     yield "parity", _parity(report.parity.optimized)
     yield from where_rows(report.holds or (), report.emission.min_onnxruntime if report.emission else None)
     yield from proof_rows(report.proved_on or ())

@@ -233,7 +233,8 @@ def test_github_gets_a_summary_and_annotations(
     ]
     assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 0
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("# Earlier step\n## PASS: out") and "| parity | 0 of " in page
+    assert page.startswith("# Earlier step\n## PASS (exact; accuracy measured on 48 samples only): out")
+    assert "| parity | 0 of " in page
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

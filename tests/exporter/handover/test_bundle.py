@@ -397,7 +397,16 @@ def test_names_that_lead_out_of_the_bundle_are_refused(tmp_path: Path, name: str
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {}, "schema": 2}', "\udc80"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"a": 1}}',
+        '{"files": {}, "format": 3}',
+        '{"files": {}, "schema": 0}',
+        "\udc80",
+    ],
     ids=repr,
 )
 def test_a_broken_manifest_is_one_message(tmp_path: Path, content: str) -> None:

@@ -130,6 +130,16 @@ def test_a_pass_that_leaves_accuracy_open_says_so_in_its_own_colour(found: Any, 
     assert dump(report).get("accuracy_standing") == found
 
 
+def test_what_a_verification_did_not_measure_is_marked_as_a_claim() -> None:
+    """Accuracy and latency in a bundle are what the exporter wrote, and whoever sealed it again could have changed."""
+    claims = {"exported_on": "another CPU, onnxruntime 1.30.0", "accuracy_standing": "gated"}
+    text = box(validate_report(sample_report(3) | claims))
+    assert text.startswith("╭─ PASS (accuracy as the exporter states it) ─")
+    here, there = (text.index(words) for words in ("this machine: ", "by the exporter, measured on another CPU"))
+    assert here < text.index("parity ") < text.index("proved on") < there
+    assert there < min(text.index(f"│ {name} ") for name in ("top1", "integer time", "portable by", "size", "latency"))
+
+
 def _accuracy(samples: int, *, labels: bool) -> Accuracy:
     running, outputs = RunningAccuracy(), [[0.0, 1.0]] * samples
     running.update(outputs, outputs, outputs, [1] * samples if labels else None)
