@@ -78,20 +78,6 @@ def test_a_text_encoder_with_integer_inputs(tmp_path: Path, commands: Path) -> N
         assert set(calibration.files) == {"ids", "mask"}
 
 
-@pytest.mark.slow
-def test_the_ci_job_passes_and_fails_by_its_gates(tmp_path: Path, commands: Path) -> None:
-    passed(run("ci_job/export.sh", commands, str(tmp_path / "good")), tmp_path / "good")
-    bad = run("ci_job/export.sh", commands, str(tmp_path / "bad"), "--gate", "size_ratio<0.01")
-    assert bad.returncode == 1
-    assert json.loads((tmp_path / "bad" / "report.json").read_text(encoding="utf-8"))["verdict"] == "fail"
-
-
-def test_the_workflow_calls_the_script() -> None:
-    workflow = (EXAMPLES / "ci_job" / "workflow.yml").read_text(encoding="utf-8")
-    assert "run: examples/ci_job/export.sh" in workflow
-    assert os.access(EXAMPLES / "ci_job" / "export.sh", os.X_OK)
-
-
 def test_every_example_is_listed_in_the_documentation() -> None:
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     folders = sorted(entry.name for entry in EXAMPLES.iterdir() if entry.is_dir() and entry.name != "__pycache__")
