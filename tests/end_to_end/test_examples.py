@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,29 @@ def test_a_text_encoder_with_integer_inputs(tmp_path: Path, commands: Path) -> N
     assert report["accuracy"]["float"] > 0.9  # the network has learned its task
     with np.load(tmp_path / "out.work" / "calib.npz") as calibration:
         assert set(calibration.files) == {"ids", "mask"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells run in order in one namespace, and the last expression of each is what the notebook would show."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    notebook = json.loads((EXAMPLES / "notebook" / "export.ipynb").read_text(encoding="utf-8"))
+    namespace: dict[str, Any] = {}
+    shown = [show("".join(each["source"]), namespace) for each in notebook["cells"] if each["cell_type"] == "code"]
+    boxes = [each._repr_html_() for each in shown if hasattr(each, "_repr_html_")]
+    assert len(boxes) == 2 and all("PASS" in box for box in boxes)
+    assert shown[2][0] is True and namespace["smaller"]["baseline"]["drop"]["samples"] == 500
+    assert any("The verdict was PASS and is PASS." in each for each in shown if isinstance(each, list))
+    assert shown[-1].endswith("images")
+
+
+def show(source: str, namespace: dict[str, Any]) -> Any:
+    """Run a cell; return the value of its last expression, None if it ends in something else."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), namespace)
+    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
 
 
 def test_every_example_is_listed_in_the_documentation() -> None:
