@@ -32,7 +32,8 @@ from exporter.flags import RUNNING, Debug, Json, Out, Overwrite, Quiet, Sets, Su
 from exporter.listing import methods, runtimes, schema, targets
 
 if TYPE_CHECKING:
-    from exporter.config import ExportConfig, Job, Setting
+    from exporter.config import ExportConfig, Setting
+    from exporter.job import Job
 
 __all__ = ["app", "export_command", "main"]
 
@@ -121,7 +122,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
 ) -> None:
     """Export a model; `flags` are the parts of the job and the settings that were given."""
     with reported_errors(debug=debug):
-        from exporter.config import load_job
+        from exporter.job import load_job
 
         job, settings = load_job(config, flags, sets or ())
         _export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
@@ -150,7 +151,7 @@ def init(
 ) -> None:
     """Write a configuration; `flags` are what it sets."""
     with reported_errors(debug=debug):
-        from exporter.config import load_job
+        from exporter.job import load_job
         from exporter.starter import starter
 
         path = file or Path("intact.toml")
@@ -165,7 +166,8 @@ def init(
 
 def _asked() -> dict[str, Any]:
     """Ask for the parts of an export; an empty answer leaves a part open."""
-    from exporter.config import Job, list_settings
+    from exporter.config import list_settings
+    from exporter.job import Job
 
     answers = {each.name: typer.prompt(f"{each.name}: {each.help}", default="") for each in list_settings(Job)}
     return {name: answer or None for name, answer in answers.items()}
@@ -181,7 +183,8 @@ def _with_settings(
     function: Callable[..., None], name: str, help: str, last: Sequence[str], *, needs_arguments: bool = True
 ) -> Any:
     """Return a command with the function's flags, those in `last` last, and one for every setting of an export."""
-    from exporter.config import Job, list_settings
+    from exporter.config import list_settings
+    from exporter.job import Job
 
     signature = inspect.signature(function, eval_str=True)
     given = {name: p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "flags"}
@@ -369,7 +372,8 @@ def demo(
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
     with reported_errors(debug=debug):
-        from exporter.config import Job, make_config
+        from exporter.config import make_config
+        from exporter.job import Job
 
         source = "exporter.demo.model:"
         parts = {"model": "network", "data": "calibration", "eval": "evaluation"}

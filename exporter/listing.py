@@ -58,7 +58,7 @@ def schema(
     Example: [bold]intact schema config > intact.schema.json[/bold]
     """
     with reported_errors(debug=debug):
-        from exporter.config import config_schema
+        from exporter.job import config_schema
         from exporter.reporting.schema import json_schema
 
         schemas = {"config": config_schema, "report": json_schema}

@@ -13,8 +13,9 @@ import torch
 
 from calibrators.errors import InputError, no_file
 from calibrators.temporary import TemporaryFolder
-from exporter.config import NO_EFFECT, ExportConfig, Job, make_config
+from exporter.config import NO_EFFECT, ExportConfig, make_config
 from exporter.handover.bundle import repeatable, sha256_of, verify_manifest
+from exporter.job import Job
 from exporter.progress import Progress
 from exporter.reporting.provenance import Provenance, packages
 from exporter.reporting.schema import Report, read_report

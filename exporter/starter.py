@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from calibrators.methods import list_methods
-from exporter.config import ExportConfig, Job, Setting, list_settings
+from exporter.config import ExportConfig, Setting, list_settings
+from exporter.job import Job
 
 __all__ = ["starter"]
 

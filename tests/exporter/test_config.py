@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from calibrators.errors import InputError
 from calibrators.placement.layer_rules import LayerRule
-from exporter.config import ExportConfig, list_settings, load_job, make_config
+from exporter.config import ExportConfig, list_settings, make_config
+from exporter.job import load_job
 
 
 def toml(path: Path, text: str) -> Path:

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from exporter.cli import app
-from exporter.config import ExportConfig, Job, config_schema, list_settings, load_job
+from exporter.config import ExportConfig, list_settings
+from exporter.job import Job, config_schema, load_job
 from exporter.starter import starter
 
 FLAGS = (

@@ -1,0 +1,145 @@
+"""A whole export as a TOML file and the command line give it: model, data, folder, settings.
+
+Must not know: what the settings mean, the command line itself.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from calibrators.errors import InputError, UnknownNameError, first_line, no_file
+from calibrators.settings import Settings, setting
+from exporter.config import LONGEST_LINE, ExportConfig, assignment, make_config, with_underscores
+
+__all__ = ["Job", "config_schema", "load_job"]
+
+LARGEST_FILE = 1 << 20
+"""Bytes of the largest TOML file that is read."""
+
+
+class Job(Settings):
+    """What an export reads and where it writes: keys of the TOML file and flags beside the settings."""
+
+    model: str | None = setting(
+        None, "`file.py:factory`, `file.py:factory(width=0.5)`, or `.pt2`.", panel="", flag=None, metavar="MODEL"
+    )
+    data: str | None = setting(
+        None, "Calibration data: `.npz`, image folder or `file.py:callable`.", panel="", metavar="CALIB"
+    )
+    out: str | None = setting(
+        None, "Folder for the bundle; it must be empty or not exist yet.", panel="", metavar="DIR"
+    )
+    eval: str | None = setting(
+        None,
+        "Held-out data in the same forms as CALIB; with labels, accuracy is measured.",
+        panel="",
+        metavar="EVAL",
+    )
+    checkpoint: str | None = setting(
+        None, "Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", panel="", metavar="FILE"
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Where the weights are in the checkpoint: `ema`, `state_dict.teacher`; by default what fits best.",
+        panel="",
+        metavar="KEY",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `exporter.export`.
+
+        raises: InputError naming the first thing that is missing without which there is no export.
+        """
+        for name, flag in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
+            if getattr(self, name) is None:
+                raise InputError(f"{flag} is missing; give it, or write `{name} = ...` into the file of --config.")
+        return {
+            "model": self.model,
+            "data": self.data,
+            "out": Path(self.out or ""),
+            "eval_data": self.eval,
+            "checkpoint": self.checkpoint and Path(self.checkpoint),
+            "checkpoint_key": self.checkpoint_key,
+        }
+
+
+def load_job(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+) -> tuple[Job, ExportConfig]:
+    """Return a whole export: a TOML file, overridden by flags, overridden by `key=value` texts.
+
+    file:  keys are fields of Job and of ExportConfig (dashes or underscores), the method's options are in a table
+           `[options]`, each rule for layers in a table `[[layers]]`. Its paths are relative to the current folder, as
+           those of the command line are.
+    flags: None and [] are flags that were not given; `layers` come after those of the file, for later rules win.
+    sets:  `key=value`; a key that is a setting sets it, any other key is an option of the method.
+    raises: InputError naming the key.
+    """
+    values, source = (_read_toml(file), str(file)) if file is not None else ({}, "")
+    given = {key: value for key, value in (flags or {}).items() if value not in (None, [])}
+    parts = {name: values.pop(name) for name in Job.model_fields if name in values}
+    parts |= {name: given.pop(name) for name in Job.model_fields if name in given}
+    with _errors_of(source):
+        job = Job(**parts)
+        if strangers := values.keys() - ExportConfig.model_fields.keys():
+            unknown = UnknownNameError("setting", min(strangers), [*Job.model_fields, *ExportConfig.model_fields])
+            raise InputError(f"{unknown} Options of the method belong in the table [options].")
+        return job, make_config(_merged(values, given, sets))
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the TOML file of an export: the keys of Job and of ExportConfig."""
+    schema, job = ExportConfig.model_json_schema(), Job.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "An export of intact",
+        "properties": job["properties"] | schema["properties"],
+    }
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of a file, overridden by flags and texts."""
+    if isinstance(before := values.get("layers", []), list) and "layers" in given:
+        given["layers"] = [*before, *given["layers"]]
+    elif "layers" in values:
+        given["layers"] = before
+    values |= given
+    for text in sets:
+        key, value = assignment(text)
+        if key in ExportConfig.model_fields and key != "options":
+            values[key] = value
+        else:
+            options = values.get("options", {})
+            values["options"] = {**options, key: value} if isinstance(options, Mapping) else options
+    return values
+
+
+@contextmanager
+def _errors_of(source: str) -> Iterator[None]:
+    """Put the name of the file before the message of an error, if there is a file."""
+    try:
+        yield
+    except InputError as error:
+        if not source:
+            raise
+        raise InputError(f"{source}: {error}") from error
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"configuration file {no_file(file)}")
+    try:
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
+        text = file.read_text(encoding="utf-8")
+        if any(len(line) > LONGEST_LINE for line in text.splitlines()):
+            raise ValueError(f"it has lines of more than {LONGEST_LINE:,} characters")
+        values = tomllib.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{file} is not a readable TOML file: {first_line(error)}.") from error
+    return with_underscores(values)
