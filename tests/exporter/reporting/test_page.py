@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from exporter.pipeline import export
 from exporter.reporting.html import render_html
 from exporter.reporting.schema import validate_report
 from tests.exporter.reporting.sample_report import failing, infected, sample_report, with_openvino
+from tests.support.architectures import construct
 from tests.support.browser import AXE, Browser, Page, chromium
 
 HOSTILE = "\"'><img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>\u2028 😈" + "w" * 200
@@ -45,12 +48,20 @@ def _small() -> dict[str, Any]:
     return report
 
 
+def _exported() -> dict[str, Any]:
+    """Export a network with float operators, low bits and an output that no kernel quantizes."""
+    network, images = construct("vit", batch=16)
+    with tempfile.TemporaryDirectory() as out:
+        return export(network, images, eval_data=images, out=Path(out) / "vit", weight_bits=4, latency_runs=3)
+
+
 REPORTS = {
     "pass": _small,
     "fail": failing,
     "budget": lambda: sample_report(9),
     "openvino": lambda: with_openvino(_small()),
     "large": lambda: sample_report(300),
+    "export": _exported,
     "hostile": lambda: infected(sample_report(6), HOSTILE),
 }
 THREE_WIDTHS = pytest.mark.parametrize("width", [360, 768, 1280])
