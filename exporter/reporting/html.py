@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
@@ -94,6 +95,7 @@ def _oscillation(grouping: Grouping) -> Markup:
     )
 
 
+_JOINTS: Final = re.compile(r"(?<=[._])(?=\w)|(?<=[a-z])(?=[A-Z])")
 _RANGES: Final = {
     "minmax": "min-max",
     "percentile": "percentile",
@@ -175,6 +177,11 @@ def _quotient(part: object, whole: object) -> float | None:
     return top / bottom if top is not None and bottom else None
 
 
+def _breakable(name: str) -> Markup:
+    """Return a name that may be broken after dots and underscores, and before capitals."""
+    return Markup("<wbr>").join(_JOINTS.split(name))
+
+
 def _key(value: object) -> str:
     """Return the sort key of a number, empty for what was not measured; no script reads "inf" as a number."""
     number = measured(value)
@@ -197,7 +204,7 @@ def _part(name: str) -> str:
 def _template() -> jinja2.Template:
     pages = environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
-    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key, "written": written}
+    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key, "breakable": _breakable, "written": written}
     pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return pages.get_template("report.html.j2")
 

@@ -37,7 +37,7 @@ from tests.exporter.reporting.sample_report import failing, infected, layer, sam
 
 # Limit of a page of 300 layers with a section of every method: it is attached to mails and kept by CI for every build.
 MAX_BYTES = 1_000_000
-VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
+VOID = {"meta", "br", "wbr", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
             "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
             "preparation", "settled", "limited_weights", "unsigned_weights",
@@ -207,7 +207,8 @@ def test_names_are_escaped_everywhere(hostile: str) -> None:
 
     ill = infected(report, hostile)
     clean, page = _Page(render_html(report)), _Page(render_html(ill))
-    assert [tag for tag, _ in page.tags if tag != "a"] == [tag for tag, _ in clean.tags if tag != "a"]
+    shapes = [[tag for tag, _ in each.tags if tag not in ("a", "wbr")] for each in (page, clean)]
+    assert shapes[0] == shapes[1]
     assert json.loads(_details(render_html(ill))), "the data of the script stay JSON"
     assert page.text.count(hostile) > 50
     assert {name for _, attributes in page.tags for name in attributes} == {
