@@ -28,7 +28,7 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError
 from exporter.comparing.commands import compare, compare_dump
 from exporter.console import check_folder_of, print_json, print_table, reported_errors
-from exporter.flags import RUNNING, Debug, Json, Out, Overwrite, Quiet, Sets, Summary, option
+from exporter.flags import RUNNING, Debug, Json, Memory, Out, Overwrite, Quiet, Sets, Summary, option
 from exporter.listing import methods, runtimes, schema, targets
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
         option("Check this signature of the bundle first; needs --public-key.", "--signature", metavar="FILE"),
     ] = None,
     public_key: Annotated[Path | None, option("Key of the signer, PEM.", "--public-key", metavar="FILE")] = None,
+    memory: Memory = None,
     quiet: Quiet = False,
     summary: Summary = None,
     as_json: Json = False,
@@ -242,6 +243,7 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give the DIR that `intact export --out DIR` wrote.")
         from exporter.handover.signature import check_signature
+        from exporter.memory import limited_memory
         from exporter.progress import console_progress
         from exporter.verify import verify as prove
 
@@ -251,7 +253,8 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
             raise InputError("--signature and --public-key belong together; give both.")
         if signature is not None and public_key is not None:
             check_signature(folder, public_key, signature)
-        report = prove(folder, console_progress(quiet=quiet), on or ())
+        with limited_memory(folder, memory):
+            report = prove(folder, console_progress(quiet=quiet), on or ())
         _finish(report, folder, Shown(as_json, summary, page="export report"))
 
 
@@ -325,6 +328,7 @@ def lint(
             help="Oldest onnxruntime that has to load the file.  [default: the installed one]", metavar="VERSION"
         ),
     ] = None,
+    memory: Memory = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -334,6 +338,7 @@ def lint(
     """
     with reported_errors(debug=debug):
         from calibrators.targets import get_target
+        from exporter.memory import limited_memory
         from runtime_tests.ort.lint import lint as findings_of
         from runtime_tests.ort.versions import parse_version
 
@@ -341,7 +346,8 @@ def lint(
         meant = None if target is None else get_target(target)
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
-        findings = findings_of(model, meant, min_ort=oldest)
+        with limited_memory(model, memory):
+            findings = findings_of(model, meant, min_ort=oldest)
         if as_json:
             print_json(findings)
         else:

@@ -24,7 +24,15 @@ from calibrators.targets import DEFAULT_TARGET
 from exporter.frontend.axes import Axes, parse_axes, with_axes
 from exporter.inputs.form import DATA, DataForm, Names, Positive
 
-__all__ = ["ExportConfig", "Setting", "assignment", "list_settings", "make_config", "with_underscores"]
+__all__ = [
+    "MOST_THREADS",
+    "ExportConfig",
+    "Setting",
+    "assignment",
+    "list_settings",
+    "make_config",
+    "with_underscores",
+]
 
 NO_EFFECT = frozenset(
     {

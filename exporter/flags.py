@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["RUNNING", "Debug", "Json", "Out", "Overwrite", "Quiet", "Sets", "Summary", "option"]
+__all__ = ["RUNNING", "Debug", "Json", "Memory", "Out", "Overwrite", "Quiet", "Sets", "Summary", "option"]
 
 RUNNING = "Running"
 
@@ -25,6 +25,15 @@ Overwrite = Annotated[bool, option("Replace an earlier bundle in DIR.", "--overw
 Quiet = Annotated[bool, option("Show no progress.", "--quiet", "-q", panel=RUNNING)]
 Debug = Annotated[bool, option("Show the traceback of an error.", "--debug", panel=RUNNING)]
 Json = Annotated[bool, option("Print the result as JSON on stdout, and nothing else.", "--json", panel=RUNNING)]
+Memory = Annotated[
+    float | None,
+    option(
+        "Memory that the file may take; by default 1 GiB and four times its size.",
+        "--memory",
+        metavar="GIB",
+        panel=RUNNING,
+    ),
+]
 Summary = Annotated[
     Path | None,
     option(

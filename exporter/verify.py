@@ -38,9 +38,10 @@ from exporter.reporting.schema import Report, dump, read_report
 from exporter.reporting.sections import environment, machine_of
 from exporter.reporting.standing import standing
 from runtime_tests.ort.coverage import coverage
+from runtime_tests.ort.foreign import check_foreign
 from runtime_tests.ort.lint import lint
 from runtime_tests.ort.saturation import saturation
-from runtime_tests.ort.sessions import Model, session
+from runtime_tests.ort.sessions import Model, run, session
 from runtime_tests.parity.golden import within
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
@@ -75,13 +76,15 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     report = read_report(folder / "report.json")
     config = report.config or {}
     runtimes = available_runtimes([*on, *(["openvino"] if report.parity.openvino is not None else [])])
-    model, program = Model(folder / "model.onnx"), load_reference(folder / REFERENCE)
+    model = Model(folder / "model.onnx")
+    check_foreign(model)
+    program = load_reference(folder / REFERENCE)
     golden = _golden(folder, model, program)
     batches = [tuple(torch.from_numpy(np.array(array)) for array in inputs.values()) for inputs, _ in golden]
     with progress.stage("compare"):
         proof = Proof(model, program, runtimes=runtimes, threads=torch.get_num_threads())
         proof.add_all(batches)
-        found = [session(model).run(list(expected), inputs) for inputs, expected in golden]
+        found = [run(session(model), list(expected), inputs) for inputs, expected in golden]
     pairs = [
         [(torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), each, strict=True)]
         for (_, expected), each in zip(golden, found, strict=True)

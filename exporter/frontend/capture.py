@@ -29,6 +29,7 @@ from exporter.frontend.free_sizes import bounds_of, free_axes, has_free_batch, i
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 from exporter.frontend.lookups import check_indices, lookups_of
 from exporter.frontend.size_limits import fixed_axis, narrowed
+from exporter.frontend.value_sizes import check_value_sizes
 
 __all__ = ["SAME", "capture", "evaluating", "quiet"]
 
@@ -83,6 +84,8 @@ def capture(
         _check_fits(model, inputs)
         _check_ids(model, inputs)
         inputs = _with_batch(inputs, 2) if dynamic else _declared_example(model, inputs)
+        with quiet():
+            check_value_sizes(program, inputs)
         free = free_axes(program)
         _check_declared(axes or {}, free)
     else:

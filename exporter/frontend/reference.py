@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from calibrators.errors import ModelError
+from exporter.frontend.calling import user_inputs
 from exporter.frontend.capture import capture, quiet
 from exporter.frontend.load import load_model
 
@@ -55,4 +56,7 @@ def load_reference(path: Path) -> fx.GraphModule:
     program = load_model(str(path))
     if not isinstance(program, torch.export.ExportedProgram):
         raise ModelError(f"{path} holds no reference program; export the model again")
-    return capture(program, tuple(program.example_inputs[0]) if program.example_inputs else ())
+    example = program.example_inputs[0] if program.example_inputs else ()
+    if len(example) != len(user_inputs(program)) or not all(isinstance(x, torch.Tensor) for x in example):
+        raise ModelError(f"{path} holds no inputs of its program; export the model again")
+    return capture(program, tuple(example))

@@ -274,6 +274,8 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
             tensor = onnx.TensorProto.FromString(path.read_bytes())
             if tensor.data_location != onnx.TensorProto.DEFAULT or not tensor.HasField("raw_data"):
                 raise ValueError("it holds no raw values")
+            if min(tensor.dims, default=0) < 0:
+                raise ValueError("it has a negative size")
             arrays[tensor.name] = numpy_helper.to_array(tensor)
             if arrays[tensor.name].dtype.kind not in "biuf":
                 raise ValueError("torch knows no such values")

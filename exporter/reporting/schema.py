@@ -32,6 +32,7 @@ from calibrators.record import (
     Sensitivity,
     Settled,
 )
+from exporter.config import MOST_THREADS
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.difference import Difference
 from exporter.reporting.interface import Model, Sizes
@@ -72,7 +73,7 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 
-LARGEST_JSON = 1 << 25
+LARGEST_JSON = 1 << 24
 """Bytes of the largest document of a bundle that is read; in memory one takes up to 25 times as many."""
 
 DIGITS = 19
@@ -139,7 +140,7 @@ def _repeatable(config: dict[str, Any]) -> dict[str, Any]:
     gates, threads = config.get("gates", []), config.get("threads", 1)
     if not isinstance(gates, list) or not all(isinstance(gate, str) for gate in gates):
         raise ValueError(f"gates is {gates!r}, not a list of texts")
-    if not isinstance(threads, int) or threads < 1:
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"threads is {threads!r}, not a positive number")
     return config
 

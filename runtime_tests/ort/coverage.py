@@ -40,7 +40,7 @@ from runtime_tests.ort.operands import (
     stated_type,
     where,
 )
-from runtime_tests.ort.sessions import Model, Source, session
+from runtime_tests.ort.sessions import Model, Source, run, session
 
 __all__ = ["Coverage", "FloatNode", "coverage"]
 
@@ -160,7 +160,7 @@ def _run(model: Model, graph: ir.Graph, nodes: list[ir.Node], sample: Mapping[st
     probes |= {str(value.name): None for value in operands if value is not None and value.producer() is not None}
     runner = session(model, optimized=False, probes=list(probes))
     names = [output.name for output in runner.get_outputs()]
-    return feed | dict(zip(names, runner.run(names, feed), strict=True))
+    return feed | dict(zip(names, run(runner, names, feed), strict=True))
 
 
 def _first_name(node: ir.Node) -> str:

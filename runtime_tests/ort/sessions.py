@@ -11,9 +11,10 @@ import re
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -25,7 +26,7 @@ from calibrators.errors import ModelError, UnknownNameError, first_line
 from calibrators.temporary import TemporaryFolder
 from runtime_tests.ort.worker import LAYOUT_OPTIMIZERS, session_options
 
-__all__ = ["Model", "Source", "load_warnings", "loads", "profiling_session", "session"]
+__all__ = ["Model", "Source", "load_warnings", "loads", "profiling_session", "run", "session"]
 
 MODEL_FOLDER = "session.model_external_initializers_file_folder_path"
 LOG_WARNINGS = 2
@@ -166,6 +167,20 @@ def session(
     """
     options = session_options(optimized=optimized, threads=threads, save_optimized=save_optimized)
     return _create(Model.of(model), options, probes, disabled)
+
+
+def run(opened: ort.InferenceSession, names: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Any]:
+    """Return the outputs of these names, all of them for None.
+
+    raises: ModelError if onnxruntime cannot compute them.
+    """
+    try:
+        return list(opened.run(names, dict(inputs)))
+    except REFUSALS as error:
+        raise ModelError(
+            f"onnxruntime {ort.__version__} cannot run the model: {first_line(error)}. Check it with `intact lint`, "
+            "and the inputs with what it takes."
+        ) from error
 
 
 def profiling_session(model: Source, path: Path, *, threads: int = 1) -> ort.InferenceSession:

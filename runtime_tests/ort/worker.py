@@ -31,7 +31,8 @@ PINNED = {**EXACT, "session.optimized_model_external_initializers_file_name": "w
 """Entries of every session. The last one keeps optimized models above 2 GB writable."""
 
 LAYOUT_OPTIMIZERS = ("NchwcTransformer",)
-LOG_ERRORS = 3
+LOG_FATAL = 4
+"""Errors are raised; what is logged of them besides is for nobody."""
 
 
 def session_options(
@@ -53,7 +54,7 @@ def session_options(
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
-    options.log_severity_level = LOG_ERRORS
+    options.log_severity_level = LOG_FATAL
     if save_optimized is not None:
         options.optimized_model_filepath = str(save_optimized)
     for key, value in entries.items():

@@ -8,8 +8,8 @@ The graph that the runtime executes is also compared with the plan: an operator 
 not, or the other way round, is reported even if its numbers agree.
 
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
-the two sides; they may differ by one code at the rare values next to a tie. Where a float kernel reads codes of its
-weight alone, these are compared as the file holds them.
+the two sides; they may differ by one code at the rare values next to a tie. Weights and biases are compared as the file
+holds them.
 
 Must not know: how the model was made, accuracy, reports.
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
+from calibrators.graph.aten import bind
 from calibrators.graph.magnitude import magnitudes
 from runtime_tests.ort.onnx_operators import DEQUANTIZE
 from runtime_tests.ort.sessions import Model, Source
@@ -39,8 +40,9 @@ from runtime_tests.parity.results import (
     ParityError,
     legal_rate,
 )
-from runtime_tests.parity.stored_weights import differing_weights
+from runtime_tests.parity.stored_constants import stored_constants
 from runtime_tests.reference.execute import FLOAT, KernelPlan, floats_of, gap_of, run
+from runtime_tests.reference.kernel_rules import is_weight_only
 from runtime_tests.workers.runtime import Loaded
 
 __all__ = [
@@ -90,7 +92,7 @@ class Comparison:
     model:   the file.
     exact:   whether the kernels of the runtime compute the bits of the reference.
     plan:    the reference: integer kernels, or QDQ taken literally.
-    weights: agreement of each weight of a float kernel with the reference, by site.
+    weights: agreement of weights and biases with the reference, by site.
     """
 
     def __init__(
@@ -190,18 +192,20 @@ class Comparison:
 
 
 def weight_agreements(model: Source, program: fx.GraphModule) -> dict[str, Agreement]:
-    """Compare the weights of float kernels as the file holds them, by site.
+    """Compare weights and biases as the file holds them, by site: those of float kernels, and others that differ.
 
-    raises: ParityError for a weight that the file lacks.
+    raises: ParityError for one that the file lacks.
     """
+    of_float_kernels = {bind(bind(node)["weight"])["site"] for node in program.graph.nodes if is_weight_only(node)}
     found = {}
-    for site, distance in differing_weights(model, program).items():
-        if distance is None:
+    for site, agreement in stored_constants(model, program).items():
+        if agreement is None:
             raise ParityError(
                 f"the file does not hold the codes of {site!r} in the shape that they have in the reference, so it "
                 "belongs to another program; emit it again."
             )
-        found[site] = Agreement(distance.numel(), int(distance.count_nonzero()), int(distance.max()))
+        if agreement.mismatched or site in of_float_kernels:
+            found[site] = agreement
     return found
 
 

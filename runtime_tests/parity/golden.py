@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from calibrators.graph.aten import layer_name, outputs_of
 from calibrators.program.qdq_program import QUANTIZE
 from runtime_tests.ort.sessions import Source, session
+from runtime_tests.ort.sessions import run as run_session
 from runtime_tests.parity.compare import distance, largest_finite
 from runtime_tests.parity.probes import codes_of
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR, legal_rate
@@ -181,5 +182,5 @@ def _in_onnxruntime(model: Source, inputs: Sequence[Tensor]) -> list[Sequence[Te
         runtime = session(model, optimized=optimized)
         names = [info.name for info in runtime.get_inputs()]
         feeds = {name: x.numpy(force=True) for name, x in zip(names, inputs, strict=True)}
-        found.append([torch.from_numpy(y) for y in runtime.run(None, feeds)])
+        found.append([torch.from_numpy(y) for y in run_session(runtime, None, feeds)])
     return found

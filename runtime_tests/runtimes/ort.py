@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 
 from calibrators.errors import InputError
-from runtime_tests.ort.sessions import Model, session
+from runtime_tests.ort.sessions import Model, run, session
 from runtime_tests.workers.install import Component, PipPackages
 from runtime_tests.workers.process import LoadedInWorker, python_worker
 from runtime_tests.workers.runtime import Array, Loaded, Runtime
@@ -43,7 +43,7 @@ class OnnxRuntimeSession:
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Return the model's outputs and the probes."""
         feeds = dict(zip(self.input_names, inputs, strict=True))
-        results = [np.asarray(x) for x in self.session.run([*self.output_names, *self.probes], feeds)]
+        results = [np.asarray(x) for x in run(self.session, [*self.output_names, *self.probes], feeds)]
         count = len(self.output_names)
         return results[:count], results[count:]
 

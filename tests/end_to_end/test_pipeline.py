@@ -212,6 +212,25 @@ def test_verify_notices_a_changed_weight(tmp_path: Path) -> None:
     assert report["parity"]["optimized"]["kernel_mismatched"] > 0
 
 
+@pytest.mark.parametrize("name", ["bias_quantized", "bias_scale", "weight_quantized", "weight_scale"])
+def test_verify_compares_weights_and_biases_as_stored(bundle: Path, tmp_path: Path, name: str) -> None:
+    """One step of one constant, which no golden input needs to bring to light, fails and names the layer."""
+    out = tmp_path / "out"
+    shutil.copytree(bundle, out)
+    model = onnx.load(out / "model.onnx")
+    tensor = next(t for t in model.graph.initializer if t.name.endswith(name))
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[0] = np.nextafter(values.flat[0], np.float32(1)) if values.dtype == np.float32 else values.flat[0] ^ 1
+    tensor.raw_data = values.tobytes()
+    onnx.save(model, out / "model.onnx")
+    reseal(out, "model.onnx")
+    report = verify(out)
+    assert report["verdict"] == "fail"
+    site = tensor.name.rpartition("_")[0]
+    found = {node["site"]: node for node in report["parity"]["optimized"]["nodes"]}[site]
+    assert found["mismatched"] >= 1 and found["site"] == site
+
+
 @pytest.mark.parametrize("change", [lambda a: a[:, :1], lambda a: a.astype(np.int64), lambda a: a[0]])
 def test_verify_refuses_golden_inputs_that_the_model_does_not_take(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]

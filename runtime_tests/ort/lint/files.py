@@ -25,12 +25,18 @@ from runtime_tests.ort.versions import needs
 __all__ = [
     "FORM_RULES",
     "GRAPH_RULES",
+    "LARGEST_GRAPH",
     "LOADING_RULES",
     "READING_RULES",
     "STRUCTURE_RULES",
     "VALIDITY_RULES",
     "VERSION_RULES",
+    "graphs",
+    "size_of",
 ]
+
+LARGEST_GRAPH = 200_000
+"""Nodes, constants and other parts of the largest graph that is read."""
 
 SHOWN = 5
 """Nodes of a cycle that a message names."""
@@ -45,23 +51,35 @@ def _unreadable(case: Case) -> Hits:
     except ModelError as error:
         yield str(case.model.source), str(error)
         return
+    if (size := size_of(model)) > LARGEST_GRAPH:
+        yield "graph", f"it has {size:,} nodes and constants, more than any network; export it again"
     if not model.graph.node and not model.graph.output:
         yield "graph", "the file holds no graph; it is empty, cut off or not an ONNX model: export it again"
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Return the number of parts of a model: nodes, constants, stated shapes, functions, metadata."""
+    parts = len(model.functions) + len(model.metadata_props)
+    for graph, _ in graphs(model.graph, names=False):
+        parts += len(graph.node) + len(graph.initializer) + len(graph.sparse_initializer) + len(graph.value_info)
+        if parts > LARGEST_GRAPH:
+            break
+    return parts
 
 
 # ---- structure: each part refers to what is there
 
 
-def _graphs(
-    graph: onnx.GraphProto, outer: frozenset[str] = frozenset()
+def graphs(
+    graph: onnx.GraphProto, outer: frozenset[str] = frozenset(), *, names: bool = True
 ) -> Iterator[tuple[onnx.GraphProto, frozenset[str]]]:
-    """Yield a graph and those inside its nodes, each with the names that it sees from outside."""
+    """Yield a graph and those inside its nodes, each with the names that it sees from outside, unless nobody asks."""
     yield graph, outer
-    inner = outer | _defined(graph)
+    inner = outer | _defined(graph) if names else outer
     for node in graph.node:
         for attribute in node.attribute:
             for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                yield from _graphs(body, inner)
+                yield from graphs(body, inner, names=names)
 
 
 def _defined(graph: onnx.GraphProto) -> frozenset[str]:
@@ -71,9 +89,11 @@ def _defined(graph: onnx.GraphProto) -> frozenset[str]:
 
 
 def _duplicate_names(case: Case) -> Hits:
-    for graph, _ in _graphs(case.proto.graph):
+    for graph, _ in graphs(case.proto.graph):
         made = Counter(name for node in graph.node for name in node.output if name)
         made.update({info.name for info in graph.input} | {tensor.name for tensor in graph.initializer})
+        listed = Counter(info.name for info in graph.output)
+        made.update(name for name, count in listed.items() if count > 1)
         repeated = Counter(tensor.name for tensor in graph.initializer)
         made.update(name for name, count in repeated.items() if count > 1)
         for name, count in made.items():
@@ -82,7 +102,7 @@ def _duplicate_names(case: Case) -> Hits:
 
 
 def _dangling_values(case: Case) -> Hits:
-    for graph, outer in _graphs(case.proto.graph):
+    for graph, outer in graphs(case.proto.graph):
         known = outer | _defined(graph) | {""}
         readers = {name: node.name or node.op_type for node in graph.node for name in node.input}
         readers |= {info.name: "the graph, as an output" for info in graph.output}
@@ -92,7 +112,7 @@ def _dangling_values(case: Case) -> Hits:
 
 
 def _cycles(case: Case) -> Hits:
-    for graph, _ in _graphs(case.proto.graph):
+    for graph, _ in graphs(case.proto.graph):
         makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
         before = {i: [makers[name] for name in node.input if name in makers] for i, node in enumerate(graph.node)}
         try:
@@ -103,7 +123,7 @@ def _cycles(case: Case) -> Hits:
 
 
 def _missing_domains(case: Case) -> Hits:
-    used = {_domain(node.domain) for graph, _ in _graphs(case.proto.graph) for node in graph.node}
+    used = {_domain(node.domain) for graph, _ in graphs(case.proto.graph) for node in graph.node}
     for domain in sorted(used - _imported(case)):
         yield (
             domain or "ai.onnx",
@@ -113,9 +133,7 @@ def _missing_domains(case: Case) -> Hits:
 
 def _unknown_operators(case: Case) -> Hits:
     known = _runtime_operators() | {(function.domain, function.name) for function in case.proto.functions}
-    used = Counter(
-        (_domain(node.domain), node.op_type) for graph, _ in _graphs(case.proto.graph) for node in graph.node
-    )
+    used = Counter((_domain(node.domain), node.op_type) for graph, _ in graphs(case.proto.graph) for node in graph.node)
     for (domain, op), count in used.items():
         if (domain, op) in known or domain not in _imported(case):
             continue

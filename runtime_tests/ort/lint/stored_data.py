@@ -6,7 +6,7 @@ Must not know: what the values mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -18,11 +18,32 @@ __all__ = ["faults"]
 
 
 def faults(model: Model) -> Iterator[tuple[str, str]]:
-    """Yield name and fault of each initializer of the main graph; no values are read."""
+    """Yield name and fault of each stored tensor, wherever it is; no values are read."""
     folder = Path() if isinstance(model.source, onnx.ModelProto) else Path(model.source).resolve().parent
-    for tensor in model.proto.graph.initializer:
+    proto = model.proto
+    nodes = (node for function in proto.functions for node in function.node)
+    for tensor in (*_tensors(proto.graph), *_attached(nodes)):
         if fault := _fault(tensor, folder):
-            yield tensor.name, fault
+            yield tensor.name or "a constant", fault
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from _attached(graph.node)
+
+
+def _attached(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors in attributes, and in the graphs that are attributes."""
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from attribute.tensors
+            if attribute.HasField("t"):
+                yield attribute.t
+            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+                yield from _tensors(body)
 
 
 def _fault(tensor: onnx.TensorProto, folder: Path) -> str | None:
@@ -55,7 +76,10 @@ def _fault(tensor: onnx.TensorProto, folder: Path) -> str | None:
 
 def _external_fault(tensor: onnx.TensorProto, folder: Path, expected: int) -> str | None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    path = (folder / entries.get("location", "")).resolve()
+    try:
+        path = (folder / entries.get("location", "")).resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        return f"its file {entries.get('location')!r} has no possible name ({error})"
     if not path.is_relative_to(folder.resolve()):
         return f"its file {entries.get('location')!r} lies outside the folder of the model; move it there"
     if not path.is_file():

@@ -164,7 +164,7 @@ def test_bad_input_is_refused(arguments: list[str], message: str, written: Calla
 def test_damaged_scores_are_refused(tmp_path: Path) -> None:
     assert read_scores(tmp_path) is None
     (tmp_path / SCORES).write_bytes(b"PK\3\4")
-    with pytest.raises(InputError, match="no readable scores"):
+    with pytest.raises(InputError, match="not a readable"):
         read_scores(tmp_path)
     write_scores(tmp_path, SampleScores(np.zeros((2, 2), np.float32), None))
     with pytest.raises(InputError, match="other arrays"):
