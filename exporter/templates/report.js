@@ -101,7 +101,10 @@ function distribution(site) {
 let details = null;
 function closeLayer() {
   document.getElementById('details')?.remove();
-  rows.forEach(row => row.classList.remove('open'));
+  for (const row of rows.filter(each => each.classList.contains('open'))) {
+    row.classList.remove('open');
+    row.querySelector('a').removeAttribute('aria-expanded');
+  }
 }
 
 function openLayer(id) {
@@ -118,6 +121,7 @@ function openLayer(id) {
   const cell = make('td', { colSpan: row.cells.length }, ...found.notes.map(textContent => make('p', { textContent })),
     make('div', { className: 'grid' }, ...found.sites.map(distribution)), close);
   row.classList.add('open');
+  row.querySelector('a').setAttribute('aria-expanded', 'true');
   row.after(make('tr', { id: 'details' }, cell));
   row.scrollIntoView({ block: 'nearest' });
   row.querySelector('a').focus({ preventScroll: true });
