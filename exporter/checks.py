@@ -18,6 +18,7 @@ from calibrators.targets import DEFAULT_TARGET, get_target
 from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, first_release, ir_version_of, refused_opset
 from exporter.inputs.data import Data, LabelError
+from exporter.inputs.golden import check_golden
 from exporter.reporting.gates import Gate, check_measurable, needs_labels
 from runtime_tests.ort.versions import parse_version, release_of
 from runtime_tests.runtimes import available_runtimes
@@ -36,6 +37,7 @@ def check_settings(config: ExportConfig) -> None:
         if rule.method is not None:
             range_method(rule.method)
     check_preparations(config.prepare)
+    check_golden(config.golden)
     available_runtimes(config.proving_runtimes)
     _check_device(config.device)
     _check_portable(config)

@@ -41,6 +41,7 @@ NO_EFFECT = frozenset(
         "sensitivity",
         "accuracy_gate",
         "gates",
+        "golden",
         "metric",
         "baseline",
         "resume",
@@ -151,6 +152,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "Gate on accuracy where none of `--gate` is on it: with labels, the lower end of the drop's 95 % interval is "
         "at most 1 point; without, decisions agree in 95 % of the samples, and other outputs have 15 dB.",
         panel=PROOF,
+    )
+    golden: str = setting(
+        "samples",
+        "Inputs of the golden set, which the bundle holds: `samples` (the first of the evaluation or calibration "
+        "data), `synthetic` (noise within the calibrated ranges), or the samples of an `.npz` file.",
+        panel=PROOF,
+        metavar="NAME|FILE.npz",
     )
     metric: str | None = setting(
         None,

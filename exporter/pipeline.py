@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import InputError, counted
+from calibrators.errors import counted
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
@@ -27,12 +27,12 @@ from exporter.about import __version__
 from exporter.checks import check_settings, checked_data
 from exporter.comparing.compare import Export, compare, read_export
 from exporter.config import ExportConfig, make_config
-from exporter.emission.build_model import check_opset, emit_float, needed_opset, save, to_onnx
+from exporter.emission.build_model import check_opset, emit_float, needed_opset, needed_release, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
 from exporter.emission.raw_ends import input_grids, read_bytes, with_raw_ends
 from exporter.folding.agreement import check_folding
 from exporter.folding.fold_regions import fold
-from exporter.frontend.axes import tiled
+from exporter.frontend.axes import resized
 from exporter.frontend.calling import input_names, optional_inputs, tensor_names
 from exporter.frontend.capture import capture
 from exporter.frontend.declared import other_size
@@ -43,6 +43,7 @@ from exporter.handover.golden_set import CHECK, write_golden_set
 from exporter.handover.scores import SCORES, write_scores
 from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, class_names, cut, feed
 from exporter.inputs.data import Data
+from exporter.inputs.golden import GOLDEN_SAMPLES, check_outputs, digest_of, golden_file, golden_inputs, origin_of
 from exporter.inputs.metric import Metric, joined, load_metric
 from exporter.inputs.open import check_takes_integers, open_both
 from exporter.inputs.raw import RawInputs, parse_coded
@@ -66,7 +67,7 @@ from runtime_tests.ort.meant_for import EXACT_ON_KEY
 from runtime_tests.ort.saturation import saturation
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.ort.simplifier import Simplifier, simplify
-from runtime_tests.ort.versions import RELEASE_KEY, minimum_version, parse_version
+from runtime_tests.ort.versions import RELEASE_KEY
 from runtime_tests.proof import Measurements, Proof
 from runtime_tests.reference.execute import plan
 from runtime_tests.reference.where_exact import exact_on, holds_on
@@ -74,7 +75,6 @@ from runtime_tests.runtimes import available_runtimes
 
 __all__ = ["export"]
 
-GOLDEN_SAMPLES = 4
 SQNR_SAMPLES = 128
 COMPARED_SAMPLES = 4
 STEPS = ("capture", "fold", "calibrate", "emit", "validate")
@@ -199,7 +199,8 @@ class _Export:
             graph = capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
-        self._check_data(graph, batches, held_out)
+        given = golden_file(self.config.golden, graph, self.raws)
+        self._check_data(graph, batches, held_out, given)
         coded = parse_coded(self.config.output, graph.meta["output_names"])
         with self._step("fold"):
             folded = fold(graph)
@@ -208,18 +209,20 @@ class _Export:
             result = self._calibrated(folded, batches)
         self.warnings += calibration_notes(result)
         first = cut(graph, next(iter(batches)), COMPARED_SAMPLES)
-        for batch in (first, *_resized(first, graph.meta["other_examples"])):
+        for batch in (first, *resized(first, graph.meta["other_examples"])):
             self._check_folding(graph, result, batch)
         result = with_raw_ends(result, self.raws, coded)
         graph, folded = read_bytes(graph, self.raws), read_bytes(folded, self.raws)
-        for each in (batches, held_out):
+        for each in (batches, held_out, given):
             if each is not None:
                 each.graph, each.data = graph, self.raws.as_pixels(each.data)
+        golden = golden_inputs(self.config.golden, result, batches, given, self.config.seed)
         simplifier = self._emitted(graph, folded, result)
         noise = Noise(result)
-        proof = self._proved(graph, result.program, noise, held_out or batches, evaluated=held_out is not None)
+        proof = self._proved(graph, result.program, noise, held_out or batches, golden, evaluated=held_out is not None)
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
-        origins = DataSources(_source(batches), _source(held_out) if held_out else None)
+        source = origin_of(self.config.golden, (held_out or batches).data.label)
+        origins = _origins(batches, held_out, source, proof.golden[0][0])
         report = self._report(graph, result, proof, noise, simplifier, origins)
         if proof.metric is not None and held_out is not None:
             report = replace(report, metric=proof.metric.result(joined(held_out.given, proof.metric.samples)))
@@ -258,13 +261,21 @@ class _Export:
         kept.remove()
         return result
 
-    def _check_data(self, graph: fx.GraphModule, batches: GraphBatches, held_out: GraphBatches | None) -> None:
+    def _check_data(
+        self,
+        graph: fx.GraphModule,
+        batches: GraphBatches,
+        held_out: GraphBatches | None,
+        golden: GraphBatches | None,
+    ) -> None:
         """Refuse data that the model cannot take, warn about data that look wrong, and keep what describes them."""
         sources = [each.data for each in (held_out, batches) if each is not None]
         self.labels = class_names(self.config.labels, sources, graph)
         self.images = images_of(next((x.form for x in sources if x.form), None), self.raws.by_name)
         if (first := next(iter(batches), None)) is not None:
             self.warnings += calibration_warnings(graph, first, batches.data.label)
+        if golden is not None:
+            check_evaluation(graph, batches.data, golden.data)
         if held_out is not None:
             check_evaluation(graph, batches.data, held_out.data)
             pair = (data.example().inputs for data in (batches.data, held_out.data))
@@ -313,7 +324,7 @@ class _Export:
             )
         pack(model, self.config.weight_storage, self.config.min_ort)
         check_opset(model, self.target)
-        self._state_release(model)
+        model.metadata_props[RELEASE_KEY] = str(needed_release(model, self.config.min_ort))
         entries = holds_on(plan(program, self.target), saturation(ir.to_proto(model)), self.target)
         model.metadata_props[EXACT_ON_KEY] = ", ".join(exact_on(entries))
         grids = program.meta.get("output_codes", {})
@@ -321,19 +332,6 @@ class _Export:
         self.interface = replace(described, images=self.images, labels=self.labels)
         model.metadata_props[INTERFACE_KEY] = metadata_of(self.interface, graph.meta["size_bounds"])
         save(model, self.folder / "model.onnx")
-
-    def _state_release(self, model: ir.Model) -> None:
-        """Write the oldest onnxruntime that runs the file into its metadata.
-
-        raises: InputError if an older one was asked for.
-        """
-        need, asked = minimum_version(model), self.config.min_ort
-        if asked is not None and need.version > parse_version(asked):
-            raise InputError(
-                f"min_ort is {asked}, but {need.what} at {need.where} needs onnxruntime {need.version}; give --min-ort "
-                f"{need.version}, or choose settings without it."
-            )
-        model.metadata_props[RELEASE_KEY] = str(need.version)
 
     def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, Simplifier]:
         """Return the model after the guarded simplifier, and the simplifier's report."""
@@ -343,12 +341,19 @@ class _Export:
         return ir.from_proto(simpler) if report.applied else model, report
 
     def _proved(
-        self, graph: fx.GraphModule, program: fx.GraphModule, noise: Noise, batches: GraphBatches, *, evaluated: bool
+        self,
+        graph: fx.GraphModule,
+        program: fx.GraphModule,
+        noise: Noise,
+        batches: GraphBatches,
+        golden: Batch | None,
+        *,
+        evaluated: bool,
     ) -> Proof:
         """Compare and measure in one pass over the evaluation data, or over the calibration data if there is none."""
         measured = Measurements(
             parity_samples=self.config.parity_samples,
-            golden_samples=GOLDEN_SAMPLES,
+            golden_samples=GOLDEN_SAMPLES if golden is None else 0,
             noise_samples=SQNR_SAMPLES,
             noise=noise,
             float_model=graph if evaluated else None,
@@ -357,13 +362,16 @@ class _Export:
         runtimes = available_runtimes(self.config.proving_runtimes)
         with self._step("validate", "compare") as bar:
             proof = Proof(self.model, program, runtimes=runtimes, threads=torch.get_num_threads(), measured=measured)
+            if golden is not None:
+                proof.add_golden(golden)
+                check_outputs(proof.golden[0][1])
             for batch, labels in batches.labelled():
                 proof.add(batch, labels)
                 bar.advance()
                 if proof.is_done:
                     break
             if program.meta["free_axes"]:
-                for sized in _resized(proof.golden[0][0], program.meta["other_examples"]):
+                for sized in resized(proof.golden[0][0], program.meta["other_examples"]):
                     proof.add_golden(sized)
             return proof
 
@@ -432,12 +440,9 @@ class _Export:
         return timings, len(next(iter(sample.values())))
 
 
-def _resized(batch: Batch, others: Iterable[Batch]) -> list[Batch]:
-    """Return a batch in the other sizes of its free axes, each size once."""
-    sizes = dict.fromkeys(tuple(tuple(x.shape[1:]) for x in other) for other in others)
-    sizes.pop(tuple(tuple(x.shape[1:]) for x in batch), None)
-    return [tuple(tiled(x, size) for x, size in zip(batch, each, strict=True)) for each in sizes]
-
-
-def _source(batches: GraphBatches) -> DataSource:
-    return DataSource(batches.data.label, batches.samples, batches.data.digest())
+def _origins(batches: GraphBatches, held_out: GraphBatches | None, source: str, golden: Batch) -> DataSources:
+    """Describe the data, and the golden inputs, which come from `source`."""
+    data, *evaluated = (
+        DataSource(each.data.label, each.samples, each.data.digest()) for each in (batches, held_out) if each
+    )
+    return DataSources(data, next(iter(evaluated), None), DataSource(source, len(golden[0]), digest_of(golden)))

@@ -13,7 +13,7 @@ Must not know: how the model was made, reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, cast
@@ -200,7 +200,15 @@ class Proof:
             comparison.add(inputs, *(run(self._literal, inputs) if name == "unoptimized" else integer))
         for each in self._elsewhere:
             each.add(inputs, *integer)
-        self.golden.append((inputs, integer[1]))
+        self._keep_golden(inputs, *integer)
+
+    def _keep_golden(
+        self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], outputs: tuple[Tensor, ...]
+    ) -> None:
+        """Keep a golden set, and the codes of the first."""
+        if not self.golden:
+            self._golden_codes = {site: codes[site] for site in self.kernels.sites}
+        self.golden.append((inputs, outputs))
 
     def add_all(self, batches: Batches) -> None:
         """Run and measure batches without labels."""
@@ -234,8 +242,7 @@ class Proof:
         for each in elsewhere:
             each.add(inputs, *integer)
         if wants_golden:
-            self.golden.append((inputs, integer[1]))
-            self._golden_codes = {site: integer[0][site] for site in self.kernels.sites}
+            self._keep_golden(inputs, *integer)
         if self.accuracy is not None and measured.float_model is not None:
             self._add_accuracy(measured.float_model, inputs, integer[1], labels)
 

@@ -19,7 +19,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import version_converter
 from torch import fx
 
-from calibrators.errors import ExportError
+from calibrators.errors import ExportError, InputError
 from calibrators.graph.aten import operator_name, outputs_of, where
 from calibrators.grid.target import Target
 from calibrators.program.freeze import CalibrationResult
@@ -27,8 +27,9 @@ from exporter.emission.packing import pack
 from exporter.emission.readable import annotate, normalize
 from exporter.emission.translate import translate
 from exporter.frontend.capture import quiet
+from runtime_tests.ort.versions import Version, minimum_version, parse_version
 
-__all__ = ["check_opset", "emit", "emit_float", "needed_opset", "save", "to_onnx"]
+__all__ = ["check_opset", "emit", "emit_float", "needed_opset", "needed_release", "save", "to_onnx"]
 
 WIDE_OPSET = 21
 """First opset whose quantizers write int16."""
@@ -65,6 +66,20 @@ def needed_opset(result: CalibrationResult) -> int:
     wide = [WIDE_OPSET for spec in specs if spec.is_wide]
     blocks = [BLOCK_OPSET for spec in specs if spec.block_size is not None]
     return max([result.placement.target.opsets[0], *wide, *blocks])
+
+
+def needed_release(model: ir.Model, asked: str | None) -> Version:
+    """Return the oldest onnxruntime that runs a finished model.
+
+    raises: InputError if an older one was asked for.
+    """
+    need = minimum_version(model)
+    if asked is not None and need.version > parse_version(asked):
+        raise InputError(
+            f"min_ort is {asked}, but {need.what} at {need.where} needs onnxruntime {need.version}; give --min-ort "
+            f"{need.version}, or choose settings without it."
+        )
+    return need.version
 
 
 def check_opset(model: ir.Model, target: Target) -> None:

@@ -17,7 +17,7 @@ from calibrators.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST", "Axes", "FreeAxis", "axes_by_input", "parse_axes", "tiled", "with_axes"]
+__all__ = ["LARGEST", "Axes", "FreeAxis", "axes_by_input", "parse_axes", "resized", "tiled", "with_axes"]
 
 AXIS = re.compile(r"(\d{1,9})(?:=([A-Za-z_]\w*))?(?:\[(\d{0,9})\.\.(\d{0,9})\])?", re.ASCII)
 LARGEST = 2**31
@@ -119,6 +119,13 @@ def axes_by_input(axes: Axes, names: Sequence[str], inputs: Sequence[Tensor]) ->
                     f"{shape[axis]}; give data within the bounds."
                 )
     return tuple(axes.get(name, {}) for name in names)
+
+
+def resized(batch: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Return a batch in the sizes of others, each size once, without its own."""
+    sizes = dict.fromkeys(tuple(tuple(x.shape[1:]) for x in other) for other in others)
+    sizes.pop(tuple(tuple(x.shape[1:]) for x in batch), None)
+    return [tuple(tiled(x, size) for x, size in zip(batch, each, strict=True)) for each in sizes]
 
 
 def tiled(x: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -49,7 +49,7 @@ _GOLDEN_PAGE = """# Golden inputs and outputs
 
 Each `test_data_set` holds inputs and the outputs that the reference program computes of them, as ONNX tensors
 (`TensorProto`) in the order of the model's signature; where sizes are free, there is one for each size that was proved.
-Feed a device the inputs and compare its outputs as follows.
+Feed a device the inputs and compare its outputs as follows. The inputs of the first set: {origin}.
 
 Integer kernels give the same integers on every processor of the target. Float operators do not: their last bits differ
 between libraries and processors, so that rare codes after them are one step off. The tolerance is twice the largest
@@ -97,7 +97,7 @@ def write_bundle(
         _write(folder, "report.html", render_html(report).encode())
         _write(folder, "junit.xml", render_junit(report).encode())
         _write(folder, "README.md", render_readme(report).encode())
-        _put_golden(golden, report.golden or (), folder)
+        _put_golden(golden, report, folder)
         digests = {path.name: sha256_of(path) for path in folder.glob("model.onnx*")}
         _write(folder, BILL, dump_json(bill_of_materials(report, digests["model.onnx"])).encode())
         _write(folder, STATEMENT, dump_json(statement(report, digests)).encode())
@@ -228,12 +228,13 @@ def _put_files(files: Files, folder: Path) -> None:
         raise ValueError("`files` must write model.onnx into the folder it is given")
 
 
-def _put_golden(sets: Sequence[tuple[Arrays, Arrays]], described: Sequence[GoldenOutput], folder: Path) -> None:
+def _put_golden(sets: Sequence[tuple[Arrays, Arrays]], report: Report, folder: Path) -> None:
     """Write inputs and outputs in the ONNX test-data layout, each output with its tolerance, and a page about them."""
-    texts = {output.name: _tolerance(output) for output in described}
+    texts = {output.name: _tolerance(output) for output in report.golden or ()}
+    origin = report.data.golden.source if report.data and report.data.golden else "samples of the data"
     page = "\n".join(f"| `{name}` | {text} |" for name, text in texts.items())
     entries = "\n".join(f"- `{name}`: `{value}`" for name, value in EXACT.items())
-    _write(folder, "golden/README.md", f"{_GOLDEN_PAGE.format(entries=entries)}{page}\n".encode())
+    _write(folder, "golden/README.md", f"{_GOLDEN_PAGE.format(entries=entries, origin=origin)}{page}\n".encode())
     for number, golden in enumerate(sets):
         for kind, arrays in zip(("input", "output"), golden, strict=True):
             for index, (name, array) in enumerate(arrays.items()):

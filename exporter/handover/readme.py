@@ -49,6 +49,7 @@ def render_readme(report: Report) -> str:
             labels=_listed(model.labels or ()),
             preprocessing=[*_preprocessing(model.images)] if model.images else [],
             session=EXACT,
+            golden=_clean(report.data.golden.source) if report.data and report.data.golden else "",
             batch=next((size for size in sizes if isinstance(size, int)), 1),
             processors={name: processor.summary for name, processor in PROCESSORS.items()},
             statuses=STATUSES,

@@ -129,10 +129,11 @@ class DataSource:
 
 @dataclass(frozen=True)
 class DataSources:
-    """Calibration and held-out data."""
+    """Calibration and held-out data, and the inputs of the first golden set."""
 
     calibration: DataSource
     evaluation: DataSource | None
+    golden: DataSource | None = None
 
 
 def _repeatable(config: dict[str, Any]) -> dict[str, Any]:
