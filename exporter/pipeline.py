@@ -126,7 +126,7 @@ def export(
     given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
     example = calibration.example()
-    raws = RawInputs(config.input, tensor_names(model, len(example.inputs), example.form), config)
+    raws = RawInputs.of(config.input, tensor_names(model, len(example.inputs), example.form), config)
     calibration, evaluation = raws.as_values(calibration), evaluation and raws.as_values(evaluation)
     out = Path(out)
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
@@ -197,6 +197,7 @@ class _Export:
         with self._step("capture"):
             free_batch, axes = not self.target.static_shapes, self.config.free_axes
             graph = capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
+        self.raws = self.raws.renamed(graph.meta["input_names"])
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
         given = golden_file(self.config.golden, graph, self.raws)

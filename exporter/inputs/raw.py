@@ -8,7 +8,7 @@ Must not know: graphs, quantization, ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,7 +84,6 @@ class RawInput:
     mean, std: one number, or one per channel (axis 1 of the model's input), of values in 0..1.
     """
 
-    name: str
     layout: Layout
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -120,8 +119,8 @@ class RawInput:
         return found.permute([order.index(axis) for axis in range(values.ndim)]).contiguous()
 
     def _levels(self, values: Tensor) -> Tensor:
-        """Return the model's input before normalization, float64, 0..255 where it stands for bytes."""
-        x = values.double()
+        """Return the model's input before normalization, float32, 0..255 where it stands for bytes."""
+        x = values.float()
         for operator, operand in reversed([*self.steps(x.ndim)]):
             x = x * operand if operator == "div" else x + operand
         return x
@@ -159,17 +158,27 @@ def _text(numbers: Sequence[float]) -> str:
     return ",".join(f"{number:g}" for number in numbers)
 
 
+@dataclass(frozen=True)
 class RawInputs:
-    """The inputs of a model that a file takes as bytes.
+    """The inputs of a model that a file takes as bytes, by name.
 
     names: of all inputs of the model.
     """
 
-    def __init__(self, texts: Iterable[str], names: Sequence[str], form: DataForm) -> None:
+    names: tuple[str, ...]
+    by_name: Mapping[str, RawInput]
+
+    @classmethod
+    def of(cls, texts: Iterable[str], names: Sequence[str], form: DataForm) -> RawInputs:
+        """Return the inputs that texts such as `uint8:nhwc` name, normalized as the form says."""
         mean, std = form.mean or (0.0,), form.std or (1.0,)
-        self.names = tuple(names)
-        layouts = parse_layouts(texts, self.names)
-        self.by_name = {name: RawInput(name, layout, mean, std) for name, layout in layouts.items()}
+        layouts = parse_layouts(texts, names)
+        return cls(tuple(names), {name: RawInput(layout, mean, std) for name, layout in layouts.items()})
+
+    def renamed(self, names: Sequence[str]) -> RawInputs:
+        """Return the same inputs under other names: captured graphs name those of `*args` themselves."""
+        new = dict(zip(self.names, names, strict=True))
+        return RawInputs(tuple(names), {new[name]: raw for name, raw in self.by_name.items()})
 
     def __bool__(self) -> bool:
         return bool(self.by_name)

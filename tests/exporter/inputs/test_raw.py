@@ -59,7 +59,7 @@ def test_texts_name_outputs() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize(("mean", "std"), [IMAGENET, ((0.0,), (1.0,)), ((0.5,), (0.5,)), ((0.0,), (1 / 255,))])
 def test_values_are_those_of_numpy_and_come_back(layout: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    raw = RawInput("x", layout, mean, std)  # type: ignore[arg-type]
+    raw = RawInput(layout, mean, std)  # type: ignore[arg-type]
     given = EVERY if layout == "nchw" else EVERY.permute(0, 2, 3, 1).contiguous()
     values = raw.values(given)
     m, s = (np.array(each, np.float32).reshape(-1, 1, 1) for each in (mean, std))
@@ -73,7 +73,7 @@ def test_values_are_those_of_numpy_and_come_back(layout: str, mean: tuple[float,
 
 
 def checked(x: Tensor, **form: object) -> None:
-    next(iter(RawInputs(["uint8"], ["x"], DataForm(**form)).as_values(open_data([x]))))
+    next(iter(RawInputs.of(["uint8"], ["x"], DataForm(**form)).as_values(open_data([x]))))
 
 
 def test_what_cannot_be_bytes_is_refused() -> None:
@@ -91,10 +91,17 @@ def test_what_cannot_be_bytes_is_refused() -> None:
         checked(torch.zeros(2, 1, 4, 4), mean="0.1,0.2,0.3")
 
 
+def test_inputs_are_found_by_their_place_after_renaming() -> None:
+    raws = RawInputs.of(["input_1:uint8:nhwc"], ["input_0", "input_1"], DataForm()).renamed(["args_0", "args_1"])
+    assert raws.by_name["args_1"].layout == "nhwc" and [*raws.by_name] == ["args_1"]
+    table, image = raws.pixels((torch.zeros(2, 5), torch.ones(2, 3, 4, 6)))
+    assert table.dtype == torch.float32 and image.shape == (2, 4, 6, 3) and image.eq(255).all()
+
+
 def test_data_keep_their_digest() -> None:
     """The digest tells what was given, not what was made of it."""
     data = open_data([EVERY])
-    raws = RawInputs(["uint8:nchw"], ["x"], DataForm(mean="0.5", std="0.5"))
+    raws = RawInputs.of(["uint8:nchw"], ["x"], DataForm(mean="0.5", std="0.5"))
     values = raws.as_values(data)
     assert values.digest() == data.digest() == raws.as_pixels(values).digest()
     assert torch.equal(raws.as_pixels(values).example().inputs[0], EVERY)
