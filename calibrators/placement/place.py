@@ -305,8 +305,8 @@ def _check_coded(placer: Placer) -> None:
     for name, node in coded_outputs(placer.graph).items():
         if not placer.writes_codes(node):
             raise InputError(
-                f"output {name!r} cannot be given as codes, because {where(node)} computes it in float; leave --output "
-                "out for it, or end the model before that operator."
+                f"output {name!r} cannot be given as codes, because it comes from {where(node)}, which is no integer "
+                "kernel; leave --output out for it, or end the model before that operator."
             )
 
 

@@ -55,6 +55,7 @@ PROPAGATED = Operators(*(name for name in MOVES if facts(name).onnx in _THROUGH)
 dequantizer and a quantizer with the same parameters."""
 
 BASIC = Operators(*(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")))
+CONVERSIONS = Operators("to.dtype", "_to_copy.default")
 
 
 class StaysFloat(Exception):
@@ -135,7 +136,7 @@ def is_basic_arithmetic(node: fx.Node) -> bool:
     """
     while node.op == "call_function":
         operands = [x for x in node.all_input_nodes if not is_constant(x)]
-        to_float = node.target is aten._to_copy.default and node.kwargs.get("dtype") == torch.float32
+        to_float = node.target in CONVERSIONS and node.meta["tensor_meta"].dtype == torch.float32
         combined = node.target in BASIC and node.kwargs.get("alpha", 1) == 1 and "rounding_mode" not in node.kwargs
         if len(operands) != 1 or not (to_float or combined or node.target in PROPAGATED):
             return False

@@ -182,6 +182,8 @@ def test_height_and_width_stay_free(tmp_path: Path) -> None:
 
 
 def test_an_output_of_a_float_operator_is_no_codes(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"output 'softmax' cannot be given as codes, because softmax .* in float"):
+    with pytest.raises(
+        InputError, match=r"output 'softmax' cannot be given as codes, because it comes from softmax .*, which is no"
+    ):
         export(network(), [normalized(pixels())], out=tmp_path / "out", output="codes", **QUICK)
     assert not (tmp_path / "out").exists()

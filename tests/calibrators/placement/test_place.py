@@ -257,3 +257,45 @@ def test_site_names_are_unique() -> None:
     for name in ("residual", "pooled", "transformer", "mlp"):
         names = [site.name for site in placed(*build(name)).sites]
         assert len(names) == len(set(names))
+
+
+class AfterFloats(nn.Module):
+    """Linear layers that read what a float operator wrote, and write floats unless they are asked for codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.boxes = nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = F.gelu(x)
+        return {"scores": self.scores(y), "boxes": self.boxes(y).relu(), "given": y}
+
+
+def coded(*names: str, **options: object) -> Placement:
+    graph = capture(AfterFloats().eval(), torch.randn(4, 6))
+    graph.meta["coded_outputs"] = frozenset(names)
+    return place(to_integer_forms(graph), get_target("ort-cpu"), PlacementOptions(**options))  # type: ignore[arg-type]
+
+
+def test_outputs_are_quantized_where_codes_are_asked_for() -> None:
+    assert activations(coded()) == {"gelu": None}
+    assert activations(coded("scores")) == {"gelu": None, "scores.linear": None}
+    placement = coded("scores", "boxes")
+    assert activations(placement) == {"gelu": None, "scores.linear": None, "relu": None}
+    assert placement.by_name["relu"].clip == (0.0, float("inf"))
+    assert placement.by_name["relu"].users == ("output",)
+
+
+@pytest.mark.parametrize(("names", "exclude"), [(("given",), ()), (("scores",), ("scores",))], ids=["gelu", "excluded"])
+def test_outputs_of_float_operators_are_no_codes(names: tuple[str, ...], exclude: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=f"output '{names[0]}' cannot be given as codes, because it comes from"):
+        coded(*names, exclude=exclude)
+
+
+@pytest.mark.parametrize(("bits", "fixed"), [(8, (1 / 255, 0)), (4, None)])
+def test_inputs_on_a_grid_keep_it_where_it_has_all_codes(bits: int, fixed: tuple[float, int] | None) -> None:
+    graph = to_integer_forms(capture(nn.Conv2d(3, 4, 3).eval(), torch.rand(2, 3, 8, 8)))
+    graph.meta["input_grids"] = {"input_1": (1 / 255, 0)}
+    options = PlacementOptions(activation_bits=bits, first_last_bits=None)
+    (site,) = (site for site in place(graph, get_target("ort-cpu"), options).sites if site.node == "input_1")
+    assert site.fixed == fixed
