@@ -125,7 +125,7 @@ def compare_dump(
 
 
 def _print(found: Difference) -> None:
-    from exporter.comparing.sections import sections, summary
+    from exporter.reporting.difference_tables import sections, summary
 
     for sentence in summary(found):
         Console().print(Text(sentence))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jinja2
 
-from exporter.comparing.sections import Section, sections, summary
 from exporter.reporting.difference import Difference
+from exporter.reporting.difference_tables import Section, sections, summary
 from exporter.reporting.markdown import escaped, markdown_table
+from exporter.reporting.templates import environment
 
 __all__ = ["html_page", "markdown_page"]
 
@@ -25,10 +26,8 @@ def markdown_page(found: Difference) -> str:
 
 def html_page(found: Difference) -> str:
     """Return the comparison as one HTML file without a script."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("exporter"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("compare.html.j2").render(
+    pages = environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return pages.get_template("compare.html.j2").render(
         before=Path(found.before).name,
         after=Path(found.after).name,
         summary=summary(found),

@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
+from exporter.reporting.difference_tables import sections, summary
 from exporter.reporting.failures import failures, unplanned_kernels
 from exporter.reporting.headline import headline, tone, verdict_title
 from exporter.reporting.layer_table import layer_rows, linker, noisiest
@@ -242,6 +243,8 @@ def render_html(report: Report) -> str:
         where=tuple(where_rows(report.holds or (), report.emission.min_onnxruntime if report.emission else None)),
         environment=vars(report.environment) if report.environment else {},
         config_text=dump_json(report.config or {}),
+        difference=sections(report.baseline) if report.baseline else (),
+        difference_summary=summary(report.baseline) if report.baseline else (),
         style=Markup(_part("report.css")),
         script=Markup(script),
         script_digest=digest,

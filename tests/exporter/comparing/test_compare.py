@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from calibrators.errors import InputError
 from exporter.cli import app
 from exporter.comparing.compare import NO_SCORES, OTHER_DATA, OTHER_PROCESSOR, compare, read_export
 from exporter.comparing.pages import html_page, markdown_page
-from exporter.comparing.sections import sections, summary
 from exporter.handover import bundle as bundle_module
 from exporter.handover.bundle import write_bundle
 from exporter.handover.scores import SCORES, read_scores, write_scores
+from exporter.reporting.difference_tables import sections, summary
+from exporter.reporting.html import render_html
 from exporter.reporting.schema import validate_report
 from runtime_tests.measure.paired import SampleScores
 from tests.exporter.reporting.sample_report import sample_report
@@ -132,6 +134,14 @@ def test_pages_escape_what_they_show(written: Callable[..., Path]) -> None:
     found = compare(read_export(written("a")), read_export(written("b", hostile)))
     assert "<script>" not in html_page(found) and "a|b&lt;script&gt;" in html_page(found)
     assert r"a\|b&lt;script>\`x\`" in markdown_page(found)
+
+
+def test_the_report_shows_the_baseline(written: Callable[..., Path]) -> None:
+    found = compare(read_export(written("a")), read_export(written("b", error=ERROR * 2)))
+    report = replace(validate_report(sample_report(8)), baseline=found)
+    page = render_html(report)
+    assert 'id="baseline"' in page and "The error against the float model is 2 times" in page
+    assert 'id="baseline"' not in render_html(replace(report, baseline=None))
 
 
 def test_command_writes_pages_and_judges_gates(written: Callable[..., Path], tmp_path: Path) -> None:
