@@ -209,9 +209,7 @@ class _Export:
         with self._timed("calibrate"):
             result = self._calibrated(folded, batches)
         self.warnings += calibration_notes(result)
-        first = cut(graph, next(iter(batches)), COMPARED_SAMPLES)
-        for batch in (first, *resized(first, graph.meta["other_examples"])):
-            self._check_folding(graph, result, batch)
+        self._check_folding(graph, result, cut(graph, next(iter(batches)), COMPARED_SAMPLES))
         result = with_raw_ends(result, self.raws, coded)
         graph, folded = read_bytes(graph, self.raws), read_bytes(folded, self.raws)
         for each in (batches, held_out, given):
@@ -292,9 +290,9 @@ class _Export:
 
     def _check_folding(self, graph: fx.GraphModule, result: CalibrationResult, batch: Batch) -> None:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
-        if "absorb" in self.config.prepare:  # which changes outputs a little
-            return
-        check_folding(graph, result.placement.graph, batch)
+        if "absorb" not in self.config.prepare:  # which changes outputs a little
+            for each in (batch, *resized(batch, graph.meta["other_examples"])):
+                check_folding(graph, result.placement.graph, each)
 
     def _emitted(self, graph: fx.GraphModule, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
         with self._step("emit"):
