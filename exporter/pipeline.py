@@ -56,7 +56,7 @@ from exporter.reporting.outcome import Outcome
 from exporter.reporting.provenance import provenance
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, storage_of
-from exporter.resume import Unfinished, export_digest
+from exporter.resume import kept_units
 from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, gates_of, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
@@ -190,13 +190,7 @@ class _Export:
         self, model: nn.Module | torch.export.ExportedProgram, calibration: Data, evaluation: Data | None
     ) -> tuple[Report, Golden]:
         """Run all steps; return the report and the golden inputs and outputs. The files stay in the folder."""
-        example = calibration.example()
-        if isinstance(model, nn.Module):
-            check_takes_integers(model, example, calibration.label)
-            self.warnings += [text] if (text := other_size(model, example.inputs)) else []
-        with self._step("capture"):
-            free_batch, axes = not self.target.static_shapes, self.config.free_axes
-            graph = capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
+        graph = self._captured(model, calibration)
         self.raws = self.raws.renamed(graph.meta["input_names"])
         batches = GraphBatches(graph, calibration)
         held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
@@ -206,8 +200,8 @@ class _Export:
         with self._step("fold"):
             folded = fold(graph)
         folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, self.raws)}
-        with self._timed("calibrate"):
-            result = self._calibrated(folded, batches)
+        with self._timed("calibrate"), kept_units(folded, batches.data, self.config, self.warnings.append) as kept:
+            result = calibrated(folded, batches, self.config, self.progress.stage, kept)
         self.warnings += calibration_notes(result)
         self._check_folding(graph, result, cut(graph, next(iter(batches)), COMPARED_SAMPLES))
         result = with_raw_ends(result, self.raws, coded)
@@ -235,6 +229,15 @@ class _Export:
             for inputs, outputs in proof.golden
         ]
 
+    def _captured(self, model: nn.Module | torch.export.ExportedProgram, calibration: Data) -> fx.GraphModule:
+        example = calibration.example()
+        if isinstance(model, nn.Module):
+            check_takes_integers(model, example, calibration.label)
+            self.warnings += [text] if (text := other_size(model, example.inputs)) else []
+        with self._step("capture"):
+            free_batch, axes = not self.target.static_shapes, self.config.free_axes
+            return capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
+
     def _write_for_later(self, proof: Proof, report: Report) -> None:
         """Write what other machines and later exports are compared with: golden codes, and scores by sample."""
         if proof.accuracy is not None:
@@ -243,22 +246,6 @@ class _Export:
         values = proof.golden_values(self.target.exact_on)
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
-
-    def _calibrated(self, folded: fx.GraphModule, batches: GraphBatches) -> CalibrationResult:
-        """Calibrate, from the last unit that an interrupted export finished if that is asked for."""
-        if not self.config.resume:
-            return calibrated(folded, batches, self.config, self.progress.stage)
-        kept = Unfinished(export_digest(folded, batches.data.digest(), self.config))
-        found = kept.count
-        try:
-            result = calibrated(folded, batches, self.config, self.progress.stage, kept)
-        except KeyboardInterrupt as interrupt:
-            units = counted(kept.count, "finished unit")
-            raise KeyboardInterrupt(f"no bundle was written; run again to continue after {units}") from interrupt
-        if found:
-            self.warnings.append(f"{counted(found, 'unit')} of an interrupted export were taken over")
-        kept.remove()
-        return result
 
     def _check_data(
         self,

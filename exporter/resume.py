@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, counted
 from exporter.about import __version__
 from exporter.config import ExportConfig
+from exporter.inputs.data import Data
 
-__all__ = ["Unfinished", "cache_folder", "export_digest"]
+__all__ = ["Unfinished", "cache_folder", "export_digest", "kept_units"]
 
 VARIABLE = "INTACT_CACHE"
 LARGEST = 4 << 30
@@ -96,6 +98,31 @@ class Unfinished:
     def remove(self) -> None:
         """Remove what was kept, after the export has succeeded."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def kept_units(
+    graph: fx.GraphModule, data: Data, config: ExportConfig, note: Callable[[str], object]
+) -> Iterator[Unfinished | None]:
+    """Yield where training keeps the units of an export, None unless it is to be resumable.
+
+    They are removed when the body succeeds. note: is called with what was taken over.
+
+    raises: KeyboardInterrupt that says what is kept.
+    """
+    if not config.resume:
+        yield None
+        return
+    kept = Unfinished(export_digest(graph, data.digest(), config))
+    found = kept.count
+    try:
+        yield kept
+    except KeyboardInterrupt as interrupt:
+        units = counted(kept.count, "finished unit")
+        raise KeyboardInterrupt(f"no bundle was written; run again to continue after {units}") from interrupt
+    if found:
+        note(f"{counted(found, 'unit')} of an interrupted export were taken over")
+    kept.remove()
 
 
 def _shrink(parent: Path, kept: Path) -> None:
