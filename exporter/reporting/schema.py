@@ -257,7 +257,9 @@ def read_json(path: Path) -> Any:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        found = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        json.dumps(found, ensure_ascii=False).encode()  # fails for halves of characters, which no text can hold
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}: {first_line(error)}; get a fresh copy of the bundle, or export the model again."

@@ -30,7 +30,7 @@ from runtime_tests.ort.meant_for import target_of
 from runtime_tests.ort.sessions import Model, Source
 from runtime_tests.ort.versions import Version, installed
 
-__all__ = ["RULES", "Finding", "Rule", "lint"]
+__all__ = ["RULES", "Finding", "Rule", "lint", "structural_findings"]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
     READING_RULES,
@@ -70,6 +70,12 @@ def lint(
             if any(finding.severity == "error" for finding in findings):
                 break
     return sorted(findings, key=lambda finding: finding.severity != "error")
+
+
+def structural_findings(model: Model) -> list[Finding]:
+    """Return what keeps a file from being a graph that can be read; nothing but the file itself is looked at."""
+    case = Case(model, get_target(DEFAULT_TARGET), installed())
+    return _findings(READING_RULES, case) or _findings(STRUCTURE_RULES, case)
 
 
 def _findings(rules: tuple[Rule, ...], case: Case) -> list[Finding]:
