@@ -37,12 +37,16 @@ def states(content: Any, key: str = "", depth: int = DEPTH, seen: set[int] | Non
     if not isinstance(content, Mapping) or id(content) in seen:
         return
     seen.add(id(content))
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if _is_tensor(value)}
     if tensors:
         yield State(key, tensors)
     names = [name for name in WRAPPERS if name in content]
     for name in [*names, *(name for name in content if name not in names)] if depth else ():
         yield from states(content[name], f"{key}.{name}".lstrip("."), depth - 1, seen)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested  # a nested tensor has no shape
 
 
 def fitting_state(found: list[State], expected: Mapping[str, Any]) -> tuple[State, list[State]]:

@@ -161,7 +161,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
         raise ModelError(_mismatch(path, missing, unexpected, len(expected)))
     odd = [name for name in expected if name in state and not _is_plain(state[name])]
     if odd:
-        raise ModelError(f"{path} holds sparse, nested or meta tensors for {listed(odd, ', ')}; save dense tensors.")
+        raise ModelError(f"{path} holds sparse or meta tensors for {listed(odd, ', ')}; save dense tensors.")
     shapes = [
         f"{name} is {list(state[name].shape)} in the checkpoint and {list(value.shape)} in the model"
         for name, value in expected.items()
@@ -181,7 +181,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
 
 
 def _is_plain(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_nested and not value.is_meta
+    return value.layout is torch.strided and not value.is_meta
 
 
 def _is_float(value: object) -> bool:

@@ -92,8 +92,8 @@ VALUES: dict[str, Callable[[Base], Any]] = {
     "names for the terminal": lambda base: {f"\x1b[2J{k}": v for k, v in state({})(base).items()},
     "names of 100 kB": lambda base: {k * 10_000: v for k, v in state({})(base).items()},
     "a name of tuples": lambda base: {((1, 2), (3, 4)): torch.zeros(1)},
-    "a hundred thousand names": lambda base: {f"layer.{index}.weight": torch.zeros(1) for index in range(100_000)},
-    "deep": lambda base: deep(600),
+    "twenty thousand names": lambda base: {f"layer.{index}.weight": torch.zeros(1) for index in range(20_000)},
+    "deep": lambda base: deep(200),
     "quantized": lambda base: {
         k: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)  # noqa: TID251 (as others quantize)
         for k, v in state({})(base).items()
