@@ -153,6 +153,47 @@ def _is_dequantized(value: Any) -> bool:
     return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
 
 
+def _rnn(activation: str) -> Any:
+    """Return the form of a recurrent layer with one gate, which torch.onnx unrolls over time."""
+
+    def form(
+        x: Any,
+        hx: Any,
+        params: Any,
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        directions, per = (2 if bidirectional else 1), (4 if has_biases else 2)
+        first, swapped = _tensor(np.array([0])), [1, 0, 2]
+        value, states = op.Transpose(x, perm=swapped) if batch_first else x, []  # [steps, samples, features]
+        for layer in range(0, num_layers * directions, directions):
+            own = [params[per * at : per * (at + 1)] for at in range(layer, layer + directions)]
+            inner, outer = (op.Concat(*(op.Unsqueeze(s[i], first) for s in own), axis=0) for i in (0, 1))
+            both = (op.Unsqueeze(op.Concat(*s[2:], axis=0), first) for s in own)
+            bias = op.Concat(*both, axis=0) if has_biases else None
+            start = op.Slice(hx, _tensor(np.array([layer])), _tensor(np.array([layer + directions])), first)
+            steps, last = op.RNN(
+                value,
+                inner,
+                outer,
+                bias,
+                None,
+                start,
+                activations=[activation] * directions,
+                direction="bidirectional" if bidirectional else "forward",
+                hidden_size=int(hx.shape[-1]),
+            )
+            value = op.Reshape(op.Transpose(steps, perm=[0, 2, 1, 3]), _tensor(np.array([0, 0, -1])))
+            states.append(last)
+        return op.Transpose(value, perm=swapped) if batch_first else value, op.Concat(*states, axis=0)
+
+    return form
+
+
 def _antialiased(mode: str) -> Any:
     """Return the form of a smoothed resize; torch.onnx drops its factors, which differ from the ratio of odd sizes."""
 
@@ -185,6 +226,8 @@ ONNX_FORMS: dict[Any, Any] = {
     torch.ops.aten._upsample_bicubic2d_aa.vec: _antialiased("cubic"),
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
+    torch.ops.aten.rnn_tanh.input: _rnn("Tanh"),
+    torch.ops.aten.rnn_relu.input: _rnn("Relu"),
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     torch.ops.aten.clamp.default: _clamp,

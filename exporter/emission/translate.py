@@ -32,6 +32,7 @@ from torch.onnx._internal.exporter._torchlib._torchlib_registry import get_torch
 
 from calibrators.graph.aten import outputs_of
 from exporter.emission.onnx_forms import ONNX_FORMS
+from exporter.frontend.recurrences import recurrences_by_shape
 from exporter.frontend.reference import export_program
 
 __all__ = ["translate"]
@@ -97,7 +98,7 @@ def _as_exported(program: fx.GraphModule) -> ExportedProgram:
     tensors = {**dict(program.named_parameters()), **dict(program.named_buffers())}
     graph, names = _with_constants_as_inputs(program, tensors)
     module = fx.GraphModule({}, graph)
-    with torch.no_grad(), patch(backed_size_oblivious=True):
+    with torch.no_grad(), patch(backed_size_oblivious=True), recurrences_by_shape():
         _infer_shapes(module, [tensors[name] for name in names], program)
         insert_type_promotion_nodes(module)
     _reshape_by_views(graph)

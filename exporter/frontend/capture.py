@@ -28,6 +28,7 @@ from exporter.frontend.declared import other_size
 from exporter.frontend.free_sizes import bounds_of, free_axes, has_free_batch, inputs_of_other_sizes
 from exporter.frontend.functionalize import HALVES, dtypes, flatten, is_double
 from exporter.frontend.lookups import check_indices, lookups_of
+from exporter.frontend.recurrences import recurrences_by_shape
 from exporter.frontend.size_limits import fixed_axis, narrowed
 from exporter.frontend.value_sizes import check_value_sizes
 
@@ -119,7 +120,7 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, bool, list[str]]:
     """Return the exported program, whether its batch is free, and notes; the batch is 1 where it cannot be free."""
     _refuse_script(model)
-    with evaluating(model), restoring(model), torch.no_grad(), quiet():
+    with evaluating(model), restoring(model), torch.no_grad(), quiet(), recurrences_by_shape():
         _register_outputs(model, inputs, form)
         reason = "the target needs it"
         for strict in (False, True) if free_batch else ():
@@ -378,7 +379,7 @@ def _refusal(model: nn.Module, inputs: tuple[Tensor, ...], form: Form, error: Ex
             f"{f' (in {module!r}, {line})' if line else ''}; "
             f"{other_size(model, inputs) or 'check that the data fits the forward() of the model'}"
         )
-    if (axis := fixed_axis(model, error)) is not None:
+    if (axis := fixed_axis(error)) is not None:
         return axis
     return (
         f"torch.export cannot capture {module or type(model).__name__!r}{f' at {line}' if line else ''}: "

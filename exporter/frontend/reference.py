@@ -16,6 +16,7 @@ from calibrators.errors import ModelError
 from exporter.frontend.calling import user_inputs
 from exporter.frontend.capture import capture, quiet
 from exporter.frontend.load import load_model
+from exporter.frontend.recurrences import recurrences_by_shape
 
 __all__ = ["export_program", "load_reference", "save_reference"]
 
@@ -29,7 +30,7 @@ def export_program(program: fx.GraphModule) -> torch.export.ExportedProgram:
         first | dict.fromkeys(free.get(name, {}), torch.export.Dim.DYNAMIC) if x.ndim else None
         for name, x in zip(program.meta["input_names"], example, strict=True)
     )
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), recurrences_by_shape():
         return torch.export.export(program, example, dynamic_shapes=shapes if first or free else None, strict=False)
 
 

@@ -13,7 +13,6 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
 
 from calibrators.errors import ModelError
 from exporter.frontend.calling import user_inputs
@@ -33,18 +32,16 @@ LARGEST_TRIED = 256
 """Largest size for which these conditions are evaluated, unless twice the size of the data is larger."""
 
 
-def fixed_axis(model: nn.Module, error: Exception) -> str | None:
+def fixed_axis(error: Exception) -> str | None:
     """Return the error text for a free axis whose size the model makes a constant; None for other errors."""
     found = FIXED_AXIS.search(str(error))
     if found is None:
         return None
     name, axis, size = found.groups()
-    why = f"the model makes its size a constant ({size}), for example by int(), range() or a parameter of that size"
-    advice = "compute with x.shape alone"
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        why = f"recurrent layers (nn.LSTM, nn.GRU, nn.RNN) are captured for one length ({size})"
-        advice = "pad or cut sequences to that length"
-    return f"axis {axis} of input {name!r} cannot be free, because {why}; leave it out of --dynamic, or {advice}"
+    return (
+        f"axis {axis} of input {name!r} cannot be free, because the model makes its size a constant ({size}), for "
+        "example by int(), range() or a parameter of that size; leave it out of --dynamic, or compute with x.shape"
+    )
 
 
 def narrowed(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +207,13 @@ class Pixels(nn.Module):
 class Rows(nn.Module):
     """Reads an image row by row."""
 
-    def __init__(self, layer: type[nn.LSTM] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.rows, self.head = layer(8, 6, batch_first=True) if layer else None, nn.Linear(6 if layer else 8, 4)
+        self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.mean(1)
-        read = sum(rows[:, i] for i in range(rows.shape[1])) if self.rows is None else self.rows(rows)[0]
-        y: Tensor = self.head(read)
+        y: Tensor = self.head(sum(rows[:, i] for i in range(rows.shape[1])))
         return y
 
 
@@ -224,7 +222,6 @@ class Rows(nn.Module):
     [
         (Pixels, ["x:2,3"], ModelError, r"axis 2 of input 'x' .* needs \(x.shape\[3\]\*x.shape\[2\]\) == 64; leave"),
         (Pixels, ["x:3"], ModelError, "axis 3 of input 'x' cannot be free, because the model makes its size"),
-        (partial(Rows, nn.LSTM), ["x:2"], ModelError, r"recurrent layers .* are captured for one length \(8\)"),
         (Rows, ["x:2"], ModelError, r"its size a constant \(8\), for example by .* range\(\)"),
         (Flat, ["x:2"], ModelError, "makes its size a constant"),
         (Flat, ["y:2"], UnknownNameError, "'y'"),
