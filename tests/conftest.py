@@ -163,6 +163,8 @@ SLOW = re.compile(
             r"/test_limits\.py::test_the_target_with_vnni_limits_nothing",
             r"/test_(mixed|lapq)\.py::test_same_seed",
             r"/test_training\.py::test_memory_changes_where_activations_lie",
+            r"/test_choices\.py::test_suppression_by_hand_is_proved\[8",
+            r"/test_recurrences\.py::test_the_file_computes_any_length\[(?!tanh|lstm)",
             r"/test_random_networks\.py::test_a_random_network_is_exported\[(?!(7|31|34)\])",
             r"/test_integer_forms\.py::test_(every_node\w+\[(?!hard-swish|transposed)|methods_see)",
         )

@@ -115,3 +115,39 @@ def test_near_ties_may_be_ordered_otherwise(
     indices = {output.name: output for output in found.outputs}
     assert not indices["output_1"].identical  # equal scores came in another order
     assert not found.violations, indices
+
+
+class Suppressed(nn.Module):
+    """Greedy suppression of boxes, written with sort, masks and topk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.score, self.box = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.a(x))
+        scores, order = self.score(y).flatten(1).sigmoid().sort(descending=True)
+        place, size = self.box(y).flatten(2).mT.gather(1, order[..., None].expand(-1, -1, 4)).split(2, -1)
+        low, high = place - size.exp() / 2, place + size.exp() / 2
+        both = (
+            (torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None]))
+            .clamp(min=0)
+            .prod(-1)
+        )
+        area = (high - low).prod(-1)
+        overlap = both / (area[:, :, None] + area[:, None] - both)
+        hidden = (overlap > 0.5).float().triu(1).amax(1)  # by a better box
+        top, index = (scores * (1 - hidden)).topk(4)
+        return top, torch.cat([low, high], -1).gather(1, index[..., None].expand(-1, -1, 4))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_suppression_by_hand_is_proved(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    few = PlacementOptions(activation_bits=bits)
+    result = calibrate(fold(capture(randomize(Suppressed()).eval(), x)), [x], method="minmax", placement=few)
+    emit(result, tmp_path / "m.onnx")
+    found = validate(tmp_path / "m.onnx", reference=result, batches=[x])
+    found.raise_for_mismatch()
+    assert sum(node.reason == "chooses by floats" for node in found.optimized.nodes) == 2
