@@ -30,7 +30,7 @@ from exporter.reporting.headline import headline, tone, verdict_title
 from exporter.reporting.layer_table import layer_rows, linker, noisiest
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import measured
-from exporter.reporting.proofs import found_on
+from exporter.reporting.proofs import OPENVINO_DIFFERS, UNOPTIMIZED_DIFFERS, found_on
 from exporter.reporting.quantities import written
 from exporter.reporting.schema import Report, dump_json
 from exporter.reporting.speed import speed
@@ -255,14 +255,18 @@ def render_html(report: Report) -> str:
 def _levels(report: Report) -> list[dict[str, Any]]:
     """Return the optimization levels, the deployed one first, and OpenVINO where it was asked for."""
     parity = report.parity
+    off = "float arithmetic between dequantize and quantize"
     rows = [
-        ("Optimizations on", "integer kernels, as deployed", parity.optimized, True),
-        ("Optimizations off", "float arithmetic between dequantize and quantize", parity.unoptimized, False),
+        ("Optimizations on", "integer kernels, as deployed", "", parity.optimized, True),
+        ("Optimizations off", off, UNOPTIMIZED_DIFFERS, parity.unoptimized, False),
     ]
     if parity.openvino:
         note = "every kernel from its own inputs; differences of one step next to ties are allowed"
-        rows.append((f"OpenVINO {parity.openvino.version}", note, parity.openvino, True))
-    return [{"title": title, "note": note, "level": level, "gated": gated} for title, note, level, gated in rows]
+        rows.append((f"OpenVINO {parity.openvino.version}", note, OPENVINO_DIFFERS, parity.openvino, True))
+    return [
+        {"title": title, "note": note, "why": why if level.mismatched else "", "level": level, "gated": gated}
+        for title, note, why, level, gated in rows
+    ]
 
 
 def _time_shares(shares: TimeShares | None) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import junitparser
 
 from exporter.reporting.failures import failures, unplanned_kernels
 from exporter.reporting.number_format import differ, percent, significant
-from exporter.reporting.proofs import found_on
+from exporter.reporting.proofs import UNOPTIMIZED_DIFFERS, found_on
 from exporter.reporting.schema import Report
 from exporter.reporting.standing import remark
 from runtime_tests.parity.results import Level
@@ -81,7 +81,8 @@ def _parity(level: Level, *, gated: bool) -> Iterator[junitparser.TestCase]:
     """Yield one case per compared site and output and one for the kernels; they fail where the default gates do."""
     for node in level.nodes:
         message = f"{differ(node)} values differ, by at most {node.max_lsb} ({node.kernel})"
-        yield _case(node.site, failure="" if node.legal or not gated else message, note=message)
+        why = f"; {UNOPTIMIZED_DIFFERS}" if node.mismatched and not gated else ""
+        yield _case(node.site, failure="" if node.legal or not gated else message, note=f"{message}{why}")
     for output in level.outputs:
         message = f"the output differs by {significant(output.relative)} of its largest value"
         yield _case(f"output {output.name}", failure=message if gated and not output.legal else "")

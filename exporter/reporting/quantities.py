@@ -31,14 +31,15 @@ _UNITS: Final[Mapping[Quantity, Mapping[str, Decimal]]] = {
 }
 """The units of a limit, each in the unit of the report."""
 
-_WRITTEN: Final[Mapping[Quantity, tuple[float, str]]] = {
-    "number": (1, ""),
-    "share": (100, " %"),
-    "points": (100, " points"),
-    "ms": (1, " ms"),
-    "dB": (1, " dB"),
-}
 DIGITS: Final = 6
+_WRITTEN: Final[Mapping[Quantity, tuple[float, str, int]]] = {
+    "number": (1, "", DIGITS),
+    "share": (100, " %", DIGITS),
+    "points": (100, " points", 3),
+    "ms": (1, " ms", 4),
+    "dB": (1, " dB", 4),
+}
+"""Factor, unit and significant digits."""
 
 
 def units_of(quantity: Quantity) -> Mapping[str, Decimal]:
@@ -52,6 +53,6 @@ def written(value: float | None, quantity: Quantity) -> str:
         return "not measured"
     if quantity == "bytes":
         return size(value, DIGITS)
-    factor, unit = _WRITTEN[quantity]
+    factor, unit, digits = _WRITTEN[quantity]
     rounded = round(value * factor, 9) if math.isfinite(value) else value  # 0.07 * 100 is not 7
-    return f"{significant(rounded, DIGITS)}{unit.removesuffix('s') if rounded == 1 else unit}"
+    return f"{significant(rounded, digits)}{unit.removesuffix('s') if rounded == 1 else unit}"

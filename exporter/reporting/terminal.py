@@ -19,7 +19,7 @@ from exporter.reporting.gates import judges_accuracy
 from exporter.reporting.headline import tone, verdict_title
 from exporter.reporting.interface import Sizes
 from exporter.reporting.number_format import compared, percent, significant, size
-from exporter.reporting.proofs import proof_rows
+from exporter.reporting.proofs import OPENVINO_DIFFERS, proof_rows
 from exporter.reporting.schema import Report
 from exporter.reporting.sections import machine_of
 from exporter.reporting.speed import is_slower, latency_text
@@ -209,5 +209,7 @@ def _parity(level: Level) -> str:
 def _second(level: SecondLevel) -> str:
     differ, most = level.forced.mismatched, level.forced.max_lsb
     text = f"{differ:,} of {level.values:,} integers differ kernel by kernel{f', by {most} at most' if differ else ''}"
+    if differ:
+        text += f" ({OPENVINO_DIFFERS})"
     agreement = f"; as deployed it makes the decision of the reference for {_percent(level.agreement)} of the samples"
     return text if level.agreement is None else text + agreement

@@ -123,7 +123,7 @@ class Model:
             onnx.load_external_data_for_model(proto, str(Path(self.source).parent))
         if proto.ByteSize() > PROTOBUF_LIMIT:
             raise ModelError(
-                f"the model has {proto.ByteSize() / 2**30:.1f} GiB, but only a file of at most 2 GiB can be handed to "
+                f"the model has {proto.ByteSize() / 1e9:.1f} GB, but only a file of at most 2 GB can be handed to "
                 "another runtime."
             )
         return bytes(proto.SerializeToString() + self.further_outputs(probes))
@@ -201,7 +201,7 @@ def _create(
     in_memory = isinstance(model.source, onnx.ModelProto)
     if in_memory and model.proto.ByteSize() > PROTOBUF_LIMIT:
         raise ModelError(
-            f"the model in memory has {model.proto.ByteSize() / 2**30:.1f} GiB, but protobuf writes at most 2 GiB; "
+            f"the model in memory has {model.proto.ByteSize() / 1e9:.1f} GB, but protobuf writes at most 2 GB; "
             "save it with external data and pass the path."
         )
     content: str | bytes = str(model.source)

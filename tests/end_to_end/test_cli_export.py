@@ -240,6 +240,25 @@ def test_github_gets_a_summary_and_annotations(
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def test_an_accuracy_that_collapses_fails_unless_its_gate_is_removed_or_replaced(
+    intact: Callable[..., Result], files: Path, tmp_path: Path
+) -> None:
+    few = ["--weight-bits", "2", "--activation-bits", "2", "--set", "first_last_bits=none", "--method", "minmax"]
+    few += ["--eval", f"{files}/evaluation.npz", "--overwrite"]
+    result = intact(*few)
+    assert result.exit_code == 1, result.output
+    shown = result.stdout.splitlines()
+    assert shown[0].startswith("╭─ FAIL ─") and "accuracy_drop_lower<=0.01: it is " in shown[1]
+    assert "layers that add most of the noise: " in shown[2] and "--method qdrop" in shown[3]
+    report = report_of(tmp_path / "out")
+    assert [gate["name"] for gate in report["gates"] if not gate["passed"]] == ["accuracy_drop_lower"]
+    removed = intact(*few, "--no-accuracy-gate")
+    assert removed.exit_code == 0 and "PASS (exact; accuracy not gated)" in removed.stdout, removed.output
+    replaced = intact(*few, "--gate", "accuracy_drop<=100pp")
+    assert replaced.exit_code == 0 and "PASS (exact; accuracy measured on 48 samples only)" in replaced.stdout
+    assert intact("--overwrite").stdout.startswith("╭─ PASS (exact; accuracy not measured) ─")
+
+
 def test_a_failed_gate_writes_the_bundle_and_exits_1(intact: Callable[..., Result], tmp_path: Path) -> None:
     result = intact("--gate", "size_ratio<=0.001")
     assert result.exit_code == 1, result.output

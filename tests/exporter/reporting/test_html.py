@@ -512,6 +512,17 @@ def test_the_page_says_where_the_time_goes_and_what_helps() -> None:
     assert "An unknown share of multiply-accumulates" in text and "cannot be counted: Scan loop" in text
 
 
+def test_differences_that_are_no_faults_are_explained_where_they_are_shown() -> None:
+    report = sample_report(3)
+    words = "without optimizations onnxruntime computes in float32"
+    assert report["parity"]["unoptimized"]["mismatched"] and words in _Page(render_html(report)).text
+    report["parity"]["unoptimized"]["nodes"][1].update(mismatched=9)
+    noted = [each.text or "" for each in ET.fromstring(render_junit(report)).iter("system-out")]
+    assert any("9 of 401,408" in text and words in text for text in noted)
+    report["parity"]["unoptimized"]["mismatched"] = 0
+    assert words not in _Page(render_html(report)).text
+
+
 def test_what_grew_and_slowed_down_is_said_so() -> None:
     report = sample_report(3)
     report["size"] |= {"float_bytes": 1000, "bytes": 2500}
