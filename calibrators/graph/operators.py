@@ -50,7 +50,7 @@ class Operator:
                  so that it gives the same on codes.
     is_list:     the result is a list of tensors.
     homogeneous: f(a x) = a f(x) for a > 0, whatever its arguments.
-    on_integers: torch implements it for integers.
+    on_integers: torch implements it for integers (max_pool2d of uint8 not for images of 128 pixels with channels last).
     """
 
     kind: str = ""
@@ -87,7 +87,7 @@ OPERATORS: dict[str, Operator] = {
     **_rows("slice.Tensor flip.default", onnx="Slice", homogeneous=True),
     **_rows("clone.default contiguous.default", onnx="Identity", homogeneous=True),
     **_rows("max_pool1d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
-    **_rows("max_pool2d.default", onnx="MaxPool", homogeneous=True),
+    **_rows("max_pool2d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("max_pool3d.default", onnx="MaxPool", homogeneous=True, on_integers=False),
     **_rows("amax.default", onnx="ReduceMax", homogeneous=True),
     **_rows("amin.default", onnx="ReduceMin", homogeneous=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from calibrators.calibration import calibrate
 from calibrators.placement.place import PlacementOptions
@@ -29,6 +30,16 @@ def test_every_node_is_an_integer_kernel(name: str) -> None:
         outputs, expected = result.program(x)[0], model(x)
     noise, signal = (outputs - expected).square().mean(), expected.square().mean()
     assert 10 * torch.log10(signal / noise) > 30
+
+
+def test_a_max_pool_reads_codes_in_any_layout() -> None:
+    """torch pools no uint8 images of 128 pixels and more with channels last, which the moves before leave behind."""
+    torch.manual_seed(0)
+    first, up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, 2, output_padding=1, groups=2)
+    model = nn.Sequential(first, up, nn.Upsample(scale_factor=2), nn.MaxPool2d(2, 2, 1, ceil_mode=True))
+    x = torch.randn(4, 3, 8, 8)
+    result = calibrate(fold(capture(nn.Sequential(model, nn.Conv2d(4, 2, 1)).eval(), (x,))), [x], method="mse")
+    validate(stored(result), reference=result, batches=[x]).raise_for_mismatch()
 
 
 def test_a_hard_sigmoid_in_float_is_one_operator() -> None:
