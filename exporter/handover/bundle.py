@@ -300,6 +300,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "config": dict(config),
         "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
         "data": report.get("data", {}),
+        **{name: report.get("model", {}).get(name, []) for name in ("inputs", "outputs")},
         "sizes": report.get("sizes"),
         "holds": report.get("holds", []),
         "artifact_sha256": _digest(repeatable({"files": files})),

@@ -76,7 +76,7 @@ def _of_input(port: Port, ranges: dict[str, str]) -> str:
     if port.pixels is None:
         return ranges.get(port.name, "")
     layout = "channels last" if port.pixels.layout == "nhwc" else "channels first"
-    normalized = f"(byte / 255 - mean) / std with mean {_numbers(port.pixels.mean)} and std {_numbers(port.pixels.std)}"
+    normalized = f"{port.pixels.formula} with mean {_numbers(port.pixels.mean)} and std {_numbers(port.pixels.std)}"
     return f"bytes, 0 to 255, {layout}; the file itself computes {normalized} of them"
 
 
@@ -84,7 +84,7 @@ def _of_output(port: Port) -> str:
     """Return what the values of an output stand for."""
     if port.codes is None:
         return ""
-    return f"codes: value = (code - {port.codes.zero_point}) * {port.codes.scale:.9g}"
+    return f"codes: value = {port.codes.formula} with zero_point {port.codes.zero_point} and scale {port.codes.scale!r}"
 
 
 def _ranges(report: Report) -> Iterator[tuple[str, str]]:

@@ -91,7 +91,8 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
-            "preprocess it as in training: usually float32 in 0..1, normalized, channels first."
+            "preprocess it as in training: usually float32 in 0..1, normalized, channels first; or give --input uint8, "
+            "with --mean and --std, for a file that normalizes bytes itself."
         ) from error
 
 

@@ -37,10 +37,13 @@ __all__ = [
 INTERFACE_KEY = "intact.interface"
 """Metadata key of the description, in JSON."""
 
+OF_BYTES, OF_CODES = "(byte / 255 - mean) / std", "(code - zero_point) * scale"
+"""What bytes and codes stand for."""
+
 
 @dataclass(frozen=True)
 class Pixels:
-    """The meaning of bytes to an input: (byte / 255 - mean) / std, each step in float32.
+    """The meaning of bytes to an input, which the file itself computes, each step in float32.
 
     layout:    order of the axes, "nchw" or "nhwc".
     mean, std: one number, or one per channel.
@@ -49,14 +52,16 @@ class Pixels:
     layout: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    formula: str
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The meaning of the codes of an output: (code - zero_point) * scale."""
+    """The meaning of the codes of an output."""
 
     scale: float
     zero_point: int
+    formula: str
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,8 @@ def model_of(
 
     graph: as captured; model: the file; raws: inputs that are bytes; grids: scale and zero point of coded outputs.
     """
-    pixels = {name: Pixels(raw.layout, raw.mean, raw.std) for name, raw in raws.items()}
-    codes = {name: Codes(*grid) for name, grid in grids.items()}
+    pixels = {name: Pixels(raw.layout, raw.mean, raw.std, OF_BYTES) for name, raw in raws.items()}
+    codes = {name: Codes(*grid, OF_CODES) for name, grid in grids.items()}
 
     def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
         return tuple(

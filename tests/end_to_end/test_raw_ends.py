@@ -123,10 +123,14 @@ def test_outputs_that_are_codes_stand_for_floats(raw_ends: Path) -> None:
     report = json.loads((raw_ends / "report.json").read_text())
     found, exact = run(raw_ends, channels_last(pixels())), network()(normalized(pixels()))
     ports = {port["name"]: port for port in report["model"]["outputs"]}
+    page, manifest = (raw_ends / "README.md").read_text(), json.loads((raw_ends / "manifest.json").read_text())
+    assert manifest["outputs"] == report["model"]["outputs"] and manifest["inputs"] == report["model"]["inputs"]
     assert found["softmax"].dtype == np.float32 and "codes" not in ports["softmax"]
     for name in ("scores", "map"):
         assert found[name].dtype == np.uint8
         grid = ports[name]["codes"]
+        assert f"zero_point {grid['zero_point']} and scale {grid['scale']!r}" in page
+        assert grid["formula"] == "(code - zero_point) * scale"
         values = (found[name].astype(np.float32) - grid["zero_point"]) * np.float32(grid["scale"])
         error = np.abs(values - exact[name].detach().numpy()).max()
         assert error < 8 * grid["scale"]  # of a network with random weights at 8 bits: a few steps
