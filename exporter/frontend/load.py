@@ -32,6 +32,9 @@ __all__ = ["load_model", "read_states"]
 
 Model = nn.Module | torch.export.ExportedProgram
 
+GUESSED = 100
+"""Unknown names of a checkpoint for which a known one is guessed."""
+
 NUMPY_SUFFIXES = (".npz", ".npy")
 
 
@@ -194,7 +197,7 @@ def _mismatch(path: Path, missing: list[str], unexpected: list[str], total: int)
         parts.append(f"{len(missing)} of the model's {total} tensors are missing ({listed(missing)})")
     if unexpected:
         parts.append(f"{len(unexpected)} are unknown to the model ({listed(unexpected)})")
-    guesses = ((name, get_close_matches(name, missing, n=1, cutoff=0.5)) for name in unexpected)
+    guesses = ((name, get_close_matches(name, missing, n=1, cutoff=0.5)) for name in unexpected[:GUESSED])
     guess = next((f" Did you mean {near[0]!r} instead of {name!r}?" for name, near in guesses if near), "")
     return f"{path} does not fit the model: {' and '.join(parts)}.{guess} Does the factory build the same variant?"
 

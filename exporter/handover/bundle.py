@@ -37,7 +37,7 @@ from exporter.reporting.schema import Report, dump, dump_json, read_json
 from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput
 
-__all__ = ["Arrays", "Files", "check_out", "read_golden", "verify_manifest", "write_bundle"]
+__all__ = ["Arrays", "Files", "check_out", "check_plain", "read_golden", "verify_manifest", "write_bundle"]
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 # A function that writes the model into a folder, or name -> content or file to copy.
@@ -391,6 +391,15 @@ def _inside(folder: Path, name: str) -> Path:
             f"the file name {name!r} leads out of the bundle {folder}, or is no plain name; do not use this bundle."
         )
     return folder / pure
+
+
+def check_plain(bundle: Path) -> None:
+    """Check that a folder holds plain files and folders alone; nothing is opened.
+
+    raises: InputError.
+    """
+    for _ in _walk(bundle):
+        pass
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from calibrators.errors import InputError, first_line, no_file
-from exporter.handover.bundle import verify_manifest
+from exporter.handover.bundle import check_plain, verify_manifest
 
 __all__ = ["check_signature", "sign"]
 
@@ -45,6 +45,7 @@ def check_signature(bundle: Path, key: Path, signature: Path) -> None:
     for kind, path in (("public key", key), ("signature", signature)):
         if not path.is_file():
             raise InputError(f"{kind} {no_file(path)}")
+    check_plain(bundle)  # the library would wait for a pipe
     try:
         library.verifying.Config().use_elliptic_key_verifier(public_key=key).verify(bundle, signature)
     except Exception as error:  # the library raises exceptions of many packages
