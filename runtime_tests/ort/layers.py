@@ -61,6 +61,7 @@ def compute_nodes(
     layers = {str(node.name): node for node in model.graph_model.graph}
     own = {node: layers.get(where(node)) or layers.get(MARKS.sub("", where(node))) for node in counts}
     executed = {node for node in own.values() if node is not None}
+    stored = _from_initializers(model.graph_model.graph)
     return tuple(
         ComputeNode(
             name=where(node),
@@ -69,7 +70,7 @@ def compute_nodes(
             layer=str(layer.name) if layer is not None else "",
             integer=node in integer,
             macs=counts[node],
-            bytes=sum(_stored(layer).values()) if layer is not None else 0,
+            bytes=_bytes(layer, stored) if layer is not None else 0,
             reads=_reads(layer) if layer is not None else (),
             writes=_writes(layer, executed) if layer is not None else None,
         )
@@ -77,25 +78,25 @@ def compute_nodes(
     )
 
 
-def _stored(layer: ir.Node) -> dict[str, int]:
-    """Return the bytes of the initializers from which alone operands of a node are computed, by name."""
-    found: dict[str, int] = {}
-    for value in layer.inputs:
-        found |= _initializers(value) or {}
+def _from_initializers(graph: ir.Graph) -> dict[ir.Value, dict[str, int]]:
+    """Return the values that depend on no input, each with the bytes of the initializers it is computed from, by name.
+
+    One pass over the nodes, which stand in order: there are too many paths through residual blocks to follow each.
+    """
+    tensors = ((value, value.const_value) for value in graph.initializers.values())
+    found = {value: {str(value.name): tensor.nbytes} for value, tensor in tensors if tensor is not None}
+    for node in graph:
+        sources = [value for value in node.inputs if value is not None]
+        if all(value in found for value in sources):
+            merged = {name: size for value in sources for name, size in found[value].items()}
+            found |= dict.fromkeys(node.outputs, merged)
     return found
 
 
-def _initializers(value: ir.Value | None) -> dict[str, int] | None:
-    """Return the bytes of the initializers that a value is computed from, None if it depends on an input."""
-    if value is None:
-        return {}
-    if value.const_value is not None:
-        return {str(value.name): value.const_value.nbytes}
-    producer = value.producer()
-    parts = [_initializers(each) for each in producer.inputs] if producer is not None else [None]
-    if None in parts:
-        return None
-    return {name: size for part in parts if part is not None for name, size in part.items()}
+def _bytes(layer: ir.Node, stored: Mapping[ir.Value, Mapping[str, int]]) -> int:
+    """Return the bytes of the initializers from which alone operands of a node are computed, each counted once."""
+    operands = (stored.get(value, {}) for value in layer.inputs if value is not None)
+    return sum({name: size for each in operands for name, size in each.items()}.values())
 
 
 def _reads(layer: ir.Node) -> tuple[str, ...]:

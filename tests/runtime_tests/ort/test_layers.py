@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -49,3 +51,12 @@ def test_the_profiler_calls_nodes_by_the_same_names() -> None:
     assert shares is not None and {node.name for node in found.nodes} <= {*shares.nodes}
     assert any(shares.nodes[node.name] > 0 for node in found.nodes)
     assert all(0.0 <= share <= 1.0 for share in shares.nodes.values())
+
+
+def test_many_paths_through_a_network_take_no_time() -> None:
+    values = [f"x{index}" for index in range(60)]
+    nodes = [onnx.helper.make_node("Mul", [x, x], [y], name=y) for x, y in itertools.pairwise(values)]
+    ends = [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, [1]) for x in (values[0], values[-1])]
+    graph = onnx.helper.make_graph(nodes, "paths", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    assert [node.bytes for node in coverage(model).nodes] == [0] * len(nodes)
