@@ -39,15 +39,18 @@ def stored_constants(model: Source, program: fx.GraphModule) -> dict[str, Agreem
     A step is one code, seen from the zero point; where zero point or scale differ, each code differs by one at least.
     """
     stored = {
-        str(node.inputs[0].name): operand(node.outputs[0])
+        str(name): operand(node.outputs[0])
         for node in Model.of(model).graph_model.graph
         if node.op_type == DEQUANTIZE and node.inputs[0] is not None
+        for name in (node.inputs[0].name, node.outputs[0].name)
     }
     nodes = [node for node in program.graph.nodes if node.target is DEQUANTIZE_NODE and is_constant(node.args[0])]
-    return {
-        str(bind(node)["site"]): _agreement(program, node, stored.get(f"{bind(node)['site']}_quantized"))
-        for node in nodes
-    }
+    found = {}
+    for node in nodes:
+        site = str(bind(node)["site"])
+        codes, values = (stored.get(f"{site}_{what}") for what in ("quantized", "dequantized"))
+        found[site] = _agreement(program, node, codes or values)  # codes of zeros may be merged with a zero point
+    return found
 
 
 def _agreement(program: fx.GraphModule, node: fx.Node, stored: Operand | None) -> Agreement | None:

@@ -10,12 +10,16 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
+from calibrators.calibration import calibrate
 from calibrators.errors import DataError, UnknownNameError
 from calibrators.graph.operators import MOVES, facts
 from calibrators.program.freeze import CalibrationResult
-from runtime_tests.parity.compare import _OutputTally
+from exporter import capture, fold
+from runtime_tests.ort.sessions import Model
+from runtime_tests.ort.simplifier import simplify
+from runtime_tests.parity.compare import _OutputTally, weight_agreements
 from runtime_tests.parity.results import (
     FLOAT_CHANCE,
     Agreement,
@@ -30,6 +34,7 @@ from runtime_tests.reference.execute import FLOAT, plan
 from runtime_tests.reference.kernel_plan import COUNTED
 from tests.runtime_tests.reference.programs import NETWORKS, Program, emitted, file_of, network
 from tests.support.onnx_models import optimized_model
+from tests.support.stored import stored
 
 FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "MatMul"}
 
@@ -365,3 +370,19 @@ def test_an_output_of_cancelled_terms_is_judged_by_the_terms(difference: float, 
     tally.add(ours, ours, ours + difference, lambda: 1.0)
     assert tally.relative == pytest.approx(difference, rel=1e-2)
     assert OutputParity.of("y", exact=False, **asdict(tally)).legal == legal
+
+
+def test_a_bias_of_zeros_is_found_where_the_simplifier_merged_it_with_a_zero_point() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1, bias=False), nn.GELU(), nn.Conv2d(8, 8, 1)
+    )
+    result = calibrate(fold(capture(network.eval(), x)), [x], method="minmax")
+    simpler, report = simplify(stored(result), {"input": x.numpy()})
+    assert report.applied and "2.bias_quantized" not in {value.name for value in simpler.graph.initializer}
+    validate(simpler, reference=result, batches=[x]).raise_for_mismatch()
+    assert weight_agreements(Model(simpler), result.program) == {}
+    [scale] = [value for value in simpler.graph.initializer if value.name == "2.bias_scale"]
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 2, "2.bias_scale"))
+    assert weight_agreements(Model(simpler), result.program)["2.bias"].mismatched == 8
