@@ -87,7 +87,7 @@ def _accuracy_rows(report: Report) -> Rows:
         yield escape(metric.name), f"{values}, {counted(metric.samples, 'sample')}"
     for gate in report.gates:
         if gate.passed and judges_accuracy(gate):
-            yield "accuracy gate", f"{gate.expression}: {found_by(gate, report)}"
+            yield "accuracy gate", f"{gate.name} {found_by(gate, report).removeprefix('it ')}"
 
 
 def _proof(report: Report) -> Rows:
