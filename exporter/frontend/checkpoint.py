@@ -56,8 +56,9 @@ def fitting_state(found: list[State], expected: Mapping[str, Any]) -> tuple[Stat
     """
     tried = [part for state in found for part in (state, *_without_prefixes(state))]
     scores = [_fit(part, expected) for part in tried]
-    best = tried[scores.index(max(scores))]
-    equals = [part for part, score in zip(tried, scores, strict=True) if score == max(scores) and part is not best]
+    highest = max(scores)
+    best = tried[scores.index(highest)]
+    equals = [part for part, score in zip(tried, scores, strict=True) if score == highest and part is not best]
     return best, [part for part in equals if not _same(part, best, expected)]
 
 

@@ -66,9 +66,10 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(60)
+        self._process.stdout.close()
 
     def run(self, arguments: Sequence[str], folder: Path, *, memory: int, seconds: float) -> Outcome:
         """Run `intact *arguments` in `folder`; end it when it takes more memory, or more time by the clock."""
