@@ -48,8 +48,8 @@ def stored_constants(model: Source, program: fx.GraphModule) -> dict[str, Agreem
     found = {}
     for node in nodes:
         site = str(bind(node)["site"])
-        codes, values = (stored.get(f"{site}_{what}") for what in ("quantized", "dequantized"))
-        found[site] = _agreement(program, node, codes or values)  # codes of zeros may be merged with a zero point
+        values, codes = (stored.get(f"{site}_{what}") for what in ("dequantized", "quantized"))
+        found[site] = _agreement(program, node, values or codes)  # the simplifier merges codes that are equal
     return found
 
 

@@ -386,3 +386,13 @@ def test_a_bias_of_zeros_is_found_where_the_simplifier_merged_it_with_a_zero_poi
     [scale] = [value for value in simpler.graph.initializer if value.name == "2.bias_scale"]
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 2, "2.bias_scale"))
     assert weight_agreements(Model(simpler), result.program)["2.bias"].mismatched == 8
+
+
+def test_layers_whose_codes_the_simplifier_merged_keep_their_own_scales() -> None:
+    torch.manual_seed(0)
+    first, second, x = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), torch.randn(8, 4, 6, 6)
+    second.weight.data.copy_(first.weight * 2)
+    result = calibrate(fold(capture(nn.Sequential(first, nn.GELU(), second).eval(), x)), [x], method="minmax")
+    simpler, report = simplify(stored(result), {"input": x.numpy()})
+    assert report.applied and sum(value.name.endswith("weight_quantized") for value in simpler.graph.initializer) == 1
+    assert weight_agreements(Model(simpler), result.program) == {}
