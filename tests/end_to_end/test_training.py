@@ -95,9 +95,9 @@ def test_the_report_tells_what_training_did(bundles: dict[str, Path]) -> None:
     assert report["reconstruction"]["spilled_bytes"] == 0
     assert {report["config"][name] for name in ("device", "cache_gib", "explain")} == {"cpu", 4.0, False}
     page = (bundles["roomy"] / "report.html").read_text()
-    assert "<h2>Reconstruction</h2>" in page
+    assert ">Reconstruction</h2>" in page
     assert all(unit["name"] in page for unit in units)
-    assert page.count('<svg class="figure"') == 2 + (len(units) > 1)
+    assert page.count('<svg class="figure"') == (len(units) > 1)
 
 
 def test_memory_changes_where_activations_lie_and_nothing_else(bundles: dict[str, Path]) -> None:
@@ -118,7 +118,7 @@ def test_a_search_keeps_the_promise_and_tells_what_it_found(files: Path, tmp_pat
     assert {"minmax", "percentile", "mse", "init"} < search["losses"].keys()
     assert 0 < search["evaluations"] <= 20 and search["seconds"] <= report["time_s"]["calibrate"]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>Search of scales</h2>" in page and all(site in page for site in search["multipliers"])
+    assert ">Search of scales</h2>" in page and all(site in page for site in search["multipliers"])
     assert "landscape" not in search and "Curvature of the loss" not in page
 
 
@@ -135,7 +135,7 @@ def test_a_budget_gives_layers_their_own_bits_and_the_proof_holds(files: Path, t
     assert len(set(bits.values())) > 1
     assert {rule["match"] for rule in report["rules"]} == {"budget"}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>Mixed precision</h2>" in page and "<h2>Sensitivity</h2>" in page
+    assert ">Mixed precision</h2>" in page and ">Sensitivity</h2>" in page
 
 
 def test_sensitivity_alone_changes_nothing_in_the_model(files: Path, tmp_path: Path) -> None:

@@ -297,9 +297,10 @@ def test_a_file_without_the_weight_belongs_to_another_program() -> None:
     result, x = pair(4, "block-32")
     model = stored(result)
     for node in model.graph.node:
-        node.input[:] = [name.replace("first.weight_quantized", "other") for name in node.input]
+        node.input[:] = [name.replace("first.weight", "other") for name in node.input]
+        node.output[:] = [name.replace("first.weight", "other") for name in node.output]
     for tensor in model.graph.initializer:
-        tensor.name = tensor.name.replace("first.weight_quantized", "other")
+        tensor.name = tensor.name.replace("first.weight", "other")
     with pytest.raises(ParityError, match="belongs to another program"):
         compared(model, result, x).raise_for_mismatch()
 
