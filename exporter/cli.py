@@ -253,6 +253,9 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
             raise InputError("--signature and --public-key belong together; give both.")
         if signature is not None and public_key is not None:
             check_signature(folder, public_key, signature)
+            Console(stderr=True).print(
+                f"{signature} is a valid signature by {public_key}.", markup=False, soft_wrap=True
+            )
         with limited_memory(folder, memory):
             report = prove(folder, console_progress(quiet=quiet), on or ())
         _finish(report, folder, Shown(as_json, summary, page="export report"))

@@ -141,6 +141,8 @@ def export(
             this = Export(str(out), so_far, work.scores, sha256_of(work.folder / "model.onnx"))
             report = replace(report, baseline=compare(baseline, this))
         judged = judge(report, gates, accuracy_gate=config.accuracy_gate)
+        if (found := judged.baseline) is not None:
+            judged = replace(judged, baseline=replace(found, verdicts=(found.verdicts[0], judged.verdict)))
         report = replace(judged, provenance=provenance(checkpoint, checkpoint_key))
         write_bundle(
             out,

@@ -80,7 +80,7 @@ def _default(setting: Setting) -> str:
     """Return what to write for a setting: its default, or the form of its values where it has none."""
     field = (Job if setting.name in Job.model_fields else ExportConfig).model_fields[setting.name]
     if field.default is None:
-        return _value(setting.metavar) if setting.type is str else setting.metavar
+        return _value(setting.metavar)
     return _value(field.default)
 
 

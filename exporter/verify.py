@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import helper
 from torch import fx
 
 from calibrators.allocator import keep_freed_memory
@@ -137,6 +138,12 @@ def _golden(folder: Path, model: Model, program: fx.GraphModule) -> list[tuple[d
                     "copy of the bundle."
                 )
             program.meta[f"{kind}_names"] = names
+            for array, value in zip(arrays.values(), values, strict=True):
+                if array.dtype != helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type):
+                    raise InputError(
+                        f"the golden {kind} {value.name!r} of {folder} is {array.dtype}, which its model does not "
+                        f"{'take' if kind == 'input' else 'give'}; get a fresh copy of the bundle."
+                    )
         for (name, array), example, axes in zip(inputs.items(), program.meta["example"], free, strict=True):
             sizes = zip(array.shape, example.shape, strict=False)
             same = all(a == b for axis, (a, b) in enumerate(sizes) if axis and axis not in axes)

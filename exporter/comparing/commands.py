@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from calibrators.errors import InputError
 from exporter.console import check_folder_of, print_json, print_table, reported_errors
 from exporter.flags import Debug, Json, option
 
@@ -52,12 +53,18 @@ def compare(  # noqa: PLR0913 (a command's arguments are its flags)
         from exporter.comparing.compare import compare as differences
         from exporter.comparing.compare import read_export
         from exporter.comparing.pages import html_page, markdown_page
-        from exporter.reporting.gates import check_measurable, evaluate, parse
+        from exporter.reporting.gates import check_measurable, evaluate, needs_baseline, parse
 
         for path in (markdown, html):
             if path is not None:
                 check_folder_of(path)
         gates = [parse(expression) for expression in gate or ()]
+        for each in gates:
+            if not needs_baseline(each):
+                raise InputError(
+                    f"gate {each.expression!r} is not on a difference; the gates of a comparison begin with baseline_, "
+                    "for example baseline_size<=1.05."
+                )
         found = differences(read_export(old), read_export(new))
         labelled = found.drop is not None
         check_measurable(gates, has_eval=found.error is not None or labelled, has_labels=labelled, has_baseline=True)

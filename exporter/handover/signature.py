@@ -32,8 +32,9 @@ def sign(bundle: Path, key: Path, signature: Path) -> None:
         raise InputError(f"key {no_file(key)}")
     try:
         library.signing.Config().use_elliptic_key_signer(private_key=key).sign(bundle, signature)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"cannot sign with {key}: {first_line(error)}; give an elliptic-curve key in PEM.") from error
+    except Exception as error:  # the library raises exceptions of many packages
+        reason = first_line(error).rstrip(".")
+        raise InputError(f"cannot sign with {key}: {reason}; give a private elliptic-curve key in PEM.") from error
 
 
 def check_signature(bundle: Path, key: Path, signature: Path) -> None:
@@ -49,8 +50,10 @@ def check_signature(bundle: Path, key: Path, signature: Path) -> None:
     try:
         library.verifying.Config().use_elliptic_key_verifier(public_key=key).verify(bundle, signature)
     except Exception as error:  # the library raises exceptions of many packages
+        if "public key?" in str(error):
+            raise InputError(f"{key} is not a public key in PEM; give the signer's public key.") from error
         raise InputError(
-            f"{signature} is not a valid signature of {bundle} by {key}: {first_line(error)}. Do not use this bundle."
+            f"{signature} is not a valid signature of {bundle} by {key}. Do not use this bundle."
         ) from error
 
 

@@ -35,10 +35,16 @@ def cautions(report: Report) -> Iterator[str]:
         yield f"lint, {rule}: {first.message} (at {first.where}{more})"
 
 
+NOTABLE = 0.01
+"""Share of the time below which quantizers explain nothing."""
+
+
 def _slowest(report: Report) -> str:
     """Name what takes most of the time that is not spent in integer kernels."""
     shares = report.time_shares
     if shares is None:
+        return ""
+    if not shares.slowest and shares.quantizers < NOTABLE:
         return ""
     if not shares.slowest or shares.slowest[0].share < shares.quantizers:
         return f": quantizers take {percent(shares.quantizers, 0)} of its time"

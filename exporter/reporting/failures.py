@@ -135,10 +135,15 @@ def _lint(report: Report, _: GateResult) -> Cause:
     return _listed("findings", texts), ()
 
 
+FEW = 4
+"""Bits that are advised where a file is too large."""
+
+
 def _size(report: Report, gate: GateResult) -> Cause:
     largest = sorted(report.layers or (), key=lambda layer: -(layer.values or 0))[:NAMED]
     causes = [f"{layer.module or layer.site} ({count(layer.values)} of {layer.bits} bits)" for layer in largest]
-    advice = [f"fewer bits for the layers named: {_layer_flags(largest, 'weight_bits=4')}"] if largest else []
+    wide = [layer for layer in largest if layer.bits > FEW]
+    advice = [f"fewer bits for layers named: {_layer_flags(wide, f'weight_bits={FEW}')}"] if wide else []
     weights = sum(size for kind, size in report.size.by_type.items() if "INT" in kind and kind not in INDICES)
     if gate.name == "size" and (room := gate.limit - report.size.bytes + weights) > 0:
         advice.append(f"bits chosen per layer: --budget 'weight_bytes<={room / 1000:.4g}k'")

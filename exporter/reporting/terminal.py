@@ -87,7 +87,9 @@ def _accuracy_rows(report: Report) -> Rows:
         yield escape(metric.name), f"{values}, {counted(metric.samples, 'sample')}"
     for gate in report.gates:
         if gate.passed and judges_accuracy(gate):
-            yield "accuracy gate", f"{gate.name} {found_by(gate, report).removeprefix('it ')}"
+            what = "lower end of its 95 % interval" if gate.name == "accuracy_drop_lower" else gate.name
+            found = found_by(gate, report).removeprefix("it ")
+            yield "accuracy gate", f"drop: {what} {found}" if what != gate.name else f"{what} {found}"
 
 
 def _proof(report: Report) -> Rows:

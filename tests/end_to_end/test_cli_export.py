@@ -206,7 +206,7 @@ def test_an_export_is_compared_with_an_earlier_one(
     report = json.loads(result.stdout)
     assert report == report_of(tmp_path / "out")
     baseline, old = report["baseline"], report_of(earlier)
-    assert baseline["before"] == str(earlier) and baseline["verdicts"] == ["pass", "pass"]
+    assert baseline["before"] == str(earlier) and baseline["verdicts"] == ["pass", "fail"]
     assert {"name": "method", "before": "gptq", "after": "minmax"} in baseline["settings"]
     assert baseline["error"]["value"] == pytest.approx(
         report["accuracy"]["mean_kl"] / old["accuracy"]["mean_kl"], rel=1e-4

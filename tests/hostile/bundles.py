@@ -290,18 +290,6 @@ hostile_each(
 )
 
 
-@hostile("golden", "sets of other sizes", codes=VERIFIED)
-def _sets(folder: Path, base: Base) -> list[str]:
-    bundle = base.bundle(folder)
-    for number in range(1, 4):
-        (bundle / f"golden/test_data_set_{number}").mkdir()
-        for kind in ("input", "output"):
-            source = bundle / f"golden/test_data_set_0/{kind}_0.pb"
-            (bundle / f"golden/test_data_set_{number}/{kind}_0.pb").write_bytes(source.read_bytes())
-    reseal(bundle)
-    return VERIFY
-
-
 @hostile("golden", "outputs that are missing", codes=VERIFIED)
 def _no_outputs(folder: Path, base: Base) -> list[str]:
     bundle = base.bundle(folder)

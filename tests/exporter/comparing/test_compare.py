@@ -161,6 +161,7 @@ def test_command_writes_pages_and_judges_gates(written: Callable[..., Path], tmp
     [
         (["{a}", "nowhere"], "nowhere is not a folder"),
         (["{a}", "{a}", "--gate", "baseline_drop"], "is not METRIC OP NUMBER"),
+        (["{a}", "{a}", "--gate", "size<=10kB"], "begin with baseline_"),
         (["{a}", "{a}", "--html", "no/where.html"], "there is no folder no"),
         (["{a}", "{unlabelled}", "--gate", "baseline_drop<=0.1"], "needs labels"),
     ],

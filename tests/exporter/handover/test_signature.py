@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from typer.testing import CliRunner
 
 from calibrators.errors import InputError
@@ -65,6 +65,12 @@ def test_bad_input_is_refused(bundle: Path, tmp_path: Path) -> None:
         sign(bundle, private, bundle / "net.sig")
     with pytest.raises(InputError, match="elliptic-curve key"):
         sign(bundle, public, tmp_path / "net.sig")
+    pem = rsa.generate_private_key(65537, 2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "rsa.pem").write_bytes(pem)
+    with pytest.raises(InputError, match="elliptic-curve key"):
+        sign(bundle, tmp_path / "rsa.pem", tmp_path / "net.sig")
     with pytest.raises(InputError, match="does not exist"):
         sign(bundle, tmp_path / "none.pem", tmp_path / "net.sig")
     result = CliRunner().invoke(app, ["verify", str(bundle), "--signature", "x.sig"])
