@@ -263,7 +263,7 @@ class _Export:
         if (first := next(iter(batches), None)) is not None:
             self.warnings += calibration_warnings(graph, first, batches.data.label)
         if golden is not None:
-            check_evaluation(graph, batches.data, golden.data)
+            check_evaluation(graph, batches.data, golden.data, "--golden")
         if held_out is not None:
             check_evaluation(graph, batches.data, held_out.data)
             pair = (data.example().inputs for data in (batches.data, held_out.data))

@@ -97,7 +97,7 @@ def _origin(bundle: Path, report: Report) -> tuple[Job, Provenance]:
 
 def _settings(report: Report) -> ExportConfig:
     """Return the settings, without what only judges and measures."""
-    usual = {name: ExportConfig.model_fields[name].default for name in NO_EFFECT}
+    usual = {name: ExportConfig.model_fields[name].default for name in NO_EFFECT - {"golden"}}  # which decides files
     return make_config((report.config or {}) | usual | {"latency_runs": 0, "accuracy_gate": False})
 
 

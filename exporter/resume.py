@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,15 @@ class Unfinished:
             return None  # it is trained again
 
     def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a unit; a run that is killed meanwhile leaves no half of it."""
+        """Write a unit; a run that is killed meanwhile leaves no half of it.
+
+        Where it cannot be written (a full disk, a folder that another export removed) training goes on without it.
+        """
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(".partial")
-        safetensors.torch.save_file(dict(tensors), partial, metadata={"record": json.dumps(record)})
-        partial.replace(path)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with suppress(OSError, safetensors.SafetensorError):
+            safetensors.torch.save_file(dict(tensors), partial, metadata={"record": json.dumps(record)})
+            partial.replace(path)
 
     def remove(self) -> None:
         """Remove what was kept, after the export has succeeded."""

@@ -119,19 +119,24 @@ def class_names(file: str | None, sources: Iterable[Data], graph: fx.GraphModule
     return names
 
 
-def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data) -> None:
-    """Refuse evaluation data that the model cannot take, judged by its first batch.
+def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data, flag: str = "--eval") -> None:
+    """Refuse evaluation data that the model cannot take, judged by its first batch; flag: by which it was given.
 
     raises: DataError if inputs have another form than in calibration, or labels name classes that do not exist.
     """
     ours, theirs = calibration.example(), evaluation.example()
+    if len(ours.inputs) != len(theirs.inputs):
+        raise DataError(
+            f"{flag} has {counted(len(theirs.inputs), 'input')} and --data {len(ours.inputs)}; give all that the model "
+            f"takes: {', '.join(graph.meta['input_names'])}."
+        )
     for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
         free = graph.meta["free_axes"].get(name, {})
         sizes = [(a, b) for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=False)) if axis and axis not in free]
         if x.dtype != y.dtype or x.ndim != y.ndim or any(a != b for a, b in sizes):
             forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
             raise DataError(
-                f"input {name!r} is {forms[0]} in --data and {forms[1]} in --eval; give both the same shape and type."
+                f"input {name!r} is {forms[0]} in --data and {forms[1]} in {flag}; give both the same shape and type."
             )
     if theirs.labels is None:
         return

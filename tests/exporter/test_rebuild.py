@@ -35,6 +35,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     safetensors.torch.save_file(model.state_dict(), tmp_path / "net.safetensors")
     command = ["export", "net.py:build", "--checkpoint", "net.safetensors", "--data", "net.py:data", "--out", "out"]
     command += ["--method", "minmax", "--layer", "0: weight_bits=6", "--set", "latency_runs=0", "--quiet"]
+    command += ["--golden", "synthetic"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return tmp_path / "out"

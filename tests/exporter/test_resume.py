@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,9 @@ def test_damaged_units_are_trained_again_and_old_exports_make_room(
     kept.save("unit", {"x": torch.arange(3)}, {"name": "unit"})
     found = kept.load("unit")
     assert found is not None and torch.equal(found[0]["x"], torch.arange(3)) and found[1] == {"name": "unit"}
+    shutil.rmtree(kept.folder)
+    kept.save("unit", {"x": torch.arange(3)}, {})  # another export removed the folder: training goes on
+    kept.folder.mkdir()
     (kept.folder / "unit.safetensors").write_bytes(b"\x08")
     assert kept.load("unit") is None and kept.load("absent") is None
     os.utime(kept.folder, (0, 0))

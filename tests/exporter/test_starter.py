@@ -51,6 +51,17 @@ def test_every_setting_is_there_and_its_default_can_be_uncommented() -> None:
             assert (tuple(value) if isinstance(value, list) else value) == field.default
 
 
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.toml"
+    init = ["init", "net.py:build", "--file", str(path), "--overwrite"]
+    unknown = CliRunner().invoke(app, [*init, "--method", "mse", "--set", "gate=1"])
+    assert unknown.exit_code == 2 and "gate" in unknown.stderr
+    bytes_only = CliRunner().invoke(app, [*init, "--data", "\udcff"])
+    assert bytes_only.exit_code == 2 and not path.exists()
+    assert CliRunner().invoke(app, [*init, "--data", "x\x7fy"]).exit_code == 0
+    assert load_job(path)[0].data == "x\x7fy"
+
+
 def test_schema_describes_the_file() -> None:
     schema = config_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
