@@ -22,7 +22,7 @@ LARGEST_FILE = 1 << 20
 
 
 class Job(Settings):
-    """What an export reads and where it writes: keys of the TOML file and flags beside the settings."""
+    """The sources of an export and its folder: keys of the TOML file and flags beside the settings."""
 
     model: str | None = setting(
         None, "`file.py:factory`, `file.py:factory(width=0.5)`, or `.pt2`.", panel="", flag=None, metavar="MODEL"

@@ -31,7 +31,7 @@ MODEL = "model.onnx"
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """What is compared of an export; sha256: of its model file."""
+    """The parts of an export that are compared; sha256: of its model file."""
 
     name: str
     report: Report

@@ -23,7 +23,7 @@ __all__ = ["fixed_axis", "narrowed"]
 FIXED_AXIS = re.compile(
     r"marked L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but .* specialized it to be a constant \((\d+)\)"
 )
-"""What torch.export says of a free axis that is not free: input, axis, size."""
+"""The words of torch.export for a free axis that is not free: input, axis, size."""
 
 SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 """A size in the conditions under which torch.export's program holds; here it is called `input__axis`."""

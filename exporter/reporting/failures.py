@@ -197,4 +197,4 @@ _CAUSES: Final[dict[str, Callable[[Report, GateResult], Cause]]] = {
     **dict.fromkeys(("latency", "latency_ratio", "integer_time"), _time),
     **dict.fromkeys(("integer_macs", "integer_nodes", "integer_node_share"), _in_float),
 }
-"""What causes a failure and what helps, by metric."""
+"""Functions that return the causes of a failure and the advice, by metric."""

@@ -38,7 +38,7 @@ INTERFACE_KEY = "intact.interface"
 """Metadata key of the description, in JSON."""
 
 OF_BYTES, OF_CODES = "(byte / 255 - mean) / std", "(code - zero_point) * scale"
-"""What bytes and codes stand for."""
+"""The meaning of bytes and codes, as formulas."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ HTML = '<pre style="line-height: 1.25; white-space: pre; overflow-x: auto">{code
 
 
 class Outcome(dict[str, Any]):
-    """What report.json holds, with the folder of the bundle; equal to a dict of the same content.
+    """The content of report.json with the folder of the bundle; equal to a dict of the same content.
 
     Its text is the verdict box, its HTML the same in colour.
     """

@@ -1,4 +1,4 @@
-"""What a passed verdict says about accuracy: "exact" alone is no claim that the model is still good.
+"""The meaning of a passed verdict for accuracy: "exact" alone is no claim that the model is still good.
 
 Must not know: gates, pages, how accuracy is measured.
 """

@@ -79,7 +79,7 @@ TAILS: Sequence[Callable[[Tensor], Any]] = (
     lambda x: torch.cat([x, x], 1).exp().clamp(max=8),
     lambda x: F.relu(x).sum(-1) / x.shape[-1],
 )
-"""What further outputs are made of a value."""
+"""Further outputs that are made of a value."""
 
 
 JOINS: Sequence[Callable[[Tensor, Tensor], Tensor]] = (
@@ -94,7 +94,7 @@ JOINS: Sequence[Callable[[Tensor, Tensor], Tensor]] = (
     lambda x, y: torch.where(y > 0, x, y),
     lambda x, y: torch.stack([x, y]).mean(0),
 )
-"""What joins a value with an earlier one of its shape."""
+"""Operators that join a value with an earlier one of its shape."""
 
 
 class RandomNetwork(nn.Module):
