@@ -52,8 +52,8 @@ def limited_memory(path: Path, gib: float | None = None) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in REFUSED):
             raise
         raise InputError(
-            f"{path} takes more than {allowed / 2**30:.2g} GiB of memory, much more than its files have; if you trust "
-            "whoever made it, allow more with --memory GIB."
+            f"{path} takes more than {allowed / 2**30:.2g} GiB of memory, the limit for files of this size. Large "
+            "networks may need more: allow it with --memory GIB, if you know who made the file."
         ) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
