@@ -38,7 +38,7 @@ from exporter.frontend.capture import capture
 from exporter.frontend.declared import other_size
 from exporter.frontend.load import load_model
 from exporter.frontend.reference import export_program, save_reference
-from exporter.handover.bundle import check_out, sha256_of, write_bundle
+from exporter.handover.bundle import check_out, write_bundle
 from exporter.handover.golden_set import CHECK, write_golden_set
 from exporter.handover.scores import SCORES, write_scores
 from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, class_names, cut, feed
@@ -53,7 +53,7 @@ from exporter.reporting.gates import needs_baseline
 from exporter.reporting.interface import INTERFACE_KEY, images_of, metadata_of, model_of, sizes_of
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.outcome import Outcome
-from exporter.reporting.provenance import provenance
+from exporter.reporting.provenance import provenance, sha256_of
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, storage_of
 from exporter.resume import kept_units

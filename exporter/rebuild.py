@@ -5,7 +5,6 @@ Must not know: how anything is exported, the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import torch
 
 from calibrators.errors import InputError, no_file
 from calibrators.temporary import TemporaryFolder
+from exporter.comparing.compare import value_changes
 from exporter.config import NO_EFFECT, ExportConfig, make_config
-from exporter.handover.bundle import repeatable, sha256_of, verify_manifest
+from exporter.handover.bundle import repeatable, verify_manifest
 from exporter.job import Job
 from exporter.progress import Progress
-from exporter.reporting.provenance import Provenance, packages
+from exporter.reporting.provenance import Provenance, packages, sha256_of
 from exporter.reporting.schema import Report, read_report
 
 __all__ = ["Rebuilt", "rebuild"]
@@ -60,10 +60,11 @@ def rebuild(bundle: Path, out: Path | None = None, progress: Progress | None = N
             torch.set_num_threads(threads)
         files = [repeatable(manifest) for manifest in (before, verify_manifest(target))]
     names = tuple(sorted({*files[0], *files[1]}))
+    changed = value_changes(*(dict(each.split("==", 1) for each in listed) for listed in (origin.packages, packages())))
     return Rebuilt(
         compared=names,
         differing=tuple(name for name in names if files[0].get(name) != files[1].get(name)),
-        changed=dict(_changed(origin.packages, packages())),
+        changed={each.name: (each.before, each.after) for each in sorted(changed, key=lambda each: each.name)},
     )
 
 
@@ -99,12 +100,3 @@ def _settings(report: Report) -> ExportConfig:
     """Return the settings, without what only judges and measures."""
     usual = {name: ExportConfig.model_fields[name].default for name in NO_EFFECT - {"golden"}}  # which decides files
     return make_config((report.config or {}) | usual | {"latency_runs": 0, "accuracy_gate": False})
-
-
-def _changed(before: Iterable[str], now: Iterable[str]) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
-    """Yield the packages whose versions differ."""
-    versions = [dict(each.split("==", 1) for each in listed) for listed in (before, now)]
-    for name in sorted({*versions[0], *versions[1]}):
-        pair = versions[0].get(name), versions[1].get(name)
-        if pair[0] != pair[1]:
-            yield name, pair

@@ -20,7 +20,7 @@ from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.schema import Report, read_report
 from runtime_tests.measure.paired import Change, Interval, SampleScores, change, ratio
 
-__all__ = ["Export", "compare", "read_export"]
+__all__ = ["Export", "compare", "read_export", "value_changes"]
 
 SAME_SCALE = 1e-6
 """Scales that differ by less, as a share, count as equal."""
@@ -89,9 +89,8 @@ def compare(before: Export, after: Export) -> Difference:
     Scores are compared by sample where both were evaluated on the same data; else only their values are given.
     """
     old, new = before.report, after.report
-    notes = list(_notes(before, after))
-    paired = not any(note is OTHER_DATA or note is NO_SCORES for note in notes)
-    drop, error = _scores(before.scores, after.scores) if paired else (None, None)
+    unpaired = _unpaired(before, after)
+    drop, error = (None, None) if unpaired else _scores(before.scores, after.scores)
     were, are = (_float_nodes(report) for report in (old, new))
     return Difference(
         before=before.name,
@@ -106,9 +105,9 @@ def compare(before: Export, after: Export) -> Difference:
         layers=tuple(_layers(old.layers or (), new.layers or ())),
         now_float=tuple(sorted(are - were)),
         now_integer=tuple(sorted(were - are)),
-        settings=tuple(_changes(_settings(old), _settings(new))),
-        origins=tuple(_changes(_origins(old), _origins(new))),
-        notes=tuple(notes),
+        settings=tuple(value_changes(_settings(old), _settings(new))),
+        origins=tuple(value_changes(_origins(old), _origins(new))),
+        notes=tuple(filter(None, (unpaired, _other_processor(old, new)))),
     )
 
 
@@ -117,16 +116,21 @@ NO_SCORES = "One of the exports has no scores by sample, so the scores are not c
 OTHER_PROCESSOR = "The exports were timed on different processors: compare latencies with care."
 
 
-def _notes(before: Export, after: Export) -> Iterator[str]:
+def _unpaired(before: Export, after: Export) -> str:
+    """Return why scores cannot be compared by sample, empty where they can or where there are none."""
     evaluations = [each.report.data.evaluation if each.report.data else None for each in (before, after)]
-    if evaluations != [None, None]:
-        if None in evaluations or evaluations[0].sha256 != evaluations[1].sha256:  # type: ignore[union-attr]
-            yield OTHER_DATA
-        elif before.scores is None or after.scores is None or before.scores.error.shape != after.scores.error.shape:
-            yield NO_SCORES
-    machines = [each.report.environment for each in (before, after)]
-    if all(machines) and machines[0].cpu != machines[1].cpu:  # type: ignore[union-attr]
-        yield OTHER_PROCESSOR
+    if evaluations == [None, None]:
+        return ""
+    if None in evaluations or evaluations[0].sha256 != evaluations[1].sha256:  # type: ignore[union-attr]
+        return OTHER_DATA
+    if before.scores is None or after.scores is None or before.scores.error.shape != after.scores.error.shape:
+        return NO_SCORES
+    return ""
+
+
+def _other_processor(old: Report, new: Report) -> str:
+    machines = old.environment, new.environment
+    return OTHER_PROCESSOR if all(machines) and machines[0].cpu != machines[1].cpu else ""  # type: ignore[union-attr]
 
 
 def _scores(before: SampleScores | None, after: SampleScores | None) -> tuple[Change | None, Interval | None]:
@@ -193,7 +197,8 @@ def _origins(report: Report) -> Mapping[str, Any]:
     return found
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[ValueChange]:
+def value_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[ValueChange]:
+    """Yield the values that differ, in the order of the later mapping."""
     for name in dict.fromkeys([*after, *before]):
         if before.get(name) != after.get(name):
             yield ValueChange(name, before.get(name), after.get(name))

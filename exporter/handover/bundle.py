@@ -33,6 +33,7 @@ from exporter.handover.readme import render_readme
 from exporter.handover.scores import SCORES
 from exporter.reporting.html import render_html
 from exporter.reporting.junit import render_junit
+from exporter.reporting.provenance import sha256_of
 from exporter.reporting.schema import Report, dump, dump_json, read_json
 from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput
@@ -322,12 +323,6 @@ def _digest(value: object) -> str:
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def sha256_of(path: Path) -> str:
-    """Return the digest of a file, as manifests list it."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify_manifest(bundle: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Checkpoint", "Git", "Provenance", "packages", "provenance"]
+__all__ = ["Checkpoint", "Git", "Provenance", "packages", "provenance", "sha256_of"]
 
 GIT_SECONDS = 10
 
@@ -56,9 +56,14 @@ def provenance(checkpoint: Path | None, key: str | None) -> Provenance:
     """Return the origin of an export that runs in the current folder."""
     found = None
     if checkpoint is not None:
-        with checkpoint.open("rb") as stream:
-            found = Checkpoint(str(checkpoint), hashlib.file_digest(stream, "sha256").hexdigest(), key)
+        found = Checkpoint(str(checkpoint), sha256_of(checkpoint), key)
     return Provenance(found, _git(), torch.get_num_threads(), packages())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _git() -> Git | None:
