@@ -1,4 +1,4 @@
-"""Folders for temporary files. What a run that was killed has left behind, the next one removes.
+"""Folders for temporary files. The next run removes those of a run that was killed.
 
 A folder is locked while its process lives; the lock goes with the process, however it ends.
 

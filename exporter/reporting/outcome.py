@@ -36,11 +36,12 @@ class Outcome(dict[str, Any]):
         return bool(self["verdict"] == "pass")
 
     def __repr__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
-        console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
-        return console.export_text().rstrip()
+        return self._recorded().export_text().rstrip()
 
     def _repr_html_(self) -> str:
+        return self._recorded().export_html(inline_styles=True, code_format=HTML)
+
+    def _recorded(self) -> Console:
         console = Console(file=io.StringIO(), width=WIDTH, record=True)
         console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
-        return console.export_html(inline_styles=True, code_format=HTML)
+        return console

@@ -1,4 +1,4 @@
-"""Find the layer of the file behind each node that the runtime executes, and what the layer reads, writes and stores.
+"""Find the layer of the file that each executed node comes from, and what the layer reads, writes and stores.
 
 The optimizer names a kernel after the node that it replaces, followed by a mark of its own. A node whose name is of
 another form belongs to no layer. Nothing that decides a verdict depends on these names.

@@ -33,7 +33,7 @@ def test_every_node_is_an_integer_kernel(name: str) -> None:
 
 
 def test_a_max_pool_reads_codes_in_any_layout() -> None:
-    """torch pools no uint8 images of 128 pixels and more with channels last, which the moves before leave behind."""
+    """torch pools no uint8 images of 128 pixels and more with channels last, the layout that moves produce."""
     torch.manual_seed(0)
     first, up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, 2, output_padding=1, groups=2)
     model = nn.Sequential(first, up, nn.Upsample(scale_factor=2), nn.MaxPool2d(2, 2, 1, ceil_mode=True))

@@ -1,4 +1,4 @@
-"""The layer of the file behind each node that the runtime executes."""
+"""The layer of the file that each executed node comes from."""
 
 from __future__ import annotations
 
