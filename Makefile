@@ -2,6 +2,7 @@
 #   make demo      installs into .venv, exports the demo network and proves it
 #   make test      installs into .venv, runs the tests but the slow ones (at most 5 minutes on 2 cores)
 #   make test-all  runs all tests
+#   make test-lowest  runs tests with the lowest versions that pyproject.toml promises, in .venv-lowest
 #   make runtimes  installs other runtimes and emulated processors into .runtimes (1 GB), without root rights
 #   make test-runtimes  proves a network in each of them
 #   make browser   installs Chromium, where apt may, and axe-core into .runtimes
@@ -28,12 +29,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all runtimes test-runtimes browser test-browser wheel docs check lint clean
+.PHONY: help demo test test-all test-lowest runtimes test-runtimes browser test-browser wheel docs check lint clean
 
 help:
 	@echo "make demo     export the demo network and prove it: out/demo/report.html"
 	@echo "make test     run the tests, but not the slow ones"
 	@echo "make test-all run all tests"
+	@echo "make test-lowest  run tests with the lowest versions that pyproject.toml promises"
 	@echo "make runtimes install other runtimes and emulated processors into .runtimes"
 	@echo "make test-runtimes  prove a network in each of them"
 	@echo "make browser  install Chromium, where apt may, and axe-core into .runtimes"
@@ -51,6 +53,20 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The tests that use every requirement: the whole way from the command line, emission, bundles, signatures, pages.
+# TORCH comes first, so that no CUDA build is drawn; it has to be the lowest version that is promised.
+LOWEST := tests/end_to_end/test_pipeline.py tests/end_to_end/test_cli_export.py tests/exporter tests/calibrators/ranges
+
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) -m "not slow and not runtimes and not browser" $(LOWEST)
+
+.venv-lowest/.installed: pyproject.toml ci/lowest.py $(STAMP)
+	@rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
+	@$(PYTHON) ci/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install "$(TORCH)"
+	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install -c .venv-lowest/constraints.txt -e ".[dev]"
+	@touch $@
 
 runtimes: $(STAMP)
 	$(BIN)/intact runtimes --install $(RUNTIMES)
@@ -88,7 +104,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .runtimes out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .runtimes out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # A dry run tells what torch would bring before gigabytes are downloaded; the second look is at what is really there.
 $(STAMP): pyproject.toml Makefile

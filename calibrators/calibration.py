@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import DataError, InputError, ModelError, first_line
+from calibrators.errors import DataError, InputError, ModelError, argument, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
 from calibrators.execution.task import Kept, Problem, Stage, silent
@@ -56,6 +56,7 @@ def calibrate(
     stored: Stored = lambda size, bits, taps: size,
     stage: Stage = silent,
     kept: Kept | None = None,
+    seen: Kept | None = None,
 ) -> CalibrationResult:
     """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
@@ -73,6 +74,7 @@ def calibrate(
     stored:    function from size, bits and wide taps of a weight to its bytes in the file; by default one byte a code.
     stage:     opens a stage of work for a progress display.
     kept:      where methods that train keep finished units, from which another run with the same arguments continues.
+    seen:      where statistics of activations are kept, for runs with the same data and other methods or bits.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
     keep_freed_memory()
@@ -92,6 +94,7 @@ def calibrate(
         explain=explain,
         stage=stage,
         kept=kept,
+        seen=seen,
     )
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
@@ -179,7 +182,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {first_line(error)} Use --device cpu.") from error
+        raise InputError(
+            f"device {name!r} cannot be used here: {first_line(error)} Use {argument('device', 'cpu')}."
+        ) from error
     return device
 
 

@@ -13,16 +13,19 @@ A message says what was seen, where, and what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 
 __all__ = [
+    "SPELLING",
     "DataError",
     "ExportError",
     "InputError",
     "IntactError",
     "ModelError",
     "UnknownNameError",
+    "argument",
     "counted",
     "first_line",
     "no_file",
@@ -31,6 +34,25 @@ __all__ = [
 
 SHOWN = 40
 """Names listed in a message."""
+
+Spelling = Callable[[str, object], str]
+"""A function that writes an argument as the caller gives it: its name, and a value, None for the name alone."""
+
+
+def _as_keyword(name: str, value: object) -> str:
+    return name if value is None else f"{name}={value!r}"
+
+
+SPELLING: ContextVar[Spelling] = ContextVar("spelling", default=_as_keyword)
+"""How messages write arguments: as keywords of Python, unless the command line puts its own way here."""
+
+
+def argument(name: str, value: object = None) -> str:
+    """Return an argument of exporter.export as the caller gives it, for a message.
+
+    In Python that is `weight_bits=4`, on the command line `--weight-bits 4`; without a value, the name alone.
+    """
+    return SPELLING.get()(name, value)
 
 
 class IntactError(Exception):

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from calibrators.errors import InputError, UnknownNameError
 from calibrators.settings import expected, shown, words
 
-__all__ = ["Option", "Options", "Value", "build", "list_options", "option"]
+__all__ = ["RANGES", "Option", "Options", "Value", "build", "list_options", "option"]
 
 Value = str | int | float | bool
 Method = TypeVar("Method")
@@ -70,6 +70,19 @@ class Options:
         """Raise InputError for the first field whose value its declaration does not allow."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             _validated(type(self).__name__.lower(), field, getattr(self, field.name), strict=True)
+
+    def effort(self, samples: int) -> float:
+        """Return how many samples the float network computes in the time that a calibration takes, for estimates.
+
+        Measured with benchmarks/estimates.py; right up to a factor of about two.
+
+        samples: of the calibration data.
+        """
+        return RANGES * samples
+
+
+RANGES = 4.0
+"""Effort of ranges for a sample: they and the cost of portability are found in passes through the network."""
 
 
 def _validated(name: str, field: dataclasses.Field[Any], value: object, *, strict: bool) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from exporter.dry_run import dry_run as dry_run
     from exporter.emission.build_model import emit as emit
     from exporter.folding.fold_regions import fold as fold
     from exporter.frontend.capture import capture as capture
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "about": ["__version__"],
+        "dry_run": ["dry_run"],
         "emission.build_model": ["emit"],
         "folding.fold_regions": ["fold"],
         "frontend.capture": ["capture"],

@@ -42,8 +42,9 @@ def rebuild(
             same = len(found.compared) - len(found.differing)
             Console().print(f"{same} of {len(found.compared)} files are the same.", highlight=False)
             print_table(("differs",), [(name,) for name in found.differing], box=None)
-            changes = [(name, *(each or "absent" for each in pair)) for name, pair in found.changed.items()]
-            print_table(("package", "at the export", "now"), changes, box=None)
+            for what, pairs in (("sha256 of the data", found.data), ("package", found.changed)):
+                changes = [(name, *(each or "absent" for each in pair)) for name, pair in pairs.items()]
+                print_table((what, "at the export", "now"), changes, box=None)
         raise typer.Exit(check and bool(found.differing))
 
 

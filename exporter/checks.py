@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from calibrators.errors import DataError, InputError, UnknownNameError, counted
+from calibrators.errors import DataError, InputError, UnknownNameError, argument, counted
 from calibrators.methods import get_method, range_method
 from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.options import list_options
@@ -67,7 +67,9 @@ def checked_data(
     has_baseline = config.baseline is not None
     check_measurable(gates, has_eval=has_eval, has_labels=has_labels, has_metric=has_metric, has_baseline=has_baseline)
     if has_metric and not has_eval:
-        raise InputError("--metric needs held-out data; give it with --eval, or leave the metric out.")
+        raise InputError(
+            f"{argument('metric')} needs held-out data; give it with {argument('eval_data')}, or leave the metric out."
+        )
     calibration = data.take(config.calibration_batches)
     required = getattr(get_method(config.method, config.options), "needs_labels", False)
     limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
@@ -104,7 +106,7 @@ def _with_usable_labels(
             raise
         if has_metric:
             return evaluation.without_labels(), False
-        return evaluation.without_labels(f"labels of --eval are not used: {error}"), False
+        return evaluation.without_labels(f"labels of {argument('eval_data')} are not used: {error}"), False
 
 
 def _check_portable(config: ExportConfig) -> None:
@@ -112,7 +114,7 @@ def _check_portable(config: ExportConfig) -> None:
     if asked and get_target(config.target).pair_sum is None:
         raise InputError(
             f"portable is 'uint8', but target {config.target!r} limits no pairs of weights, so that it would change "
-            f"nothing; leave it out, or give --target {DEFAULT_TARGET}."
+            f"nothing; leave it out, or give {argument('target', DEFAULT_TARGET)}."
         )
 
 
@@ -122,15 +124,18 @@ def _check_storage(config: ExportConfig) -> None:
     opset = refused_opset(config.weight_storage)
     if config.weight_storage != "auto" and packed and narrowest > max(packed):
         problem = (
-            f"but no weight has {max(packed)} bits or fewer; give --weight-bits {max(packed)}, or leave "
-            "--weight-storage out"
+            f"but no weight has {max(packed)} bits or fewer; give {argument('weight_bits', max(packed))}, or leave "
+            f"{argument('weight_storage')} out"
         )
     elif "openvino" in config.proving_runtimes and 2 in packed:
-        problem = "but OpenVINO does not read its 2-bit types; give --weight-storage auto, or leave --openvino out"
+        problem = (
+            f"but OpenVINO does not read its 2-bit types; give {argument('weight_storage', 'auto')}, or leave "
+            f"{argument('openvino')} out"
+        )
     elif opset is not None:
         problem = (
             f"which needs opset {opset}, but the installed onnxruntime does not load that; upgrade onnxruntime, "
-            "or give --weight-storage int8"
+            f"or give {argument('weight_storage', 'int8')}"
         )
     else:
         return
@@ -145,13 +150,14 @@ def _check_min_ort(config: ExportConfig) -> None:
     opset = target.opsets[0]
     if (first := max(release_of(opset, ir_version_of(opset)), parse_version(target.min_version))) > oldest:
         raise InputError(f"min_ort is {config.min_ort}, but files for {target.name} (opset {opset}) run in onnxruntime "
-                         f"{first} and newer; give --min-ort {first}.")  # fmt: skip
+                         f"{first} and newer; give {argument('min_ort', str(first))}.")  # fmt: skip
     widths = STORAGES[config.weight_storage] if config.weight_storage != "auto" else ()
     for width in widths:
         if (first := first_release(width, reads_floats=config.weight_only)) > oldest:
             raise InputError(
                 f"weight_storage is {config.weight_storage!r}, but {width}-bit weights load in onnxruntime {first} and "
-                f"newer, and min_ort is {config.min_ort}; give --weight-storage auto, or --min-ort {first}."
+                f"newer, and min_ort is {config.min_ort}; give {argument('weight_storage', 'auto')}, or "
+                f"{argument('min_ort', str(first))}."
             )
 
 
@@ -161,5 +167,6 @@ def _check_device(name: str) -> None:
     if kind == "cuda" and int(index or 0) >= found:
         devices = counted(found, "CUDA device") if found else "no CUDA device"
         raise InputError(
-            f"device {name!r} is not available: torch {torch.__version__} finds {devices}; use --device cpu."
+            f"device {name!r} is not available: torch {torch.__version__} finds {devices}; use "
+            f"{argument('device', 'cpu')}."
         )

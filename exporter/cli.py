@@ -66,7 +66,6 @@ app = typer.Typer(
     name="intact",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -114,6 +113,14 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
             panel=RUNNING,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        option(
+            "Write nothing: capture, fold and place the network, tell what is refused, and estimate time and memory.",
+            "--dry-run",
+            panel=RUNNING,
+        ),
+    ] = False,
     sets: Sets = None,
     quiet: Quiet = False,
     summary: Summary = None,
@@ -126,13 +133,17 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         from exporter.job import load_job
 
         job, settings = load_job(config, flags, sets or ())
+        if dry_run:
+            if summary is not None:
+                raise InputError("--summary has no verdict to write after --dry-run; leave one of them out.")
+            _foresee(job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
         _export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
 
 
 @cache
 def export_command() -> Any:
     """Return the command `export`, whose `**flags` are replaced by a flag for every setting that has one."""
-    last = ("config", "sets", "quiet", "summary", "as_json", "debug")
+    last = ("config", "dry_run", "sets", "quiet", "summary", "as_json", "debug")
     return _with_settings(export, "export", EXPORT_HELP, last)
 
 
@@ -248,8 +259,9 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
     Example: [bold]intact verify build/net --on avx2 --on arm64[/bold]
     """
     with reported_errors(debug=debug):
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; give the DIR that `intact export --out DIR` wrote.")
+        from exporter.handover.bundle import check_bundle
+
+        check_bundle(folder)
         from exporter.handover.signature import check_signature
         from exporter.memory import limited_memory
         from exporter.progress import console_progress
@@ -375,6 +387,21 @@ def _export(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, s
     progress = console_progress(quiet=quiet)
     report = run(**arguments, config=settings, progress=progress, overwrite=overwrite)
     _finish(report, Path(job.out or ""), shown)
+
+
+def _foresee(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Show what an export would do, and exit."""
+    arguments = job.arguments(writes=False)
+    from exporter.dry_run import dry_run
+    from exporter.progress import console_progress
+    from exporter.reporting.forecast import forecast_panel
+
+    found = dry_run(**arguments, config=settings, progress=console_progress(quiet=quiet), overwrite=overwrite)
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(forecast_panel(found))
+    raise typer.Exit
 
 
 @dataclass(frozen=True)

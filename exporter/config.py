@@ -6,11 +6,12 @@ Must not know: models, data, methods (which check their own options), torch.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -31,8 +32,11 @@ __all__ = [
     "assignment",
     "list_settings",
     "make_config",
+    "takes_settings",
     "with_underscores",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 NO_EFFECT = frozenset(
     {
@@ -44,6 +48,7 @@ NO_EFFECT = frozenset(
         "golden",
         "metric",
         "baseline",
+        "cache",
         "resume",
         "openvino",
         "prove_on",
@@ -197,6 +202,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "model, data and settings; a first run may have it too.",
         panel=RUNNING,
     )
+    cache: str | None = setting(
+        None,
+        "Keep the statistics of the calibration data in this folder, for exports of the same network and data with "
+        "another method or other bits.",
+        panel=RUNNING,
+        metavar="DIR",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "Seed of all random numbers.", panel=RUNNING)
     device: Device = setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", panel=RUNNING)
     cache_gib: Annotated[float, Field(gt=0)] = setting(
@@ -275,6 +287,19 @@ def _described(name: str, field: FieldInfo) -> Setting:
         panel=extra["panel"],
         repeatable=default == () and "," not in metavar,
     )
+
+
+def takes_settings(function: Function) -> Function:
+    """Put every setting into the signature of a function that takes them as `**settings`, for help and completion."""
+    signature = inspect.signature(function)
+    given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default(call_default_factory=True))
+        for name, field in ExportConfig.model_fields.items()
+        if name not in signature.parameters
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*given, *settings])
+    return function
 
 
 def make_config(values: Mapping[str, Any]) -> ExportConfig:

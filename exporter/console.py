@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from calibrators.errors import InputError, IntactError, first_line, printable
+from calibrators.errors import SPELLING, InputError, IntactError, first_line, printable
 
 __all__ = ["INTERNAL_FAULT", "INTERRUPTED", "check_folder_of", "print_json", "print_table", "reported_errors"]
 
@@ -31,7 +31,11 @@ LONGEST = 2000
 
 @contextmanager
 def reported_errors(*, debug: bool) -> Iterator[None]:
-    """Turn exceptions into one message on stderr and their exit code; debug: show the traceback first."""
+    """Turn exceptions into one message on stderr and their exit code; debug: show the traceback first.
+
+    Inside, messages write arguments as flags.
+    """
+    before = SPELLING.set(_as_flag)
     try:
         yield
     except typer.Exit:
@@ -47,6 +51,14 @@ def reported_errors(*, debug: bool) -> Iterator[None]:
         message, prefix, code = _described(error)
         _complain(message, prefix)
         raise typer.Exit(code) from error
+    finally:
+        SPELLING.reset(before)
+
+
+def _as_flag(name: str, value: object) -> str:
+    from exporter.job import as_flag  # which loads the settings: not before there is something to say
+
+    return as_flag(name, value)
 
 
 def _described(error: Exception) -> tuple[str, str, int]:

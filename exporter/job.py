@@ -13,9 +13,9 @@ from typing import Any
 
 from calibrators.errors import InputError, UnknownNameError, first_line, no_file
 from calibrators.settings import Settings, setting
-from exporter.config import LONGEST_LINE, ExportConfig, assignment, make_config, with_underscores
+from exporter.config import LONGEST_LINE, ExportConfig, assignment, list_settings, make_config, with_underscores
 
-__all__ = ["Job", "config_schema", "load_job"]
+__all__ = ["Job", "as_flag", "config_schema", "load_job"]
 
 LARGEST_FILE = 1 << 20
 """Bytes of the largest TOML file that is read."""
@@ -49,18 +49,19 @@ class Job(Settings):
         metavar="KEY",
     )
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `exporter.export`.
+    def arguments(self, *, writes: bool = True) -> dict[str, Any]:
+        """Return the arguments of `exporter.export`, or of `exporter.dry_run`, which does not write.
 
         raises: InputError naming the first thing that is missing without which there is no export.
         """
-        for name, flag in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
+        for name in ("model", "data", *(["out"] if writes else ())):
             if getattr(self, name) is None:
-                raise InputError(f"{flag} is missing; give it, or write `{name} = ...` into the file of --config.")
+                given = name.upper() if name == "model" else as_flag(name)
+                raise InputError(f"{given} is missing; give it, or write `{name} = ...` into the file of --config.")
         return {
             "model": self.model,
             "data": self.data,
-            "out": Path(self.out or ""),
+            "out": self.out and Path(self.out),
             "eval_data": self.eval,
             "checkpoint": self.checkpoint and Path(self.checkpoint),
             "checkpoint_key": self.checkpoint_key,
@@ -89,6 +90,17 @@ def load_job(
             unknown = UnknownNameError("setting", min(strangers), [*Job.model_fields, *ExportConfig.model_fields])
             raise InputError(f"{unknown} Options of the method belong in the table [options].")
         return job, make_config(_merged(values, given, sets))
+
+
+def as_flag(name: str, value: object = None) -> str:
+    """Write an argument of exporter.export as the command line takes it: `--weight-bits 4`, `--set wide_taps=false`."""
+    if isinstance(value, Mapping):
+        return " ".join(as_flag(key, each) for key, each in value.items())
+    flags = {each.name: each.flag for model in (Job, ExportConfig) for each in list_settings(model)}
+    flag = (flags | {"eval_data": flags["eval"], "overwrite": "--overwrite"}).get(name)
+    if not flag:
+        return f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
+    return flag if value is None or isinstance(value, bool) else f"{flag} {value}"
 
 
 def config_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from calibrators.errors import InputError, UnknownNameError
 from exporter.console import print_json, print_table, reported_errors
-from exporter.flags import Debug, option
+from exporter.flags import Debug, Json, option
 
 if TYPE_CHECKING:
     from runtime_tests.workers.runtime import Runtime
@@ -23,6 +23,7 @@ __all__ = ["methods", "runtimes", "schema", "targets"]
 
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, to list its options.")] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the calibration methods, or the options of one with their defaults.
@@ -36,6 +37,9 @@ def methods(
         known = {method.name: method for method in list_methods()}
         if name is not None and name not in known:
             raise UnknownNameError("method", name, known)
+        if as_json:
+            print_json([*known.values()] if name is None else known[name])
+            return
         if name is None:
             usual = ExportConfig().method
             rows = [(method.name + " (default)" * (method.name == usual), method.summary) for method in known.values()]
@@ -67,7 +71,7 @@ def schema(
         print_json(schemas[name]())
 
 
-def targets(debug: Debug = False) -> None:
+def targets(as_json: Json = False, debug: Debug = False) -> None:
     """List the runtimes to export to.
 
     Example: [bold]intact export ... --target ort-cpu[/bold]
@@ -75,6 +79,9 @@ def targets(debug: Debug = False) -> None:
     with reported_errors(debug=debug):
         from calibrators.targets import list_targets
 
+        if as_json:
+            print_json(list_targets())
+            return
         rows = [
             (t.name, f"{_grid(t.activation)}, {_grid(t.weight)}", ", ".join(t.exact_on), t.summary)
             for t in list_targets()
@@ -88,6 +95,7 @@ def runtimes(
         bool,
         option("Install what is missing into `.runtimes`, or the folder that INTACT_RUNTIMES names.", "--install"),
     ] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the runtimes in which a model can be proved, and which are available here, or install them.
@@ -100,12 +108,18 @@ def runtimes(
         chosen = [get_runtime(name) for name in names] if names else list_runtimes()
         refusals = [reason for each in chosen if (reason := _installed(each))] if install else []
         reasons = {each.name: f"{reason}; {each.how_to_get}" for each in chosen if (reason := each.missing())}
-        rows = [
-            (each.name, each.family, "no" if each.name in reasons else each.version, each.summary) for each in chosen
-        ]
-        print_table(("runtime", "processor", "available", "description"), rows, title="Runtimes")
-        for name, reason in reasons.items():
-            Console().print(f"{name} is not available: {reason}.", markup=False, highlight=False)
+        versions = {each.name: None if each.name in reasons else each.version for each in chosen}
+        if as_json:
+            facts = (
+                (each.name, each.family, versions[each.name], each.summary, reasons.get(each.name)) for each in chosen
+            )
+            keys = ("name", "processor", "version", "summary", "missing")
+            print_json([dict(zip(keys, each, strict=True)) for each in facts])
+        else:
+            rows = [(each.name, each.family, versions[each.name] or "no", each.summary) for each in chosen]
+            print_table(("runtime", "processor", "available", "description"), rows, title="Runtimes")
+            for name, reason in reasons.items():
+                Console().print(f"{name} is not available: {reason}.", markup=False, highlight=False)
         if refusals:
             raise InputError("\n".join(refusals))
 

@@ -6,9 +6,7 @@ Must not know: the command line, how pages look.
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,33 +22,27 @@ from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
 from calibrators.temporary import TemporaryFolder
 from exporter.about import __version__
-from exporter.checks import check_settings, checked_data
-from exporter.comparing.compare import Export, compare, read_export
-from exporter.config import ExportConfig, make_config
+from exporter.comparing.compare import Export, compare
+from exporter.config import ExportConfig, make_config, takes_settings
 from exporter.emission.build_model import check_opset, emit_float, needed_opset, needed_release, save, to_onnx
 from exporter.emission.packing import alternatives, pack, small
-from exporter.emission.raw_ends import input_grids, read_bytes, with_raw_ends
+from exporter.emission.raw_ends import read_bytes, with_raw_ends
 from exporter.folding.agreement import check_folding
-from exporter.folding.fold_regions import fold
 from exporter.frontend.axes import resized
-from exporter.frontend.calling import input_names, optional_inputs, tensor_names
-from exporter.frontend.capture import capture
-from exporter.frontend.declared import other_size
-from exporter.frontend.load import load_model
+from exporter.frontend.free_sizes import Bounds
 from exporter.frontend.reference import export_program, save_reference
 from exporter.handover.bundle import check_out, write_bundle
 from exporter.handover.golden_set import CHECK, write_golden_set
 from exporter.handover.scores import SCORES, write_scores
-from exporter.inputs.batches import GraphBatches, check_evaluation, check_metric, class_names, cut, feed
-from exporter.inputs.data import Data
-from exporter.inputs.golden import GOLDEN_SAMPLES, check_outputs, digest_of, golden_file, golden_inputs, origin_of
-from exporter.inputs.metric import Metric, joined, load_metric
-from exporter.inputs.open import check_takes_integers, open_both
-from exporter.inputs.raw import RawInputs, parse_coded
-from exporter.inputs.sanity import calibration_warnings, range_warnings, score_warnings
-from exporter.progress import Bar, Progress
+from exporter.inputs.batches import GraphBatches, cut, feed
+from exporter.inputs.golden import GOLDEN_SAMPLES, check_outputs, digest_of, golden_inputs, origin_of
+from exporter.inputs.metric import joined
+from exporter.inputs.sanity import score_warnings
+from exporter.intake import Network, Order, Steps, open_order, take_in
+from exporter.progress import Progress, default_progress
 from exporter.reporting.gates import needs_baseline
-from exporter.reporting.interface import INTERFACE_KEY, images_of, metadata_of, model_of, sizes_of
+from exporter.reporting.interface import INTERFACE_KEY, metadata_of, model_of, sizes_of
+from exporter.reporting.interface import Model as Interface
 from exporter.reporting.layer_sections import layer_entries
 from exporter.reporting.outcome import Outcome
 from exporter.reporting.provenance import provenance, sha256_of
@@ -58,7 +50,7 @@ from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSour
 from exporter.reporting.sections import emission_of, storage_of
 from exporter.resume import kept_units
 from exporter.run_calibrators import calibrated, calibration_notes
-from exporter.verify import REFERENCE, gates_of, judge, machine_parts
+from exporter.verify import REFERENCE, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
 from runtime_tests.measure.noise import Noise
 from runtime_tests.measure.paired import SampleScores
@@ -73,17 +65,17 @@ from runtime_tests.reference.execute import plan
 from runtime_tests.reference.where_exact import exact_on, holds_on
 from runtime_tests.runtimes import available_runtimes
 
-__all__ = ["export"]
+__all__ = ["Work", "export"]
 
 SQNR_SAMPLES = 128
 COMPARED_SAMPLES = 4
-STEPS = ("capture", "fold", "calibrate", "emit", "validate")
 
 
 Golden = list[tuple[dict[str, Any], dict[str, Any]]]
 """Sets of inputs and outputs by name."""
 
 
+@takes_settings
 def export(
     model: nn.Module | torch.export.ExportedProgram | str,
     data: Iterable[Any] | str,
@@ -111,30 +103,16 @@ def export(
                      not raise: report["verdict"] says "fail".
     """
     keep_freed_memory()
-    config = config or make_config(settings)
-    measure = load_metric(metric or config.metric)
-    if measure is not None and config.metric is None:
-        config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
-    check_settings(config)
-    gates = gates_of(config.gates, config.proving_runtimes)
-    baseline = read_export(Path(config.baseline)) if config.baseline is not None else None
-    given, evaluation = open_both(data, eval_data, config)
-    notes: list[str] = []
-    if isinstance(model, str):
-        source, model = model, load_model(model, checkpoint, key=checkpoint_key, note=notes.append)
-    names, optional = input_names(model), optional_inputs(model)
-    given, evaluation = given.named(names, optional), evaluation and evaluation.named(names, optional)
-    calibration, evaluation = checked_data(given, evaluation, config, gates)
-    example = calibration.example()
-    raws = RawInputs.of(config.input, tensor_names(model, len(example.inputs), example.form), config)
-    calibration, evaluation = raws.as_values(calibration), evaluation and raws.as_values(evaluation)
-    out = Path(out)
+    config, out = config or make_config(settings), Path(out)
+    order = open_order(
+        model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source
+    )  # fmt: skip
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
+    config, gates, baseline = order.config, order.gates, order.baseline
     torch.manual_seed(config.seed)
     with TemporaryFolder() as folder:
-        work = _Export(config, progress or Progress(), source, folder, measure, raws)
-        work.warnings += notes
-        report, golden = work.run(model, calibration, evaluation)
+        work = Work(order, progress or default_progress(), folder)
+        report, golden = work.run()
         if baseline is not None:
             others = [gate for gate in gates if not needs_baseline(gate)]
             so_far = judge(report, others, accuracy_gate=config.accuracy_gate)
@@ -155,64 +133,28 @@ def export(
     return Outcome(dump(report), out)
 
 
-class _Export:
-    """One export: the steps in order, each a method."""
+class Work:
+    """One export: the steps in order, each a method. The files stay in the folder."""
 
-    def __init__(
-        self,
-        config: ExportConfig,
-        progress: Progress,
-        source: str,
-        folder: Path,
-        metric: Metric | None,
-        raws: RawInputs,
-    ) -> None:
-        self.config, self.progress, self.source, self.folder = config, progress, source, folder
-        self.metric, self.raws = metric, raws
-        self.target = get_target(config.target)
+    def __init__(self, order: Order, progress: Progress, folder: Path) -> None:
+        self.order, self.config, self.folder = order, order.config, folder
+        self.steps = Steps(progress)
+        self.target = get_target(self.config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
-        self.times = dict.fromkeys(STEPS, 0.0)
-        self.warnings: list[str] = []
+        self.warnings = [*order.notes]
         self.scores: SampleScores | None = None
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.times[name] += time.perf_counter() - start
-
-    @contextmanager
-    def _step(self, name: str, title: str | None = None) -> Iterator[Bar]:
-        """Show a bar, and add the time of the body to the step `name`."""
-        with self._timed(name), self.progress.stage(title or name) as bar:
-            yield bar
-
-    def run(
-        self, model: nn.Module | torch.export.ExportedProgram, calibration: Data, evaluation: Data | None
-    ) -> tuple[Report, Golden]:
-        """Run all steps; return the report and the golden inputs and outputs. The files stay in the folder."""
-        graph = self._captured(model, calibration)
-        self.raws = self.raws.renamed(graph.meta["input_names"])
-        batches = GraphBatches(graph, calibration)
-        held_out = GraphBatches(graph, evaluation, keeps_labels=self.metric is not None) if evaluation else None
-        given = golden_file(self.config.golden, graph, self.raws)
-        self._check_data(graph, batches, held_out, given)
-        coded = parse_coded(self.config.output, graph.meta["output_names"])
-        with self._step("fold"):
-            folded = fold(graph)
-        folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, self.raws)}
-        with self._timed("calibrate"), kept_units(folded, batches.data, self.config, self.warnings.append) as kept:
-            result = calibrated(folded, batches, self.config, self.progress.stage, kept)
+    def run(self) -> tuple[Report, Golden]:
+        """Run all steps; return the report and the golden inputs and outputs."""
+        network = take_in(self.order, self.steps)
+        self.warnings += network.warnings
+        batches, held_out = network.batches, network.held_out
+        keeping = kept_units(network.folded, batches.data, self.config, self.warnings.append)
+        with self.steps.timed("calibrate"), keeping as kept:
+            result = calibrated(network.folded, batches, self.config, self.steps.progress.stage, kept)
         self.warnings += calibration_notes(result)
-        self._check_folding(graph, result, cut(graph, next(iter(batches)), COMPARED_SAMPLES))
-        result = with_raw_ends(result, self.raws, coded)
-        graph, folded = read_bytes(graph, self.raws), read_bytes(folded, self.raws)
-        for each in (batches, held_out, given):
-            if each is not None:
-                each.graph, each.data = graph, self.raws.as_pixels(each.data)
-        golden = golden_inputs(self.config.golden, result, batches, given, self.config.seed)
-        simplifier = self._emitted(graph, folded, result)
+        graph, result, golden, simplifier = self.emitted(network, result)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, golden, evaluated=held_out is not None)
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
@@ -231,15 +173,6 @@ class _Export:
             for inputs, outputs in proof.golden
         ]
 
-    def _captured(self, model: nn.Module | torch.export.ExportedProgram, calibration: Data) -> fx.GraphModule:
-        example = calibration.example()
-        if isinstance(model, nn.Module):
-            check_takes_integers(model, example, calibration.label)
-            self.warnings += [text] if (text := other_size(model, example.inputs)) else []
-        with self._step("capture"):
-            free_batch, axes = not self.target.static_shapes, self.config.free_axes
-            return capture(model, example.inputs, form=example.form, free_batch=free_batch, axes=axes)
-
     def _write_for_later(self, proof: Proof, report: Report) -> None:
         """Write what other machines and later exports are compared with: golden codes, and scores by sample."""
         if proof.accuracy is not None:
@@ -249,42 +182,27 @@ class _Export:
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
 
-    def _check_data(
-        self,
-        graph: fx.GraphModule,
-        batches: GraphBatches,
-        held_out: GraphBatches | None,
-        golden: GraphBatches | None,
-    ) -> None:
-        """Refuse data that the model cannot take, warn about data that look wrong, and keep what describes them."""
-        sources = [each.data for each in (held_out, batches) if each is not None]
-        self.labels = class_names(self.config.labels, sources, graph)
-        self.images = images_of(next((x.form for x in sources if x.form), None), self.raws.by_name)
-        if (first := next(iter(batches), None)) is not None:
-            self.warnings += calibration_warnings(graph, first, batches.data.label)
-        if golden is not None:
-            check_evaluation(graph, batches.data, golden.data, "--golden")
-        if held_out is not None:
-            check_evaluation(graph, batches.data, held_out.data)
-            pair = (data.example().inputs for data in (batches.data, held_out.data))
-            self.warnings += range_warnings(graph.meta["input_names"], *pair)
-            if self.metric is not None:
-                check_metric(graph, held_out.data, self.metric)
-
     def move_files(self, target: Path) -> None:
         """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
         for path in [*self.folder.glob("model.onnx*"), *(self.folder / name for name in (CHECK, SCORES, "golden"))]:
             if path.exists():
                 shutil.move(path, target / path.name)
 
-    def _check_folding(self, graph: fx.GraphModule, result: CalibrationResult, batch: Batch) -> None:
-        """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
-        if "absorb" not in self.config.prepare:  # which changes outputs a little
-            for each in (batch, *resized(batch, graph.meta["other_examples"])):
-                check_folding(graph, result.placement.graph, each)
+    def emitted(
+        self, network: Network, result: CalibrationResult
+    ) -> tuple[fx.GraphModule, CalibrationResult, Batch | None, Simplifier]:
+        """Write the file and the reference program; return the graph and the result with the ends that the file has.
 
-    def _emitted(self, graph: fx.GraphModule, folded: fx.GraphModule, result: CalibrationResult) -> Simplifier:
-        with self._step("emit"):
+        Also returns the golden inputs, None for the first samples, and the report of the simplifier.
+        """
+        self._check_folding(network, result)
+        raws = network.raws
+        result = with_raw_ends(result, raws, network.coded)
+        graph, folded = read_bytes(network.graph, raws), read_bytes(network.folded, raws)
+        for each in network.data:
+            each.graph, each.data = graph, raws.as_pixels(each.data)
+        golden = golden_inputs(self.config.golden, result, network.batches, network.golden, self.config.seed)
+        with self.steps.shown("emit"):
             metadata = {
                 "version": __version__,
                 "config_sha256": self.config.digest(),
@@ -296,10 +214,27 @@ class _Export:
             (self.folder / REFERENCE).parent.mkdir()
             save_reference(export_program(result.program), self.folder / REFERENCE)
             model, simplifier = self._simplified(result, onnx_program)
-            self._store(graph, model, result.program)
-            return simplifier
+            self.interface = self._described(network, graph, model, result.program)
+            self._store(model, result.program, graph.meta["size_bounds"])
+        return graph, result, golden, simplifier
 
-    def _store(self, graph: fx.GraphModule, model: ir.Model, program: fx.GraphModule) -> None:
+    def _check_folding(self, network: Network, result: CalibrationResult) -> None:
+        """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
+        if "absorb" not in self.config.prepare:  # which changes outputs a little
+            graph = network.graph
+            batch = cut(graph, next(iter(network.batches)), COMPARED_SAMPLES)
+            for each in (batch, *resized(batch, graph.meta["other_examples"])):
+                check_folding(graph, result.placement.graph, each)
+
+    def _described(
+        self, network: Network, graph: fx.GraphModule, model: ir.Model, program: fx.GraphModule
+    ) -> Interface:
+        """Describe the model for those who feed it."""
+        grids = program.meta.get("output_codes", {})
+        described = model_of(self.order.source, graph, model, network.raws.by_name, grids)
+        return replace(described, images=network.images, labels=network.labels)
+
+    def _store(self, model: ir.Model, program: fx.GraphModule, bounds: Mapping[str, Bounds]) -> None:
         """Write the model in its storage, with where it holds, and, for comparison, in the other storages."""
         for name, other in alternatives(model, self.config.weight_storage).items():
             self.alternatives[name] = self.folder / f"stored-as-{name}.onnx"
@@ -315,10 +250,7 @@ class _Export:
         model.metadata_props[RELEASE_KEY] = str(needed_release(model, self.config.min_ort))
         entries = holds_on(plan(program, self.target), saturation(ir.to_proto(model)), self.target)
         model.metadata_props[EXACT_ON_KEY] = ", ".join(exact_on(entries))
-        grids = program.meta.get("output_codes", {})
-        described = model_of(self.source, graph, model, self.raws.by_name, grids)
-        self.interface = replace(described, images=self.images, labels=self.labels)
-        model.metadata_props[INTERFACE_KEY] = metadata_of(self.interface, graph.meta["size_bounds"])
+        model.metadata_props[INTERFACE_KEY] = metadata_of(self.interface, bounds)
         save(model, self.folder / "model.onnx")
 
     def _simplified(self, result: CalibrationResult, model: ir.Model) -> tuple[ir.Model, Simplifier]:
@@ -345,10 +277,10 @@ class _Export:
             noise_samples=SQNR_SAMPLES,
             noise=noise,
             float_model=graph if evaluated else None,
-            metric=(self.metric.name, self.metric) if self.metric is not None else None,
+            metric=(self.order.metric.name, self.order.metric) if self.order.metric is not None else None,
         )
         runtimes = available_runtimes(self.config.proving_runtimes)
-        with self._step("validate", "compare") as bar:
+        with self.steps.shown("validate", "compare") as bar:
             proof = Proof(self.model, program, runtimes=runtimes, threads=torch.get_num_threads(), measured=measured)
             if golden is not None:
                 proof.add_golden(golden)
@@ -374,7 +306,7 @@ class _Export:
     ) -> Report:
         """Measure the file and compose the report, still without a verdict."""
         program, config, record = result.program, self.config, result.record
-        with self._step("validate", "measure"):
+        with self.steps.shown("validate", "measure"):
             parts = machine_parts(proof, program.meta["example"], config.threads)
             timings, batch = self._timings(program, proof)
             size = size_of(self.folder / "model.onnx", self.float_path)
@@ -392,7 +324,7 @@ class _Export:
             latency_ms=timings.summary(batch) if timings else None,
             time_shares=timings.shares("quantized", parts["coverage"].float_nodes) if timings else None,
             storage=storage_of(config.weight_storage, self.alternatives, timings),
-            time_s=Times(**self.times),
+            time_s=Times(**self.steps.times),
             gates=(),
             tool=Tool("intact", __version__),
             model=self.interface,
@@ -431,6 +363,8 @@ class _Export:
 def _origins(batches: GraphBatches, held_out: GraphBatches | None, source: str, golden: Batch) -> DataSources:
     """Describe the data, and the golden inputs, which come from `source`."""
     data, *evaluated = (
-        DataSource(each.data.label, each.samples, each.data.digest()) for each in (batches, held_out) if each
+        DataSource(each.data.label, each.samples, each.data.digest(), each.data.class_counts())
+        for each in (batches, held_out)
+        if each
     )
     return DataSources(data, next(iter(evaluated), None), DataSource(source, len(golden[0]), digest_of(golden)))

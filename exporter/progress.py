@@ -1,4 +1,4 @@
-"""Show the progress of long work: bars on a terminal, plain lines elsewhere, nothing for library use.
+"""Show the progress of long work: bars on a terminal and in notebooks, plain lines elsewhere, nothing for library use.
 
 Must not know: what the work is.
 """
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from typing import TextIO
 
 from rich.console import Console
@@ -27,7 +28,7 @@ from rich.text import Text
 from calibrators.execution.task import Bar, silent
 from exporter.reporting.number_format import duration
 
-__all__ = ["Bar", "Progress", "console_progress"]
+__all__ = ["Bar", "Progress", "console_progress", "default_progress"]
 
 LINE_EVERY_S, LINE_EVERY_SHARE, LINE_AT_LEAST_EVERY_S = 5.0, 0.1, 60.0
 """Seconds between two plain lines of one stage; a share of the time so far, if that is longer; and the limit of both.
@@ -35,7 +36,7 @@ The log of a long run stays short but still shows progress."""
 
 
 class Progress:
-    """Shows nothing: the base of the others, and the default for library callers."""
+    """Shows nothing: the base of the others, and the default for library callers outside notebooks."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]:
         """Open a stage of work with a bar of `total` steps, None where their number is not known."""
@@ -87,6 +88,10 @@ class _RichBar:
         self.done += steps
         self._bars.advance(self._task, steps)
 
+    def skip(self, steps: int) -> None:
+        total = self._bars.tasks[self._task].total
+        self._bars.update(self._task, total=None if total is None else total - steps)
+
 
 class _Lines(Progress):
     """Prints lines such as `reconstruct: 8/16 (3.1 s, 3.1 s left)`, now and then and at the end of a stage."""
@@ -114,6 +119,9 @@ class _LineBar:
         if now - self._last >= pause:
             self.write()
 
+    def skip(self, steps: int) -> None:
+        self._total = None if self._total is None else self._total - steps
+
     def write(self, end: str = "") -> None:
         self._last = time.monotonic()
         elapsed = self._last - self._start
@@ -131,3 +139,14 @@ def console_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Pr
     if quiet:
         return Progress()
     return _Bars(Console(file=stream)) if stream.isatty() else _Lines(stream)
+
+
+def default_progress() -> Progress:
+    """Return the progress of a caller in Python that names none: silence, but in a notebook bars.
+
+    Without ipywidgets, by which notebooks show what changes, it is plain lines there.
+    """
+    console = Console()
+    if not console.is_jupyter:
+        return Progress()
+    return _Bars(console) if find_spec("ipywidgets") else _Lines(sys.stdout)

@@ -5,6 +5,7 @@ Must not know: how anything is exported, the command line.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,13 @@ class Rebuilt:
 
     compared: files whose bytes an export repeats; differing: those of them that differ.
     changed:  packages whose versions are not those of the export: before, now.
+    data:     data whose values are not those of the export, by "calibration" and "evaluation": sha256 before, now.
     """
 
     compared: tuple[str, ...]
     differing: tuple[str, ...]
     changed: dict[str, tuple[str | None, str | None]]
+    data: dict[str, tuple[str | None, str | None]]
 
 
 def rebuild(bundle: Path, out: Path | None = None, progress: Progress | None = None) -> Rebuilt:
@@ -59,13 +62,27 @@ def rebuild(bundle: Path, out: Path | None = None, progress: Progress | None = N
         finally:
             torch.set_num_threads(threads)
         files = [repeatable(manifest) for manifest in (before, verify_manifest(target))]
+        again = read_report(target / "report.json")
     names = tuple(sorted({*files[0], *files[1]}))
-    changed = value_changes(*(dict(each.split("==", 1) for each in listed) for listed in (origin.packages, packages())))
+    versions = (dict(each.split("==", 1) for each in listed) for listed in (origin.packages, packages()))
     return Rebuilt(
         compared=names,
         differing=tuple(name for name in names if files[0].get(name) != files[1].get(name)),
-        changed={each.name: (each.before, each.after) for each in sorted(changed, key=lambda each: each.name)},
+        changed=_changes(*versions),
+        data=_changes(*(_digests(each) for each in (report, again))),
     )
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    """Return the values that differ, by name and in its order."""
+    changed = sorted(value_changes(before, now), key=lambda each: each.name)
+    return {each.name: (each.before, each.after) for each in changed}
+
+
+def _digests(report: Report) -> dict[str, str]:
+    """Return the sha256 of the data of an export."""
+    sources = {name: getattr(report.data, name, None) for name in ("calibration", "evaluation")}
+    return {name: source.sha256 for name, source in sources.items() if source is not None}
 
 
 def _origin(bundle: Path, report: Report) -> tuple[Job, Provenance]:

@@ -1,7 +1,8 @@
-"""Keep the finished units of an export that trains, so that it continues where it was interrupted.
+"""Keep the finished units of an export that trains, so that it continues where it was interrupted, and statistics of
+data, for exports with other methods or bits.
 
-The folder of an export is named by the digest of everything that can change its result: model, data, settings,
-versions, threads. A folder of another export is never read.
+The folder is named by the digest of everything that can change the result: data, settings, versions, threads; the
+graph is part of it, or of the name of the file. What belongs to something else is never read.
 
 Must not know: what a unit is, how anything is trained.
 """
@@ -23,16 +24,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError, counted
+from calibrators.errors import InputError, argument, counted
+from calibrators.graph.digest import graph_digest
 from exporter.about import __version__
 from exporter.config import ExportConfig
+from exporter.inputs.batches import GraphBatches
 from exporter.inputs.data import Data
 
-__all__ = ["Unfinished", "cache_folder", "export_digest", "kept_units"]
+__all__ = ["Store", "cache_folder", "export_digest", "kept_statistics", "kept_units"]
 
 VARIABLE = "INTACT_CACHE"
 LARGEST = 4 << 30
-"""Bytes that unfinished exports may take together; the oldest go first."""
+"""Bytes that what is kept in one folder may take together; the oldest go first."""
 
 
 def cache_folder() -> Path:
@@ -44,40 +47,39 @@ def cache_folder() -> Path:
 
 def export_digest(graph: fx.GraphModule, data_digest: str, config: ExportConfig) -> str:
     """Return the sha256 of all that can change what training makes of a folded graph."""
-    digest = hashlib.sha256()
+    return _digest(config.digest(), config.cache_gib, data_digest, graph_digest(graph))
+
+
+def _digest(*parts: object) -> str:
+    """Return the sha256 of what JSON can hold, of versions, machine and threads."""
     versions = (__version__, torch.__version__, platform.machine(), torch.get_num_threads())
-    digest.update(json.dumps([*versions, config.digest(), config.cache_gib, data_digest, graph.code]).encode())
-    for name, values in sorted(graph.state_dict().items()):
-        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps([*versions, *parts]).encode()).hexdigest()
 
 
-class Unfinished:
-    """The finished units of one export: a file for each.
+class Store:
+    """Results of steps that belong together, a file for each, in a folder of that name.
 
-    raises: InputError if the folder cannot be written.
+    parent:  the folder of all of them; the oldest go where they take more than LARGEST bytes.
+    advice:  what to do where it cannot be written.
+    raises:  InputError then.
     """
 
-    def __init__(self, digest: str) -> None:
-        self.folder = cache_folder() / "unfinished" / digest[:32]
+    def __init__(self, parent: Path, digest: str, advice: str) -> None:
+        self.folder = parent / digest[:32]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.utime(self.folder)
             _shrink(self.folder.parent, self.folder)
         except OSError as error:
-            raise InputError(
-                f"cannot keep finished units in {self.folder}: {error.strerror or error}; name another folder in "
-                f"{VARIABLE}, or leave --resume out."
-            ) from error
+            raise InputError(f"cannot write to {self.folder}: {error.strerror or error}; {advice}.") from error
 
     @property
     def count(self) -> int:
-        """The number of units that are kept."""
+        """The number of steps that are kept."""
         return sum(1 for _ in self.folder.glob("*.safetensors"))
 
     def load(self, name: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the record of a unit, None if it is not kept or cannot be read."""
+        """Return the tensors and the record of a step, None if it is not kept or cannot be read."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
@@ -86,12 +88,12 @@ class Unfinished:
                 record = json.loads(stored.metadata()["record"])
                 return {key: stored.get_tensor(key) for key in stored.keys()}, record  # noqa: SIM118 (not a mapping)
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
-            return None  # it is trained again
+            return None  # it is done again
 
     def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a unit; a run that is killed meanwhile leaves no half of it.
+        """Write a step; a run that is killed meanwhile leaves no half of it.
 
-        Where it cannot be written (a full disk, a folder that another export removed) training goes on without it.
+        Where it cannot be written (a full disk, a folder that another export removed) the work goes on without it.
         """
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -107,7 +109,7 @@ class Unfinished:
 @contextmanager
 def kept_units(
     graph: fx.GraphModule, data: Data, config: ExportConfig, note: Callable[[str], object]
-) -> Iterator[Unfinished | None]:
+) -> Iterator[Store | None]:
     """Yield where training keeps the units of an export, None unless it is to be resumable.
 
     They are removed when the body succeeds. note: is called with what was taken over.
@@ -117,7 +119,8 @@ def kept_units(
     if not config.resume:
         yield None
         return
-    kept = Unfinished(export_digest(graph, data.digest(), config))
+    advice = f"name another folder in {VARIABLE}, or leave {argument('resume')} out"
+    kept = Store(cache_folder() / "unfinished", export_digest(graph, data.digest(), config), advice)
     found = kept.count
     try:
         yield kept
@@ -129,8 +132,20 @@ def kept_units(
     kept.remove()
 
 
+def kept_statistics(batches: GraphBatches, config: ExportConfig) -> Store | None:
+    """Return where the statistics of data are kept for exports with other methods or bits; None without a cache.
+
+    All data are read, for their digest. Sums of floats depend on the sizes of batches, so these count too.
+    """
+    if config.cache is None:
+        return None
+    sizes = [len(batch[0]) for batch in batches]
+    advice = f"give {argument('cache')} another folder, or leave it out"
+    return Store(Path(config.cache) / "intact-statistics", _digest(batches.data.digest(), sizes), advice)
+
+
 def _shrink(parent: Path, kept: Path) -> None:
-    """Remove the oldest unfinished exports while all of them take more than LARGEST bytes."""
+    """Remove the oldest folders while all of them take more than LARGEST bytes."""
     others = sorted((path for path in parent.iterdir() if path != kept), key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) for path in [*others, kept]}
     for path in others:

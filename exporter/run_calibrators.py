@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.calibration import calibrate
-from calibrators.errors import InputError, counted, first_line
+from calibrators.errors import InputError, argument, counted, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.task import Kept
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
 from exporter.inputs.batches import GraphBatches
+from exporter.resume import kept_statistics
 
 __all__ = ["calibrated", "calibration_notes"]
 
@@ -61,6 +62,7 @@ def calibrated(
             stored=partial(stored_bytes, storage=config.weight_storage, min_ort=config.min_ort),
             stage=stage,
             kept=kept,
+            seen=kept_statistics(batches, config),
         )
 
 
@@ -70,7 +72,8 @@ def calibration_notes(result: CalibrationResult) -> list[str]:
     if wide := [site for site in result.placement.sites if site.spec.tap_bits]:
         notes.append(
             f"the identity taps of {counted(len(wide), 'kernel')} keep {wide[0].spec.tap_bits} bits, "
-            f"because fewer cannot hold them ({wide[0].name}, ...); --set wide_taps=false gives all taps the same bits"
+            f"because fewer cannot hold them ({wide[0].name}, ...); {argument('wide_taps', False)} gives all taps "
+            "the same bits"
         )
     return notes
 
@@ -93,11 +96,12 @@ def _out_of_space(config: ExportConfig) -> Iterator[None]:
             raise
         raise InputError(
             f"{error.strerror}: {tempfile.gettempdir()} cannot hold the activations that do not fit into "
-            f"{config.cache_gib:g} GiB of memory; free space there, set TMPDIR to another disk, raise --cache-gib, or "
+            f"{config.cache_gib:g} GiB of memory; free space there, set TMPDIR to another disk, raise "
+            f"{argument('cache_gib')}, or "
             "use fewer calibration samples."
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"device {config.device!r} has too little memory ({first_line(error)}); use smaller "
-            "batches (--set batch=N) or --device cpu."
+            f"batches ({argument('options', {'batch': 8})}) or {argument('device', 'cpu')}."
         ) from error

@@ -22,7 +22,7 @@ from calibrators.grid.metrics import alike
 from exporter.frontend.reference import load_reference
 from exporter.handover.bundle import read_golden, verify_manifest
 from exporter.inputs.batches import cut, feed
-from exporter.progress import Progress
+from exporter.progress import Progress, default_progress
 from exporter.reporting.cautions import cautions
 from exporter.reporting.gates import (
     DEFAULT_GATES,
@@ -70,7 +70,7 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     raises: InputError for a missing, damaged or changed file, or for a runtime that is not available.
     """
     keep_freed_memory()
-    folder, progress = Path(folder), progress or Progress()
+    folder, progress = Path(folder), progress or default_progress()
     available_runtimes(on)
     with progress.stage("manifest"):
         verify_manifest(folder)

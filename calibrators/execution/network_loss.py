@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, argument
 from calibrators.execution.activation_cache import Cache, Recording
 from calibrators.execution.blocks import partition
 from calibrators.execution.losses import PredictionLoss
@@ -280,7 +280,8 @@ def compared_outputs(problem: Problem) -> dict[str, int]:
     if not found:
         raise InputError(
             "the model has no floating-point output with one row per sample, by which the effect of a grid could be "
-            "measured; use a method that looks at layers (mse, gptq, qdrop), without --budget and --sensitivity"
+            f"measured; use a method that looks at layers (mse, gptq, qdrop), without {argument('budget')} and "
+            f"{argument('sensitivity')}"
         )
     return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from calibrators.errors import DataError, InputError
+from calibrators.execution.kept_statistics import name_of, restored, stored
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
 from calibrators.graph.walk import sample_values
 from calibrators.grid.limits import coarsened
@@ -34,6 +35,9 @@ class Bar(Protocol):
     def advance(self, steps: int = 1) -> None:
         """Advance the display by `steps`."""
 
+    def skip(self, steps: int) -> None:
+        """Leave out `steps` of the stage, which take no time."""
+
 
 Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
 """A function that opens a stage of work, given its name and number of steps, None where that is not known."""
@@ -41,6 +45,9 @@ Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
 
 class _Silent:
     def advance(self, steps: int = 1) -> None:
+        pass
+
+    def skip(self, steps: int) -> None:
         pass
 
 
@@ -73,6 +80,7 @@ class Problem:
     coarser: by name of a weight site: the factors by which limits of its codes raised the scales, filled as they do.
     free:    by name of a weight site: the codes that the method would choose without the limits, where it knows them.
     kept:    where training keeps the results of its units, so that another run continues after the last one.
+    seen:    where statistics are kept, for runs of other methods on the same data.
     """
 
     placement: Placement
@@ -87,12 +95,19 @@ class Problem:
     coarser: dict[str, Tensor] = field(default_factory=dict)
     free: dict[str, QuantizedTensor] = field(default_factory=dict)
     kept: Kept | None = None
+    seen: Kept | None = None
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
-        """Statistics of every activation site that owns its scale, from one float pass."""
+        """Statistics of every activation site that owns its scale, from one float pass or an earlier run."""
+        name = "" if self.seen is None else name_of(self.placement)
+        if self.seen is not None and (found := self.seen.load(name)) is not None:
+            return restored(*found)
         with self.stage("calibrate", None) as bar:
-            return observe(self.placement, self.batches, bar.advance)
+            statistics = observe(self.placement, self.batches, bar.advance)
+        if self.seen is not None:
+            self.seen.save(name, *stored(statistics))
+        return statistics
 
     @cached_property
     def sample_values(self) -> frozenset[str]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQ"]
 
+LAYERS = 3.0
+"""Effort of rounding layer by layer, relative to ranges alone."""
+
 
 @dataclass(frozen=True)
 class GPTQ(Options):
@@ -36,6 +39,9 @@ class GPTQ(Options):
     positions: int = option(16384, "largest number of positions that the Hessian of a layer is measured on", minimum=1)
     ranges: str = option("mse", "range method for the activations")
     weight_ranges: str = option("mse", "range method for the weights")
+
+    def effort(self, samples: int) -> float:
+        return LAYERS * super().effort(samples)
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """Return the calibrated network, with the remaining error of every layer in its record."""

@@ -30,6 +30,9 @@ __all__ = ["LAPQ"]
 FIRST_EVALUATIONS = len(POWERS) + 3
 """The smallest budget: every power, min-max, percentile and the vertex."""
 
+EVALUATION = 2.0
+"""Effort of an evaluation for a sample: the network with quantizers."""
+
 
 @dataclass(frozen=True)
 class LAPQ(Options):
@@ -56,6 +59,9 @@ class LAPQ(Options):
     def needs_labels(self) -> bool:
         """Whether the loss compares with labels."""
         return self.loss == "ce"
+
+    def effort(self, samples: int) -> float:
+        return super().effort(samples) + EVALUATION * self.max_evals * min(samples, self.samples)
 
     def fit(self, problem: Problem) -> CalibrationResult:
         """Return the network at the best scales that the search found, with a record of the search.

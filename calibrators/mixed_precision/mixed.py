@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, argument
 from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import macs
 from calibrators.mixed_precision.budgets import ACCURACY, Budget
@@ -178,7 +178,8 @@ class _BitAllocator:
             if least > limit:
                 raise InputError(
                     f"budget '{Budget(quantity, limit)}' cannot be met: the fewest bits that may be chosen take "
-                    f"{least:.10g}; raise it, or let --first-last-bits and --layer rules give fewer bits."
+                    f"{least:.10g}; raise it, or let {argument('first_last_bits')} and {argument('layers')} rules "
+                    "give fewer bits."
                 )
 
     def run(self) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_serializer, model_validator
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError, UnknownNameError, argument
 from calibrators.settings import Settings, expected
 
 __all__ = [
@@ -132,7 +132,7 @@ class LayerRule(Settings):
 
 @dataclass(frozen=True, eq=False)
 class MatchedRule:
-    """A rule and the names of the nodes that it matches; `flag` says where the user gave it, '' for an implied one."""
+    """A rule and the names of the nodes that it matches; `flag` is the argument that gave it, '' for an implied one."""
 
     rule: LayerRule
     nodes: frozenset[str]
@@ -147,7 +147,7 @@ class MatchedRule:
         nodes = [node for node, names in labels.items() if any(fnmatchcase(label, rule.match) for label in names)]
         if not nodes:
             known = {label for names in labels.values() for label in names}
-            raise UnknownNameError(f"--{flag} pattern", rule.match, known)
+            raise UnknownNameError(f"{argument(flag)} pattern", rule.match, known)
         return cls(rule, frozenset(nodes), flag)
 
 

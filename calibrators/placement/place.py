@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError, counted
+from calibrators.errors import InputError, argument, counted
 from calibrators.graph.aten import (
     bind,
     coded_outputs,
@@ -192,7 +192,8 @@ def place(
         raise InputError(
             f"nothing to quantize: target {target.name!r} has integer kernels for "
             f"{', '.join(sorted(op.split('.')[0] for op in target.weighted))} with constant weights, but the model "
-            "(after --include, --exclude and float layers) has none of them; check these settings"
+            f"(after {argument('include')}, {argument('exclude')} and float layers) has none of them; check these "
+            "settings"
         )
     _check_reach(given, weighted)
     rules = RuleList([*_implied(options, target, weighted), *allocated, *given])
@@ -228,7 +229,8 @@ def _notes_on_floats(graph: fx.GraphModule, left: LeftInFloat | None) -> Iterato
     layers = [node for node in graph.graph.nodes if node.name in left.nodes and node.target in WEIGHTED]
     yield (
         f"{counted(len(layers), 'layer')} left in float, which is faster ({left.ms:.2f} instead of "
-        f"{left.integer_ms:.2f} ms a sample, as predicted for x86-64 with VNNI); --placement integer quantizes them"
+        f"{left.integer_ms:.2f} ms a sample, as predicted for x86-64 with VNNI); {argument('placement', 'integer')} "
+        "quantizes them"
     )
 
 
@@ -247,7 +249,7 @@ def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRu
     labels = {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
     rules = [("include", LayerRule(glob, float=False)) for glob in options.include]
     rules += [("exclude", LayerRule(glob, float=True)) for glob in options.exclude]
-    rules += [("layer", rule) for rule in options.layers]
+    rules += [("layers", rule) for rule in options.layers]
     everything = [MatchedRule(LayerRule("*", float=True), frozenset(labels))] if options.include else []
     return [*everything, *(MatchedRule.by_glob(rule, labels, flag) for flag, rule in rules)]
 
@@ -297,7 +299,7 @@ def _implied(options: PlacementOptions, target: Target, weighted: Sequence[fx.No
     if options.first_last_bits is not None:
         bits = options.first_last_bits
         nodes = frozenset({weighted[0].name, weighted[-1].name})
-        yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first-last-bits")
+        yield MatchedRule(LayerRule(FIRST_LAST, weight_bits=bits, activation_bits=bits), nodes, "first_last_bits")
 
 
 def _check_coded(placer: Placer) -> None:
@@ -306,7 +308,7 @@ def _check_coded(placer: Placer) -> None:
         if not placer.writes_codes(node):
             raise InputError(
                 f"output {name!r} cannot be given as codes, because it comes from {where(node)}, which is no integer "
-                "kernel; leave --output out for it, or end the model before that operator."
+                f"kernel; leave {argument('output')} out for it, or end the model before that operator."
             )
 
 
@@ -317,7 +319,8 @@ def _check_reach(rules: Iterable[MatchedRule], weighted: Sequence[fx.Node]) -> N
         if matched.rule.settings.keys() != {"float"} and not matched.nodes & names:
             first = next(iter(matched.rule.settings))
             raise InputError(
-                f"--layer pattern {matched.rule.match!r} sets {first}, but matches no quantized layer with weights; "
+                f"{argument('layers')} pattern {matched.rule.match!r} sets {first}, but matches no quantized layer "
+                "with weights; "
                 f"only these have it: {', '.join(dict.fromkeys(map(layer_name, weighted)))}."
             )
 
@@ -331,7 +334,9 @@ def _weight_only(rules: RuleList, target: Target, weighted: Sequence[fx.Node]) -
     for matched in rules.rules:
         if matched.rule.weight_only and not matched.nodes & able:
             reached = [node for node in weighted if node.name in matched.nodes]
-            raise InputError(f"--layer pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}.")
+            raise InputError(
+                f"{argument('layers')} pattern {matched.rule.match!r}: {_no_weight_only(target, reached)}."
+            )
     readers = Counter(bind(node)["weight"].name for node in weighted)
     asked = (node for node in weighted if node.name in able and rules.value("weight_only", node.name))
     return frozenset(node for node in asked if readers[bind(node)["weight"].name] == 1)
@@ -351,7 +356,8 @@ def _check_blocks(rules: RuleList, weighted: Sequence[fx.Node]) -> None:
         if decider is None or decider.rule.granularity != "block" or rules.value("weight_only", node.name):
             continue
         raise InputError(
-            f"--layer pattern {decider.rule.match!r} gives {layer_name(node)} one weight scale per block, which "
+            f"{argument('layers')} pattern {decider.rule.match!r} gives {layer_name(node)} one weight scale per "
+            "block, which "
             "integer kernels do not have; set weight_only = true there or another granularity."
         )
 
@@ -378,7 +384,7 @@ def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) 
 
     def missed(setting: str, node: fx.Node, found: int) -> bool:
         decider = rules.decider(setting, node.name)
-        asked = decider is not None and (decider.flag == "layer" or found == WIDE)
+        asked = decider is not None and (decider.flag == "layers" or found == WIDE)
         return asked and found > rules.value(setting, node.name)
 
     for node in weighted:
@@ -398,7 +404,7 @@ def _notes_on_weight_only(
     for node in weighted:
         if node in weight_only:
             decider = rules.decider("activation_bits", node.name)
-            if decider is not None and decider.flag == "layer":
+            if decider is not None and decider.flag == "layers":
                 yield f"{layer_name(node)}: activation_bits has no effect, because the layer is weight_only"
         elif rules.value("weight_only", node.name):
             if node.target in target.weight_only:

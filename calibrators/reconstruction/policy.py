@@ -29,6 +29,9 @@ GRANULARITIES = ("block", "loss", "modcap", "boundary")
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
+STEP = 8.0
+"""Effort of a training step for a sample: each unit computes it forwards and backwards, with quantizers."""
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -88,6 +91,9 @@ class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOp
         from calibrators.reconstruction.reconstruct import reconstruct
 
         return reconstruct(problem, self)
+
+    def effort(self, samples: int) -> float:
+        return super().effort(samples) + STEP * self.batch * (self.iters or PRESETS[self.preset])
 
     # Hooks of a method.
 

@@ -31,7 +31,7 @@ from calibrators.execution.blocks import Block, extract, merge
 from calibrators.execution.instructions import computes_bfloat16
 from calibrators.execution.measure import relative_errors
 from calibrators.execution.streamed_network import RoundedNetwork
-from calibrators.execution.task import Problem
+from calibrators.execution.task import Bar, Problem
 from calibrators.graph.aten import batch_of, to_device
 from calibrators.grid.limits import within
 from calibrators.grid.metrics import LEAST_ENERGY, energy
@@ -163,7 +163,7 @@ class Run(RoundedNetwork):
             for index, block in enumerate(self.blocks):
                 self.position = index
                 start = time.perf_counter()
-                unit = self._solve(block, bar.advance)
+                unit = self._solve(block, bar)
                 done.append(replace(unit, seconds=time.perf_counter() - start))
                 self.forget(index, self.floats, self.quantized)
                 if index + 1 in self.goals:
@@ -211,11 +211,11 @@ class Run(RoundedNetwork):
 
     # --- one unit ---------------------------------------------------------------------------------------------------
 
-    def _solve(self, block: Block, advance: Callable[[int], None]) -> ReconstructedUnit:
+    def _solve(self, block: Block, bar: Bar) -> ReconstructedUnit:
         """Train a unit, or take over what an earlier run kept of it, and compute what later units read."""
         unit, floats = self._unit(block)
         loss = self.method.loss(unit, self)
-        kept = self._restored(unit, loss, advance) or self._trained(unit, loss, advance)
+        kept = self._restored(unit, loss, bar.skip) or self._trained(unit, loss, bar.advance)
         self.floats |= floats.caches
         self.quantized |= kept.caches
         return kept.record
@@ -271,7 +271,7 @@ class Run(RoundedNetwork):
             self.problem.kept.save(self._step, state, asdict(record))
         return Solved(record, kept.caches)
 
-    def _restored(self, unit: Unit, loss: Loss, advance: Callable[[int], None]) -> Solved | None:
+    def _restored(self, unit: Unit, loss: Loss, skip: Callable[[int], None]) -> Solved | None:
         """Return a unit as an earlier run left it, None if none did; without tensors it kept nearest rounding."""
         found = self.problem.kept.load(self._step) if self.problem.kept is not None else None
         if found is None:
@@ -285,7 +285,7 @@ class Run(RoundedNetwork):
             quantizer = self.quantizers[name]
             quantizer.reset(replace(quantizer.qparams, scale=state[f"scale/{name}"].to(self.device)))
         self.biases |= {name: state[f"bias/{name}"] for name in unit.biases if f"bias/{name}" in state}
-        advance(self.settings_of(unit).iters)
+        skip(self.settings_of(unit).iters)
         return Solved(ReconstructedUnit(**record), self._deploy(unit, loss).caches)
 
     def _state(self, unit: Unit) -> dict[str, Tensor]:

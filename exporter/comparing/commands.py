@@ -67,7 +67,14 @@ def compare(  # noqa: PLR0913 (a command's arguments are its flags)
                 )
         found = differences(read_export(old), read_export(new))
         labelled = found.drop is not None
-        check_measurable(gates, has_eval=found.error is not None or labelled, has_labels=labelled, has_baseline=True)
+        check_measurable(
+            gates,
+            has_eval=found.error is not None or labelled,
+            has_labels=labelled,
+            has_baseline=True,
+            why=found.unpaired
+            or "The exports have no scores by sample of this kind; export both with --eval and labels.",
+        )
         for path, render in ((markdown, markdown_page), (html, html_page)):
             if path is not None:
                 path.write_text(render(found), encoding="utf-8")

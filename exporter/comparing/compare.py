@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.errors import InputError
-from exporter.handover.bundle import verify_manifest
+from exporter.handover.bundle import check_bundle, verify_manifest
 from exporter.handover.scores import read_scores
 from exporter.reporting.difference import Difference, Figure, GateChange, LayerChange, Unit, ValueChange
 from exporter.reporting.layer_sections import LayerEntry
@@ -44,8 +43,7 @@ def read_export(folder: Path) -> Export:
 
     raises: InputError for a folder that is no bundle, or one that was changed or damaged.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that `intact export --out DIR` wrote.")
+    check_bundle(folder)
     manifest = verify_manifest(folder)
     sha256 = str(manifest["files"].get(MODEL, {}).get("sha256"))
     return Export(str(folder), read_report(folder / "report.json"), read_scores(folder), sha256)
@@ -75,6 +73,7 @@ FIGURES: tuple[tuple[str, Unit, Callable[[Report], float | None]], ...] = (
     ("KL divergence", "nats", _at("accuracy", "mean_kl")),
     ("size", "bytes", lambda report: float(report.size.bytes)),
     ("latency", "ms", _at("latency_ms", "quantized")),
+    ("latency over that of the float model", "ratio", _at("latency_ms", "ratio")),
     ("integer MACs", "share", _at("coverage", "integer_macs")),
     ("integer nodes", "share", lambda report: report.coverage.integer_nodes / max(report.coverage.compute_nodes, 1)),
     ("integer time", "share", _at("time_shares", "integer")),
@@ -107,13 +106,19 @@ def compare(before: Export, after: Export) -> Difference:
         now_integer=tuple(sorted(were - are)),
         settings=tuple(value_changes(_settings(old), _settings(new))),
         origins=tuple(value_changes(_origins(old), _origins(new))),
-        notes=tuple(filter(None, (unpaired, _other_processor(old, new)))),
+        unpaired=unpaired or None,
+        notes=tuple(filter(None, (unpaired, _other_processor(old, new), _doubt(old, new)))),
     )
 
 
 OTHER_DATA = "The evaluation data differ, so the scores are not compared by sample."
 NO_SCORES = "One of the exports has no scores by sample, so the scores are not compared by sample."
 OTHER_PROCESSOR = "The exports were timed on different processors: compare latencies with care."
+TIMED_APART = (
+    "The exports were timed at different times, so that latencies also differ by what else the machine did; those over "
+    "the float model, timed in the same rounds, differ less by that."
+)
+UNRELIABLE = "A latency is unreliable, so latencies are not compared; time both exports on an idle machine."
 
 
 def _unpaired(before: Export, after: Export) -> str:
@@ -133,6 +138,17 @@ def _other_processor(old: Report, new: Report) -> str:
     return OTHER_PROCESSOR if all(machines) and machines[0].cpu != machines[1].cpu else ""  # type: ignore[union-attr]
 
 
+def _is_unreliable(report: Report) -> bool:
+    return report.latency_ms is not None and report.latency_ms.reliable is False
+
+
+def _doubt(old: Report, new: Report) -> str:
+    """Return how far different latencies compare, empty where there are none."""
+    if old.latency_ms is None or new.latency_ms is None or old.latency_ms.quantized == new.latency_ms.quantized:
+        return ""
+    return UNRELIABLE if _is_unreliable(old) or _is_unreliable(new) else TIMED_APART
+
+
 def _scores(before: SampleScores | None, after: SampleScores | None) -> tuple[Change | None, Interval | None]:
     if before is None or after is None or not len(before.error):
         return None, None
@@ -142,10 +158,12 @@ def _scores(before: SampleScores | None, after: SampleScores | None) -> tuple[Ch
 
 def _figures(old: Report, new: Report) -> Iterator[Figure]:
     """Yield the numbers that at least one export has."""
+    unreliable = _is_unreliable(old) or _is_unreliable(new)
     for name, unit, read in FIGURES:
         before, after = read(old), read(new)
         if before is not None or after is not None:
-            quotient = after / before if before and after is not None else None
+            doubtful = unreliable and unit in ("ms", "ratio")
+            quotient = after / before if before and after is not None and not doubtful else None
             yield Figure(name, unit, before, after, quotient)
 
 

@@ -19,7 +19,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import version_converter
 from torch import fx
 
-from calibrators.errors import ExportError, InputError
+from calibrators.errors import ExportError, InputError, argument
 from calibrators.graph.aten import operator_name, outputs_of, where
 from calibrators.grid.target import Target
 from calibrators.program.freeze import CalibrationResult
@@ -76,8 +76,8 @@ def needed_release(model: ir.Model, asked: str | None) -> Version:
     need = minimum_version(model)
     if asked is not None and need.version > parse_version(asked):
         raise InputError(
-            f"min_ort is {asked}, but {need.what} at {need.where} needs onnxruntime {need.version}; give --min-ort "
-            f"{need.version}, or choose settings without it."
+            f"min_ort is {asked}, but {need.what} at {need.where} needs onnxruntime {need.version}; give "
+            f"{argument('min_ort', str(need.version))}, or choose settings without it."
         )
     return need.version
 
@@ -88,7 +88,8 @@ def check_opset(model: ir.Model, target: Target) -> None:
     if opset > highest:
         raise ExportError(
             f"the file has opset {opset}, because packed weights, 16-bit activations or scales per block need it, but "
-            f"target {target.name!r} reads at most {highest}; give --weight-storage int8, or leave these settings out"
+            f"target {target.name!r} reads at most {highest}; give {argument('weight_storage', 'int8')}, or leave "
+            "these settings out"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from calibrators.errors import DataError, ModelError, first_line
+from calibrators.errors import DataError, ModelError, argument, first_line
 from calibrators.graph.aten import infer_shapes, outputs_of, where
 from calibrators.grid.metrics import alike
 from exporter.frontend.axes import Axes, FreeAxis, axes_by_input
@@ -232,7 +232,7 @@ def _check_declared(axes: Axes, free: Mapping[str, Mapping[int, str]]) -> None:
         if missing := [axis for axis in wanted if axis not in free.get(name, {})]:
             raise ModelError(
                 f"the program has a fixed size at axis {missing[0]} of {name!r}; export it with dynamic_shapes for "
-                "that axis, or leave --dynamic out"
+                f"that axis, or leave {argument('dynamic')} out"
             )
 
 
@@ -327,7 +327,7 @@ def _check_fits(program: torch.export.ExportedProgram, data: tuple[Tensor, ...])
             given = ", ".join(map(str, x.shape[1:]))
             raise ModelError(
                 f"input {node.name!r} of the program takes [n, {takes}], but the data has [n, {given}]; give data of "
-                "that shape (--image-size resizes images), or export the program for the shape of the data"
+                f"that shape ({argument('image_size')} resizes images), or export the program for the shape of the data"
             )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from calibrators.errors import argument
+
 __all__ = ["other_size"]
 
 NAMES = ("input_size", "test_input_size", "image_size", "img_size")
@@ -29,7 +31,7 @@ def other_size(model: Any, inputs: Sequence[Tensor]) -> str | None:
     option = f"{height}" if height == width else f"{height}x{width}"
     return (
         f"the model says that it takes images of {height} x {width}, but the data has {image.shape[2]} x "
-        f"{image.shape[3]} (--image-size {option} resizes the images of a folder)"
+        f"{image.shape[3]} ({argument('image_size', option)} resizes the images of a folder)"
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from calibrators.errors import ModelError, UnknownNameError, first_line, no_file
+from calibrators.errors import ModelError, UnknownNameError, argument, first_line, no_file
 from exporter.frontend.capture import quiet
 from exporter.frontend.checkpoint import State, fitting_state, states
 from exporter.frontend.pt2_archive import clean_archive
@@ -52,13 +52,16 @@ def load_model(
     path = Path(spec)
     if path.suffix == ".pt2":
         if checkpoint is not None:
-            raise ModelError(f"{spec} carries its own weights; leave --checkpoint out, or give the factory instead.")
+            raise ModelError(
+                f"{spec} carries its own weights; leave {argument('checkpoint')} out, or give the factory instead."
+            )
         program = _load_program(path)
         _check_finite(spec, [*program.state_dict.items(), *program.constants.items()], strict=False)
         return program
     if ":" not in spec and path.suffix in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
         raise ModelError(
-            f"{spec} holds weights, not a network; give MODEL as file.py:factory and this file as --checkpoint."
+            f"{spec} holds weights, not a network; give MODEL as file.py:factory and this file as "
+            f"{argument('checkpoint')}."
         )
     if ":" not in spec and path.suffix == ".onnx":
         raise ModelError(

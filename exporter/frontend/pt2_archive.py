@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, argument
 from exporter.frontend.untrusted import check_pickle, check_sizes
 
 __all__ = ["clean_archive"]
@@ -223,5 +223,5 @@ def _is_safe_expression(text: str) -> bool:
 def _refusal(path: Path, what: str) -> ModelError:
     return ModelError(
         f"{path} holds {what}, which is refused because it could run code when loaded; "
-        "give the network as file.py:factory and its weights as --checkpoint FILE.safetensors."
+        f"give the network as file.py:factory and its weights as {argument('checkpoint', 'FILE.safetensors')}."
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, argument
 from exporter.frontend.calling import user_inputs
 from exporter.frontend.free_sizes import SMALLEST, Bounds
 
@@ -40,7 +40,8 @@ def fixed_axis(error: Exception) -> str | None:
     name, axis, size = found.groups()
     return (
         f"axis {axis} of input {name!r} cannot be free, because the model makes its size a constant ({size}), for "
-        "example by int(), range() or a parameter of that size; leave it out of --dynamic, or compute with x.shape"
+        f"example by int(), range() or a parameter of that size; leave it out of {argument('dynamic')}, or compute "
+        "with x.shape"
     )
 
 
@@ -64,7 +65,7 @@ def narrowed(
             if not {*taken} - {own} and len(tried) > 1:
                 raise ModelError(
                     f"axis {axis} of input {name!r} cannot be free while the others stay, because the model needs "
-                    f"{conditions.broken(size, 2 * own)}; leave it out of --dynamic"
+                    f"{conditions.broken(size, 2 * own)}; leave it out of {argument('dynamic')}"
                 )
             step = math.gcd(*taken) if len(taken) > 1 else 1
             low = taken[0] if taken and taken[0] > tried[0] else given.low

@@ -121,7 +121,8 @@ def _data(report: Report) -> list[dict[str, Any]]:
             "name": each.source or kind,
             "hashes": [{"alg": "SHA-256", "content": each.sha256}],
             "data": [{"type": "dataset", "name": kind, "contents": {"properties": [
-                {"name": "intact:samples", "value": str(each.samples)}
+                {"name": "intact:samples", "value": str(each.samples)},
+                *({"name": f"intact:class:{name}", "value": str(n)} for name, n in (each.classes or {}).items()),
             ]}}],
         }
         for kind, each in sources

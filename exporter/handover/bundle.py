@@ -25,7 +25,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, argument
 from calibrators.temporary import TemporaryFolder, remove_abandoned
 from exporter.config import NO_EFFECT
 from exporter.handover.bom import bill_of_materials, statement
@@ -38,7 +38,16 @@ from exporter.reporting.schema import Report, dump, dump_json, read_json
 from runtime_tests.ort.worker import EXACT
 from runtime_tests.parity.golden import GoldenOutput
 
-__all__ = ["Arrays", "Files", "check_out", "check_plain", "read_golden", "verify_manifest", "write_bundle"]
+__all__ = [
+    "Arrays",
+    "Files",
+    "check_bundle",
+    "check_out",
+    "check_plain",
+    "read_golden",
+    "verify_manifest",
+    "write_bundle",
+]
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 # A function that writes the model into a folder, or name -> content or file to copy.
@@ -116,7 +125,8 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         if place == Path.cwd() or os.path.ismount(place):
             what = "the current folder" if place == Path.cwd() else "a mount point"
             raise InputError(
-                f"{out} is {what}, which cannot be replaced by a finished bundle; give --out a folder inside it."
+                f"{out} is {what}, which cannot be replaced by a finished bundle; give {argument('out')} a folder "
+                "inside it."
             )
         above = place.parent
         while not above.exists():
@@ -130,21 +140,24 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise InputError(f"{out} is a file; give --out a folder that does not exist yet.")
+        raise InputError(f"{out} is a file; give {argument('out')} a folder that does not exist yet.")
     if not any(out.iterdir()):
         return
     if not overwrite:
         raise InputError(
-            f"{out} exists and is not empty; choose another --out, or replace the bundle with --overwrite."
+            f"{out} exists and is not empty; choose another {argument('out')}, or replace the bundle with "
+            f"{argument('overwrite', True)}."
         )
     if not (out / _MANIFEST).is_file():
         raise InputError(
-            f"{out} is not a bundle (no {_MANIFEST}), so --overwrite will not replace it; choose another --out."
+            f"{out} is not a bundle (no {_MANIFEST}), so {argument('overwrite', True)} will not replace it; choose "
+            f"another {argument('out')}."
         )
     strangers = sorted(set(_walk(out)) - set(_read_manifest(out)["files"]) - {_MANIFEST})
     if strangers:
         raise InputError(
-            f"{out} also holds {strangers[0]}, which intact did not write; move it away, then use --overwrite."
+            f"{out} also holds {strangers[0]}, which intact did not write; move it away, then use "
+            f"{argument('overwrite', True)}."
         )
 
 
@@ -154,13 +167,15 @@ def _os_errors(out: Path) -> Iterator[None]:
     try:
         out.resolve()
     except RuntimeError as error:  # until Python 3.13, which resolves it and fails in the first use
-        raise InputError(f"cannot write the bundle {out}: its links lead in a circle; choose another --out.") from error
+        raise InputError(
+            f"cannot write the bundle {out}: its links lead in a circle; choose another {argument('out')}."
+        ) from error
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write the bundle {out}: {reason}. Nothing was left there; free some space, fix the "
-                         "permissions, or choose another --out.") from error  # fmt: skip
+                         f"permissions, or choose another {argument('out')}.") from error  # fmt: skip
 
 
 @contextmanager
@@ -323,6 +338,12 @@ def _digest(value: object) -> str:
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def check_bundle(folder: Path) -> None:
+    """Raise InputError unless this is a folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one that `intact export --out DIR` wrote.")
 
 
 def verify_manifest(bundle: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from calibrators.errors import DataError, first_line, no_file
+from calibrators.errors import DataError, argument, first_line, no_file
 
 __all__ = ["Rows", "open_arrays"]
 
@@ -121,7 +121,7 @@ class Rows:
         if (needed := math.prod(shape) * self.dtype.itemsize) > self._limit:
             raise DataError(
                 f"{self._where} has to be read {needed:,} bytes at a time, more than its file has; give a smaller "
-                "--batch-size, or save the array in row-major order (numpy.ascontiguousarray)."
+                f"{argument('batch_size')}, or save the array in row-major order (numpy.ascontiguousarray)."
             )
         array = np.empty(shape, self.dtype)
         buffer = array.reshape(-1).view(np.uint8)

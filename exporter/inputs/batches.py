@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError, InputError, counted, no_file
+from calibrators.errors import DataError, InputError, argument, counted, no_file
 from calibrators.execution.losses import is_logits
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
@@ -119,15 +119,16 @@ def class_names(file: str | None, sources: Iterable[Data], graph: fx.GraphModule
     return names
 
 
-def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data, flag: str = "--eval") -> None:
-    """Refuse evaluation data that the model cannot take, judged by its first batch; flag: by which it was given.
+def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data, name: str = "eval_data") -> None:
+    """Refuse evaluation data that the model cannot take, judged by its first batch; name: of the argument that gave it.
 
     raises: DataError if inputs have another form than in calibration, or labels name classes that do not exist.
     """
     ours, theirs = calibration.example(), evaluation.example()
     if len(ours.inputs) != len(theirs.inputs):
         raise DataError(
-            f"{flag} has {counted(len(theirs.inputs), 'input')} and --data {len(ours.inputs)}; give all that the model "
+            f"{argument(name)} has {counted(len(theirs.inputs), 'input')} and {argument('data')} {len(ours.inputs)}; "
+            "give all that the model "
             f"takes: {', '.join(graph.meta['input_names'])}."
         )
     for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
@@ -136,7 +137,8 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data,
         if x.dtype != y.dtype or x.ndim != y.ndim or any(a != b for a, b in sizes):
             forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
             raise DataError(
-                f"input {name!r} is {forms[0]} in --data and {forms[1]} in {flag}; give both the same shape and type."
+                f"input {name!r} is {forms[0]} in {argument('data')} and {forms[1]} in {argument(name)}; give both "
+                "the same shape and type."
             )
     if theirs.labels is None:
         return
@@ -145,7 +147,8 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data,
     highest = max(int(theirs.labels.max()), len(evaluation.classes) - 1)
     if is_logits(output) and highest >= output.shape[1]:
         raise DataError(
-            f"labels of --eval hold {highest}, but the model has classes 0..{output.shape[1] - 1}; check the labels."
+            f"labels of {argument('eval_data')} hold {highest}, but the model has classes 0..{output.shape[1] - 1}; "
+            "check the labels."
         )
     if is_logits(output) and 0 < len(evaluation.classes) < output.shape[1]:
         evaluation.noted(

@@ -8,7 +8,9 @@ Must not know: models (beyond the names of their inputs), quantization, ONNX.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from calibrators.errors import DataError, UnknownNameError
+from calibrators.errors import DataError, UnknownNameError, argument
 from exporter.inputs.form import DataForm
 
 __all__ = ["Batch", "Data", "LabelError"]
@@ -65,6 +67,7 @@ class _Seen:
 
     notes: list[str] = field(default_factory=list)
     digests: dict[tuple[object, ...], str] = field(default_factory=dict)
+    counts: dict[tuple[object, ...], Counter[int]] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -145,23 +148,37 @@ class Data:
                 pass
         return self._seen.digests[self._key]
 
+    def class_counts(self) -> dict[str, int] | None:
+        """Return how many samples of a complete pass each class has; None where labels are no class indices.
+
+        Classes without a name are called by their numbers.
+        """
+        self.digest()
+        counts = self._seen.counts[self._key]
+        if sum(counts.values()) == 0:
+            return None
+        numbers = sorted({*counts, *range(len(self.classes))})
+        return {self.classes[n] if n < len(self.classes) else str(n): counts[n] for n in numbers}
+
     @property
     def _key(self) -> tuple[object, ...]:
         return (self.limit, self.names, self.labels == "unread")
 
     def __iter__(self) -> Iterator[Batch]:
-        digest, first = _Digest(), None
+        digest, first, counts = _Digest(), None, Counter[int]()
         for index, item in enumerate(islice(self.start(), self.limit)):
             where = f"{self.label}: batch {index}"
             batch, names = self._read(item, where)
             first = first or _Form.of(batch, names)
             first.check(batch, where)
             digest.update(batch)
+            counts.update(_classes_of(batch, where))
             yield self.convert(batch, where) if self.convert is not None else batch
         if first is None:
             raise DataError(
                 f"{self.label} yielded no batches; a callable must return fresh data every time it is called."
             )
+        self._seen.counts[self._key] = counts
         if self._seen.digests.setdefault(self._key, digest.hexdigest()) != digest.hexdigest():
             self._seen.note(
                 f"{self.label} differs from pass to pass (shuffled or augmented), so results are not reproducible"
@@ -263,7 +280,7 @@ class _Form:
             if list(x.shape[1:]) != shape:
                 raise DataError(
                     f"{where}: samples of input {name!r} have shape {list(x.shape[1:])}, but those of the first batch "
-                    f"{shape}; bring them to one shape (--image-size does it for a folder of images)."
+                    f"{shape}; bring them to one shape ({argument('image_size')} does it for a folder of images)."
                 )
             if _dtype(x) != dtype:
                 raise DataError(
@@ -321,6 +338,16 @@ def _input_tensor(value: object, where: str) -> tuple[Tensor, str]:
         first = int((~finite).nonzero()[0])
         raise DataError(f"{where} holds NaN or infinite values (first in sample {first} of the batch); clean the data.")
     return tensor, note
+
+
+def _classes_of(batch: Batch, where: str) -> list[int]:
+    """Return the class of each sample, none where labels are missing or something else; unread ones count too."""
+    with suppress(LabelError):
+        labels = batch.labels
+        if labels is None and batch.given is not None:
+            labels = _label_tensor(batch.given, len(batch), where)
+        return [] if labels is None else labels.tolist()
+    return []
 
 
 def _label_tensor(value: object, samples: int, where: str) -> Tensor:

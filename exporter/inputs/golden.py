@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import DataError, InputError, no_file
+from calibrators.errors import DataError, InputError, argument, no_file
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import batch_of
 from calibrators.program.freeze import CalibrationResult
@@ -91,7 +91,9 @@ def golden_inputs(
 def check_outputs(outputs: Sequence[Tensor]) -> None:
     """Raise DataError if an output for the golden inputs is not a number, as that compares with nothing."""
     if any(bool(y.isnan().any()) for y in outputs):
-        raise DataError("an output for the golden inputs is not a number; give others with --golden FILE.npz.")
+        raise DataError(
+            f"an output for the golden inputs is not a number; give others with {argument('golden', 'FILE.npz')}."
+        )
 
 
 def _limits(result: CalibrationResult, batch: Batch) -> list[Limits]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from calibrators.errors import DataError, first_line
+from calibrators.errors import DataError, argument, first_line
 from exporter.frontend.calling import call_of
 from exporter.frontend.capture import evaluating
 from exporter.frontend.user_code import UserCallable, article, load_callable, load_object, users_code
@@ -91,8 +91,9 @@ def check_takes_integers(model: nn.Module, batch: Batch, where: str) -> None:
     except Exception as error:  # of the user's own code
         raise DataError(
             f"{where} is uint8 and the model does not take that ({type(error).__name__}: {first_line(error)}); "
-            "preprocess it as in training: usually float32 in 0..1, normalized, channels first; or give --input uint8, "
-            "with --mean and --std, for a file that normalizes bytes itself."
+            "preprocess it as in training: usually float32 in 0..1, normalized, channels first; or give "
+            f"{argument('input', 'uint8')}, "
+            f"with {argument('mean')} and {argument('std')}, for a file that normalizes bytes itself."
         ) from error
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calibrators.errors import DataError, InputError, UnknownNameError
+from calibrators.errors import DataError, InputError, UnknownNameError, argument
 from exporter.inputs.data import Batch, Data
 from exporter.inputs.form import DataForm
 
@@ -149,7 +149,8 @@ class RawInput:
             value, level = (float(each.flatten()[worst]) for each in (x, levels))
             raise DataError(
                 f"{where} cannot be fed as bytes: {value:.6g} would be {level:.2f} of 255 before a normalization with "
-                f"mean {_text(self.mean)} and std {_text(self.std)}. Give --mean and --std as in training, or the "
+                f"mean {_text(self.mean)} and std {_text(self.std)}. Give {argument('mean')} and {argument('std')} "
+                "as in training, or the "
                 "images as uint8."
             )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx
 
+from calibrators.errors import argument
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import bind, constant, is_constant, where
 from calibrators.graph.walk import walk
@@ -66,7 +67,8 @@ def calibration_warnings(graph: fx.GraphModule, batch: Batch, label: str) -> Ite
             yield (
                 f"the values that reach the first batch norm, {where(node)}, are not those that it saw in training: "
                 f"their means are {distance:.2g} deviations away, and they spread {ratio:.2g} times as wide. Check "
-                f"that {label} is prepared as in training (range 0..1 or 0..255, --mean, --std, order of channels)"
+                f"that {label} is prepared as in training (range 0..1 or 0..255, {argument('mean')}, "
+                f"{argument('std')}, order of channels)"
             )
 
 
@@ -131,6 +133,7 @@ def score_warnings(accuracy: RunningAccuracy) -> Iterator[str]:
         )
     if accuracy.highest + 1 < classes and accuracy.samples >= PER_CLASS * classes:
         yield (
-            f"the labels of --eval are 0..{accuracy.highest} in {accuracy.samples} samples, but the model has "
+            f"the labels of {argument('eval_data')} are 0..{accuracy.highest} in {accuracy.samples} samples, but the "
+            "model has "
             f"{classes} outputs: check that both count the same classes"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from calibrators.errors import DataError, first_line
+from calibrators.errors import DataError, argument, first_line
 from exporter.inputs.arrays import open_arrays
 from exporter.inputs.form import DataForm
 
@@ -77,7 +77,7 @@ def from_images(root: Path, form: DataForm) -> Raw:
             if pixels.shape != first.shape:
                 raise DataError(
                     f"{file} is {_extent(pixels)}, {batch[0]} is {_extent(first)} pixels; "
-                    "give --image-size to bring all images to one size."
+                    f"give {argument('image_size')} to bring all images to one size."
                 )
             stacked[index] = pixels
         yield stacked if labels is None else (stacked, np.array(labels[start : start + len(batch)]))
@@ -89,7 +89,7 @@ def _check_batch(batch: Sequence[Path], first: np.ndarray[Any, Any]) -> None:
     if needed > BATCH_BYTES + 4 * sum(file.stat().st_size for file in batch):
         raise DataError(
             f"a batch of {len(batch)} images like {batch[0]}, {_extent(first)} pixels, takes {needed / 2**30:.1f} GiB; "
-            "give --image-size, or a smaller --batch-size."
+            f"give {argument('image_size')}, or a smaller {argument('batch_size')}."
         )
 
 
@@ -161,7 +161,7 @@ def _check_pixels(path: Path, size: tuple[int, int], form: DataForm) -> None:
     """Refuse an image that is too large, as it is stored or as it is scaled."""
     for width, height in (size, _covering(size, form.image_size) if form.image_size else size):
         if width * height > LARGEST_IMAGE:
-            scaled = "" if (width, height) == size else f" once it covers --image-size ({width}x{height})"
+            scaled = "" if (width, height) == size else f" once it covers {argument('image_size')} ({width}x{height})"
             raise DataError(
                 f"{path} is {size[0]}x{size[1]} pixels, more than {LARGEST_IMAGE:,}{scaled}; scale or cut it first."
             )

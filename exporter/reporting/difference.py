@@ -14,12 +14,15 @@ from runtime_tests.measure.paired import Change, Interval
 
 __all__ = ["Difference", "Figure", "GateChange", "LayerChange", "Unit", "ValueChange"]
 
-Unit: TypeAlias = Literal["bytes", "ms", "share", "dB", "nats", "count"]
+Unit: TypeAlias = Literal["bytes", "ms", "share", "dB", "nats", "count", "ratio"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of both exports; ratio: later over earlier, None where either is missing or the earlier is 0."""
+    """A number of both exports.
+
+    ratio: later over earlier; None where either is missing or unreliable, or the earlier is 0.
+    """
 
     name: str
     unit: Unit
@@ -77,7 +80,8 @@ class Difference:
                    (or energy of the difference), later over earlier. Both None unless the evaluation data are the same.
     identical:     whether both model files hold the same bytes.
     now_float:     compute nodes in float that were not; now_integer: the reverse.
-    notes:         reasons that something could not be compared, or is to be read with care.
+    unpaired:      the reason that scores are not compared by sample, None where they are or where there are none.
+    notes:         that reason too, and what is to be read with care.
     """
 
     before: str
@@ -95,3 +99,4 @@ class Difference:
     settings: tuple[ValueChange, ...]
     origins: tuple[ValueChange, ...]
     notes: tuple[str, ...]
+    unpaired: str | None = None

@@ -6,11 +6,12 @@ Must not know: terminals, HTML, Markdown.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from exporter.reporting.difference import Difference, Figure, GateChange, LayerChange, ValueChange
-from exporter.reporting.number_format import count, decibel, percent, points, significant, size
+from exporter.reporting.difference import Difference, Figure, GateChange, LayerChange, Unit, ValueChange
+from exporter.reporting.number_format import count, decibel, points, significant
+from exporter.reporting.quantities import Quantity, written
 
 __all__ = ["Section", "sections", "summary"]
 
@@ -84,20 +85,19 @@ def _importance(layer: LayerChange) -> tuple[bool, float]:
     return layer.bits[0] == layer.bits[1], -layer.noise_added_db
 
 
-_WRITTEN: dict[str, Callable[[object], str]] = {
-    "bytes": size,
-    "share": percent,
-    "dB": decibel,
-    "ms": lambda value: f"{significant(value, 3)} ms",
-    "nats": lambda value: significant(value, 3),
-    "count": count,
-}
+_QUANTITIES: dict[Unit, Quantity] = {"bytes": "bytes", "share": "share", "dB": "dB", "ms": "ms"}
+"""Units of figures that have a quantity of their own; the others are numbers."""
 
 
 def _figure(figure: Figure) -> tuple[str, ...]:
-    write = _WRITTEN[figure.unit]
-    before, after = (NONE if value is None else write(value) for value in (figure.before, figure.after))
+    before, after = (_written(value, figure.unit) for value in (figure.before, figure.after))
     return figure.name, before, after, _change(figure)
+
+
+def _written(value: float | None, unit: Unit) -> str:
+    if value is None:
+        return NONE
+    return count(value) if unit == "count" else written(value, _QUANTITIES.get(unit, "number"))
 
 
 def _change(figure: Figure) -> str:

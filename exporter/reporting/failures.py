@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from exporter.reporting.gates import needs_baseline
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import count, differ, percent
@@ -71,6 +72,8 @@ def found_by(gate: GateResult, report: Report) -> str:
         return reason
     quantity = quantity_of(gate.name)
     found = "it was not measured" if gate.value is None else f"it is {written(gate.value, quantity)}"
+    if gate.value is None and needs_baseline(gate) and report.baseline is not None and report.baseline.notes:
+        found += f" ({' '.join(report.baseline.notes)})"
     return f"{found}, the limit is {written(gate.limit, quantity)}"
 
 

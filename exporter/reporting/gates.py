@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError, UnknownNameError, argument
 from exporter.reporting.metrics import METRICS, Report, is_path, quantity_of, unlabelled_outputs, value_at
 from exporter.reporting.quantities import units_of
 from exporter.reporting.schema import GateResult, metric_paths
@@ -114,26 +114,40 @@ def _limit(text: str, metric: str, expression: str) -> float:
 
 
 def check_measurable(
-    gates: Iterable[Gate], *, has_eval: bool, has_labels: bool, has_metric: bool = False, has_baseline: bool = False
+    gates: Iterable[Gate],
+    *,
+    has_eval: bool,
+    has_labels: bool,
+    has_metric: bool = False,
+    has_baseline: bool = False,
+    why: str = "",
 ) -> None:
     """Raise InputError, naming gate and data, unless the data at hand can answer every gate.
 
     Call it before the work starts.
+
+    why: evaluation data or labels are missing, where nothing can be given any more.
     """
     for gate in gates:
         needs_eval, needs_labels = _needs(gate.name)
+        if why and ((needs_eval and not has_eval) or (needs_labels and not has_labels)):
+            raise InputError(f"gate {gate.expression!r} cannot be answered. {why}")
         if needs_eval and not has_eval:
-            raise InputError(f"gate {gate.expression!r} needs held-out data; give it with --eval, or drop the gate.")
+            raise InputError(
+                f"gate {gate.expression!r} needs held-out data; give it with {argument('eval_data')}, or drop the gate."
+            )
         if gate.name in METRICS and METRICS[gate.name].needs_metric and not has_metric:
             raise InputError(
-                f"gate {gate.expression!r} needs a metric of yours; give --metric file.py:function, or gate on "
+                f"gate {gate.expression!r} needs a metric of yours; give {argument('metric', 'file.py:function')}, "
+                "or gate on "
                 "accuracy_drop, agreement or sqnr_db."
             )
         if needs_baseline(gate) and not has_baseline:
-            raise InputError(f"gate {gate.expression!r} needs an earlier bundle; give it with --baseline.")
+            raise InputError(f"gate {gate.expression!r} needs an earlier bundle; give it with {argument('baseline')}.")
         if needs_labels and not has_labels:
             raise InputError(
-                f"gate {gate.expression!r} needs labels in the --eval data; add them (`labels` in an .npz, or "
+                f"gate {gate.expression!r} needs labels in the {argument('eval_data')} data; add them (`labels` in "
+                "an .npz, or "
                 "(x, labels) pairs), or gate on agreement or sqnr_db instead."
             )
 

@@ -245,7 +245,7 @@ def render_html(report: Report) -> str:
         config_text=dump_json(report.config or {}),
         difference=sections(report.baseline) if report.baseline else (),
         difference_summary=summary(report.baseline) if report.baseline else (),
-        style=Markup(_part("report.css")),
+        style=Markup(_part("colours.css") + _part("report.css")),
         script=Markup(script),
         script_digest=digest,
     )

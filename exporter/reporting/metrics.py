@@ -306,7 +306,9 @@ METRICS: dict[str, Metric] = {
     ),
     "baseline_size": Metric("bytes over bytes of the baseline", _figure_ratio("size"), needs_baseline=True),
     "baseline_latency": Metric(
-        "time over time of the baseline, each as its export measured it", _figure_ratio("latency"), needs_baseline=True
+        "time over time of the baseline, each as its export measured it; not measured where either is unreliable",
+        _figure_ratio("latency"),
+        needs_baseline=True,
     ),
     "baseline_now_float": Metric("compute nodes in float that the baseline lacks", _now_float, needs_baseline=True),
     UNPROVED: Metric(

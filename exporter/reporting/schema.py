@@ -120,11 +120,12 @@ class GateResult:
 
 @dataclass(frozen=True)
 class DataSource:
-    """The origin of samples; sha256 is that of their values."""
+    """The origin of samples; sha256 is that of their values, classes the number of samples by class, where known."""
 
     source: str
     samples: int
     sha256: str
+    classes: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

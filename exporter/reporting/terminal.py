@@ -5,7 +5,7 @@ Must not know: how anything is computed, the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from runtime_tests.measure.profile import TimeShares
 from runtime_tests.ort.coverage import Coverage
 from runtime_tests.parity.results import Level, SecondLevel
 
-__all__ = ["summary_rows", "verdict_panel"]
+__all__ = ["box", "integer_share", "summary_rows", "verdict_panel", "warning_rows"]
 
 WARNINGS = 5
 """Warnings that the box shows; the report has all."""
@@ -46,12 +46,17 @@ _number = partial(significant, digits=6, missing="not measured", minus="-")
 
 def verdict_panel(report: Report, folder: Path, *, page: str = "report") -> Panel:
     """Sum up a report in a box; page: title of the line that names the page in the bundle."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in (*summary_rows(report), (page, escape(str(folder / "report.html")))):
-        table.add_row(f"[bold]{printable(name)}[/bold]", printable(value))
     verdict, _, left_open = verdict_title(report).partition(" ")
-    heading = f"[bold]{verdict}[/bold] {left_open}".strip()
-    return Panel(table, title=heading, title_align="left", border_style=COLOURS[tone(report)], expand=False)
+    rows = (*summary_rows(report), (page, escape(str(folder / "report.html"))))
+    return box(rows, f"[bold]{verdict}[/bold] {left_open}".strip(), COLOURS[tone(report)])
+
+
+def box(rows: Iterable[tuple[str, str]], heading: str, colour: str) -> Panel:
+    """Return a box with a heading around names and their values, all in rich's markup."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(f"[bold]{printable(name)}[/bold]", printable(value))
+    return Panel(table, title=heading, title_align="left", border_style=colour, expand=False)
 
 
 def summary_rows(report: Report) -> Rows:
@@ -66,7 +71,7 @@ def summary_rows(report: Report) -> Rows:
         yield from _accuracy_rows(report)
         yield from _proof(report)
     yield from _costs(report)
-    yield from _warnings(report.warnings)
+    yield from warning_rows(report.warnings)
 
 
 def _failed(report: Report) -> Rows:
@@ -101,7 +106,7 @@ def _proof(report: Report) -> Rows:
         yield "sizes", escape("; ".join(_sizes(report.sizes)))
     if report.parity.openvino:
         yield "OpenVINO", _second(report.parity.openvino)
-    yield "integer MACs", _integer_share(report.coverage)
+    yield "integer MACs", integer_share(report.coverage)
     if report.coverage.weight_only_macs:
         yield "weight-only MACs", _weight_only(report.coverage)
 
@@ -124,7 +129,7 @@ def _flagged(text: str, doubtful: bool) -> str:
     return f"[yellow]{text}[/yellow]" if doubtful else text
 
 
-def _warnings(warnings: Sequence[str] | None) -> Rows:
+def warning_rows(warnings: Sequence[str] | None) -> Rows:
     """Yield the first warnings, and how many more there are."""
     warnings = warnings or ()
     more = len(warnings) - WARNINGS
@@ -169,7 +174,7 @@ def _levers(report: Report) -> Iterator[str]:
         yield f"SQNR on calibration data {portable} dB, {free} dB without these limits"
 
 
-def _integer_share(coverage: Coverage) -> str:
+def integer_share(coverage: Coverage) -> str:
     """Return the share of the multiply-accumulates, or why it is not known, and that of the nodes."""
     macs = _percent(coverage.integer_macs)
     if uncounted := coverage.uncounted:

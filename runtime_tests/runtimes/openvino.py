@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from calibrators.errors import InputError, ModelError
+from calibrators.errors import InputError, ModelError, argument
 from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.runtime import Array, Runtime
 
@@ -51,7 +51,7 @@ class _OpenVino(Runtime):
 
     def open(self, model: Model, probes: Sequence[str], threads: int) -> Compiled:
         if reason := self.missing():
-            raise InputError(f"{reason}; {self.how_to_get}, or leave --openvino out.")
+            raise InputError(f"{reason}; {self.how_to_get}, or leave {argument('openvino')} out.")
         return Compiled(model, probes, threads)
 
 
@@ -74,7 +74,7 @@ class Compiled:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ModelError(
                 f"OpenVINO {RUNTIME.version} refuses the model: {lines[-1][:300] if lines else type(error).__name__}; "
-                "leave --openvino out, or keep what it names in float (--exclude)"
+                f"leave {argument('openvino')} out, or keep what it names in float ({argument('exclude')})"
             ) from error
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.errors import InputError, ModelError
+from calibrators.errors import InputError, ModelError, argument
 from calibrators.temporary import TemporaryFolder
 from runtime_tests.ort import worker as onnxruntime_worker
 from runtime_tests.ort.sessions import Model
@@ -100,7 +100,7 @@ class Worker:
             timer.cancel()
         if not line and time.monotonic() - started >= within:
             raise ModelError(
-                f"{self.name} gave no answer within {within:g} s; compare fewer samples (--parity-samples)."
+                f"{self.name} gave no answer within {within:g} s; compare fewer samples ({argument('parity_samples')})."
             )
         if not line:
             raise ModelError(

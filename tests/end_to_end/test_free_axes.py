@@ -239,7 +239,7 @@ def test_axes_that_cannot_be_free(
 
 def test_data_of_another_size_than_the_program() -> None:
     program = torch.export.export(model(Flat), (images(8)[0],))
-    message = r"takes \[n, 3, 8, 8\], but the data has \[n, 3, 32, 32\]; give data of that shape \(--image-size"
+    message = r"takes \[n, 3, 8, 8\], but the data has \[n, 3, 32, 32\]; give data of that shape \(image_size"
     with pytest.raises(ModelError, match=message):
         capture(program, images()[0])
     with pytest.raises(ModelError, match="has a fixed size at axis 2 of 'x'"):

@@ -101,15 +101,15 @@ def test_a_file_names_the_metric(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_metric_is_said_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Any, message: str
 ) -> None:
-    monkeypatch.setattr("exporter.pipeline.fold", lambda graph: pytest.fail("work began"))
+    monkeypatch.setattr("exporter.intake.fold", lambda graph: pytest.fail("work began"))
     with pytest.raises(DataError, match=message):
         export(model(), images(), eval_data=masks(), out=tmp_path / "out", metric=function, **QUICK)
 
 
 def test_a_metric_needs_data_and_its_gate_a_metric(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--metric needs held-out data"):
+    with pytest.raises(InputError, match=r"^metric needs held-out data; give it with eval_data"):
         export(model(), images(), out=tmp_path / "out", metric=mean_iou, **QUICK)
-    with pytest.raises(InputError, match=r"'metric_drop<=0.1' needs a metric of yours; give --metric"):
+    with pytest.raises(InputError, match=r"'metric_drop<=0.1' needs a metric of yours; give metric='file.py:function'"):
         export(model(), images(), eval_data=masks(), out=tmp_path / "out", gates=["metric_drop<=0.1"], **QUICK)
 
 

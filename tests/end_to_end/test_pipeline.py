@@ -428,7 +428,7 @@ def test_labels_that_no_gate_needs_are_left_out_with_a_note(labels: Tensor) -> N
     _, evaluation = checked_data(open_data([x]), open_data([(x, labels)]), ExportConfig(), [])
     assert evaluation is not None
     assert evaluation.example().labels is None
-    assert "labels of --eval are not used" in evaluation.notes[0]
+    assert "labels of eval_data are not used" in evaluation.notes[0]
 
 
 def test_gate_that_needs_labels_is_refused_before_the_work(tmp_path: Path) -> None:

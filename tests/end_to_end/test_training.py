@@ -24,7 +24,7 @@ from calibrators.methods.mse import MSE
 from calibrators.methods.qdrop import QDrop
 from calibrators.program.freeze import CalibrationResult
 from calibrators.record import Record
-from exporter import pipeline, run_calibrators
+from exporter import intake, run_calibrators
 from exporter.cli import app
 from exporter.console import INTERRUPTED
 from exporter.pipeline import export
@@ -240,7 +240,7 @@ def residual() -> tuple[nn.Module, list[Tensor]]:
 def test_a_generator_object_is_refused_before_the_work(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "capture", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(intake, "capture", lambda *_: pytest.fail("work began"))
     model, batches = residual()
     sources: dict[str, Any] = {"data": batches, "eval_data": batches, which: (x for x in batches)}
     with pytest.raises(DataError, match=r"can be read only once, .* the function that makes the generator"):
@@ -335,7 +335,7 @@ def test_labels_that_a_method_needs_and_the_data_lacks_are_missed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(QDrop, "needs_labels", True, raising=False)
-    monkeypatch.setattr(pipeline, "capture", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(intake, "capture", lambda *_: pytest.fail("work began"))
     with pytest.raises(
         DataError, match=r"method 'qdrop' .* needs labels, but data \(list\) has none; yield \(x, labels\)"
     ):

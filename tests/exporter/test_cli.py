@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import json
 import os
 import signal
 import subprocess
@@ -17,14 +19,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from calibrators.errors import ExportError, InputError
+from calibrators.errors import ExportError, InputError, argument
 from calibrators.placement.layer_rules import LayerRule
 from exporter.checks import check_settings
 from exporter.cli import app
 from exporter.config import ExportConfig
 from exporter.console import INTERNAL_FAULT, INTERRUPTED
+from exporter.handover.bundle import check_out
 from exporter.inputs.open import open_both
-from exporter.progress import Progress, console_progress
+from exporter.job import as_flag
+from exporter.progress import Progress, console_progress, default_progress
 from tests.exporter.reporting.sample_report import sample_report
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
@@ -147,6 +151,16 @@ def test_targets_are_listed(run: Callable[..., Any]) -> None:
     assert result.exit_code == 0
     assert "ort-cpu" in result.output
     assert "uint8 per tensor" in result.output
+
+
+def test_lists_are_printed_as_json_too(run: Callable[..., Any]) -> None:
+    methods, targets, runtimes = (json.loads(run(name, "--json").stdout) for name in ("methods", "targets", "runtimes"))
+    assert {"qdrop", "gptq"} <= {each["name"] for each in methods}
+    options = json.loads(run("methods", "qdrop", "--json").stdout)["options"]
+    assert {"name": "batch", "type": "int", "default": 32, "doc": "samples per step"} in options
+    (target,) = [each for each in targets if each["name"] == "ort-cpu"]
+    assert target["activation"]["bits"] == 8 and "x86-vnni" in target["exact_on"]
+    assert all((each["version"] is None) == (each["missing"] is not None) for each in runtimes)
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
@@ -324,7 +338,7 @@ def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
 
 def test_uint8_weights_are_refused_where_they_change_nothing() -> None:
     for settings in ({"portable": "uint8"}, {"layers": ({"match": "head", "portable": "uint8"},)}):
-        with pytest.raises(InputError, match=r"limits no pairs of weights.*give --target ort-cpu"):
+        with pytest.raises(InputError, match=r"limits no pairs of weights.*give target='ort-cpu'"):
             check_settings(ExportConfig.model_validate({"target": "ort-cpu-vnni", **settings}))
         check_settings(ExportConfig.model_validate(settings))
 
@@ -347,7 +361,7 @@ def test_a_missing_device_exits_2_and_leaves_nothing(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("exporter.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.intake.load_model", lambda *_: pytest.fail("the model was loaded"))
     result = run("export", *ARGUMENTS, "--out", str(tmp_path / "out"), "--device", "cuda")
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: device 'cuda' is not available: torch ")
@@ -367,7 +381,7 @@ def test_a_taken_folder_is_refused_before_any_work(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr("exporter.pipeline.capture", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("exporter.intake.capture", lambda *_, **__: pytest.fail("the work began"))
     for extra in ([], ["--overwrite"]):  # a folder that is no bundle is not overwritten either
         result = run("export", *ARGUMENTS, "--out", str(tmp_path), *extra)
         assert result.exit_code == 2, result.output
@@ -480,6 +494,72 @@ def test_lines_of_long_work_become_rare(monkeypatch: pytest.MonkeyPatch) -> None
     assert 60 < len(lines) < 120, "an hour"
     assert lines[0] == "reconstruct: 40/28800 (5.0 s, 59 min 55 s left)"
     assert lines[-1] == "reconstruct: 28800/28800 done (60 min 00 s)"
+
+
+def test_steps_that_are_taken_over_count_neither_as_work_nor_as_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("exporter.progress.time.monotonic", lambda: clock)
+    stream = io.StringIO()
+    with console_progress(stream).stage("reconstruct", total=100) as bar:
+        bar.skip(80)
+        clock = 6.0
+        bar.advance(5)
+    assert stream.getvalue().splitlines()[0] == "reconstruct: 5/20 (6.0 s, 18.0 s left)"
+    terminal = Terminal()
+    with console_progress(terminal).stage("reconstruct", total=100) as bar:
+        bar.skip(80)
+        bar.advance(20)
+    assert "20/20" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook_shows_progress_without_being_asked(
+    widgets: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with default_progress().stage("calibrate"):
+        pass
+    assert capsys.readouterr() == ("", ""), "a script is not told"
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("exporter.progress.find_spec", lambda name: widgets)
+    if widgets:
+        assert type(default_progress()) is type(console_progress(Terminal()))
+        return
+    with default_progress().stage("calibrate", 3) as bar:
+        bar.advance(3)
+    assert capsys.readouterr().out == "calibrate: 3/3 done (0.0 s)\n"
+
+
+def test_python_completes_every_setting_of_an_export() -> None:
+    from exporter.dry_run import dry_run
+    from exporter.pipeline import export
+
+    for function in (export, dry_run):
+        parameters = inspect.signature(function).parameters
+        assert {"model", "data", "eval_data", *ExportConfig.model_fields} <= parameters.keys()
+        assert parameters["weight_bits"].default == 8
+
+
+def test_a_shell_completes_commands_and_flags() -> None:
+    def completed(words: str) -> str:
+        environment = {**os.environ, "_INTACT_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+        command = [sys.executable, "-c", "from exporter.cli import app; app(prog_name='intact')"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert completed("intact comp").split() == ["compare-dump", "compare"]
+    assert completed("intact export --weight-b").split() == ["--weight-bits"]
+
+
+def test_messages_name_arguments_as_the_caller_gives_them(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("export", *ARGUMENTS, "--out", str(tmp_path))
+    assert "choose another --out, or replace the bundle with --overwrite" in result.stderr
+    with pytest.raises(InputError, match="choose another out, or replace the bundle with overwrite=True"):
+        check_out(tmp_path)
+    assert argument("min_ort", "1.19") == "min_ort='1.19'"
+    flags = as_flag("gates"), as_flag("eval_data"), as_flag("min_ort", "1.19"), as_flag("wide_taps", False)
+    assert flags == ("--gate", "--eval", "--min-ort 1.19", "--set wide_taps=false")
+    assert as_flag("options", {"batch": 8}) == "--set batch=8"
 
 
 class Terminal(io.StringIO):

@@ -48,11 +48,13 @@ def test_the_same_files_come_out_until_something_changes(bundle: Path) -> None:
 
     code, found = rebuilt()
     assert code == 0 and "model.onnx" in found["compared"] and "golden/reference.pt2" in found["compared"]
-    assert not found["differing"] and not found["changed"]
+    assert not found["differing"] and not found["changed"] and not found["data"]
     path = bundle.parent / "net.py"
     path.write_text(NETWORK.replace("manual_seed(i)", "manual_seed(i + 5)"))
     code, found = rebuilt()
     assert code == 1 and "model.onnx" in found["differing"], "other calibration data"
+    before, now = found["data"]["calibration"]
+    assert before == json.loads((bundle / "report.json").read_text())["data"]["calibration"]["sha256"] != now
     path.write_text(NETWORK)
     weights = safetensors.torch.load_file("net.safetensors")
     safetensors.torch.save_file({name: 2 * each for name, each in weights.items()}, "net.safetensors")

@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from calibrators.errors import InputError
+from calibrators.execution import task
+from calibrators.execution.task import silent
 from exporter import resume
+from exporter.config import make_config
+from exporter.intake import Steps, open_order, take_in
 from exporter.pipeline import export
-from exporter.resume import Unfinished
+from exporter.progress import Progress
+from exporter.resume import Store
+from exporter.run_calibrators import calibrated
 from tests.support.networks import build
 
 SETTINGS: dict[str, Any] = {
@@ -41,16 +48,16 @@ def run(out: Path, **changes: Any) -> Any:
 
 def interrupted(after: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Make training stop as by Ctrl-C after some units; return a function that undoes this."""
-    save, left = Unfinished.save, [after]
+    save, left = Store.save, [after]
 
-    def stopping(self: Unfinished, *given: Any) -> None:
+    def stopping(self: Store, *given: Any) -> None:
         save(self, *given)
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Unfinished, "save", stopping)
-    return lambda: monkeypatch.setattr(Unfinished, "save", save)
+    monkeypatch.setattr(Store, "save", stopping)
+    return lambda: monkeypatch.setattr(Store, "save", save)
 
 
 def test_an_interrupted_export_continues_with_the_same_bytes(
@@ -76,7 +83,7 @@ def test_an_interrupted_export_continues_with_the_same_bytes(
 def test_damaged_units_are_trained_again_and_old_exports_make_room(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Unfinished("a" * 64)
+    kept = Store(cache, "a" * 64, "use another")
     kept.save("unit", {"x": torch.arange(3)}, {"name": "unit"})
     found = kept.load("unit")
     assert found is not None and torch.equal(found[0]["x"], torch.arange(3)) and found[1] == {"name": "unit"}
@@ -87,10 +94,34 @@ def test_damaged_units_are_trained_again_and_old_exports_make_room(
     assert kept.load("unit") is None and kept.load("absent") is None
     os.utime(kept.folder, (0, 0))
     monkeypatch.setattr(resume, "LARGEST", 0)
-    assert Unfinished("b" * 64).folder.exists() and not kept.folder.exists()
-    monkeypatch.setenv("INTACT_CACHE", "/proc/none")
-    with pytest.raises(InputError, match="INTACT_CACHE"):
-        Unfinished("c" * 64)
+    assert Store(cache, "b" * 64, "").folder.exists() and not kept.folder.exists()
+    with pytest.raises(InputError, match=r"cannot write to /proc/none/c.*; use another"):
+        Store(Path("/proc/none"), "c" * 64, "use another")
+
+
+def test_statistics_are_shared_by_methods_and_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("residual")
+    data = [x, build("residual", seed=1)[1]]
+
+    def run(out: str, cache: str | None, **changes: Any) -> bytes:
+        order = open_order(model, data, None, None, None, config=make_config({"cache": cache, **changes}), metric=None,
+                           source="")  # fmt: skip
+        network = take_in(order, Steps(Progress()))
+        result = calibrated(network.folded, network.batches, order.config, silent)
+        assert network.batches.samples == sum(map(len, data))
+        return safetensors.torch.save(result.program.state_dict())
+
+    run("first", str(tmp_path), method="minmax")
+    (folder,) = (tmp_path / "intact-statistics").iterdir()
+    assert len([*folder.iterdir()]) == 1
+    few = {"method": "mse", "weight_bits": 4, "activation_bits": 4}
+    plain = run("plain", None, **few)
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "observe", lambda *_: pytest.fail("the data were observed again"))
+        assert run("cached", str(tmp_path), **few) == plain
+    data[1] = data[1] + 0.5
+    assert run("other", str(tmp_path), **few) == run("other", None, **few) != plain, "other data"
+    assert len([*(tmp_path / "intact-statistics").iterdir()]) == 2
 
 
 NETWORK = """

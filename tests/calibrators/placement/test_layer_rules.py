@@ -244,7 +244,7 @@ def test_a_rule_needs_a_glob(match: Any) -> None:
 
 
 def test_a_glob_without_match_names_near_misses() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown --layer pattern 'dephtwise'\. Did you mean 'depthwise'"):
+    with pytest.raises(UnknownNameError, match=r"unknown layers pattern 'dephtwise'\. Did you mean 'depthwise'"):
         placed(*build("residual"), rule("dephtwise", weight_bits=4))
 
 

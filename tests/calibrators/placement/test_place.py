@@ -216,7 +216,7 @@ def test_included_operator_is_the_only_one() -> None:
 
 
 def test_pattern_without_match_says_what_there_is() -> None:
-    with pytest.raises(InputError, match=r"unknown --exclude pattern 'stm'. Did you mean 'stem'"):
+    with pytest.raises(InputError, match=r"unknown exclude pattern 'stm'. Did you mean 'stem'"):
         placed(*build("residual"), exclude=("stm",))
 
 

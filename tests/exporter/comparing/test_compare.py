@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,22 @@ from typer.testing import CliRunner
 
 from calibrators.errors import InputError
 from exporter.cli import app
-from exporter.comparing.compare import NO_SCORES, OTHER_DATA, OTHER_PROCESSOR, compare, read_export
+from exporter.comparing.compare import (
+    NO_SCORES,
+    OTHER_DATA,
+    OTHER_PROCESSOR,
+    TIMED_APART,
+    UNRELIABLE,
+    compare,
+    read_export,
+)
 from exporter.comparing.pages import html_page, markdown_page
 from exporter.handover import bundle as bundle_module
 from exporter.handover.bundle import write_bundle
 from exporter.handover.scores import SCORES, read_scores, write_scores
 from exporter.reporting.difference_tables import sections, summary
+from exporter.reporting.failures import found_by
+from exporter.reporting.gates import evaluate, parse
 from exporter.reporting.html import render_html
 from exporter.reporting.schema import validate_report
 from runtime_tests.measure.paired import SampleScores
@@ -163,7 +173,7 @@ def test_command_writes_pages_and_judges_gates(written: Callable[..., Path], tmp
         (["{a}", "{a}", "--gate", "baseline_drop"], "is not METRIC OP NUMBER"),
         (["{a}", "{a}", "--gate", "size<=10kB"], "begin with baseline_"),
         (["{a}", "{a}", "--html", "no/where.html"], "there is no folder no"),
-        (["{a}", "{unlabelled}", "--gate", "baseline_drop<=0.1"], "needs labels"),
+        (["{a}", "{unlabelled}", "--gate", "baseline_drop<=0.1"], "export both with --eval and labels"),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str, written: Callable[..., Path]) -> None:
@@ -180,3 +190,30 @@ def test_damaged_scores_are_refused(tmp_path: Path) -> None:
     write_scores(tmp_path, SampleScores(np.zeros((2, 2), np.float32), None))
     with pytest.raises(InputError, match="other arrays"):
         read_scores(tmp_path)
+
+
+@pytest.mark.parametrize("reliable", [True, False])
+def test_latencies_are_compared_with_a_caveat_or_not_at_all(written: Callable[..., Path], reliable: bool) -> None:
+    def edit(report: Any) -> None:
+        report["latency_ms"] |= {"quantized": report["latency_ms"]["quantized"] * 2, "reliable": reliable}
+
+    found = compare(read_export(written("a")), read_export(written("b", edit)))
+    figures = {figure.name: figure for figure in found.figures if figure.name.startswith("latency")}
+    latency, relative = figures["latency"], figures["latency over that of the float model"]
+    assert found.notes[-1] == (TIMED_APART if reliable else UNRELIABLE)
+    assert latency.ratio == (pytest.approx(2) if reliable else None)
+    assert relative.ratio == (1 if reliable else None)
+    (row,) = [row for table in sections(found) for row in table.rows if row[0] == "latency"]
+    assert row[3] == ("x 2" if reliable else "–")
+
+
+def test_a_gate_on_scores_that_are_not_paired_says_why(written: Callable[..., Path]) -> None:
+    def other(report: Any) -> None:
+        report["data"]["evaluation"]["sha256"] = "f" * 64
+
+    arguments = ["compare", str(written("a")), str(written("b", other)), "--gate", "baseline_drop<=0.01"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "cannot be answered. " + OTHER_DATA in " ".join(result.stderr.split())
+    report = sample_report(8) | {"baseline": asdict(compare(*(read_export(Path(each)) for each in arguments[1:3])))}
+    (gate,) = evaluate([parse("baseline_drop<=0.01")], report)
+    assert found_by(gate, validate_report(report)).startswith(f"it was not measured ({OTHER_DATA}")

@@ -480,7 +480,7 @@ class Sized(nn.Module):
 
 def test_images_of_another_size_than_the_model_names() -> None:
     message = (
-        r"does not run on .*; the model says that it takes images of 8 x 8, but the data has 6 x 6 \(--image-size 8"
+        r"does not run on .*; the model says that it takes images of 8 x 8, but the data has 6 x 6 \(image_size='8'"
     )
     with pytest.raises(ModelError, match=message):
         capture(Sized(8), torch.randn(2, 3, 6, 6))
@@ -488,7 +488,7 @@ def test_images_of_another_size_than_the_model_names() -> None:
     assert other_size(nn.Linear(3, 4), [torch.randn(2, 3, 8, 8)]) is None
     wide = Sized(8)
     wide.pretrained_cfg = {"input_size": (3, 4, 8)}
-    assert "--image-size 4x8" in (other_size(wide, [torch.randn(2, 3, 8, 8)]) or "")
+    assert "image_size='4x8'" in (other_size(wide, [torch.randn(2, 3, 8, 8)]) or "")
 
 
 @dataclass

@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_imported_names_the_line(tmp_path: Path, content: 
     [
         pytest.param("no_such_package.sub:f", "no module named", id="package"),
         pytest.param("nowhere/net.py:f", "does not exist: there is no folder nowhere", id="folder"),
-        pytest.param("weights.pth", "as --checkpoint", id="weights as model"),
+        pytest.param("weights.pth", "as checkpoint", id="weights as model"),
         pytest.param("net.onnx", "starts from the PyTorch network", id="onnx as model"),
         pytest.param("nowhere.pt2", "does not exist", id="pt2"),
         pytest.param("justaname", "does not name a callable", id="bare name"),

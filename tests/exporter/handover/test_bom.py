@@ -28,6 +28,7 @@ def test_bill_is_valid_and_names_model_data_and_packages(tmp_path: Path) -> None
         "threads": 1,
         "packages": ["torch==2.13.0+cpu", "numpy==2.4.6"],
     }
+    report["data"]["calibration"]["classes"] = {"cat": 3, "dog": 5}
     bill = bill_of_materials(validate_report(report), SHA)
     text = json.dumps(bill)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
@@ -37,6 +38,7 @@ def test_bill_is_valid_and_names_model_data_and_packages(tmp_path: Path) -> None
     assert "pkg:pypi/torch@2.13.0%2Bcpu" in {each["bom-ref"] for each in bill["components"]}
     digests = {each["hashes"][0]["content"] for each in bill["components"] if each["type"] == "data"}
     assert report["data"]["calibration"]["sha256"] in digests
+    assert '{"name": "intact:class:dog", "value": "5"}' in text
     card = component["modelCard"]
     assert {each["type"] for each in card["quantitativeAnalysis"]["performanceMetrics"]} >= {"top1", "accuracy drop"}
     assert {"name": "intact:git-dirty", "value": "true"} in component["properties"]

@@ -165,7 +165,7 @@ def test_missing_parents_are_made_and_an_empty_folder_is_used(tmp_path: Path) ->
 def test_an_existing_bundle_is_only_replaced_on_demand(tmp_path: Path) -> None:
     out = _write(tmp_path / "build")
     before = _tree(out)
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         _write(out, files={"model.onnx": b"new"})
     assert _tree(out) == before
     _write(out, files={"model.onnx": b"new"}, overwrite=True)
@@ -342,7 +342,7 @@ def test_check_out_leaves_no_trace(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     _write(tmp_path / "build")
     check_out(tmp_path / "build", overwrite=True)
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         check_out(tmp_path / "build")
 
 

@@ -10,6 +10,7 @@ import textwrap
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,18 @@ def test_the_digest_comes_with_a_pass() -> None:
     list(data)
     data.digest()
     assert passes == 1
+
+
+def test_samples_are_counted_by_class_whether_labels_are_used_or_not() -> None:
+    labels = np.array([2, 0, 2, 1, 2])
+    data = open_data((np.zeros((5, 3), np.float32), labels), DataForm(batch_size=2))
+    for each in (data, data.without_labels()):
+        assert each.class_counts() == {"0": 1, "1": 1, "2": 3}
+    assert data.take(1).class_counts() == {"0": 1, "2": 1}
+    named = replace(data, classes=("cat", "dog", "eel", "fox"))
+    assert named.class_counts() == {"cat": 1, "dog": 1, "eel": 3, "fox": 0}
+    for other in (None, np.zeros((5, 4, 4)), labels + 0.5):
+        assert open_data((np.zeros((5, 3), np.float32), other)).without_labels().class_counts() is None
 
 
 def test_data_that_changes_between_passes_is_noted() -> None:

@@ -113,5 +113,5 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_outputs_that_are_no_numbers_compare_with_nothing() -> None:
     check_outputs([torch.tensor([1.0, torch.inf]), torch.tensor([1])])
-    with pytest.raises(DataError, match=r"--golden FILE\.npz"):
+    with pytest.raises(DataError, match=r"golden='FILE\.npz'"):
         check_outputs([torch.tensor([1.0, torch.nan])])

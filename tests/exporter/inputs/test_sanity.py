@@ -85,7 +85,7 @@ def test_scores() -> None:
     (near,) = scored([index % 10 == 0 for index in range(100)], 10, 10)
     assert "the float model itself is right for 10.0% of 100 samples, and chance for 10.0%" in near
     (fewer,) = scored([True] * 100, 10, 5)
-    assert "labels of --eval are 0..4 in 100 samples, but the model has 10 outputs" in fewer
+    assert "labels of eval_data are 0..4 in 100 samples, but the model has 10 outputs" in fewer
     assert scored([False] * 8, 10, 10) == []  # too few to tell
 
 
@@ -106,7 +106,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert not data[3].notes
     check_evaluation(graph, data[3], data[2])
     assert "has 2 class folders, but the model has 3 outputs" in data[2].notes[0]
-    with pytest.raises(DataError, match=r"labels of --eval hold 3, but the model has classes 0\.\.2"):
+    with pytest.raises(DataError, match=r"labels of eval_data hold 3, but the model has classes 0\.\.2"):
         check_evaluation(graph, data[3], data[4])
 
 

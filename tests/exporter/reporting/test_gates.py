@@ -293,11 +293,11 @@ def test_a_lint_error_fails_the_default_gates() -> None:
 @pytest.mark.parametrize(
     ("expression", "has_eval", "has_labels", "hint"),
     [
-        ("accuracy_drop<=0.01", False, False, "--eval"),
+        ("accuracy_drop<=0.01", False, False, "eval_data"),
         ("accuracy_drop<=0.01", True, False, "labels"),
         ("accuracy.float>=0.9", True, False, "labels"),
-        ("accuracy.agreement>=0.9", False, False, "--eval"),
-        ("agreement>=0.9", False, False, "--eval"),
+        ("accuracy.agreement>=0.9", False, False, "eval_data"),
+        ("agreement>=0.9", False, False, "eval_data"),
         ("accuracy_drop<=0.01", True, True, None),
         ("agreement>=0.9", True, False, None),
         ("accuracy.sqnr_db>=20", True, False, None),
