@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
 from onnxscript import opset21
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 
@@ -84,6 +85,25 @@ def _adaptive_avg_pool3d(x: Any, output_size: Any) -> Any:
     volume = op.Reshape(planes, _tensor(np.array([0, 0, after[0], *before[1:]])))
     rows, columns = (_averages(old, new) for old, new in zip(before[1:], after[1:], strict=True))
     return op.MatMul(_tensor(rows), op.MatMul(volume, _tensor(columns.T.copy())))
+
+
+def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Any:
+    """Merge all axes before the last two into one of heads, because torch.onnx translates four axes alone."""
+    if len(query.shape) == 4:
+        return aten_scaled_dot_product_attention(query, key, value, attn_mask, *rest, **options)
+    if attn_mask is not None and len(attn_mask.shape) > 2:
+        sizes = op.Concat(op.Shape(query, end=-2), _tensor(np.array([1, 1])), axis=0)
+        attn_mask = _heads(attn_mask, op.Expand(attn_mask, sizes))
+    merged = (_heads(x, x) for x in (query, key, value))
+    result = aten_scaled_dot_product_attention(*merged, attn_mask, *rest, **options)
+    return op.Reshape(result, op.Concat(op.Shape(query, end=-1), op.Shape(value, start=-1), axis=0))
+
+
+def _heads(like: Any, x: Any) -> Any:
+    """Return x as [1, heads, ...], with the type and the last sizes of another value, which torch.onnx asks for."""
+    heads = op.Reshape(x, op.Concat(_tensor(np.array([1, -1])), op.Shape(x, start=-2), axis=0))
+    heads.dtype, heads.shape = like.dtype, ir.Shape([1, None, *like.shape[-2:]])
+    return heads
 
 
 def _averages(before: int, after: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -236,4 +256,5 @@ ONNX_FORMS: dict[Any, Any] = {
     torch.ops.aten.elu.default: _elu,
     torch.ops.aten.group_norm.default: _group_norm,
     torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }

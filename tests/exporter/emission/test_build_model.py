@@ -228,6 +228,24 @@ def test_adaptive_pooling_of_the_float_model(size: tuple[int, int], tmp_path: Pa
     np.testing.assert_allclose(found, Pool()(x).numpy(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no_mask", "mask"])
+@pytest.mark.parametrize("heads", [(5,), (), (5, 3)], ids=["one_axis", "no_heads", "two_axes"])
+def test_attention_of_the_float_model(heads: tuple[int, ...], masked: bool, tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, *masks)
+
+    inputs = [torch.randn(2, *heads, 7, size) for size in (4, 4, 6)]
+    if masked:
+        inputs.append(torch.rand(2, *(1 for _ in heads), 7, 7) > 0.3)
+        inputs[-1][..., 0] = True
+    expected = Attention()(*inputs).numpy()
+    emit_float(capture(Attention(), inputs), tmp_path / "model.onnx")
+    runtime = session(tmp_path / "model.onnx")
+    (found,) = runtime.run(None, {slot.name: x.numpy() for slot, x in zip(runtime.get_inputs(), inputs, strict=True)})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_operator_that_torch_splits_before_it_fails_is_named(tmp_path: Path) -> None:
     class Random(nn.Module):
         def __init__(self) -> None:
