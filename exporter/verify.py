@@ -83,9 +83,11 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
     golden = _golden(folder, model, program)
     batches = [tuple(torch.from_numpy(np.array(array)) for array in inputs.values()) for inputs, _ in golden]
     with progress.stage("compare"):
+        deployed = session(model)
+        found = [run(deployed, list(expected), inputs) for inputs, expected in golden]
+        del deployed  # its memory goes before that of the comparisons comes
         proof = Proof(model, program, runtimes=runtimes, threads=torch.get_num_threads())
         proof.add_all(batches)
-        found = [run(session(model), list(expected), inputs) for inputs, expected in golden]
     pairs = [
         [(torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), each, strict=True)]
         for (_, expected), each in zip(golden, found, strict=True)

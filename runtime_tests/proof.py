@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
+from calibrators.graph.aten import shape_of
+from calibrators.program.qdq_program import QUANTIZE
 from runtime_tests.measure.accuracy import Accuracy, RunningAccuracy
 from runtime_tests.measure.metric import MetricFunction, RunningMetric
 from runtime_tests.measure.noise import Noise
@@ -46,8 +48,8 @@ Batches = Iterable[Sequence[Tensor] | Tensor]
 LEVEL_OF = {"ort": "optimized", "openvino": "openvino"}
 """Runtimes of this process whose comparison is a level of its own."""
 
-LARGEST_BATCH = 64
-"""Samples compared at once if the batch is free: both sides hold the codes of all sites for one batch."""
+LARGEST_BATCH, LARGEST_CODES = 64, 1 << 25
+"""Samples, and codes of all sites, compared at once if the batch is free: both sides hold the codes of one batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +143,13 @@ class Proof:
     def _limits(self) -> tuple[float, ...]:
         return *self.measured.limits, *(each.samples for each in self._elsewhere)
 
+    @cached_property
+    def _largest_batch(self) -> int:
+        """Number of samples compared at once; the golden ones belong together."""
+        sizes = [math.prod(shape_of(node)) for node in self.program.graph.nodes if node.target is QUANTIZE]
+        codes = max(sum(sizes) // len(self.program.meta["example"][0]), 1)  # of a sample
+        return max(min(LARGEST_BATCH, LARGEST_CODES // codes), self.measured.golden_samples, 1)
+
     @property
     def is_done(self) -> bool:
         """Whether more samples would change nothing."""
@@ -220,7 +229,7 @@ class Proof:
         start = 0
         while start < count:
             rooms = [int(limit - self.samples) for limit in self._limits if self.samples < limit < math.inf]
-            size = min(count - start, LARGEST_BATCH, *rooms) if self.program.meta["dynamic_batch"] else count
+            size = min(count - start, self._largest_batch, *rooms) if self.program.meta["dynamic_batch"] else count
             yield slice(start, start + size)
             start += size
 
@@ -235,10 +244,14 @@ class Proof:
             noise.start(inputs)
         if noise is not None or "unoptimized" in compared:
             literal = run(self._literal, inputs, see=noise.see if noise is not None else None)
+            if "unoptimized" in compared:
+                compared["unoptimized"].add(inputs, *literal)
+            del literal  # its codes go before those of the kernels come
         if wants_golden or self.accuracy is not None or elsewhere or compared.keys() - {"unoptimized"}:
             integer = run(self.kernels, inputs, with_floats=True)
         for name, comparison in compared.items():
-            comparison.add(inputs, *(literal if name == "unoptimized" else integer))
+            if name != "unoptimized":
+                comparison.add(inputs, *integer)
         for each in elsewhere:
             each.add(inputs, *integer)
         if wants_golden:

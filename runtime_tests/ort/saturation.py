@@ -127,9 +127,12 @@ def saturation(model: Source, *, cpu: Cpu | None = None) -> Saturation:
 
 def layers_at_risk(model: Source) -> tuple[tuple[SaturationRisk, ...], int]:
     """Return the layers that can saturate without VNNI, and the number of layers that were checked."""
-    layers = [(found, _matrices(found)) for found in products(Model.of(model).graph_model.graph)]
-    layers = [layer for layer in layers if layer[1]]
-    return tuple(risk for layer in layers if (risk := _risk(*layer)) is not None), len(layers)
+    risks, checked = [], 0
+    for found in products(Model.of(model).graph_model.graph):
+        if matrices := _matrices(found):  # copies of the weights: one layer at a time
+            checked += 1
+            risks += [risk] if (risk := _risk(found, matrices)) is not None else []
+    return tuple(risks), checked
 
 
 def needs_unsigned(found: Product) -> bool:

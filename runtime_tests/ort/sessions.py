@@ -207,6 +207,8 @@ def _create(
     content: str | bytes = str(model.source)
     if in_memory or probes:
         content = model.with_probes(probes)
+    if probes:
+        options.enable_cpu_mem_arena = False  # it would keep what the values of a run take
     if probes and not in_memory:
         options.add_session_config_entry(MODEL_FOLDER, str(Path(str(model.source)).resolve().parent))
     try:

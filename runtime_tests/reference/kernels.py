@@ -21,7 +21,7 @@ Must not know: graphs, programs, sessions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from typing import Any, cast
@@ -62,6 +62,9 @@ __all__ = [
 
 EXACT_FLOAT32 = 2**24
 """Integers of at most this magnitude, and all sums of them that stay below it, are exact in float32."""
+
+BLOCK = 1 << 20
+"""Weights that are widened to int64 at once."""
 
 INT32 = torch.iinfo(torch.int32)
 CODES = 256
@@ -162,33 +165,43 @@ def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tens
     codes:      int8 or uint8 [out, in, ...].
     zero_point: [] or [out].
     """
-    centred = codes.to(torch.int64) - zero_point.to(torch.int64).reshape(-1, *[1] * (codes.ndim - 1))
-    size = centred.abs().flatten(2).sum(2) if codes.ndim > 2 else centred.abs()  # [out, in]
-    bound = size.sum(1) * x.reach + (bias.to(torch.int64).abs() if bias is not None else 0)  # [out]
-    largest = int(bound.max())
-    ranges = _split(size * x.reach)
+    added = 0 if bias is None else bias.to(torch.int64).abs()
+    sums = torch.cat([size.sum(1) for size in _sizes(codes, zero_point, x)])  # [out]
+    ranges, largest = _split(codes, zero_point, x, int(sums.argmax())), int((sums + added).max())
+    points = zero_point.reshape(-1, *[1] * (codes.ndim - 1))
     if ranges:
-        parts = tuple((cut, centred[:, cut].to(torch.float32)) for cut in ranges)
+        parts = tuple((cut, codes[:, cut].to(torch.float32).sub_(points)) for cut in ranges)
     else:
-        parts = ((slice(0, codes.shape[1]), centred.to(torch.float64)),)
+        parts = ((slice(0, codes.shape[1]), codes.to(torch.float64).sub_(points)),)
     return Weights(parts, bias, scale, wide=largest >= EXACT_FLOAT32, wraps=largest > INT32.max)
 
 
-def _split(bound: Tensor) -> list[slice]:
+def _sizes(codes: Tensor, zero_point: Tensor, x: Grid) -> Iterator[Tensor]:
+    """Yield the most that each index can add to the accumulators, int64 [some outputs, in], few outputs at a time."""
+    channels, taps = codes.shape[1], math.prod(codes.shape[2:])
+    rows = max(1, BLOCK // max(channels * taps, 1))
+    for some, points in zip(codes.split(rows), zero_point.expand(len(codes)).split(rows), strict=True):
+        centred = some.flatten(1).to(torch.int64) - points.to(torch.int64)[:, None]
+        yield centred.abs().reshape(len(some), channels, taps).sum(2) * x.reach
+
+
+def _split(codes: Tensor, zero_point: Tensor, x: Grid, heaviest: int) -> list[slice]:
     """Return the fewest ranges of the reduction axis with exact sums; none if one index alone exceeds them.
 
-    bound: [out, in], the most that each index can add to the accumulator.
+    heaviest: the output with the largest sum, which says how far a range reaches at most.
     """
-    total = bound.cumsum(1)  # [out, in]
+    (own,) = _sizes(codes[heaviest, None], zero_point.expand(len(codes))[heaviest], x)
     ranges: list[slice] = []
-    start, done = 0, torch.zeros(len(bound), 1, dtype=bound.dtype)
-    while start < bound.shape[1]:
-        fitting = int(((total[:, start:] - done).amax(0) < EXACT_FLOAT32).sum())
+    start, channels = 0, codes.shape[1]
+    while start < channels:
+        reach = int((own[0, start:].cumsum(0) < EXACT_FLOAT32).sum())
+        blocks = _sizes(codes[:, start : start + reach], zero_point, x)
+        sums = torch.stack([size.cumsum(1).amax(0) for size in blocks]).amax(0)  # [reach]
+        fitting = int((sums < EXACT_FLOAT32).sum())
         if fitting == 0:
             return []
         ranges.append(slice(start, start + fitting))
         start += fitting
-        done = total[:, start - 1 : start]
     return ranges
 
 

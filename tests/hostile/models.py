@@ -222,41 +222,6 @@ def _legacy(folder: Path, base: Base) -> list[str]:
     return base.with_checkpoint(path)
 
 
-@hostile("checkpoint", "archive that unfolds")
-def _unfolds(folder: Path, base: Base) -> list[str]:
-    with (
-        zipfile.ZipFile(base.folder / "net.pt") as old,
-        zipfile.ZipFile(folder / "net.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            with new.open(name, "w", force_zip64=True) as stream:
-                stream.write(old.read(name))
-                if name.endswith("data/0"):
-                    for _ in range(192):
-                        stream.write(bytes(1 << 24))
-    return base.with_checkpoint(folder / "net.pt")
-
-
-def _bytes(folder: Path, base: Base, change: Callable[[bytes], bytes]) -> list[str]:
-    (folder / "net.pt").write_bytes(change((base.folder / "net.pt").read_bytes()))
-    return base.with_checkpoint(folder / "net.pt")
-
-
-hostile_each(
-    "checkpoint",
-    {
-        "cut to a half": lambda old: old[: len(old) // 2],
-        "cut by 20": lambda old: old[:-20],
-        "without its beginning": lambda old: old[100:],
-        "empty file": lambda old: b"",
-        "zeros": lambda old: bytes(len(old)),
-        "other bytes": lambda old: bytes(255 - byte for byte in old),
-        "TorchScript": lambda old: _script(),
-    },
-    _bytes,
-)
-
-
 def _script() -> bytes:
     import warnings
 
@@ -267,21 +232,54 @@ def _script() -> bytes:
     return stream.getvalue()
 
 
-def _special(folder: Path, base: Base, make: Any) -> list[str]:
-    make(folder / "net.pt")
-    return base.with_checkpoint(folder / "net.pt")
+SPECIAL: dict[str, Callable[[Path], Any]] = {
+    "FIFO": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": lambda path: path.mkdir(),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "cut to a half": lambda old: old[: len(old) // 2],
+    "cut by 20": lambda old: old[:-20],
+    "without its beginning": lambda old: old[100:],
+    "empty file": lambda old: b"",
+    "zeros": lambda old: bytes(len(old)),
+    "other bytes": lambda old: bytes(255 - byte for byte in old),
+    "TorchScript": lambda old: _script(),
+}
 
 
-hostile_each(
-    "checkpoint",
-    {
-        "FIFO": os.mkfifo,
-        "device": lambda path: path.symlink_to("/dev/zero"),
-        "folder": lambda path: path.mkdir(),
-        "link to itself": lambda path: path.symlink_to(path),
-    },
-    _special,
-)
+def _archives(kind: str, file: str, command: Callable[[Base, Path], list[str]], unfolding: str) -> None:
+    """Add what is no plain file, damaged archives, and one of which the member `unfolding` has 3 GiB."""
+
+    def special(folder: Path, base: Base, make: Callable[[Path], Any]) -> list[str]:
+        make(folder / file)
+        return command(base, folder / file)
+
+    def damaged(folder: Path, base: Base, change: Callable[[bytes], bytes]) -> list[str]:
+        (folder / file).write_bytes(change((base.folder / file).read_bytes()))
+        return command(base, folder / file)
+
+    def unfolds(folder: Path, base: Base) -> list[str]:
+        with (
+            zipfile.ZipFile(base.folder / file) as old,
+            zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as new,
+        ):
+            for name in old.namelist():
+                with new.open(name, "w", force_zip64=True) as stream:
+                    stream.write(old.read(name))
+                    if name.endswith(unfolding):
+                        for _ in range(192):
+                            stream.write(bytes(1 << 24))
+        return command(base, folder / file)
+
+    hostile_each(kind, SPECIAL, special)
+    hostile_each(kind, DAMAGED, damaged)
+    hostile(kind, "archive that unfolds")(unfolds)
+
+
+_archives("checkpoint", "net.pt", Base.with_checkpoint, "data/0")
+_archives("pt2", "net.pt2", Base.with_program, "weight_0")
 
 
 # --- safetensors
@@ -349,6 +347,11 @@ def changed(member: str, change: Callable[[Any], Any]) -> Change:
     return apply
 
 
+def whole(member: str, content: bytes) -> Change:
+    """Replace the members whose names begin so."""
+    return lambda name, old: content if name.startswith(member) else old
+
+
 def replaced(old: str, new: str, member: str = "models/model.json") -> Change:
     def apply(name: str, content: bytes) -> bytes:
         if name != member:
@@ -362,25 +365,15 @@ def replaced(old: str, new: str, member: str = "models/model.json") -> Change:
 RELU = "torch.ops.aten.relu.default"
 
 
-def instead_of_relu(target: str, **arguments: Any) -> Change:
-    """Call another operator where the network calls relu, with further integers or lists of integers by name."""
+def instead_of_relu(target: str, *, reads: bool = True, **arguments: Any) -> Change:
+    """Call another operator where the network calls relu, with further numbers or lists of integers by name.
+
+    reads: whether it gets the value that relu reads.
+    """
 
     def change(document: Any) -> None:
         node = next(n for n in document["graph_module"]["graph"]["nodes"] if n["target"] == RELU)
-        node["target"] = f"torch.ops.{target}"
-        for name, value in arguments.items():
-            kind = {bool: "as_bool", int: "as_int", float: "as_float"}.get(type(value), "as_ints")
-            node["inputs"].append({"name": name, "arg": {kind: value}, "kind": 1})
-
-    return changed("models/model.json", change)
-
-
-def instead_of_input(target: str, **arguments: Any) -> Change:
-    """Call an operator without the value that relu reads."""
-
-    def change(document: Any) -> None:
-        node = next(n for n in document["graph_module"]["graph"]["nodes"] if n["target"] == RELU)
-        node["target"], node["inputs"] = f"torch.ops.{target}", []
+        node["target"], node["inputs"] = f"torch.ops.{target}", node["inputs"] if reads else []
         for name, value in arguments.items():
             kind = {bool: "as_bool", int: "as_int", float: "as_float"}.get(type(value), "as_ints")
             node["inputs"].append({"name": name, "arg": {kind: value}, "kind": 1})
@@ -419,6 +412,23 @@ def sizes(numbers: list[int], strides: list[int]) -> Change:
     return config(change)
 
 
+MALFORMED: dict[str, Change] = {
+    "document that is deep": whole("models/model.json", b"[" * 100_000),
+    "document that is a list": whole("models/model.json", b"[]"),
+    "document that is empty": whole("models/model.json", b"{}"),
+    "document of null": whole("models/model.json", b"null"),
+    "document of NaN": whole("models/model.json", b"NaN"),
+    "document that is no text": whole("models/model.json", b"\xff\xfe"),
+    "types that are unknown": every("dtype", 99),
+    "weights of a TiB": sizes([1 << 38], [0]),
+    "weights beyond their bytes": sizes([1000, 1000], [1000, 1]),
+    "config that is a list": whole("data/weights/model_weights_config.json", b"[]"),
+    "sample inputs with code": whole("data/sample_inputs", pickle.dumps(Code(), 2)),
+    "another archive version": whole("archive_version", b"999999"),
+    "another archive format": whole("archive_format", b"zip"),
+}
+"""For programs of users and of bundles."""
+
 PROGRAMS: dict[str, Change] = {
     "operator of another library": replaced(RELU, "torch.ops.inductor._reinterpret_tensor.default"),
     "operator that trusts": replaced(RELU, "torch.ops.aten._sparse_coo_tensor_unsafe.default"),
@@ -427,11 +437,11 @@ PROGRAMS: dict[str, Change] = {
     "builtin": replaced(RELU, "builtins.eval"),
     "no operator": replaced(RELU, "torch.ops.aten.no_such.default"),
     "operator with other arguments": replaced(RELU, "torch.ops.aten.conv2d.default"),
-    "full of a TiB": instead_of_input("aten.full.default", size=[1 << 38], fill_value=1.0),
-    "full of 4 GiB": instead_of_input("aten.full.default", size=[1 << 30], fill_value=1.0),
-    "zeros of 4 GiB": instead_of_input("aten.zeros.default", size=[1 << 30]),
-    "range of 2 to the 40": instead_of_input("aten.arange.default", end=1 << 40),
-    "eye": instead_of_input("aten.eye.default", n=1 << 16),
+    "full of a TiB": instead_of_relu("aten.full.default", reads=False, size=[1 << 38], fill_value=1.0),
+    "full of 4 GiB": instead_of_relu("aten.full.default", reads=False, size=[1 << 30], fill_value=1.0),
+    "zeros of 4 GiB": instead_of_relu("aten.zeros.default", reads=False, size=[1 << 30]),
+    "range of 2 to the 40": instead_of_relu("aten.arange.default", reads=False, end=1 << 40),
+    "eye": instead_of_relu("aten.eye.default", reads=False, n=1 << 16),
     "expanded": instead_of_relu("aten.repeat.default", repeats=[1 << 12, 1 << 12, 1, 1]),
     "repeated": instead_of_relu("aten.repeat.default", repeats=[1, 1 << 20, 16, 1]),
     "padded": instead_of_relu("aten.constant_pad_nd.default", pad=[1 << 15, 1 << 15, 1 << 14, 1 << 14]),
@@ -446,31 +456,18 @@ PROGRAMS: dict[str, Change] = {
     "guards": changed("models/model.json", lambda d: d.update(guards_code=["__import__('os').mkdir('ran')"])),
     "expression": replaced('"expr_str": "', "\"expr_str\": \"__import__('os').mkdir('ran') or "),
     "names that are code": replaced('"name": "relu"', '"name": "relu; import os"'),
-    "document that is deep": lambda n, c: b"[" * 100_000 if n == "models/model.json" else c,
-    "document that is a list": lambda n, c: b"[]" if n == "models/model.json" else c,
-    "document that is empty": lambda n, c: b"{}" if n == "models/model.json" else c,
-    "document of null": lambda n, c: b"null" if n == "models/model.json" else c,
-    "document of NaN": lambda n, c: b"NaN" if n == "models/model.json" else c,
-    "document that is no text": lambda n, c: b"\xff\xfe" if n == "models/model.json" else c,
     "schema of another version": every("schema_version", {"major": 999, "minor": 0}),
-    "types that are unknown": every("dtype", 99),
     "devices that are unknown": every("device", {"type": "elsewhere", "index": None}),
     "nodes that are missing": changed("models/model.json", lambda d: d["graph_module"]["graph"].update(nodes=[])),
     "outputs that are missing": changed("models/model.json", lambda d: d["graph_module"]["graph"].update(outputs=[])),
     "inputs that are missing": changed("models/model.json", lambda d: d["graph_module"]["graph"].update(inputs=[])),
     "nodes in the wrong order": changed("models/model.json", lambda d: d["graph_module"]["graph"]["nodes"].reverse()),
     "constants of huge numbers": every("as_int", 1 << 70),
-    "weights of a TiB": sizes([1 << 38], [0]),
-    "weights beyond their bytes": sizes([1000, 1000], [1000, 1]),
     "weights with negative sizes": sizes([-4, 1, 3, 3], [9, 9, 3, 1]),
     "weights with negative strides": sizes([4, 1, 3, 3], [-9, 9, 3, 1]),
     "weights without sizes": config(lambda entry: entry["tensor_meta"].pop("sizes")),
     "weights from elsewhere": config(lambda entry: entry.update(path_name="../../models/model.json")),
     "weights that are pickled": config(lambda entry: entry.update(use_pickle=True)),
-    "config that is a list": lambda n, c: b"[]" if n.endswith("weights_config.json") else c,
-    "sample inputs with code": lambda n, c: pickle.dumps(Code(), 2) if n.startswith("data/sample_inputs") else c,
-    "another archive version": lambda n, c: b"999999" if n == "archive_version" else c,
-    "another archive format": lambda n, c: b"zip" if n == "archive_format" else c,
 }
 
 
@@ -478,7 +475,7 @@ def _program(folder: Path, base: Base, change: Change) -> list[str]:
     return base.with_program(rewritten(base.folder / "net.pt2", folder / "net.pt2", change))
 
 
-hostile_each("pt2", PROGRAMS, _program)
+hostile_each("pt2", MALFORMED | PROGRAMS, _program)
 
 
 @hostile("pt2", "loop without end")
@@ -510,42 +507,6 @@ hostile_each(
 )
 
 
-@hostile("pt2", "unfolds")
-def _pt2_bomb(folder: Path, base: Base) -> list[str]:
-    with (
-        zipfile.ZipFile(base.folder / "net.pt2") as old,
-        zipfile.ZipFile(folder / "net.pt2", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            with new.open(name, "w", force_zip64=True) as stream:
-                stream.write(old.read(name))
-                if name.endswith("weight_0"):
-                    for _ in range(192):
-                        stream.write(bytes(1 << 24))
-    return base.with_program(folder / "net.pt2")
-
-
-def _pt2_bytes(folder: Path, base: Base, change: Callable[[bytes], bytes]) -> list[str]:
-    (folder / "net.pt2").write_bytes(change((base.folder / "net.pt2").read_bytes()))
-    return base.with_program(folder / "net.pt2")
-
-
-hostile_each(
-    "pt2",
-    {
-        "cut to a half": lambda old: old[: len(old) // 2],
-        "empty file": lambda old: b"",
-        "zeros": lambda old: bytes(1000),
-    },
-    _pt2_bytes,
-)
-hostile_each(
-    "pt2",
-    {"FIFO": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero")},
-    lambda folder, base, make: (make(folder / "net.pt2"), base.with_program(folder / "net.pt2"))[1],
-)
-
-
 # --- the reference program of a bundle
 
 
@@ -566,6 +527,12 @@ def at(target: str, change: Callable[[Any], Any]) -> Change:
 
 def _argument(node: Any, name: str, value: Any) -> None:
     next(each for each in node["inputs"] if each["name"] == name)["arg"] = value
+
+
+def _saved_bytes(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 REFERENCES: dict[str, Change] = {
@@ -613,31 +580,14 @@ REFERENCES: dict[str, Change] = {
             nodes=[n for n in d["graph_module"]["graph"]["nodes"] if "intact" not in n["target"]]
         ),
     ),
-    "weights beyond their bytes": sizes([1000, 1000], [1000, 1]),
-    "weights of a TiB": sizes([1 << 38], [0]),
-    "types that are unknown": every("dtype", 99),
-    "document that is deep": lambda n, c: b"[" * 100_000 if n == "models/model.json" else c,
-    "document that is empty": lambda n, c: b"{}" if n == "models/model.json" else c,
-    "sample inputs that are missing": lambda n, c: (
-        pickle.dumps(((), {}), 2) if n.startswith("data/sample_inputs") else c
-    ),
-    "sample inputs of numbers": lambda n, c: _saved_bytes(((1, 2), {})) if n.startswith("data/sample_inputs") else c,
-    "sample inputs of another shape": lambda n, c: (
-        _saved_bytes(((torch.zeros(2, 7),), {})) if n.startswith("data/sample_inputs") else c
-    ),
-    "sample inputs of a TiB": lambda n, c: (
-        _saved_bytes(((torch.zeros(1).expand(1 << 38),), {})) if n.startswith("data/sample_inputs") else c
-    ),
+    "sample inputs that are missing": whole("data/sample_inputs", pickle.dumps(((), {}), 2)),
+    "sample inputs of numbers": whole("data/sample_inputs", _saved_bytes(((1, 2), {}))),
+    "sample inputs of another shape": whole("data/sample_inputs", _saved_bytes(((torch.zeros(2, 7),), {}))),
+    "sample inputs of a TiB": whole("data/sample_inputs", _saved_bytes(((torch.zeros(1).expand(1 << 38),), {}))),
 }
 
 
-def _saved_bytes(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
-hostile_each("reference", REFERENCES, _reference, codes={1, 2, 3})
+hostile_each("reference", MALFORMED | REFERENCES, _reference, codes={1, 2, 3})
 
 
 @hostile("reference", "another program", codes={1, 2, 3})
