@@ -27,7 +27,7 @@ from exporter.reporting import number_format, plots
 from exporter.reporting.difference_tables import sections, summary
 from exporter.reporting.failures import failures, unplanned_kernels
 from exporter.reporting.headline import headline, tone, verdict_title
-from exporter.reporting.layer_table import layer_rows, linker, noisiest
+from exporter.reporting.layer_table import layer_details, layer_rows, linker, noisiest
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import OPENVINO_DIFFERS, UNOPTIMIZED_DIFFERS, found_on
@@ -183,10 +183,9 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(_JOINTS.split(name))
 
 
-def _key(value: object) -> str:
-    """Return the sort key of a number, empty for what was not measured; no script reads "inf" as a number."""
-    number = measured(value)
-    return "" if number is None else f"{min(number, 1e12):.5g}"
+def _script_data(value: object) -> Markup:
+    """Return a value as JSON that a script element may hold."""
+    return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _share(part: object, whole: object) -> float:
@@ -205,7 +204,7 @@ def _part(name: str) -> str:
 def _template() -> jinja2.Template:
     pages = environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
-    pages.filters |= {"unplanned_kernels": unplanned_kernels, "key": _key, "breakable": _breakable, "written": written}
+    pages.filters |= {"unplanned_kernels": unplanned_kernels, "breakable": _breakable, "written": written}
     pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return pages.get_template("report.html.j2")
 
@@ -228,7 +227,7 @@ def render_html(report: Report) -> str:
         noisiest=noisiest(rows),
         grades=_GRADES,
         linked=linker(rows),
-        details=Markup(json.dumps([row.details() for row in rows], separators=(",", ":")).replace("<", "\\u003c")),
+        details=_script_data(layer_details(rows)),
         levels=_levels(report),
         reconstruction=_reconstruction(report),
         lapq=_lapq(report),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import attrgetter
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -23,7 +24,7 @@ from exporter.reporting.schema import Report
 from runtime_tests.measure.histograms import BEYOND
 from runtime_tests.parity.results import NodeParity
 
-__all__ = ["LayerRow", "layer_rows", "linker", "noisiest"]
+__all__ = ["LayerRow", "layer_details", "layer_rows", "linker", "noisiest"]
 
 DIGITS = string.digits + string.ascii_lowercase
 """Heights of the bins of a histogram, as the script of the page reads them."""
@@ -82,36 +83,47 @@ class LayerRow:
             return "f"
         return "" if self.total_db is None else str(sum(self.total_db >= limit for limit in GRADES))
 
-    def details(self) -> dict[str, object]:
-        """Return what the page shows of an opened row, as its script reads it."""
+    def notes(self) -> list[str]:
+        """Return sentences on the row, and one if there is nothing else to show of it."""
         found = [self.why] if self.why else []
         if self.parity is not None and self.parity.mismatched:
             found.append(f"{differ(self.parity)} integers differ, by at most {self.parity.max_lsb}")
-        entries = (("weights", self.weight), ("result", self.result))
-        sites = [_site(title, entry) for title, entry in entries if entry is not None]
-        return {
-            "notes": found if found or sites else ["It has no quantized value of its own."],
-            "sites": sites,
-        }
+        return found if found or self.weight or self.result else ["It has no quantized value of its own."]
 
 
-def _site(title: str, entry: LayerEntry) -> dict[str, object]:
+def layer_details(rows: Sequence[LayerRow]) -> dict[str, list[Any]]:
+    """Return what the page shows of opened rows, as its script reads it.
+
+    returns: "layers": for each row its notes and its sites, for each of which title, name, heights of floats and of
+             codes, and facts; "grids": the texts that facts number.
+    """
+    grids: dict[str, int] = {}
+    layers = []
+    for row in rows:
+        entries = (("weights", row.weight), ("result", row.result))
+        sites = [_site(title, entry, grids) for title, entry in entries if entry is not None]
+        layers.append([row.notes(), sites])
+    return {"layers": layers, "grids": [*grids]}
+
+
+def _site(title: str, entry: LayerEntry, grids: dict[str, int]) -> list[object]:
     grid = f"{entry.bits} bits, one scale per {entry.granularity}{'' if entry.symmetric else ', zero point'}"
     if entry.input_bits:
         grid += f", input of {entry.input_bits} bits"
     if entry.tap_bits:
         grid += f", identity taps of {entry.tap_bits} bits"
-    facts = (
+    return [
+        title,
+        entry.site,
+        *_heights(entry),
         f"{significant(entry.lo, 3)} … {significant(entry.hi, 3)}",
         f"{significant(entry.observed_lo, 3)} … {significant(entry.observed_hi, 3)}",
-        grid,
+        grids.setdefault(grid, len(grids)),
         significant(entry.scale_max, 3),
         significant(entry.zero_point),
         decibel(entry.sqnr_db),
         percent(entry.clipped, 3),
-    )
-    floats, codes = _heights(entry)
-    return {"title": title, "site": entry.site, "facts": facts, "floats": floats, "codes": codes}
+    ]
 
 
 def _heights(entry: LayerEntry) -> tuple[str, str]:

@@ -183,7 +183,7 @@ def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
 def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
     """Draw a square matrix as cells, shaded by the square root of the magnitude; negative cells have their own colour.
 
-    Cells of one shade are one path, neighbours in a row one rectangle, so that large matrices stay small.
+    Cells of one shade are one path, neighbours in a row one line as wide as a cell, so that large matrices stay small.
     """
     values = np.array([[measured(value) for value in row] for row in matrix], dtype=np.float64)  # None: NaN
     values[~np.isfinite(values)] = 0.0
@@ -195,13 +195,14 @@ def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
         for shade, run in groupby(row):
             width = len(list(run))
             if shade:
-                paths[shade] = paths.get(shade, "") + f"M{x} {y}h{width}v1h-{width}z"
+                paths[shade] = paths.get(shade, "") + f"M{x} {y}h{width}"
             x += width
     cells = "".join(
         f'<path class="{"plus" if shade > 0 else "minus"}" opacity="{abs(shade) / _SHADES:.2f}" d="{path}"/>'
         for shade, path in sorted(paths.items())
     )
-    return Markup(f'<svg class="matrix" viewBox="0 0 {len(values)} {len(values)}" aria-hidden="true">{cells}</svg>')
+    size = len(values)
+    return Markup(f'<svg class="matrix" viewBox="0 -0.5 {size} {size}" aria-hidden="true">{cells}</svg>')
 
 
 def _positive(value: object) -> float:
@@ -247,6 +248,7 @@ def _inline(figure: Figure, title: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel
     text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
     text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)

@@ -6,6 +6,16 @@ const make = (tag, properties, ...children) => {
   return element;
 };
 
+/* The number that a cell shows, sizes and times in one unit each; '' for what was not measured. */
+const UNITS = { k: 1e3, M: 1e6, G: 1e9, kB: 1e3, MB: 1e6, GB: 1e9 };
+const ENDLESS = { exact: Infinity, inf: Infinity, '−inf': -Infinity };
+function quantity(cell) {
+  const text = cell.textContent.trim();
+  const found = text.replaceAll(',', '').replace('−', '-').match(/^(?:(\d+) min )?(-?\d[\d.]*(?:e[+-]?\d+)?) ?(\w*)/);
+  if (found) return 60 * (found[1] ?? 0) + found[2] * (UNITS[found[3]] ?? 1);
+  return ENDLESS[text] ?? (text === '–' ? '' : text);
+}
+
 /* Every table: headings sort, and cells carry the heading that they show where the table is narrow. */
 for (const table of all('table')) {
   const heads = table.tHead ? [...table.tHead.rows[0].cells] : [];
@@ -21,10 +31,14 @@ for (const table of all('table')) {
     head.append(button);
     button.addEventListener('click', () => {
       const down = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
-      const key = row => row.cells[head.cellIndex].dataset.key ?? row.cells[head.cellIndex].textContent.trim();
+      const isNumber = head.classList.contains('n');
+      const key = row => {
+        const cell = row.cells[head.cellIndex];
+        return cell.dataset.key ?? (isNumber ? quantity(cell) : cell.textContent.trim());
+      };
       const compare = (a, b) => {
         if (a === '' || b === '') return (a === '') - (b === '');  // not measured: last
-        return down * (isNaN(a) || isNaN(b) ? a.localeCompare(b, 'en', { numeric: true }) : a - b);
+        return down * (isNaN(a) || isNaN(b) ? `${a}`.localeCompare(b, 'en', { numeric: true }) : a - b || 0);
       };
       closeLayer();
       heads.forEach(other => other.removeAttribute('aria-sort'));
@@ -78,24 +92,25 @@ const svg = (tag, attributes, ...children) => {
 };
 
 /* Floats as an area, red beyond the range; codes as a line. Heights are digits of base 36. */
-function histogram(site) {
-  const floats = [...site.floats].map(digit => parseInt(digit, 36)), beyond = 4;
-  const width = (floats.length - 2 * beyond) / site.codes.length;
+function histogram(title, densities, codes) {
+  const floats = [...densities].map(digit => parseInt(digit, 36)), beyond = 4;
+  const width = (floats.length - 2 * beyond) / codes.length;
   const bars = (keep) => floats.map((h, i) => (h && keep(i) ? `M${i} 37v${-h}h1v${h}z` : '')).join('');
   const inside = i => i >= beyond && i < floats.length - beyond;
-  const line = [...site.codes].map(digit => `V${37 - parseInt(digit, 36)}h${width.toFixed(3)}`).join('');
+  const line = [...codes].map(digit => `V${37 - parseInt(digit, 36)}h${width.toFixed(3)}`).join('');
   return svg('svg', { viewBox: `0 0 ${floats.length} 38`, preserveAspectRatio: 'none', class: 'histogram', role: 'img',
-    'aria-label': `Histogram of the ${site.title}: float values, and codes. Range and clipped share are listed below.` },
+    'aria-label': `Histogram of the ${title}: float values, and codes. Range and clipped share are listed below.` },
     svg('path', { class: 'seen', d: bars(inside) }), svg('path', { class: 'cut', d: bars(i => !inside(i)) }),
     svg('path', { class: 'codes', d: `M${beyond} 37${line}V37` }));
 }
 
-function distribution(site) {
-  const facts = make('dl', { className: 'rows' }, ...FACTS.map((name, index) =>
-    make('div', {}, make('dt', { textContent: name }), make('dd', { textContent: site.facts[index] }))));
-  const ends = site.facts[0].split(' … ').map(textContent => make('span', { textContent }));
-  return make('div', {}, make('h3', { textContent: site.title }), make('p', { className: 'mono dim', textContent: site.site }),
-    ...(site.floats ? [histogram(site), make('div', { className: 'ends' }, ...ends)] : []), facts);
+function distribution([title, site, floats, codes, ...facts]) {
+  const values = facts.map((fact, index) => FACTS[index] === 'grid' ? details.grids[fact] : fact);
+  const list = make('dl', { className: 'rows' }, ...FACTS.map((name, index) =>
+    make('div', {}, make('dt', { textContent: name }), make('dd', { textContent: values[index] }))));
+  const ends = facts[0].split(' … ').map(textContent => make('span', { textContent }));
+  return make('div', {}, make('h3', { textContent: title }), make('p', { className: 'mono dim', textContent: site }),
+    ...(floats ? [histogram(title, floats, codes), make('div', { className: 'ends' }, ...ends)] : []), list);
 }
 
 let details = null;
@@ -115,11 +130,11 @@ function openLayer(id) {
   }
   closeLayer();
   details ??= JSON.parse(document.getElementById('layer-details').textContent);
-  const found = details[row.id.split('-')[1] - 1];
+  const [notes, sites] = details.layers[row.id.split('-')[1] - 1];
   const close = make('button', { type: 'button', className: 'plain', textContent: 'close' });
   close.addEventListener('click', () => { closeLayer(); row.querySelector('a').focus(); history.replaceState(null, '', '#layers'); });
-  const cell = make('td', { colSpan: row.cells.length }, ...found.notes.map(textContent => make('p', { textContent })),
-    make('div', { className: 'grid' }, ...found.sites.map(distribution)), close);
+  const cell = make('td', { colSpan: row.cells.length }, ...notes.map(textContent => make('p', { textContent })),
+    make('div', { className: 'grid' }, ...sites.map(distribution)), close);
   row.classList.add('open');
   row.querySelector('a').setAttribute('aria-expanded', 'true');
   row.after(make('tr', { id: 'details' }, cell));
@@ -155,7 +170,7 @@ function measure(node, value) {  // sums, worst grades; a module of one part is 
 
 function drawMap() {
   const box = document.getElementById('map'), by = document.getElementById('map-by').value;
-  const number = row => Number(row.cells[SHARES[by]]?.dataset.key) || 0;
+  const number = row => Number(quantity(row.cells[SHARES[by]])) || 0;
   const total = rows.reduce((sum, row) => sum + number(row), 0);
   const root = measure(moduleTree(), row => (total ? 0.8 * number(row) / total : 0) + (total ? 0.2 : 1) / rows.length);
   const share = node => node.row ? number(node.row) : node.parts.reduce((sum, part) => sum + share(part), 0);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -171,6 +172,13 @@ def test_tables_are_whole_on_paper(browser: Browser, folder: Path, name: str) ->
         assert page.run(SHOWN) == page.run(f"{ORDER}.length")
 
 
+def number_in(text: str) -> float:
+    """Return the number that a cell shows."""
+    number, _, unit = text.partition(" ")
+    factors = {"": 1, "%": 1, "B": 1, "k": 1e3, "M": 1e6, "G": 1e9, "kB": 1e3, "MB": 1e6}
+    return math.inf if text == "exact" else float(number.replace(",", "").replace("−", "-")) * factors[unit]
+
+
 @pytest.mark.browser
 @THREE_WIDTHS
 def test_every_column_sorts_by_its_values(browser: Browser, folder: Path, width: int) -> None:
@@ -178,12 +186,13 @@ def test_every_column_sorts_by_its_values(browser: Browser, folder: Path, width:
         columns = page.run("document.querySelectorAll('#layer-table th').length")
         for column in range(columns):
             page.run(f"document.querySelectorAll('#layer-table th button')[{column}].click()")
-            keys = page.run(
-                "[...document.querySelectorAll('#layer-table tbody tr')]"
-                f".map(r => r.cells[{column}].dataset.key ?? r.cells[{column}].textContent)"
+            texts = page.run(
+                f"[...document.querySelectorAll('#layer-table tbody tr')].map(r => r.cells[{column}].textContent)"
             )
-            numbers = [float(key) for key in keys if key] if column in range(3, columns) else []
-            assert numbers == sorted(numbers) and keys == [*filter(None, keys), *[""] * keys.count("")]
+            shown = [text for text in texts if text != "–"]
+            assert texts == [*shown, *["–"] * texts.count("–")], "what was not measured comes last"
+            numbers = [number_in(text) for text in shown] if column in range(3, columns) else []
+            assert numbers == sorted(numbers)
 
 
 @pytest.mark.browser
