@@ -180,8 +180,10 @@ def _sizes(codes: Tensor, zero_point: Tensor, x: Grid) -> Iterator[Tensor]:
     """Yield the most that each index can add to the accumulators, int64 [some outputs, in], few outputs at a time."""
     channels, taps = codes.shape[1], math.prod(codes.shape[2:])
     rows = max(1, BLOCK // max(channels * taps, 1))
-    for some, points in zip(codes.split(rows), zero_point.expand(len(codes)).split(rows), strict=True):
-        centred = some.flatten(1).to(torch.int64) - points.to(torch.int64)[:, None]
+    points = zero_point.to(torch.int64).expand(len(codes))[:, None]
+    for first in range(0, len(codes), rows):
+        some = codes[first : first + rows]
+        centred = some.flatten(1).to(torch.int64) - points[first : first + rows]
         yield centred.abs().reshape(len(some), channels, taps).sum(2) * x.reach
 
 

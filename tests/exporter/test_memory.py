@@ -12,6 +12,7 @@ import torch
 
 from calibrators.errors import InputError
 from exporter.memory import LEAST, limited_memory
+from runtime_tests.reference.kernels import Grid, prepare_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and limits what a process has")
 
@@ -29,3 +30,11 @@ def test_other_errors_and_enough_memory_pass(tmp_path: Path) -> None:
         np.ones(1 << 20)
     with pytest.raises(RuntimeError, match="something else"), limited_memory(tmp_path):
         raise RuntimeError("something else")
+
+
+def test_large_weights_are_prepared_in_little_more_than_they_take(tmp_path: Path) -> None:
+    codes = torch.ones(2048, 8192, dtype=torch.int8)  # 64 MiB in float32
+    grid = Grid(torch.tensor(0.1), 0, 0, 255, torch.uint8)
+    with limited_memory(tmp_path, 0.2):
+        weights = prepare_weights(codes, torch.zeros(2048, dtype=torch.int8), torch.ones(2048), None, grid)
+    assert [part.shape[0] for _, part in weights.parts] == [2048]

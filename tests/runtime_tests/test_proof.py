@@ -74,3 +74,17 @@ def test_golden_samples_stay_in_one_piece(runs: list[tuple[bool, int]]) -> None:
     proof.add(inputs)
     assert [len(inputs[0]) for inputs, _ in proof.golden] == [4]
     assert runs == [(True, 4)]
+
+
+def test_samples_of_many_codes_are_compared_in_parts(
+    runs: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, inputs = folded_network("residual")
+    result = calibrate(graph, [inputs])
+    model = stored(result)
+    whole = parity(model, result.program, [inputs], optimized=True)
+    per_sample = sum(node.values for node in whole.nodes) // len(inputs[0])
+    monkeypatch.setattr(module, "LARGEST_CODES", 10 * per_sample)
+    runs.clear()
+    assert parity(model, result.program, [inputs], optimized=True) == whole
+    assert {size for _, size in runs[:-1]} == {10} and sum(size for _, size in runs) == len(inputs[0])
