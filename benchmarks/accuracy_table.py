@@ -21,7 +21,7 @@ from scores import Array, standard_error
 
 from calibrators.errors import InputError
 from calibrators.grid.metrics import decibels
-from runtime_tests.measure.paired import ratio
+from calibrators.intervals import ratio
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "docs"))
 

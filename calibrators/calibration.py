@@ -18,22 +18,25 @@ from calibrators.errors import DataError, InputError, ModelError, argument, firs
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
 from calibrators.execution.task import Kept, Problem, Stage, silent
+from calibrators.goal import DEFAULT_GOAL, Goal
 from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.target import Target
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed_precision.budgets import Budget
+from calibrators.mixed_precision.escapes import costly_layers
 from calibrators.mixed_precision.ilp import Stored
 from calibrators.mixed_precision.mixed import allocate_bits, measure_sensitivity
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
+from calibrators.record import CostlyLayers
 from calibrators.rewrites.bias_correction import correct_biases
 from calibrators.rewrites.prepare import prepare_graph
 from calibrators.targets import DEFAULT_TARGET, get_target
 
-__all__ = ["calibrate"]
+__all__ = ["advice", "calibrate"]
 
 
 def calibrate(
@@ -57,6 +60,7 @@ def calibrate(
     stage: Stage = silent,
     kept: Kept | None = None,
     seen: Kept | None = None,
+    goal: Goal | None = DEFAULT_GOAL,
 ) -> CalibrationResult:
     """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
@@ -75,6 +79,7 @@ def calibrate(
     stage:     opens a stage of work for a progress display.
     kept:      where methods that train keep finished units, from which another run with the same arguments continues.
     seen:      where statistics of activations are kept, for runs with the same data and other methods or bits.
+    goal:      limits at which method "auto" stops; None: where another method gains no more than noise.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
     keep_freed_memory()
@@ -95,14 +100,38 @@ def calibrate(
         stage=stage,
         kept=kept,
         seen=seen,
+        goal=goal,
     )
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
+        problem = problem.placed(result.placement)
         if bias_correction:
             result = correct_biases(result, problem.batches)
     record |= portability(problem, result) | ({"preparation": preparation} if prepare else {})
     return replace(result, record=replace(result.record, **record))
+
+
+def advice(
+    result: CalibrationResult,
+    batches: Iterable[Batch | Tensor],
+    *,
+    goal: Goal | None = DEFAULT_GOAL,
+    seed: int = 0,
+    stage: Stage = silent,
+) -> CostlyLayers | None:
+    """Return the layers of a calibrated network that cost its prediction most, and what helps.
+
+    batches: the calibration data; goal: limits that the network should keep.
+    returns: None where no output has one row per sample, by which networks could be compared.
+    """
+    data = _Batches(batches, result.placement.graph)
+    problem = Problem(result.placement, data, range_method, seed=seed, stage=stage)
+    with _float32_convolutions(), stage("rank layers", None):
+        try:
+            return costly_layers(problem, result, Lp(2.0), goal)
+        except InputError:
+            return None
 
 
 def _checked(options: PlacementOptions) -> PlacementOptions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -64,7 +64,12 @@ def build(method: type[Method], name: str, options: Mapping[str, object]) -> Met
 
 
 class Options:
-    """Base of a method's dataclass, which checks the options of every new object."""
+    """Base of a method's dataclass, which checks the options of every new object.
+
+    slow: whether fitting takes minutes, so that a result is kept where little changes.
+    """
+
+    slow: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raise InputError for the first field whose value its declaration does not allow."""

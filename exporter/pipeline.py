@@ -16,9 +16,11 @@ import torch
 from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
+from calibrators.calibration import advice
 from calibrators.errors import counted
 from calibrators.execution.measure import Batch
 from calibrators.program.freeze import CalibrationResult
+from calibrators.record import CostlyLayers
 from calibrators.targets import get_target
 from calibrators.temporary import TemporaryFolder
 from exporter.about import __version__
@@ -40,7 +42,7 @@ from exporter.inputs.metric import joined
 from exporter.inputs.sanity import score_warnings
 from exporter.intake import Network, Order, Steps, open_order, take_in
 from exporter.progress import Progress, default_progress
-from exporter.reporting.gates import needs_baseline
+from exporter.reporting.gates import goal_of, leaves_room, needs_baseline
 from exporter.reporting.interface import INTERFACE_KEY, metadata_of, model_of, sizes_of
 from exporter.reporting.interface import Model as Interface
 from exporter.reporting.layer_sections import layer_entries
@@ -119,6 +121,8 @@ def export(
             this = Export(str(out), so_far, work.scores, sha256_of(work.folder / "model.onnx"))
             report = replace(report, baseline=compare(baseline, this))
         judged = judge(report, gates, accuracy_gate=config.accuracy_gate)
+        if not all(map(leaves_room, judged.gates)):
+            judged = replace(judged, costly_layers=work.costly_layers())
         if (found := judged.baseline) is not None:
             judged = replace(judged, baseline=replace(found, verdicts=(found.verdicts[0], judged.verdict)))
         report = replace(judged, provenance=provenance(checkpoint, checkpoint_key))
@@ -144,6 +148,7 @@ class Work:
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
         self.warnings = [*order.notes]
         self.scores: SampleScores | None = None
+        self.goal = goal_of(order.gates, accuracy_gate=self.config.accuracy_gate)
 
     def run(self) -> tuple[Report, Golden]:
         """Run all steps; return the report and the golden inputs and outputs."""
@@ -152,7 +157,8 @@ class Work:
         batches, held_out = network.batches, network.held_out
         keeping = kept_units(network.folded, batches.data, self.config, self.warnings.append)
         with self.steps.timed("calibrate"), keeping as kept:
-            result = calibrated(network.folded, batches, self.config, self.steps.progress.stage, kept)
+            result = calibrated(network.folded, batches, self.config, self.steps.progress.stage, kept, self.goal)
+        self.calibrated = result, GraphBatches(network.graph, batches.data)
         self.warnings += calibration_notes(result)
         graph, result, golden, simplifier = self.emitted(network, result)
         noise = Noise(result)
@@ -172,6 +178,10 @@ class Work:
             (feed(result.program, inputs), {name: y.numpy() for name, y in zip(names, outputs, strict=True)})
             for inputs, outputs in proof.golden
         ]
+
+    def costly_layers(self) -> CostlyLayers | None:
+        """Return what the layers cost the prediction, and what helps."""
+        return advice(*self.calibrated, goal=self.goal, seed=self.config.seed, stage=self.steps.progress.stage)
 
     def _write_for_later(self, proof: Proof, report: Report) -> None:
         """Write what other machines and later exports are compared with: golden codes, and scores by sample."""
@@ -340,6 +350,7 @@ class Work:
             settled=record.settled,
             portability=record.portability,
             mixed_precision=record.mixed_precision,
+            ladder=record.ladder,
             simplifier=simplifier,
             emission=emission_of(self.model.graph_model),
             golden=proof.golden_outputs(result.placement.target.exact_on),

@@ -19,6 +19,7 @@ from calibrators.calibration import calibrate
 from calibrators.errors import InputError, argument, counted, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.task import Kept
+from calibrators.goal import Goal
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
@@ -34,11 +35,13 @@ def calibrated(
     config: ExportConfig,
     stage: Callable[..., Any],
     kept: Kept | None = None,
+    goal: Goal | None = None,
 ) -> CalibrationResult:
     """Calibrate the folded graph.
 
     stage:  opens a bar of the progress.
     kept:   where finished units are kept.
+    goal:   what the gates on accuracy ask for.
     raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
     """
     with _out_of_space(config):
@@ -63,6 +66,7 @@ def calibrated(
             stage=stage,
             kept=kept,
             seen=kept_statistics(batches, config),
+            goal=goal,
         )
 
 

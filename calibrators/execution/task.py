@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrators.errors import DataError, InputError
 from calibrators.execution.kept_statistics import name_of, restored, stored
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
+from calibrators.goal import Goal
 from calibrators.graph.walk import sample_values
 from calibrators.grid.limits import coarsened
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
@@ -81,6 +82,7 @@ class Problem:
     free:    by name of a weight site: the codes that the method would choose without the limits, where it knows them.
     kept:    where training keeps the results of its units, so that another run continues after the last one.
     seen:    where statistics are kept, for runs of other methods on the same data.
+    goal:    limits on figures of held-out data at which the network is good enough, None for none.
     """
 
     placement: Placement
@@ -96,6 +98,7 @@ class Problem:
     free: dict[str, QuantizedTensor] = field(default_factory=dict)
     kept: Kept | None = None
     seen: Kept | None = None
+    goal: Goal | None = None
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
@@ -118,6 +121,22 @@ class Problem:
         """Return the problem with changed fields that have no effect on statistics: memory, bits of the placement."""
         other = replace(self, **changes)
         vars(other).update(statistics=self.statistics, samples=self.samples)
+        return other
+
+    def placed(self, placement: Placement, **changes: Any) -> Problem:
+        """Return the problem on another placement of the graph; its statistics are kept if they are of the same values.
+
+        changes: as those of `variant`.
+        """
+        if placement is self.placement:
+            return self
+        other, known = replace(self, placement=placement, **changes), vars(self)
+        vars(other).update({name: known[name] for name in ("samples", "sample_values") if name in known})
+        if "statistics" in known:
+            by_values = {values: known["statistics"][name] for name, values in _observed(self.placement).items()}
+            wanted = _observed(placement)
+            if by_values.keys() >= {*wanted.values()}:
+                vars(other)["statistics"] = {name: by_values[values] for name, values in wanted.items()}
         return other
 
     def activations(self, method: RangeMethod) -> dict[str, QParams]:
@@ -198,6 +217,15 @@ class Problem:
         """Return a random generator that depends on the seed and the purpose alone."""
         digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _observed(placement: Placement) -> dict[str, frozenset[str]]:
+    """Return by name of the site that owns a scale the graph's values from which its statistic is made."""
+    found: dict[str, set[str]] = {}
+    for site in placement.sites:
+        if site.kind == "activation" and (site.shares is None or site.joined):
+            found.setdefault(placement.root(site).name, set()).add(site.node)
+    return {name: frozenset(values) for name, values in found.items()}
 
 
 def _fixed(site: Site) -> QParams:

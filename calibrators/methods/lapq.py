@@ -55,6 +55,8 @@ class LAPQ(Options):
     sweeps: int = option(10, "largest number of sweeps over all tensors", minimum=0)
     percentile: float = option(99.99, "percentile among the ranges compared", minimum=50.0, maximum=100.0)
 
+    slow = True
+
     @property
     def needs_labels(self) -> bool:
         """Whether the loss compares with labels."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,7 @@ class Placement:
 
     rules: the layers that each rule decided; notes: the settings that could not be kept, and why.
     lookups: fx names of the embeddings whose tables are stored in 8 bits.
+    options, allocated: what decided the sites, as `place` takes it.
     """
 
     graph: fx.GraphModule
@@ -72,6 +73,8 @@ class Placement:
     rules: tuple[AppliedRule, ...] = ()
     notes: tuple[str, ...] = ()
     lookups: tuple[str, ...] = ()
+    options: PlacementOptions = field(default_factory=PlacementOptions)
+    allocated: tuple[MatchedRule, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Site]:
@@ -111,6 +114,17 @@ class Placement:
             for user in () if site.weight_only else site.users:
                 found.setdefault(self.input_of(self.nodes[user]).name, []).append(user)
         return {name: tuple(users) for name, users in found.items()}
+
+    def again(self, rules: Iterable[MatchedRule]) -> Placement:
+        """Return the placement with further rules for operators by name, which win over all but those of the user."""
+        return place(self.graph, self.target, self.options, (*self.allocated, *rules))
+
+    def matching(self, rule: LayerRule, flag: str) -> MatchedRule:
+        """Return a rule with the operators that its glob matches.
+
+        raises: UnknownNameError if there are none.
+        """
+        return MatchedRule.by_glob(rule, _all_labels(self.graph), flag)
 
     def values(self, site: Site) -> Tensor:
         """Return the floats of a site of a weight, bias or constant."""
@@ -173,13 +187,13 @@ def place(
 ) -> Placement:
     """Return the sites of a graph in integer forms (calibrators.graph.canonical) for a target.
 
-    allocated: rules that mixed precision found for operators by name; `options.layers` win over them.
+    allocated: rules that were found for operators by name; `options.layers` win over them.
 
     raises: UnknownNameError for a pattern that matches nothing, InputError if nothing is left to quantize.
     """
     options = options or PlacementOptions()
     given = _matched(graph, options)
-    floats = RuleList(given)
+    floats = RuleList([*allocated, *given])
     operators = [node.name for node in graph.graph.nodes if node.op == "call_function"]
     selected = frozenset(name for name in operators if not floats.value("float", name))
     weighted = [node for node in graph.graph.nodes if node.name in selected and _has_weight(graph, target, node)]
@@ -214,7 +228,8 @@ def place(
         *_notes_on_weight_only(rules, target, weighted, weight_only),
     )
     applied, lookups = _applied(graph, rules, weighted), tuple(_lookups(graph, selected))
-    return _with_unsigned(Placement(graph, target, sites, applied, notes, lookups), rules)
+    placement = Placement(graph, target, sites, applied, notes, lookups, options, tuple(allocated))
+    return _with_unsigned(placement, rules)
 
 
 def _left_in_float(placer: Placer, given: Iterable[MatchedRule]) -> LeftInFloat | None:
@@ -246,7 +261,7 @@ def _with_unsigned(placement: Placement, rules: RuleList) -> Placement:
 
 def _matched(graph: fx.GraphModule, options: PlacementOptions) -> list[MatchedRule]:
     """Return the rules that the user gave, in order, with what they match: include, exclude, single layers."""
-    labels = {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
+    labels = _all_labels(graph)
     rules = [("include", LayerRule(glob, float=False)) for glob in options.include]
     rules += [("exclude", LayerRule(glob, float=True)) for glob in options.exclude]
     rules += [("layers", rule) for rule in options.layers]
@@ -415,6 +430,10 @@ def _notes_on_weight_only(
     everywhere = any(matched.rule.weight_only and not matched.flag for matched in rules.rules)
     if everywhere and others:
         yield f"weight_only does not apply to {', '.join(sorted(others))}, for which there is no such kernel"
+
+
+def _all_labels(graph: fx.GraphModule) -> dict[str, list[str]]:
+    return {node.name: _labels(node) for node in graph.graph.nodes if node.op == "call_function"}
 
 
 def _labels(node: fx.Node) -> list[str]:

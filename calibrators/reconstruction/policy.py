@@ -86,6 +86,8 @@ class GroupingOptions:
 class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOptions, Options):
     """Base of the methods that train rounding unit by unit; here every unit is a layer and scales stay as they are."""
 
+    slow = True
+
     def fit(self, problem: Problem) -> CalibrationResult:
         """Return the calibrated network."""
         from calibrators.reconstruction.reconstruct import reconstruct

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from calibrators.intervals import Interval, ratio
 from exporter.handover.bundle import check_bundle, verify_manifest
 from exporter.handover.scores import read_scores
 from exporter.reporting.difference import Difference, Figure, GateChange, LayerChange, Unit, ValueChange
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.schema import Report, read_report
-from runtime_tests.measure.paired import Change, Interval, SampleScores, change, ratio
+from runtime_tests.measure.paired import Change, SampleScores, change
 
 __all__ = ["Export", "compare", "read_export", "value_changes"]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from runtime_tests.measure.paired import Change, Interval
+from calibrators.intervals import Interval
+from runtime_tests.measure.paired import Change
 
 __all__ = ["Difference", "Figure", "GateChange", "LayerChange", "Unit", "ValueChange"]
 

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from calibrators.errors import counted
+from calibrators.record import CostlyLayers
 from exporter.reporting.gates import needs_baseline
+from exporter.reporting.ladder import figure_text
 from exporter.reporting.layer_sections import LayerEntry
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import count, differ, percent
@@ -20,10 +23,13 @@ from exporter.reporting.quantities import written
 from exporter.reporting.schema import GateResult, Report
 from exporter.reporting.where import INEXACT, not_exact_here
 
-__all__ = ["Failure", "failures", "found_by", "unplanned_kernels"]
+__all__ = ["Failure", "failures", "found_by", "layer_advice", "layer_flag", "unplanned_kernels"]
 
 NAMED: Final = 3
 """Layers or operators that a failure names."""
+
+LISTED: Final = 8
+"""Layers whose flags advice gives at most."""
 
 INDICES: Final = ("INT32", "INT64")
 """Types of biases and shapes."""
@@ -86,33 +92,73 @@ def _listed(title: str, texts: Sequence[str]) -> str:
     return f"{title}: {', '.join(texts)}" if texts else ""
 
 
-def _layer_flags(layers: Sequence[LayerEntry], setting: str) -> str:
-    names = dict.fromkeys(layer.module or layer.site for layer in layers)
-    return " ".join(f"--layer {shlex.quote(f'{name}: {setting}')}" for name in names)
+def layer_flag(layer: str, settings: Mapping[str, object]) -> str:
+    """Return the flag of a rule for a layer: --layer 'head: float=true'."""
+    text = ", ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+    return f"--layer {shlex.quote(f'{layer}: {text}')}"
+
+
+def _layer_flags(layers: Sequence[LayerEntry], settings: Mapping[str, object]) -> str:
+    return " ".join(layer_flag(name, settings) for name in dict.fromkeys(map(_name_of, layers)))
+
+
+def _name_of(layer: LayerEntry) -> str:
+    return layer.module or layer.site
 
 
 def _accuracy(report: Report, gate: GateResult) -> Cause:
-    """Name the layers that add most noise; advise on methods, bits, float layers and limits."""
-    noise = {layer: layer.noise_added for layer in report.layers or () if layer.noise_added}
-    total, noisiest = sum(noise.values()), sorted(noise, key=lambda layer: -(layer.noise_added or 0.0))[:NAMED]
-    causes = [f"{layer.module or layer.site} ({percent(noise[layer] / total, 0)})" for layer in noisiest]
-    return _listed("layers that add most of the noise", causes), [*_accuracy_advice(report, gate, noisiest)]
+    """Name the layers that cost most; advise on methods, bits, float layers and limits."""
+    costs = _costs(report)
+    total = sum(costs.values())
+    causes = [f"{name} ({percent(cost / total, 0)})" for name, cost in [*costs.items()][:NAMED] if total]
+    title = "layers that cost the prediction most" if report.costly_layers else "layers that add most of the noise"
+    return _listed(title, causes), [*_accuracy_advice(report, gate)]
 
 
-def _accuracy_advice(report: Report, gate: GateResult, noisiest: Sequence[LayerEntry]) -> Iterator[str]:
+def _costs(report: Report) -> dict[str, float]:
+    """Return the cost of layers by name, the costliest first: at the outputs of the network, or else at their own."""
+    if report.costly_layers is not None:
+        return {escape.layer: escape.cost for escape in report.costly_layers.layers}
+    return {_name_of(layer): layer.noise_added or 0.0 for layer in _noisiest(report)}
+
+
+def _noisiest(report: Report) -> list[LayerEntry]:
+    return sorted((layer for layer in report.layers or () if layer.noise_added), key=lambda x: -(x.noise_added or 0.0))
+
+
+def _accuracy_advice(report: Report, gate: GateResult) -> Iterator[str]:
+    noisiest = _noisiest(report)[:NAMED]
     few = [layer for layer in noisiest if min(layer.bits, layer.input_bits or WIDE_BITS) < WIDE_BITS]
     better = LEARNED if few else USUAL
-    if report.method not in (LEARNED, better):
+    if report.method not in (LEARNED, better, "auto"):
         yield f"another method: --method {better}"
-    if few:
-        wide = "weight_bits=8" if few[0].input_bits is None else "weight_bits=8, activation_bits=8"
+    if report.costly_layers is not None:
+        yield from layer_advice(report.costly_layers)
+    elif few:
+        wide = {"weight_bits": 8} | ({} if few[0].input_bits is None else {"activation_bits": 8})
         yield f"more bits for the layers named: {_layer_flags(few, wide)}"
     elif noisiest:
-        yield f"the layers named in float: {_layer_flags(noisiest, 'float=true')}"
+        yield f"the layers named in float: {_layer_flags(noisiest, {'float': True})}"
     if gate.name.endswith("agreement"):
         yield "if the output is no score of classes, a gate on its noise: --gate 'sqnr_db>=15dB'"
     if gate.name.startswith("accuracy_drop") and gate.value is not None:
         yield f"if this loss is acceptable, a limit of its own: --gate '{gate.name}<={math.ceil(100 * gate.value)}pp'"
+
+
+def layer_advice(found: CostlyLayers) -> Iterator[str]:
+    """Yield rules for the layers that cost most, ready to paste, with what they give on calibration samples."""
+    escapes = found.layers[: min(found.advised or NAMED, LISTED)]
+    if not escapes:
+        return
+    flags = " ".join(layer_flag(escape.layer, escape.settings) for escape in escapes)
+    if found.advised is None:
+        yield f"finer grids for the layers that cost most: {flags}"
+    elif found.advised > LISTED:
+        yield f"finer grids for {found.advised} layers, of which report.html lists all: {flags} ..."
+    else:
+        figures = " and ".join(map(figure_text, found.better or ()))
+        layers = counted(len(escapes), "layer")
+        yield f"finer grids for {layers}, with {figures} on {found.samples} calibration samples: {flags}"
 
 
 def _differing(report: Report, _: GateResult) -> Cause:
@@ -146,7 +192,7 @@ def _size(report: Report, gate: GateResult) -> Cause:
     largest = sorted(report.layers or (), key=lambda layer: -(layer.values or 0))[:NAMED]
     causes = [f"{layer.module or layer.site} ({count(layer.values)} of {layer.bits} bits)" for layer in largest]
     wide = [layer for layer in largest if layer.bits > FEW]
-    advice = [f"fewer bits for layers named: {_layer_flags(wide, f'weight_bits={FEW}')}"] if wide else []
+    advice = [f"fewer bits for layers named: {_layer_flags(wide, {'weight_bits': FEW})}"] if wide else []
     weights = sum(size for kind, size in report.size.by_type.items() if "INT" in kind and kind not in INDICES)
     if gate.name == "size" and (room := gate.limit - report.size.bytes + weights) > 0:
         advice.append(f"bits chosen per layer: --budget 'weight_bytes<={room / 1000:.4g}k'")

@@ -17,6 +17,7 @@ from decimal import Decimal
 from typing import Literal
 
 from calibrators.errors import InputError, UnknownNameError, argument
+from calibrators.goal import DEFAULT_GOAL, FIGURES, Goal, reaches, with_room
 from exporter.reporting.metrics import METRICS, Report, is_path, quantity_of, unlabelled_outputs, value_at
 from exporter.reporting.quantities import units_of
 from exporter.reporting.schema import GateResult, metric_paths
@@ -31,7 +32,9 @@ __all__ = [
     "accuracy_gates",
     "check_measurable",
     "evaluate",
+    "goal_of",
     "judges_accuracy",
+    "leaves_room",
     "needs_baseline",
     "needs_labels",
     "parse",
@@ -49,6 +52,12 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 _EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]+(?:\s+[A-Za-z]+)?)\s*")
 _WORDS = {"true": 1.0, "false": 0.0}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(%|[A-Za-z]+)")
+_SAME_FIGURE = {
+    **dict.fromkeys(("accuracy_drop_lower", "accuracy_drop_upper", "reference_drop"), "accuracy_drop"),
+    "accuracy.agreement": "agreement",
+    "accuracy.sqnr_db": "sqnr_db",
+}
+"""Metrics that are judged by the same figure of held-out calibration samples."""
 _RENAMED = {"kernel_surprises": "unplanned_kernels"}
 """Old names of metrics, which are accepted for one release."""
 
@@ -188,6 +197,26 @@ def judges_accuracy(gate: Gate | GateResult) -> bool:
     )
 
 
+def goal_of(gates: Iterable[Gate], *, accuracy_gate: bool) -> Goal | None:
+    """Return what calibration should reach so that the gates pass: their limits on figures that it can measure.
+
+    accuracy_gate: whether the default gates apply where none of `gates` is on accuracy.
+    """
+    on_accuracy = [gate for gate in gates if judges_accuracy(gate)]
+    if not on_accuracy:
+        return DEFAULT_GOAL if accuracy_gate else None
+    named = [(_SAME_FIGURE.get(gate.name, gate.name), gate.limit) for gate in on_accuracy]
+    return {name: limit for name, limit in named if name in FIGURES} or None
+
+
+def leaves_room(result: GateResult) -> bool:
+    """Return whether a gate on accuracy passed with room (calibrators.goal) to spare, or is of another kind."""
+    name = _SAME_FIGURE.get(result.name, result.name)
+    if not result.passed or result.value is None or name not in FIGURES:
+        return result.passed or not judges_accuracy(result)
+    return reaches(name, result.value, with_room(name, result.limit))
+
+
 def evaluate(gates: Iterable[Gate], report: Report) -> tuple[GateResult, ...]:
     """Return one result per gate, on the content of report.json; an unmeasured or NaN value does not pass."""
     return tuple(_evaluate(gate, report) for gate in gates)
@@ -214,6 +243,11 @@ DEFAULT_GATES = tuple(
 """Conditions of every export. With optimizations off all arithmetic is float: that level is reported, not gated."""
 
 DROP, AGREEMENT, SQNR = (
-    parse(text) for text in ("accuracy_drop_lower<=1pp", "lowest_agreement>=95%", "lowest_sqnr_db>=15dB")
+    parse(f"{name}{DEFAULT_GOAL[figure]:.15g}")
+    for name, figure in (
+        ("accuracy_drop_lower<=", "accuracy_drop"),
+        ("lowest_agreement>=", "lowest_agreement"),
+        ("lowest_sqnr_db>=", "lowest_sqnr_db"),
+    )
 )
 """Conditions where none is on accuracy: with labels, for decisions without labels, for all other outputs."""

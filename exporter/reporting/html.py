@@ -22,11 +22,13 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
+from calibrators.intervals import share_interval
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
 from exporter.reporting.difference_tables import sections, summary
-from exporter.reporting.failures import failures, unplanned_kernels
+from exporter.reporting.failures import failures, layer_flag, unplanned_kernels
 from exporter.reporting.headline import headline, tone, verdict_title
+from exporter.reporting.ladder import figure_text, outcome, why_it_stopped
 from exporter.reporting.layer_table import layer_details, layer_rows, linker, noisiest
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import measured
@@ -37,7 +39,6 @@ from exporter.reporting.speed import speed
 from exporter.reporting.templates import environment
 from exporter.reporting.where import where_rows
 from exporter.reporting.widths import activation_bits, weight_bits
-from runtime_tests.measure.accuracy import share_interval
 from runtime_tests.measure.profile import TimeShares
 
 __all__ = ["render_html"]
@@ -205,6 +206,8 @@ def _template() -> jinja2.Template:
     pages = environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
     pages.filters |= {"unplanned_kernels": unplanned_kernels, "breakable": _breakable, "written": written}
+    pages.filters |= {"figure_text": figure_text, "outcome": outcome, "why_it_stopped": why_it_stopped}
+    pages.filters["layer_flag"] = lambda escape: layer_flag(escape.layer, escape.settings)
     pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return pages.get_template("report.html.j2")
 

@@ -23,6 +23,8 @@ from pydantic_core import to_json
 from calibrators.errors import InputError, first_line, no_file
 from calibrators.placement.layer_rules import AppliedRule
 from calibrators.record import (
+    CostlyLayers,
+    Ladder,
     Lapq,
     LimitedWeight,
     MixedPrecision,
@@ -189,6 +191,8 @@ class Report:
     settled: Settled | None = None
     portability: PortabilityCost | None = None
     mixed_precision: MixedPrecision | None = None
+    ladder: Ladder | None = None
+    costly_layers: CostlyLayers | None = None
     saturation: Saturation | None = None
     holds: tuple[Holds, ...] | None = None
     simplifier: Simplifier | None = None

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from calibrators.errors import counted
-from runtime_tests.measure.accuracy import Accuracy, share_interval
+from calibrators.intervals import share_interval
+from runtime_tests.measure.accuracy import Accuracy
 
 __all__ = ["Standing", "remark", "standing"]
 

@@ -14,10 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 from calibrators.errors import counted, printable
-from exporter.reporting.failures import failures, found_by
+from exporter.reporting.failures import failures, found_by, layer_advice
 from exporter.reporting.gates import judges_accuracy
 from exporter.reporting.headline import tone, verdict_title
 from exporter.reporting.interface import Sizes
+from exporter.reporting.ladder import rung_rows
 from exporter.reporting.number_format import compared, percent, significant, size
 from exporter.reporting.proofs import OPENVINO_DIFFERS, proof_rows
 from exporter.reporting.schema import Report
@@ -95,6 +96,16 @@ def _accuracy_rows(report: Report) -> Rows:
             what = "lower end of its 95 % interval" if gate.name == "accuracy_drop_lower" else gate.name
             found = found_by(gate, report).removeprefix("it ")
             yield "accuracy gate", f"drop: {what} {found}" if what != gate.name else f"{what} {found}"
+    yield from _method_rows(report)
+
+
+def _method_rows(report: Report) -> Rows:
+    """Yield what each rung of a ladder cost and gave, and what widens a gate's room where little is left."""
+    for index, (name, text) in enumerate(rung_rows(report.ladder) if report.ladder is not None else ()):
+        yield "" if index else "tried", escape(f"{name}: {text}")
+    missed = any(not gate.passed and judges_accuracy(gate) for gate in report.gates)
+    if report.costly_layers is not None and not missed:
+        yield from (("[yellow]little room[/yellow]", escape(text)) for text in layer_advice(report.costly_layers))
 
 
 def _proof(report: Report) -> Rows:

@@ -13,21 +13,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax, ndtri
+from scipy.special import log_softmax
 
 from calibrators.errors import DataError
 from calibrators.grid.metrics import decibels
+from calibrators.intervals import paired_interval
 from runtime_tests.measure.outputs import OutputAccuracy, masked
-from runtime_tests.measure.paired import CONFIDENCE, SampleScores, paired_interval
+from runtime_tests.measure.paired import SampleScores
 
-__all__ = ["Accuracy", "RunningAccuracy", "Triple", "share_interval"]
+__all__ = ["Accuracy", "RunningAccuracy", "Triple"]
 
 Array = NDArray[Any]
 Real: TypeAlias = float
 """The builtin, in classes with a field of that name."""
 
 NETWORKS = ("float", "reference", "runtime")
-Z = float(ndtri((1 + CONFIDENCE) / 2))
 TOP = 5
 BEYOND = 1e30
 """Stands for an infinite score, whose difference from itself is not a number."""
@@ -230,17 +230,6 @@ class RunningAccuracy:
         """The scores of every sample in the runtime."""
         right = np.concatenate(self._right) if self._right else None
         return SampleScores(np.concatenate([np.zeros(0, np.float32), *self._errors]), right)
-
-
-def share_interval(share: float, samples: int) -> tuple[float, float]:
-    """Return the confidence interval of a share of independent samples, which ends at 1 if all of them are right.
-
-    source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
-    z2 = Z**2 / samples
-    centre, spread = share + z2 / 2, Z * float(np.sqrt(share * (1 - share) / samples + z2 / (4 * samples)))
-    low, high = (centre - spread) / (1 + z2), (centre + spread) / (1 + z2)
-    return 0.0 if share == 0 else low, 1.0 if share == 1 else high  # without the rounding of the sums above
 
 
 def _rank(outputs: Array, labels: Array) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scores import divergence, score, standard_error
 
-from runtime_tests.measure.paired import Interval, ratio
+from calibrators.intervals import Interval, ratio
 
 
 def logits(*rows: tuple[float, ...]) -> np.ndarray:

@@ -158,6 +158,53 @@ def _mixed() -> dict[str, Any]:
     }
 
 
+def _escape(layer: str, cost: float) -> dict[str, Any]:
+    return {"layer": layer, "settings": {"weight_bits": 8, "activation_bits": 8}, "cost": cost}
+
+
+def _figure(value: float, spread: float) -> dict[str, Any]:
+    ends = {"low": value - spread, "high": value + spread / 2}
+    return {"metric": "lowest_agreement", "value": value, **ends, "limit": 0.95}
+
+
+def _ladder() -> dict[str, Any]:
+    def rung(name: str, seconds: float, loss: float, agreement: float) -> dict[str, Any]:
+        reached = agreement >= 0.95
+        return {
+            "name": name,
+            "seconds": seconds,
+            "loss": loss,
+            "figures": [_figure(agreement, 0.04)],
+            "reached": reached,
+        }
+
+    change = {"change": [0.51, 0.44, 0.6]}
+    return {
+        "loss": "kl",
+        "calibrated": 768,
+        "held_out": 256,
+        "rungs": [
+            rung("mse", 3.2, 0.21, 0.81),
+            rung("gptq", 9.1, 0.107, 0.914) | change,
+            rung("gptq, 1 layer finer", 9.3, 0.06, 0.957) | change,
+        ],
+        "chosen": "gptq, 1 layer finer",
+        "stopped": "goal",
+        "escapes": [_escape("stem.conv", 0.031)],
+    }
+
+
+def _costly_layers() -> dict[str, Any]:
+    return {
+        "samples": 128,
+        "loss": "kl",
+        "layers": [_escape("stages.1.2.conv", 0.03), _escape("stages.1.1.conv", 0.01), _escape("head", 0.004)],
+        "figures": [_figure(0.91, 0.04)],
+        "advised": 2,
+        "better": [_figure(0.97, 0.03)],
+    }
+
+
 def _compute_node(index: int) -> dict[str, Any]:
     module = f"stages.{index // 4}.{index % 4}.conv"
     kernel = "LayerNormalization" if index % 7 == 6 else "QLinearConv"
@@ -361,6 +408,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
         "lapq": _lapq(layers),
         "sensitivity": _sensitivity(layers),
         "mixed_precision": _mixed(),
+        "ladder": _ladder(),
         "size": {
             "float_bytes": 31_412_224,
             "bytes": 7_991_296,
@@ -514,5 +562,5 @@ def infected(value: Any, hostile: str, key: str = "") -> Any:
         return {k: infected(v, hostile, k) for k, v in value.items()}
     if isinstance(value, list):
         return [infected(item, hostile, key) for item in value]
-    fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding")
+    fixed = key in ("verdict", "kind", "severity", "axis", "granularity", "loss", "rounding", "stopped")
     return value + hostile if isinstance(value, str) and not fixed else value

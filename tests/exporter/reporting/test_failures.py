@@ -22,7 +22,7 @@ from exporter.reporting.schema import Report, dump, validate_report
 from exporter.reporting.standing import standing
 from exporter.reporting.terminal import verdict_panel
 from runtime_tests.measure.accuracy import Accuracy, RunningAccuracy
-from tests.exporter.reporting.sample_report import layer, sample_report
+from tests.exporter.reporting.sample_report import _costly_layers, layer, sample_report
 
 
 def failing(expression: str, **changes: Any) -> Report:
@@ -55,6 +55,41 @@ def test_a_failed_gate_on_accuracy_names_layers_and_flags_to_paste() -> None:
     config = make_config({"layers": flags[1][1::2]})
     assert config.layers[0] == LayerRule(match="stages.1.2.conv", weight_bits=8, activation_bits=8)
     assert flags[2] == ["--gate", "accuracy_drop_lower<=0pp"]
+
+
+def test_layers_are_named_by_what_they_cost_the_prediction() -> None:
+    """Where that was measured, noise at the layers' own outputs is not asked, and the flags say what they give."""
+    report = failing("lowest_agreement>=99%", costly_layers=_costly_layers(), method="qdrop")
+    [failure] = failures(report)
+    assert (
+        failure.causes
+        == "layers that cost the prediction most: stages.1.2.conv (68 %), stages.1.1.conv (23 %), head (9 %)"
+    )
+    assert failure.advice[0].startswith("finer grids for 2 layers, with lowest_agreement 97 % (94 to 98.5) on 128 cal")
+    [flags] = flags_in(failure.advice[:1])
+    rules = make_config({"layers": flags[1::2]}).layers
+    assert [rule.match for rule in rules] == ["stages.1.2.conv", "stages.1.1.conv"]
+    assert {tuple(rule.settings.items()) for rule in rules} == {(("weight_bits", 8), ("activation_bits", 8))}
+    assert "Layers that cost most" in render_html(report)
+
+
+@pytest.mark.parametrize(
+    ("advised", "words"), [(None, "for the layers that cost most"), (9, "for 9 layers, of which report.html")]
+)
+def test_advice_says_where_no_few_layers_suffice(advised: int | None, words: str) -> None:
+    layers = _costly_layers()["layers"] * 3
+    [failure] = failures(
+        failing("lowest_agreement>=99%", costly_layers=_costly_layers() | {"advised": advised, "layers": layers})
+    )
+    assert words in " ".join(failure.advice)
+
+
+def test_a_ladder_and_a_gate_that_leaves_little_room_are_in_the_box() -> None:
+    text = box(validate_report(sample_report(3) | {"costly_layers": _costly_layers()}))
+    assert "mse: 3.2 s, lowest_agreement 81 % (77 to 83), divergence 0.21" in text
+    reason = "gptq, 1 layer finer, which reaches lowest_agreement 95 % on the 256 of 1,024 calibration samples"
+    assert f"exported: {reason}" in text
+    assert "little room" in text and "--layer 'stages.1.2.conv: weight_bits=8, activation_bits=8'" in text
 
 
 def test_layers_that_have_8_bits_are_advised_to_stay_in_float() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from calibrators.errors import InputError, UnknownNameError
+from calibrators.goal import DEFAULT_GOAL
 from exporter.reporting.gates import (
     AGREEMENT,
     DEFAULT_GATES,
@@ -17,7 +18,9 @@ from exporter.reporting.gates import (
     accuracy_gates,
     check_measurable,
     evaluate,
+    goal_of,
     judges_accuracy,
+    leaves_room,
     parse,
     renamed,
     verdict,
@@ -175,6 +178,35 @@ def test_what_was_measured_decides_the_gates_on_accuracy(report: dict[str, Any],
 )  # fmt: skip
 def test_which_gates_take_the_place_of_those_on_accuracy(text: str, expected: bool) -> None:
     assert judges_accuracy(parse(text)) is expected
+
+
+@pytest.mark.parametrize(
+    ("gates", "default", "expected"),
+    [
+        ((), True, dict(DEFAULT_GOAL)),
+        ((), False, None),
+        (("size<=1MB",), True, dict(DEFAULT_GOAL)),
+        (("accuracy_drop_lower<=2pp", "sqnr_db>=20"), True, {"accuracy_drop": 0.02, "sqnr_db": 20}),
+        (("accuracy.agreement>=97%",), False, {"agreement": 0.97}),
+        (("metric_drop<=0.1",), True, None),
+    ],
+)
+def test_what_calibration_aims_at_follows_from_the_gates(gates: Any, default: bool, expected: Any) -> None:
+    assert goal_of(map(parse, gates), accuracy_gate=default) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("agreement>=0.9", 0.96, True), ("agreement>=0.9", 0.94, False), ("agreement>=0.9", 0.8, False),
+        ("sqnr_db>=15", 18.1, True), ("sqnr_db>=15", 17.9, False), ("accuracy_drop<=2pp", 0.009, True),
+        ("accuracy_drop<=2pp", 0.011, False), ("metric>=0.5", 0.51, True), ("size<=10", 11.0, True),
+    ],
+)  # fmt: skip
+def test_a_gate_leaves_room_where_half_of_what_it_allows_is_left(text: str, value: float, expected: bool) -> None:
+    gate = parse(text)
+    passed = value <= gate.limit if "<" in text else value >= gate.limit
+    assert leaves_room(GateResult(gate.name, gate.limit, value, passed, gate.expression)) is expected
 
 
 def test_identical_outputs_have_no_noise_at_all() -> None:

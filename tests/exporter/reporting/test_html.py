@@ -39,7 +39,7 @@ from tests.exporter.reporting.sample_report import failing, infected, layer, sam
 MAX_BYTES = 1_000_000
 VOID = {"meta", "br", "wbr", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
-            "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "rules",
+            "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "ladder", "rules",
             "preparation", "settled", "limited_weights", "unsigned_weights",
             "portability", "metric", "sizes")  # fmt: skip
 STEPS = {"samples": 8, "step": 0.1}
@@ -192,7 +192,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "config": "Configuration", "lint": "Rules of the target", "tool": "intact 0.1.0", "emission": "opset",
         "reconstruction": "Reconstruction", "lapq": "Search of scales", "rules": "Rules for layers",
         "preparation": "Ranges of neighbouring layers", "sensitivity": "Sensitivity",
-        "mixed_precision": "Mixed precision", "portability": "Cost of portability",
+        "mixed_precision": "Mixed precision", "ladder": "Methods tried", "portability": "Cost of portability",
         "metric": "mean_iou", "sizes": "Free sizes",
     }  # fmt: skip
     assert headings[key] in _Page(render_html(sample_report(3))).text

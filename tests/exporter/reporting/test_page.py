@@ -44,7 +44,7 @@ SHOWN = "[...document.querySelectorAll('#layer-table tbody tr[data-path]')].filt
 
 def _small() -> dict[str, Any]:
     report = sample_report(9)
-    for key in ("lapq", "mixed_precision", "sensitivity", "reconstruction", "rules", "preparation"):
+    for key in ("lapq", "ladder", "mixed_precision", "sensitivity", "reconstruction", "rules", "preparation"):
         del report[key]
     return report
 

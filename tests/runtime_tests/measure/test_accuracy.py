@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from calibrators.errors import DataError
-from runtime_tests.measure.accuracy import RunningAccuracy, share_interval
-from runtime_tests.measure.paired import paired_interval
+from calibrators.intervals import paired_interval, share_interval
+from runtime_tests.measure.accuracy import RunningAccuracy
 
 CLASSES, SAMPLES = 12, 300
 ROUNDING = 1e-12

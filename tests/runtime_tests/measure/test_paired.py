@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from runtime_tests.measure.paired import change, ratio
+from calibrators.intervals import ratio
+from runtime_tests.measure.paired import change
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (7, 2), (3, 3), (40, 61)])
