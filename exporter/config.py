@@ -53,6 +53,7 @@ NO_EFFECT = frozenset(
         "openvino",
         "prove_on",
         "parity_samples",
+        "reference_samples",
         "latency_runs",
         "threads",
     }
@@ -75,6 +76,9 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isi
 
 
 Release = Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}(\.\d{1,4})?$"), expected("a release such as 1.19")]
+
+
+Samples = Annotated[Literal["all"] | Positive, expected("all, or a number of samples")]
 
 
 class _Calibration(Settings):
@@ -190,8 +194,18 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         metavar="RUNTIME",
     )
     parity_samples: Positive = setting(256, "Samples compared integer by integer.", panel=PROOF)
+    reference_samples: Samples = setting(
+        512,
+        "Samples of --eval on which the reference program is scored besides the runtime, those compared among them: a "
+        "number, or `all`. The report says how many they were; gates on accuracy read the runtime, which takes all.",
+        panel=PROOF,
+        metavar="N|all",
+    )
     latency_runs: Annotated[int, Field(ge=0)] = setting(
-        50, "Timed runs per model; 0: no timing.", panel=PROOF, flag=None
+        200,
+        "Timed runs per model at most, fewer where 95 % intervals get tight or 20 s are over; 0: no timing.",
+        panel=PROOF,
+        flag=None,
     )
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] = setting(
         1, "Threads of the runtime while timing.", panel=PROOF, flag=None
@@ -275,7 +289,8 @@ def _described(name: str, field: FieldInfo) -> Setting:
     extra: Any = field.json_schema_extra
     default, flag, metavar = field.default, extra["flag"], extra["metavar"]
     hidden = default is None or default is False or default == ()
-    kind = type(default) if isinstance(default, (bool, int, float)) else int if metavar == "N" else str
+    is_number = isinstance(default, (bool, int, float)) and "|" not in metavar
+    kind = type(default) if is_number else int if metavar == "N" else str
     negated = "no-" if default is True else ""
     return Setting(
         name=name,

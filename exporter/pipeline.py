@@ -5,6 +5,7 @@ Must not know: the command line, how pages look.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -283,6 +284,7 @@ class Work:
         """Compare and measure in one pass over the evaluation data, or over the calibration data if there is none."""
         measured = Measurements(
             parity_samples=self.config.parity_samples,
+            reference_samples=math.inf if (count := self.config.reference_samples) == "all" else count,
             golden_samples=GOLDEN_SAMPLES if golden is None else 0,
             noise_samples=SQNR_SAMPLES,
             noise=noise,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
-from calibrators.graph.aten import shape_of
+from calibrators.graph.aten import example_batch, shape_of
 from calibrators.program.qdq_program import QUANTIZE
 from runtime_tests.measure.accuracy import Accuracy, RunningAccuracy
 from runtime_tests.measure.metric import MetricFunction, RunningMetric
@@ -41,7 +41,7 @@ from runtime_tests.runtimes import get_runtime
 from runtime_tests.runtimes.ort import OnnxRuntimeSession
 from runtime_tests.workers.runtime import Runtime
 
-__all__ = ["Measurements", "Proof", "parity", "second_parity", "validate"]
+__all__ = ["Measurements", "Proof", "parity", "samples_at_once", "second_parity", "validate"]
 
 Batches = Iterable[Sequence[Tensor] | Tensor]
 
@@ -49,7 +49,10 @@ LEVEL_OF = {"ort": "optimized", "openvino": "openvino"}
 """Runtimes of this process whose comparison is a level of its own."""
 
 LARGEST_BATCH, LARGEST_CODES = 64, 1 << 25
-"""Samples, and codes of all sites, compared at once if the batch is free: both sides hold the codes of one batch."""
+"""Samples, and codes of all sites, run at once if the batch is free: both sides hold the codes of one batch."""
+
+IN_CACHE = 1 << 20
+"""Elements of the largest value up to which more samples run at once: a pass over them stays in a processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,8 @@ class Measurements:
     The golden samples are never cut.
 
     parity_samples: number of samples, from the first on, whose codes are compared.
+    reference_samples: number of samples, from the first on, on which accuracy is measured of the reference too; those
+                    that are compared are among them in any case.
     golden_samples: number of samples whose inputs and reference outputs are kept.
     noise_samples:  number of samples that `noise` reads.
     float_model:    if given, accuracy is measured on all samples against its outputs, with labels of the first one.
@@ -66,6 +71,7 @@ class Measurements:
     """
 
     parity_samples: float = math.inf
+    reference_samples: float = math.inf
     golden_samples: int = 0
     noise_samples: int = 0
     noise: Noise | None = None
@@ -74,7 +80,9 @@ class Measurements:
 
     @property
     def limits(self) -> tuple[float, ...]:
-        limits = self.golden_samples, self.noise_samples if self.noise else 0, self.parity_samples
+        limits = [self.golden_samples, self.noise_samples if self.noise else 0, self.parity_samples]
+        if self.float_model is not None:
+            limits.append(max(self.parity_samples, self.reference_samples))
         return tuple(max(limit, self.golden_samples) for limit in limits)
 
 
@@ -102,6 +110,7 @@ class Proof:
         self.model, self.program, self.threads = Model.of(model), program, threads
         self.target = target_of(self.model)
         self.measured = measured or Measurements()
+        self._at_once = samples_at_once(program)
         self.samples = 0
         self.golden: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
         self._golden_codes: dict[str, Tensor] = {}  # of the first set, by site
@@ -142,13 +151,6 @@ class Proof:
     @property
     def _limits(self) -> tuple[float, ...]:
         return *self.measured.limits, *(each.samples for each in self._elsewhere)
-
-    @cached_property
-    def _largest_batch(self) -> int:
-        """Number of samples compared at once; the golden ones belong together."""
-        sizes = [math.prod(shape_of(node)) for node in self.program.graph.nodes if node.target is QUANTIZE]
-        codes = max(sum(sizes) // len(self.program.meta["example"][0]), 1)  # of a sample
-        return max(min(LARGEST_BATCH, LARGEST_CODES // codes), self.measured.golden_samples, 1)
 
     @property
     def is_done(self) -> bool:
@@ -229,7 +231,9 @@ class Proof:
         start = 0
         while start < count:
             rooms = [int(limit - self.samples) for limit in self._limits if self.samples < limit < math.inf]
-            size = min(count - start, self._largest_batch, *rooms) if self.program.meta["dynamic_batch"] else count
+            together = 0 if self.samples else self.measured.golden_samples
+            size = min(count - start, max(self._at_once, together), *rooms)
+            size = size if self.program.meta["dynamic_batch"] else count
             yield slice(start, start + size)
             start += size
 
@@ -247,7 +251,8 @@ class Proof:
             if "unoptimized" in compared:
                 compared["unoptimized"].add(inputs, *literal)
             del literal  # its codes go before those of the kernels come
-        if wants_golden or self.accuracy is not None or elsewhere or compared.keys() - {"unoptimized"}:
+        scored = self.accuracy is not None and first < max(measured.reference_samples, measured.parity_samples)
+        if wants_golden or scored or elsewhere or compared.keys() - {"unoptimized"}:
             integer = run(self.kernels, inputs, with_floats=True)
         for name, comparison in compared.items():
             if name != "unoptimized":
@@ -257,21 +262,20 @@ class Proof:
         if wants_golden:
             self._keep_golden(inputs, *integer)
         if self.accuracy is not None and measured.float_model is not None:
-            self._add_accuracy(measured.float_model, inputs, integer[1], labels)
+            self._add_accuracy(measured.float_model, inputs, integer[1] if scored else None, labels)
 
     def _add_accuracy(
-        self, float_model: fx.GraphModule, inputs: tuple[Tensor, ...], ours: tuple[Tensor, ...], labels: Any
+        self, float_model: fx.GraphModule, inputs: tuple[Tensor, ...], ours: tuple[Tensor, ...] | None, labels: Any
     ) -> None:
         assert self.accuracy is not None
         with torch.no_grad():
             exact = float_model(*inputs)
         deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
-        networks = {
-            "float": [y.numpy() for y in exact],
-            "reference": self._values([y.numpy() for y in ours]),
-            "runtime": self._values(deployed),
-        }
-        self.accuracy.update(networks["float"][0], networks["reference"][0], networks["runtime"][0], labels)
+        networks = {"float": [y.numpy() for y in exact], "runtime": self._values(deployed)}
+        if ours is not None:
+            networks["reference"] = self._values([y.numpy() for y in ours])
+        reference = networks["reference"][0] if ours is not None else None
+        self.accuracy.update(networks["float"][0], reference, networks["runtime"][0], labels)
         self.outputs.update(networks)
         if self.metric is not None:
             self.metric.update(networks, len(inputs[0]))
@@ -288,6 +292,14 @@ class Proof:
     def scores(self) -> Accuracy | None:
         """The accuracy on all samples, None if it was not measured."""
         return None if self.accuracy is None else replace(self.accuracy.result(), outputs=self.outputs.result())
+
+
+def samples_at_once(program: fx.GraphModule) -> int:
+    """Return how many samples to run at once: as many as leave the largest value in a cache and memory free, or one."""
+    sizes = {node: math.prod(shape_of(node)) for node in program.graph.nodes if node.op == "call_function"}
+    largest, codes = max(sizes.values(), default=0), sum(sizes[node] for node in sizes if node.target is QUANTIZE)
+    batch = example_batch(program)
+    return max(min(LARGEST_BATCH, IN_CACHE * batch // max(largest, 1), LARGEST_CODES * batch // max(codes, 1)), 1)
 
 
 class _Reference(Protocol):

@@ -44,7 +44,16 @@ from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "build_program", "code_bounds", "is_saturation", "table_rows"]
+__all__ = [
+    "DEQUANTIZE",
+    "QUANTIZE",
+    "build_program",
+    "code_bounds",
+    "dequantized",
+    "is_saturation",
+    "quantized",
+    "table_rows",
+]
 
 aten = torch.ops.aten
 
@@ -59,12 +68,15 @@ FLOAT_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.bmm.default, at
 """Products whose integer kernels may write floats."""
 
 
-@torch.library.custom_op("intact::quantize", mutates_args=())
-def _quantize(
+def quantized(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, site: str
 ) -> Tensor:
+    """Return the codes of floats in the dtype of the zero point: the operator QUANTIZE, without its dispatcher."""
     scale_b, zero_point_b = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
     return round_codes(x, scale_b, zero_point_b, qmin, qmax).to(zero_point.dtype)
+
+
+_quantize = torch.library.custom_op("intact::quantize", quantized, mutates_args=())
 
 
 @_quantize.register_fake
@@ -72,12 +84,15 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: 
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
-@torch.library.custom_op("intact::dequantize", mutates_args=())
-def _dequantize(
+def dequantized(
     codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str, block_size: int | None = None
 ) -> Tensor:
+    """Return the float32 values of codes: the operator DEQUANTIZE, without its dispatcher."""
     scale_b, zero_point_b = (along_axis(values, codes, axis, block_size) for values in (scale, zero_point))
     return values_of(codes, scale_b, zero_point_b)
+
+
+_dequantize = torch.library.custom_op("intact::dequantize", dequantized, mutates_args=())
 
 
 @_dequantize.register_fake

@@ -59,8 +59,9 @@ def _scores(report: Report) -> list[dict[str, Any]]:
     for label, key in (("float model", "float"), ("reference program", "reference"), ("in the runtime", "runtime")):
         value = measured(getattr(accuracy, key))
         if value is not None and 0 <= value <= 1:
-            top5 = getattr(accuracy.top5, key, None)
-            rows.append({"label": label, "value": value, "top5": top5, "ci": share_interval(value, accuracy.samples)})
+            few = accuracy.reference_samples if key == "reference" else None
+            interval = share_interval(value, accuracy.samples if few is None else few)
+            rows.append({"label": label, "value": value, "top5": getattr(accuracy.top5, key, None), "ci": interval})
     if rows:
         low, high = min(row["ci"][0] for row in rows), max(row["ci"][1] for row in rows)
         for row in rows:

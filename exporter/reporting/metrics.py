@@ -191,8 +191,8 @@ METRICS: dict[str, Metric] = {
         needs_labels=True,
     ),
     "reference_drop": Metric(
-        "score of the float model minus score of the reference program",
-        _minus("accuracy.float", "accuracy.reference"),
+        "score of the float model minus score of the reference program, on the samples on which it ran",
+        _path("accuracy.reference_drop"),
         "points",
         needs_eval=True,
         needs_labels=True,

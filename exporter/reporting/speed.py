@@ -9,7 +9,7 @@ from typing import Final
 
 from calibrators.errors import counted
 from exporter.reporting.number_format import compared, percent, significant
-from runtime_tests.measure.latency import Latency
+from runtime_tests.measure.latency import LONGEST_S, Latency
 
 __all__ = ["is_slower", "latency_text", "speed"]
 
@@ -23,9 +23,14 @@ def latency_text(latency: Latency) -> str:
     if latency.interval is not None:
         low, high = (significant(end, 3) for end in latency.interval["quantized"])
         interval = f" ({low} to {high})"
-    runs = counted(latency.runs, "run")
+    runs = f"{counted(latency.runs, 'run')}{_limit(latency)}"
     headline, detail = speed(latency)
     return f"{significant(latency.quantized, 3)} ms{interval} in {runs}, {headline}{f' ({detail})' if detail else ''}"
+
+
+def _limit(latency: Latency) -> str:
+    """Return by which limit the measurement ended, '' if its intervals were tight before."""
+    return {"runs": " (the limit)", "time": f" (the limit of {LONGEST_S:g} s)"}.get(latency.stopped or "", "")
 
 
 def speed(latency: Latency) -> tuple[str, str]:

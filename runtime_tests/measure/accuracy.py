@@ -1,7 +1,8 @@
 """Measure how much accuracy quantization costs, from outputs that arrive batch by batch.
 
-The float model, the reference program and the runtime are compared on the same samples. Counts, float64 sums and five
-bytes for every sample are kept, and the split of the samples into batches does not matter.
+The float model and the runtime are compared on all samples, the reference program on the first ones, as many as it
+ran on. Counts, float64 sums and five bytes for every sample are kept, and the split of the samples into batches does
+not matter.
 
 Must not know: where the outputs come from.
 """
@@ -53,6 +54,8 @@ class Accuracy(Triple):
     mean_kl:   divergence of the runtime's predictions from the float model's.
     drop_ci:   95 % interval of float - runtime, paired by sample.
     outputs:   scores of every output; the others are those of the first one.
+    reference_samples: number of samples, from the first on, on which the reference program ran: its scores are theirs.
+    reference_drop:    float - reference on those samples.
     """
 
     metric: str
@@ -63,12 +66,19 @@ class Accuracy(Triple):
     mean_kl: Real | None
     drop_ci: tuple[Real, Real] | None
     outputs: tuple[OutputAccuracy, ...] | None = None
+    reference_samples: int | None = None
+    reference_drop: Real | None = None
+
+
+def _zeros() -> dict[str, Any]:
+    return dict.fromkeys(NETWORKS, 0)
 
 
 @dataclass
 class RunningAccuracy:
     """Running comparison of the float, reference and runtime outputs.
 
+    samples:    number of all samples.
     classifier: outputs are [N, classes] with at least two classes; else only the signal-to-noise ratio is measured
                 and labels are not read. Decided by the first batch, like `labelled`.
     classes:    number of classes that the outputs tell apart; highest: highest label so far.
@@ -80,11 +90,13 @@ class RunningAccuracy:
     classes: int = 0
     highest: int = -1
     _batches: int = 0
-    _top1: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
-    _top5: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
-    _agree: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0))
-    _noise: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NETWORKS, 0.0))
-    _signal: float = 0.0
+    _samples: dict[str, int] = field(default_factory=_zeros)
+    _top1: dict[str, int] = field(default_factory=_zeros)
+    _top5: dict[str, int] = field(default_factory=_zeros)
+    _agree: dict[str, int] = field(default_factory=_zeros)
+    _noise: dict[str, float] = field(default_factory=_zeros)
+    _signal: dict[str, float] = field(default_factory=_zeros)
+    _paired_top1: int = 0  # of the float model, on the samples of the reference
     _divergence: float = 0.0
     _lost: int = 0
     _gained: int = 0
@@ -92,14 +104,20 @@ class RunningAccuracy:
     _right: list[Array] = field(default_factory=list)
 
     def update(
-        self, float_outputs: ArrayLike, reference: ArrayLike, runtime: ArrayLike, labels: ArrayLike | None = None
+        self,
+        float_outputs: ArrayLike,
+        reference: ArrayLike | None,
+        runtime: ArrayLike,
+        labels: ArrayLike | None = None,
     ) -> None:
         """Add one batch of outputs, all of one shape [N, ...], and its labels [N].
 
-        raises: DataError naming the batch: shapes differ, values are not finite (the same infinity in all three is a
-                mask), labels are not integers, out of range, or present in some batches only.
+        reference: None for a batch on which the reference program did not run.
+        raises: DataError naming the batch: shapes differ, values are not finite (the same infinity in all is a mask),
+                labels are not integers, out of range, or present in some batches only.
         """
-        outputs = dict(zip(NETWORKS, (np.asarray(each) for each in (float_outputs, reference, runtime)), strict=True))
+        given = zip(NETWORKS, (float_outputs, reference, runtime), strict=True)
+        outputs = {name: np.asarray(each) for name, each in given if each is not None}
         truth = outputs["float"]
         self._check_outputs(outputs)
         checked = self._check_labels(labels, truth)
@@ -107,8 +125,10 @@ class RunningAccuracy:
         self._batches += 1
         hidden = masked(outputs)  # neither signal nor noise
         exact = {name: np.where(hidden, 0.0, each.astype(np.float64)) for name, each in outputs.items()}
-        self._signal += float(np.sum(exact["float"] ** 2))
+        signal = float(np.sum(exact["float"] ** 2))
         for name, each in exact.items():
+            self._samples[name] += len(truth)
+            self._signal[name] += signal
             self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
         if self.classifier:
             self._add_classes({name: np.where(hidden, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
@@ -129,13 +149,23 @@ class RunningAccuracy:
         """Return the metric of "float", "reference" or "runtime"; None for an infinite signal-to-noise ratio."""
         if self.metric == "sqnr_db":
             return self.sqnr_db(network)
-        counts = self._top1 if self.labelled else self._agree
-        return self._share(counts[network])
+        return self._share(self._counts, network)
 
     def sqnr_db(self, network: str) -> float | None:
         """Return 10 log10(sum float^2 / sum (float - network)^2) over all outputs; None if they are identical."""
         noise = self._noise[network]
-        return decibels(self._signal, noise) if noise else None
+        return decibels(self._signal[network], noise) if noise else None
+
+    def reference_drop(self) -> float | None:
+        """Return the metric of the float model minus that of the reference, on the samples of the reference.
+
+        None without such samples, or for a signal-to-noise ratio.
+        """
+        samples = self._samples["reference"]
+        if not samples or self.metric == "sqnr_db":
+            return None
+        right = self._paired_top1 if self.labelled else samples  # the float model agrees with itself
+        return (right - self._counts["reference"]) / samples
 
     def drop_interval(self) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of top1(float) - top1(runtime), paired by sample; None without labels."""
@@ -149,23 +179,29 @@ class RunningAccuracy:
             runtime=self.value("runtime"),
             metric=self.metric,
             samples=self.samples,
-            top5=Triple(**{name: self._share(count) for name, count in self._top5.items()}) if self.labelled else None,
-            agreement=self._share(self._agree["runtime"]) if self.classifier else None,
+            top5=Triple(**{name: self._share(self._top5, name) for name in NETWORKS}) if self.labelled else None,
+            agreement=self._share(self._agree, "runtime") if self.classifier else None,
             sqnr_db=self.sqnr_db("runtime"),
             mean_kl=self._divergence / max(self.samples, 1) if self.classifier else None,
             drop_ci=self.drop_interval(),
+            reference_samples=self._samples["reference"],
+            reference_drop=self.reference_drop(),
         )
 
-    def _share(self, count: int) -> float:
-        return count / max(self.samples, 1)
+    @property
+    def _counts(self) -> dict[str, int]:
+        """The counts of the metric, of outputs with classes."""
+        return self._top1 if self.labelled else self._agree
+
+    def _share(self, counts: dict[str, int], network: str) -> float | None:
+        """Return the share of the samples of a network; None if it did not run."""
+        return counts[network] / self._samples[network] if self._samples[network] else None
 
     def _check_outputs(self, outputs: dict[str, Array]) -> None:
         shapes = {name: each.shape for name, each in outputs.items()}
         shape = shapes["float"]
         if not shape or len(set(shapes.values())) > 1:
-            raise DataError(
-                f"outputs of batch {self._batches} have shapes {shapes}; all three must have one shape [N, ...]."
-            )
+            raise DataError(f"outputs of batch {self._batches} have shapes {shapes}; all must have one shape [N, ...].")
         hidden = masked(outputs)
         broken = [name for name, each in outputs.items() if not np.isfinite(each[~hidden]).all()]
         if broken:
@@ -221,6 +257,7 @@ class RunningAccuracy:
             self._top1[name] += int(np.sum(rank == 0))
             self._top5[name] += int(np.sum(rank < TOP))
         before, after = ranks["float"] == 0, ranks["runtime"] == 0
+        self._paired_top1 += int(np.sum(before)) if "reference" in ranks else 0
         self._lost += int(np.sum(before & ~after))
         self._gained += int(np.sum(after & ~before))
         self._right.append(after)

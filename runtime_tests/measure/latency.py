@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +22,28 @@ from runtime_tests.measure.profile import NodeTimes, TimeShares, node_times, tim
 from runtime_tests.ort.coverage import FloatNode
 from runtime_tests.ort.sessions import Source, profiling_session, session
 
-__all__ = ["Latency", "Timings", "interleave", "latency", "median_interval"]
+__all__ = ["LONGEST_S", "RUNS", "Latency", "Timings", "interleave", "latency", "median_interval", "why_enough"]
 
 Array = NDArray[Any]
 Real: TypeAlias = float
 """The builtin, in classes with a field of that name."""
 
-RUNS, WARMUP, PROFILED_RUNS = 50, 5, 6
+RUNS, WARMUP, PROFILED_RUNS = 200, 5, 6
 NANOSECONDS_PER_MS = 1e6
 CONFIDENCE = 0.95
 
 LARGEST_SPREAD = 0.2
 """Interquartile range over the median up to which times are reliable; on an idle machine it is 0.01 to 0.1."""
+
+TIGHT = 0.04
+"""Width of a 95 % interval over the median at which it is known well enough."""
+FEWEST, STEP = 20, 10
+"""Rounds before the first look at the intervals, and between two looks: few, so that a lucky one hardly counts."""
+LONGEST_S, FEWEST_IN_TIME = 20.0, 6
+"""Seconds of timed runs after which a measurement ends, and the rounds that it has at least: an interval needs six."""
+
+Stopped = Literal["interval", "runs", "time"]
+"""Why a measurement ended: its intervals were tight, or the limit of runs or of seconds was reached."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Latency:
     speedup:  of each model over the float model.
     interval: 95 % interval of the median by model, in milliseconds; ratio_interval: that of the ratio.
     reliable: whether the times of both models spread little (LARGEST_SPREAD).
+    stopped:  why there were no more runs (Stopped).
     """
 
     float: Real | None
@@ -59,6 +70,7 @@ class Latency:
     interval: dict[str, tuple[Real, Real]] | None = None
     ratio_interval: tuple[Real, Real] | None = None
     reliable: bool | None = None
+    stopped: Stopped | None = None
 
     @property
     def spread(self) -> Real:
@@ -75,12 +87,14 @@ class Timings:
     times_ms: [rounds, models] float64.
     threads:  intra-op threads of every session.
     nodes:    times by kind of node of the profiled model, if any.
+    stopped:  why there are no more rounds.
     """
 
     names: tuple[str, ...]
     times_ms: Array
     threads: int = 1
     nodes: NodeTimes | None = None
+    stopped: Stopped = "runs"
 
     def median_ms(self, name: str) -> float:
         return float(np.median(self._column(name)))
@@ -108,6 +122,7 @@ class Timings:
             speedup={name: self.speedup(name) for name in self.names[1:]},
             interval={name: median_interval(self._column(name)) for name in self.names},
             ratio_interval=median_interval(ratios),
+            stopped=self.stopped,
         )
         return replace(found, reliable=found.spread <= LARGEST_SPREAD)
 
@@ -133,6 +148,9 @@ def latency(
 ) -> Timings:
     """Measure every model on the same inputs, all optimizations on; report.json wants {"float": , "quantized": }.
 
+    Rounds go on until the interval of every median and of every ratio to the first model is tight, or a limit is hit.
+
+    runs:     the most rounds.
     profiled: the model whose nodes are timed too, in a few runs before the others begin.
     raises: InputError for no model, no runs or inputs that a model does not take; ModelError if one does not load.
     """
@@ -147,7 +165,21 @@ def latency(
         for _ in range(PROFILED_RUNS if profiled is not None else 0):
             calls[str(profiled)]()
         nodes = None if profiled is None else node_times(sessions[profiled].end_profiling())
-    return Timings(tuple(models), interleave(calls, runs=runs, warmup=warmup), threads, nodes)
+    times = interleave(calls, runs=runs, warmup=warmup, enough=lambda times: why_enough(times) is not None)
+    return Timings(tuple(models), times, threads, nodes, why_enough(times) or "runs")
+
+
+def why_enough(times: Array) -> Stopped | None:
+    """Return why no more rounds than these are needed, None if they are.
+
+    times: milliseconds, [rounds, models].
+    """
+    rounds = len(times)
+    if rounds >= FEWEST and rounds % STEP == 0:
+        columns = [*times.T, *(times[:, 1:] / times[:, :1]).T]
+        if all(high - low <= TIGHT * np.median(x) for x in columns for low, high in [median_interval(x)]):
+            return "interval"
+    return "time" if rounds >= FEWEST_IN_TIME and times.sum() >= LONGEST_S * 1e3 else None
 
 
 def median_interval(values: Array) -> tuple[float, float]:
@@ -178,10 +210,13 @@ def interleave(
     runs: int,
     warmup: int = WARMUP,
     clock: Callable[[], int] = time.perf_counter_ns,
+    enough: Callable[[Array], bool] = lambda times: False,
 ) -> Array:
-    """Return the times of calls in milliseconds, [runs, calls]; each round makes each call once, odd ones in reverse.
+    """Return the times of calls in milliseconds, [rounds, calls]; each round makes each call once, odd ones in reverse.
 
-    clock: nanoseconds, monotonic.
+    runs:   the most rounds.
+    clock:  nanoseconds, monotonic.
+    enough: whether the rounds so far, [rounds, calls], are enough.
     """
     if runs < 1 or not calls:
         raise InputError(f"latency needs at least one model and one run, but got {len(calls)} models and {runs} runs.")
@@ -195,4 +230,6 @@ def interleave(
             begin = clock()
             call()
             times[round_index, column] = (clock() - begin) / NANOSECONDS_PER_MS
+        if enough(times[: round_index + 1]):
+            return times[: round_index + 1]
     return times

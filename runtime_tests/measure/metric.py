@@ -26,7 +26,7 @@ MetricFunction = Callable[[Any, Any], float]
 
 @dataclass(frozen=True)
 class UserMetric(Triple):
-    """The metric of the float model, the reference program and the runtime.
+    """The metric of the float model, the runtime and, if it ran on all samples, the reference program.
 
     name: what the user calls it.
     """
@@ -59,10 +59,11 @@ class RunningMetric:
 
         raises: what the function raises.
         """
+        complete = {name: kept for name, kept in self._kept.items() if len(kept) == len(self._kept["float"])}
         values = {
             name: self.function(
                 arguments_of(self.outputs, [np.concatenate(each) for each in zip(*kept, strict=True)]), labels
             )
-            for name, kept in self._kept.items()
+            for name, kept in complete.items()
         }
-        return UserMetric(**values, name=self.name, samples=self.samples)
+        return UserMetric(**dict.fromkeys(self._kept) | values, name=self.name, samples=self.samples)

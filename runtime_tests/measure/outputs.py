@@ -23,8 +23,8 @@ Array = NDArray[Any]
 class OutputAccuracy:
     """One output on held-out data.
 
-    reference, runtime: signal over noise of the reference program and of the runtime in dB; None where they are equal
-                        to the float model.
+    reference, runtime: signal over noise of the reference program, on the samples on which it ran, and of the runtime
+                        in dB; None where they are equal to the float model.
     agreement:          share of the samples for which runtime and float model make the same decision, of an integer
                         output share of the equal elements; None for other outputs that are not [n, classes].
     """
@@ -37,7 +37,7 @@ class OutputAccuracy:
 
 @dataclass
 class _Sums:
-    signal: float = 0.0
+    signal: dict[str, float] = field(default_factory=lambda: {"reference": 0.0, "runtime": 0.0})
     noise: dict[str, float] = field(default_factory=lambda: {"reference": 0.0, "runtime": 0.0})
     agreeing: int = 0
     decided: int = 0
@@ -51,14 +51,15 @@ class RunningOutputs:
         self._sums = [_Sums() for _ in names]
 
     def update(self, networks: Mapping[str, Sequence[Array]]) -> None:
-        """Add the outputs of one batch by network: "float", "reference" and "runtime"."""
+        """Add the outputs of one batch by network: "float", "runtime" and, where it ran, "reference"."""
         for index, sums in enumerate(self._sums):
             outputs = {name: arrays[index] for name, arrays in networks.items()}
             truth = outputs["float"]
             hidden = masked(outputs) | np.all([np.isnan(each) for each in outputs.values()], axis=0)
             exact = {name: np.where(hidden, 0.0, each.astype(np.float64)) for name, each in outputs.items()}
-            sums.signal += float(np.sum(exact["float"] ** 2))
-            for name in sums.noise:
+            signal = float(np.sum(exact["float"] ** 2))
+            for name in sums.noise.keys() & exact.keys():
+                sums.signal[name] += signal
                 sums.noise[name] += float(np.sum((exact[name] - exact["float"]) ** 2))
             same = _same_decisions(truth, outputs["runtime"])
             sums.agreeing += int(np.sum(same))
@@ -69,7 +70,7 @@ class RunningOutputs:
         return tuple(
             OutputAccuracy(
                 name,
-                **{key: decibels(sums.signal, noise) if noise else None for key, noise in sums.noise.items()},
+                **{key: decibels(sums.signal[key], noise) if noise else None for key, noise in sums.noise.items()},
                 agreement=sums.agreeing / sums.decided if sums.decided else None,
             )
             for name, sums in zip(self.names, self._sums, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from calibrators.graph.aten import bind
 from calibrators.graph.operators import LISTS, MOVES, ON_FLOATS
 from calibrators.graph.walk import call, walk
-from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE, dequantized, quantized
 from runtime_tests.reference.kernel_plan import FLOAT, KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import Kernel, source
+from runtime_tests.reference.kernels import lookup
 from runtime_tests.reference.ordered import CHOICES, gap, in_order, indices_of
 
 __all__ = ["FLOAT", "KernelPlan", "choice_of", "floats_of", "gap_of", "plan", "run"]
@@ -62,8 +63,33 @@ class _QuantizedTensor:
 
     @property
     def values(self) -> Tensor:
-        result: Tensor = DEQUANTIZE(self.codes, self.scale, self.zero_point, self.axis, self.site, self.block_size)
-        return result
+        return dequantized(self.codes, self.scale, self.zero_point, self.axis, self.site, self.block_size)
+
+    @cached_property
+    def table(self) -> Tensor | None:
+        """The value of every code, [256]; None where it depends on more than an 8-bit code."""
+        if self.axis is not None or self.codes.dtype.itemsize > 1:
+            return None
+        container = torch.iinfo(self.codes.dtype)
+        every_code = torch.arange(container.min, container.max + 1, dtype=self.codes.dtype)
+        return dequantized(every_code, self.scale, self.zero_point, None, self.site)
+
+
+@dataclass(frozen=True, eq=False)
+class _PointwiseResult:
+    """The result of float operators that map every code to one float.
+
+    table:  of the codes, float32 [256].
+    floats: computes the floats themselves.
+    """
+
+    codes: Tensor
+    table: Tensor
+    floats: Callable[[], Tensor]
+
+    @property
+    def values(self) -> Tensor:
+        return self.floats()
 
 
 def run(
@@ -125,9 +151,32 @@ def _evaluate(plan: KernelPlan, forced: Mapping[str, Tensor], node: fx.Node, val
         return _run_kernel(plan.kernels[node], values)
     if node.target is DEQUANTIZE:
         return _QuantizedTensor(*fx.map_arg(tuple(bind(node).values()), values.__getitem__))
+    if node.target is QUANTIZE:
+        return _quantize(fx.map_arg(bind(node), values.__getitem__))
     if node.target in MOVES and isinstance(values[source(node)], _QuantizedTensor):
         return _move_codes(node, values)
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return _pointwise(node, values)
     return _call(node, values, {})
+
+
+def _quantize(bound: Mapping[str, Any]) -> Tensor:
+    """Quantize floats, or look up the codes of those that a pointwise operator makes of 8-bit codes."""
+    x = bound["x"]
+    if not isinstance(x, _PointwiseResult) or bound["axis"] is not None or bound["zero_point"].dtype.itemsize > 1:
+        return quantized(**{**bound, "x": _floats(x)})
+    return lookup(quantized(**{**bound, "x": x.table}), x.codes)
+
+
+def _pointwise(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Run a pointwise operator: on all codes instead of all elements where the same codes are all that it reads."""
+    operands = {source: values[source] for source in node.all_input_nodes}
+    kinds = (_QuantizedTensor, _PointwiseResult)
+    of_codes = all(isinstance(x, kinds) and x.table is not None for x in operands.values())
+    if not operands or not of_codes or len({id(x.codes) for x in operands.values()}) > 1:
+        return _call(node, values, {})
+    table = call(node, {source: x.table for source, x in operands.items()})
+    return _PointwiseResult(next(iter(operands.values())).codes, table, partial(_call, node, operands, {}))
 
 
 def _move_codes(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -165,7 +214,7 @@ def _operands(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any
 
 
 def _floats(value: Any) -> Any:
-    return value.values if isinstance(value, _QuantizedTensor) else value
+    return value.values if isinstance(value, _QuantizedTensor | _PointwiseResult) else value
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Every formula is the order of float32 roundings that the x86 kernels (AVX2 and newer) execute; a different but
 algebraically equal order gives other codes at ties. Accumulators are integers held in float32, which is exact while
-they stay below 2**24: a longer reduction is cut into the fewest parts that do, and the parts are added in float64.
+they stay below 2**24: a longer reduction is cut into the fewest parts that do, and the parts are added in int32.
+Kernels are memory-bound: each pass over a tensor that a grid does not need is left out, and the others are in place.
 
     QLinearConv, QGemm, QLinearMatMul   y = sat(rint(clamp(f32(f32(acc) * m))) + zp), m = f32(f32(xs * ws) / ys)
     QGemm and MatMulIntegerToFloat      y = f32(f32(acc) * f32(xs * ws))
@@ -21,10 +22,11 @@ Must not know: graphs, programs, sessions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product, zip_longest
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +111,7 @@ class Grid:
 
     def centred(self, codes: Tensor) -> Tensor:
         """Return codes - zero_point as integer-valued float32."""
-        return codes.to(torch.float32).sub_(self.zero_point)
+        return _shifted(codes.to(torch.float32), -self.zero_point)
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the float32 values of `codes`."""
@@ -141,17 +143,15 @@ class Weights:
     """Constant operand of a convolution or linear layer, made ready for exact accumulation.
 
     parts: (range of the reduction axis, integer-valued weight [out, part, ...]); float32 where sums are exact in it.
-    bias:  int32 [out] or None.
+    bias:  [out] or None; int32 if wide, else integer-valued float32.
     scale: float32, [] or [out].
     wide:  whether the sum of all parts and the bias may exceed float32's exact integers.
-    wraps: whether that sum may even exceed int32.
     """
 
     parts: tuple[tuple[slice, Tensor], ...]
     bias: Tensor | None
     scale: Tensor
     wide: bool
-    wraps: bool
 
 
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tens
     """
     added = 0 if bias is None else bias.to(torch.int64).abs()
     sums = torch.cat([size.sum(1) for size in _sizes(codes, zero_point, x)])  # [out]
-    ranges, largest = _split(codes, zero_point, x, int(sums.argmax())), int((sums + added).max())
+    ranges, wide = _split(codes, zero_point, x, int(sums.argmax())), int((sums + added).max()) >= EXACT_FLOAT32
     points = zero_point.reshape(-1, *[1] * (codes.ndim - 1))
     if ranges:
         parts = tuple((cut, codes[:, cut].to(torch.float32).sub_(points)) for cut in ranges)
     else:
         parts = ((slice(0, codes.shape[1]), codes.to(torch.float64).sub_(points)),)
-    return Weights(parts, bias, scale, wide=largest >= EXACT_FLOAT32, wraps=largest > INT32.max)
+    return Weights(parts, bias if wide or bias is None else bias.to(torch.float32), scale, wide)
 
 
 def _sizes(codes: Tensor, zero_point: Tensor, x: Grid) -> Iterator[Tensor]:
@@ -208,29 +208,44 @@ def _split(codes: Tensor, zero_point: Tensor, x: Grid, heaviest: int) -> list[sl
 
 
 def _accumulate(
-    pick: Callable[[slice], Tensor], weights: Weights, product: Callable[[Tensor, Tensor], Tensor], shape: list[int]
+    pick: Callable[[slice], Tensor],
+    weights: Weights,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    shape: list[int],
 ) -> Tensor:
-    """Return the accumulators, rounded once to float32.
+    """Return the accumulators, rounded once to float32; those beyond int32 wrap around.
 
-    pick:  returns the part of the centred input that belongs to a range of the reduction axis.
-    shape: in which the bias broadcasts against the accumulators.
+    pick:    returns the part of the centred input that belongs to a range of the reduction axis.
+    product: of such a part, weights and a bias, if there is one; it may add in any order, as every sum is exact.
+    shape:   in which the bias broadcasts against the accumulators.
     """
-    bias = None if weights.bias is None else weights.bias.reshape(shape)
     if not weights.wide:
         ((cut, part),) = weights.parts
-        accumulators = product(pick(cut), part)
-        return accumulators if bias is None else accumulators.add_(bias)
-    sums = sum(product(pick(cut).to(part.dtype), part).double() for cut, part in weights.parts)
-    accumulators = cast(Tensor, sums) if bias is None else cast(Tensor, sums) + bias
-    if weights.wraps:
-        accumulators = accumulators.to(torch.int64).to(torch.int32)
-    return accumulators.to(torch.float32)
+        return product(pick(cut), part, weights.bias)
+    sums = _wrapped(product(pick(cut).to(part.dtype), part, None) for cut, part in weights.parts)
+    if weights.bias is not None:
+        sums += weights.bias.reshape(shape)
+    return sums.to(torch.float32)
+
+
+def _wrapped(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of integer-valued parts in int32. Those of float64 may hold more than fits in it."""
+    narrowed = (part.to(torch.int64) if part.dtype == torch.float64 else part for part in parts)
+    return reduce(Tensor.add_, (part.to(torch.int32) for part in narrowed))
+
+
+def _shifted(values: Tensor, by: int) -> Tensor:
+    """Add a number in place, which takes a pass over memory unless it is 0."""
+    return values.add_(by) if by else values
 
 
 def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
-    """Return the codes of float32 accumulators, whose memory is overwritten."""
-    low, high = y.container
-    codes = accumulators.mul_(multiplier).clamp_(low - y.zero_point, high - y.zero_point).round_().add_(y.zero_point)
+    """Return the codes of float32 accumulators, whose memory is overwritten.
+
+    The kernels clamp to the ends of the container before they round. As these are integers, a clamp after it, to the
+    range of the codes within them, gives the same.
+    """
+    codes = _shifted(accumulators.mul_(multiplier).round_(), y.zero_point)
     return codes.clamp_(y.qmin, y.qmax).to(y.dtype)
 
 
@@ -248,8 +263,8 @@ def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeomet
         grouped = centred.reshape(batch, geometry.groups, channels // geometry.groups, *space)
         return grouped[:, :, cut].flatten(1, 2)
 
-    def product(part: Tensor, weight: Tensor) -> Tensor:
-        return convolve(part, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    def product(part: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(part, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
     shape = [-1] + [1] * (codes.ndim - 2)
     accumulators = _accumulate(pick, weights, product, shape)
@@ -281,16 +296,15 @@ def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -
         accumulators = left @ right
     else:
         starts = range(0, length, step)
-        sums = sum((left[..., i : i + step] @ right[..., i : i + step, :]).double() for i in starts)
-        accumulators = cast(Tensor, sums).to(torch.float32)
+        sums = _wrapped(left[..., i : i + step] @ right[..., i : i + step, :] for i in starts)
+        accumulators = sums.to(torch.float32)
     scale = a.scale * b.scale
     return accumulators.mul_(scale) if y is None else _requantize(accumulators, scale / y.scale, y)
 
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
-    """Return the codes of float values that already include the zero point."""
-    low, high = y.container
-    return torch.round(values).clamp(low, high).clamp(y.qmin, y.qmax).to(y.dtype)
+    """Return the codes of float values that already include the zero point; their memory is overwritten."""
+    return values.round_().clamp_(y.qmin, y.qmax).to(y.dtype)
 
 
 def _table(codes: NDArray[Any], y: Grid) -> Tensor:
@@ -327,8 +341,8 @@ def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_las
 
 def lookup_pair(table: Tensor, a_codes: Tensor, b_codes: Tensor) -> Tensor:
     """Return table[a, b], where the codes broadcast as in an addition."""
-    index = (a_codes.to(torch.int32) - torch.iinfo(a_codes.dtype).min) * CODES
-    index = index + (b_codes.to(torch.int32) - torch.iinfo(b_codes.dtype).min)
+    first = torch.iinfo(a_codes.dtype).min * CODES + torch.iinfo(b_codes.dtype).min
+    index = _shifted(a_codes.to(torch.int32).mul_(CODES) + b_codes, -first)
     return table.flatten().index_select(0, index.flatten()).view(index.shape)
 
 
@@ -348,9 +362,10 @@ def leaky_relu(values: NDArray[Any], negative_slope: float) -> NDArray[Any]:
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """Return table[code] for every code."""
-    index = codes.to(torch.int32) - torch.iinfo(codes.dtype).min
-    return table.index_select(0, index.flatten()).view(codes.shape)
+    """Return the entry of a table of 8-bit codes, [256], for every 8-bit code, of which the lowest has the first."""
+    by_byte = table.roll(torch.iinfo(codes.dtype).min)  # the bytes of negative codes come after the others
+    found = bytearray(codes.numpy()).translate(by_byte.numpy().tobytes())
+    return torch.frombuffer(found, dtype=table.dtype).view(codes.shape)
 
 
 def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
@@ -370,7 +385,7 @@ def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
     """Compute QLinearGlobalAveragePool: codes [batch, channels, *space] -> codes [batch, channels, 1...]."""
     space = tuple(range(2, codes.ndim))
     count = codes[0, 0].numel()
-    sums = codes.sum(space, keepdim=True, dtype=torch.int64) - count * x.zero_point
+    sums = codes.sum(space, keepdim=True, dtype=torch.int32) - count * x.zero_point
     multiplier = x.scale / (y.scale * torch.tensor(float(count)))
     return _requantize(sums.to(torch.float32), multiplier, y)
 

@@ -47,7 +47,7 @@ def run(name: str, out: Path, **settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "out"
-    run("pooled", out, latency_runs=3)
+    run("pooled", out, latency_runs=3, parity_samples=16, reference_samples=18)
     return out
 
 
@@ -88,7 +88,9 @@ def test_report_is_complete(bundle: Path) -> None:
     assert report["schema"] == 1
     assert set(report["time_s"]) == {"capture", "fold", "calibrate", "emit", "validate"}
     assert {gate["name"] for gate in report["gates"]} >= {"kernel_mismatched", "lint_errors"}
-    assert report["data"]["calibration"]["samples"] == 24
+    assert report["data"]["calibration"]["samples"] == report["accuracy"]["samples"] == 24
+    assert report["parity"]["optimized"]["samples"] == 16 and report["accuracy"]["reference_samples"] == 18
+    assert report["latency_ms"]["runs"] == 3 and report["latency_ms"]["stopped"] == "runs"
     sites = {entry["site"] for entry in report["layers"]}
     assert {"x", "stem.weight", "sigmoid"} <= sites
     assert all(sum(e["floats"]) == sum(e["codes"]) > 0 for e in report["layers"])

@@ -29,6 +29,8 @@ from exporter.handover.bundle import check_out
 from exporter.inputs.open import open_both
 from exporter.job import as_flag
 from exporter.progress import Progress, console_progress, default_progress
+from exporter.reporting.schema import validate_report
+from exporter.reporting.terminal import summary_rows
 from tests.exporter.reporting.sample_report import sample_report
 
 ARGUMENTS = ["torch.nn:Identity", "--data", "exporter.demo.model:calibration"]
@@ -224,7 +226,7 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
         str(tmp_path / "a.toml"), "--weight-bits", "6", "--set", "activation_bits=7", "--per-tensor-weights",
         "--exclude", "a.*", "--exclude", "b", "--layer", "a.*: weight_bits=4", "--layer", "b: float=true",
         "--gate", "accuracy_drop<=0.01", "--quiet", "--explain",
-        "--cache-gib", "0.5", "--device", "cpu",
+        "--cache-gib", "0.5", "--device", "cpu", "--reference-samples", "all",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (call,) = pipeline
@@ -233,6 +235,7 @@ def test_flags_reach_the_pipeline(run: Callable[..., Any], pipeline: list[Call],
     assert (config.exclude, config.gates) == (("a.*", "b"), ("accuracy_drop<=0.01",))
     assert config.layers == (LayerRule("a.*", weight_bits=4), LayerRule("b", float=True))
     assert (config.device, config.cache_gib, config.explain) == ("cpu", 0.5, True)
+    assert config.reference_samples == "all"
     assert (call["model"], call["data"]) == ("torch.nn:Identity", "exporter.demo.model:calibration")
     assert call["eval_data"] == "exporter.demo.model:evaluation"
     assert call["out"] == tmp_path / "out"
@@ -274,6 +277,27 @@ def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeli
         assert part in result.stdout, result.stdout
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "words"), [({"reference_samples": 512}, "2,000 samples (the reference on the first 512)"),
+                            ({"reference_samples": 2000}, "in the runtime, 2,000 samples")],
+    ids=["some", "all"],
+)  # fmt: skip
+def test_the_panel_says_on_how_many_samples_the_reference_ran(accuracy: dict[str, Any], words: str) -> None:
+    found = sample_report(3)
+    found["accuracy"] |= accuracy
+    assert words in dict(summary_rows(validate_report(found)))["top1"]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "words"),
+    [("interval", "in 200 runs, "), ("runs", "in 200 runs (the limit), "), ("time", "in 200 runs (the limit of 20 s)")],
+)
+def test_the_panel_says_which_limit_ended_the_timing(stopped: str, words: str) -> None:
+    found = sample_report(3)
+    found["latency_ms"] |= {"stopped": stopped}
+    assert words in dict(summary_rows(validate_report(found)))["latency"]
+
+
 def test_the_verdict_panel_tells_what_portability_took(
     run: Callable[..., Any], pipeline: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -313,6 +337,7 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
         pytest.param(["--weight-bits", "9"], "weight_bits = 9", id="bits"),
         pytest.param(["--device", "gpu"], "device = 'gpu' should be cpu, cuda or cuda:N", id="device"),
         pytest.param(["--device", "cuda:²"], "should be cpu, cuda or cuda:N", id="device index"),
+        pytest.param(["--reference-samples", "few"], "should be all, or a number of samples", id="samples"),
         pytest.param(["--cache-gib", "0"], "cache_gib = 0.0 should be greater than 0", id="cache"),
         pytest.param(["--cache-gib", "nan"], "cache_gib", id="no number"),
         pytest.param(["--gate", "acuracy_drop<=1"], "Did you mean 'accuracy_drop'", id="gate metric"),

@@ -203,7 +203,7 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     assert make_config({"options": {"a": 1, "b": 2}}).digest() == make_config({"options": {"b": 2, "a": 1}}).digest()
     changed = {"seed": 1, "method": "lp", "options": {"a": 1}, "mean": (0.5,), "device": "cuda"}
     assert len({plain.digest(), *(make_config({key: value}).digest() for key, value in changed.items())}) == 6
-    told = {"gates": ("a<=1",), "threads": 2, "parity_samples": 8, "latency_runs": 0}
+    told = {"gates": ("a<=1",), "threads": 2, "parity_samples": 8, "reference_samples": "all", "latency_runs": 0}
     assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True} | told).digest()
 
 
@@ -222,6 +222,8 @@ def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
         ("mean", "0.5", (0.5,)),
         ("std", "0.1,0.2,0.3", (0.1, 0.2, 0.3)),
         ("prepare", "cle, absorb", ("cle", "absorb")),
+        ("reference_samples", "all", "all"),
+        ("reference_samples", "96", 96),
     ],
 )
 def test_text_of_flags_is_parsed_by_the_settings(field: str, text: str, value: object) -> None:

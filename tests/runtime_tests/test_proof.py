@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from calibrators.calibration import calibrate
+from calibrators.graph.aten import example_batch, shape_of
+from calibrators.grid.metrics import decibels
 from runtime_tests import proof as module
 from runtime_tests.measure.noise import Noise
 from runtime_tests.proof import Measurements, Proof, parity
@@ -56,6 +59,39 @@ def test_the_reference_runs_once_per_batch(runs: list[tuple[bool, int]]) -> None
     assert noise.decibels() == pytest.approx(noise_of(result, tuple(x[:20] for x in inputs)), rel=1e-6)
 
 
+@pytest.mark.parametrize(("few", "taken"), [(8, 40), (48, 48)], ids=["no-fewer-than-are-compared", "others-too"])
+def test_the_reference_is_scored_on_as_many_samples_as_are_asked_for(
+    runs: list[tuple[bool, int]], few: int, taken: int
+) -> None:
+    graph, inputs = folded_network("residual")
+    result = calibrate(graph, [inputs])
+    measured = Measurements(
+        parity_samples=40, reference_samples=few, float_model=graph, metric=("mean", lambda x, _: float(x.mean()))
+    )
+    proof = Proof(stored(result), result.program, ["optimized"], measured=measured)
+    proof.add(inputs)
+    assert sum(size for _, size in runs) == taken
+    scores, metric = proof.scores, proof.metric
+    assert scores is not None and metric is not None
+    assert (scores.samples, scores.reference_samples) == (64, taken)
+    assert metric.result(None).reference is None and metric.result(None).runtime is not None
+    _, (logits,) = run(plan(result.program), tuple(x[:taken] for x in inputs))
+    expected = decibels(
+        *[float((y.double() ** 2).sum()) for y in (graph(*inputs)[0][:taken], graph(*inputs)[0][:taken] - logits)]
+    )
+    assert scores.outputs is not None and scores.outputs[0].reference == pytest.approx(expected)
+
+
+def test_values_larger_than_a_cache_run_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, inputs = folded_network("residual")
+    program = calibrate(graph, [inputs]).program
+    sizes = [math.prod(shape_of(node)) for node in program.graph.nodes if node.op == "call_function"]
+    largest = max(sizes) // example_batch(program)
+    for elements, samples in ((largest - 1, 1), (5 * largest, 5), (100 * largest, module.LARGEST_BATCH)):
+        monkeypatch.setattr(module, "IN_CACHE", elements)
+        assert module.samples_at_once(program) == samples
+
+
 def test_without_accuracy_no_more_is_run_than_is_compared(runs: list[tuple[bool, int]]) -> None:
     graph, inputs = folded_network("mlp")
     result = calibrate(graph, [inputs])
@@ -66,7 +102,8 @@ def test_without_accuracy_no_more_is_run_than_is_compared(runs: list[tuple[bool,
     assert runs == [(True, 5)]
 
 
-def test_golden_samples_stay_in_one_piece(runs: list[tuple[bool, int]]) -> None:
+def test_golden_samples_stay_in_one_piece(runs: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IN_CACHE", 1)
     graph, inputs = folded_network("mlp")
     result = calibrate(graph, [inputs])
     measured = Measurements(parity_samples=2, golden_samples=4)

@@ -334,6 +334,8 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                 {"name": "logits", "reference": 31.6, "runtime": 31.4, "agreement": 0.991},
                 {"name": "index", "reference": None, "runtime": None, "agreement": None},
             ],
+            "reference_samples": 512,
+            "reference_drop": 0.001,
         },
         "metric": {"name": "mean_iou", "samples": 2000, "float": 0.71, "reference": 0.705, "runtime": 0.7},
         "sizes": {
@@ -426,6 +428,7 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
             "interval": {"float": [12.38, 12.46], "quantized": [3.91, 3.94]},
             "ratio_interval": [0.3147, 0.3171],
             "reliable": True,
+            "stopped": "interval",
         },
         "time_shares": {
             "integer": 0.62,

@@ -50,6 +50,22 @@ def test_top1_and_top5_equal_a_sorted_count(data: dict[str, Any]) -> None:
     assert content["float"] > content["runtime"] > 0.3
 
 
+def test_a_reference_that_ran_on_some_samples_is_scored_on_those(data: dict[str, Any]) -> None:
+    first = 120
+    (truth, reference, runtime), labels = data["outputs"], data["labels"]
+    accuracy, everywhere = RunningAccuracy(), measured(data).result()
+    accuracy.update(truth[:first], reference[:first], runtime[:first], labels[:first])
+    accuracy.update(truth[first:], None, runtime[first:], labels[first:])
+    found = accuracy.result()
+    assert (found.samples, found.reference_samples, everywhere.reference_samples) == (SAMPLES, first, SAMPLES)
+    assert found.reference == oracle_topk(reference[:first], labels[:first], 1)
+    there = oracle_topk(truth[:first], labels[:first], 1)
+    assert found.reference_drop == pytest.approx(there - found.reference, abs=ROUNDING)
+    assert found.reference_drop != pytest.approx(found.float - found.reference, abs=ROUNDING)
+    for name in ("float", "runtime", "agreement", "sqnr_db", "mean_kl", "drop_ci"):
+        assert getattr(found, name) == pytest.approx(getattr(everywhere, name), rel=ROUNDING)
+
+
 def test_equal_scores_are_ranked_as_argmax_ranks_them() -> None:
     rng = np.random.default_rng(1)
     outputs = rng.integers(0, 3, (200, 7)).astype(np.float32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from calibrators.errors import InputError
-from runtime_tests.measure.latency import Latency, Timings, interleave, latency, median_interval
+from runtime_tests.measure.latency import Latency, Timings, interleave, latency, median_interval, why_enough
 from tests.support import onnx_models as models
 
 
@@ -57,6 +58,7 @@ def test_the_summary_holds_medians_and_the_conditions() -> None:
         interval={"float": (4.0, 4.0), "quantized": (2.0, 2.0), "other": (1.0, 1.0)},
         ratio_interval=(0.5, 0.5),
         reliable=True,
+        stopped="runs",
     )
     assert result.median_ms("other") == 1.0
 
@@ -70,6 +72,27 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says(count: int) -> No
     assert coverage >= 0.95 or (low, high) == (0, count - 1)
     narrower = binom.cdf(high - 1, count, 0.5) - binom.cdf(low + 1, count, 0.5)
     assert narrower < 0.95
+
+
+@pytest.mark.parametrize(
+    ("float_ms", "quantized_ms", "rounds", "reason"),
+    [
+        pytest.param([100], [50], 20, "interval", id="equal-times"),
+        pytest.param([100, 130], [50, 65], 50, "runs", id="only-the-ratio-is-tight"),
+        pytest.param([100] * 5 + [140] + [100] * 4, [50], 20, "interval", id="a-few-outliers"),
+        pytest.param([100, 200], [50, 30], 50, "runs", id="spread"),
+        pytest.param([1500, 2500], [500], 8, "time", id="slow"),
+        pytest.param([30_000], [1000], 6, "time", id="six-at-least"),
+    ],
+)
+def test_rounds_end_when_intervals_are_tight_or_a_limit_is_hit(
+    float_ms: list[int], quantized_ms: list[int], rounds: int, reason: str
+) -> None:
+    clock = FakeClock()
+    times = {"float": cycle(float_ms), "quantized": cycle(quantized_ms)}
+    calls = {name: lambda name=name: clock.call(name, next(times[name])) for name in times}
+    found = interleave(calls, runs=50, warmup=0, clock=clock, enough=lambda times: why_enough(times) is not None)
+    assert (len(found), why_enough(found) or "runs") == (rounds, reason)
 
 
 def test_times_that_spread_are_unreliable() -> None:
