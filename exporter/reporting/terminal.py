@@ -210,7 +210,7 @@ def _weight_only(coverage: Coverage) -> str:
 def _accuracy(accuracy: Accuracy) -> str:
     samples, few = counted(accuracy.samples, "sample"), accuracy.reference_samples
     if few is not None and few < accuracy.samples:
-        samples += f" (the reference on the first {few:,})"
+        samples += f" (the reference on the first {few})"
     if accuracy.metric == "sqnr_db":
         return f"{_decibels(accuracy.runtime)} over {samples}"
     return f"{_percent(accuracy.float)} float, {_percent(accuracy.runtime)} in the runtime, {samples}"

@@ -278,8 +278,8 @@ def test_the_verdict_panel_tells_the_whole_story(run: Callable[..., Any], pipeli
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "words"), [({"reference_samples": 512}, "2,000 samples (the reference on the first 512)"),
-                            ({"reference_samples": 2000}, "in the runtime, 2,000 samples")],
+    ("accuracy", "words"), [({"reference_samples": 512}, "2000 samples (the reference on the first 512)"),
+                            ({"reference_samples": 2000}, "in the runtime, 2000 samples")],
     ids=["some", "all"],
 )  # fmt: skip
 def test_the_panel_says_on_how_many_samples_the_reference_ran(accuracy: dict[str, Any], words: str) -> None:
