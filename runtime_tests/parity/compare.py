@@ -8,7 +8,8 @@ The graph that the runtime executes is also compared with the plan: an operator 
 not, or the other way round, is reported even if its numbers agree.
 
 Integer kernels must agree in every code. Float operators between dequantize and quantize are computed by other code on
-the two sides; they may differ by one code at the rare values next to a tie. Weights and biases are compared as the file
+the two sides; they may differ by one code at the rare values next to a tie. Equal values, as those of padded or
+repeated tokens, count once for that: they stand next to the same tie. Weights and biases are compared as the file
 holds them.
 
 Must not know: how the model was made, accuracy, reports.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -41,7 +42,7 @@ from runtime_tests.parity.results import (
     legal_rate,
 )
 from runtime_tests.parity.stored_constants import stored_constants
-from runtime_tests.reference.execute import FLOAT, KernelPlan, floats_of, gap_of, run
+from runtime_tests.reference.execute import FLOAT, KernelPlan, floats_of, gap_of, rounded_in, run
 from runtime_tests.reference.kernel_rules import is_weight_only
 from runtime_tests.workers.runtime import Loaded
 
@@ -115,6 +116,7 @@ class Comparison:
         self.unplanned = unplanned_kernels(runtime.executed(), plan)
         self.samples = 0
         self.per_node = dict.fromkeys([*plan.sites, *self.results, *self.choices], Agreement(0, 0, 0))
+        self.distinct = dict.fromkeys(plan.sites, Agreement(0, 0, 0))  # per node too, equal floats counted once
         self.end_to_end = dict.fromkeys(plan.sites, Agreement(0, 0, 0))
         self.outputs = [_OutputTally() for _ in runtime.output_names]
 
@@ -134,6 +136,10 @@ class Comparison:
         for site in self.plan.sites:
             self.end_to_end[site] += end_to_end[site]
             self.per_node[site] += per_node[site]
+            distinct = per_node[site]
+            if distinct.mismatched and rounded_in(site) in codes:
+                distinct = _distinct(distinct, codes[rounded_in(site)], codes[site] != theirs[site])
+            self.distinct[site] += distinct
         for name in self.results:
             self.per_node[name] += _agreement_of_floats(name, codes[name], theirs[name])
         for name in self.choices:
@@ -176,8 +182,11 @@ class Comparison:
         step = self.plan.by_site[site]
         depth = self.plan.depths[site]
         rate = legal_rate(step.kernel, self.plan.container_bits[site], self.runtime.kernel_rate, depth)
-        found, end_to_end = self.per_node[site], self.end_to_end[site]
-        return NodeParity.of(site, step.kernel, found, end_to_end, reason=step.reason, rate=rate)
+        judged = partial(
+            NodeParity.of, site, step.kernel, end_to_end=self.end_to_end[site], reason=step.reason, rate=rate
+        )
+        node = judged(self.per_node[site])
+        return replace(node, legal=node.legal or judged(self.distinct[site]).legal)
 
     def _result(self, name: str) -> NodeParity:
         """Judge floats of an integer kernel, of which nothing travels that codes do not show."""
@@ -221,6 +230,12 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
         return Agreement(ours.numel(), 0, 0)
     steps = (ours[different].to(torch.int32) - theirs[different].to(torch.int32)).abs()
     return Agreement(ours.numel(), count, int(steps.max()))
+
+
+def _distinct(found: Agreement, floats: Tensor, different: Tensor) -> Agreement:
+    """Return an agreement that counts equal floats once, for the floats that were rounded and where codes differ."""
+    counts = (torch.unique(values).numel() for values in (floats, floats[different]))  # type: ignore[no-untyped-call]
+    return Agreement(*counts, found.max_lsb)
 
 
 def _agreement_of_floats(name: str, ours: Tensor, theirs: Tensor) -> Agreement:

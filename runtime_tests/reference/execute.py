@@ -26,7 +26,7 @@ from runtime_tests.reference.kernel_rules import Kernel, source
 from runtime_tests.reference.kernels import lookup
 from runtime_tests.reference.ordered import CHOICES, gap, in_order, indices_of
 
-__all__ = ["FLOAT", "KernelPlan", "choice_of", "floats_of", "gap_of", "plan", "run"]
+__all__ = ["FLOAT", "KernelPlan", "choice_of", "floats_of", "gap_of", "plan", "rounded_in", "run"]
 
 See = Callable[[str, Tensor], None]
 """A function that gets the name of a site and its dequantized codes."""
@@ -38,6 +38,11 @@ Disturb = Callable[[str, Tensor], Tensor]
 def floats_of(operator: str) -> str:
     """Return the key of the floats that an integer kernel writes; no site has such a name."""
     return f"floats of {operator}"
+
+
+def rounded_in(site: str) -> str:
+    """Return the key of the floats that a site rounds, where no integer kernel writes its codes."""
+    return f"rounded in {site}"
 
 
 def choice_of(operator: str) -> str:
@@ -108,7 +113,8 @@ def run(
              `choice_of` the operator's name.
     see:     gets the floats of every dequantized site that no kernel covers.
     disturb: changes the codes of sites, once they are recorded.
-    with_floats: also return the floats of integer kernels, by `floats_of` the operator's name.
+    with_floats: also return the floats of integer kernels, by `floats_of` the operator's name, and those that sites
+             without such a kernel round, by `rounded_in` the site.
     returns: codes in their container dtype by site name, and the outputs in order. With the codes are the indices of
              operators of CHOICES, by `choice_of` the operator's name; where they are forced, how much worse their
              scores are too, by `gap_of` that.
@@ -124,6 +130,8 @@ def run(
             elif node.target is QUANTIZE:
                 site = site_of(node)
                 codes[site] = values[node]
+                if with_floats and plan.by_site[site].kernel == FLOAT:
+                    codes[rounded_in(site)] = _floats(values[source(node)])
                 values[node] = forced.get(site, values[node])
                 if disturb is not None:
                     values[node] = disturb(site, values[node])

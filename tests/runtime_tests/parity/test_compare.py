@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import onnx
@@ -19,7 +20,8 @@ from calibrators.program.freeze import CalibrationResult
 from exporter import capture, fold
 from runtime_tests.ort.sessions import Model
 from runtime_tests.ort.simplifier import simplify
-from runtime_tests.parity.compare import _OutputTally, weight_agreements
+from runtime_tests.parity.compare import Comparison, _OutputTally, weight_agreements
+from runtime_tests.parity.probes import codes_of, results_of
 from runtime_tests.parity.results import (
     FLOAT_CHANCE,
     Agreement,
@@ -30,7 +32,7 @@ from runtime_tests.parity.results import (
     legal_rate,
 )
 from runtime_tests.proof import LARGEST_BATCH, parity, validate
-from runtime_tests.reference.execute import FLOAT, plan
+from runtime_tests.reference.execute import FLOAT, KernelPlan, plan, rounded_in, run
 from runtime_tests.reference.kernel_plan import COUNTED
 from tests.runtime_tests.reference.programs import NETWORKS, Program, emitted, file_of, network
 from tests.support.onnx_models import optimized_model
@@ -317,6 +319,56 @@ def test_legal_differences(kernel: str, found: Agreement, legal: bool) -> None:
     else:
         with pytest.raises(ParityError, match="'s'"):
             report.raise_for_mismatch()
+
+
+@dataclass(frozen=True)
+class _OffByOne:
+    """A runtime whose codes at one site are one step off where a function of the floats that are rounded says so."""
+
+    plan: KernelPlan
+    keys: Sequence[str]
+    site: str
+    where: Callable[[Tensor], Tensor]
+    name: str = "off by one"
+    kernel_rate: float = 0.0
+    output_names: Sequence[str] = ("output",)
+
+    def run(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        batch = [*map(torch.from_numpy, inputs)]
+        flips = self.where(run(self.plan, batch, with_floats=True)[0][rounded_in(self.site)]).to(torch.uint8)
+        codes, outputs = run(
+            self.plan,
+            batch,
+            disturb=lambda site, codes: codes ^ flips if site == self.site else codes,
+            with_floats=True,
+        )
+        codes[self.site] ^= flips
+        return [y.numpy() for y in outputs], [codes[key].numpy() for key in self.keys]
+
+    def executed(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("where", "legal"),
+    [
+        pytest.param(lambda floats: floats == floats.flatten()[0], True, id="one-value-often"),
+        pytest.param(lambda floats: torch.arange(floats.numel()).reshape(floats.shape) % 97 == 96, False, id="many"),
+    ],
+)
+def test_equal_floats_stand_next_to_the_same_tie(where: Callable[[Tensor], Tensor], legal: bool) -> None:
+    """The tokens of padded windows repeat: a tie that is met once differs in all of them."""
+    result, x, model = honest("perceptron")
+    steps = plan(result.program)
+    inputs = torch.cat([x, x[:1].expand(400, *x.shape[1:])])
+    site = next(name for name in steps.sites if steps.by_site[name].kernel == FLOAT)
+    file = Model(model)
+    keys = [*codes_of(steps), *results_of(file, steps)]
+    comparison = Comparison(lambda probes: _OffByOne(steps, keys, site, where), file, steps, {})
+    comparison.add((inputs,), *run(steps, (inputs,), with_floats=True))
+    (found,) = (node for node in comparison.report().nodes if node.site == site)
+    assert found.mismatched > FLOAT_CHANCE + found.rate * found.values
+    assert found.legal == legal
 
 
 @pytest.mark.parametrize(
