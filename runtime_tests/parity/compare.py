@@ -234,8 +234,8 @@ def _agreement(site: str, ours: Tensor, theirs: Tensor) -> Agreement:
 
 def _distinct(found: Agreement, floats: Tensor, different: Tensor) -> Agreement:
     """Return an agreement that counts equal floats once, for the floats that were rounded and where codes differ."""
-    counts = (torch.unique(values).numel() for values in (floats, floats[different]))  # type: ignore[no-untyped-call]
-    return Agreement(*counts, found.max_lsb)
+    values, mismatched = (torch.unique(each).numel() for each in (floats, floats[different]))
+    return Agreement(values, mismatched, found.max_lsb)
 
 
 def _agreement_of_floats(name: str, ours: Tensor, theirs: Tensor) -> Agreement:
