@@ -48,7 +48,7 @@ QUICK: dict[str, Any] = {
 }
 """Settings of the trial calibration: what is left out needs time and refuses nothing."""
 
-EVALUATION, COMPARISON = 3.5, 9.0
+EVALUATION, COMPARISON = 5.0, 14.0
 """Effort of the proof for a sample that is evaluated, and further effort for one whose integers are compared, in passes
 of the float network (benchmarks/estimates.py)."""
 

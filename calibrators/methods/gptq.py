@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQ"]
 
-LAYERS = 3.0
+LAYERS = 4.0
 """Effort of rounding layer by layer, relative to ranges alone."""
 
 
