@@ -42,6 +42,6 @@ class Outcome(dict[str, Any]):
         return self._recorded().export_html(inline_styles=True, code_format=HTML)
 
     def _recorded(self) -> Console:
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)  # which would display it
         console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
         return console

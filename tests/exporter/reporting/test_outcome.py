@@ -27,3 +27,10 @@ def test_text_and_page_are_the_verdict_box(verdict: str) -> None:
 def test_reprs_are_short() -> None:
     report = validate_report(sample_report(300))
     assert len(repr(report)) < 300 and report.method in repr(report)
+
+
+def test_a_notebook_shows_the_box_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("it is displayed beside what is returned"))
+    outcome = Outcome(sample_report(1), Path("build/net"))
+    assert "build/net" in repr(outcome) and "build/net" in outcome._repr_html_()
