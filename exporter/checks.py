@@ -71,10 +71,9 @@ def checked_data(
             f"{argument('metric')} needs held-out data; give it with {argument('eval_data')}, or leave the metric out."
         )
     calibration = data.take(config.calibration_batches)
-    method = get_method(config.method, config.options)
-    required, uses = (getattr(method, name, False) for name in ("needs_labels", "uses_labels"))
+    required = getattr(get_method(config.method, config.options), "needs_labels", False)
     limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
-    if not (required or limits_accuracy) and not (uses and _has_usable_labels(calibration)):
+    if not (required or limits_accuracy):
         calibration = calibration.without_labels()
     elif calibration.example().labels is not None:
         calibration = calibration.with_labels()
@@ -87,14 +86,6 @@ def checked_data(
         if opened is not None:
             opened.example()  # a second time: data that can be read only once is refused here
     return calibration, evaluation
-
-
-def _has_usable_labels(calibration: Data) -> bool:
-    """Return whether data have labels that are class indices."""
-    try:
-        return calibration.example().labels is not None
-    except LabelError:
-        return False
 
 
 def _with_usable_labels(

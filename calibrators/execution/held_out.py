@@ -18,13 +18,13 @@ from calibrators.errors import InputError, argument
 from calibrators.execution.losses import PredictionLoss, is_logits, prediction_loss
 from calibrators.execution.measure import Batch
 from calibrators.execution.task import Problem
-from calibrators.goal import DEFAULT_GOAL, ROOM, Goal, reaches, with_room
-from calibrators.graph.aten import batch_of, outputs_of
+from calibrators.goal import ROOM, Goal, reaches, with_room
+from calibrators.graph.aten import batch_of, example_batch, outputs_of, shape_of
 from calibrators.grid.metrics import LEAST_ENERGY, decibels
-from calibrators.intervals import Interval, paired_interval, ratio, share_interval
+from calibrators.intervals import Interval, ratio, share_interval
 from calibrators.record import HeldOutFigure
 
-__all__ = ["FEWEST", "Judge", "Verdict", "hold_out"]
+__all__ = ["FEWEST", "Judge", "Verdict", "affordable", "hold_out"]
 
 FEWEST = 8
 """Samples below which nothing is held out: four decide nothing."""
@@ -45,7 +45,7 @@ def hold_out(problem: Problem, share: float) -> tuple[Problem, Tensor]:
     """
     size = batch_of(problem.placement.graph, 1)
     units = problem.samples // size
-    wanted = math.ceil(min(max(share * problem.samples, LEAST), MOST) / size)
+    wanted = math.ceil(affordable(problem, min(max(share * problem.samples, LEAST), MOST)) / size)
     held = max(1, min(wanted, units // 2))
     if problem.samples < FEWEST or units < 2:
         raise InputError(
@@ -59,6 +59,14 @@ def hold_out(problem: Problem, share: float) -> tuple[Problem, Tensor]:
     labels = None if problem.labels is None else problem.labels_of(kept.nonzero().flatten())
     rest = replace(problem, batches=_Rows(problem.batches, kept), labels=labels, coarser={}, free={}, seen=None)
     return rest, rows
+
+
+def affordable(problem: Problem, wanted: float) -> int:
+    """Return as many samples as wanted, or as inputs and outputs of both networks take half of the problem's memory."""
+    graph = problem.placement.graph
+    ends = [*graph.graph.find_nodes(op="placeholder"), *outputs_of(graph)]
+    each = sum(8 * math.prod(shape_of(node)) for node in ends) // example_batch(graph)
+    return max(1, min(math.ceil(wanted), problem.memory // 2 // max(each, 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +125,7 @@ class _Sums:
 class Judge:
     """Compares networks with the float one on some samples of a problem.
 
-    goal: limits that a network should keep, None for none; `room` of what they allow has to be left. Without labels
-          agreement stands in for accuracy_drop.
+    goal: limits that a network should keep, None for none; `room` of what they allow has to be left.
     raises: InputError if no output has one row per sample.
     """
 
@@ -135,12 +142,7 @@ class Judge:
         self.inputs = problem.select(rows)
         self.floats = self._outputs(graph)
         self.loss = _loss(self.floats)
-        first = self.floats[0]
-        labels = problem.labels_of(rows) if self.compared[0] == 0 and is_logits(first) else None
-        self.right = None if labels is None else first.argmax(1) == labels
-        self.labels = labels
-        limits = _limits(goal, labelled=labels is not None)
-        self.limits = {name: with_room(name, limit, room) for name, limit in limits.items()}
+        self.limits = {name: with_room(name, limit, room) for name, limit in (goal or {}).items()}
 
     @property
     def samples(self) -> int:
@@ -161,8 +163,6 @@ class Judge:
         rows = (drawn[:, None] * batch + torch.arange(batch)).flatten()
         other = copy.copy(self)
         other.inputs, other.floats = [x[rows] for x in self.inputs], [y[rows] for y in self.floats]
-        other.labels = None if self.labels is None else self.labels[rows]
-        other.right = None if self.right is None else self.right[rows]
         other.loss = _loss(other.floats)
         return other
 
@@ -173,7 +173,7 @@ class Judge:
     def verdict(self, outputs: Sequence[Tensor]) -> Verdict:
         """Return the verdict on the compared outputs of all samples."""
         sums = [_sums(y, t) for y, t in zip(outputs, self.floats, strict=True)]
-        measured = dict(self._figures(outputs[0], sums))
+        measured = dict(self._figures(sums))
         names = [name for name in self.limits if name in measured]
         shown = names or [name for name in ("agreement", "sqnr_db") if name in measured][:1]
         figures = [
@@ -196,20 +196,14 @@ class Judge:
         pairs = zip(outputs, (y[start : start + len(outputs[0])] for y in self.floats), strict=True)
         return torch.stack([1 - _sums(*pair).agree for pair in pairs]).mean(0)
 
-    def _figures(self, first: Tensor, sums: Sequence[_Sums]) -> Iterator[tuple[str, Interval]]:
-        if self.right is not None and self.labels is not None:
-            found = first.argmax(1) == self.labels
-            lost, gained = int((self.right & ~found).sum()), int((found & ~self.right).sum())
-            bounds = paired_interval(lost, gained, self.samples)
-            yield "accuracy_drop", Interval((lost - gained) / self.samples, *bounds)
+    def _figures(self, sums: Sequence[_Sums]) -> Iterator[tuple[str, Interval]]:
         if self.compared[0] == 0:
             if len(sums[0].agree):
                 yield "agreement", self._agreement(sums[0])
             yield "sqnr_db", _sqnr(sums[0])
-        unlabelled = sums[self.right is not None :]
-        if deciding := [self._agreement(each) for each in unlabelled if len(each.agree)]:
+        if deciding := [self._agreement(each) for each in sums if len(each.agree)]:
             yield "lowest_agreement", min(deciding, key=lambda each: each.value)
-        if others := [_sqnr(each) for each in unlabelled if not len(each.agree)]:
+        if others := [_sqnr(each) for each in sums if not len(each.agree)]:
             yield "lowest_sqnr_db", min(others, key=lambda each: each.value)
 
     def _agreement(self, sums: _Sums) -> Interval:
@@ -220,14 +214,6 @@ class Judge:
 def _loss(outputs: Sequence[Tensor]) -> PredictionLoss | None:
     floats = [y for y in outputs if y.is_floating_point()]
     return prediction_loss("auto", floats) if floats else None
-
-
-def _limits(goal: Goal | None, *, labelled: bool) -> Goal:
-    limits = dict(goal or {})
-    if "accuracy_drop" in limits and not labelled:
-        del limits["accuracy_drop"]
-        limits.setdefault("lowest_agreement", DEFAULT_GOAL["lowest_agreement"])
-    return limits
 
 
 def _sums(found: Tensor, exact: Tensor) -> _Sums:

@@ -33,9 +33,6 @@ class Auto(Options):
     )
     ranges: str = option("mse", "range method for the grids that escapes change")
 
-    uses_labels = True
-    """Labels of the calibration data are read where there are any."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         from calibrators.methods import get_method, range_method

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError
-from calibrators.execution.held_out import Judge, Verdict
+from calibrators.execution.held_out import Judge, Verdict, affordable
 from calibrators.execution.network_loss import draw_samples
 from calibrators.execution.task import Problem
 from calibrators.goal import Goal
@@ -110,7 +110,7 @@ def costly_layers(problem: Problem, result: CalibrationResult, ranges: RangeMeth
     raises:  InputError if no output has one row per sample.
     """
     vars(problem)["statistics"] = result.observed
-    judge = Judge(problem, draw_samples(problem, JUDGED, "advice"), goal)
+    judge = Judge(problem, draw_samples(problem, affordable(problem, JUDGED), "advice"), goal)
     now = judge.judge(result.program)
     ranked = candidates(result, judge.part(RANKED))
     judged: dict[int, Verdict] = {}

@@ -17,7 +17,8 @@ from decimal import Decimal
 from typing import Literal
 
 from calibrators.errors import InputError, UnknownNameError, argument
-from calibrators.goal import DEFAULT_GOAL, FIGURES, Goal, reaches, with_room
+from calibrators.goal import DEFAULT_GOAL, DROPS, FIGURES, Goal, agreement_for, reaches, with_room
+from calibrators.goal import DROP as ONE_POINT
 from exporter.reporting.metrics import METRICS, Report, is_path, quantity_of, unlabelled_outputs, value_at
 from exporter.reporting.quantities import units_of
 from exporter.reporting.schema import GateResult, metric_paths
@@ -52,12 +53,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 _EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.*:-]*?)\s*(<=|>=|==|<|>)\s*([^<>=\s]+(?:\s+[A-Za-z]+)?)\s*")
 _WORDS = {"true": 1.0, "false": 0.0}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(%|[A-Za-z]+)")
-_SAME_FIGURE = {
-    **dict.fromkeys(("accuracy_drop_lower", "accuracy_drop_upper", "reference_drop"), "accuracy_drop"),
-    "accuracy.agreement": "agreement",
-    "accuracy.sqnr_db": "sqnr_db",
-}
-"""Metrics that are judged by the same figure of held-out calibration samples."""
+_SAME_FIGURE = {"accuracy.agreement": "agreement", "accuracy.sqnr_db": "sqnr_db"}
 _RENAMED = {"kernel_surprises": "unplanned_kernels"}
 """Old names of metrics, which are accepted for one release."""
 
@@ -200,19 +196,26 @@ def judges_accuracy(gate: Gate | GateResult) -> bool:
 def goal_of(gates: Iterable[Gate], *, accuracy_gate: bool) -> Goal | None:
     """Return what calibration should reach so that the gates pass: their limits on figures that it can measure.
 
+    For limits on a drop, which needs labels, agreement stands in.
+
     accuracy_gate: whether the default gates apply where none of `gates` is on accuracy.
     """
     on_accuracy = [gate for gate in gates if judges_accuracy(gate)]
     if not on_accuracy:
         return DEFAULT_GOAL if accuracy_gate else None
-    named = [(_SAME_FIGURE.get(gate.name, gate.name), gate.limit) for gate in on_accuracy]
-    return {name: limit for name, limit in named if name in FIGURES} or None
+    limits: dict[str, float] = {}
+    for gate in on_accuracy:
+        name = "agreement" if gate.name in DROPS else _SAME_FIGURE.get(gate.name, gate.name)
+        if name in FIGURES:
+            limit = agreement_for(gate.limit) if gate.name in DROPS else gate.limit
+            limits[name] = max(limit, limits.get(name, -math.inf))
+    return limits or None
 
 
 def leaves_room(result: GateResult) -> bool:
     """Return whether a gate on accuracy passed with room (calibrators.goal) to spare, or is of another kind."""
     name = _SAME_FIGURE.get(result.name, result.name)
-    if not result.passed or result.value is None or name not in FIGURES:
+    if not result.passed or result.value is None or name not in {*FIGURES, *DROPS}:
         return result.passed or not judges_accuracy(result)
     return reaches(name, result.value, with_room(name, result.limit))
 
@@ -243,11 +246,10 @@ DEFAULT_GATES = tuple(
 """Conditions of every export. With optimizations off all arithmetic is float: that level is reported, not gated."""
 
 DROP, AGREEMENT, SQNR = (
-    parse(f"{name}{DEFAULT_GOAL[figure]:.15g}")
-    for name, figure in (
-        ("accuracy_drop_lower<=", "accuracy_drop"),
-        ("lowest_agreement>=", "lowest_agreement"),
-        ("lowest_sqnr_db>=", "lowest_sqnr_db"),
+    parse(f"{condition}{limit:.15g}")
+    for condition, limit in (
+        ("accuracy_drop_lower<=", ONE_POINT),
+        *((f"{name}>=", limit) for name, limit in DEFAULT_GOAL.items()),
     )
 )
 """Conditions where none is on accuracy: with labels, for decisions without labels, for all other outputs."""

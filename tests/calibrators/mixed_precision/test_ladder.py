@@ -13,7 +13,6 @@ from calibrators.calibration import advice, calibrate
 from calibrators.errors import InputError
 from calibrators.execution.held_out import Judge, hold_out
 from calibrators.execution.task import Problem
-from calibrators.goal import DEFAULT_GOAL
 from calibrators.grid.metrics import decibels, energy
 from calibrators.methods import get_method, range_method
 from calibrators.methods.qdrop import QDrop
@@ -90,16 +89,15 @@ def test_without_a_goal_it_stops_where_nothing_is_gained(graph: fx.GraphModule, 
     assert ladder.rungs[1].change is not None and ladder.rungs[1].change[2] >= 1
 
 
-def test_labels_decide_where_there_are_any(graph: fx.GraphModule, data: Tensor) -> None:
-    with torch.no_grad():
-        labels = graph(data)[0].argmax(1)
-    found = [
-        ladder_of(calibrate(graph, [(data,)], method="auto", options=BOTH, labels=each)).rungs[0].figures
-        for each in (labels, None)
-    ]
-    names = [[(figure.metric, figure.limit) for figure in figures] for figures in found]
-    assert names == [[("accuracy_drop", DEFAULT_GOAL["accuracy_drop"] / 2)], [("lowest_agreement", 0.975)]]
-    assert found[0][0].value == pytest.approx(1 - found[1][0].value)  # every label is the float network's decision
+def test_the_default_goal_leaves_room(graph: fx.GraphModule, data: Tensor) -> None:
+    """Half of the 5 % of decisions that a gate allows to change."""
+    [figure] = ladder_of(calibrate(graph, [(data,)], method="auto", options=BOTH)).rungs[0].figures
+    assert (figure.metric, figure.limit) == ("lowest_agreement", 0.975)
+
+
+def test_outputs_take_no_more_memory_than_there_is(graph: fx.GraphModule, data: Tensor) -> None:
+    """A sample has 144 + 10 floats, twice."""
+    assert len(hold_out(problem_of(graph, [(data,)], memory=2 * 8 * 154 * 5), 0.25)[1]) == 5
 
 
 def test_what_was_trained_is_kept_beside_escapes(graph: fx.GraphModule, data: Tensor) -> None:
