@@ -221,9 +221,10 @@ class Work:
                 "method": self.config.method,
             }
             emit_float(folded, self.float_path)
-            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata)
+            exported = export_program(result.program)
             (self.folder / REFERENCE).parent.mkdir()
-            save_reference(export_program(result.program), self.folder / REFERENCE)
+            save_reference(exported, self.folder / REFERENCE)
+            onnx_program = to_onnx(result.program, opset=needed_opset(result), metadata=metadata, exported=exported)
             model, simplifier = self._simplified(result, onnx_program)
             self.interface = self._described(network, graph, model, result.program)
             self._store(model, result.program, graph.meta["size_bounds"])

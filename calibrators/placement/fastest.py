@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
 from calibrators.graph.aten import batch_of, bind, example_batch, is_constant, shape_of
@@ -306,6 +304,9 @@ class _Cut:
 
     def floats(self) -> frozenset[str]:
         """Return the names of the operators on the float side; of equal cuts the one with the fewest."""
+        from scipy.sparse import csr_array  # imported only where there is a choice
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
         total = sum(cost for *_, cost in self.edges if cost < math.inf) or 1.0
         capacity: dict[tuple[int, int], int] = {}
         for start, end, cost in self._between_sides():

@@ -8,7 +8,6 @@ Must not know: methods, runtimes, files other than the model's.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import version_converter
 from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 
 from calibrators.errors import ExportError, InputError, argument
 from calibrators.graph.aten import operator_name, outputs_of, where
@@ -27,6 +28,7 @@ from exporter.emission.packing import pack
 from exporter.emission.readable import annotate, normalize
 from exporter.emission.translate import translate
 from exporter.frontend.capture import quiet
+from exporter.frontend.reference import export_program
 from runtime_tests.ort.versions import Version, minimum_version, parse_version
 
 __all__ = ["check_opset", "emit", "emit_float", "needed_opset", "needed_release", "save", "to_onnx"]
@@ -107,14 +109,23 @@ def save(model: ir.Model, path: str | Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
 
 
-def to_onnx(program: fx.GraphModule, *, opset: int, metadata: Mapping[str, str] | None = None) -> ir.Model:
+def to_onnx(
+    program: fx.GraphModule,
+    *,
+    opset: int,
+    metadata: Mapping[str, str] | None = None,
+    exported: ExportedProgram | None = None,
+) -> ir.Model:
     """Translate a flat graph to a named and annotated ONNX model.
 
+    exported: what `export_program` made of it, which is used up; it is made here if None.
     raises: ExportError naming the operator that has no ONNX form, or the output whose meaning differs in ONNX.
     """
     try:
         with quiet(), torch.no_grad():
-            model = translate(_with_distinct_outputs(program), opset=opset)
+            exported = exported or export_program(program)
+            _separate_outputs(exported)
+            model = translate(exported, opset=opset)
             version_converter.convert_version(model, opset, fallback=True)
     except Exception as error:
         raise ExportError(_refusal(program, error)) from error
@@ -141,21 +152,18 @@ def _check_outputs(model: ir.Model, program: fx.GraphModule) -> None:
             )
 
 
-def _with_distinct_outputs(program: fx.GraphModule) -> fx.GraphModule:
+def _separate_outputs(exported: ExportedProgram) -> None:
     """Copy outputs that are also another output, an input or a constant: in ONNX a value has one name."""
-    results = outputs_of(program)
-    shared = [x.op != "call_function" or x in results[:index] for index, x in enumerate(results)]
-    if not any(shared):
-        return program
-    program = copy.deepcopy(program)
-    with program.graph.inserting_before(program.graph.output_node()):
-        values = tuple(
-            program.graph.call_function(torch.ops.aten.clone.default, (x,)) if doubled else x
-            for x, doubled in zip(outputs_of(program), shared, strict=True)
-        )
-    program.graph.output_node().args = (values,)
-    program.recompile()
-    return program
+    graph = exported.graph
+    results: list[fx.Node] = list(outputs_of(exported.graph_module))
+    for index, (value, spec) in enumerate(zip(results, exported.graph_signature.output_specs, strict=True)):
+        if value.op == "call_function" and value not in results[:index]:
+            continue
+        with graph.inserting_before(graph.output_node()):
+            copied = graph.call_function(torch.ops.aten.clone.default, (value,))
+        copied.meta["val"], results[index] = value.meta["val"], copied
+        spec.arg = TensorArgument(copied.name)
+    graph.output_node().args = (tuple(results),)
 
 
 def _refusal(program: fx.GraphModule, error: BaseException) -> str:

@@ -20,6 +20,8 @@ __all__ = ["Checkpoint", "Git", "Provenance", "packages", "provenance", "sha256_
 
 GIT_SECONDS = 10
 
+_FIELD = re.compile(r"^(\w+): (.*?)\s*$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -90,8 +92,14 @@ def _run_git(*arguments: str) -> str | None:
 def packages() -> tuple[str, ...]:
     """Return name==version of every distribution, by normalized name, each once."""
     found = {
-        re.sub(r"[-_.]+", "-", name).lower(): each.version
+        re.sub(r"[-_.]+", "-", header["Name"]).lower(): header["Version"]
         for each in importlib.metadata.distributions()
-        if (name := each.metadata["Name"])
+        if {"Name", "Version"} <= (header := _header(each)).keys()
     }
     return tuple(f"{name}=={version}" for name, version in sorted(found.items()))
+
+
+def _header(distribution: importlib.metadata.Distribution) -> dict[str, str]:
+    """Return the single-line fields of a distribution's metadata; the parser of `Distribution.metadata` takes 1 ms."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    return dict(_FIELD.findall(text.partition("\n\n")[0]))

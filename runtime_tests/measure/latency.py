@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from calibrators.errors import InputError
 from calibrators.temporary import TemporaryFolder
@@ -189,7 +189,8 @@ def median_interval(values: Array) -> tuple[float, float]:
     source: the number of values below the median is binomial; Conover, Practical Nonparametric Statistics, 3.2.
     """
     ordered = np.sort(values)
-    below = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5)), 1)
+    chances = bdtr(np.arange(len(ordered)), len(ordered), 0.5)  # that at most so many values are below the median
+    below = max(int(np.searchsorted(chances, (1 - CONFIDENCE) / 2)), 1)
     return float(ordered[below - 1]), float(ordered[-below])
 
 
