@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError
+from calibrators.errors import InputError, argument
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
@@ -360,7 +360,7 @@ def _rule_of_text(text: str) -> dict[str, Any]:
     if not pairs or not glob.strip() or len(set(keys)) < len(keys) or "match" in keys or None in dict(pairs).values():
         raise InputError(
             f"the rule for layers {text!r} is not GLOB: key=value, key=value with each key once; write for example "
-            "--layer 'stages.3.*: weight_bits=4, activation_bits=4'."
+            f"{argument('layers', ['stages.3.*: weight_bits=4, activation_bits=4'])}."
         )
     return {"match": glob.strip(), **dict(pairs)}
 

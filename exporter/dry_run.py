@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from calibrators.allocator import keep_freed_memory
+from calibrators.errors import argument
 from calibrators.graph.aten import shape_of
 from calibrators.methods import RangeMethod, get_method
 from calibrators.program.freeze import CalibrationResult
@@ -58,7 +59,8 @@ KEPT = 3
 SHORTEST = 0.2
 """Seconds for which the float network is timed at least."""
 
-NOT_ESTIMATED = "the time of --budget, --sensitivity and --explain is not estimated"
+SEARCHES = ("budget", "sensitivity", "explain")
+"""Settings whose time is not estimated."""
 
 
 @takes_settings
@@ -100,8 +102,8 @@ def dry_run(
         )  # fmt: skip
         _, result, _, _ = work.emitted(network, trial)
         notes = [*network.graph.meta["notes"], *work.warnings, *network.warnings, *calibration_notes(trial)]
-        if order.config.budget or order.config.sensitivity or order.config.explain:
-            notes.append(NOT_ESTIMATED)
+        searches = [argument(name) for name in SEARCHES if getattr(order.config, name)]
+        notes += [f"the estimate leaves out the time of {' and '.join(searches)}"] if searches else []
         return Forecast(
             target=order.config.target,
             method=order.config.method,

@@ -5,6 +5,7 @@ Must not know: what the settings mean, the command line itself.
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ def as_flag(name: str, value: object = None) -> str:
     """Write an argument of exporter.export as the command line takes it: `--weight-bits 4`, `--set wide_taps=false`."""
     if isinstance(value, Mapping):
         return " ".join(as_flag(key, each) for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(as_flag(name, shlex.quote(each)) for each in value)
     flags = {each.name: each.flag for model in (Job, ExportConfig) for each in list_settings(model)}
     flag = (flags | {"eval_data": flags["eval"], "overwrite": "--overwrite"}).get(name)
     if not flag:

@@ -585,6 +585,7 @@ def test_messages_name_arguments_as_the_caller_gives_them(run: Callable[..., Any
     flags = as_flag("gates"), as_flag("eval_data"), as_flag("min_ort", "1.19"), as_flag("wide_taps", False)
     assert flags == ("--gate", "--eval", "--min-ort 1.19", "--set wide_taps=false")
     assert as_flag("options", {"batch": 8}) == "--set batch=8"
+    assert as_flag("layers", ["a.*: weight_bits=4", "b"]) == "--layer 'a.*: weight_bits=4' --layer b"
 
 
 class Terminal(io.StringIO):

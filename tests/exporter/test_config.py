@@ -115,7 +115,7 @@ def test_rules_are_told_as_they_were_given() -> None:
 def test_a_malformed_rule_is_one_message(text: str, parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         load_config(flags={"layers": [text]})
-    expected = ["is not GLOB: key=value", "--layer 'stages.3.*: weight_bits=4", *parts]
+    expected = ["is not GLOB: key=value", "layers=['stages.3.*: weight_bits=4", *parts]
     assert all(part in str(caught.value) for part in expected), str(caught.value)
 
 
