@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,15 @@ def test_requirements_are_pinned_by_hash_and_cover_the_project() -> None:
     assert block is not None
     wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r'"([\w.-]+)', block[1])}
     assert wanted and wanted <= pinned
+
+
+def test_every_promised_version_is_a_constraint_of_the_lowest_lane() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    done = subprocess.run([sys.executable, str(ROOT / "ci/lowest.py")], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *extras["openvino"], *extras["signing"]]
+    assert len(lines) == len(listed) and "onnx==1.20" in lines
+    for line in lines:
+        name, _, version = line.partition("==")
+        assert any(re.fullmatch(rf"{re.escape(name)}>={re.escape(version)}(,<.*)?", each) for each in listed), line
