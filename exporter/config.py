@@ -109,7 +109,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     dynamic: Annotated[tuple[str, ...], BeforeValidator(with_axes)] = setting(
         (),
         "Axes besides the batch whose size stays free in the file; repeatable: `x:2,3` (height and width of the input "
-        "x), `tokens:1=length`, `x:2[32..512]`. In Python also {'x': {2: torch.export.Dim('height')}}.",
+        "x), `tokens:1=length`, `x:2[32..512]`. In Python also {'x': {2: Dim('height')}}, the Dim of torch.export.",
         panel=DATA,
         metavar="INPUT:AXES",
     )
@@ -154,7 +154,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         None, "Use only the first N calibration batches.", panel=DATA, metavar="N", shown="all"
     )
     gates: tuple[str, ...] = setting(
-        (), "Condition for exit code 0; repeatable: `accuracy_drop<=0.01`.", panel=PROOF, flag="gate", metavar="EXPR"
+        (), "Condition for exit code 0; repeatable: `agreement>=0.9`, `size<=1MB`.", panel=PROOF, flag="gate", metavar="EXPR"
     )
     accuracy_gate: bool = setting(
         True,
@@ -171,7 +171,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     )
     metric: str | None = setting(
         None,
-        "Function of all outputs and labels of --eval that returns a number: `metrics.py:mean_iou`. Gates: `metric`, "
+        "Function of all outputs and labels of --eval that returns a number: `metrics.py:iou`. Gates: `metric`, "
         "`metric_drop`.",
         panel=PROOF,
         metavar="FILE.py:NAME",
@@ -179,7 +179,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     baseline: str | None = setting(
         None,
         "An earlier bundle: the report lists the differences from it. Gates: `baseline_drop`, `baseline_error`, "
-        "`baseline_size`, `baseline_latency`, `baseline_now_float`.",
+        "`baseline_size`, `baseline_latency` and others.",
         panel=PROOF,
         metavar="DIR",
     )
@@ -227,7 +227,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     device: Device = setting("cpu", "Device on which methods train or search: `cpu`, `cuda`, `cuda:1`.", panel=RUNNING)
     cache_gib: Annotated[float, Field(gt=0)] = setting(
         4.0,
-        "Memory for activations that training keeps; the rest goes to temporary files.",
+        "Memory in GiB (2^30 bytes) for activations that training keeps; the rest goes to temporary files.",
         panel=RUNNING,
         metavar="GIB",
     )

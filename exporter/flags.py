@@ -28,7 +28,7 @@ Json = Annotated[bool, option("Print the result as JSON on stdout, and nothing e
 Memory = Annotated[
     float | None,
     option(
-        "Memory that the file may take; by default 1 GiB and four times its size.",
+        "Memory in GiB (2^30 bytes) that the file may take; by default 1 GiB and four times its size.",
         "--memory",
         metavar="GIB",
         panel=RUNNING,

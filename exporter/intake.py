@@ -31,7 +31,7 @@ from exporter.inputs.golden import golden_file
 from exporter.inputs.metric import Metric, load_metric
 from exporter.inputs.open import check_takes_integers, open_both
 from exporter.inputs.raw import RawInputs, parse_coded
-from exporter.inputs.sanity import calibration_warnings, range_warnings
+from exporter.inputs.sanity import calibration_warnings, range_warnings, scale_warning
 from exporter.progress import Bar, Progress
 from exporter.reporting.gates import Gate
 from exporter.reporting.interface import Images, images_of
@@ -136,6 +136,8 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
     calibration, evaluation = checked_data(given, evaluation, config, gates)
     example = calibration.example()
     raws = RawInputs.of(config.input, tensor_names(model, len(example.inputs), example.form), config)
+    if raws:
+        calibration.noted(scale_warning(config))
     return Order(
         model=model,
         source=source,

@@ -19,7 +19,8 @@ from calibrators.graph.aten import add_constant, bind, infer_shapes, is_free, ou
 from calibrators.graph.rewrite import constant_of, replace_by
 from calibrators.program.freeze import CalibrationResult
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
-from exporter.inputs.raw import LEVELS, RawInput, RawInputs
+from exporter.inputs.form import LEVELS
+from exporter.inputs.raw import RawInput, RawInputs
 
 __all__ = ["input_grids", "read_bytes", "with_raw_ends"]
 

@@ -31,6 +31,9 @@ KEPT_DTYPES = frozenset({torch.float32, torch.uint8, torch.int8, torch.int16, to
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "Y")
 """Names under which sources keep labels, unless the model has an input of that name."""
 
+UNLABELLED = -1
+"""Label of a sample that has none."""
+
 Raw = Iterator[object]
 
 
@@ -169,6 +172,10 @@ class Data:
         for index, item in enumerate(islice(self.start(), self.limit)):
             where = f"{self.label}: batch {index}"
             batch, names = self._read(item, where)
+            if not len(batch):  # none of its samples has a label
+                if first is None:
+                    raise LabelError(f"{where}: no sample has a label; put samples with labels first.")
+                continue
             first = first or _Form.of(batch, names)
             first.check(batch, where)
             digest.update(batch)
@@ -215,10 +222,20 @@ class Data:
         if self.labels == "unread":
             return batch, tuple(inputs)
         if given is not None:
-            batch = replace(batch, labels=_label_tensor(given, len(batch), where))
+            batch = self._with_labels(batch, where)
         elif self.labels == "needed":
             raise DataError(f"{where} has no labels; yield (x, labels), or store them as 'labels' in the .npz file.")
         return batch, tuple(inputs)
+
+    def _with_labels(self, batch: Batch, where: str) -> Batch:
+        """Return a batch with its labels, without the samples that have none, which a note for the user counts."""
+        labels = _label_tensor(batch.given, len(batch), where)
+        known = labels != UNLABELLED
+        if bool(known.all()):
+            return replace(batch, labels=labels)
+        self._seen.note(f"{self.label}: samples with the label {UNLABELLED} are left out")
+        inputs, given = tuple(x[known] for x in batch.inputs), np.asarray(batch.given)[known.numpy()]
+        return replace(batch, inputs=inputs, labels=labels[known], given=given)
 
     def _parts(self, item: object, where: str) -> Sequence[object]:
         """Return inputs and, where there are some, labels of an item."""
@@ -373,8 +390,10 @@ def _label_tensor(value: object, samples: int, where: str) -> Tensor:
             f"{where}: labels have shape {list(labels.shape)} for {samples} samples; give one index per sample."
         )
     labels = labels.to(torch.int64)
-    if bool((labels < 0).any()):
-        raise LabelError(f"{where}: label {int(labels.min())} is negative; give class indices from 0.")
+    if bool((labels < UNLABELLED).any()):
+        raise LabelError(
+            f"{where}: label {int(labels.min())} is negative; give class indices from 0, and {UNLABELLED} for none."
+        )
     return labels
 
 

@@ -11,7 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from calibrators.settings import Settings, expected, setting
 
-__all__ = ["DataForm", "Names", "Positive"]
+__all__ = ["LEVELS", "DataForm", "Names", "Positive"]
+
+LEVELS = 255.0
+"""The highest byte, by which pixels are divided."""
 
 DATA = "Data"
 """Panel of `intact export --help`."""
@@ -30,8 +33,8 @@ def _pair(value: object) -> object:
     return sizes * 2 if isinstance(sizes, list) and len(sizes) == 1 else sizes
 
 
-def _grey_or_rgb(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) not in (1, 3):
+def _some(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not values:
         raise ValueError
     return values
 
@@ -41,14 +44,14 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Means = Annotated[
     tuple[float, ...],
     BeforeValidator(_split),
-    AfterValidator(_grey_or_rgb),
-    expected("a number, or three separated by commas, all finite"),
+    AfterValidator(_some),
+    expected("a number, or one per channel separated by commas, all finite"),
 ]
 Deviations = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...],
     BeforeValidator(_split),
-    AfterValidator(_grey_or_rgb),
-    expected("a positive number, or three separated by commas, all finite"),
+    AfterValidator(_some),
+    expected("a positive number, or one per channel separated by commas, all finite"),
 ]
 ImageSize = Annotated[
     tuple[Positive, Positive], BeforeValidator(_pair), expected("a size: 224, or 224x160 for height x width")

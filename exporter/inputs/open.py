@@ -20,8 +20,8 @@ from exporter.frontend.capture import evaluating
 from exporter.frontend.user_code import UserCallable, article, load_callable, load_object, users_code
 from exporter.inputs.data import Batch, Data, Raw
 from exporter.inputs.form import DataForm
-from exporter.inputs.sanity import split_warning
-from exporter.inputs.sources import class_folders, from_arrays, from_images, from_npz
+from exporter.inputs.sanity import scale_warning, split_warning
+from exporter.inputs.sources import CHANNELS, class_folders, from_arrays, from_images, from_npz
 
 __all__ = ["check_takes_integers", "open_both", "open_data"]
 
@@ -151,9 +151,15 @@ def _one_shot(source: Iterator[object], label: str) -> Callable[[], Raw]:
 
 def _open_path(path: Path, form: DataForm) -> Data:
     if path.is_dir():
+        for name, numbers in (("mean", form.mean), ("std", form.std)):
+            if numbers is not None and len(numbers) not in (1, CHANNELS):
+                raise DataError(
+                    f"{argument(name)} has {len(numbers)} numbers, but images of a folder are read with {CHANNELS} "
+                    "channels; give one for each, or one for all."
+                )
         names = class_folders(path)
         data = Data(str(path), lambda: from_images(path, form), classes=tuple(names), form=form)
-        return data.noted(split_warning(str(path), names))
+        return data.noted(split_warning(str(path), names)).noted(scale_warning(form))
     if form.is_for_images:
         raise DataError(f"image size, mean and std apply to folders of images only; {path} is not one. Omit them.")
     if not path.is_file():

@@ -17,16 +17,14 @@ from torch import Tensor
 
 from calibrators.errors import DataError, InputError, UnknownNameError, argument
 from exporter.inputs.data import Batch, Data
-from exporter.inputs.form import DataForm
+from exporter.inputs.form import LEVELS, DataForm
 
-__all__ = ["LEVELS", "RawInput", "RawInputs", "parse_coded", "parse_layouts"]
+__all__ = ["RawInput", "RawInputs", "parse_coded", "parse_layouts"]
 
 Layout = Literal["nchw", "nhwc"]
 
 UINT8 = "uint8"
 CODES = "codes"
-LEVELS = 255.0
-"""The highest byte."""
 TOLERANCE = 0.1
 """Distance from a whole number up to which a value stands for a byte: data of half precision lie up to 0.07 away."""
 
@@ -55,7 +53,10 @@ def parse_layouts(texts: Iterable[str], names: Sequence[str]) -> dict[str, Layou
         name = parts[0] if parts else names[0]
         if name not in names:
             raise UnknownNameError("model input", name, names)
-        found[name] = layout
+        if found.setdefault(name, layout) != layout:
+            raise InputError(
+                f"input {name!r} has two layouts, {found[name]} and {layout}; give the one in which its bytes come."
+            )
     return found
 
 

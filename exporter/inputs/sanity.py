@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import argument
+from calibrators.errors import argument
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import bind, constant, is_constant, where
 from calibrators.graph.walk import walk
+from exporter.inputs.form import LEVELS, DataForm
 from runtime_tests.measure.accuracy import RunningAccuracy
 
-__all__ = ["calibration_warnings", "range_warnings", "score_warnings", "split_warning"]
+__all__ = ["calibration_warnings", "range_warnings", "scale_warning", "score_warnings", "split_warning"]
 
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev", "holdout")
@@ -44,6 +46,18 @@ def split_warning(folder: str, names: Sequence[str]) -> str | None:
             f"class here: give one of them, for example {folder}/{names[0]}"
         )
     return None
+
+
+def scale_warning(form: DataForm) -> str | None:
+    """Return what is wrong with a mean or deviation of bytes; None for those that values in 0..1 may have."""
+    found = {name: max(values) for name, values in (("mean", form.mean), ("std", form.std)) if values is not None}
+    name = next((name for name, value in found.items() if value > 1), None)
+    if name is None:
+        return None
+    return (
+        f"{argument(name)} holds {found[name]:g}, but pixels are divided by {LEVELS:g} before it applies: divide mean "
+        f"and deviation by {LEVELS:g} too if they are those of pixels in 0..{LEVELS:g}"
+    )
 
 
 def calibration_warnings(graph: fx.GraphModule, batch: Batch, label: str) -> Iterator[str]:

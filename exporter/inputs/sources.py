@@ -19,11 +19,14 @@ from calibrators.errors import DataError, argument, first_line
 from exporter.inputs.arrays import open_arrays
 from exporter.inputs.form import DataForm
 
-__all__ = ["class_folders", "from_arrays", "from_images", "from_npz"]
+__all__ = ["CHANNELS", "class_folders", "from_arrays", "from_images", "from_npz"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Decoders that read images, whatever the name of a file; others of Pillow start programs (EPS)."""
+
+CHANNELS = 3
+"""Channels with which images are read: red, green, blue."""
 
 LARGEST_IMAGE = 1 << 26
 """Pixels of the largest image."""

@@ -165,6 +165,11 @@ def test_lists_are_printed_as_json_too(run: Callable[..., Any]) -> None:
     assert all((each["version"] is None) == (each["missing"] is not None) for each in runtimes)
 
 
+def test_the_help_of_export_is_whole_at_80_columns() -> None:
+    result = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert result.exit_code == 0 and "--gate" in result.output and "…" not in result.output
+
+
 @pytest.mark.parametrize("columns", ["60", "80"])
 def test_a_narrow_terminal_cuts_no_table(columns: str) -> None:
     result = CliRunner().invoke(app, ["targets"], env={"COLUMNS": columns, "NO_COLOR": "1"})
@@ -344,7 +349,7 @@ def test_verify_runs_and_needs_a_folder(run: Callable[..., Any], pipeline: list[
         pytest.param(["--gate", "accuracy_drop"], "is not METRIC OP NUMBER", id="gate form"),
         pytest.param(["--eval", "nowhere.npz"], "nowhere.npz does not exist", id="eval"),
         pytest.param(["--config", "nowhere.toml"], "nowhere.toml does not exist", id="config"),
-        pytest.param(["--mean", "a,b"], "mean = 'a,b' should be a number, or three", id="mean"),
+        pytest.param(["--mean", "a,b"], "mean = 'a,b' should be a number, or one per", id="mean"),
         pytest.param(["--image-size", "big"], "image_size = 'big' should be a size: 224", id="image size"),
         pytest.param(["--checkpoint", "nowhere.pt"], "nowhere.pt does not exist", id="checkpoint"),
     ],

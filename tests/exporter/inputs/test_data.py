@@ -346,7 +346,8 @@ def nan_at(index: int) -> np.ndarray:
         pytest.param([X, (X, Y)], ["batch 1 has labels"], id="labels start"),
         pytest.param([(X, Y[:5])], ["labels have shape [5] for 10 samples"], id="label count"),
         pytest.param([(X, 2 * np.eye(COUNT))], ["labels have shape [10, 10]"], id="rows"),
-        pytest.param([(X, Y - 1)], ["label -1 is negative"], id="negative"),
+        pytest.param([(X, Y - 2)], ["label -2 is negative", "-1 for none"], id="negative"),
+        pytest.param([(X, Y * 0 - 1)], ["no sample has a label"], id="unlabelled"),
         pytest.param([(X, Y + 0.5)], ["not integers"], id="fractions"),
         pytest.param([(X, Y, Y)], ["has 3 parts"], id="parts"),
         pytest.param([({"x": X, "mask": MASK[:5]}, Y)], ["different numbers of samples: x 10, mask 5"], id="lengths"),
@@ -537,7 +538,7 @@ def test_a_bad_folder_is_one_message(tmp_path: Path, prepare: Callable[[Path], o
     ("settings", "part"),
     [
         pytest.param({"batch_size": 0}, "batch_size = 0 should be greater than or equal to 1", id="batch"),
-        pytest.param({"mean": (0.1, 0.2)}, "mean = (0.1, 0.2) should be a number, or three", id="mean"),
+        pytest.param({"mean": ()}, "mean = () should be a number, or one per channel", id="mean"),
         pytest.param({"mean": (math.nan,)}, "all finite", id="nan"),
         pytest.param({"std": (0.0,)}, "std = (0.0,) should be a positive number", id="std"),
         pytest.param({"image_size": 0}, "image_size = 0 should be a size: 224", id="size"),
@@ -566,3 +567,22 @@ def test_raw_images_need_a_model_that_takes_them() -> None:
     raw = open_data([np.zeros((2, 3, 8, 8), np.uint8)]).example()
     check_takes_integers(Scales(), raw, "data")
     assert "uint8" in message(lambda: check_takes_integers(nn.Conv2d(3, 4, 3), raw, "data"))
+
+
+def test_samples_without_a_label_are_left_out_and_the_user_is_told() -> None:
+    labels = np.array([0, -1, 2, -1, 1, 0, 2])
+    data = open_data([(X, labels), (X, -np.ones(len(X), np.int64))])
+    (batch,) = data
+    assert batch.labels is not None and batch.labels.tolist() == [0, 2, 1, 0, 2]
+    assert np.array_equal(batch.inputs[0].numpy(), X[labels >= 0]) and batch.given.tolist() == [0, 2, 1, 0, 2]
+    assert any("label -1 are left out" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("setting", ["mean", "std"])
+def test_a_mean_or_deviation_of_bytes_is_noted(tmp_path: Path, setting: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert open_data(str(tmp_path), DataForm(**{setting: "0.5"})).notes == ()
+    (note,) = open_data(str(tmp_path), DataForm(**{setting: "123.7,116.3,103.5"})).notes
+    assert f"{setting} holds 123.7" in note and "divide mean and deviation by 255" in note
+    with pytest.raises(DataError, match=f"{setting} has 4 numbers, but images of a folder are read with 3"):
+        open_data(str(tmp_path), DataForm(**{setting: (0.1, 0.2, 0.3, 0.4)}))

@@ -43,6 +43,8 @@ def test_an_input_has_to_be_named_among_several() -> None:
         parse_layouts(["uint8:nhwc"], ["image", "mask"])
     with pytest.raises(UnknownNameError, match="imag"):
         parse_layouts(["imag:uint8"], ["image", "mask"])
+    with pytest.raises(InputError, match="'image' has two layouts, nchw and nhwc"):
+        parse_layouts(["image:uint8", "image:uint8:nhwc"], ["image", "mask"])
 
 
 def test_texts_name_outputs() -> None:
