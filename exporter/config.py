@@ -154,7 +154,11 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         None, "Use only the first N calibration batches.", panel=DATA, metavar="N", shown="all"
     )
     gates: tuple[str, ...] = setting(
-        (), "Condition for exit code 0; repeatable: `agreement>=0.9`, `size<=1MB`.", panel=PROOF, flag="gate", metavar="EXPR"
+        (),
+        "Condition for exit code 0; repeatable: `agreement>=0.9`, `size<=1MB`.",
+        panel=PROOF,
+        flag="gate",
+        metavar="EXPR",
     )
     accuracy_gate: bool = setting(
         True,

@@ -47,7 +47,7 @@ def render_readme(report: Report) -> str:
             raw=next((port.pixels.layout for port in model.inputs if port.pixels), ""),
             sizes=[*_bounds(report.sizes)],
             labels=_listed(model.labels or ()),
-            preprocessing=[*_preprocessing(model.images)] if model.images else [],
+            preprocessing=[*_preprocessing(model.images, model.inputs[0])] if model.images else [],
             session=EXACT,
             golden=_clean(report.data.golden.source) if report.data and report.data.golden else "",
             batch=next((size for size in sizes if isinstance(size, int)), 1),
@@ -101,8 +101,8 @@ def _bounds(sizes: Sizes | None) -> Iterator[tuple[str, str]]:
         yield name, ends + (f", a multiple of {bounds.multiple}" if bounds.multiple else "")
 
 
-def _preprocessing(images: Images) -> Iterator[str]:
-    """Yield the steps from an image file to the input."""
+def _preprocessing(images: Images, port: Port) -> Iterator[str]:
+    """Yield the steps from an image file to the input, which is `port`."""
     yield (
         f"Decode the image to channels {', '.join(images.colors)}, in this order: grey images get three equal ones, "
         "transparency is dropped, and a rotation in the metadata of the image is not applied."
@@ -112,6 +112,12 @@ def _preprocessing(images: Images) -> Iterator[str]:
         yield (
             f"Resize (Pillow's `{images.resize}`, which averages when it shrinks), keeping the aspect ratio, so that "
             f"the image just covers {height} x {width} (height x width), and crop the centre."
+        )
+    else:
+        size = " x ".join(map(str, port.shape[1:3] if images.layout == "nhwc" else port.shape[2:4]))
+        yield (
+            f"Nothing is resized: the images of the folder had the size of the input, {size} (height x width). How they "
+            "were made is not recorded; make yours in the same way."
         )
     if images.in_file:
         axes = "batch, height, width, channel" if images.layout == "nhwc" else "batch, channel, height, width"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import argument
-from calibrators.errors import argument
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import bind, constant, is_constant, where
 from calibrators.graph.walk import walk

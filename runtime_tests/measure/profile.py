@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from runtime_tests.ort.coverage import FloatNode
+from runtime_tests.ort.coverage import READS_BYTES, FloatNode
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, INTEGER_INSIDE, MOVE_DATA, QUANTIZE
 
 __all__ = ["NodeTimes", "OperatorTime", "TimeShares", "node_times", "time_shares"]
@@ -177,4 +177,4 @@ OTHERWISE = "left in float together with the layers around it (--exclude), it ne
 
 
 def _advice(op: str, reason: str) -> str:
-    return "; ".join(filter(None, [reason, ADVICE.get(op, OTHERWISE)]))
+    return reason if reason == READS_BYTES else "; ".join(filter(None, [reason, ADVICE.get(op, OTHERWISE)]))

@@ -42,7 +42,7 @@ from runtime_tests.ort.operands import (
 )
 from runtime_tests.ort.sessions import Model, Source, run, session
 
-__all__ = ["Coverage", "FloatNode", "coverage"]
+__all__ = ["READS_BYTES", "Coverage", "FloatNode", "coverage"]
 
 Array = NDArray[Any]
 
@@ -187,6 +187,10 @@ def _zeros(value: ir.Value) -> Array:
 NO_KERNEL = "onnxruntime has no integer kernel for this operator"
 FREE_SIZES = "a transposed convolution becomes a convolution, which has an integer kernel, only if sizes are fixed"
 NOT_FUSED = "onnxruntime did not fuse it"
+READS_BYTES = (
+    "it normalizes the bytes of an input, as the export was told to; with one mean and one deviation for all channels "
+    "bytes can be codes as they are, without an operator"
+)
 WIDE = "16-bit activations have no integer kernels"
 SIGNED = "int8 activations: on x86, only chains without fan-out are moved to the uint8 kernels"
 TYPE_REASONS = {ir.DataType.INT16: WIDE, ir.DataType.UINT16: WIDE, ir.DataType.INT8: SIGNED}
@@ -197,6 +201,8 @@ def _why(node: ir.Node) -> str:
     if node.op_type == WEIGHT_ONLY:
         level = flag(node, "accuracy_level")
         return f"only the weights are quantized: a float kernel expands them, at accuracy level {level}"
+    if _reads_bytes(node):
+        return READS_BYTES
     if node.op_type == "ReduceMean":
         return "ReduceMean has no integer kernel; GlobalAveragePool has"
     if node.op_type in FLOAT_PRODUCTS:
@@ -204,6 +210,18 @@ def _why(node: ir.Node) -> str:
     if node.op_type in ELEMENTWISE:
         return _why_elementwise(node)
     return NO_KERNEL
+
+
+NORMALIZING = frozenset({"Cast", "Div", "Sub", "Transpose"})
+"""Operators between the bytes of an input and the network."""
+
+
+def _reads_bytes(node: ir.Node) -> bool:
+    """Return whether a node only normalizes bytes that the graph takes."""
+    value: ir.Value | None = node.outputs[0]
+    while value is not None and (maker := value.producer()) is not None and maker.op_type in NORMALIZING:
+        value = maker.inputs[0]
+    return value is not None and value.is_graph_input() and value.dtype == ir.DataType.UINT8
 
 
 def _why_product(node: ir.Node) -> str:

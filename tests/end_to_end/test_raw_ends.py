@@ -20,6 +20,7 @@ from exporter.handover.check import main as check
 from exporter.handover.check import save_arrays
 from exporter.handover.dump import compare_dump
 from exporter.verify import verify
+from runtime_tests.ort.coverage import READS_BYTES
 from runtime_tests.ort.worker import session_options
 from tests.support.networks import randomize
 from tests.support.readme import run_readme
@@ -96,6 +97,8 @@ def test_a_file_that_takes_bytes_computes_the_same_bits(given: str, float_ends: 
     report = export(network(), data, out=tmp_path / "out", input="uint8", **IMAGENET, **QUICK)
     assert report["verdict"] == "pass" and report["parity"]["optimized"]["mismatched"] == 0
     assert report["golden"][0]["tolerance"] == 0
+    added = [node for node in report["coverage"]["float_nodes"] if node["op"] in ("Div", "Sub")]
+    assert added and all(node["why"] == READS_BYTES for node in added), "nobody is advised to exclude them"
     ours, theirs = run(tmp_path / "out", pixels()), run(float_ends, normalized(pixels()))
     for name, expected in theirs.items():
         assert ours[name].tobytes() == expected.tobytes(), name

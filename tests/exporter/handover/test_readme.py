@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import nn
 
 from calibrators.errors import InputError
 from exporter import export
+from exporter.handover.readme import render_readme
 from exporter.inputs.form import DataForm
 from exporter.inputs.open import open_data
-from exporter.reporting.interface import INTERFACE_KEY
+from exporter.reporting.interface import INTERFACE_KEY, Images
+from exporter.reporting.schema import validate_report
 from runtime_tests.ort.sessions import session
 from runtime_tests.ort.worker import EXACT
+from tests.exporter.reporting.sample_report import sample_report
 from tests.support.networks import randomize
 from tests.support.readme import run_readme
 
@@ -132,3 +136,13 @@ def test_classes_may_be_named_in_a_file(folder: Path, tmp_path: Path) -> None:
         exported(folder, tmp_path / "out", labels=str(names))
     with pytest.raises(InputError, match=r"labels .*name\.txt does not exist; did you mean .*names\.txt"):
         exported(folder, tmp_path / "out", labels=str(tmp_path / "name.txt"))
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("nchw", ("batch", 3, 12, 20)), ("nhwc", ("batch", 12, 20, 3))])
+def test_images_of_the_right_size_are_said_to_be_fed_as_they_are(layout: str, shape: tuple[int | str, ...]) -> None:
+    report = validate_report(sample_report(2))
+    assert report.model is not None
+    images = Images("RGB", layout, None, None, None, None, in_file=layout == "nhwc")
+    port = replace(report.model.inputs[0], shape=shape)
+    page = render_readme(replace(report, model=replace(report.model, inputs=(port,), images=images)))
+    assert "had the size of the input, 12 x 20 (height x width)" in page and "is not recorded" in page

@@ -517,7 +517,7 @@ def test_images_are_scaled_to_cover_and_cropped_in_the_centre(tmp_path: Path) ->
         pytest.param(
             lambda root: (root / "b.png").write_bytes(b"nonsense"), ["b.png", "not a readable image"], id="corrupt"
         ),
-        pytest.param(lambda root: picture(root / "b.png", (9, 8)), ["9x8", "8x8", "--image-size"], id="sizes"),
+        pytest.param(lambda root: picture(root / "b.png", (9, 8)), ["9x8", "8x8", "image_size"], id="sizes"),
         pytest.param(lambda root: picture(root / "cat" / "b.png"), ["images and folders"], id="mixed"),
         pytest.param(
             lambda root: Image.fromarray(np.zeros((8, 8), np.int32)).save(root / "b.tif"),
@@ -570,11 +570,11 @@ def test_raw_images_need_a_model_that_takes_them() -> None:
 
 
 def test_samples_without_a_label_are_left_out_and_the_user_is_told() -> None:
-    labels = np.array([0, -1, 2, -1, 1, 0, 2])
+    labels = np.array([0, -1, 2, -1, 1, 0, 2, -1, 3, 1])
     data = open_data([(X, labels), (X, -np.ones(len(X), np.int64))])
     (batch,) = data
-    assert batch.labels is not None and batch.labels.tolist() == [0, 2, 1, 0, 2]
-    assert np.array_equal(batch.inputs[0].numpy(), X[labels >= 0]) and batch.given.tolist() == [0, 2, 1, 0, 2]
+    assert batch.labels is not None and batch.labels.tolist() == [0, 2, 1, 0, 2, 3, 1]
+    assert np.array_equal(batch.inputs[0].numpy(), X[labels >= 0]) and batch.given.tolist() == [0, 2, 1, 0, 2, 3, 1]
     assert any("label -1 are left out" in note for note in data.notes)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from runtime_tests.measure.latency import latency
 from runtime_tests.measure.profile import NodeTimes, node_times, time_shares
-from runtime_tests.ort.coverage import FloatNode, coverage
+from runtime_tests.ort.coverage import READS_BYTES, FloatNode, coverage
 from tests.support import onnx_models as models
 
 
@@ -107,3 +107,11 @@ def test_the_profile_of_a_real_network_covers_its_nodes() -> None:
     shares = timings.shares("quantized", found.float_nodes)
     assert shares is not None and {each.op for each in shares.slowest} <= {node.op for node in found.float_nodes}
     assert latency({"quantized": model}, models.sample(model, batch=1), runs=1).shares("quantized", []) is None
+
+
+def test_operators_that_read_bytes_get_no_other_advice() -> None:
+    times = NodeTimes({("float", "Div"): 10.0, ("float", "Erf"): 5.0}, {("float", "Div"): 1, ("float", "Erf"): 1}, 3)
+    nodes = [FloatNode("div", "Div", READS_BYTES, 0), FloatNode("erf", "Erf", "it has no kernel", 0)]
+    div, erf = time_shares(times, 0.015, nodes).slowest
+    assert div.advice == READS_BYTES and "exclude" not in div.advice
+    assert erf.advice.startswith("it has no kernel; ")
