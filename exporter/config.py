@@ -171,14 +171,14 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "Inputs of the golden set, which the bundle holds: `samples` (the first of the evaluation or calibration "
         "data), `synthetic` (noise within the calibrated ranges), or the samples of an `.npz` file.",
         panel=PROOF,
-        metavar="NAME|FILE.npz",
+        metavar="INPUTS",
     )
     metric: str | None = setting(
         None,
         "Function of all outputs and labels of --eval that returns a number: `metrics.py:iou`. Gates: `metric`, "
         "`metric_drop`.",
         panel=PROOF,
-        metavar="FILE.py:NAME",
+        metavar="FILE:NAME",
     )
     baseline: str | None = setting(
         None,

@@ -116,8 +116,8 @@ def _preprocessing(images: Images, port: Port) -> Iterator[str]:
     else:
         size = " x ".join(map(str, port.shape[1:3] if images.layout == "nhwc" else port.shape[2:4]))
         yield (
-            f"Nothing is resized: the images of the folder had the size of the input, {size} (height x width). How they "
-            "were made is not recorded; make yours in the same way."
+            f"Nothing is resized: the images of the folder had the size of the input, {size} (height x width). How "
+            "they were made is not recorded; make yours in the same way."
         )
     if images.in_file:
         axes = "batch, height, width, channel" if images.layout == "nhwc" else "batch, channel, height, width"
