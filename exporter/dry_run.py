@@ -32,7 +32,7 @@ from exporter.pipeline import Work
 from exporter.progress import Progress, default_progress
 from exporter.reporting.forecast import Forecast
 from exporter.reporting.schema import Bits, Times
-from exporter.run_calibrators import calibrated, calibration_notes
+from exporter.run_calibrators import calibrated, calibration_notes, check_budget
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.coverage import coverage
 
@@ -100,6 +100,7 @@ def dry_run(
             network.folded, GraphBatches(network.graph, order.calibration.take(1)),
             order.config.model_copy(update=QUICK), progress.stage,
         )  # fmt: skip
+        check_budget(trial.placement, order.config)
         _, result, _, _ = work.emitted(network, trial)
         notes = [*network.graph.meta["notes"], *work.warnings, *network.warnings, *calibration_notes(trial)]
         searches = [argument(name) for name in SEARCHES if getattr(order.config, name)]

@@ -20,13 +20,16 @@ from calibrators.errors import InputError, argument, counted, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.task import Kept
 from calibrators.goal import Goal
+from calibrators.mixed_precision.ilp import Stored
+from calibrators.mixed_precision.mixed import check_budgets
+from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult
 from exporter.config import ExportConfig
 from exporter.emission.packing import stored_bytes
 from exporter.inputs.batches import GraphBatches
 from exporter.resume import kept_statistics
 
-__all__ = ["calibrated", "calibration_notes"]
+__all__ = ["calibrated", "calibration_notes", "check_budget"]
 
 
 def calibrated(
@@ -62,12 +65,21 @@ def calibrated(
             explain=config.explain,
             sensitivity=config.sensitivity,
             budgets=config.budget,
-            stored=partial(stored_bytes, storage=config.weight_storage, min_ort=config.min_ort),
+            stored=_stored(config),
             stage=stage,
             kept=kept,
             seen=kept_statistics(batches, config),
             goal=goal,
         )
+
+
+def check_budget(placement: Placement, config: ExportConfig) -> None:
+    """Raise InputError for a budget of size that no bits of a placed network keep."""
+    check_budgets(placement, config, config.budget, _stored(config))
+
+
+def _stored(config: ExportConfig) -> Stored:
+    return partial(stored_bytes, storage=config.weight_storage, min_ort=config.min_ort)
 
 
 def calibration_notes(result: CalibrationResult) -> list[str]:

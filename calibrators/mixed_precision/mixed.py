@@ -32,7 +32,7 @@ from calibrators.placement.place import Placement, PlacementOptions
 from calibrators.ranges.range_method import RangeMethod
 from calibrators.record import MixedChoice, MixedPrecision, Reading, ScaleSensitivity, Sensitivity, WidthReading
 
-__all__ = ["allocate_bits", "measure_sensitivity", "network_costs"]
+__all__ = ["allocate_bits", "check_budgets", "measure_sensitivity", "network_costs"]
 
 SAMPLES = 256
 """Samples for the readings of sensitivities: with all but one scale on the finest grid there is little noise."""
@@ -86,6 +86,12 @@ def allocate_bits(
     return _BitAllocator(problem, options, method, budgets, stored).run()
 
 
+def check_budgets(placement: Placement, options: PlacementOptions, budgets: Sequence[Budget], stored: Stored) -> None:
+    """Raise InputError if the coarsest grids do not meet a limit on size, as `allocate_bits` does."""
+    if budgets:
+        _Limits(placement, options, budgets, stored)
+
+
 def _readings(meter: Meter, kinds: Iterable[Kind]) -> int:
     return 1 + sum(len(scale.specs) - 1 for scale in meter.grids.scales.values() if scale.kind in kinds)
 
@@ -137,37 +143,24 @@ class _Choice:
     reading: Reading
 
 
-class _BitAllocator:
-    """One allocation."""
+class _Limits:
+    """The scales whose bits are open, what they cost, and the limits on that.
+
+    raises: InputError if no choice is within the limits on size.
+    """
 
     def __init__(
-        self,
-        problem: Problem,
-        options: PlacementOptions,
-        method: RangeMethod,
-        budgets: Sequence[Budget],
-        stored: Stored,
+        self, placement: Placement, options: PlacementOptions, budgets: Sequence[Budget], stored: Stored
     ) -> None:
-        self.problem = problem.variant(memory=problem.memory // 2)  # two networks are held
+        self.budgets = budgets
         self.limits = {budget.quantity: budget.limit for budget in budgets if budget.quantity != ACCURACY}
         self.accuracy = next((budget for budget in budgets if budget.quantity == ACCURACY), None)
-        self.budgets = budgets
         self.axis = next(iter(self.limits), "weight_bytes")
         self.open: tuple[Kind, ...] = ("weight", "activation") if "bops" in self.limits else ("weight",)
-        every = tunable_scales(problem.placement, options, ("weight", "activation"))
-        self.costs = network_costs(problem.placement, stored, every)
-        self.scales = {scale.site: scale for scale in every if scale.kind in self.open}
-        self.given = {scale.site: self.costs.widths[scale.site] for scale in every if scale.kind not in self.open}
-        self._check_reach()
-        grids = Grids(self.problem, every, method)
-        self.meter, self.check = Meter(grids, SAMPLES), Meter(grids, CHECKED)
-        if self.accuracy and self.check.read({}).accuracy_drop is None:
-            raise InputError(
-                f"budget '{self.accuracy}' needs a model output of shape [n, classes]; limit {self.axis} instead."
-            )
-
-    def _check_reach(self) -> None:
-        """Raise InputError if no choice is within the limits on size."""
+        self.every = tunable_scales(placement, options, ("weight", "activation"))
+        self.costs = network_costs(placement, stored, self.every)
+        self.scales = {scale.site: scale for scale in self.every if scale.kind in self.open}
+        self.given = {scale.site: self.costs.widths[scale.site] for scale in self.every if scale.kind not in self.open}
         if not self.scales:
             raise InputError(
                 "a budget is given, but rules for layers decide the bits of all layers; leave one of them out."
@@ -181,6 +174,27 @@ class _BitAllocator:
                     f"{least:.10g}; raise it, or let {argument('first_last_bits')} and {argument('layers')} rules "
                     "give fewer bits."
                 )
+
+
+class _BitAllocator(_Limits):
+    """One allocation."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: PlacementOptions,
+        method: RangeMethod,
+        budgets: Sequence[Budget],
+        stored: Stored,
+    ) -> None:
+        super().__init__(problem.placement, options, budgets, stored)
+        self.problem = problem.variant(memory=problem.memory // 2)  # two networks are held
+        grids = Grids(self.problem, self.every, method)
+        self.meter, self.check = Meter(grids, SAMPLES), Meter(grids, CHECKED)
+        if self.accuracy and self.check.read({}).accuracy_drop is None:
+            raise InputError(
+                f"budget '{self.accuracy}' needs a model output of shape [n, classes]; limit {self.axis} instead."
+            )
 
     def run(self) -> tuple[tuple[MatchedRule, ...], Sensitivity, MixedPrecision]:
         started = time.perf_counter()

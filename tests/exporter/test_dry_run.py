@@ -68,6 +68,8 @@ def test_it_refuses_what_the_export_refuses(folder: Path) -> None:
 
     assert code("net.py:Unknown", "--data", "net.py:data")[0] == 3
     assert code("net.py:build", "--data", "net.py:nothing")[0] == 2
+    found = code("net.py:build", "--data", "net.py:data", "--budget", "weight_bytes<=1")
+    assert found[0] == 2 and "cannot be met" in found[1]
     found = code("net.py:build", "--data", "net.py:data", "--summary", "s.md")
     assert found[0] == 2 and "--summary" in found[1]
 
