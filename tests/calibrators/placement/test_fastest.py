@@ -56,7 +56,7 @@ def test_layers_that_are_slow_in_integers_stay_in_float_and_are_told(thin: fx.Gr
     assert 0 < len(layers_of(placement)) < len(layers_of(whole)) == 8
     assert whole.notes == ()
     [note] = placement.notes
-    assert f"{8 - len(layers_of(placement))} layers left in float" in note and "--placement integer" in note
+    assert f"{8 - len(layers_of(placement))} layers left in float" in note and "placement='integer'" in note
     assert "blocks.0.0" in {rule.match: rule.layers for rule in placement.rules}["placement = fastest"]
 
 
