@@ -394,13 +394,12 @@ def _foresee(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, 
     arguments = job.arguments(writes=False)
     from exporter.dry_run import dry_run
     from exporter.progress import console_progress
-    from exporter.reporting.forecast import forecast_panel
 
     found = dry_run(**arguments, config=settings, progress=console_progress(quiet=quiet), overwrite=overwrite)
     if as_json:
         print_json(found)
     else:
-        Console().print(forecast_panel(found))
+        Console().print(found.panel())
     raise typer.Exit
 
 

@@ -15,19 +15,20 @@ from rich.panel import Panel
 from calibrators.errors import counted
 from exporter.folding.fold_regions import FoldReport
 from exporter.reporting.number_format import compared, duration, size
+from exporter.reporting.outcome import Boxed
 from exporter.reporting.schema import Bits, Times
 from exporter.reporting.terminal import box, integer_share, warning_rows
 from runtime_tests.measure.size import Size
 from runtime_tests.ort.coverage import Coverage
 
-__all__ = ["Forecast", "forecast_panel"]
+__all__ = ["Forecast"]
 
 SHOWN = 5
 """Refused folds, and groups of float operators, that the box shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(Boxed):
     """The outcome of a dry run.
 
     samples: of calibration and evaluation data.
@@ -46,10 +47,8 @@ class Forecast:
     memory: int | None
     warnings: tuple[str, ...]
 
-
-def forecast_panel(found: Forecast) -> Panel:
-    """Sum up a dry run in a box."""
-    return box(_rows(found), "[bold]DRY RUN[/bold] (nothing was written)", "blue")
+    def panel(self) -> Panel:
+        return box(_rows(self), "[bold]DRY RUN[/bold] (nothing was written)", "blue")
 
 
 def _rows(found: Forecast) -> Iterator[tuple[str, str]]:

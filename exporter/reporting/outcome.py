@@ -10,21 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 
 from exporter.reporting.schema import validate_report
 from exporter.reporting.terminal import verdict_panel
 
-__all__ = ["Outcome"]
+__all__ = ["Boxed", "Outcome"]
 
 WIDTH = 100
 HTML = '<pre style="line-height: 1.25; white-space: pre; overflow-x: auto">{code}</pre>'
 
 
-class Outcome(dict[str, Any]):
-    """The content of report.json with the folder of the bundle; equal to a dict of the same content.
+class Boxed:
+    """A result that Python shows as the box of the terminal, and notebooks in colour."""
 
-    Its text is the verdict box, its HTML the same in colour.
-    """
+    def panel(self) -> Panel:
+        """Return the box."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self._recorded().export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        return self._recorded().export_html(inline_styles=True, code_format=HTML)
+
+    def _recorded(self) -> Console:
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)  # which would display it
+        console.print(self.panel())
+        return console
+
+
+class Outcome(Boxed, dict[str, Any]):
+    """The content of report.json with the folder of the bundle; equal to a dict of the same content."""
 
     def __init__(self, report: dict[str, Any], folder: Path, *, page: str = "report") -> None:
         super().__init__(report)
@@ -35,13 +52,5 @@ class Outcome(dict[str, Any]):
         """Whether every gate passed."""
         return bool(self["verdict"] == "pass")
 
-    def __repr__(self) -> str:
-        return self._recorded().export_text().rstrip()
-
-    def _repr_html_(self) -> str:
-        return self._recorded().export_html(inline_styles=True, code_format=HTML)
-
-    def _recorded(self) -> Console:
-        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)  # which would display it
-        console.print(verdict_panel(validate_report(self), self.folder, page=self._page))
-        return console
+    def panel(self) -> Panel:
+        return verdict_panel(validate_report(self), self.folder, page=self._page)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from calibrators.methods import get_method, list_methods
 from exporter.cli import app
+from exporter.dry_run import dry_run
 from exporter.pipeline import export
 from tests.support.networks import build
 
@@ -72,6 +73,12 @@ def test_it_refuses_what_the_export_refuses(folder: Path) -> None:
     assert found[0] == 2 and "cannot be met" in found[1]
     found = code("net.py:build", "--data", "net.py:data", "--summary", "s.md")
     assert found[0] == 2 and "--summary" in found[1]
+
+
+def test_python_shows_the_box(folder: Path) -> None:
+    found = dry_run("net.py:build", "net.py:data", method="minmax")
+    assert "DRY RUN" in repr(found) and "minmax" in repr(found) and len(repr(found)) < 1500
+    assert found._repr_html_().startswith("<pre")
 
 
 def test_more_work_has_more_effort() -> None:
