@@ -60,6 +60,15 @@ NO_EFFECT = frozenset(
 )
 """Settings that change how an export is computed, verified and reported, but nothing in the model."""
 
+AIMS = frozenset({"accuracy_gate", "gates", "metric", "baseline"})
+"""Those of them at which method "auto" aims, so that they do change the model."""
+
+
+def without_effect(method: object) -> frozenset[str]:
+    """Return the names of the settings that change nothing in a model that this method calibrates."""
+    return NO_EFFECT - AIMS if method == "auto" else NO_EFFECT
+
+
 LONGEST_LINE = 4096
 """Characters of the longest line of TOML that is read: the time that a key takes grows with the square of its parts."""
 
@@ -265,7 +274,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
 
     def digest(self) -> str:
         """Return the sha256 of the canonical JSON of all fields that can change the model."""
-        values = self.model_dump(mode="json", exclude=set(NO_EFFECT))
+        values = self.model_dump(mode="json", exclude=set(without_effect(self.method)))
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

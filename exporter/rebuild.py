@@ -14,7 +14,7 @@ import torch
 from calibrators.errors import InputError, no_file
 from calibrators.temporary import TemporaryFolder
 from exporter.comparing.compare import value_changes
-from exporter.config import NO_EFFECT, ExportConfig, make_config
+from exporter.config import ExportConfig, make_config, without_effect
 from exporter.handover.bundle import repeatable, verify_manifest
 from exporter.job import Job
 from exporter.progress import Progress
@@ -115,5 +115,7 @@ def _origin(bundle: Path, report: Report) -> tuple[Job, Provenance]:
 
 def _settings(report: Report) -> ExportConfig:
     """Return the settings, without what only judges and measures."""
-    usual = {name: ExportConfig.model_fields[name].default for name in NO_EFFECT - {"golden"}}  # which decides files
-    return make_config((report.config or {}) | usual | {"latency_runs": 0, "accuracy_gate": False})
+    names = without_effect(report.method) - {"golden"}  # which decides files
+    usual = {name: ExportConfig.model_fields[name].default for name in names}
+    unjudged = {"accuracy_gate": False} if "accuracy_gate" in names else {}
+    return make_config((report.config or {}) | usual | unjudged | {"latency_runs": 0})

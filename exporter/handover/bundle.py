@@ -27,7 +27,7 @@ from onnx import numpy_helper
 
 from calibrators.errors import InputError, argument
 from calibrators.temporary import TemporaryFolder, remove_abandoned
-from exporter.config import NO_EFFECT
+from exporter.config import without_effect
 from exporter.handover.bom import bill_of_materials, statement
 from exporter.handover.readme import render_readme
 from exporter.handover.scores import SCORES
@@ -304,7 +304,7 @@ def _read_arrays(folder: Path, kind: str) -> dict[str, npt.NDArray[Any]]:
 def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of manifest.json; `artifact_sha256` covers what a rebuild reproduces: model and golden set."""
     files = {name: _entry(folder / name) for name in sorted(_walk(folder))}
-    environment = report.get("environment", {})
+    environment, hidden = report.get("environment", {}), without_effect(config.get("method"))
     return {
         "format": FORMAT,
         "tool": report.get("tool"),
@@ -314,7 +314,7 @@ def _manifest(folder: Path, report: Mapping[str, Any], config: Mapping[str, Any]
         "min_onnxruntime": report.get("emission", {}).get("min_onnxruntime"),
         "seed": config.get("seed"),
         "config": dict(config),
-        "config_sha256": _digest({key: value for key, value in config.items() if key not in NO_EFFECT}),
+        "config_sha256": _digest({key: value for key, value in config.items() if key not in hidden}),
         "data": report.get("data", {}),
         **{name: report.get("model", {}).get(name, []) for name in ("inputs", "outputs")},
         "sizes": report.get("sizes"),

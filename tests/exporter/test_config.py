@@ -207,6 +207,12 @@ def test_the_digest_depends_on_every_value_with_effect_and_not_on_their_order() 
     assert plain.digest() == make_config({"cache_gib": 0.1, "explain": True, "sensitivity": True} | told).digest()
 
 
+def test_gates_have_an_effect_on_the_method_that_aims_at_them() -> None:
+    settings: list[dict[str, object]] = [{}, {"gates": ["agreement>=0.9"]}, {"accuracy_gate": False}]
+    assert len({make_config({"method": "auto"} | each).digest() for each in settings}) == len(settings)
+    assert len({make_config({"method": "mse"} | each).digest() for each in settings}) == 1
+
+
 def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
     settings = list_settings()
     assert [s.name for s in settings] == [name for name in ExportConfig.model_fields if name != "options"]

@@ -119,6 +119,32 @@ def test_what_was_trained_is_kept_beside_escapes(graph: fx.GraphModule, data: Te
     assert ladder.stopped == "end"
 
 
+class Drawer(dict[str, Any]):
+    """Finished units in memory, and the names of those that were taken over."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def load(self, name: str) -> Any:
+        self.taken += [name] if name in self else []
+        return self.get(name)
+
+    def save(self, name: str, tensors: Any, record: Any) -> None:
+        assert name not in self
+        self[name] = tensors, record
+
+
+def test_units_are_kept_by_rung(graph: fx.GraphModule, data: Tensor) -> None:
+    """Two rungs that train have units of the same names; another run trains none of them."""
+    methods = {"qdrop": QDrop(iters=2), "brecq": get_method("brecq", {"iters": 2})}
+    drawer = Drawer()
+    problem = problem_of(graph, [(data,)], goal={"sqnr_db": 90.0}, kept=drawer)
+    found = [climb(problem, methods, range_method("mse"), share=0.25, room=0.0, escapes=False) for _ in range(2)]
+    assert drawer.taken == [*drawer] and {name.partition("-")[0] for name in drawer} == {"qdrop", "brecq"}
+    for name, coded in found[0].weights.items():
+        assert torch.equal(coded.codes, found[1].weights[name].codes)
+
+
 def test_the_same_inputs_give_the_same_codes(graph: fx.GraphModule, data: Tensor) -> None:
     goal = {"sqnr_db": 25.0}
     pair = [
