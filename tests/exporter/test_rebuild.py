@@ -26,15 +26,21 @@ def data():
 """
 
 
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+PLAIN = ["--method", "minmax", "--layer", "0: weight_bits=6"]
+AIMED = ["--method", "auto", "--set", "rungs=mse", "--weight-bits", "4", "--set", "first_last_bits=none",
+         "--set", "room=0", "--eval", "net.py:data", "--gate", "sqnr_db>=19dB"]  # fmt: skip
+"""A ladder that ends one rung earlier without its gate."""
+
+
+@pytest.fixture(params=[PLAIN, pytest.param(AIMED, marks=pytest.mark.slow)], ids=["minmax", "auto"])
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NETWORK)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "net.safetensors")
     command = ["export", "net.py:build", "--checkpoint", "net.safetensors", "--data", "net.py:data", "--out", "out"]
-    command += ["--method", "minmax", "--layer", "0: weight_bits=6", "--set", "latency_runs=0", "--quiet"]
+    command += [*request.param, "--set", "latency_runs=0", "--quiet"]
     command += ["--golden", "synthetic"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
