@@ -13,6 +13,7 @@ from calibrators.errors import DataError, InputError, UnknownNameError, argument
 from calibrators.methods import get_method, range_method
 from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.options import list_options
+from calibrators.placement.place import check_widths
 from calibrators.rewrites.prepare import check_preparations
 from calibrators.targets import DEFAULT_TARGET, get_target
 from exporter.config import ExportConfig
@@ -21,9 +22,9 @@ from exporter.inputs.data import Data, LabelError
 from exporter.inputs.golden import check_golden
 from exporter.reporting.gates import Gate, check_measurable, needs_labels
 from runtime_tests.ort.versions import parse_version, release_of
-from runtime_tests.runtimes import available_runtimes
+from runtime_tests.runtimes import available_runtimes, get_runtime
 
-__all__ = ["check_settings", "checked_data"]
+__all__ = ["adapted", "check_settings", "checked_data"]
 
 
 def check_settings(config: ExportConfig) -> None:
@@ -36,6 +37,7 @@ def check_settings(config: ExportConfig) -> None:
     for rule in config.layers:
         if rule.method is not None:
             range_method(rule.method)
+    check_widths(config, get_target(config.target))
     check_preparations(config.prepare)
     check_golden(config.golden)
     available_runtimes(config.proving_runtimes)
@@ -43,6 +45,27 @@ def check_settings(config: ExportConfig) -> None:
     _check_portable(config)
     _check_storage(config)
     _check_min_ort(config)
+
+
+def adapted(config: ExportConfig) -> tuple[ExportConfig, tuple[str, ...]]:
+    """Return the settings as the target needs them, and warnings on what nothing here can prove.
+
+    Files are also proved in the target's own runtime where that is available.
+    """
+    target = get_target(config.target)
+    if not target.packed_weights and config.weight_storage == "auto":
+        config = config.model_copy(update={"weight_storage": "int8"})
+    if target.proof == "qdq":
+        return config, (
+            f"not proved on the device: {target.runtime} does not run here; onnxruntime computes what the QDQ text "
+            "says, without integer kernels",
+        )
+    if not target.proved_in or target.proved_in in config.proving_runtimes:
+        return config, ()
+    runtime = get_runtime(target.proved_in)
+    if reason := runtime.missing():
+        return config, (f"not proved in {runtime.name}: {reason}; {runtime.how_to_get}",)
+    return config.model_copy(update={"prove_on": (*config.prove_on, runtime.name)}), ()
 
 
 def _check_options(config: ExportConfig) -> None:
@@ -119,7 +142,7 @@ def _check_portable(config: ExportConfig) -> None:
 
 
 def _check_storage(config: ExportConfig) -> None:
-    packed = STORAGES[config.weight_storage]
+    packed, target = STORAGES[config.weight_storage], get_target(config.target)
     narrowest = min([config.weight_bits, *(rule.weight_bits for rule in config.layers if rule.weight_bits)])
     opset = refused_opset(config.weight_storage)
     if config.weight_storage != "auto" and packed and narrowest > max(packed):
@@ -127,6 +150,8 @@ def _check_storage(config: ExportConfig) -> None:
             f"but no weight has {max(packed)} bits or fewer; give {argument('weight_bits', max(packed))}, or leave "
             f"{argument('weight_storage')} out"
         )
+    elif packed and config.weight_storage != "auto" and not target.packed_weights:
+        problem = f"but files for {target.name} hold weights as int8; leave --weight-storage out"
     elif "openvino" in config.proving_runtimes and 2 in packed:
         problem = (
             f"but OpenVINO does not read its 2-bit types; give {argument('weight_storage', 'auto')}, or leave "

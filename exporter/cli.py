@@ -291,7 +291,9 @@ def lint(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Runtime that the file is meant for.  [default: what its metadata say, else ort-cpu]", metavar="NAME"
+            help="Runtime or compiler that the file is meant for: a target, or tidl, esp-dl, st-edge-ai, nxp-neutron, "
+            "vitis-ai.  [default: what its metadata say, else ort-cpu]",
+            metavar="NAME",
         ),
     ] = None,
     min_ort: Annotated[
@@ -302,6 +304,7 @@ def lint(
     ] = None,
     memory: Memory = None,
     as_json: Json = False,
+    as_sarif: Annotated[bool, option("Print SARIF 2.1.0 on stdout.", "--sarif")] = False,
     debug: Debug = False,
 ) -> None:
     """Find what the runtime refuses, computes wrongly or runs in float; the exit code is 1 if there is an error.
@@ -309,18 +312,20 @@ def lint(
     Example: [bold]intact lint model.onnx[/bold]
     """
     with reported_errors(debug=debug):
-        from calibrators.targets import get_target
         from exporter.memory import limited_memory
+        from exporter.reporting.sarif import sarif
+        from runtime_tests.ort.lint import checked_rules
         from runtime_tests.ort.lint import lint as findings_of
         from runtime_tests.ort.versions import parse_version
 
         oldest = None if min_ort is None else parse_version(min_ort)
-        meant = None if target is None else get_target(target)
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
         with limited_memory(model, memory):
-            findings = findings_of(model, meant, min_ort=oldest)
-        if as_json:
+            findings = findings_of(model, target, min_ort=oldest)
+        if as_sarif:
+            print_json(sarif(findings, checked_rules(model, target), model.as_posix()))
+        elif as_json:
             print_json(findings)
         else:
             rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]

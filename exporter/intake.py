@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from calibrators.targets import get_target
-from exporter.checks import check_settings, checked_data
+from exporter.checks import adapted, check_settings, checked_data
 from exporter.comparing.compare import Export, read_export
 from exporter.config import ExportConfig
 from exporter.emission.raw_ends import input_grids
@@ -125,10 +125,11 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
     if measure is not None and config.metric is None:
         config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
     check_settings(config)
+    config, warnings = adapted(config)
     gates = gates_of(config.gates, config.proving_runtimes)
     baseline = read_export(Path(config.baseline)) if config.baseline is not None else None
     given, evaluation = open_both(data, eval_data, config)
-    notes: list[str] = []
+    notes = [*warnings]
     if isinstance(model, str):
         source, model = model, load_model(model, checkpoint, key=checkpoint_key, note=notes.append)
     names, optional = input_names(model), optional_inputs(model)

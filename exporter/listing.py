@@ -82,11 +82,8 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
         if as_json:
             print_json(list_targets())
             return
-        rows = [
-            (t.name, f"{_grid(t.activation)}, {_grid(t.weight)}", ", ".join(t.exact_on), t.summary)
-            for t in list_targets()
-        ]
-        print_table(("target", "activations, weights", "exact on", "description"), rows, title="Targets")
+        rows = [(t.name, f"{_grid(t.activation)}, {_grid(t.weight)}", t.promise, t.summary) for t in list_targets()]
+        print_table(("target", "activations, weights", "proof", "description"), rows, title="Targets")
 
 
 def runtimes(

@@ -47,7 +47,7 @@ from runtime_tests.parity.golden import within
 from runtime_tests.parity.results import FLOAT_OUTPUT_ERROR
 from runtime_tests.proof import Proof
 from runtime_tests.reference.where_exact import holds_on, with_proofs
-from runtime_tests.runtimes import available_runtimes
+from runtime_tests.runtimes import available_runtimes, get_runtime
 
 __all__ = ["REFERENCE", "gates_of", "judge", "machine_parts", "verify"]
 
@@ -174,9 +174,11 @@ def machine_parts(proof: Proof, batch: Batch, threads: int) -> dict[str, Any]:
 def _outcomes(proof: Proof, *, exact: bool) -> dict[str, str]:
     """Return by family of processors the runtimes in which the file is proved, or in which it differs.
 
-    OpenVINO has kernels of its own, which say nothing about those of onnxruntime.
+    Runtimes whose kernels may be a step off say nothing about those of onnxruntime, nor does QDQ taken literally.
     """
-    ran = [each for each in proof.proved_on if each.refused is None and each.runtime != "openvino"]
+    if not proof.kernels.integer:
+        return {}
+    ran = [each for each in proof.proved_on if each.refused is None and not get_runtime(each.runtime).kernel_rate]
     found = [each for each in ran if exact == each.is_proved]
     return {
         family: ", ".join(

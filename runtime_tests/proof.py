@@ -134,7 +134,7 @@ class Proof:
 
     @cached_property
     def _deployed(self) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(self.model, (), threads=self.threads)
+        return OnnxRuntimeSession(self.model, (), optimized=self.kernels.integer, threads=self.threads)
 
     def _comparison(self, level: str) -> Comparison:
         if level == "openvino":

@@ -19,7 +19,7 @@ __all__ = ["QParams", "QuantSpec", "QuantizedTensor", "Site"]
 class QuantSpec:
     """The integer grid of one tensor.
 
-    bits:      width of the grid; codes below 8 bits are stored in an 8-bit container; those of 16 bits are signed.
+    bits:      width of the grid; codes below 8 bits are stored in an 8-bit container.
     signed:    two's complement codes, else unsigned.
     symmetric: zero_point is 0 (signed) and never searched.
     axis:      dimension that carries one scale per index, None for one scale per tensor.
@@ -59,11 +59,13 @@ class QuantSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Container of the codes: uint8, int8, int16 or int32."""
+        """Container of the codes: uint8, int8, uint16, int16 or int32."""
         import torch
 
+        if self.is_wide:
+            return torch.int16 if self.signed else torch.uint16
         if self.bits > 8:
-            return torch.int16 if self.is_wide else torch.int32
+            return torch.int32
         return torch.int8 if self.signed else torch.uint8
 
 

@@ -110,7 +110,8 @@ class Placer:
             return self.available[self.absorbed[node]]
         if self.is_weighted(node):
             gives_codes = any(self.absorbed.get(each, each) is node for each in self.coded)
-            return gives_codes or node.target in self.target.weighted_to_codes or self.available[bind(node)["input"]]
+            writes = self.target.weighted_to_codes | self.target.weighted_to_either
+            return gives_codes or node.target in writes or self.available[bind(node)["input"]]
         if self._is_integer_op(node) or self._moves_codes(node):
             inputs = [x for x in _inputs(node) if isinstance(x, fx.Node) and not is_constant(x)]
             return bool(inputs) and all(self.available.get(x, False) for x in inputs)

@@ -48,7 +48,7 @@ from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, Matc
 from calibrators.placement.placement_options import PlacementOptions
 from calibrators.placement.sites import Sites, rescales
 
-__all__ = ["Placement", "PlacementOptions", "place"]
+__all__ = ["Placement", "PlacementOptions", "check_widths", "place"]
 
 aten = torch.ops.aten
 
@@ -192,6 +192,7 @@ def place(
     raises: UnknownNameError for a pattern that matches nothing, InputError if nothing is left to quantize.
     """
     options = options or PlacementOptions()
+    check_widths(options, target)
     given = _matched(graph, options)
     floats = RuleList([*allocated, *given])
     operators = [node.name for node in graph.graph.nodes if node.op == "call_function"]
@@ -227,9 +228,22 @@ def place(
         *_notes(rules, sites, weighted),
         *_notes_on_weight_only(rules, target, weighted, weight_only),
     )
-    applied, lookups = _applied(graph, rules, weighted), tuple(_lookups(graph, selected))
+    applied = _applied(graph, rules, weighted)
+    lookups = tuple(_lookups(graph, selected)) if target.coded_tables else ()
     placement = Placement(graph, target, sites, applied, notes, lookups, options, tuple(allocated))
     return _with_unsigned(placement, rules)
+
+
+def check_widths(options: PlacementOptions, target: Target) -> None:
+    """Raise InputError for a width of activations that the target does not have."""
+    asked = {"activation_bits": options.activation_bits, "first_last_bits": options.first_last_bits}
+    asked |= {f"--layer {rule.match!r}: activation_bits": rule.activation_bits for rule in options.layers}
+    for setting, bits in asked.items():
+        if bits is not None and bits not in target.widths:
+            raise InputError(
+                f"{setting} is {bits}, but target {target.name!r} has activations of "
+                f"{' or '.join(map(str, target.widths))} bits only; choose one of these."
+            )
 
 
 def _left_in_float(placer: Placer, given: Iterable[MatchedRule]) -> LeftInFloat | None:

@@ -166,12 +166,14 @@ class Sites:
         return self._with_bits(sites)
 
     def _join(self, node: fx.Node, sites: dict[fx.Node, Site]) -> None:
-        """Give the operands of a maximum or minimum one scale, that of the one which is computed first."""
-        if node.target not in EXTREMES:
+        """Give the operands of an operator that needs it one scale, that of the one which is computed first."""
+        if node.target not in EXTREMES and node.target not in self.placer.target.joined_ops:
             return
         by_name = {site.name: site for site in sites.values()}
         roots = {_root(sites[x], by_name) for x in node.all_input_nodes}
         first, *others = (x for x in sites if sites[x].name in roots)
+        if any(sites[x].fixed for x in (first, *others)):
+            return
         for other in others:
             sites[other] = replace(sites[other], shares=sites[first].name, joined=True)
 
@@ -185,7 +187,12 @@ class Sites:
             return replace(site, shares=sites[node.args[0]].name, of_codes=of_codes)  # type: ignore[index]
         bounds = clip_bounds(node)
         if bounds is not None:
-            return replace(site, shares=sites[node.args[0]].name, clip=bounds, of_codes=True)  # type: ignore[index]
+            of_codes = target.clips_codes
+            return replace(site, shares=sites[node.args[0]].name, clip=bounds, of_codes=of_codes)  # type: ignore[index]
+        if node.target in target.joined_ops:
+            by_name = {each.name: each for each in sites.values()}
+            roots = {_root(sites[x], by_name) for x in node.all_input_nodes}
+            return replace(site, shares=roots.pop(), joined=True) if len(roots) == 1 else site
         return site
 
     def _with_bits(self, sites: dict[fx.Node, Site]) -> list[Site]:

@@ -19,7 +19,8 @@ Form of a program (a flat `GraphModule`, see calibrators.graph.aten):
   belong to blocks of `block_size` entries of a row; its bias stays a float buffer;
 - an embedding is the product of the codes and of the scales that it looks up in a table of int8 rows, which may be the
   weight of a layer;
-- a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale);
+- a bias is `dequantize` of a get_attr int32 buffer whose scale is f32(x_scale * weight_scale), or a float buffer of
+  these values where the target reads floats;
 - `program.meta["names"]` maps buffer names to readable ones for the file.
 
 Must not know: ONNX, runtimes, how the parameters were chosen.
@@ -40,7 +41,7 @@ from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
 from calibrators.graph.rewrite import call_before, constant_before, origin, replace_by
-from calibrators.grid.numerics import along_axis, grid_of, quantize, round_codes, values_of
+from calibrators.grid.numerics import along_axis, dequantize, grid_of, quantize, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
@@ -162,9 +163,10 @@ class _Builder:
         """Insert quantize and dequantize after a value, for the readers that the site names."""
         node, qparams = self.nodes[site.node], self.qparams_of(site)
         readers = [user for user in node.users if user.name in set(site.users)]
-        lo, hi = code_bounds(site, qparams)
+        clips_codes = self.placement.target.clips_codes
+        lo, hi = code_bounds(site, qparams) if clips_codes else (site.spec.qmin, site.spec.qmax)
         before = node
-        if site.clip is not None and not site.of_codes:
+        if site.clip is not None and not site.of_codes and clips_codes:
             before = self._source_of_clip(node, site, qparams, readers)
         with self.graph.inserting_after(node):
             anchor = self.graph.call_function(aten.alias.default, (node,))  # keeps the insertion order below simple
@@ -225,9 +227,16 @@ class _Builder:
     def constant(self, site: Site, coded: QuantizedTensor) -> None:
         """Replace a weight or bias by dequantize of its codes, moved to the zero point 0 or 128 for integer kernels.
 
-        Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric.
+        Below 8 bits |code - zero_point| is at most 127; 8 bits are symmetric. A bias that the target reads as floats is
+        replaced by the values of its codes.
         """
         qparams, codes = coded.qparams, coded.codes
+        if site.kind == "bias" and self.placement.target.float_bias:
+            values = self._buffer(f"{site.name}_values", dequantize(codes, qparams))
+            for user in map(self.nodes.__getitem__, site.users):
+                with self.graph.inserting_before(user):
+                    replace_args(user, bias=self.graph.get_attr(values))
+            return
         zero_point = qparams.zero_point.to(site.spec.dtype)
         if not site.weight_only:
             dtype, zero = (torch.uint8, UNSIGNED_ZERO) if site.unsigned else (site.spec.dtype, 0)

@@ -4,6 +4,7 @@ As a script it needs numpy and onnxruntime only, from version 1.19 on. It answer
 with one on standard output, `{"error": ...}` where it cannot. Arrays pass as .npy files in the folder `argv[1]`.
 
     {"model": "model.onnx", "inputs": [...], "outputs": [...], "threads": 1, "entries": {...}} -> {"version": "1.32.0"}
+    "provider": null, or {"name": ..., "library": "/path", "options": {...}}: a plug-in that has to run every node
     {"batch": true}: reads in_0.npy, in_1.npy, ...; writes out_0.npy, out_1.npy, ...           -> {}
 
 Must not know: the project, which it cannot import as a script.
@@ -62,6 +63,14 @@ def session_options(
     return options
 
 
+def _register(options: ort.SessionOptions, provider: Mapping[str, Any]) -> None:
+    """Let an execution provider of a library of its own run every node, or refuse the file."""
+    ort.register_execution_provider_library(provider["name"], provider["library"])
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider["name"]]
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_provider_for_devices(devices[:1], dict(provider["options"]))
+
+
 class _Opened:
     """A session that reads its inputs from the folder and writes its outputs there."""
 
@@ -69,7 +78,11 @@ class _Opened:
         self.folder, self.inputs, self.outputs = folder, request["inputs"], request["outputs"]
         options = session_options(threads=request["threads"], entries=request["entries"])
         path = str(folder / request["model"])
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        if request["provider"]:
+            _register(options, request["provider"])
+            self.session = ort.InferenceSession(path, options)
+        else:
+            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self) -> None:
         feeds = {name: np.load(self.folder / f"in_{index}.npy") for index, name in enumerate(self.inputs)}

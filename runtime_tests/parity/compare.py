@@ -169,7 +169,12 @@ class Comparison:
                 *map(self._choice, self.choices),
             ],
             "outputs": [
-                OutputParity.of(name, exact=exact and not self.runtime.kernel_rate, **asdict(tally))
+                OutputParity.of(
+                    name,
+                    exact=exact and not self.runtime.kernel_rate,
+                    factor=self.runtime.float_factor,
+                    **asdict(tally),
+                )
                 for name, exact, tally in outputs
             ],
             "samples": self.samples,

@@ -33,7 +33,7 @@ class Elsewhere:
         self.refused = ""
         try:
             start = partial(runtime.open, model, threads=1)
-            self._comparison = Comparison(start, model, plan, weights)
+            self._comparison = Comparison(start, model, plan, weights, exact=not runtime.kernel_rate)
         except ModelError as error:
             self._refuse(error)
 

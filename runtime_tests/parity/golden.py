@@ -168,9 +168,9 @@ def _disturbed(plan: KernelPlan, inputs: Sequence[Tensor], unsure: frozenset[str
         count = max(1, round(legal_rate(FLOAT, plan.container_bits[site], depth=plan.depths[site]) * codes.numel()))
         places = torch.randint(codes.numel(), (count,), generator=generator)
         steps = 2 * torch.randint(2, (count,), generator=generator, dtype=torch.int32) - 1
-        limits, flat = torch.iinfo(codes.dtype), codes.flatten()
-        flat[places] = (flat[places].to(torch.int32) + steps).clamp(limits.min, limits.max).to(codes.dtype)
-        return flat.reshape(codes.shape)
+        limits, flat = torch.iinfo(codes.dtype), codes.flatten().to(torch.int32)
+        flat[places] = (flat[places] + steps).clamp(limits.min, limits.max)
+        return flat.reshape(codes.shape).to(codes.dtype)
 
     return [run(plan, inputs, disturb=disturb)[1] for _ in range(RUNS)]
 

@@ -139,12 +139,13 @@ class OutputParity:
     relative: float | None
 
     @classmethod
-    def of(
-        cls, name: str, *, exact: bool, identical: bool, per_node_identical: bool, max_abs: float, relative: float
-    ) -> OutputParity:
-        """Judge an output: its bits where it is exact, else its relative difference."""
-        legal = per_node_identical if exact else relative <= FLOAT_OUTPUT_ERROR
-        return cls(name, exact, legal, identical, per_node_identical, max_abs, relative)
+    def of(cls, name: str, *, exact: bool, factor: float = 1.0, **found: Any) -> OutputParity:
+        """Judge an output: its bits where it is exact, else its relative difference.
+
+        factor: of FLOAT_OUTPUT_ERROR; found: the remaining fields.
+        """
+        legal = found["per_node_identical"] if exact else found["relative"] <= factor * FLOAT_OUTPUT_ERROR
+        return cls(name, exact=exact, legal=legal, **found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,9 +146,11 @@ def site_of(quantizer: fx.Node) -> str:
 def plan(program: fx.GraphModule, target: Target | None = None, *, integer: bool = True) -> KernelPlan:
     """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off.
 
-    target: says which operators and forms have kernels; None: the default target.
+    target: says which operators and forms have kernels, or that QDQ is taken literally; None: the default target.
     """
-    planner = _Planner(program, target or get_target(DEFAULT_TARGET), integer)
+    target = target or get_target(DEFAULT_TARGET)
+    integer = integer and target.proof != "qdq"
+    planner = _Planner(program, target, integer)
     for node in program.graph.nodes:
         if node.target is QUANTIZE:
             planner.quantizer(node)

@@ -125,7 +125,7 @@ def is_codes(node: fx.Node) -> bool:
     if node.target is QUANTIZE:
         return True
     meta, operands = node.meta.get("tensor_meta"), node.all_input_nodes
-    is_integer = getattr(meta, "dtype", None) in (torch.uint8, torch.int8, torch.int16)
+    is_integer = getattr(meta, "dtype", None) in (torch.uint8, torch.int8, torch.uint16, torch.int16)
     return node.op == "call_function" and is_integer and all(is_codes(x) or is_constant(x) for x in operands)
 
 

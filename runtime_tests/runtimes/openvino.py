@@ -59,7 +59,7 @@ class Compiled:
     """A model compiled for the CPU, with `probes` as outputs; everything that changes a number is pinned."""
 
     name = "OpenVINO"
-    kernel_rate = KERNEL_RATE
+    kernel_rate, float_factor = KERNEL_RATE, 1.0
 
     def __init__(self, source: Model, probes: Sequence[str], threads: int) -> None:
         import openvino
@@ -100,4 +100,9 @@ class Compiled:
         return dict(sorted(found.items()))
 
 
-RUNTIME = _OpenVino("openvino", "OpenVINO in this environment; single steps next to ties are allowed", samples=None)
+RUNTIME = _OpenVino(
+    "openvino",
+    "OpenVINO in this environment; single steps next to ties are allowed",
+    samples=None,
+    kernel_rate=KERNEL_RATE,
+)

@@ -31,7 +31,7 @@ class OnnxRuntimeSession:
     """
 
     name = "onnxruntime"
-    kernel_rate = 0.0
+    kernel_rate, float_factor = 0.0, 1.0
 
     def __init__(self, model: Model, probes: Sequence[str], *, optimized: bool = True, threads: int = 1) -> None:
         self.model, self.optimized, self.probes = model, optimized, list(probes)

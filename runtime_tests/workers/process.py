@@ -127,11 +127,13 @@ class Worker:
 class LoadedInWorker:
     """A file loaded into a worker.
 
-    version: what the worker must report.
-    raises:  ModelError if the worker cannot be started, refuses the file or has another version.
+    version:     what the worker must report.
+    provider:    the execution provider that has to run all of the file (`runtime_tests.ort.worker`); None: the CPU's.
+    kernel_rate: share of the codes of an integer kernel that may be one step off.
+    raises:      ModelError if the worker cannot be started, refuses the file or has another version.
     """
 
-    kernel_rate = 0.0
+    kernel_rate, float_factor = 0.0, 1.0
 
     def __init__(self, worker: Worker, model: Model, probes: Sequence[str], *, threads: int, version: str) -> None:
         self.worker, self.name = worker, worker.name
@@ -147,10 +149,16 @@ class LoadedInWorker:
                 "outputs": outputs,
                 "threads": threads,
                 "entries": onnxruntime_worker.PINNED,
+                "provider": self.provider,
             }
         )["version"]
         if found != version:
             raise ModelError(f"{self.name} reports version {found} where {version} is installed; install it again.")
+
+    @property
+    def provider(self) -> Mapping[str, Any] | None:
+        """Return None: the provider for CPUs."""
+        return None
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Return the model's outputs and the probes."""

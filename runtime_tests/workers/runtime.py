@@ -31,12 +31,15 @@ class Loaded(Protocol):
 
     name:        the runtime, as messages show it.
     kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
+    float_factor: by how much its float operators may differ more than those of float32 do.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def kernel_rate(self) -> float: ...
+    @property
+    def float_factor(self) -> float: ...
     @property
     def output_names(self) -> list[str]: ...
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
@@ -57,6 +60,7 @@ class Runtime(ABC):
     processor:  the family of `calibrators.grid.processors` whose kernels it executes; empty: that of this machine.
     variants:   names `NAME==VARIANT` that are installed with the others; `variant` takes more.
     samples:    number of samples compared at most; None: all.
+    kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
     components: what has to be installed for it.
     """
 
@@ -65,6 +69,7 @@ class Runtime(ABC):
     processor: str = ""
     variants: tuple[str, ...] = ()
     samples: int | None = EMULATED_SAMPLES
+    kernel_rate: float = 0.0
 
     @property
     def family(self) -> str:

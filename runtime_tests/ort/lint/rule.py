@@ -57,13 +57,15 @@ class Case:
 class Rule:
     """A check of a whole file.
 
-    why: what goes wrong if the rule is broken.
+    why:    what goes wrong if the rule is broken.
+    source: the vendor's document that states it, or the experiment that found it.
     """
 
     name: str
     severity: str
     why: str
     check: Callable[[Case], Hits]
+    source: str = ""
 
 
 class _HasNode(Protocol):

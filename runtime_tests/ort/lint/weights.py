@@ -16,7 +16,7 @@ from runtime_tests.ort.onnx_operators import PRODUCTS, QUANTIZE
 from runtime_tests.ort.operands import Product, array, flag, inputs, operand, where
 from runtime_tests.ort.saturation import blocks, needs_unsigned
 
-__all__ = ["WEIGHT_RULES"]
+__all__ = ["WEIGHT_RULES", "bias_scale_differs"]
 
 INT32_MAX = 2**31 - 1
 
@@ -26,7 +26,7 @@ def _has_quantized_weight_alone(node: ir.Node) -> bool:
     return x is None and weight is not None and weight.is_constant and not flag(node, "transB")
 
 
-def _bias_scale_differs(found: Product) -> bool:
+def bias_scale_differs(found: Product) -> bool:
     """Return whether the scale of the bias differs from float32(input scale * weight scale) in any bit.
 
     Integer kernels assume that it does not. onnxruntime 1.31 does not compare the scales for Gemm, and accepts a
@@ -99,7 +99,7 @@ WEIGHT_RULES = (
         biased, lambda p: p.bias is not None and p.bias.dtype != ir.DataType.INT32,
         "its bias has {0.bias.dtype} codes, so it runs in float; store INT32")),
     Rule("bias-scale", "error", "Kernels add the codes of a bias and ignore its scale.", each(
-        biased, _bias_scale_differs,
+        biased, bias_scale_differs,
         "the scale of its bias is not float32(input scale * weight scale), as kernels assume; store that scale")),
     Rule("accumulator-overflow", "error", "Bias and the largest possible sum must fit int32.", _overflows),
 )  # fmt: skip
