@@ -286,7 +286,7 @@ app.command(no_args_is_help=True)(sign)
 
 
 @app.command(no_args_is_help=True)
-def lint(
+def lint(  # noqa: PLR0913 (the flags of a command)
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, from any exporter.")],
     target: Annotated[
         str | None,

@@ -1,10 +1,11 @@
 """onnxruntime with the QNN provider, for the HTP of Qualcomm's processors.
 
-Every layer writes codes, linear ones too; the batch is fixed to 1; nothing clips codes, so that activations have 8 bits
-or 16. A file must not hold a dequantizer with a scale other than that of its quantizer, nor packed weights.
+Every layer writes codes, linear ones too; the batch is fixed to 1; nothing clips codes, so that activations have 8
+bits. A file must not hold a dequantizer with a scale other than that of its quantizer, nor packed weights.
 
 Sources: the QNN provider's documentation and onnxruntime's qnn/quant_config.py (types, static shapes), and the HTP
-simulator of onnxruntime-qnn 2.7.0, which refused a Gemm with a float output and a Clip of uint8 codes.
+simulator of onnxruntime-qnn 2.7.0, which refused a Gemm with a float output, a Clip of uint8 codes, and uint16
+activations beside int8 weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TARGET = replace(
     opsets=(20, 21),
     static_shapes=True,
     wide_activation=QuantSpec(bits=16, signed=False),
-    widths=(8, 16),
+    widths=(8,),
     coded_tables=False,
     packed_weights=False,
     weighted_to_codes=ort_cpu.TARGET.weighted,

@@ -82,7 +82,10 @@ def test_files_have_the_form_of_their_target(exported: tuple[str, Any, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "ort-qnn", "activation_bits": 4}, "activation_bits is 4, but target 'ort-qnn' has activations of 8"),
+        (
+            {"target": "ort-qnn", "activation_bits": 4},
+            "activation_bits is 4, but target 'ort-qnn' has activations of 8",
+        ),
         (
             {"target": "tensorrt", "layers": [{"match": "*", "activation_bits": 16}]},
             r"--layer '\*': activation_bits is 16, but target 'tensorrt' has activations of 8 bits only",
@@ -102,9 +105,7 @@ def test_what_a_target_cannot_represent_is_refused(settings: dict[str, Any], mes
 
 def test_few_bits_are_stored_as_int8_where_packed_weights_are_not_read(tmp_path: Path) -> None:
     model, x = build("mlp")
-    report = export(
-        model, [x], target="tensorrt", weight_bits=4, method="minmax", latency_runs=0, out=tmp_path / "out"
-    )
+    report = export(model, [x], target="tensorrt", weight_bits=4, method="minmax", latency_runs=0, out=tmp_path / "out")
     assert report["verdict"] == "pass" and report["emission"]["opset"] == 20
 
 
