@@ -132,7 +132,12 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     with reported_errors(debug=debug):
         from exporter.job import load_job
 
-        job, settings = load_job(config, flags, sets or ())
+        targets = tuple(dict.fromkeys(flags.pop("target") or ()))
+        job, settings = load_job(config, {**flags, "target": next(iter(targets), None)}, sets or ())
+        if len(targets) > 1:
+            if dry_run or summary is not None:
+                raise InputError("--dry-run and --summary take one --target; leave them or the other targets out.")
+            _export_for(targets, job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
         if dry_run:
             if summary is not None:
                 raise InputError("--summary has no verdict to write after --dry-run; leave one of them out.")
@@ -169,6 +174,9 @@ def init(
 
         path = file or Path("intact.toml")
         check_folder_of(path)
+        if len(targets := flags["target"] or ()) > 1:
+            raise InputError("a configuration is for one --target; give the others to `intact export`.")
+        flags["target"] = next(iter(targets), None)
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists; give another --file, or --overwrite.")
         if flags["model"] is None and sys.stdin.isatty():
@@ -226,7 +234,8 @@ def _flag(setting: Setting) -> inspect.Parameter:
         if setting.flag
         else typer.Argument(metavar=setting.metavar, help=text, show_default=False)
     )
-    kind: Any = list[setting.type] if setting.repeatable else setting.type  # type: ignore[name-defined]
+    is_list = setting.repeatable or setting.name == "target"  # a bundle for each
+    kind: Any = list[setting.type] if is_list else setting.type  # type: ignore[name-defined]
     annotation = Annotated[kind | None, given]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -392,6 +401,24 @@ def _export(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, s
     progress = console_progress(quiet=quiet)
     report = run(**arguments, config=settings, progress=progress, overwrite=overwrite)
     _finish(report, Path(job.out or ""), shown)
+
+
+def _export_for(
+    targets: Sequence[str], job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
+    """Export for several targets, show what each costs, and exit with 1 unless all pass."""
+    arguments = job.arguments()
+    from exporter.progress import console_progress
+    from exporter.several import COLUMNS, export_for, row_of
+
+    found = export_for(
+        targets, **arguments, config=settings, progress=console_progress(quiet=quiet), overwrite=overwrite
+    )
+    if as_json:
+        print_json(found)
+    else:
+        print_table(COLUMNS, [*map(row_of, found)], title=f"Targets, bundles in {job.out}")
+    raise typer.Exit(0 if all(cost.verdict == "pass" for cost in found) else 1)
 
 
 def _foresee(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, as_json: bool) -> None:

@@ -5,6 +5,7 @@ Must not know: calibration, how files are emitted, bundles.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Order:
     """The parts of an export, opened and checked as far as the network need not be captured.
 
     notes: what to tell the user.
+    captures: captured and folded networks by whether their batch is free, for exports of one network to many targets.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -78,6 +80,9 @@ class Order:
     metric: Metric | None
     raws: RawInputs
     notes: list[str]
+    checkpoint: Path | None = None
+    checkpoint_key: str | None = None
+    captures: dict[bool, tuple[fx.GraphModule, fx.GraphModule]] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -150,6 +155,8 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
         metric=measure,
         raws=raws,
         notes=notes,
+        checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
     )
 
 
@@ -162,11 +169,7 @@ def take_in(order: Order, steps: Steps) -> Network:
     if isinstance(order.model, nn.Module):
         check_takes_integers(order.model, example, order.calibration.label)
         notes += [text] if (text := other_size(order.model, example.inputs)) else []
-    with steps.shown("capture"):
-        free_batch = not get_target(config.target).static_shapes
-        graph = capture(
-            order.model, example.inputs, form=example.form, free_batch=free_batch, axes=config.free_axes
-        )  # fmt: skip
+    graph, folded = _captured(order, steps)
     raws = order.raws.renamed(graph.meta["input_names"])
     batches = GraphBatches(graph, order.calibration)
     evaluation, keeps = order.evaluation, order.metric is not None
@@ -176,8 +179,6 @@ def take_in(order: Order, steps: Steps) -> Network:
     labels = class_names(config.labels, sources, graph)
     notes += _checked(graph, batches, held_out, golden, order.metric)
     coded = parse_coded(config.output, graph.meta["output_names"])
-    with steps.shown("fold"):
-        folded = fold(graph)
     folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, raws)}
     return Network(
         graph=graph,
@@ -191,6 +192,22 @@ def take_in(order: Order, steps: Steps) -> Network:
         images=images_of(next((x.form for x in sources if x.form), None), raws.by_name),
         warnings=notes,
     )
+
+
+def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Return the captured and the folded network; copies where another export of the order captured them."""
+    example, free_batch = order.calibration.example(), not get_target(order.config.target).static_shapes
+    if order.captures is not None and free_batch in order.captures:
+        return copy.deepcopy(order.captures[free_batch])
+    with steps.shown("capture"):
+        graph = capture(
+            order.model, example.inputs, form=example.form, free_batch=free_batch, axes=order.config.free_axes
+        )  # fmt: skip
+    with steps.shown("fold"):
+        found = graph, fold(graph)
+    if order.captures is not None:
+        order.captures[free_batch] = copy.deepcopy(found)
+    return found
 
 
 def _checked(

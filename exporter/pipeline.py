@@ -68,7 +68,7 @@ from runtime_tests.reference.execute import plan
 from runtime_tests.reference.where_exact import exact_on, holds_on
 from runtime_tests.runtimes import available_runtimes
 
-__all__ = ["Work", "export"]
+__all__ = ["Work", "carry_out", "export"]
 
 SQNR_SAMPLES = 128
 COMPARED_SAMPLES = 4
@@ -111,10 +111,15 @@ def export(
         model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source
     )  # fmt: skip
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
+    return carry_out(order, out, progress or default_progress(), overwrite=overwrite)
+
+
+def carry_out(order: Order, out: Path, progress: Progress, *, overwrite: bool = False) -> Outcome:
+    """Export what was opened and checked, and write its bundle; see `export`."""
     config, gates, baseline = order.config, order.gates, order.baseline
     torch.manual_seed(config.seed)
     with TemporaryFolder() as folder:
-        work = Work(order, progress or default_progress(), folder)
+        work = Work(order, progress, folder)
         report, golden = work.run()
         if baseline is not None:
             others = [gate for gate in gates if not needs_baseline(gate)]
@@ -126,7 +131,7 @@ def export(
             judged = replace(judged, costly_layers=work.costly_layers())
         if (found := judged.baseline) is not None:
             judged = replace(judged, baseline=replace(found, verdicts=(found.verdicts[0], judged.verdict)))
-        report = replace(judged, provenance=provenance(checkpoint, checkpoint_key))
+        report = replace(judged, provenance=provenance(order.checkpoint, order.checkpoint_key))
         write_bundle(
             out,
             files=work.move_files,

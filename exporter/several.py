@@ -1,0 +1,134 @@
+"""Export one network for several targets: it is loaded, captured and folded once, and each target gets a bundle.
+
+What a target cannot have is a row of the table with the reason, and does not keep the others from their bundles.
+
+Must not know: the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from calibrators.allocator import keep_freed_memory
+from calibrators.errors import ExportError
+from calibrators.targets import get_target
+from exporter.config import ExportConfig
+from exporter.handover.bundle import check_out
+from exporter.intake import Order, open_order
+from exporter.pipeline import carry_out
+from exporter.progress import Progress, default_progress
+from exporter.reporting.metrics import METRICS, value_at
+from exporter.reporting.number_format import significant
+from exporter.reporting.outcome import Outcome
+
+__all__ = ["COLUMNS", "TABLE", "Cost", "export_for", "row_of"]
+
+TABLE = "targets.json"
+"""File beside the bundles that holds the table."""
+
+COLUMNS = ("target", "verdict", "accuracy drop", "SQNR", "size", "integer MACs", "latency", "proof")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a target costs; None where it was not measured.
+
+    accuracy_drop: of the metric, with labels; sqnr_db: of the outputs against the float network's, lowest of all.
+    size_bytes:    of model.onnx; integer_macs: share of multiply-accumulates that onnxruntime runs on integers.
+    latency_ms:    of onnxruntime on this machine, for targets that are run there.
+    proof:         what is proved (Target.promise); refused: why there is no bundle.
+    """
+
+    target: str
+    verdict: str
+    accuracy_drop: float | None = None
+    sqnr_db: float | None = None
+    size_bytes: int | None = None
+    integer_macs: float | None = None
+    latency_ms: float | None = None
+    proof: str = ""
+    refused: str | None = None
+
+
+def export_for(  # noqa: PLR0913 (the arguments of an export)
+    targets: Sequence[str],
+    model: nn.Module | ExportedProgram | str,
+    data: Iterable[Any] | str,
+    *,
+    out: str | Path,
+    config: ExportConfig,
+    eval_data: Iterable[Any] | str | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+    metric: str | Callable[[Any, Any], float] | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> tuple[Cost, ...]:
+    """Write a bundle `out/TARGET` for each target and the table of what each costs; return the table.
+
+    config: its target is replaced; the other arguments are those of exporter.export.
+    raises: InputError for what no export takes, before any work; ExportError if every target is refused.
+    """
+    keep_freed_memory()
+    out, progress = Path(out), progress or default_progress()
+    orders: list[Order] = []
+    for name in targets:
+        mine = config.model_copy(update={"target": name})
+        loaded, source = (orders[0].model, orders[0].source) if orders else (model, "")
+        order = open_order(
+            loaded, data, eval_data, checkpoint, checkpoint_key, config=mine, metric=metric, source=source
+        )  # fmt: skip
+        orders.append(replace(order, captures=orders[0].captures if orders else {}))
+    check_out(out, overwrite=overwrite)
+    costs, errors = [], []
+    for order in orders:
+        name = order.config.target
+        try:
+            costs.append(_cost(name, carry_out(order, out / name, progress, overwrite=overwrite)))
+        except ExportError as error:
+            errors.append(error)
+            costs.append(Cost(name, "refused", proof=get_target(name).promise, refused=str(error)))
+    if len(errors) == len(orders):
+        raise errors[0]
+    (out / TABLE).write_text(json.dumps([*map(asdict, costs)], indent=2) + "\n", encoding="utf-8")
+    return tuple(costs)
+
+
+def _cost(name: str, report: Outcome) -> Cost:
+    target, latency = get_target(name), report.get("latency_ms")
+    return Cost(
+        name,
+        report["verdict"],
+        accuracy_drop=METRICS["accuracy_drop"].value(report),
+        sqnr_db=value_at(report, "accuracy.sqnr_db"),
+        size_bytes=report["size"]["bytes"],
+        integer_macs=report["coverage"]["integer_macs"] if target.proof != "qdq" else None,
+        latency_ms=latency["quantized"] if latency and target.runtime == "onnxruntime" else None,
+        proof=target.promise,
+    )
+
+
+def row_of(cost: Cost) -> tuple[str, ...]:
+    """Return the cells of COLUMNS."""
+
+    def cell(value: float | None, unit: str = "") -> str:
+        return significant(value, 3) + (unit if value is not None else "")
+
+    kilobytes = None if cost.size_bytes is None else cost.size_bytes / 1000
+    return (
+        cost.target,
+        cost.verdict if cost.refused is None else f"refused: {cost.refused}",
+        cell(cost.accuracy_drop),
+        cell(cost.sqnr_db, " dB"),
+        cell(kilobytes, " kB"),
+        cell(cost.integer_macs),
+        cell(cost.latency_ms, " ms"),
+        cost.proof,
+    )

@@ -1,0 +1,73 @@
+"""One export for several targets: what is shared, a bundle for each, the table, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from calibrators.errors import InputError, UnknownNameError
+from exporter import intake
+from exporter.cli import app
+from exporter.config import make_config
+from exporter.several import TABLE, export_for, row_of
+from tests.support.networks import build
+
+NAMES = ("ort-cpu", "tensorrt", "ort-qnn")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str]]:
+    """Return the folder, the table, and the steps of capturing and folding that were taken."""
+    model, x = build("mlp")
+    out, steps = tmp_path_factory.mktemp("several") / "out", list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("capture", "fold"):
+            step = getattr(intake, name)
+            patch.setattr(intake, name, lambda *a, step=step, name=name, **more: steps.append(name) or step(*a, **more))
+        config = make_config({"method": "minmax", "latency_runs": 0})
+        return out, export_for(NAMES, model, [x], eval_data=[x], out=out, config=config), steps
+
+
+def test_each_target_gets_a_bundle_and_a_row(exported: tuple[Path, Any, list[str]]) -> None:
+    out, costs, _ = exported
+    assert [(cost.target, cost.verdict) for cost in costs] == [(name, "pass") for name in NAMES]
+    for cost in costs:
+        report = json.loads((out / cost.target / "report.json").read_text())
+        assert (report["target"], report["size"]["bytes"]) == (cost.target, cost.size_bytes)
+    assert costs[0].integer_macs == 1.0 and costs[1].integer_macs is None
+    table = json.loads((out / TABLE).read_text())
+    assert [each["target"] for each in table] == [*NAMES] and table[1]["proof"] == "not proved on the device"
+    assert row_of(costs[0])[:2] == ("ort-cpu", "pass")
+
+
+def test_the_network_is_captured_and_folded_once_for_each_kind_of_batch(exported: tuple[Path, Any, list[str]]) -> None:
+    assert exported[2] == ["capture", "fold"] * 2  # with a free batch, and with a fixed one
+
+
+def test_files_are_those_of_an_export_for_one_target(exported: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
+    from exporter import export
+
+    model, x = build("mlp")
+    export(model, [x], eval_data=[x], target="tensorrt", method="minmax", latency_runs=0, out=tmp_path / "one")
+    assert (tmp_path / "one" / "model.onnx").read_bytes() == (exported[0] / "tensorrt" / "model.onnx").read_bytes()
+
+
+def test_what_no_target_takes_is_refused_before_any_work(tmp_path: Path) -> None:
+    model, x = build("mlp")
+    with pytest.raises(UnknownNameError, match="unknown target 'ort-gpu'"):
+        export_for(("ort-cpu", "ort-gpu"), model, [x], out=tmp_path / "out", config=make_config({}))
+    with pytest.raises(InputError, match="target 'ort-qnn' has activations of 8 bits only"):
+        settings = make_config({"activation_bits": 4})
+        export_for(("ort-cpu", "ort-qnn"), model, [x], out=tmp_path / "out", config=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_take_one_target() -> None:
+    shown = CliRunner().invoke(
+        app, ["export", "m.py:f", "--data", "d.npz", "--dry-run", "--target", "ort-cpu", "--target", "ort-arm"]
+    )
+    assert shown.exit_code == 2 and "take one --target" in shown.stderr
