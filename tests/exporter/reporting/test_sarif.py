@@ -34,7 +34,7 @@ def test_a_finding_names_its_rule_its_source_and_its_node(target: str, rule: str
     assert (code, result["ruleId"], result["level"], described["id"]) == (1, rule, "error", rule)
     assert described["help"]["text"].startswith("Source: ")
     (place,) = result["locations"]
-    assert place["logicalLocations"][0]["name"] == ("x" if rule == "dynamic-shape" else "Conv_3")
+    assert place["logicalLocations"][0]["name"].startswith("x" if rule == "dynamic-shape" else "Conv_")
     assert place["physicalLocation"]["artifactLocation"]["uri"].endswith("model.onnx")
 
 
