@@ -20,7 +20,7 @@ from exporter import export
 from exporter.handover.readme import render_readme
 from exporter.inputs.form import DataForm
 from exporter.inputs.open import open_data
-from exporter.reporting.interface import INTERFACE_KEY, Images
+from exporter.reporting.interface import INTERFACE_KEY, Images, Pixels
 from exporter.reporting.schema import validate_report
 from runtime_tests.ort.sessions import session
 from runtime_tests.ort.worker import EXACT
@@ -144,5 +144,8 @@ def test_images_of_the_right_size_are_said_to_be_fed_as_they_are(layout: str, sh
     assert report.model is not None
     images = Images("RGB", layout, None, None, None, None, in_file=layout == "nhwc")
     port = replace(report.model.inputs[0], shape=shape)
+    pixels = Pixels(layout, (0.5,), (0.5,), "") if layout == "nhwc" else None
+    port = replace(port, pixels=pixels)
     page = render_readme(replace(report, model=replace(report.model, inputs=(port,), images=images)))
+    assert ("np.uint8).reshape(12, 20, 3)" in page) == (layout == "nhwc"), "bytes of a camera need no Pillow"
     assert "had the size of the input, 12 x 20 (height x width)" in page and "is not recorded" in page
