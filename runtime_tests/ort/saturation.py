@@ -168,12 +168,12 @@ def blocks(matrix: Array) -> list[Array]:
 def pair_sums(weights: Array) -> tuple[Array, Array]:
     """Sum the positive and the negative parts of each pair (2k, 2k + 1).
 
-    weights: [channels, reduction] integers.
-    returns: two arrays [channels, ceil(reduction / 2)] int64.
+    weights: [channels, reduction] integers of at most 16 bits.
+    returns: two arrays [channels, ceil(reduction / 2)] int32.
     """
-    padded = np.pad(weights.astype(np.int64), ((0, 0), (0, weights.shape[1] % 2)))
-    pairs = padded.reshape(len(padded), -1, 2)
-    return np.maximum(pairs, 0).sum(2), np.minimum(pairs, 0).sum(2)
+    padded = np.pad(weights.astype(np.int32), ((0, 0), (0, weights.shape[1] % 2)))
+    even, odd = padded[:, ::2], padded[:, 1::2]
+    return np.maximum(even, 0) + np.maximum(odd, 0), np.minimum(even, 0) + np.minimum(odd, 0)
 
 
 def _matrices(found: Product) -> list[Array]:
