@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 import onnx
 from onnx import shape_inference
@@ -38,6 +39,8 @@ __all__ = [
 LARGEST_GRAPH = 200_000
 """Nodes, constants and other parts of the largest graph that is read."""
 
+CPU = "CPUExecutionProvider"
+
 SHOWN = 5
 """Nodes of a cycle that a message names."""
 
@@ -58,22 +61,52 @@ def _unreadable(case: Case) -> Hits:
 
 
 def size_of(model: onnx.ModelProto) -> int:
-    """Return the number of parts of a model: nodes, constants, stated shapes, functions, metadata."""
+    """Return the number of parts of a model: nodes, constants, stated shapes, functions, metadata.
+
+    Calls of functions count as the nodes that come of them: few functions that call each other can make any number.
+    """
     parts = len(model.functions) + len(model.metadata_props)
+    made = _nodes_of_functions(model)
     for graph, _ in graphs(model.graph, names=False):
+        parts += sum(made.get(_operator(node), 0) for node in graph.node) if made else 0
         parts += len(graph.node) + len(graph.initializer) + len(graph.sparse_initializer) + len(graph.value_info)
         if parts > LARGEST_GRAPH:
             break
     return parts
 
 
+def _nodes_of_functions(model: onnx.ModelProto) -> dict[tuple[str, str], int]:
+    """Return by domain and name the number of nodes that one call of a function comes to; none where they circle."""
+    bodies = {
+        (_domain(function.domain), function.name): [
+            _operator(node) for graph, _ in graphs(function, names=False) for node in graph.node
+        ]
+        for function in model.functions
+    }
+    made: dict[tuple[str, str], int] = {}
+    try:
+        for name in TopologicalSorter(bodies).static_order():
+            if name in bodies:
+                made[name] = min(sum(1 + made.get(called, 0) for called in bodies[name]), LARGEST_GRAPH + 1)
+    except CycleError:
+        return {}
+    return made
+
+
+def _operator(node: onnx.NodeProto) -> tuple[str, str]:
+    return _domain(node.domain), node.op_type
+
+
 # ---- structure: each part refers to what is there
 
 
 def graphs(
-    graph: onnx.GraphProto, outer: frozenset[str] = frozenset(), *, names: bool = True
-) -> Iterator[tuple[onnx.GraphProto, frozenset[str]]]:
-    """Yield a graph and those inside its nodes, each with the names that it sees from outside, unless nobody asks."""
+    graph: Any, outer: frozenset[str] = frozenset(), *, names: bool = True
+) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Yield a graph and those inside its nodes, each with the names that it sees from outside, unless nobody asks.
+
+    graph: a GraphProto; without `names` a FunctionProto too.
+    """
     yield graph, outer
     inner = outer | _defined(graph) if names else outer
     for node in graph.node:
@@ -133,13 +166,13 @@ def _missing_domains(case: Case) -> Hits:
 
 def _unknown_operators(case: Case) -> Hits:
     known = _runtime_operators() | {(function.domain, function.name) for function in case.proto.functions}
-    used = Counter((_domain(node.domain), node.op_type) for graph, _ in graphs(case.proto.graph) for node in graph.node)
+    used = Counter(_operator(node) for graph, _ in graphs(case.proto.graph) for node in graph.node)
     for (domain, op), count in used.items():
         if (domain, op) in known or domain not in _imported(case):
             continue
         name = f"{domain}.{op}" if domain else op
         nodes = counted(count, "node")
-        yield name, f"onnxruntime has no such operator ({nodes}); register a library that has it, or rewrite it"
+        yield name, f"onnxruntime has no such operator on CPUs ({nodes}); register a library that has it, or rewrite it"
 
 
 def _imported(case: Case) -> set[str]:
@@ -152,8 +185,12 @@ def _domain(name: str) -> str:
 
 
 def _runtime_operators() -> set[tuple[str, str]]:
-    """Return domain and name of every operator of the installed onnxruntime."""
-    return {(schema.domain, schema.name) for schema in states.get_all_operator_schema()}
+    """Return domain and name of every operator that the installed onnxruntime runs on CPUs.
+
+    Those of ONNX without a kernel are functions, which it expands.
+    """
+    kernels = {(each.domain, each.op_name) for each in states.get_all_opkernel_def() if each.provider == CPU}
+    return kernels | {("", schema.name) for schema in states.get_all_operator_schema() if not schema.domain}
 
 
 def _stored_data(case: Case) -> Hits:

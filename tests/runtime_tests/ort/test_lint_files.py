@@ -100,6 +100,29 @@ def no_text(path: Path) -> None:
     path.write_bytes(content.replace(b"Odd", b"O\xffd", 1))
 
 
+def of_another_device(path: Path) -> None:
+    def state(model: onnx.ModelProto) -> None:
+        model.opset_import.add(domain="com.microsoft", version=1)
+        model.graph.node[0].domain, model.graph.node[0].op_type = "com.microsoft", "EPContext"
+
+    written(path, edit=state)
+
+
+def doubling_functions(path: Path) -> None:
+    """Forty functions of two nodes, each of which calls the one before twice."""
+
+    def state(model: onnx.ModelProto) -> None:
+        opsets = [model.opset_import[0], model.opset_import.add(domain="own", version=1)]
+        for index in range(40):
+            name, domain = (f"F{index - 1}", "own") if index else ("Relu", "")
+            steps = [onnx.helper.make_node(name, [x], [y], domain=domain) for x, y in (("a", "b"), ("b", "c"))]
+            model.functions.append(onnx.helper.make_function("own", f"F{index}", ["a"], ["c"], steps, opsets))
+        node = model.graph.node.add()
+        node.CopyFrom(onnx.helper.make_node("F39", [model.graph.node[0].output[0]], ["aside"], domain="own"))
+
+    written(path, edit=state)
+
+
 def no_output_type(path: Path) -> None:
     def state(model: onnx.ModelProto) -> None:
         model.opset_import[0].version = 21
@@ -125,6 +148,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no strings": (no_strings, "stored-data", "strings, but 0 are stored"),
     "no opset": (no_opset, "invalid-model", "domain_version of -3"),
     "no text": (no_text, "unknown-operator", "no such operator"),
+    "another device": (of_another_device, "unknown-operator", "no such operator on CPUs"),
+    "doubling functions": (doubling_functions, "unreadable-file", "more than any network"),
     "no output type": (no_output_type, "invalid-model", "output_dtype"),
 }
 """Faults of a file: the fault, the rule that finds it, and words of its message."""
