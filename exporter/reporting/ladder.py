@@ -23,7 +23,7 @@ def rung_rows(ladder: Ladder) -> Iterator[tuple[str, str]]:
     for rung in ladder.rungs:
         loss = f"{LOSSES[ladder.loss]} {significant(rung.loss, 3)}"
         yield rung.name, ", ".join((duration(rung.seconds), *map(figure_text, rung.figures), loss))
-    yield "exported", f"{ladder.chosen}, {why_it_stopped(ladder)}"
+    yield "exported", f"{ladder.chosen} ({why_it_stopped(ladder)})"
 
 
 def figure_text(figure: HeldOutFigure) -> str:
@@ -45,8 +45,8 @@ def why_it_stopped(ladder: Ladder) -> str:
     limits = [each for each in ladder.rungs[-1].figures if each.limit is not None]
     goal = " and ".join(f"{each.metric} {written(each.limit, quantity_of(each.metric))}" for each in limits)
     reasons = {
-        "goal": f"which reaches {goal}",
-        "gain": "as the next rung gains no more than noise",
+        "goal": f"reaches {goal}",
+        "gain": "the next rung gains no more than noise",
         "end": f"the best of all, though none reaches {goal}" if goal else "the best of all",
     }
     total = count(ladder.held_out + ladder.calibrated)

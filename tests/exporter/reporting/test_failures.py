@@ -87,7 +87,9 @@ def test_advice_says_where_no_few_layers_suffice(advised: int | None, words: str
 def test_a_ladder_and_a_gate_that_leaves_little_room_are_in_the_box() -> None:
     text = box(validate_report(sample_report(3) | {"costly_layers": _costly_layers()}))
     assert "mse: 3.2 s, lowest_agreement 81 % (77 to 83), divergence 0.21" in text
-    reason = "gptq, 1 layer finer, which reaches lowest_agreement 95 % on the 256 of 1,024 calibration samples"
+    reason = (
+        "gptq, 1 layer finer (reaches lowest_agreement 95 % on the 256 of 1,024 calibration samples that were held out)"
+    )
     assert f"exported: {reason}" in text
     assert "little room" in text and "--layer 'stages.1.2.conv: weight_bits=8, activation_bits=8'" in text
 
