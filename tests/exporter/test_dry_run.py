@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,43 +43,41 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_tells_what_the_export_then_does(folder: Path) -> None:
-    command = ["export", "net.py:build", "--data", "net.py:data", "--eval", "net.py:data", "--exclude", "head"]
-    command += ["--out", "out", "--dry-run", "--quiet"]
-    told = CliRunner().invoke(app, [*command, "--json"])
-    assert told.exit_code == 0, told.output
-    found = json.loads(told.stdout)
+def test_it_tells_what_the_export_then_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dry_run("net.py:build", "net.py:data", eval_data="net.py:data", exclude=("head",), out="out")
     assert [path.name for path in folder.iterdir() if path.name != "__pycache__"] == ["net.py"]
-    data = [build("residual", seed=seed)[1] for seed in range(3)]
-    samples = sum(map(len, data))
-    assert found["samples"] == [samples, samples] and found["method"] == "gptq"
-    settings = {"latency_runs": 0, "parity_samples": 4, "exclude": ("head",), "simplify": True}
-    report = export(build("residual")[0], data, out=folder / "out", method="minmax", **settings)
-    assert found["fold"] == report["fold"] and found["size"]["by_type"] == report["size"]["by_type"]
+    samples = sum(len(build("residual", seed=seed)[1]) for seed in range(3))
+    assert found.samples == (samples, samples) and found.method == "gptq"
+    assert all(seconds > 0 for seconds in vars(found.time_s).values()) and found.memory and found.memory > 1e6
+    assert "DRY RUN" in repr(found) and "gptq" in repr(found) and len(repr(found)) < 1500
+    settings = {"latency_runs": 0, "parity_samples": 4, "exclude": ("head",)}
+    report = export("net.py:build", "net.py:data", out=folder / "out", method="minmax", **settings)
+    command = ["export", "net.py:build", "--data", "net.py:data", "--out", "out", "--dry-run", "--quiet"]
+    taken = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert taken.exit_code == 2 and "choose another --out" in taken.output, "it is refused here already"
+    monkeypatch.setattr(sys.modules["exporter.dry_run"], "dry_run", lambda *_, **__: found)
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert told["fold"] == report["fold"] and told["size"]["by_type"] == report["size"]["by_type"]
     for part in ("integer_nodes", "compute_nodes", "integer_macs", "by_op"):
-        assert found["coverage"][part] == report["coverage"][part]
-    assert all(seconds > 0 for seconds in found["time_s"].values()) and found["memory"] > 1e6
-    again = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
-    assert again.exit_code == 2 and "choose another --out" in again.output, "a taken folder is refused here already"
+        assert told["coverage"][part] == report["coverage"][part]
 
 
-def test_it_refuses_what_the_export_refuses(folder: Path) -> None:
-    def code(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["export", *arguments, "--dry-run", "--quiet"], env={"COLUMNS": "200"})
-        return result.exit_code, result.output
-
-    assert code("net.py:Unknown", "--data", "net.py:data")[0] == 3
-    assert code("net.py:build", "--data", "net.py:nothing")[0] == 2
-    found = code("net.py:build", "--data", "net.py:data", "--budget", "weight_bytes<=1")
-    assert found[0] == 2 and "cannot be met" in found[1]
-    found = code("net.py:build", "--data", "net.py:data", "--summary", "s.md")
-    assert found[0] == 2 and "--summary" in found[1]
-
-
-def test_python_shows_the_box(folder: Path) -> None:
-    found = dry_run("net.py:build", "net.py:data", method="minmax")
-    assert "DRY RUN" in repr(found) and "minmax" in repr(found) and len(repr(found)) < 1500
-    assert found._repr_html_().startswith("<pre")
+@pytest.mark.parametrize(
+    ("model", "data", "more", "code", "words"),
+    [
+        pytest.param("Unknown", "data", [], 3, "has no ONNX form", id="operator"),
+        pytest.param("build", "nothing", [], 2, "nothing", id="data"),
+        pytest.param("build", "data", ["--summary", "s.md"], 2, "--summary", id="summary"),
+        pytest.param("build", "data", ["--budget", "weight_bytes<=1"], 2, "cannot be met", id="budget",
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_it_refuses_what_the_export_refuses(
+    model: str, data: str, more: list[str], code: int, words: str, folder: Path
+) -> None:
+    command = ["export", f"net.py:{model}", "--data", f"net.py:{data}", "--dry-run", "--quiet", *more]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == code and words in result.output
 
 
 def test_more_work_has_more_effort() -> None:
