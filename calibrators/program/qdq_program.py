@@ -41,7 +41,7 @@ from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
 from calibrators.graph.rewrite import call_before, constant_before, origin, replace_by
-from calibrators.grid.numerics import along_axis, dequantize, grid_of, quantize, round_codes, values_of
+from calibrators.grid.numerics import along_axis, as_codes, dequantize, grid_of, quantize, round_codes, values_of
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
 from calibrators.placement.place import Placement
 
@@ -74,7 +74,7 @@ def quantized(
 ) -> Tensor:
     """Return the codes of floats in the dtype of the zero point: the operator QUANTIZE, without its dispatcher."""
     scale_b, zero_point_b = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
-    return round_codes(x, scale_b, zero_point_b, qmin, qmax).to(zero_point.dtype)
+    return as_codes(round_codes(x, scale_b, zero_point_b, qmin, qmax), zero_point.dtype)
 
 
 _quantize = torch.library.custom_op("intact::quantize", quantized, mutates_args=())

@@ -36,6 +36,7 @@ from torch.nn import functional
 
 from calibrators.grid import kernel_tables
 from calibrators.grid.kernel_tables import CodeGrid
+from calibrators.grid.numerics import as_codes
 from calibrators.grid.processors import PROCESSORS, REFERENCE
 
 __all__ = [
@@ -243,10 +244,10 @@ def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
     """Return the codes of float32 accumulators, whose memory is overwritten.
 
     The kernels clamp to the ends of the container before they round. As these are integers, a clamp after it, to the
-    range of the codes within them, gives the same.
+    range of the codes within them, gives the same. The zero point is added to bytes, whose sums wrap into the range.
     """
-    codes = _shifted(accumulators.mul_(multiplier).round_(), y.zero_point)
-    return codes.clamp_(y.qmin, y.qmax).to(y.dtype)
+    steps = accumulators.mul_(multiplier).round_().clamp_(y.qmin - y.zero_point, y.qmax - y.zero_point)
+    return _shifted(as_codes(steps, y.dtype), y.zero_point)
 
 
 def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry) -> Tensor:
@@ -304,7 +305,7 @@ def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
     """Return the codes of float values that already include the zero point; their memory is overwritten."""
-    return values.round_().clamp_(y.qmin, y.qmax).to(y.dtype)
+    return as_codes(values.round_().clamp_(y.qmin, y.qmax), y.dtype)
 
 
 def _table(codes: NDArray[Any], y: Grid) -> Tensor:
