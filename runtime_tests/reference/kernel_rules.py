@@ -204,14 +204,18 @@ def _check_weight(node: fx.Node) -> None:
         raise StaysFloat("its weight is not quantized")
 
 
-def _weights(program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None) -> kernels.Weights:
-    """Prepare the weights [out, in, ...] and bias of a convolution or linear layer."""
+def _weights(
+    program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None, *, padded: bool
+) -> tuple[Grid, kernels.Weights]:
+    """Return the grid with which to read the input, and the weights [out, in, ...] and bias, of a layer."""
     weight, bias = bind(node)["weight"], bind(node)["bias"]
     codes, scale, zero_point = (constant(program, argument) for argument in weight.args[:3])
     if codes.dtype not in (torch.int8, torch.uint8):
         raise StaysFloat(f"weights of {codes.dtype} have no integer kernel")
     bias_codes = None if bias is None else _bias_codes(program, bias, x.scale * scale, y)
-    return kernels.prepare_weights(codes, zero_point, scale, bias_codes, x)
+    if padded:
+        return x, kernels.prepare_weights(codes, zero_point, scale, bias_codes, x)
+    return kernels.unpadded(codes, zero_point, scale, bias_codes, x)
 
 
 def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid | None) -> Tensor:
@@ -236,7 +240,8 @@ def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     (x,) = _grids(program, bound["input"])
     if y is None:
         raise StaysFloat("its result is not quantized")
-    weights = _weights(program, node, x, y)
+    padding = bound["padding"]
+    x, weights = _weights(program, node, x, y, padded=padding != "valid" and any(padding))
     space = weights.parts[0][1].ndim - 2
     stride, padding, dilation = (_per_axis(bound[name], space) for name in ("stride", "padding", "dilation"))
     geometry = kernels.ConvGeometry(stride, padding, dilation, bound["groups"])
@@ -253,7 +258,7 @@ def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     if is_weight_only(node):
         raise StaysFloat("only its weight is quantized")
     (x,) = _grids(program, source(node))
-    weights = _weights(program, node, x, y)
+    x, weights = _weights(program, node, x, y, padded=False)
     return Kernel("QGemm", (source(node),), partial(kernels.linear, x=x, weights=weights, y=y))
 
 
@@ -267,7 +272,7 @@ def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     codes, scale, zero_point = (constant(program, argument) for argument in right.args[:3])
     if codes.ndim != 2:
         raise StaysFloat("a constant factor that is not a matrix has no integer kernel here")
-    weights = kernels.prepare_weights(codes.T, zero_point, scale, None, x)
+    x, weights = kernels.unpadded(codes.T, zero_point, scale, None, x)
     return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y))
 
 

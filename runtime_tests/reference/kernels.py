@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product, zip_longest
 from typing import Any
@@ -61,6 +61,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "unary_table",
+    "unpadded",
 ]
 
 EXACT_FLOAT32 = 2**24
@@ -175,6 +176,22 @@ def prepare_weights(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tens
     else:
         parts = ((slice(0, codes.shape[1]), codes.to(torch.float64).sub_(points)),)
     return Weights(parts, bias if wide or bias is None else bias.to(torch.float32), scale, wide)
+
+
+def unpadded(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | None, x: Grid) -> tuple[Grid, Weights]:
+    """Return weights of a product that reads no padding, and the grid with which to read its input.
+
+    The bias takes over what the zero point of the input adds to every sum, where the sums then stay exact in float32.
+    """
+    if x.zero_point:
+        taps, rows = codes[0].numel(), max(1, BLOCK // max(codes[0].numel(), 1))
+        sums = torch.cat([some.flatten(1).sum(1, dtype=torch.int64) for some in codes.split(rows)])
+        shift = x.zero_point * (sums - taps * zero_point.to(torch.int64))  # [out]
+        raw, moved = replace(x, zero_point=0), -shift if bias is None else bias.to(torch.int64) - shift
+        weights = prepare_weights(codes, zero_point, scale, moved, raw)
+        if not weights.wide:
+            return raw, weights
+    return x, prepare_weights(codes, zero_point, scale, bias, x)
 
 
 def _sizes(codes: Tensor, zero_point: Tensor, x: Grid) -> Iterator[Tensor]:

@@ -46,6 +46,7 @@ from runtime_tests.reference.kernels import (
     sigmoid,
     softmax,
     unary_table,
+    unpadded,
 )
 from tests.support.onnx_models import Net, optimized_model
 
@@ -270,6 +271,19 @@ def test_reduction_is_cut_into_the_fewest_exact_parts(inputs: int, size: int) ->
     assert all(bound.sum(1).max() < EXACT_FLOAT32 for bound in bounds)
     for bound, following in pairwise(bounds):  # nor would the next input channel have fitted
         assert (bound.sum(1) + following[:, 0]).max() >= EXACT_FLOAT32
+
+
+@pytest.mark.parametrize(("inputs", "is_moved"), [(20, True), (3000, False)], ids=["exact", "too-long"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_a_bias_takes_over_the_zero_point_where_sums_stay_exact(inputs: int, is_moved: bool, has_bias: bool) -> None:
+    rng = np.random.default_rng(inputs)
+    layer = random_layer(rng, (8, inputs))
+    x, y, bias = grid(float(layer.x.scale), 100), layer.y, layer.bias if has_bias else None
+    codes, weight, points = random_codes(rng, (16, inputs), x), layer.codes, torch.zeros_like(layer.scale)
+    raw, weights = unpadded(weight, points, layer.scale, bias, x)
+    assert raw.zero_point == (0 if is_moved else 100)
+    expected = linear(codes, x, prepare_weights(weight, points, layer.scale, bias, x), y)
+    assert_same_bits(linear(codes, raw, weights, y), expected)
 
 
 @needs_vnni
