@@ -185,7 +185,7 @@ def unpadded(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | No
     """
     if x.zero_point:
         taps, rows = codes[0].numel(), max(1, BLOCK // max(codes[0].numel(), 1))
-        sums = torch.cat([some.flatten(1).sum(1, dtype=torch.int64) for some in codes.split(rows)])
+        sums = torch.cat([some.flatten(1).sum(1, dtype=torch.int64) for some in torch.split(codes, rows)])
         shift = x.zero_point * (sums - taps * zero_point.to(torch.int64))  # [out]
         raw, moved = replace(x, zero_point=0), -shift if bias is None else bias.to(torch.int64) - shift
         weights = prepare_weights(codes, zero_point, scale, moved, raw)
