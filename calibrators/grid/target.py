@@ -70,6 +70,8 @@ class Target:
     The forms of programs
     clips_codes:       the runtime clips codes. If not, ReLUs and clips stay operators on floats, and a grid fills its
                        container.
+    fuses_clips:       a clip with another lower bound than 0 may stand between a kernel and its quantizer. If not, it
+                       stands between two quantizers.
     drops_clips:       the runtime removes a ReLU or clip that the saturation at the ends of the container performs.
                        If not, programs leave it out.
     free_factors:      a dequantizer may read codes with another scale than that of their quantizer, so that the product
@@ -110,6 +112,7 @@ class Target:
     fixed_outputs: Mapping[str, tuple[float, int]]
     costs: Mapping[str, Costs]
     clips_codes: bool = True
+    fuses_clips: bool = True
     drops_clips: bool
     free_factors: bool
     shields_floats: bool

@@ -54,7 +54,8 @@ class Placer:
         user = next(iter(node.users), None)
         if not (self.is_weighted(node) or self._is_integer_op(node)) or len(node.users) != 1:
             return
-        if isinstance(user, fx.Node) and user.name in self.selected and clip_bounds(user) is not None:
+        bounds = clip_bounds(user) if isinstance(user, fx.Node) and user.name in self.selected else None
+        if isinstance(user, fx.Node) and bounds is not None and (self.target.fuses_clips or bounds[0] == 0):
             self.absorbed[user] = node
 
     def is_weighted(self, node: fx.Node) -> bool:

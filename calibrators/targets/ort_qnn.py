@@ -4,8 +4,8 @@ Every layer writes codes, linear ones too; the batch is fixed to 1; nothing clip
 bits. A file must not hold a dequantizer with a scale other than that of its quantizer, nor packed weights.
 
 Sources: the QNN provider's documentation and onnxruntime's qnn/quant_config.py (types, static shapes), and the HTP
-simulator of onnxruntime-qnn 2.7.0, which refused a Gemm with a float output, a Clip of uint8 codes, and uint16
-activations beside int8 weights.
+simulator of onnxruntime-qnn 2.7.0, which refused a Gemm with a float output, a Clip of uint8 codes, a
+Clip to [-1, 1] between a convolution and its quantizer, and uint16 activations beside int8 weights.
 """
 
 from __future__ import annotations
@@ -37,5 +37,6 @@ TARGET = replace(
     on_codes_ops=Operators(),
     costs={},
     clips_codes=False,
+    fuses_clips=False,
     free_factors=False,
 )

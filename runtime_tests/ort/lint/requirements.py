@@ -30,6 +30,7 @@ __all__ = [
     "no_double_quantizers",
     "no_early_quantizers",
     "no_symmetric_relus",
+    "no_unfused_clips",
     "one_scale_per_value",
     "operators",
     "powers_of_two",
@@ -188,6 +189,20 @@ def no_clips_of_codes(source: str) -> Rule:
     return Rule("clip-of-codes", "error", "There is no such operator on integers.", each(
         nodes("Clip", "Max", "Min"), lambda node: node.inputs[0] is not None and _is_codes(node.inputs[0]),
         "{0.op_type} of codes; clip the floats before the quantizer"), source)  # fmt: skip
+
+
+def no_unfused_clips(source: str) -> Rule:
+    """Require that a clip between a layer and its quantizer has the lower bound 0."""
+
+    def broken(node: ir.Node) -> bool:
+        made = node.inputs[0].producer() if node.inputs[0] is not None else None
+        low = array(inputs(node, 2)[1])
+        is_layer = made is not None and made.op_type in PRODUCTS and operand(made.inputs[0]) is not None
+        return is_layer and low is not None and bool(np.any(low != 0)) and bool(quantizers_after(node.outputs[0]))
+
+    return Rule("unfused-clip", "error", "A layer is not joined with its quantizer across such a clip.", each(
+        nodes("Clip"), broken, "it stands between a layer and its quantizer; quantize before it too"),
+        source)  # fmt: skip
 
 
 def _is_codes(value: ir.Value) -> bool:

@@ -52,6 +52,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "power-of-two": {"scale": 0.3},
     "shared-scale": {"then": "concat"},
     "symmetric-relu": {"relu": True, "zero": 7},
+    "unfused-clip": {"clipped": True},
     "unsupported-operator": {"then": "Erf"},
     "weight-granularity": {"channels": True},
     "weight-type": {"weight": "UINT16", "opset": 21},
@@ -72,6 +73,7 @@ class File:
     channels: bool = True
     bias: str = "codes"
     relu: bool = False
+    clipped: bool = False
     then: str = ""
     batch: int | str = 1
     opset: int = 20
@@ -81,7 +83,10 @@ class File:
     @property
     def model(self) -> onnx.ModelProto:
         value = self.op("Conv", self.pair("x"), self.weights(), self.biases())
-        value = self.then_of(self.op("Relu", value) if self.relu else value)
+        value = self.op("Relu", value) if self.relu else value
+        if self.clipped:
+            value = self.op("Clip", value, *(self.constant(bound, TensorProto.FLOAT) for bound in (-1.0, 1.0)))
+        value = self.then_of(value)
         shapes = {"x": (self.batch, 4, 6, 6), value: (self.batch, 6 if self.then == "concat" else 3, 6, 6)}
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
         graph = helper.make_graph(self.nodes, "file", infos[:1], infos[1:], self.constants)
