@@ -114,7 +114,7 @@ def run(
     see:     gets the floats of every dequantized site that no kernel covers.
     disturb: changes the codes of sites, once they are recorded.
     with_floats: also return the floats of integer kernels, by `floats_of` the operator's name, and those that sites
-             without such a kernel round, by `rounded_in` the site.
+             without such a kernel round to other codes than the forced ones, by `rounded_in` the site.
     returns: codes in their container dtype by site name, and the outputs in order. With the codes are the indices of
              operators of CHOICES, by `choice_of` the operator's name; where they are forced, how much worse their
              scores are too, by `gap_of` that.
@@ -130,9 +130,10 @@ def run(
             elif node.target is QUANTIZE:
                 site = site_of(node)
                 codes[site] = values[node]
-                if with_floats and plan.by_site[site].kernel == FLOAT:
-                    codes[rounded_in(site)] = _floats(values[source(node)])
                 values[node] = forced.get(site, values[node])
+                rounds = with_floats and plan.by_site[site].kernel == FLOAT
+                if rounds and not torch.equal(values[node], codes[site]):
+                    codes[rounded_in(site)] = _floats(values[source(node)])
                 if disturb is not None:
                     values[node] = disturb(site, values[node])
             elif with_floats and node in plan.kernels:

@@ -331,11 +331,14 @@ class _OffByOne:
     where: Callable[[Tensor], Tensor]
     name: str = "off by one"
     kernel_rate: float = 0.0
+    float_factor: float = 1.0
     output_names: Sequence[str] = ("output",)
 
     def run(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         batch = [*map(torch.from_numpy, inputs)]
-        flips = self.where(run(self.plan, batch, with_floats=True)[0][rounded_in(self.site)]).to(torch.uint8)
+        others = {self.site: run(self.plan, batch)[0][self.site] ^ 1}
+        floats = run(self.plan, batch, others, with_floats=True)[0][rounded_in(self.site)]
+        flips = self.where(floats).to(torch.uint8)
         codes, outputs = run(
             self.plan,
             batch,
