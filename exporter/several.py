@@ -43,7 +43,7 @@ class Cost:
     accuracy_drop: of the metric, with labels; sqnr_db: of the outputs against the float network's, lowest of all.
     size_bytes:    of model.onnx; integer_macs: share of multiply-accumulates that onnxruntime runs on integers.
     latency_ms:    of onnxruntime on this machine, for targets that are run there.
-    proof:         what is proved (Target.promise); refused: why there is no bundle.
+    proof:         what is proved (Target.promise), or the runtime that was not available; refused: why there is no bundle.
     """
 
     target: str
@@ -103,6 +103,7 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
 
 def _cost(name: str, report: Outcome) -> Cost:
     target, latency = get_target(name), report.get("latency_ms")
+    ran = {each["runtime"] for each in report["proved_on"]}
     return Cost(
         name,
         report["verdict"],
@@ -111,7 +112,7 @@ def _cost(name: str, report: Outcome) -> Cost:
         size_bytes=report["size"]["bytes"],
         integer_macs=report["coverage"]["integer_macs"] if target.proof != "qdq" else None,
         latency_ms=latency["quantized"] if latency and target.runtime == "onnxruntime" else None,
-        proof=target.promise,
+        proof=f"not proved in {target.proved_in}" if {target.proved_in} - ran - {""} else target.promise,
     )
 
 

@@ -71,3 +71,10 @@ def test_flags_that_take_one_target() -> None:
         app, ["export", "m.py:f", "--data", "d.npz", "--dry-run", "--target", "ort-cpu", "--target", "ort-arm"]
     )
     assert shown.exit_code == 2 and "take one --target" in shown.stderr
+
+
+def test_the_table_says_where_nothing_was_proved(exported: tuple[Path, Any, list[str]]) -> None:
+    out, costs, _ = exported
+    ran = {each["runtime"] for each in json.loads((out / "ort-qnn" / "report.json").read_text())["proved_on"]}
+    assert costs[0].proof == "exact on every processor"
+    assert costs[2].proof == ("one step a kernel in qnn" if "qnn" in ran else "not proved in qnn")
