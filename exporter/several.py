@@ -43,7 +43,8 @@ class Cost:
     accuracy_drop: of the metric, with labels; sqnr_db: of the outputs against the float network's, lowest of all.
     size_bytes:    of model.onnx; integer_macs: share of multiply-accumulates that onnxruntime runs on integers.
     latency_ms:    of onnxruntime on this machine, for targets that are run there.
-    proof:         what is proved (Target.promise), or the runtime that was not available; refused: why there is no bundle.
+    proof:         what is proved (Target.promise), or the runtime that was not available.
+    refused:       why there is no bundle.
     """
 
     target: str

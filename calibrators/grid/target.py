@@ -153,7 +153,8 @@ class Target:
     def promise(self) -> str:
         """Where its files compute the integers of the reference, or how closely, in a few words."""
         if self.proof == "exact":
-            return f"exact on {'every processor' if {*self.exact_on} == {*PROCESSORS} else ', '.join(self.exact_on)}"
+            everywhere = {*self.exact_on} == {*PROCESSORS}
+            return f"exact on {'every processor' if everywhere else ', '.join(self.exact_on)}"
         return f"one step a kernel in {self.proved_in}" if self.proof == "steps" else "not proved on the device"
 
     @property
