@@ -97,7 +97,12 @@ def main() -> None:
         print(*(cell.ljust(14) for cell in cells), flush=True)
     if arguments.json is not None:
         command = f"python benchmarks/reference.py {' '.join(arguments.models)} --data {arguments.data}"
-        content = {"title": "Cost of the integer reference", "command": command, "measured": provenance(1)}
+        content = {
+            "title": "Cost of the integer reference",
+            "command": command,
+            "measured": provenance(1),
+            "methods": [],
+        }
         write_table(arguments.json, content | {"notes": [], "columns": COLUMNS, "rows": rows})
 
 
