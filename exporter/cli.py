@@ -135,6 +135,10 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
         targets = tuple(dict.fromkeys(flags.pop("target") or ()))
         job, settings = load_job(config, {**flags, "target": next(iter(targets), None)}, sets or ())
         if len(targets) > 1:
+            if settings.target != targets[0]:
+                raise InputError(
+                    f"--set target={settings.target} contradicts the flags --target; leave one of them out."
+                )
             if dry_run or summary is not None:
                 raise InputError("--dry-run and --summary take one --target; leave them or the other targets out.")
             _export_for(targets, job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.errors import InputError, argument, counted
-from calibrators.graph.digest import graph_digest
+from calibrators.graph.digest import digest_of, graph_digest
 from exporter.about import __version__
 from exporter.config import ExportConfig
 from exporter.inputs.batches import GraphBatches
@@ -79,14 +79,15 @@ class Store:
         return sum(1 for _ in self.folder.glob("*.safetensors"))
 
     def load(self, name: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the record of a step, None if it is not kept or cannot be read."""
+        """Return the tensors and the record of a step, None if it is not kept, or is not what was kept."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         try:
             with safetensors.safe_open(path, framework="pt") as stored:
-                record = json.loads(stored.metadata()["record"])
-                return {key: stored.get_tensor(key) for key in stored.keys()}, record  # noqa: SIM118 (not a mapping)
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
+                record, digest = (stored.metadata()[key] for key in ("record", "sha256"))
+            return (tensors, json.loads(record)) if digest == digest_of(record, sorted(tensors.items())) else None
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None  # it is done again
 
@@ -96,9 +97,10 @@ class Store:
         Where it cannot be written (a full disk, a folder that another export removed) the work goes on without it.
         """
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial, text = path.with_suffix(f".{os.getpid()}.partial"), json.dumps(record)
+        metadata = {"record": text, "sha256": digest_of(text, sorted(tensors.items()))}
         with suppress(OSError, safetensors.SafetensorError):
-            safetensors.torch.save_file(dict(tensors), partial, metadata={"record": json.dumps(record)})
+            safetensors.torch.save_file(dict(tensors), partial, metadata=metadata)
             partial.replace(path)
 
     def remove(self) -> None:
@@ -146,10 +148,20 @@ def kept_statistics(batches: GraphBatches, config: ExportConfig) -> Store | None
 
 def _shrink(parent: Path, kept: Path) -> None:
     """Remove the oldest folders while all of them take more than LARGEST bytes."""
-    others = sorted((path for path in parent.iterdir() if path != kept), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) for path in [*others, kept]}
-    for path in others:
-        if sum(sizes.values()) <= LARGEST:
+    found = {path: _age_and_size(path) for path in parent.iterdir()}
+    total = sum(size for _, size in found.values())
+    for path in sorted(found.keys() - {kept}, key=lambda path: (found[path], path)):
+        if total <= LARGEST:
             return
         shutil.rmtree(path, ignore_errors=True)
-        del sizes[path]
+        total -= found[path][1]
+
+
+def _age_and_size(path: Path) -> tuple[float, int]:
+    """Return the time of a folder's last use and its bytes; what another export removes meanwhile has none."""
+    time, size = 0.0, 0
+    with suppress(OSError):
+        time = path.lstat().st_mtime
+        for each in path.rglob("*"):
+            size += each.lstat().st_size
+    return time, size

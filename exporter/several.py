@@ -8,6 +8,7 @@ Must not know: the command line.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import ExportError
+from calibrators.errors import ExportError, InputError, IntactError, argument
 from calibrators.targets import get_target
 from exporter.config import ExportConfig
 from exporter.handover.bundle import check_out
@@ -74,8 +75,10 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
 ) -> tuple[Cost, ...]:
     """Write a bundle `out/TARGET` for each target and the table of what each costs; return the table.
 
-    config: its target is replaced; the other arguments are those of exporter.export.
-    raises: InputError for what no export takes, before any work; ExportError if every target is refused.
+    config:    its target is replaced; the other arguments are those of exporter.export.
+    overwrite: replace the bundles and the table of an earlier run for some of these targets.
+    raises:    InputError for what no export takes, before any work; what the first target is refused for if every one
+               is; KeyboardInterrupt that says which bundles are finished.
     """
     keep_freed_memory()
     out, progress = Path(out), progress or default_progress()
@@ -87,19 +90,42 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
             loaded, data, eval_data, checkpoint, checkpoint_key, config=mine, metric=metric, source=source
         )  # fmt: skip
         orders.append(replace(order, captures=orders[0].captures if orders else {}))
-    check_out(out, overwrite=overwrite)
-    costs, errors = [], []
+    _check_folder(out, targets, overwrite=overwrite)
+    costs, errors = [], list[IntactError]()
     for order in orders:
         name = order.config.target
         try:
             costs.append(_cost(name, carry_out(order, out / name, progress, overwrite=overwrite)))
-        except ExportError as error:
+        except KeyboardInterrupt as interrupt:
+            finished = ", ".join(cost.target for cost in costs if cost.refused is None)
+            raise KeyboardInterrupt(f"{out} holds the bundles of {finished} alone" if finished else "") from interrupt
+        except (ExportError, InputError) as error:
             errors.append(error)
             costs.append(Cost(name, "refused", proof=get_target(name).promise, refused=str(error)))
     if len(errors) == len(orders):
         raise errors[0]
+    for cost in costs:
+        if cost.refused is not None:  # a bundle of an earlier run is not that of the table
+            shutil.rmtree(out / cost.target, ignore_errors=True)
     (out / TABLE).write_text(json.dumps([*map(asdict, costs)], indent=2) + "\n", encoding="utf-8")
     return tuple(costs)
+
+
+def _check_folder(out: Path, targets: Sequence[str], *, overwrite: bool) -> None:
+    """Check that DIR is free, or holds nothing but bundles and the table of an earlier run for these targets.
+
+    raises: InputError.
+    """
+    if not (overwrite and out.is_dir()):
+        check_out(out)
+        return
+    for name in targets:
+        check_out(out / name, overwrite=True)
+    if strangers := sorted({path.name for path in out.iterdir()} - {TABLE, *targets}):
+        raise InputError(
+            f"{out} also holds {strangers[0]}, which is no bundle of these targets; move it away, or choose another "
+            f"{argument('out')}."
+        )
 
 
 def _cost(name: str, report: Outcome) -> Cost:

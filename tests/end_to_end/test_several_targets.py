@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calibrators.errors import InputError, UnknownNameError
-from exporter import intake
+from exporter import intake, several
 from exporter.cli import app
 from exporter.config import make_config
 from exporter.several import TABLE, export_for, row_of
@@ -66,11 +68,46 @@ def test_what_no_target_takes_is_refused_before_any_work(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_second_run_replaces_the_first(
+    exported: tuple[Path, Any, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = build("mlp")
+    settings = make_config({"method": "minmax", "latency_runs": 0})
+    again = partial(export_for, model=model, data=[x], config=settings, overwrite=True)
+    out = shutil.copytree(exported[0], tmp_path / "out")
+    with pytest.raises(InputError, match="also holds ort-qnn, which is no bundle of these targets"):
+        again(NAMES[:2], out=out)
+    with pytest.raises(InputError, match=r"also holds README\.md"):
+        again(NAMES[:2], out=out / "tensorrt")
+    real = several.carry_out
+
+    def refused(order: Any, *more: Any, **given: Any) -> Any:
+        if order.config.target != "ort-cpu":
+            raise InputError("a budget that this target cannot keep")
+        return real(order, *more, **given)
+
+    monkeypatch.setattr(several, "carry_out", refused)
+    assert [cost.verdict for cost in again(NAMES, out=out)] == ["pass", "refused", "refused"]
+    assert sorted(path.name for path in out.iterdir()) == ["ort-cpu", TABLE], "no stale bundles"
+
+    def stopped(order: Any, *more: Any, **given: Any) -> Any:
+        if order.config.target != "ort-cpu":
+            raise KeyboardInterrupt
+        return real(order, *more, **given)
+
+    monkeypatch.setattr(several, "carry_out", stopped)
+    with pytest.raises(KeyboardInterrupt, match="holds the bundles of ort-cpu alone"):
+        again(NAMES, out=out)
+
+
 def test_flags_that_take_one_target() -> None:
     shown = CliRunner().invoke(
         app, ["export", "m.py:f", "--data", "d.npz", "--dry-run", "--target", "ort-cpu", "--target", "ort-arm"]
     )
     assert shown.exit_code == 2 and "take one --target" in shown.stderr
+    other = ["--target", "ort-cpu", "--target", "ort-arm", "--set", "target=tensorrt"]
+    shown = CliRunner().invoke(app, ["export", "m.py:f", "--data", "d.npz", *other])
+    assert shown.exit_code == 2 and "contradicts" in shown.stderr
 
 
 def test_the_table_says_where_nothing_was_proved(exported: tuple[Path, Any, list[str]]) -> None:

@@ -92,11 +92,26 @@ def test_damaged_units_are_trained_again_and_old_exports_make_room(
     kept.folder.mkdir()
     (kept.folder / "unit.safetensors").write_bytes(b"\x08")
     assert kept.load("unit") is None and kept.load("absent") is None
+    kept.save("unit", {"x": torch.arange(3)}, {"name": "unit"})
+    whole = (kept.folder / "unit.safetensors").read_bytes()
+    (kept.folder / "unit.safetensors").write_bytes(whole[:-1] + b"\x01")
+    assert kept.load("unit") is None, "a flipped bit would give other numbers"
+    other = {"record": "{}", "sha256": ""}
+    safetensors.torch.save_file({"y": torch.arange(3)}, kept.folder / "unit.safetensors", metadata=other)
+    assert kept.load("unit") is None, "another program's file"
+    (cache / "dangling").symlink_to("nowhere")
     os.utime(kept.folder, (0, 0))
     monkeypatch.setattr(resume, "LARGEST", 0)
     assert Store(cache, "b" * 64, "").folder.exists() and not kept.folder.exists()
     with pytest.raises(InputError, match=r"cannot write to /proc/none/c.*; use another"):
         Store(Path("/proc/none"), "c" * 64, "use another")
+
+
+def test_exports_that_share_a_cache_may_remove_what_others_list(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [Store(cache, letter * 64, "").folder for letter in "ab"]
+    shutil.rmtree(listed[1])
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
+    assert Store(cache, "a" * 64, "").folder.is_dir()
 
 
 def test_statistics_are_shared_by_methods_and_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
