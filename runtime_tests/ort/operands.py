@@ -200,9 +200,12 @@ def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def code_bounds(codes: ir.Value, dtype: ir.DataType | None) -> tuple[int, int]:
-    """Return lowest and highest code that a value can hold: the range of its type, narrowed by a Clip of the codes."""
+    """Return lowest and highest code that a value can hold: those of a constant, else what type and Clip leave."""
     lo, hi = type_range(dtype)
     for value in _upstream(codes):
+        constant, stated = array(value), stated_type(value)
+        if constant is not None and constant.size and stated is not None and stated.is_integer():
+            lo, hi = max(lo, int(constant.min())), min(hi, int(constant.max()))
         node = value.producer()
         if node is not None and node.op_type == "Clip":
             low, high = (array(bound) for bound in inputs(node, 3)[1:])

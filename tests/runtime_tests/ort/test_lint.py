@@ -155,6 +155,16 @@ def different_ties(bad: bool) -> Model:
     return net.model(net.quantize_with(net.op("Add", x.name, y.name), 0.5 if bad else 0.25, 128).name)
 
 
+@pytest.mark.parametrize(("code", "broken"), [(128, {"different-ties"}), (129, set())])
+def test_a_constant_of_a_sum_has_its_own_codes_alone(code: int, broken: set[str]) -> None:
+    net = Net()
+    names = [net.constant("c", np.full((1, 4, 1, 1), code, np.uint8)), net.constant("s", np.float32(0.3))]
+    constant = net.op("DequantizeLinear", *names, net.constant("z", np.uint8(128)))
+    x = net.quantize_with(net.input("x", IMAGE), 0.25, 128)
+    model = net.model(net.quantize_with(net.op("Add", x.name, constant), 0.5, 128).name)
+    assert rules(model, get_target(DEFAULT_TARGET)) == broken
+
+
 def no_graph(bad: bool) -> Model:
     model = models.residual()
     if bad:
