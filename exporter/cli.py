@@ -421,7 +421,11 @@ def _export_for(
     if as_json:
         print_json(found)
     else:
-        print_table(COLUMNS, [*map(row_of, found)], title=f"Targets, bundles in {job.out}")
+        rows = [*map(row_of, found)]
+        print_table(COLUMNS, rows, title=f"Targets, bundles in {job.out}", box=None, padding=(0, 1, 0, 0))
+        for cost in found:
+            if cost.refused is not None:
+                print(f"{cost.target} is refused: {cost.refused}")
     raise typer.Exit(0 if all(cost.verdict == "pass" for cost in found) else 1)
 
 

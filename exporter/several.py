@@ -26,7 +26,7 @@ from exporter.intake import Order, open_order
 from exporter.pipeline import carry_out
 from exporter.progress import Progress, default_progress
 from exporter.reporting.metrics import METRICS, value_at
-from exporter.reporting.number_format import significant
+from exporter.reporting.number_format import DASH, decibel, percent, points, significant, size
 from exporter.reporting.outcome import Outcome
 
 __all__ = ["COLUMNS", "TABLE", "Cost", "export_for", "row_of"]
@@ -34,7 +34,7 @@ __all__ = ["COLUMNS", "TABLE", "Cost", "export_for", "row_of"]
 TABLE = "targets.json"
 """File beside the bundles that holds the table."""
 
-COLUMNS = ("target", "verdict", "accuracy drop", "SQNR", "size", "integer MACs", "latency", "proof")
+COLUMNS = ("target", "verdict", "accuracy\ndrop", "SQNR", "size", "integer\nMACs", "latency", "proof")
 
 
 @dataclass(frozen=True)
@@ -144,19 +144,14 @@ def _cost(name: str, report: Outcome) -> Cost:
 
 
 def row_of(cost: Cost) -> tuple[str, ...]:
-    """Return the cells of COLUMNS."""
-
-    def cell(value: float | None, unit: str = "") -> str:
-        return significant(value, 3) + (unit if value is not None else "")
-
-    kilobytes = None if cost.size_bytes is None else cost.size_bytes / 1000
+    """Return the cells of COLUMNS; a target that is refused has nothing to prove."""
     return (
         cost.target,
-        cost.verdict if cost.refused is None else f"refused: {cost.refused}",
-        cell(cost.accuracy_drop),
-        cell(cost.sqnr_db, " dB"),
-        cell(kilobytes, " kB"),
-        cell(cost.integer_macs),
-        cell(cost.latency_ms, " ms"),
-        cost.proof,
+        cost.verdict,
+        points(cost.accuracy_drop),
+        decibel(cost.sqnr_db),
+        size(cost.size_bytes),
+        percent(cost.integer_macs),
+        DASH if cost.latency_ms is None else f"{significant(cost.latency_ms, 3)} ms",
+        DASH if cost.refused else cost.proof,
     )

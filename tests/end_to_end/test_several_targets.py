@@ -15,7 +15,7 @@ from calibrators.errors import InputError, UnknownNameError
 from exporter import intake, several
 from exporter.cli import app
 from exporter.config import make_config
-from exporter.several import TABLE, export_for, row_of
+from exporter.several import TABLE, Cost, export_for, row_of
 from tests.support.networks import build
 
 NAMES = ("ort-cpu", "tensorrt", "ort-qnn")
@@ -44,6 +44,23 @@ def test_each_target_gets_a_bundle_and_a_row(exported: tuple[Path, Any, list[str
     table = json.loads((out / TABLE).read_text())
     assert [each["target"] for each in table] == [*NAMES] and table[1]["proof"] == "not proved on the device"
     assert row_of(costs[0])[:2] == ("ort-cpu", "pass")
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_table_breaks_no_word_in_80_columns(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = (
+        Cost("ort-cpu-vnni", "pass", -0.0012, 49.7, 13_300, 0.9987, 10.1234, "exact on every processor"),
+        Cost("openvino", "refused", proof="exact", refused="it needs an opset that the target does not read"),
+    )
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("exporter.several.export_for", lambda *_, **__: costs)
+    arguments = ["export", "net.py:f", "--data", "d.npz", "--out", "o", "--target", "ort-cpu", "--target", "openvino"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 1
+    assert max(map(len, shown.stdout.splitlines())) <= int(columns)
+    words = "ort-cpu-vnni pass −0.12 points 49.7 dB 13.3 kB 99.87 % 10.1 ms processor openvino refused accuracy latency"
+    assert {*words.split()} <= {*shown.stdout.split()}
+    assert shown.stdout.endswith("openvino is refused: it needs an opset that the target does not read\n")
 
 
 def test_the_network_is_captured_and_folded_once_for_each_kind_of_batch(exported: tuple[Path, Any, list[str]]) -> None:
