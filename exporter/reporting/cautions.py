@@ -40,10 +40,14 @@ NOTABLE = 0.01
 
 
 def _slowest(report: Report) -> str:
-    """Name what takes most of the time that is not spent in integer kernels."""
-    shares = report.time_shares
+    """Name what makes a file slow: the integer kernels if they alone do, else what takes most of the other time."""
+    shares, latency = report.time_shares, report.latency_ms
     if shares is None:
         return ""
+    ratio = latency.ratio if latency is not None else None
+    if ratio is not None and shares.integer * ratio > 1:
+        alone = f"its integer kernels alone, {percent(shares.integer, 0)} of its time,"
+        return f": {alone} take longer than the float model"
     if not shares.slowest and shares.quantizers < NOTABLE:
         return ""
     if not shares.slowest or shares.slowest[0].share < shares.quantizers:

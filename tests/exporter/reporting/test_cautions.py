@@ -32,6 +32,8 @@ def test_a_slower_file_names_what_takes_its_time() -> None:
     assert "batch norm folds" in text
     [text] = found(latency_ms=slower, time_shares={"quantizers": 0.4})
     assert text.endswith("quantizers take 40 % of its time")
+    [text] = found(latency_ms=slower, time_shares={"integer": 0.7, "quantizers": 0.2})
+    assert text.endswith("its integer kernels alone, 70 % of its time, take longer than the float model")
 
 
 def test_a_difference_within_the_noise_is_none() -> None:
