@@ -108,4 +108,5 @@ def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, em
     for row in rows:
         first, *others = (escape(printable(text)) for text in row)
         table.add_row(f"[bold]{first}[/bold]", *others)
-    Console().print(table if rows else empty)
+    if rows or empty:
+        Console().print(table if rows else empty)
