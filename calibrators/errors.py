@@ -28,6 +28,7 @@ __all__ = [
     "argument",
     "counted",
     "first_line",
+    "is_text",
     "no_file",
     "printable",
 ]
@@ -122,3 +123,12 @@ def no_file(path: Path) -> str:
         return f"{path} does not exist: there is no folder {folder}."
     near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
     return f"{path} does not exist{f'; did you mean {str(folder / near[0])!r}?' if near else '.'}"
+
+
+def is_text(value: str) -> bool:
+    """Return whether a file can hold a text: UTF-8, which bytes of a command line may not be, without NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value

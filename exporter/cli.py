@@ -25,7 +25,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from calibrators.allocator import keep_freed_memory
-from calibrators.errors import InputError, first_line
+from calibrators.errors import InputError, first_line, is_text
 from exporter.bundle_commands import rebuild, sign
 from exporter.comparing.commands import compare, compare_dump
 from exporter.console import check_folder_of, print_json, print_table, reported_errors
@@ -334,10 +334,14 @@ def lint(  # noqa: PLR0913 (the flags of a command)
         oldest = None if min_ort is None else parse_version(min_ort)
         if not model.is_file():
             raise InputError(f"{model} is not a file; give an ONNX model.")
+        if not is_text(str(model)):
+            raise InputError(f"the name of {model} is no text in UTF-8, which ONNX needs; rename the file.")
+        if as_sarif and as_json:
+            raise InputError("--json and --sarif print two forms of the same findings; leave one of them out.")
         with limited_memory(model, memory):
             findings = findings_of(model, target, min_ort=oldest)
         if as_sarif:
-            print_json(sarif(findings, checked_rules(model, target), model.as_posix()))
+            print_json(sarif(findings, checked_rules(model, target), model))
         elif as_json:
             print_json(findings)
         else:

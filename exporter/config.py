@@ -9,14 +9,14 @@ import hashlib
 import inspect
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from calibrators.errors import InputError, argument
+from calibrators.errors import InputError, argument, is_text
 from calibrators.mixed_precision.budgets import Budgets
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
@@ -229,7 +229,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         "model, data and settings; a first run may have it too.",
         panel=RUNNING,
     )
-    cache: str | None = setting(
+    cache: Annotated[str, Field(min_length=1), expected("the name of a folder")] | None = setting(
         None,
         "Keep the statistics of the calibration data in this folder, for exports of the same network and data with "
         "another method or other bits.",
@@ -244,6 +244,13 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         panel=RUNNING,
         metavar="GIB",
     )
+
+    @field_validator("*")
+    @classmethod
+    def _files_can_hold_texts(cls, value: object) -> object:
+        if all(map(is_text, _texts(value))):
+            return value
+        raise ValueError("text in UTF-8 without NUL")
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -336,6 +343,17 @@ def make_config(values: Mapping[str, Any]) -> ExportConfig:
     raises: InputError naming the key, with near misses for a key that is no setting.
     """
     return ExportConfig(**values)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts in the value of a setting."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:

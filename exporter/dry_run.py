@@ -32,6 +32,7 @@ from exporter.pipeline import Work
 from exporter.progress import Progress, default_progress
 from exporter.reporting.forecast import Forecast
 from exporter.reporting.schema import Bits, Times
+from exporter.resume import check_apart
 from exporter.run_calibrators import calibrated, calibration_notes, check_budget
 from runtime_tests.measure.size import size_of
 from runtime_tests.ort.coverage import coverage
@@ -89,6 +90,7 @@ def dry_run(
         model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source
     )  # fmt: skip
     if out is not None:
+        check_apart(Path(out), order.config)
         check_out(Path(out), overwrite=overwrite)
     torch.manual_seed(order.config.seed)
     with TemporaryFolder() as folder:

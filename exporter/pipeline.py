@@ -51,7 +51,7 @@ from exporter.reporting.outcome import Outcome
 from exporter.reporting.provenance import provenance, sha256_of
 from exporter.reporting.schema import SCHEMA_VERSION, Bits, DataSource, DataSources, Report, Times, Tool, dump
 from exporter.reporting.sections import emission_of, storage_of
-from exporter.resume import kept_units
+from exporter.resume import check_apart, kept_units
 from exporter.run_calibrators import calibrated, calibration_notes
 from exporter.verify import REFERENCE, judge, machine_parts
 from runtime_tests.measure.latency import Timings, latency
@@ -110,6 +110,7 @@ def export(
     order = open_order(
         model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source
     )  # fmt: skip
+    check_apart(out, order.config)
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
     return carry_out(order, out, progress or default_progress(), overwrite=overwrite)
 

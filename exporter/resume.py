@@ -31,7 +31,7 @@ from exporter.config import ExportConfig
 from exporter.inputs.batches import GraphBatches
 from exporter.inputs.data import Data
 
-__all__ = ["Store", "cache_folder", "export_digest", "kept_statistics", "kept_units"]
+__all__ = ["Store", "cache_folder", "check_apart", "export_digest", "kept_statistics", "kept_units"]
 
 VARIABLE = "INTACT_CACHE"
 LARGEST = 4 << 30
@@ -43,6 +43,18 @@ def cache_folder() -> Path:
     if named := os.environ.get(VARIABLE):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intact"
+
+
+def check_apart(out: Path, config: ExportConfig) -> None:
+    """Check that what is kept does not lie in the bundle, which nothing but an export fills.
+
+    raises: InputError.
+    """
+    used = [(argument("cache"), Path(config.cache))] if config.cache else []
+    used += [(VARIABLE, cache_folder())] if config.resume else []
+    for name, folder in used:
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{name} {folder} is inside the bundle {out}; give it another folder.")
 
 
 def export_digest(graph: fx.GraphModule, data_digest: str, config: ExportConfig) -> str:

@@ -28,6 +28,7 @@ from exporter.progress import Progress, default_progress
 from exporter.reporting.metrics import METRICS, value_at
 from exporter.reporting.number_format import DASH, decibel, percent, points, significant, size
 from exporter.reporting.outcome import Outcome
+from exporter.resume import check_apart
 
 __all__ = ["COLUMNS", "TABLE", "Cost", "export_for", "row_of"]
 
@@ -80,6 +81,8 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
     raises:    InputError for what no export takes, before any work; what the first target is refused for if every one
                is; KeyboardInterrupt that says which bundles are finished.
     """
+    if not targets or len(set(targets)) < len(targets):
+        raise InputError(f"targets {', '.join(targets) or 'are missing'}; give each of one or more targets once.")
     keep_freed_memory()
     out, progress = Path(out), progress or default_progress()
     orders: list[Order] = []
@@ -90,6 +93,7 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
             loaded, data, eval_data, checkpoint, checkpoint_key, config=mine, metric=metric, source=source
         )  # fmt: skip
         orders.append(replace(order, captures=orders[0].captures if orders else {}))
+    check_apart(out, config)
     _check_folder(out, targets, overwrite=overwrite)
     costs, errors = [], list[IntactError]()
     for order in orders:

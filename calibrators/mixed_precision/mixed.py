@@ -162,8 +162,11 @@ class _Limits:
         self.scales = {scale.site: scale for scale in self.every if scale.kind in self.open}
         self.given = {scale.site: self.costs.widths[scale.site] for scale in self.every if scale.kind not in self.open}
         if not self.scales:
+            fixed = [argument("first_last_bits", options.first_last_bits)] if options.first_last_bits else []
+            fixed += [argument("layers")] if options.layers else []
             raise InputError(
-                "a budget is given, but rules for layers decide the bits of all layers; leave one of them out."
+                f"a budget is given, but {' and '.join(fixed) or 'the target'} leaves no layer whose bits can be "
+                "chosen; change that, or leave the budget out."
             )
         coarsest = {name: min(scale.specs) for name, scale in self.scales.items()}
         for quantity, limit in self.limits.items():

@@ -7,8 +7,11 @@ Must not know: how findings are made, the command line.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from exporter.about import __version__
 from runtime_tests.ort.lint import Finding, Rule
@@ -18,11 +21,12 @@ __all__ = ["sarif"]
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
-def sarif(findings: Sequence[Finding], rules: Sequence[Rule], file: str) -> dict[str, Any]:
+def sarif(findings: Sequence[Finding], rules: Sequence[Rule], file: Path) -> dict[str, Any]:
     """Return the document of one run.
 
     rules: those that were checked; file: path of the model, as the user gave it.
     """
+    uri = file.as_uri() if file.is_absolute() else quote(os.fsencode(file.as_posix()))
     indices = {rule.name: index for index, rule in enumerate(rules)}
     driver = {
         "name": "intact lint",
@@ -45,7 +49,7 @@ def sarif(findings: Sequence[Finding], rules: Sequence[Rule], file: str) -> dict
             "message": {"text": f"{finding.where}: {finding.message}"},
             "locations": [
                 {
-                    "physicalLocation": {"artifactLocation": {"uri": file}},
+                    "physicalLocation": {"artifactLocation": {"uri": uri}},
                     "logicalLocations": [{"name": finding.where, "kind": "object"}],
                 }
             ],

@@ -82,6 +82,9 @@ def test_what_no_target_takes_is_refused_before_any_work(tmp_path: Path) -> None
     with pytest.raises(InputError, match="target 'ort-qnn' has activations of 8 bits only"):
         settings = make_config({"activation_bits": 4})
         export_for(("ort-cpu", "ort-qnn"), model, [x], out=tmp_path / "out", config=settings)
+    for names in ((), ("ort-cpu", "ort-cpu")):
+        with pytest.raises(InputError, match="give each of one or more targets once"):
+            export_for(names, model, [x], out=tmp_path / "out", config=make_config({}))
     assert not (tmp_path / "out").exists()
 
 

@@ -234,3 +234,12 @@ def test_every_setting_is_described_once_and_has_a_flag_or_says_so() -> None:
 )
 def test_text_of_flags_is_parsed_by_the_settings(field: str, text: str, value: object) -> None:
     assert getattr(make_config({field: text}), field) == value
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\0b"])
+def test_files_can_hold_every_text(text: str) -> None:
+    for name, value in (("labels", text), ("include", (text,)), ("options", {text: 1})):
+        with pytest.raises(InputError, match=rf"{name} = .* should be text in UTF-8 without NUL"):
+            make_config({name: value})
+    with pytest.raises(InputError, match="cache = '' should be the name of a folder"):
+        make_config({"cache": ""})

@@ -114,6 +114,18 @@ def test_exports_that_share_a_cache_may_remove_what_others_list(cache: Path, mon
     assert Store(cache, "a" * 64, "").folder.is_dir()
 
 
+def test_what_is_kept_lies_beside_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    for inside in (out, out / "deep" / "er"):
+        with pytest.raises(InputError, match="is inside the bundle"):
+            resume.check_apart(out, make_config({"cache": str(inside)}))
+    monkeypatch.setenv("INTACT_CACHE", str(out / "kept"))
+    resume.check_apart(out, make_config({"cache": str(tmp_path)}))
+    with pytest.raises(InputError, match=r"INTACT_CACHE .* is inside the bundle"):
+        run(out, resume=True)
+    assert not out.exists()
+
+
 def test_statistics_are_shared_by_methods_and_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build("residual")
     data = [x, build("residual", seed=1)[1]]

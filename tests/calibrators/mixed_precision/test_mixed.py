@@ -221,7 +221,7 @@ def test_same_seed_same_bits_and_the_record_tells_the_rest() -> None:
     ("budgets", "options", "message"),
     [
         (["avg_weight_bits<=1.9"], FREE, "fewest bits that may be chosen take 2"),
-        (["avg_weight_bits<=4"], PlacementOptions(layers=(LayerRule("*", weight_bits=4),)), "decide the bits of all"),
+        (["avg_weight_bits<=4"], PlacementOptions(layers=(LayerRule("*", weight_bits=4),)), "layers leaves no layer"),
         (["accuracy_drop<=0.01%", "avg_weight_bits<=2"], FREE, "raise the limit"),
         (["bops<=1k", "avg_weight_bits<=8"], FREE, "cannot be met"),
     ],
