@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.errors import InputError, argument, counted
+from calibrators.errors import InputError, argument
 from calibrators.graph.aten import (
     bind,
     coded_outputs,
@@ -37,16 +37,16 @@ from calibrators.graph.aten import (
     operator_name,
     where,
 )
-from calibrators.graph.operators import WEIGHTED
 from calibrators.grid.limits import Limits, pairings
 from calibrators.grid.spec import QParams, Site
 from calibrators.grid.target import Target
 from calibrators.placement.fastest import LeftInFloat, faster_in_float
 from calibrators.placement.integer_values import Placer
 from calibrators.placement.kernel_forms import is_float
-from calibrators.placement.layer_rules import WIDE, AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.placement.layer_rules import AppliedRule, LayerRule, MatchedRule, RuleList
+from calibrators.placement.notes import notes_on_floats, notes_on_rules, notes_on_weight_only
 from calibrators.placement.placement_options import PlacementOptions
-from calibrators.placement.sites import Sites, rescales
+from calibrators.placement.sites import Sites
 
 __all__ = ["Placement", "PlacementOptions", "check_widths", "place"]
 
@@ -65,6 +65,7 @@ class Placement:
     rules: the layers that each rule decided; notes: the settings that could not be kept, and why.
     lookups: fx names of the embeddings whose tables are stored in 8 bits.
     options, allocated: what decided the sites, as `place` takes it.
+    left: the layers that are faster in float, None where there are none.
     """
 
     graph: fx.GraphModule
@@ -75,6 +76,7 @@ class Placement:
     lookups: tuple[str, ...] = ()
     options: PlacementOptions = field(default_factory=PlacementOptions)
     allocated: tuple[MatchedRule, ...] = ()
+    left: LeftInFloat | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Site]:
@@ -116,8 +118,12 @@ class Placement:
         return {name: tuple(users) for name, users in found.items()}
 
     def again(self, rules: Iterable[MatchedRule]) -> Placement:
-        """Return the placement with further rules for operators by name, which win over all but those of the user."""
-        return place(self.graph, self.target, self.options, (*self.allocated, *rules))
+        """Return the placement with further rules for operators by name, which win over all but those of the user.
+
+        The layers that are left in float because they are faster there stay the same: one layer more in float could
+        turn the balance for the whole network.
+        """
+        return place(self.graph, self.target, self.options, (*self.allocated, *rules), before=self)
 
     def matching(self, rule: LayerRule, flag: str) -> MatchedRule:
         """Return a rule with the operators that its glob matches.
@@ -184,10 +190,13 @@ def place(
     target: Target,
     options: PlacementOptions | None = None,
     allocated: Sequence[MatchedRule] = (),
+    *,
+    before: Placement | None = None,
 ) -> Placement:
     """Return the sites of a graph in integer forms (calibrators.graph.canonical) for a target.
 
     allocated: rules that were found for operators by name; `options.layers` win over them.
+    before:    a placement of the same graph, from which the layers that are faster in float are taken over.
 
     raises: UnknownNameError for a pattern that matches nothing, InputError if nothing is left to quantize.
     """
@@ -214,23 +223,25 @@ def place(
     rules = RuleList([*_implied(options, target, weighted), *allocated, *given])
     weight_only = _weight_only(rules, target, weighted)
     placer = Placer(graph, target, selected, frozenset(weighted) - weight_only)
-    left = _left_in_float(placer, given) if options.placement == "fastest" else None
+    left = before.left if before else _left_in_float(placer, given) if options.placement == "fastest" else None
     if left is not None:
         costly = MatchedRule(FASTEST, left.nodes, "placement")
         placer = placer.without(left.nodes)
         weighted = [node for node in weighted if node.name not in left.nodes]
+        if not weighted:
+            raise InputError(
+                "nothing is left to quantize: all layers are faster in float, or have a rule that leaves them there; "
+                f"give {argument('placement', 'integer')}, or leave out a rule."
+            )
         rules = RuleList([*_implied(options, target, weighted), *allocated, costly, *given])
     _check_blocks(rules, weighted)
     _check_coded(placer)
     sites = Sites(placer, rules, weighted, reduce_range=options.reduce_range, wide_taps=options.wide_taps).build()
-    notes = (
-        *_notes_on_floats(graph, left),
-        *_notes(rules, sites, weighted),
-        *_notes_on_weight_only(rules, target, weighted, weight_only),
-    )
+    notes = *notes_on_floats(graph, left), *notes_on_rules(rules, sites, weighted)
+    notes += (*notes_on_weight_only(rules, target, weighted, weight_only),)
     applied = _applied(graph, rules, weighted)
     lookups = tuple(_lookups(graph, selected)) if target.coded_tables else ()
-    placement = Placement(graph, target, sites, applied, notes, lookups, options, tuple(allocated))
+    placement = Placement(graph, target, sites, applied, notes, lookups, options, tuple(allocated), left)
     return _with_unsigned(placement, rules)
 
 
@@ -250,17 +261,6 @@ def _left_in_float(placer: Placer, given: Iterable[MatchedRule]) -> LeftInFloat 
     """Return the operators that are much faster in float, without those for which the user gave other settings."""
     asked = [matched for matched in given if matched.flag and matched.rule.settings != {"float": True}]
     return faster_in_float(placer, placer.target.costs, frozenset().union(*(matched.nodes for matched in asked)))
-
-
-def _notes_on_floats(graph: fx.GraphModule, left: LeftInFloat | None) -> Iterator[str]:
-    if left is None:
-        return
-    layers = [node for node in graph.graph.nodes if node.name in left.nodes and node.target in WEIGHTED]
-    yield (
-        f"{counted(len(layers), 'layer')} left in float, which is faster ({left.ms:.2f} instead of "
-        f"{left.integer_ms:.2f} ms a sample, as predicted for x86-64 with VNNI); {argument('placement', 'integer')} "
-        "quantizes them"
-    )
 
 
 def _with_unsigned(placement: Placement, rules: RuleList) -> Placement:
@@ -405,45 +405,6 @@ def _applied(graph: fx.GraphModule, rules: RuleList, weighted: Sequence[fx.Node]
 
     given = [matched for matched in rules.rules if matched.flag]
     return tuple(AppliedRule(matched.rule.match, matched.rule.settings, layers(matched)) for matched in given)
-
-
-def _notes(rules: RuleList, sites: Iterable[Site], weighted: Sequence[fx.Node]) -> Iterator[str]:
-    """Yield one sentence for every layer that lacks what a rule of the user asks for."""
-    specs = {(site.kind, user): site.spec for site in sites for user in site.users}
-
-    def missed(setting: str, node: fx.Node, found: int) -> bool:
-        decider = rules.decider(setting, node.name)
-        asked = decider is not None and (decider.flag == "layers" or found == WIDE)
-        return asked and found > rules.value(setting, node.name)
-
-    for node in weighted:
-        name, weight, read = layer_name(node), specs["weight", node.name], specs.get(("activation", node.name))
-        if missed("weight_bits", node, weight.bits) and not rescales(node):
-            yield f"{name}: its weight keeps {weight.bits} bits, because another layer shares the weight"
-        if read is not None and missed("activation_bits", node, read.bits):
-            yield f"{name}: its input keeps {read.bits} bits, because another layer shares the value or its scale"
-        if weight.symmetric and rules.value("symmetric", node.name) is False:
-            yield f"{name}: its weight stays symmetric, because only weights below {weight.bits} bits have a zero point"
-
-
-def _notes_on_weight_only(
-    rules: RuleList, target: Target, weighted: Sequence[fx.Node], weight_only: Collection[fx.Node]
-) -> Iterator[str]:
-    """Yield one sentence for every layer that is not weight-only despite a rule, or whose rule has no effect."""
-    for node in weighted:
-        if node in weight_only:
-            decider = rules.decider("activation_bits", node.name)
-            if decider is not None and decider.flag == "layers":
-                yield f"{layer_name(node)}: activation_bits has no effect, because the layer is weight_only"
-        elif rules.value("weight_only", node.name):
-            if node.target in target.weight_only:
-                yield f"{layer_name(node)}: not weight_only, because another layer shares its weight"
-            else:
-                yield f"{layer_name(node)}: not weight_only, because {operator_name(node.target)} has no such kernel"
-    others = {operator_name(node.target) for node in weighted if node.target not in target.weight_only}
-    everywhere = any(matched.rule.weight_only and not matched.flag for matched in rules.rules)
-    if everywhere and others:
-        yield f"weight_only does not apply to {', '.join(sorted(others))}, for which there is no such kernel"
 
 
 def _all_labels(graph: fx.GraphModule) -> dict[str, list[str]]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from calibrators.errors import InputError
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.graph.operators import OPERATORS
 from calibrators.grid.costs import Cost, Costs, Work, kind_of_convolution
@@ -87,6 +89,23 @@ def test_a_layer_is_quantized_even_where_all_are_faster_in_float(thin: fx.GraphM
     assert left is not None
     rest = placer_of(thin).without(left.nodes)
     assert len(rest.weighted) == 1
+
+
+def test_further_rules_leave_the_balance_as_it_is(thin: fx.GraphModule) -> None:
+    """One layer more in float, near the balance, would take the whole network with it."""
+    whole = place(thin, TARGET, PlacementOptions(placement="integer"))
+    layer, *others = layers_of(whole)
+    before = replace(whole, options=PlacementOptions())
+    rule = before.matching(LayerRule(layer.removesuffix(".weight"), float=True), "auto")
+    assert layers_of(before.again([rule])) == others
+    assert len(layers_of(place(thin, TARGET, PlacementOptions(), [rule]))) < len(others)
+
+
+def test_the_last_layer_may_not_be_left_in_float(thin: fx.GraphModule) -> None:
+    placement = place(thin, TARGET)
+    [layer] = layers_of(placement)
+    with pytest.raises(InputError, match="nothing is left"):
+        placement.again([placement.matching(LayerRule(layer.removesuffix(".weight"), float=True), "auto")])
 
 
 @pytest.mark.parametrize("name", ["ort-arm", "ort-web"])
