@@ -22,6 +22,7 @@ from calibrators.goal import DEFAULT_GOAL, Goal
 from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.target import Target
+from calibrators.ladder_record import CostlyLayers
 from calibrators.methods import Method, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed_precision.budgets import Budget
@@ -31,7 +32,6 @@ from calibrators.mixed_precision.mixed import allocate_bits, measure_sensitivity
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
-from calibrators.record import CostlyLayers
 from calibrators.rewrites.bias_correction import correct_biases
 from calibrators.rewrites.prepare import prepare_graph
 from calibrators.targets import DEFAULT_TARGET, get_target

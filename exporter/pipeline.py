@@ -20,8 +20,8 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.calibration import advice
 from calibrators.errors import counted
 from calibrators.execution.measure import Batch
+from calibrators.ladder_record import CostlyLayers
 from calibrators.program.freeze import CalibrationResult
-from calibrators.record import CostlyLayers
 from calibrators.targets import get_target
 from calibrators.temporary import TemporaryFolder
 from exporter.about import __version__

@@ -22,7 +22,7 @@ from calibrators.goal import ROOM, Goal, reaches, with_room
 from calibrators.graph.aten import batch_of, example_batch, outputs_of, shape_of
 from calibrators.grid.metrics import LEAST_ENERGY, decibels
 from calibrators.intervals import Interval, ratio, share_interval
-from calibrators.record import HeldOutFigure
+from calibrators.ladder_record import HeldOutFigure
 
 __all__ = ["FEWEST", "Judge", "Verdict", "affordable", "hold_out"]
 

@@ -27,11 +27,11 @@ from calibrators.graph.aten import batch_of, example_batch, module_path, outputs
 from calibrators.graph.walk import Values, walk
 from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.grid.spec import QParams, QuantizedTensor, Site
+from calibrators.ladder_record import CostlyLayers, Escape
 from calibrators.placement.layer_rules import LayerRule, MatchedRule
 from calibrators.placement.place import Placement
 from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.range_method import RangeMethod
-from calibrators.record import CostlyLayers, Escape
 
 __all__ = [
     "RANKED",

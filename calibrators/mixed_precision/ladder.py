@@ -19,10 +19,10 @@ from torch import Tensor
 from calibrators.errors import counted
 from calibrators.execution.held_out import Judge, Verdict, hold_out
 from calibrators.execution.task import Kept, Problem
+from calibrators.ladder_record import Ladder, Rung
 from calibrators.mixed_precision.escapes import RANKED, Candidate, candidates, fewest, finer, most_escapes, with_escapes
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
-from calibrators.record import Ladder, Rung
 
 __all__ = ["climb"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from calibrators.errors import counted
-from calibrators.record import CostlyLayers
+from calibrators.ladder_record import CostlyLayers
 from exporter.reporting.gates import needs_baseline
 from exporter.reporting.ladder import figure_text
 from exporter.reporting.layer_sections import LayerEntry

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from calibrators.record import HeldOutFigure, Ladder, Rung
+from calibrators.ladder_record import HeldOutFigure, Ladder, Rung
 from exporter.reporting.metrics import quantity_of
 from exporter.reporting.number_format import count, duration, significant
 from exporter.reporting.quantities import written

@@ -21,10 +21,9 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from calibrators.errors import InputError, first_line, no_file
+from calibrators.ladder_record import CostlyLayers, Ladder
 from calibrators.placement.layer_rules import AppliedRule
 from calibrators.record import (
-    CostlyLayers,
-    Ladder,
     Lapq,
     LimitedWeight,
     MixedPrecision,

@@ -14,13 +14,13 @@ from calibrators.errors import InputError
 from calibrators.execution.held_out import Judge, hold_out
 from calibrators.execution.task import Problem
 from calibrators.grid.metrics import decibels, energy
+from calibrators.ladder_record import Ladder
 from calibrators.methods import get_method, range_method
 from calibrators.methods.qdrop import QDrop
 from calibrators.mixed_precision.escapes import candidates, fewest, with_escapes
 from calibrators.mixed_precision.ladder import climb
 from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
-from calibrators.record import Ladder
 from calibrators.targets import get_target
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
