@@ -48,6 +48,7 @@ def render_readme(report: Report) -> str:
             sizes=[*_bounds(report.sizes)],
             labels=_listed(model.labels or ()),
             preprocessing=[*_preprocessing(model.images, model.inputs[0])] if model.images else [],
+            frame=_frame(model.images, model.inputs[0]) if model.images else None,
             session=EXACT,
             golden=_clean(report.data.golden.source) if report.data and report.data.golden else "",
             batch=next((size for size in sizes if isinstance(size, int)), 1),
@@ -114,7 +115,7 @@ def _preprocessing(images: Images, port: Port) -> Iterator[str]:
             f"the image just covers {height} x {width} (height x width), and crop the centre."
         )
     else:
-        size = " x ".join(map(str, port.shape[1:3] if images.layout == "nhwc" else port.shape[2:4]))
+        size = " x ".join(map(str, _height_and_width(images, port)))
         yield (
             f"Nothing is resized: the images of the folder had the size of the input, {size} (height x width). How "
             "they were made is not recorded; make yours in the same way."
@@ -129,3 +130,13 @@ def _preprocessing(images: Images, port: Port) -> Iterator[str]:
     if images.std is not None:
         yield f"Divide by the standard deviation of each channel: {_numbers(images.std)}."
     yield "Transpose to channel, height, width, as float32."
+
+
+def _frame(images: Images, port: Port) -> tuple[int, int] | None:
+    """Return height and width of the bytes that an input takes; None where it takes none, or has no one size."""
+    height, width = images.size or _height_and_width(images, port)
+    return (height, width) if images.in_file and isinstance(height, int) and isinstance(width, int) else None
+
+
+def _height_and_width(images: Images, port: Port) -> Sequence[int | str | None]:
+    return port.shape[1:3] if images.layout == "nhwc" else port.shape[2:4]

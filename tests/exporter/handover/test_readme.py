@@ -149,3 +149,16 @@ def test_images_of_the_right_size_are_said_to_be_fed_as_they_are(layout: str, sh
     page = render_readme(replace(report, model=replace(report.model, inputs=(port,), images=images)))
     assert ("np.uint8).reshape(12, 20, 3)" in page) == (layout == "nhwc"), "bytes of a camera need no Pillow"
     assert "had the size of the input, 12 x 20 (height x width)" in page and "is not recorded" in page
+
+
+@pytest.mark.parametrize(("size", "shown"), [((10, 16), "reshape(10, 16, 3)"), (None, "")])
+def test_bytes_of_a_camera_have_the_size_of_the_data_where_that_of_the_input_is_free(
+    size: tuple[int, int] | None, shown: str
+) -> None:
+    report = validate_report(sample_report(2))
+    assert report.model is not None
+    images = Images("RGB", "nhwc", size, "BILINEAR", None, None, in_file=True)
+    pixels = Pixels("nhwc", (0.5,), (0.5,), "")
+    port = replace(report.model.inputs[0], shape=("batch", "height", "width", 3), pixels=pixels)
+    page = render_readme(replace(report, model=replace(report.model, inputs=(port,), images=images)))
+    assert ("np.fromfile" in page) == bool(shown) and shown in page
