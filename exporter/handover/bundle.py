@@ -378,6 +378,8 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
     """Read the manifest and check its form and its file names, but not the files."""
     path = bundle / _MANIFEST
     if not path.is_file():
+        if inner := sorted(each.parent.as_posix() for each in bundle.glob(f"*/{_MANIFEST}")):
+            raise InputError(f"{bundle} is no bundle, but holds some; give one of them: {', '.join(inner)}.")
         raise InputError(
             f"{bundle} is not a readable bundle (no {_MANIFEST}); give the folder that `intact export` wrote."
         )

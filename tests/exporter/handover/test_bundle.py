@@ -427,6 +427,13 @@ def test_a_folder_that_is_no_bundle_is_one_message(tmp_path: Path) -> None:
         verify_manifest(tmp_path / "nowhere")
 
 
+def test_the_folder_of_several_targets_names_its_bundles(tmp_path: Path) -> None:
+    for name in ("tensorrt", "ort-cpu"):
+        _write(tmp_path / name)
+    with pytest.raises(InputError, match=r"holds some; give one of them: .*/ort-cpu, .*/tensorrt\."):
+        verify_manifest(tmp_path)
+
+
 def test_an_output_of_zeros_has_a_tolerance() -> None:
     output = GoldenOutput("y", tolerance=0.1, measured=0.05, largest=0.0)
     assert bundle_module._tolerance(output) == "absolute tolerance 0.1: float operators compute part of it"
