@@ -16,6 +16,12 @@ from exporter.flags import Debug, Json, Quiet, option
 
 __all__ = ["rebuild", "sign"]
 
+UNEXPLAINED = (
+    "Settings, data and packages are those of the export: compare the processor and the code of the model, and load "
+    "or seed weights that it draws at random."
+)
+"""Printed where files differ and nothing that a bundle records explains it."""
+
 
 def rebuild(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
@@ -45,6 +51,8 @@ def rebuild(
             for what, pairs in (("sha256 of the data", found.data), ("package", found.changed)):
                 changes = [(name, *(each or "absent" for each in pair)) for name, pair in pairs.items()]
                 print_table((what, "at the export", "now"), changes, box=None)
+            if found.differing and not found.data and not found.changed:
+                Console().print(UNEXPLAINED, highlight=False)
         raise typer.Exit(check and bool(found.differing))
 
 

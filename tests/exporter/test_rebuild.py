@@ -61,6 +61,9 @@ def test_the_same_files_come_out_until_something_changes(bundle: Path) -> None:
     assert code == 1 and "model.onnx" in found["differing"], "other calibration data"
     before, now = found["data"]["calibration"]
     assert before == json.loads((bundle / "report.json").read_text())["data"]["calibration"]["sha256"] != now
+    path.write_text(NETWORK.replace("nn.ReLU()", "nn.ReLU6()"))
+    result = CliRunner().invoke(app, ["rebuild", "out", "--check", "--quiet"])
+    assert result.exit_code == 1 and "the code of the model" in " ".join(result.stdout.split())
     path.write_text(NETWORK)
     weights = safetensors.torch.load_file("net.safetensors")
     safetensors.torch.save_file({name: 2 * each for name, each in weights.items()}, "net.safetensors")
