@@ -36,8 +36,11 @@ in 7 % of the test images (W4A4, gptq)."""
 
 
 def agreement_for(drop: float) -> float:
-    """Return the agreement that stands in for a limit on the drop, in the proportion of the defaults."""
-    return 1 - drop / DROP * (1 - DEFAULT_GOAL["lowest_agreement"])
+    """Return the agreement that stands in for a limit on the drop, in the proportion of the defaults, from 0 to 1.
+
+    Where accuracy has to rise, that is full agreement: calibration cannot aim at more.
+    """
+    return min(max(1 - drop / DROP * (1 - DEFAULT_GOAL["lowest_agreement"]), 0.0), 1.0)
 
 
 def with_room(name: str, limit: float, room: float = ROOM) -> float:

@@ -53,7 +53,7 @@ def check_apart(out: Path, config: ExportConfig) -> None:
     used = [(argument("cache"), Path(config.cache))] if config.cache else []
     used += [(VARIABLE, cache_folder())] if config.resume else []
     for name, folder in used:
-        if folder.resolve().is_relative_to(out.resolve()):
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(out)):  # which takes links in a circle
             raise InputError(f"{name} {folder} is inside the bundle {out}; give it another folder.")
 
 

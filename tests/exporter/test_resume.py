@@ -119,6 +119,8 @@ def test_what_is_kept_lies_beside_the_bundle(tmp_path: Path, monkeypatch: pytest
     for inside in (out, out / "deep" / "er"):
         with pytest.raises(InputError, match="is inside the bundle"):
             resume.check_apart(out, make_config({"cache": str(inside)}))
+    (tmp_path / "circle").symlink_to("circle")
+    resume.check_apart(out, make_config({"cache": str(tmp_path / "circle" / "deep")}))
     monkeypatch.setenv("INTACT_CACHE", str(out / "kept"))
     resume.check_apart(out, make_config({"cache": str(tmp_path)}))
     with pytest.raises(InputError, match=r"INTACT_CACHE .* is inside the bundle"):

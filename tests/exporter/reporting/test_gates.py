@@ -195,6 +195,11 @@ def test_what_calibration_aims_at_follows_from_the_gates(gates: Any, default: bo
     assert goal_of(map(parse, gates), accuracy_gate=default) == expected
 
 
+@pytest.mark.parametrize(("limit", "agreement"), [("-50pp", 1.0), ("0pp", 1.0), ("60pp", 0.0)])
+def test_a_limit_on_the_drop_asks_for_an_agreement_that_there_is(limit: str, agreement: float) -> None:
+    assert goal_of([parse(f"accuracy_drop<={limit}")], accuracy_gate=True) == {"agreement": agreement}
+
+
 @pytest.mark.parametrize(
     ("text", "value", "expected"),
     [
