@@ -59,8 +59,8 @@ def summary(found: Difference) -> list[str]:
 def sections(found: Difference) -> list[Section]:
     """Return the tables that have rows."""
     layers = sorted(found.layers, key=_importance)
-    placed = [*((name, "integer", "float") for name in found.now_float),
-              *((name, "float", "integer") for name in found.now_integer)]  # fmt: skip
+    placed = [*((name, "not in float", "in float") for name in found.now_float),
+              *((name, "in float", "not in float") for name in found.now_integer)]  # fmt: skip
     return [
         section
         for section in (

@@ -134,6 +134,7 @@ def test_layers_settings_gates_and_nodes_that_changed_are_named(written: Callabl
     assert next(figure.ratio for figure in found.figures if figure.name == "size") == 2
     titles = [section.title for section in sections(found)]
     assert titles == ["Figures", "Gates", "Nodes", "Layers", "Settings"]
+    assert [*sections(found)[2].rows] == [("Gelu /new", "not in float", "in float")], "the earlier file lacks it"
     assert next(section for section in sections(found) if section.title == "Layers").rows[0][2] == "8 to 4"
 
 
