@@ -57,11 +57,14 @@ def _rows(found: Forecast) -> Iterator[tuple[str, str]]:
     for each in found.fold.refused[:SHOWN]:
         yield "not folded", escape(f"{each.where}: {each.why}")
     yield "integer MACs", integer_share(found.coverage)
-    reasons = Counter((node.op, node.why) for node in found.coverage.float_nodes)
-    for (operator, reason), number in reasons.most_common(SHOWN):
-        yield "in float", escape(f"{counted(number, operator)}: {reason}")
+    reasons: dict[str, Counter[str]] = {}
+    for node in found.coverage.float_nodes:
+        reasons.setdefault(node.why, Counter())[node.op] += 1
+    for reason in sorted(reasons, key=lambda reason: -reasons[reason].total())[:SHOWN]:
+        operators = ", ".join(counted(number, operator) for operator, number in reasons[reason].most_common())
+        yield "in float", escape(f"{operators}: {reason}")
     if (more := len(reasons) - SHOWN) > 0:
-        yield "", f"{more} more kinds of float operators: --json lists all"
+        yield "", f"{counted(more, 'more reason')} for float operators: --json lists all"
     shrink = compared(found.size.float_bytes, found.size.bytes, "smaller", "larger")
     yield "size", f"{size(found.size.bytes)}, {shrink} than float"
     calibration, evaluation = found.samples

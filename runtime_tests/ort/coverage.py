@@ -188,7 +188,7 @@ NO_KERNEL = "onnxruntime has no integer kernel for this operator"
 FREE_SIZES = "a transposed convolution becomes a convolution, which has an integer kernel, only if sizes are fixed"
 NOT_FUSED = "onnxruntime did not fuse it"
 READS_BYTES = (
-    "it normalizes the bytes of an input, as the export was told to; with one mean and one deviation for all channels "
+    "normalization of the bytes of an input, as the export was told; with one mean and one deviation for all channels "
     "bytes can be codes as they are, without an operator"
 )
 WIDE = "16-bit activations have no integer kernels"

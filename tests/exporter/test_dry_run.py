@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def test_it_tells_what_the_export_then_does(folder: Path, monkeypatch: pytest.Mo
     assert found.samples == (samples, samples) and found.method == "gptq"
     assert all(seconds > 0 for seconds in vars(found.time_s).values()) and found.memory and found.memory > 1e6
     assert "DRY RUN" in repr(found) and "gptq" in repr(found) and len(repr(found)) < 1500
+    floats = tuple(replace(found.coverage.float_nodes[0], op=op) for op in ("Sub", "Div", "Div"))
+    assert "2 Divs, 1 Sub: " in repr(replace(found, coverage=replace(found.coverage, float_nodes=floats)))
     settings = {"latency_runs": 0, "parity_samples": 4, "exclude": ("head",)}
     report = export("net.py:build", "net.py:data", out=folder / "out", method="minmax", **settings)
     command = ["export", "net.py:build", "--data", "net.py:data", "--out", "out", "--dry-run", "--quiet"]
