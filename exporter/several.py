@@ -102,7 +102,10 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
             costs.append(_cost(name, carry_out(order, out / name, progress, overwrite=overwrite)))
         except KeyboardInterrupt as interrupt:
             finished = ", ".join(cost.target for cost in costs if cost.refused is None)
-            raise KeyboardInterrupt(f"{out} holds the bundles of {finished} alone" if finished else "") from interrupt
+            if not finished:
+                raise
+            kept = f"; for {name} {interrupt}" if str(interrupt) else ""
+            raise KeyboardInterrupt(f"{out} holds the bundles of {finished} alone{kept}") from interrupt
         except (ExportError, InputError) as error:
             errors.append(error)
             costs.append(Cost(name, "refused", proof=get_target(name).promise, refused=str(error)))

@@ -112,12 +112,14 @@ def test_a_second_run_replaces_the_first(
 
     def stopped(order: Any, *more: Any, **given: Any) -> Any:
         if order.config.target != "ort-cpu":
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("2 units are kept")
         return real(order, *more, **given)
 
     monkeypatch.setattr(several, "carry_out", stopped)
-    with pytest.raises(KeyboardInterrupt, match="holds the bundles of ort-cpu alone"):
+    with pytest.raises(KeyboardInterrupt, match="holds the bundles of ort-cpu alone; for tensorrt 2 units are kept"):
         again(NAMES, out=out)
+    with pytest.raises(KeyboardInterrupt, match=r"^2 units are kept"):
+        again(NAMES[1:], out=tmp_path / "new")
 
 
 def test_flags_that_take_one_target() -> None:
