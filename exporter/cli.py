@@ -14,8 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,10 +29,10 @@ from exporter.comparing.commands import compare, compare_dump
 from exporter.console import check_folder_of, print_json, print_table, reported_errors
 from exporter.flags import RUNNING, Debug, Json, Memory, Out, Overwrite, Quiet, Sets, Summary, option
 from exporter.listing import methods, runtimes, schema, targets
+from exporter.running import Shown, finish, run_dry, run_export, run_for_targets
 
 if TYPE_CHECKING:
-    from exporter.config import ExportConfig, Setting
-    from exporter.job import Job
+    from exporter.config import Setting
 
 __all__ = ["app", "export_command", "main"]
 
@@ -141,12 +139,12 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
                 )
             if dry_run or summary is not None:
                 raise InputError("--dry-run and --summary take one --target; leave them or the other targets out.")
-            _export_for(targets, job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
+            run_for_targets(targets, job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
         if dry_run:
             if summary is not None:
                 raise InputError("--summary has no verdict to write after --dry-run; leave one of them out.")
-            _foresee(job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
-        _export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
+            run_dry(job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        run_export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
 
 
 @cache
@@ -291,7 +289,7 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
             )
         with limited_memory(folder, memory):
             report = prove(folder, console_progress(quiet=quiet), on or ())
-        _finish(report, folder, Shown(as_json, summary, page="export report"))
+        finish(report, folder, Shown(as_json, summary, page="export report"))
 
 
 app.command(no_args_is_help=True)(rebuild)
@@ -379,7 +377,7 @@ def demo(
         parts = {"model": "network", "data": "calibration", "eval": "evaluation"}
         job = Job(out=str(out), **{name: f"{source}{part}" for name, part in parts.items()})
         settings = make_config({} if method is None else {"method": method})
-        _export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown())
+        run_export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown())
 
 
 for listing in (methods, schema, targets, runtimes):
@@ -396,86 +394,3 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's flush does not fail
         sys.exit(128 + signal.SIGPIPE)
-
-
-def _export(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, shown: Shown) -> None:
-    """Export, and exit with the verdict; the pipeline checks what it is given before it works."""
-    arguments = job.arguments()
-    if shown.summary is not None:
-        check_folder_of(shown.summary)
-    from exporter.pipeline import export as run
-    from exporter.progress import console_progress
-
-    progress = console_progress(quiet=quiet)
-    report = run(**arguments, config=settings, progress=progress, overwrite=overwrite)
-    _finish(report, Path(job.out or ""), shown)
-
-
-def _export_for(
-    targets: Sequence[str], job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, as_json: bool
-) -> None:
-    """Export for several targets, show what each costs, and exit with 1 unless all pass."""
-    arguments = job.arguments()
-    from exporter.progress import console_progress
-    from exporter.several import COLUMNS, export_for, row_of
-
-    found = export_for(
-        targets, **arguments, config=settings, progress=console_progress(quiet=quiet), overwrite=overwrite
-    )
-    if as_json:
-        print_json(found)
-    else:
-        rows = [*map(row_of, found)]
-        print_table(COLUMNS, rows, title=f"Targets, bundles in {job.out}", box=None, padding=(0, 1, 0, 0))
-        for cost in found:
-            if cost.refused is not None:
-                print(f"{cost.target} is refused: {cost.refused}")
-    raise typer.Exit(0 if all(cost.verdict == "pass" for cost in found) else 1)
-
-
-def _foresee(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    """Show what an export would do, and exit."""
-    arguments = job.arguments(writes=False)
-    from exporter.dry_run import dry_run
-    from exporter.progress import console_progress
-
-    found = dry_run(**arguments, config=settings, progress=console_progress(quiet=quiet), overwrite=overwrite)
-    if as_json:
-        print_json(found)
-    else:
-        Console().print(found.panel())
-    raise typer.Exit
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How to show a verdict: as JSON, in a file of Markdown too; page: title of the line that names the page."""
-
-    as_json: bool = False
-    summary: Path | None = None
-    page: str = "report"
-
-
-def _finish(report: Any, folder: Path, shown: Shown) -> None:
-    """Print the verdict; exit with 1 unless it is pass, even if nobody reads what is printed."""
-    from exporter.reporting.ci import job_summary, workflow_commands
-    from exporter.reporting.schema import validate_report
-    from exporter.reporting.terminal import verdict_panel
-
-    found = validate_report(report)
-    with suppress(BrokenPipeError, SystemExit):  # the latter is rich's answer to the former
-        if shown.as_json:
-            print_json(report)
-        else:
-            Console().print(verdict_panel(found, folder, page=shown.page))
-            if os.environ.get("GITHUB_ACTIONS") == "true":
-                print(*map("{}\n".format, workflow_commands(found)), sep="", end="")
-    if shown.summary is not None:
-        shown.summary.write_text(job_summary(found, folder), encoding="utf-8")
-    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
-        try:
-            with Path(page).open("a", encoding="utf-8") as stream:
-                stream.write(job_summary(found, folder))
-        except OSError as error:  # the verdict stands
-            Console(stderr=True).print(f"no summary: GITHUB_STEP_SUMMARY: {error.strerror}", markup=False)
-    raise typer.Exit(0 if report["verdict"] == "pass" else 1)
