@@ -179,6 +179,7 @@ def take_in(order: Order, steps: Steps) -> Network:
     labels = class_names(config.labels, sources, graph)
     notes += _checked(graph, batches, held_out, golden, order.metric)
     coded = parse_coded(config.output, graph.meta["output_names"])
+    folded = folded or _folded(order, graph, steps)
     folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, raws)}
     return Network(
         graph=graph,
@@ -194,8 +195,8 @@ def take_in(order: Order, steps: Steps) -> Network:
     )
 
 
-def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Return the captured and the folded network; copies where another export of the order captured them."""
+def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Return the captured network; copies of it and of the folded one where another export of the order made them."""
     example, free_batch = order.calibration.example(), not get_target(order.config.target).static_shapes
     if order.captures is not None and free_batch in order.captures:
         return copy.deepcopy(order.captures[free_batch])
@@ -203,11 +204,17 @@ def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModul
         graph = capture(
             order.model, example.inputs, form=example.form, free_batch=free_batch, axes=order.config.free_axes
         )  # fmt: skip
+    return graph, None
+
+
+def _folded(order: Order, graph: fx.GraphModule, steps: Steps) -> fx.GraphModule:
+    """Return the folded network, and keep it with the captured one for other exports of the order."""
     with steps.shown("fold"):
-        found = graph, fold(graph)
+        folded = fold(graph)
     if order.captures is not None:
-        order.captures[free_batch] = copy.deepcopy(found)
-    return found
+        free_batch = not get_target(order.config.target).static_shapes
+        order.captures[free_batch] = copy.deepcopy((graph, folded))
+    return folded
 
 
 def _checked(

@@ -17,6 +17,7 @@ import torch
 from onnxscript.function_libs.torch_lib.registration import default_registry
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 from torch.fx.experimental._config import patch  # type: ignore[attr-defined]
 from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program, exported_program_to_ir
 from torch.onnx._internal.exporter._fx_passes import insert_type_promotion_nodes
@@ -41,11 +42,22 @@ def translate(exported: ExportedProgram, *, opset: int) -> ir.Model:
     table = _Table(opset)
     calls = {node.target for node in exported.graph.nodes if node.op == "call_function"} - {operator.getitem}
     if not all(map(table.is_registered, calls)):
-        return exported_program_to_ir(exported, registry=_whole_table(opset))
+        return _taken_apart(exported, opset)
     with patch(backed_size_oblivious=True), recurrences_by_shape():
         insert_type_promotion_nodes(exported.graph_module)
     _reshape_by_views(exported.graph)
     return _exported_program_to_onnx_program(exported, registry=table).model
+
+
+def _taken_apart(exported: ExportedProgram, opset: int) -> ir.Model:
+    """Translate a program after torch.onnx has taken its operators apart, which gives some outputs new names."""
+    signature = exported.module_call_graph[0].signature
+    assert signature is not None
+    named, signature.outputs = signature.outputs, [TensorArgument("") for _ in signature.outputs]
+    try:
+        return exported_program_to_ir(exported, registry=_whole_table(opset))
+    finally:
+        signature.outputs = named
 
 
 class _Table(ONNXRegistry):

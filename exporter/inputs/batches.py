@@ -131,13 +131,13 @@ def check_evaluation(graph: fx.GraphModule, calibration: Data, evaluation: Data,
             "give all that the model "
             f"takes: {', '.join(graph.meta['input_names'])}."
         )
-    for name, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
-        free = graph.meta["free_axes"].get(name, {})
+    for slot, x, y in zip(graph.meta["input_names"], ours.inputs, theirs.inputs, strict=True):
+        free = graph.meta["free_axes"].get(slot, {})
         sizes = [(a, b) for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=False)) if axis and axis not in free]
         if x.dtype != y.dtype or x.ndim != y.ndim or any(a != b for a, b in sizes):
             forms = [f"{['n', *t.shape[1:]]} {str(t.dtype)[6:]}".replace("'", "") for t in (x, y)]
             raise DataError(
-                f"input {name!r} is {forms[0]} in {argument('data')} and {forms[1]} in {argument(name)}; give both "
+                f"input {slot!r} is {forms[0]} in {argument('data')} and {forms[1]} in {argument(name)}; give both "
                 "the same shape and type."
             )
     if theirs.labels is None:

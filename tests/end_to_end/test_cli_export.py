@@ -249,7 +249,7 @@ def test_an_accuracy_that_collapses_fails_unless_its_gate_is_removed_or_replaced
     assert result.exit_code == 1, result.output
     shown = result.stdout.splitlines()
     assert shown[0].startswith("╭─ FAIL ─") and "accuracy_drop_lower<=0.01: it is " in shown[1]
-    assert "layers that add most of the noise: " in shown[2] and "--method qdrop" in shown[3]
+    assert "layers that cost the prediction most: " in shown[2] and "--method qdrop" in shown[3]
     report = report_of(tmp_path / "out")
     assert [gate["name"] for gate in report["gates"] if not gate["passed"]] == ["accuracy_drop_lower"]
     removed = intact(*few, "--no-accuracy-gate")

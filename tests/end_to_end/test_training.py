@@ -173,6 +173,9 @@ class _Interrupting(Progress):
         class Interrupted:
             steps = 0
 
+            def skip(self, steps: int) -> None:
+                self.advance(steps)
+
             def advance(self, steps: int = 1) -> None:
                 self.steps += steps
                 if name == "reconstruct" and self.steps == 3:
