@@ -1,4 +1,4 @@
-"""What is good enough: limits on figures of held-out data, which gates and the ladder of methods share.
+"""Goals: limits on figures of held-out data, which gates and the ladder of methods share.
 
 Must not know: how figures are measured, gates, methods.
 """

@@ -40,7 +40,7 @@ COLUMNS = ("target", "verdict", "accuracy\ndrop", "SQNR", "size", "integer\nMACs
 
 @dataclass(frozen=True)
 class Cost:
-    """What a target costs; None where it was not measured.
+    """The cost of a target; None where it was not measured.
 
     accuracy_drop: of the metric, with labels; sqnr_db: of the outputs against the float network's, lowest of all.
     size_bytes:    of model.onnx; integer_macs: share of multiply-accumulates that onnxruntime runs on integers.

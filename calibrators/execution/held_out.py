@@ -115,7 +115,7 @@ class Verdict:
 
 @dataclass(eq=False)
 class _Sums:
-    """What was seen of one output, by sample: [n] each; `agree` is empty where the output decides nothing."""
+    """Measurements of one output, by sample: [n] each; `agree` is empty where the output decides nothing."""
 
     agree: Tensor
     signal: Tensor

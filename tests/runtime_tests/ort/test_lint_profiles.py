@@ -34,7 +34,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "nxp-neutron": {"codes": "INT8", "zero": 7, "channels": False},
     "vitis-ai": {"codes": "INT8", "channels": False, "opset": 17},
 }
-"""What makes a file that keeps every rule of a profile."""
+"""The parts of a file that keeps every rule of a profile."""
 
 BROKEN: dict[str, dict[str, Any]] = {
     "activation-type": {"codes": "INT4", "opset": 21},
@@ -58,7 +58,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "weight-type": {"weight": "UINT16", "opset": 21},
     "weight-zero-point": {"weight_zero": 3},
 }
-"""What breaks each rule."""
+"""The change that breaks each rule."""
 
 
 @dataclass
