@@ -84,6 +84,11 @@ class Order:
     checkpoint_key: str | None = None
     captures: dict[bool, tuple[fx.GraphModule, fx.GraphModule]] | None = None
 
+    @property
+    def free_batch(self) -> bool:
+        """Whether the batch of the network is captured as a free size."""
+        return not get_target(self.config.target).static_shapes
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Network:
@@ -197,12 +202,12 @@ def take_in(order: Order, steps: Steps) -> Network:
 
 def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """Return the captured network; copies of it and of the folded one where another export of the order made them."""
-    example, free_batch = order.calibration.example(), not get_target(order.config.target).static_shapes
-    if order.captures is not None and free_batch in order.captures:
-        return copy.deepcopy(order.captures[free_batch])
+    example = order.calibration.example()
+    if order.captures is not None and order.free_batch in order.captures:
+        return copy.deepcopy(order.captures[order.free_batch])
     with steps.shown("capture"):
         graph = capture(
-            order.model, example.inputs, form=example.form, free_batch=free_batch, axes=order.config.free_axes
+            order.model, example.inputs, form=example.form, free_batch=order.free_batch, axes=order.config.free_axes
         )  # fmt: skip
     return graph, None
 
@@ -212,8 +217,7 @@ def _folded(order: Order, graph: fx.GraphModule, steps: Steps) -> fx.GraphModule
     with steps.shown("fold"):
         folded = fold(graph)
     if order.captures is not None:
-        free_batch = not get_target(order.config.target).static_shapes
-        order.captures[free_batch] = copy.deepcopy((graph, folded))
+        order.captures[order.free_batch] = copy.deepcopy((graph, folded))
     return folded
 
 
