@@ -237,13 +237,13 @@ class Reading:
     """The network at some widths.
 
     loss:          mean over the samples: kl where every output is [samples, classes], otherwise mse.
-    sqnr_db:       energy of the outputs over that of their error, in dB.
+    sqnr_db:       energy of the outputs over that of their error, in dB; None where they are equal.
     accuracy_drop: drop of top-1 from the float network; without labels the share of predictions that change, which is
                    not smaller. None if the output is not [samples, classes].
     """
 
     loss: Real
-    sqnr_db: Real
+    sqnr_db: Real | None
     accuracy_drop: float | None
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from exporter.folding.fold_regions import fold as fold
     from exporter.frontend.capture import capture as capture
     from exporter.pipeline import export as export
+    from exporter.several import export_for as export_for
     from exporter.verify import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "folding.fold_regions": ["fold"],
         "frontend.capture": ["capture"],
         "pipeline": ["export"],
+        "several": ["export_for"],
         "verify": ["verify"],
     },
 )

@@ -94,6 +94,10 @@ def checked_data(
             f"{argument('metric')} needs held-out data; give it with {argument('eval_data')}, or leave the metric out."
         )
     calibration = data.take(config.calibration_batches)
+    if not has_eval and config.reference_samples != ExportConfig.model_fields["reference_samples"].default:
+        calibration.noted(
+            f"{argument('reference_samples')} has no effect without {argument('eval_data')}: nothing is scored"
+        )
     required = getattr(get_method(config.method, config.options), "needs_labels", False)
     limits_accuracy = ACCURACY in (budget.quantity for budget in config.budget)
     if not (required or limits_accuracy):
@@ -151,7 +155,7 @@ def _check_storage(config: ExportConfig) -> None:
             f"{argument('weight_storage')} out"
         )
     elif packed and config.weight_storage != "auto" and not target.packed_weights:
-        problem = f"but files for {target.name} hold weights as int8; leave --weight-storage out"
+        problem = f"but files for {target.name} hold weights as int8; leave {argument('weight_storage')} out"
     elif "openvino" in config.proving_runtimes and 2 in packed:
         problem = (
             f"but OpenVINO does not read its 2-bit types; give {argument('weight_storage', 'auto')}, or leave "

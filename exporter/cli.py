@@ -14,13 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError, first_line, is_text
@@ -51,7 +51,21 @@ INIT_HELP = (
 )
 
 
-class _Commands(TyperGroup):
+class _Plain:
+    """Shows its flag --help as other flags are shown, without the type of a value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        flag = super().get_help_option(ctx)  # type: ignore[misc] # of the command or group that it is mixed into
+        if flag is not None:
+            flag.metavar = ""
+        return flag
+
+
+class _Command(_Plain, TyperCommand):
+    """A command."""
+
+
+class _Commands(_Plain, TyperGroup):
     """The commands. `export` and `init` get flags only when they are called, so that listing them loads no settings."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -84,6 +98,9 @@ def _show_version(wanted: bool) -> None:
 
         print(f"intact {__version__}")
         raise typer.Exit
+
+
+command = partial(app.command, cls=_Command, no_args_is_help=True)
 
 
 @app.callback()
@@ -130,13 +147,8 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     with reported_errors(debug=debug):
         from exporter.job import load_job
 
-        targets = tuple(dict.fromkeys(flags.pop("target") or ()))
-        job, settings = load_job(config, {**flags, "target": next(iter(targets), None)}, sets or ())
+        job, settings, targets = load_job(config, flags, sets or ())
         if len(targets) > 1:
-            if settings.target != targets[0]:
-                raise InputError(
-                    f"--set target={settings.target} contradicts the flags --target; leave one of them out."
-                )
             if dry_run or summary is not None:
                 raise InputError("--dry-run and --summary take one --target; leave them or the other targets out.")
             run_for_targets(targets, job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
@@ -176,17 +188,14 @@ def init(
 
         path = file or Path("intact.toml")
         check_folder_of(path)
-        if len(targets := flags["target"] or ()) > 1:
-            raise InputError("a configuration is for one --target; give the others to `intact export`.")
-        flags["target"] = next(iter(targets), None)
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists; give another --file, or --overwrite.")
         if flags["model"] is None and sys.stdin.isatty():
             flags |= _asked()
-        job, config = load_job(None, flags, sets or ())
+        job, config, targets = load_job(None, flags, sets or ())
         get_method(config.method, config.options)  # which refuses options that it does not have
         try:
-            text = starter(job, config).encode()
+            text = starter(job, config, targets).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"a TOML file holds text, but an argument is not: {first_line(error)}.") from error
         path.write_bytes(text)
@@ -223,7 +232,7 @@ def _with_settings(
     vars(function)["__signature__"] = signature.replace(parameters=parameters)
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
     single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    single.command(name=name, help=help, no_args_is_help=needs_arguments)(function)
+    single.command(name=name, cls=_Command, help=help, no_args_is_help=needs_arguments)(function)
     return typer.main.get_command(single)
 
 
@@ -242,7 +251,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-@app.command(no_args_is_help=True)
+@command()
 def verify(  # noqa: PLR0913 (a command's arguments are its flags)
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that `intact export` wrote.")],
     on: Annotated[
@@ -292,11 +301,11 @@ def verify(  # noqa: PLR0913 (a command's arguments are its flags)
         finish(report, folder, Shown(as_json, summary, page="export report"))
 
 
-app.command(no_args_is_help=True)(rebuild)
-app.command(no_args_is_help=True)(sign)
+command()(rebuild)
+command()(sign)
 
 
-@app.command(no_args_is_help=True)
+@command()
 def lint(  # noqa: PLR0913 (the flags of a command)
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, from any exporter.")],
     target: Annotated[
@@ -327,6 +336,7 @@ def lint(  # noqa: PLR0913 (the flags of a command)
         from exporter.reporting.sarif import sarif
         from runtime_tests.ort.lint import checked_rules
         from runtime_tests.ort.lint import lint as findings_of
+        from runtime_tests.ort.meant_for import target_of
         from runtime_tests.ort.versions import parse_version
 
         oldest = None if min_ort is None else parse_version(min_ort)
@@ -344,15 +354,16 @@ def lint(  # noqa: PLR0913 (the flags of a command)
             print_json(findings)
         else:
             rows = [(finding.severity, finding.rule, finding.where, finding.message) for finding in findings]
-            print_table(("severity", "rule", "where", "what"), rows, empty="Nothing found.", box=None)
+            nothing = "" if rows else f"Nothing found for {target or target_of(model).name}."
+            print_table(("severity", "rule", "where", "what"), rows, empty=nothing, box=None)
         raise typer.Exit(any(finding.severity == "error" for finding in findings))
 
 
-app.command(name="compare-dump", no_args_is_help=True)(compare_dump)
-app.command(no_args_is_help=True)(compare)
+command(name="compare-dump")(compare_dump)
+command()(compare)
 
 
-@app.command()
+@command(no_args_is_help=False)
 def demo(
     out: Out,
     method: Annotated[
@@ -381,7 +392,7 @@ def demo(
 
 
 for listing in (methods, schema, targets, runtimes):
-    app.command(no_args_is_help=listing is schema)(listing)
+    command(no_args_is_help=listing is schema)(listing)
 
 
 def main() -> None:

@@ -93,7 +93,10 @@ Samples = Annotated[Literal["all"] | Positive, expected("all, or a number of sam
 class _Calibration(Settings):
     """Target and method: a base class, so that they come first wherever settings are listed."""
 
-    target: str = setting(DEFAULT_TARGET, "Runtime to export to; `intact targets` lists them.")
+    target: Annotated[str, expected("the name of one target; exporter.export_for takes several")] = setting(
+        DEFAULT_TARGET,
+        "Runtime to export to; `intact targets` lists them. Repeatable, in a file a list of names: a bundle for each.",
+    )
     method: str = setting("gptq", "Calibration method; `intact methods` lists them.")
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the method: the table [options], or `--set NAME=VALUE`."

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.errors import InputError, UnknownNameError, first_line, no_file
-from calibrators.settings import Settings, setting
+from calibrators.settings import Settings, setting, shown
+from calibrators.targets import DEFAULT_TARGET
 from exporter.config import LONGEST_LINE, ExportConfig, assignment, list_settings, make_config, with_underscores
 
 __all__ = ["Job", "as_flag", "config_schema", "load_job"]
@@ -71,8 +72,10 @@ class Job(Settings):
 
 def load_job(
     file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
-) -> tuple[Job, ExportConfig]:
-    """Return a whole export: a TOML file, overridden by flags, overridden by `key=value` texts.
+) -> tuple[Job, ExportConfig, tuple[str, ...]]:
+    """Return a whole export and its targets: a TOML file, overridden by flags, overridden by `key=value` texts.
+
+    The settings are those for the first target; the others differ in nothing else.
 
     file:  keys are fields of Job and of ExportConfig (dashes or underscores), the method's options are in a table
            `[options]`, each rule for layers in a table `[[layers]]`. Its paths are relative to the current folder, as
@@ -90,7 +93,9 @@ def load_job(
         if strangers := values.keys() - ExportConfig.model_fields.keys():
             unknown = UnknownNameError("setting", min(strangers), [*Job.model_fields, *ExportConfig.model_fields])
             raise InputError(f"{unknown} Options of the method belong in the table [options].")
-        return job, make_config(_merged(values, given, sets))
+        merged = _merged(values, given, sets)
+        targets = _targets(merged.pop("target", DEFAULT_TARGET))
+        return job, make_config({"target": targets[0], **merged}), tuple(targets)
 
 
 def as_flag(name: str, value: object = None) -> str:
@@ -109,12 +114,21 @@ def as_flag(name: str, value: object = None) -> str:
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the TOML file of an export: the keys of Job and of ExportConfig."""
     schema, job = ExportConfig.model_json_schema(), Job.model_json_schema()
+    name = {"type": schema["properties"]["target"].pop("type")}
+    schema["properties"]["target"]["anyOf"] = [name, {"type": "array", "items": name, "minItems": 1}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "title": "An export of intact",
         "properties": job["properties"] | schema["properties"],
     }
+
+
+def _targets(given: object) -> list[Any]:
+    """Return the names of a target or of several, each once."""
+    if given == [] or (isinstance(given, list) and not all(isinstance(name, str) for name in given)):
+        raise InputError(f"target = {shown(given)} should be a name, or a list of names.")
+    return [*dict.fromkeys(given)] if isinstance(given, list) else [given]
 
 
 def _merged(values: dict[str, Any], given: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from calibrators.methods import list_methods
@@ -26,10 +26,15 @@ RULE = """\
 """
 
 
-def starter(job: Job, config: ExportConfig) -> str:
-    """Return a TOML file for `intact export --config`, with the job and with the settings that are not defaults."""
+def starter(job: Job, config: ExportConfig, targets: Sequence[str] = ()) -> str:
+    """Return a TOML file for `intact export --config`, with the job and with the settings that are not defaults.
+
+    targets: those of the export, where it has several.
+    """
     given = job.model_dump(mode="json", exclude_none=True)
     chosen = config.model_dump(mode="json", exclude_defaults=True)
+    if len(targets) > 1:
+        chosen["target"] = targets
     options, rules = chosen.pop("options", {}), chosen.pop("layers", [])
     parts = [
         "# An export: run it with `intact export --config` and this file. Flags take precedence.\n"

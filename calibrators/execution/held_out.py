@@ -6,6 +6,7 @@ Must not know: which methods there are, ONNX.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,10 @@ from torch import Tensor
 from calibrators.errors import InputError, argument
 from calibrators.execution.losses import PredictionLoss, is_logits, prediction_loss
 from calibrators.execution.measure import Batch
-from calibrators.execution.task import Problem
+from calibrators.execution.task import KeptPart, Problem
 from calibrators.goal import ROOM, Goal, reaches, with_room
 from calibrators.graph.aten import batch_of, example_batch, outputs_of, shape_of
-from calibrators.grid.metrics import LEAST_ENERGY, decibels
+from calibrators.grid.metrics import decibels
 from calibrators.intervals import Interval, ratio, share_interval
 from calibrators.ladder_record import HeldOutFigure
 
@@ -57,7 +58,9 @@ def hold_out(problem: Problem, share: float) -> tuple[Problem, Tensor]:
     kept = torch.ones(problem.samples, dtype=torch.bool)
     kept[rows] = False
     labels = None if problem.labels is None else problem.labels_of(kept.nonzero().flatten())
-    rest = replace(problem, batches=_Rows(problem.batches, kept), labels=labels, coarser={}, free={}, seen=None)
+    part = hashlib.sha256(repr(rows.tolist()).encode()).hexdigest()[:16]
+    seen = None if problem.seen is None else KeptPart(f"without-{part}", problem.seen)
+    rest = replace(problem, batches=_Rows(problem.batches, kept), labels=labels, coarser={}, free={}, seen=seen)
     return rest, rows
 
 
@@ -234,4 +237,4 @@ def _sqnr(sums: _Sums) -> Interval:
     if not noise or not signal:
         return Interval(*(3 * [decibels(signal, noise)]))
     found = ratio([(sums.noise.numpy(), sums.signal.numpy())])
-    return Interval(*(-10 * math.log10(max(each, LEAST_ENERGY)) for each in (found.value, found.high, found.low)))
+    return Interval(*(decibels(1.0, each) for each in (found.value, found.high, found.low)))

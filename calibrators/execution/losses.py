@@ -154,4 +154,4 @@ class OutputMetrics:
         if self.classes is not None:
             lost = self.changed if self.labels is None else self.float_hits - self.hits
             drop = lost / self.seen
-        return Reading(loss, decibels(1.0, max(noise, LEAST_ENERGY)), drop)
+        return Reading(loss, decibels(1.0, noise) if noise else None, drop)

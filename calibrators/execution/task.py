@@ -27,7 +27,7 @@ from calibrators.program.freeze import CalibrationResult, freeze
 from calibrators.ranges.histogram import Statistic
 from calibrators.ranges.range_method import RangeMethod
 
-__all__ = ["Bar", "Kept", "Problem", "Stage", "silent"]
+__all__ = ["Bar", "Kept", "KeptPart", "Problem", "Stage", "silent"]
 
 
 class Bar(Protocol):
@@ -66,6 +66,22 @@ class Kept(Protocol):
 
     def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep the results of a step; the record holds what JSON does."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPart:
+    """Results of the steps of one part of a calibration among those of all."""
+
+    part: str
+    kept: Kept
+
+    def load(self, name: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and the record of a step of this part, None if it was not finished."""
+        return self.kept.load(f"{self.part}-{name}")
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep the results of a step of this part."""
+        self.kept.save(f"{self.part}-{name}", tensors, record)
 
 
 @dataclass(frozen=True, eq=False)

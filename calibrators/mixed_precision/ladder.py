@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
-
-from torch import Tensor
+from typing import Literal, Protocol
 
 from calibrators.errors import counted
 from calibrators.execution.held_out import Judge, Verdict, hold_out
-from calibrators.execution.task import Kept, Problem
+from calibrators.execution.task import KeptPart, Problem
 from calibrators.ladder_record import Ladder, Rung
 from calibrators.mixed_precision.escapes import RANKED, Candidate, candidates, fewest, finer, most_escapes, with_escapes
 from calibrators.program.freeze import CalibrationResult
@@ -151,7 +149,7 @@ class _Climbing:
             coarser={},
             free={},
             stage=lambda title, total=None: stage(f"{name}: {title}", total),
-            kept=None if kept is None else _KeptOf(name, kept),
+            kept=None if kept is None else KeptPart(name, kept),
         )
 
     def _try(self, name: str, fit: Callable[[], Solution], chosen: tuple[Candidate, ...] = ()) -> _Tried:
@@ -168,19 +166,3 @@ class _Climbing:
         if change is None or verdict.reached or change.high < 1:
             self.tried = tried
         return tried
-
-
-@dataclass(frozen=True, eq=False)
-class _KeptOf:
-    """Results of finished steps of one rung among those of all."""
-
-    rung: str
-    kept: Kept
-
-    def load(self, name: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the record of a step of this rung, None if it was not finished."""
-        return self.kept.load(f"{self.rung}-{name}")
-
-    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Keep the results of a step of this rung."""
-        self.kept.save(f"{self.rung}-{name}", tensors, record)

@@ -248,7 +248,7 @@ def place(
 def check_widths(options: PlacementOptions, target: Target) -> None:
     """Raise InputError for a width of activations that the target does not have."""
     asked = {"activation_bits": options.activation_bits, "first_last_bits": options.first_last_bits}
-    asked |= {f"--layer {rule.match!r}: activation_bits": rule.activation_bits for rule in options.layers}
+    asked |= {f"activation_bits of the rule for layers {rule.match!r}": rule.activation_bits for rule in options.layers}
     for setting, bits in asked.items():
         if bits is not None and bits not in target.widths:
             raise InputError(

@@ -135,7 +135,7 @@ def _range(x: Tensor) -> str:
 
 def score_warnings(accuracy: RunningAccuracy) -> Iterator[str]:
     """Yield what is suspicious in the scores of the float model on labelled data."""
-    if not accuracy.labelled or accuracy.samples < CHANCE_SAMPLES:
+    if not accuracy.labelled or not accuracy.classes or accuracy.samples < CHANCE_SAMPLES:
         return
     classes, share = accuracy.classes, accuracy.value("float") or 0.0
     chance = 1 / classes

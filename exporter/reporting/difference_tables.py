@@ -49,10 +49,9 @@ def summary(found: Difference) -> list[str]:
         )
     if found.error is not None:
         low, high = significant(found.error.low, 3), significant(found.error.high, 3)
-        sentences.append(
-            f"The error against the float model is {significant(found.error.value, 3)} times the earlier one "
-            f"(95 % interval {low} to {high})."
-        )
+        times = significant(found.error.value, 3)
+        change = "what it was" if times == "1" else f"{times} times the earlier one"
+        sentences.append(f"The error against the float model is {change} (95 % interval of the ratio {low} to {high}).")
     return [*sentences, *found.notes]
 
 

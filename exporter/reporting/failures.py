@@ -1,4 +1,6 @@
-"""Failed gates in words: what was found, what in the network causes it, and what to try, with flags to paste.
+"""Failed gates in words: what was found, what in the network causes it, and what to try, with arguments to paste.
+
+Arguments are written as the caller gives them (calibrators.errors.argument): flags, or keywords of Python.
 
 Must not know: pages, files, how anything was measured.
 """
@@ -6,13 +8,13 @@ Must not know: pages, files, how anything was measured.
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from calibrators.errors import counted
-from calibrators.ladder_record import CostlyLayers
+from calibrators.errors import argument, counted
+from calibrators.ladder_record import CostlyLayers, Escape
+from calibrators.targets import DEFAULT_TARGET
 from exporter.reporting.gates import needs_baseline
 from exporter.reporting.ladder import figure_text
 from exporter.reporting.layer_sections import LayerEntry
@@ -23,13 +25,13 @@ from exporter.reporting.quantities import written
 from exporter.reporting.schema import GateResult, Report
 from exporter.reporting.where import INEXACT, not_exact_here
 
-__all__ = ["Failure", "failures", "found_by", "layer_advice", "layer_flag", "unplanned_kernels"]
+__all__ = ["Failure", "failures", "found_by", "layer_advice", "layer_rules", "unplanned_kernels"]
 
 NAMED: Final = 3
 """Layers or operators that a failure names."""
 
 LISTED: Final = 8
-"""Layers whose flags advice gives at most."""
+"""Layers whose rules advice gives at most."""
 
 INDICES: Final = ("INT32", "INT64")
 """Types of biases and shapes."""
@@ -92,14 +94,21 @@ def _listed(title: str, texts: Sequence[str]) -> str:
     return f"{title}: {', '.join(texts)}" if texts else ""
 
 
-def layer_flag(layer: str, settings: Mapping[str, object]) -> str:
-    """Return the flag of a rule for a layer: --layer 'head: float=true'."""
-    text = ", ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
-    return f"--layer {shlex.quote(f'{layer}: {text}')}"
+def layer_rules(settings: Mapping[str, Mapping[str, object]]) -> str:
+    """Return the argument that gives layers settings: --layer 'head: float=true' --layer 'stem: weight_bits=8'."""
+    return argument("layers", [f"{layer}: {', '.join(map(_setting, own.items()))}" for layer, own in settings.items()])
 
 
-def _layer_flags(layers: Sequence[LayerEntry], settings: Mapping[str, object]) -> str:
-    return " ".join(layer_flag(name, settings) for name in dict.fromkeys(map(_name_of, layers)))
+def _setting(pair: tuple[str, object]) -> str:
+    return f"{pair[0]}={str(pair[1]).lower()}"
+
+
+def _escapes(found: Iterable[Escape]) -> str:
+    return layer_rules({escape.layer: escape.settings for escape in found})
+
+
+def _same_for(layers: Iterable[LayerEntry], settings: Mapping[str, object]) -> str:
+    return layer_rules(dict.fromkeys(map(_name_of, layers), settings))
 
 
 def _name_of(layer: LayerEntry) -> str:
@@ -131,18 +140,19 @@ def _accuracy_advice(report: Report, gate: GateResult) -> Iterator[str]:
     few = [layer for layer in noisiest if min(layer.bits, layer.input_bits or WIDE_BITS) < WIDE_BITS]
     better = LEARNED if few else USUAL
     if report.method not in (LEARNED, better, "auto"):
-        yield f"another method: --method {better}"
+        yield f"another method: {argument('method', better)}"
     if report.costly_layers is not None:
         yield from layer_advice(report.costly_layers)
     elif few:
         wide = {"weight_bits": 8} | ({} if few[0].input_bits is None else {"activation_bits": 8})
-        yield f"more bits for the layers named: {_layer_flags(few, wide)}"
+        yield f"more bits for the layers named: {_same_for(few, wide)}"
     elif noisiest:
-        yield f"the layers named in float: {_layer_flags(noisiest, {'float': True})}"
+        yield f"the layers named in float: {_same_for(noisiest, {'float': True})}"
     if gate.name.endswith("agreement"):
-        yield "if the output is no score of classes, a gate on its noise: --gate 'sqnr_db>=15dB'"
+        yield f"if the output is no score of classes, a gate on its noise: {argument('gates', ['sqnr_db>=15dB'])}"
     if gate.name.startswith("accuracy_drop") and gate.value is not None:
-        yield f"if this loss is acceptable, a limit of its own: --gate '{gate.name}<={math.ceil(100 * gate.value)}pp'"
+        limit = f"{gate.name}<={math.ceil(100 * gate.value)}pp"
+        yield f"if this loss is acceptable, a limit of its own: {argument('gates', [limit])}"
 
 
 def layer_advice(found: CostlyLayers) -> Iterator[str]:
@@ -150,15 +160,15 @@ def layer_advice(found: CostlyLayers) -> Iterator[str]:
     escapes = found.layers[: min(found.advised or NAMED, LISTED)]
     if not escapes:
         return
-    flags = " ".join(layer_flag(escape.layer, escape.settings) for escape in escapes)
+    rules = _escapes(escapes)
     if found.advised is None:
-        yield f"finer grids for the layers that cost most: {flags}"
+        yield f"finer grids for the layers that cost most: {rules}"
     elif found.advised > LISTED:
-        yield f"finer grids for {found.advised} layers, of which report.html lists all: {flags} ..."
+        yield f"finer grids for {found.advised} layers, of which report.html lists all: {rules} ..."
     else:
         figures = " and ".join(map(figure_text, found.better or ()))
         layers = counted(len(escapes), "layer")
-        yield f"finer grids for {layers}, with {figures} on {found.samples} calibration samples: {flags}"
+        yield f"finer grids for {layers}, with {figures} on {found.samples} calibration samples: {rules}"
 
 
 def _differing(report: Report, _: GateResult) -> Cause:
@@ -175,7 +185,10 @@ def _unplanned(report: Report, _: GateResult) -> Cause:
 
 
 def _inexact(report: Report, _: GateResult) -> Cause:
-    return "", ["a form that is exact on this processor: --target ort-cpu, or --set portable=uint8"]
+    return "", [
+        f"a form that is exact on this processor: {argument('target', DEFAULT_TARGET)}, or "
+        f"{argument('portable', 'uint8')}"
+    ]
 
 
 def _lint(report: Report, _: GateResult) -> Cause:
@@ -192,10 +205,10 @@ def _size(report: Report, gate: GateResult) -> Cause:
     largest = sorted(report.layers or (), key=lambda layer: -(layer.values or 0))[:NAMED]
     causes = [f"{layer.module or layer.site} ({count(layer.values)} of {layer.bits} bits)" for layer in largest]
     wide = [layer for layer in largest if layer.bits > FEW]
-    advice = [f"fewer bits for layers named: {_layer_flags(wide, {'weight_bits': FEW})}"] if wide else []
+    advice = [f"fewer bits for layers named: {_same_for(wide, {'weight_bits': FEW})}"] if wide else []
     weights = sum(size for kind, size in report.size.by_type.items() if "INT" in kind and kind not in INDICES)
     if gate.name == "size" and (room := gate.limit - report.size.bytes + weights) > 0:
-        advice.append(f"bits chosen per layer: --budget 'weight_bytes<={room / 1000:.4g}k'")
+        advice.append(f"bits chosen per layer: {argument('budget', [f'weight_bytes<={room / 1000:.4g}k'])}")
     return _listed("largest weights", causes), advice
 
 
@@ -208,8 +221,9 @@ def _time(report: Report, _: GateResult) -> Cause:
 def _in_float(report: Report, _: GateResult) -> Cause:
     nodes = sorted(report.coverage.float_nodes, key=lambda node: -(node.macs or 0))[:NAMED]
     placed = (report.config or {}).get("placement") == "fastest"
-    advice = ["layers that are faster in float as integers all the same: --placement integer"] if placed else ()
-    return _listed("largest operators in float", [f"{node.name} ({node.why})" for node in nodes]), advice
+    advice = f"layers that are faster in float as integers all the same: {argument('placement', 'integer')}"
+    causes = [f"{node.name} ({node.why})" for node in nodes]
+    return _listed("largest operators in float", causes), [advice] if placed else ()
 
 
 _CAUSES: Final[dict[str, Callable[[Report, GateResult], Cause]]] = {

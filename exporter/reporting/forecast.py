@@ -64,7 +64,7 @@ def _rows(found: Forecast) -> Iterator[tuple[str, str]]:
         operators = ", ".join(counted(number, operator) for operator, number in reasons[reason].most_common())
         yield "in float", escape(f"{operators}: {reason}")
     if (more := len(reasons) - SHOWN) > 0:
-        yield "", f"{counted(more, 'more reason')} for float operators: --json lists all"
+        yield "", f"{counted(more, 'more reason')} for float operators, which the JSON form lists"
     shrink = compared(found.size.float_bytes, found.size.bytes, "smaller", "larger")
     yield "size", f"{size(found.size.bytes)}, {shrink} than float"
     calibration, evaluation = found.samples

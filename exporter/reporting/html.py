@@ -1,7 +1,8 @@
 """The report for people: one HTML file.
 
 It needs nothing from outside: styles, plots (SVG) and one small script are inline, and its content policy forbids the
-rest. Blocks that the report lacks are not drawn. The text depends on the report only: no time of day, no random ids.
+rest. Blocks that the report lacks are not drawn. The text depends on the report only (no time of day, no random ids),
+and advice on how the caller writes arguments.
 
 Must not know: files, graphs, ONNX, how a number was measured.
 """
@@ -22,11 +23,12 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
+from calibrators.errors import argument
 from calibrators.intervals import share_interval
 from calibrators.record import Grouping, ScaleSensitivity
 from exporter.reporting import number_format, plots
 from exporter.reporting.difference_tables import sections, summary
-from exporter.reporting.failures import failures, layer_flag, unplanned_kernels
+from exporter.reporting.failures import failures, layer_rules, unplanned_kernels
 from exporter.reporting.headline import headline, tone, verdict_title
 from exporter.reporting.ladder import figure_text, outcome, why_it_stopped
 from exporter.reporting.layer_table import layer_details, layer_rows, linker, noisiest
@@ -208,7 +210,7 @@ def _template() -> jinja2.Template:
     pages.filters |= {name: getattr(number_format, name) for name in number_format.__all__}
     pages.filters |= {"unplanned_kernels": unplanned_kernels, "breakable": _breakable, "written": written}
     pages.filters |= {"figure_text": figure_text, "outcome": outcome, "why_it_stopped": why_it_stopped}
-    pages.filters["layer_flag"] = lambda escape: layer_flag(escape.layer, escape.settings)
+    pages.filters |= {"argument": argument, "layer_rule": lambda escape: layer_rules({escape.layer: escape.settings})}
     pages.tests["number"] = lambda value: measured(value) is not None  # NaN is none
     return pages.get_template("report.html.j2")
 

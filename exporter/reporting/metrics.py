@@ -223,13 +223,13 @@ METRICS: dict[str, Metric] = {
         needs_eval=True,
     ),
     "metric": Metric(
-        "value in the runtime of the metric that --metric names",
+        "value of your own metric in the runtime",
         _path("metric.runtime"),
         needs_eval=True,
         needs_metric=True,
     ),
     "metric_drop": Metric(
-        "that metric of the float model minus its value in the runtime; negative where an error grew",
+        "your own metric of the float model minus its value in the runtime; negative where an error grew",
         _minus("metric.float", "metric.runtime"),
         needs_eval=True,
         needs_metric=True,

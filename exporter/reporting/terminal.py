@@ -19,7 +19,7 @@ from exporter.reporting.gates import judges_accuracy
 from exporter.reporting.headline import tone, verdict_title
 from exporter.reporting.interface import Sizes
 from exporter.reporting.ladder import rung_rows
-from exporter.reporting.number_format import compared, percent, significant, size
+from exporter.reporting.number_format import compared, decibel, percent, significant, size
 from exporter.reporting.proofs import OPENVINO_DIFFERS, proof_rows
 from exporter.reporting.schema import Report
 from exporter.reporting.sections import machine_of
@@ -181,8 +181,10 @@ def _levers(report: Report) -> Iterator[str]:
         if left:
             yield f"[red]{left} of {settled.kernels} sums, products and sigmoids differ at ties[/red]"
     if cost := report.portability:
-        portable, free = (significant(each.sqnr_db, 3) for each in (cost.portable, cost.free))
-        yield f"SQNR on calibration data {portable} dB, {free} dB without these limits"
+        portable, free = (
+            "identical" if each.sqnr_db is None else decibel(each.sqnr_db) for each in (cost.portable, cost.free)
+        )
+        yield f"SQNR on calibration data {portable}, {free} without these limits"
 
 
 def integer_share(coverage: Coverage) -> str:

@@ -10,7 +10,7 @@ Must not know: where the outputs come from.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,7 +48,7 @@ class Accuracy(Triple):
     """Scores on held-out data: the "accuracy" part of report.json. Shares are fractions from 0 to 1.
 
     metric:    of the scores: "top1" with labels, "agreement" with the float model, or "sqnr_db".
-    top5:      top-5 accuracy of the same three; only with labels.
+    top5:      top-5 accuracy of the same three; only of scores, with labels.
     agreement: share of the samples for which runtime and float model make the same decision.
     sqnr_db:   of the runtime's outputs; None where they are identical.
     mean_kl:   divergence of the runtime's predictions from the float model's.
@@ -78,14 +78,15 @@ def _zeros() -> dict[str, Any]:
 class RunningAccuracy:
     """Running comparison of the float, reference and runtime outputs.
 
-    samples:    number of all samples.
-    classifier: outputs are [N, classes] with at least two classes; else only the signal-to-noise ratio is measured
-                and labels are not read. Decided by the first batch, like `labelled`.
-    classes:    number of classes that the outputs tell apart; highest: highest label so far.
+    samples: number of all samples.
+    kind:    "scores" of classes: floats [N, classes] with at least two of them; "indices" of classes: integers [N] or
+             [N, 1], as of an argmax; "values": only the signal-to-noise ratio is measured, and labels are not read.
+             Decided by the first batch, like `labelled`.
+    classes: number of classes that scores tell apart, 0 for indices; highest: highest label so far.
     """
 
     samples: int = 0
-    classifier: bool = True
+    kind: Literal["scores", "indices", "values"] = "scores"
     labelled: bool = False
     classes: int = 0
     highest: int = -1
@@ -130,18 +131,22 @@ class RunningAccuracy:
             self._samples[name] += len(truth)
             self._signal[name] += signal
             self._noise[name] += float(np.sum((each - exact["float"]) ** 2))
-        if self.classifier:
-            self._add_classes({name: np.where(hidden, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
+        if self.kind == "scores":
+            self._add_scores({name: np.where(hidden, np.sign(truth) * BEYOND, each) for name, each in exact.items()})
+        elif self.kind == "indices":
+            self._add_decisions({name: each.reshape(len(truth)) for name, each in outputs.items()})
+            self._add_errors(outputs["runtime"].reshape(len(truth)) != outputs["float"].reshape(len(truth)))
         else:
             self._add_errors(((exact["runtime"] - exact["float"]) ** 2).reshape(len(truth), -1).sum(1))
         if checked is not None:
-            self.classes, self.highest = truth.shape[1], max(self.highest, int(checked.max()))
-            self._add_ranks({name: _rank(each, checked) for name, each in outputs.items()})
+            self.highest = max(self.highest, int(checked.max()))
+            rank = _rank if self.kind == "scores" else _rank_of_index
+            self._add_ranks({name: rank(each, checked) for name, each in outputs.items()})
 
     @property
     def metric(self) -> str:
         """The metric that `value` returns: "top1" with labels, "agreement" with the float model, or "sqnr_db"."""
-        if not self.classifier:
+        if self.kind == "values":
             return "sqnr_db"
         return "top1" if self.labelled else "agreement"
 
@@ -179,10 +184,10 @@ class RunningAccuracy:
             runtime=self.value("runtime"),
             metric=self.metric,
             samples=self.samples,
-            top5=Triple(**{name: self._share(self._top5, name) for name in NETWORKS}) if self.labelled else None,
-            agreement=self._share(self._agree, "runtime") if self.classifier else None,
+            top5=Triple(**{name: self._share(self._top5, name) for name in NETWORKS}) if self.classes else None,
+            agreement=self._share(self._agree, "runtime") if self.kind != "values" else None,
             sqnr_db=self.sqnr_db("runtime"),
-            mean_kl=self._divergence / max(self.samples, 1) if self.classifier else None,
+            mean_kl=self._divergence / max(self.samples, 1) if self.kind == "scores" else None,
             drop_ci=self.drop_interval(),
             reference_samples=self._samples["reference"],
             reference_drop=self.reference_drop(),
@@ -190,7 +195,7 @@ class RunningAccuracy:
 
     @property
     def _counts(self) -> dict[str, int]:
-        """The counts of the metric, of outputs with classes."""
+        """The counts of the metric, of outputs that decide for a class."""
         return self._top1 if self.labelled else self._agree
 
     def _share(self, counts: dict[str, int], network: str) -> float | None:
@@ -208,16 +213,16 @@ class RunningAccuracy:
             raise DataError(
                 f"outputs of batch {self._batches} are not finite in: {', '.join(broken)}; check weights and inputs."
             )
-        classifier = len(shape) == 2 and shape[1] > 1 and np.issubdtype(outputs["float"].dtype, np.floating)
+        kind = _kind(outputs["float"])
         if self._batches == 0:
-            self.classifier = classifier
-        elif classifier != self.classifier:
+            self.kind = kind
+        elif kind != self.kind:
             raise DataError(
                 f"outputs of batch {self._batches} have shape {shape}, unlike those of the first batch; use one shape."
             )
 
     def _check_labels(self, labels: ArrayLike | None, truth: Array) -> Array | None:
-        labelled = labels is not None and self.classifier
+        labelled = labels is not None and self.kind != "values"
         if self._batches == 0:
             self.labelled = labelled
         elif labelled != self.labelled:
@@ -227,23 +232,28 @@ class RunningAccuracy:
         if labels is None or not labelled:
             return None
         given = np.asarray(labels)
-        count, classes = truth.shape
+        count = len(truth)
         if given.shape not in ((count,), (count, 1)) or not np.issubdtype(given.dtype, np.integer):
             raise DataError(
                 f"labels of batch {self._batches} are {given.dtype} {list(given.shape)}; "
                 f"give {count} integers, one class index per sample."
             )
         given = given.reshape(count)
-        if wrong := given[(given < 0) | (given >= classes)].tolist():
-            raise DataError(
-                f"labels of batch {self._batches} hold {wrong[0]}, but the model's classes are 0..{classes - 1}."
-            )
+        if self.kind == "scores":
+            self.classes = truth.shape[1]
+            if wrong := given[(given < 0) | (given >= self.classes)].tolist():
+                last = self.classes - 1
+                raise DataError(
+                    f"labels of batch {self._batches} hold {wrong[0]}, but the model's classes are 0..{last}."
+                )
         return given
 
-    def _add_classes(self, outputs: dict[str, Array]) -> None:
-        best = outputs["float"].argmax(1)
-        for name, each in outputs.items():
-            self._agree[name] += int(np.sum(each.argmax(1) == best))
+    def _add_decisions(self, decisions: dict[str, Array]) -> None:
+        for name, each in decisions.items():
+            self._agree[name] += int(np.sum(each == decisions["float"]))
+
+    def _add_scores(self, outputs: dict[str, Array]) -> None:
+        self._add_decisions({name: each.argmax(1) for name, each in outputs.items()})
         p, q = log_softmax(outputs["float"], axis=1), log_softmax(outputs["runtime"], axis=1)
         divergence = np.sum(np.exp(p) * (p - q), axis=1)
         self._divergence += float(np.sum(divergence))
@@ -267,6 +277,17 @@ class RunningAccuracy:
         """The scores of every sample in the runtime."""
         right = np.concatenate(self._right) if self._right else None
         return SampleScores(np.concatenate([np.zeros(0, np.float32), *self._errors]), right)
+
+
+def _kind(outputs: Array) -> Literal["scores", "indices", "values"]:
+    if not np.issubdtype(outputs.dtype, np.floating):
+        return "indices" if outputs.shape[1:] in ((), (1,)) else "values"
+    return "scores" if outputs.ndim == 2 and outputs.shape[1] > 1 else "values"
+
+
+def _rank_of_index(outputs: Array, labels: Array) -> Array:
+    """Return 0 where the class index is the label, else TOP, [N]: the others have no order."""
+    return np.where(outputs.reshape(len(labels)) == labels, 0, TOP)
 
 
 def _rank(outputs: Array, labels: Array) -> Array:

@@ -24,7 +24,8 @@ class SampleScores:
     """The scores of every held-out sample in the runtime.
 
     error: [n] float32: divergence of the predictions from the float model's in nats where the first output is logits
-           [n, classes], else the energy of the difference of that output from the float model's.
+           [n, classes]; 1 where the class index that it is differs from the float model's; else the energy of the
+           difference of that output from the float model's.
     right: [n] bool, whether the decision is the label; None without labels.
     """
 

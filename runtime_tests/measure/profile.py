@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from calibrators.errors import argument
 from runtime_tests.ort.coverage import READS_BYTES, FloatNode
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, INTEGER_INSIDE, MOVE_DATA, QUANTIZE
 
@@ -173,8 +174,7 @@ ADVICE = {
 }
 """Replacements for a float operator."""
 
-OTHERWISE = "left in float together with the layers around it (--exclude), it needs no quantizers"
-
 
 def _advice(op: str, reason: str) -> str:
-    return reason if reason == READS_BYTES else "; ".join(filter(None, [reason, ADVICE.get(op, OTHERWISE)]))
+    otherwise = f"left in float together with the layers around it ({argument('exclude')}), it needs no quantizers"
+    return reason if reason == READS_BYTES else "; ".join(filter(None, [reason, ADVICE.get(op, otherwise)]))

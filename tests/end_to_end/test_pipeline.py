@@ -434,6 +434,15 @@ def test_labels_that_no_gate_needs_are_left_out_with_a_note(labels: Tensor) -> N
     assert any("labels of eval_data are not used" in note for note in evaluation.notes)
 
 
+@pytest.mark.parametrize(("given", "is_scored"), [(64, False), (512, False), (64, True)])
+def test_samples_of_the_reference_without_evaluation_are_noted(given: int, is_scored: bool) -> None:
+    x = torch.randn(4, 3, 9, 9)
+    config = ExportConfig(reference_samples=given)
+    calibration, _ = checked_data(open_data([x]), open_data([x]) if is_scored else None, config, [])
+    noted = "reference_samples has no effect without eval_data: nothing is scored" in calibration.notes
+    assert noted == (given == 64 and not is_scored)
+
+
 def test_gate_that_needs_labels_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs labels"):
         x = torch.randn(4, 3, 9, 9)

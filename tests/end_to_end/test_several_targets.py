@@ -127,9 +127,6 @@ def test_flags_that_take_one_target() -> None:
         app, ["export", "m.py:f", "--data", "d.npz", "--dry-run", "--target", "ort-cpu", "--target", "ort-arm"]
     )
     assert shown.exit_code == 2 and "take one --target" in shown.stderr
-    other = ["--target", "ort-cpu", "--target", "ort-arm", "--set", "target=tensorrt"]
-    shown = CliRunner().invoke(app, ["export", "m.py:f", "--data", "d.npz", *other])
-    assert shown.exit_code == 2 and "contradicts" in shown.stderr
 
 
 def test_the_table_says_where_nothing_was_proved(exported: tuple[Path, Any, list[str]]) -> None:

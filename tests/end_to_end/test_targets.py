@@ -88,7 +88,7 @@ def test_files_have_the_form_of_their_target(exported: tuple[str, Any, Any]) -> 
         ),
         (
             {"target": "tensorrt", "layers": [{"match": "*", "activation_bits": 16}]},
-            r"--layer '\*': activation_bits is 16, but target 'tensorrt' has activations of 8 bits only",
+            r"activation_bits of the rule for layers '\*' is 16, but target 'tensorrt' has activations of 8 bits only",
         ),
         (
             {"target": "openvino", "weight_bits": 4, "weight_storage": "int4"},

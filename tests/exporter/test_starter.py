@@ -6,11 +6,13 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from typer.testing import CliRunner
 
+from calibrators.errors import InputError
 from exporter.cli import app
 from exporter.config import ExportConfig, list_settings
 from exporter.job import Job, config_schema, load_job
@@ -27,9 +29,9 @@ def test_a_file_repeats_the_flags_that_made_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["init", *FLAGS])
     assert result.exit_code == 0, result.output
-    job, config = load_job(Path("intact.toml"))
+    job, config, targets = load_job(Path("intact.toml"))
     assert job == Job(model="net.py:build(width=0.5)", data="im ages/", out='build/"x"')
-    assert (config.method, config.weight_bits, config.options) == ("qdrop", 4, {"iters": 77})
+    assert (config.method, config.weight_bits, config.options, targets) == ("qdrop", 4, {"iters": 77}, ("ort-cpu",))
     assert config.gates == ("size<=300kB", "agreement>=0.9") and config.mean == (0.5, 0.4, 0.3)
     assert [rule.match for rule in config.layers] == ["a.*"] and config.first_last_bits is None
     assert config.free_axes == {"x": {2: "x_2", 3: "x_3"}} or set(config.free_axes["x"]) == {2, 3}
@@ -60,6 +62,29 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     assert bytes_only.exit_code == 2 and not path.exists()
     assert CliRunner().invoke(app, [*init, "--data", "x\x7fy"]).exit_code == 0
     assert load_job(path)[0].data == "x\x7fy"
+
+
+def test_a_file_may_name_several_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "net.toml", ["--target", "openvino", "--target", "ort-qnn"]
+    arguments = ["net.py:build", "--data", "x.npz", "--out", "out", *asked, "--file", str(path)]
+    assert CliRunner().invoke(app, ["init", *arguments]).exit_code == 0
+    _, config, targets = load_job(path)
+    assert (config.target, targets) == ("openvino", ("openvino", "ort-qnn"))
+    assert load_job(path, {"target": ["tensorrt"]})[2] == load_job(path, {}, ["target=tensorrt"])[2] == ("tensorrt",)
+    jsonschema.validate(tomllib.loads(path.read_text()), config_schema())
+    exported: list[Any] = []
+    monkeypatch.setattr("exporter.several.export_for", lambda targets, *_, **__: exported.append(targets) or ())
+    assert CliRunner().invoke(app, ["export", "--config", str(path)]).exit_code == 0
+    assert exported == [targets]
+
+
+@pytest.mark.parametrize("given", ["[]", "[3]", "3", "{a = 1}"])
+def test_what_is_no_target_is_refused(given: str, tmp_path: Path) -> None:
+    (tmp_path / "net.toml").write_text(f"target = {given}")
+    with pytest.raises(
+        InputError, match=r"net\.toml: target = .* should be (a name, or a list|the name of one target)"
+    ):
+        load_job(tmp_path / "net.toml")
 
 
 def test_schema_describes_the_file() -> None:

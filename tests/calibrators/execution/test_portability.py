@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.calibration import calibrate
+from calibrators.execution.losses import OutputMetrics
 from calibrators.execution.task import Problem
 from calibrators.grid.metrics import SignalAndNoise
 from calibrators.grid.numerics import dequantize
@@ -63,6 +64,15 @@ def test_scales_moved_off_ties_go_back(generator: torch.Generator) -> None:
     cost = result.record.portability
     assert cost is not None
     assert cost.free.sqnr_db == pytest.approx(sqnr(free, graph, x), abs=0.2)
+
+
+def test_outputs_without_any_noise_have_no_ratio() -> None:
+    metrics = OutputMetrics([torch.ones(4, 1)], None)
+    metrics([torch.ones(4, 1)], 0)
+    assert metrics.reading(0.0).sqnr_db is None
+    metrics.reset()
+    metrics([torch.full((4, 1), 1.1)], 0)
+    assert metrics.reading(0.0).sqnr_db == pytest.approx(20)
 
 
 def test_trained_codes_are_judged_by_nearest_rounding(folded: tuple[fx.GraphModule, Tensor]) -> None:

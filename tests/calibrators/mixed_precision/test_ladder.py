@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from calibrators.calibration import advice, calibrate
 from calibrators.errors import InputError
+from calibrators.execution import task
 from calibrators.execution.held_out import Judge, hold_out
 from calibrators.execution.task import Problem
 from calibrators.grid.metrics import decibels, energy
@@ -81,6 +83,23 @@ def test_nothing_that_is_held_out_is_calibrated_with(graph: fx.GraphModule, data
     assert ends[0] == ends[1]
 
 
+def test_statistics_are_kept_for_the_samples_that_are_not_held_out(
+    graph: fx.GraphModule, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawer, everything = Drawer(), problem_of(graph, [(data,)])
+    seen = partial(hold_out, problem_of(graph, [(data,)], seen=drawer))
+    first = {name: vars(each) for name, each in seen(0.25)[0].statistics.items()}
+    assert {name: each.lo for name, each in everything.statistics.items()} != {n: s["lo"] for n, s in first.items()}
+    assert len(drawer) == 1
+    monkeypatch.setattr(task, "observe", lambda *_: pytest.fail("the data were observed again"))
+    again = seen(0.25)[0].statistics
+    assert {name: (each.lo, each.hi) for name, each in again.items()} == {
+        n: (s["lo"], s["hi"]) for n, s in first.items()
+    }
+    monkeypatch.undo()
+    assert seen(0.5)[0].statistics and len(drawer) == 2, "other samples have a name of their own"
+
+
 def test_without_a_goal_it_stops_where_nothing_is_gained(graph: fx.GraphModule, data: Tensor) -> None:
     options = {"rungs": "gptq,mse,minmax"}
     ladder = ladder_of(calibrate(graph, [(data,)], method="auto", options=options, placement=W4A4, goal=None))
@@ -120,7 +139,7 @@ def test_what_was_trained_is_kept_beside_escapes(graph: fx.GraphModule, data: Te
 
 
 class Drawer(dict[str, Any]):
-    """Finished units in memory, and the names of those that were taken over."""
+    """Finished steps in memory, and the names of those that were taken over."""
 
     def __init__(self) -> None:
         self.taken: list[str] = []

@@ -82,6 +82,7 @@ def test_equal_exports_differ_in_nothing(written: Callable[..., Path]) -> None:
     assert found.error is not None and found.error.value == 1.0
     assert all(figure.before == figure.after for figure in found.figures)
     assert "Both model files hold the same bytes." in summary(found)
+    assert any(text.startswith("The error against the float model is what it was (95 %") for text in summary(found))
 
 
 def test_accuracy_is_compared_by_sample(written: Callable[..., Path]) -> None:
@@ -93,6 +94,7 @@ def test_accuracy_is_compared_by_sample(written: Callable[..., Path]) -> None:
     assert found.drop.drop.value == 10 / SAMPLES and found.drop.p_value == pytest.approx(2 * 13 / 2**12)
     assert found.error is not None and found.error.value == pytest.approx(3, rel=1e-5)
     assert any(sentence.startswith("Accuracy changed: −2.50 points") for sentence in summary(found))
+    assert any("float model is 3 times the earlier one (" in sentence for sentence in summary(found))
 
 
 def test_other_data_are_not_compared_by_sample(written: Callable[..., Path]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import shlex
+from collections.abc import Iterator
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from calibrators.errors import SPELLING
 from calibrators.placement.layer_rules import LayerRule
 from exporter.config import make_config
+from exporter.job import as_flag
 from exporter.reporting.failures import failures
 from exporter.reporting.gates import evaluate, parse
 from exporter.reporting.headline import verdict_title
@@ -40,6 +45,13 @@ def box(report: Report, width: int = 300) -> str:
     return console.export_text()
 
 
+@pytest.fixture(autouse=True)
+def on_the_command_line() -> Iterator[None]:
+    before = SPELLING.set(as_flag)
+    yield
+    SPELLING.reset(before)
+
+
 def flags_in(advice: tuple[str, ...]) -> list[list[str]]:
     return [shlex.split(text.partition(": ")[2]) for text in advice]
 
@@ -55,6 +67,16 @@ def test_a_failed_gate_on_accuracy_names_layers_and_flags_to_paste() -> None:
     config = make_config({"layers": flags[1][1::2]})
     assert config.layers[0] == LayerRule(match="stages.1.2.conv", weight_bits=8, activation_bits=8)
     assert flags[2] == ["--gate", "accuracy_drop_lower<=0pp"]
+
+
+def test_in_python_advice_is_arguments_of_export() -> None:
+    report = failing("lowest_agreement>=99%", costly_layers=_costly_layers(), method="mse")
+    [failure], page = Context().run(failures, report), Context().run(render_html, report)
+    keywords = [re.search(r": (\w+)=(\S.*)$", text) for text in failure.advice]
+    settings = {found[1]: ast.literal_eval(found[2]) for found in keywords if found}
+    assert [*settings] == ["method", "layers", "gates"]
+    assert make_config(settings).method == "qdrop"
+    assert "--layer" not in page and "layers=[&#39;stages.1.2.conv: weight_bits=8, activation_bits=8&#39;]" in page
 
 
 def test_layers_are_named_by_what_they_cost_the_prediction() -> None:

@@ -119,6 +119,22 @@ def test_other_outputs_are_measured_by_sqnr_and_labels_are_not_read(shape: tuple
     assert content["float"] is None and content["agreement"] is None and content["mean_kl"] is None
 
 
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("batch", [SAMPLES, 7])
+def test_indices_of_classes_are_scored_as_the_scores_that_they_come_from(
+    data: dict[str, Any], batch: int, column: bool
+) -> None:
+    indices = tuple(each.argmax(1, keepdims=column) for each in data["outputs"])
+    found, scores = (measured(given, batch=batch) for given in ({**data, "outputs": indices}, data))
+    for name in ("metric", "float", "reference", "runtime", "agreement", "drop_ci", "reference_drop"):
+        assert getattr(found.result(), name) == getattr(scores.result(), name), name
+    assert found.result().top5 is None and found.result().mean_kl is None
+    assert np.array_equal(found.by_sample.right, scores.by_sample.right)
+    assert float(found.by_sample.error.mean()) == pytest.approx(1 - (found.result().agreement or 0.0))
+    unlabelled = measured({**data, "outputs": indices}, labelled=False)
+    assert unlabelled.metric == "agreement" and unlabelled.value("runtime") == found.result().agreement
+
+
 def test_identical_outputs_have_no_noise_and_an_interval_around_zero(data: dict[str, Any]) -> None:
     truth = data["outputs"][0]
     accuracy = RunningAccuracy()
