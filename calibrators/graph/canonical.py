@@ -3,6 +3,7 @@
 Pooling and resizing
 - mean over space -> adaptive average pooling to 1x1 (and a flatten where the dimensions are dropped)
 - mean and adaptive average pooling of a sequence -> the same of an image of height 1
+- mean over a volume -> the same of an image that has all but its last axis in its height
 - adaptive average pooling to a divisor of the size -> average pooling
 - average pooling of a sequence -> the same of an image of height 1
 - average pooling with ceil_mode or divisor_override -> padding, plain average pooling, a factor per position
@@ -105,13 +106,16 @@ def _spatial_mean(node: fx.Node) -> None:
     x, axes, keepdim, dtype = bind(node).values()
     rank = len(shape_of(x))
     over = sorted(axis % rank for axis in axes) if axes and dtype is None else []
-    if rank == 4 and over == [2, 3]:
-        pool = (aten.adaptive_avg_pool2d.default, (x, [1, 1]))
-        replace_call(node, pool, *([] if keepdim else [(aten.flatten.using_ints, (..., 1))]))
-    elif rank == 3 and over == [2]:
-        pool = (aten.adaptive_avg_pool2d.default, (..., [1, 1]))
-        last = (aten.squeeze.dim, (..., 2)) if keepdim else (aten.flatten.using_ints, (..., 1))
-        replace_call(node, (aten.unsqueeze.default, (x, 2)), pool, last)
+    if rank < 3 or over != [*range(2, rank)] or (rank > 4 and _has_free(x, rank - 2)):
+        return
+    pool = (aten.adaptive_avg_pool2d.default, (x if rank == 4 else ..., [1, 1]))
+    if rank == 3:
+        as_image: list[Call] = [(aten.unsqueeze.default, (x, 2))]
+        pixels: list[Call] = [(aten.squeeze.dim, (..., 2))]
+    else:
+        as_image = [(aten.flatten.using_ints, (x, 2, rank - 2))] * (rank > 4)
+        pixels = [(aten.unsqueeze.default, (..., 2))] * (rank - 4)
+    replace_call(node, *as_image, pool, *(pixels if keepdim else [(aten.flatten.using_ints, (..., 1))]))
 
 
 def _adaptive_pool(node: fx.Node) -> None:

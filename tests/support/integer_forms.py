@@ -70,6 +70,10 @@ FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
         lambda: lambda x: x + x.flatten(2).mean(2, keepdim=True)[..., None],
         {"QLinearGlobalAveragePool", "QLinearAdd"},
     ),
+    "mean-of-a-volume": (
+        lambda: lambda x: x + x.unflatten(3, (2, -1)).mean((2, 3, 4), keepdim=True)[..., 0],
+        {"QLinearGlobalAveragePool", "QLinearAdd"},
+    ),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.ReLU()), {"QLinearConv"}),
     "grouped-transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, (1, 2), groups=2), {"QLinearConv"}),
     "volumes": (
@@ -77,7 +81,7 @@ FORMS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], set[str]]] = {
             *(nn.Unflatten(1, (4, 2)), nn.Conv3d(4, 6, 3, padding=1), nn.ReLU(), nn.MaxPool3d((1, 2, 2))),
             *(nn.ConvTranspose3d(6, 3, 2, 2), nn.Conv3d(3, 2, (2, 3, 1), (2, 1, 1), groups=1), nn.Flatten(1, 2)),
         ),
-        {"QLinearConv", "MaxPool"},
+        {"QLinearConv", "NhwcMaxPool"},
     ),
 }
 """By name: the operator, and the integer kernels that compute it."""
