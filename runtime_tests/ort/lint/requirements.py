@@ -37,12 +37,14 @@ __all__ = [
     "quantized_results",
     "same_scales",
     "symmetric_activations",
+    "symmetric_inputs",
     "symmetric_weights",
     "weight_scales_per_tensor",
     "weight_types",
 ]
 
 BOTH, WRITERS = quantizers(QUANTIZE, DEQUANTIZE), quantizers(QUANTIZE)
+LAYERS = PRODUCTS | {"ConvTranspose"}
 ALWAYS = frozenset({QUANTIZE, DEQUANTIZE, "Constant", "Identity"})
 ACTIVATIONS = ("Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Sigmoid", "Swish", "Tanh")
 
@@ -119,11 +121,23 @@ def symmetric_weights(source: str) -> Rule:
         "its weights have a zero point; use a symmetric grid"), source)  # fmt: skip
 
 
-def weight_scales_per_tensor(source: str) -> Rule:
-    """Require one scale per weight."""
-    return Rule("weight-granularity", "error", "Scales per channel are refused there.", each(
-        weighted, lambda p: p.weight.scale is not None and p.weight.scale.size > 1,
-        "its weights have {0.weight.scale.size} scales; use one per tensor"), source)  # fmt: skip
+def symmetric_inputs(source: str) -> Rule:
+    """Require zero point 0 of the inputs of the model."""
+    return Rule("input-zero-point", "error", "Inputs are converted without a zero point.", each(
+        WRITERS, lambda q: q.node.inputs[0] is not None and q.node.inputs[0].is_graph_input()
+        and q.zero_point is not None and bool(q.zero_point.any()),
+        "it reads an input of the model and its zero point is not 0; use a symmetric grid"), source)  # fmt: skip
+
+
+def weight_scales_per_tensor(source: str, ops: Iterable[str] = LAYERS, severity: str = "error") -> Rule:
+    """Require one scale per weight of these layers."""
+
+    def broken(node: ir.Node) -> bool:
+        weight = operand(node.inputs[1])
+        return weight is not None and weight.is_constant and weight.scale is not None and weight.scale.size > 1
+
+    return Rule("weight-granularity", severity, "Scales per channel are refused there.", each(
+        nodes(*ops), broken, "its weights have a scale per channel; use one per tensor"), source)  # fmt: skip
 
 
 def powers_of_two(source: str) -> Rule:

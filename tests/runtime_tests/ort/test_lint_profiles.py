@@ -48,13 +48,14 @@ BROKEN: dict[str, dict[str, Any]] = {
     "early-quantizer": {"then": "Sigmoid"},
     "float-bias": {"bias": "float"},
     "float-result": {"then": "floats"},
+    "input-zero-point": {"zero": 5},
     "opset": {"opset": 21},
     "power-of-two": {"scale": 0.3},
     "shared-scale": {"then": "concat"},
     "symmetric-relu": {"relu": True, "zero": 7},
     "unfused-clip": {"clipped": True},
     "unsupported-operator": {"then": "Erf"},
-    "weight-granularity": {"channels": True},
+    "weight-granularity": {"channels": True, "layer": "ConvTranspose"},
     "weight-type": {"weight": "UINT16", "opset": 21},
     "weight-zero-point": {"weight_zero": 3},
 }
@@ -63,8 +64,9 @@ BROKEN: dict[str, dict[str, Any]] = {
 
 @dataclass
 class File:
-    """x -> Q/DQ -> Conv -> Q/DQ -> `then`, quantized as the options say."""
+    """x -> Q/DQ -> `layer` -> Q/DQ -> `then`, quantized as the options say."""
 
+    layer: str = "Conv"
     codes: str = "UINT8"
     zero: int = 0
     scale: float = 0.25
@@ -82,7 +84,7 @@ class File:
 
     @property
     def model(self) -> onnx.ModelProto:
-        value = self.op("Conv", self.pair("x"), self.weights(), self.biases())
+        value = self.op(self.layer, self.pair("x"), self.weights(), self.biases())
         value = self.op("Relu", value) if self.relu else value
         if self.clipped:
             value = self.op("Clip", value, *(self.constant(bound, TensorProto.FLOAT) for bound in (-1.0, 1.0)))
@@ -134,8 +136,10 @@ class File:
     def weights(self) -> str:
         dtype, shape = getattr(TensorProto, self.weight), (3,) if self.channels else ()
         scale = self.constant(np.full(shape, self.scale), TensorProto.FLOAT)
-        codes = self.constant(np.arange(12).reshape(3, 4, 1, 1), dtype)
-        return self.op("DequantizeLinear", codes, scale, self.constant(np.full(shape, self.weight_zero), dtype), axis=0)
+        axis = int(self.layer == "ConvTranspose")
+        codes = self.constant(np.arange(12).reshape((4, 3) if axis else (3, 4))[..., None, None], dtype)
+        zero = self.constant(np.full(shape, self.weight_zero), dtype)
+        return self.op("DequantizeLinear", codes, scale, zero, axis=axis)
 
     def biases(self) -> str:
         if self.bias == "float":

@@ -9,12 +9,14 @@ from runtime_tests.ort.lint.requirements import (
     powers_of_two,
     symmetric_activations,
     symmetric_weights,
+    weight_scales_per_tensor,
     weight_types,
 )
 
 __all__ = ["PROFILE"]
 
 SPECIFICATION = "Espressif ESP-DL, Quantization specification"
+RELEASES = "Espressif ESP-DL 3.3.14, release notes (scales per channel on the ESP32-P4 alone, since 3.3.1)"
 
 PROFILE = Profile(
     "esp-dl",
@@ -25,6 +27,7 @@ PROFILE = Profile(
         symmetric_activations(SPECIFICATION),
         weight_types(("INT8", "INT16"), SPECIFICATION),
         symmetric_weights(SPECIFICATION),
+        weight_scales_per_tensor(RELEASES, severity="warning"),
         powers_of_two(SPECIFICATION),
     ),
 )

@@ -26,7 +26,7 @@ PROFILE = Profile(
         highest_opset(20, TOOLBOX),
         fixed_shapes(QUANTIZED),
         activation_types(("INT8", "UINT8"), QUANTIZED),
-        weight_types(("INT8", "INT4"), QUANTIZED),
+        weight_types(("INT8",), QUANTIZED),
         symmetric_weights(QUANTIZED),
         *biases_of_codes(QUANTIZED),
         quantized_results(("Conv", "Gemm", "MatMul"), "warning", QUANTIZED),

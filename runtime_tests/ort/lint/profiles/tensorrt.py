@@ -19,13 +19,16 @@ __all__ = ["PROFILE"]
 
 TYPES = "NVIDIA TensorRT documentation, Working with quantized types"
 PARSER = "onnx-tensorrt, docs/operators.md"
+OPSETS = (
+    "NVIDIA TensorRT documentation, ONNX opset guide (25 since version 11; before, onnx-tensorrt, docs/operators.md)"
+)
 MODELOPT = "NVIDIA ModelOpt, onnx/quantization (concat_elimination)"
 
 PROFILE = Profile(
     "tensorrt",
     "TensorRT, explicit quantization",
     (
-        highest_opset(20, PARSER),
+        highest_opset(20, OPSETS),
         activation_types(("INT8",), TYPES),
         symmetric_activations(TYPES),
         weight_types(("INT8", "INT4"), TYPES),

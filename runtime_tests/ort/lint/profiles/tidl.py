@@ -9,7 +9,9 @@ from runtime_tests.ort.lint.requirements import (
     fixed_shapes,
     no_double_quantizers,
     symmetric_activations,
+    symmetric_inputs,
     symmetric_weights,
+    weight_scales_per_tensor,
     weight_types,
 )
 
@@ -19,7 +21,7 @@ QUANTIZATION = "TI edgeai-tidl-tools, docs/quantization.md, TIDL layer quantizat
 MODELS = "TI edgeai-tidl-tools, docs/model_compilation.md"
 
 SYMMETRIC = (
-    *("ArgMax", "AveragePool", "BatchNormalization", "ConvTranspose", "DepthToSpace", "Elu", "Gather"),
+    *("ArgMax", "AveragePool", "BatchNormalization", "ConvTranspose", "DepthToSpace", "Elu", "Div", "Gather"),
     *("GlobalAveragePool", "GridSample", "HardSigmoid", "MaxPool", "Mul", "PRelu", "Pad", "ReduceMax", "ReduceMean"),
     *("ReduceMin", "Relu", "Resize", "ScatterElements", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Tanh", "TopK"),
 )
@@ -31,9 +33,11 @@ PROFILE = Profile(
     (
         fixed_shapes(MODELS),
         activation_types(("INT8", "UINT8", "INT16", "UINT16"), QUANTIZATION),
+        symmetric_inputs(QUANTIZATION),
         symmetric_activations(QUANTIZATION, SYMMETRIC),
         weight_types(("INT8",), QUANTIZATION),
         symmetric_weights(QUANTIZATION),
+        weight_scales_per_tensor(QUANTIZATION, ("ConvTranspose",)),
         *biases_of_codes(QUANTIZATION),
         no_double_quantizers(QUANTIZATION),
     ),
