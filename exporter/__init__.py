@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from exporter.frontend.capture import capture as capture
     from exporter.pipeline import export as export
     from exporter.several import export_for as export_for
+    from exporter.sweeping.run import sweep as sweep
     from exporter.verify import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -32,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "frontend.capture": ["capture"],
         "pipeline": ["export"],
         "several": ["export_for"],
+        "sweeping.run": ["sweep"],
         "verify": ["verify"],
     },
 )

@@ -30,6 +30,7 @@ from exporter.console import check_folder_of, print_json, print_table, reported_
 from exporter.flags import RUNNING, Debug, Json, Memory, Out, Overwrite, Quiet, Sets, Summary, option
 from exporter.listing import methods, runtimes, schema, targets
 from exporter.running import Shown, finish, run_dry, run_export, run_for_targets
+from exporter.sweeping.commands import SWEEP_HELP, sweep
 
 if TYPE_CHECKING:
     from exporter.config import Setting
@@ -361,6 +362,7 @@ def lint(  # noqa: PLR0913 (the flags of a command)
 
 command(name="compare-dump")(compare_dump)
 command()(compare)
+command(help=SWEEP_HELP)(sweep)
 
 
 @command(no_args_is_help=False)

@@ -19,7 +19,15 @@ from rich.text import Text
 
 from calibrators.errors import SPELLING, InputError, IntactError, first_line, printable
 
-__all__ = ["INTERNAL_FAULT", "INTERRUPTED", "check_folder_of", "print_json", "print_table", "reported_errors"]
+__all__ = [
+    "INTERNAL_FAULT",
+    "INTERRUPTED",
+    "check_folder_of",
+    "described",
+    "print_json",
+    "print_table",
+    "reported_errors",
+]
 
 INTERNAL_FAULT = 70
 """EX_SOFTWARE of sysexits.h: never one of the codes that say something about the input."""
@@ -48,7 +56,7 @@ def reported_errors(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             Console(stderr=True).print_exception()
-        message, prefix, code = _described(error)
+        message, prefix, code = described(error)
         _complain(message, prefix)
         raise typer.Exit(code) from error
     finally:
@@ -61,7 +69,7 @@ def _as_flag(name: str, value: object) -> str:
     return as_flag(name, value)
 
 
-def _described(error: Exception) -> tuple[str, str, int]:
+def described(error: Exception) -> tuple[str, str, int]:
     """Return the message of an error, the prefix of the message, and the exit code."""
     if isinstance(error, IntactError):
         return str(error), "error: ", error.exit_code

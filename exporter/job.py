@@ -17,7 +17,7 @@ from calibrators.settings import Settings, setting, shown
 from calibrators.targets import DEFAULT_TARGET
 from exporter.config import LONGEST_LINE, ExportConfig, assignment, list_settings, make_config, with_underscores
 
-__all__ = ["Job", "as_flag", "config_schema", "load_job"]
+__all__ = ["KEYS", "Job", "as_flag", "config_schema", "errors_of", "load_job", "make_job", "read_toml"]
 
 LARGEST_FILE = 1 << 20
 """Bytes of the largest TOML file that is read."""
@@ -70,6 +70,10 @@ class Job(Settings):
         }
 
 
+KEYS = frozenset({*Job.model_fields, *ExportConfig.model_fields})
+"""Keys of the TOML file of an export."""
+
+
 def load_job(
     file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> tuple[Job, ExportConfig, tuple[str, ...]]:
@@ -84,18 +88,24 @@ def load_job(
     sets:  `key=value`; a key that is a setting sets it, any other key is an option of the method.
     raises: InputError naming the key.
     """
-    values, source = (_read_toml(file), str(file)) if file is not None else ({}, "")
+    values, source = (read_toml(file), str(file)) if file is not None else ({}, "")
     given = {key: value for key, value in (flags or {}).items() if value not in (None, [])}
-    parts = {name: values.pop(name) for name in Job.model_fields if name in values}
-    parts |= {name: given.pop(name) for name in Job.model_fields if name in given}
-    with _errors_of(source):
-        job = Job(**parts)
-        if strangers := values.keys() - ExportConfig.model_fields.keys():
-            unknown = UnknownNameError("setting", min(strangers), [*Job.model_fields, *ExportConfig.model_fields])
-            raise InputError(f"{unknown} Options of the method belong in the table [options].")
+    with errors_of(source):
         merged = _merged(values, given, sets)
         targets = _targets(merged.pop("target", DEFAULT_TARGET))
-        return job, make_config({"target": targets[0], **merged}), tuple(targets)
+        return *make_job({"target": targets[0], **merged}), tuple(targets)
+
+
+def make_job(values: Mapping[str, Any]) -> tuple[Job, ExportConfig]:
+    """Return the parts and the settings of an export from their values by name.
+
+    raises: InputError naming the key, with near misses for one that is neither.
+    """
+    if strangers := values.keys() - KEYS:
+        unknown = UnknownNameError("setting", min(strangers), KEYS)
+        raise InputError(f"{unknown} Options of the method belong in the table [options].")
+    parts = {name: value for name, value in values.items() if name in Job.model_fields}
+    return Job(**parts), make_config({name: value for name, value in values.items() if name not in parts})
 
 
 def as_flag(name: str, value: object = None) -> str:
@@ -111,11 +121,15 @@ def as_flag(name: str, value: object = None) -> str:
     return flag if value is None or isinstance(value, bool) else f"{flag} {value}"
 
 
-def config_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of the TOML file of an export: the keys of Job and of ExportConfig."""
+def config_schema(*, many_targets: bool = True) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the TOML file of an export: the keys of Job and of ExportConfig.
+
+    many_targets: whether `target` may be a list.
+    """
     schema, job = ExportConfig.model_json_schema(), Job.model_json_schema()
-    name = {"type": schema["properties"]["target"].pop("type")}
-    schema["properties"]["target"]["anyOf"] = [name, {"type": "array", "items": name, "minItems": 1}]
+    if many_targets:
+        name = {"type": schema["properties"]["target"].pop("type")}
+        schema["properties"]["target"]["anyOf"] = [name, {"type": "array", "items": name, "minItems": 1}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
@@ -149,7 +163,7 @@ def _merged(values: dict[str, Any], given: dict[str, Any], sets: Iterable[str]) 
 
 
 @contextmanager
-def _errors_of(source: str) -> Iterator[None]:
+def errors_of(source: str) -> Iterator[None]:
     """Put the name of the file before the message of an error, if there is a file."""
     try:
         yield
@@ -159,7 +173,11 @@ def _errors_of(source: str) -> Iterator[None]:
         raise InputError(f"{source}: {error}") from error
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the values of a TOML file by name.
+
+    raises: InputError for a file that is missing, no TOML, or far larger than any configuration.
+    """
     if not file.is_file():
         raise InputError(f"configuration file {no_file(file)}")
     try:

@@ -54,18 +54,19 @@ def methods(
 
 
 def schema(
-    name: Annotated[str, typer.Argument(metavar="config|report", help="The file that the schema describes.")],
+    name: Annotated[str, typer.Argument(metavar="config|sweep|report", help="The file that the schema describes.")],
     debug: Debug = False,
 ) -> None:
-    """Print the JSON Schema of the configuration file or of report.json, for editors and other tools.
+    """Print the JSON Schema of the file of an export or a sweep, or of report.json, for editors and other tools.
 
     Example: [bold]intact schema config > intact.schema.json[/bold]
     """
     with reported_errors(debug=debug):
         from exporter.job import config_schema
         from exporter.reporting.schema import json_schema
+        from exporter.sweeping.plan import sweep_schema
 
-        schemas = {"config": config_schema, "report": json_schema}
+        schemas = {"config": config_schema, "sweep": sweep_schema, "report": json_schema}
         if name not in schemas:
             raise UnknownNameError("schema", name, schemas)
         print_json(schemas[name]())

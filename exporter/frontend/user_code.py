@@ -23,10 +23,10 @@ from typing import Any
 
 from calibrators.errors import InputError, UnknownNameError, first_line, no_file
 
-__all__ = ["UserCallable", "article", "listed", "load_callable", "load_object", "users_code"]
-
+__all__ = ["SPEC", "UserCallable", "article", "listed", "load_callable", "load_object", "users_code"]
 
 SPEC = re.compile(r"(.+?):([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
+"""`file.py:name` or `package.module:name`, with arguments or without."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Final
@@ -27,11 +28,13 @@ from calibrators.record import MixedPrecision, ScaleSensitivity
 from exporter.reporting.number_format import measured
 
 __all__ = [
+    "Place",
     "error_plot",
     "front_plot",
     "interval_plot",
     "loss_plot",
     "matrix_plot",
+    "pareto_plot",
     "sensitivity_plot",
 ]
 
@@ -180,6 +183,46 @@ def front_plot(mixed: MixedPrecision, salt: str) -> Markup:
     return _figure(salt, paint)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A point of a Pareto plot: name, cost and quality, the interval of the cost, and whether it is on the front."""
+
+    name: str
+    cost: float
+    quality: float
+    interval: tuple[float, float]
+    is_front: bool
+
+
+def pareto_plot(places: Sequence[Place], labels: tuple[str, str], *, logarithmic: bool, salt: str) -> Markup:
+    """Plot quality over cost: filled points on the front, rings elsewhere, a line for an interval of the cost.
+
+    labels: of the axes; logarithmic: of the quality, whose zeros are then left out.
+    """
+    check = _positive if logarithmic else _finite
+    shown = [each for each in places if math.isfinite(check(each.quality))]
+    if len(shown) < 2:
+        return Markup()
+
+    def paint(axes: Axes) -> None:
+        for is_front, color, fill, label in ((False, _MUTED, "none", "after another"), (True, _ACCENT, None, "front")):
+            chosen = [each for each in shown if each.is_front == is_front]
+            axes.hlines([each.quality for each in chosen], [each.interval[0] for each in chosen],
+                        [each.interval[1] for each in chosen], color=color, linewidth=1.2)  # fmt: skip
+            axes.plot([each.cost for each in chosen], [each.quality for each in chosen], color=color, linewidth=0,
+                      marker="o", markersize=6, markerfacecolor=fill or color, label=label)  # fmt: skip
+        for each in shown:
+            axes.annotate(each.name, (each.cost, each.quality), (6, 4), textcoords="offset points",
+                          color=_MUTED, fontsize=8)  # fmt: skip
+        axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
+        axes.set(yscale="log" if logarithmic else "linear")
+        axes.margins(x=0.05, y=0.15)
+        _label(axes, *labels)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+
+    return _figure(salt, paint)
+
+
 def matrix_plot(matrix: Sequence[Sequence[float | None]]) -> Markup:
     """Draw a square matrix as cells, shaded by the square root of the magnitude; negative cells have their own colour.
 
@@ -209,6 +252,11 @@ def _positive(value: object) -> float:
     """Return the number, or NaN for one that a logarithmic axis cannot show."""
     number = measured(value)
     return number if number is not None and 0 < number < math.inf else math.nan
+
+
+def _finite(value: object) -> float:
+    number = measured(value)
+    return number if number is not None and math.isfinite(number) else math.nan
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -1,0 +1,94 @@
+"""The content of what a job is made from: files, folders, and the code that names of callables lead to.
+
+Must not know: sweeps, what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from modulefinder import ModuleFinder
+from pathlib import Path
+
+from calibrators.errors import InputError, no_file
+from exporter.frontend.user_code import SPEC
+
+__all__ = ["digest_of_input"]
+
+INPUTS = ("model", "data", "eval", "checkpoint", "labels", "golden", "metric", "baseline")
+"""Settings that name files, or callables in files."""
+
+
+def digest_of_input(name: str, value: str) -> str | None:
+    """Return the sha256 of the content that a setting names, None for one that names none.
+
+    A callable stands for the code of its file, and for the modules beside it that the file imports; what this code
+    reads is not seen. Of an installed package, the one module counts.
+
+    raises: InputError if there is no such file.
+    """
+    if name not in INPUTS or (name == "golden" and not value.endswith(".npz")):
+        return None
+    try:
+        return _digest(value)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _digest(text: str) -> str:
+    path = Path(text)
+    named = SPEC.fullmatch(text)
+    if named and not path.exists():
+        path = _module(named[1])
+        return _joined({each.name: _of_file(each) for each in _code(path)})
+    if path.is_dir():
+        files = (each for each in path.rglob("*") if each.is_file())
+        return _joined({each.relative_to(path).as_posix(): _of_file(each) for each in files})
+    if not path.is_file():
+        raise InputError(no_file(path))
+    return _of_file(path)
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _joined(digests: dict[str, str]) -> str:
+    return hashlib.sha256(
+        "\n".join(f"{digest} {name}" for name, digest in sorted(digests.items())).encode()
+    ).hexdigest()
+
+
+def _module(source: str) -> Path:
+    """Return the file of `file.py` or of `package.module`, which is not imported."""
+    if source.endswith(".py"):
+        path = Path(source)
+        if not path.is_file():
+            raise InputError(no_file(path))
+        return path
+    package, *inner = source.split(".")
+    here = Path(*source.split("."))
+    found = importlib.util.find_spec(package)
+    base = Path(found.origin).parent.joinpath(*inner) if found is not None and found.origin else here
+    for path in (base.with_suffix(".py"), base / "__init__.py", here.with_suffix(".py"), here / "__init__.py"):
+        if path.is_file():
+            return path
+    if found is not None and found.origin and not inner:
+        return Path(found.origin)
+    raise InputError(f"no module named {source!r}; for a file, write its path with .py.")
+
+
+def _code(path: Path) -> Iterator[Path]:
+    """Yield a file of code and the files beside it, or in folders beside it, that it imports, directly or not."""
+    yield path
+    finder = ModuleFinder([str(path.resolve().parent)])
+    try:
+        finder.run_script(str(path))
+    except (SyntaxError, ValueError, OSError, RecursionError):  # the export says so
+        return
+    for name, module in finder.modules.items():
+        file: str | None = getattr(module, "__file__", None)
+        if name != "__main__" and file:
+            yield Path(file)

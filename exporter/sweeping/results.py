@@ -1,0 +1,274 @@
+"""The outcomes of a sweep: figures of every bundle, why a job left none, and which bundles others dominate.
+
+A bundle dominates another one if it is better in one figure and worse in none of those that both have: quality, size,
+latency. Latencies whose 95 % intervals meet count as equal.
+
+Must not know: how jobs are run, terminals, pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from calibrators.errors import counted
+from calibrators.targets import get_target
+from exporter.reporting.difference_tables import Section
+from exporter.reporting.metrics import METRICS, value_at
+from exporter.reporting.number_format import DASH, decibel, percent, significant, size
+from exporter.reporting.schema import read_json
+from exporter.sweeping.plan import Sweep, SweepJob
+
+__all__ = ["PAGE", "QUALITIES", "Gathered", "Quality", "Result", "failed", "gather", "main_table", "summary"]
+
+PAGE = "report.html"
+
+State = Literal["pass", "fail", "error", "open"]
+"""The verdict of a bundle; "error" where the job left none, "open" where it was not run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a job; None for what was not measured.
+
+    bundle:           folder of the bundle, beside the table.
+    exit_code:        of a job without a bundle, negative if a signal ended it; message: what it said.
+    accuracy:         score in the runtime, with labels; accuracy_drop: the float model's minus it.
+    kl, sqnr_db:      distance from the float model; infinite where outputs are identical.
+    latency_ms:       of the runtime of the target on this machine; latency_interval: 95 % interval of the median.
+    dominated_by:     key of a job that is better in one figure, and worse in none.
+    """
+
+    key: str
+    values: dict[str, str]
+    network: str
+    state: State
+    bundle: str | None = None
+    exit_code: int | None = None
+    message: str | None = None
+    accuracy: float | None = None
+    accuracy_drop: float | None = None
+    kl: float | None = None
+    sqnr_db: float | None = None
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    latency_interval: tuple[float, float] | None = None
+    latency_ratio: float | None = None
+    latency_reliable: bool | None = None
+    evaluation_sha256: str | None = None
+    dominated_by: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The values, for people."""
+        return ", ".join(self.values.values()) or "the only job"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A figure that says how good a network is.
+
+    of_float: whether it is a distance from the float network, so that only results of one network compare.
+    """
+
+    name: str
+    field: str
+    title: str
+    higher_is_better: bool
+    of_float: bool
+
+    def value(self, result: Result) -> float | None:
+        """Return the figure of a result."""
+        found: float | None = getattr(result, self.field)
+        return found
+
+
+QUALITIES = (
+    Quality("accuracy", "accuracy", "accuracy", higher_is_better=True, of_float=False),
+    Quality("KL", "kl", "KL divergence from float", higher_is_better=False, of_float=True),
+    Quality("SQNR", "sqnr_db", "SQNR, dB", higher_is_better=True, of_float=True),
+)
+"""What bundles are judged by: the first of these that all of them have."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All results of a sweep, in the order of its jobs; axes: what varies; quality: name of the figure that judges."""
+
+    axes: tuple[str, ...]
+    quality: str | None
+    results: tuple[Result, ...]
+
+    @property
+    def judged_by(self) -> Quality | None:
+        """The figure that judges, None without evaluation data."""
+        return next((each for each in QUALITIES if each.name == self.quality), None)
+
+    def number(self, key: str) -> int:
+        """Return the number by which tables and plots call a job."""
+        return next(number for number, each in enumerate(self.results, start=1) if each.key == key)
+
+
+def gather(sweep: Sweep) -> Gathered:
+    """Return what became of every job.
+
+    raises: InputError for a bundle that cannot be read.
+    """
+    results = [_result(each, sweep.axes) for each in sweep.jobs]
+    finished = [each for each in results if each.bundle is not None]
+    quality = next((q for q in QUALITIES if finished and all(q.value(each) is not None for each in finished)), None)
+    if quality is not None:
+        results = _judged(results, quality)
+    return Gathered(sweep.axes, quality.name if quality else None, tuple(results))
+
+
+def _result(job: SweepJob, axes: Sequence[str]) -> Result:
+    values = {name: text for name, text in job.values.items() if name in axes}
+    network = " ".join(filter(None, (job.job.model, job.job.checkpoint, job.job.checkpoint_key)))
+    empty = Result(job.key, values, network, "open")
+    if not job.is_finished:
+        if not job.error.is_file():
+            return empty
+        said = read_json(job.error)
+        return replace(empty, state="error", exit_code=said["exit_code"], message=said["message"])
+    report = read_json(job.bundle / "report.json")
+    timed = report["latency_ms"] if get_target(report["target"]).runtime == "onnxruntime" else None
+    labelled = report["accuracy"] is not None and report["accuracy"]["metric"] == "top1"
+    return replace(
+        empty,
+        state=report["verdict"],
+        bundle=job.bundle.name,
+        accuracy=value_at(report, "accuracy.runtime") if labelled else None,
+        accuracy_drop=METRICS["accuracy_drop"].value(report) if labelled else None,
+        kl=value_at(report, "accuracy.mean_kl"),
+        sqnr_db=METRICS["sqnr_db"].value(report),
+        size_bytes=report["size"]["bytes"],
+        latency_ms=timed and timed["quantized"],
+        latency_interval=METRICS["latency"].interval(report) if timed else None,
+        latency_ratio=timed and timed["ratio"],
+        latency_reliable=timed and timed.get("reliable"),
+        evaluation_sha256=_evaluation(report),
+    )
+
+
+def _evaluation(report: Mapping[str, Any]) -> str | None:
+    evaluation = report["data"]["evaluation"]
+    return None if evaluation is None else str(evaluation["sha256"])
+
+
+def _judged(results: Sequence[Result], quality: Quality) -> list[Result]:
+    """Return the results with the keys of those that dominate them, one of which nothing dominates first."""
+    above = {
+        each.key: [other for other in results if _compare(other, each, quality) and _dominates(other, each, quality)]
+        for each in results
+    }
+    return [
+        replace(each, dominated_by=min(above[each.key], key=lambda other: len(above[other.key])).key)
+        if above[each.key]
+        else each
+        for each in results
+    ]
+
+
+def _compare(one: Result, other: Result, quality: Quality) -> bool:
+    """Return whether the qualities of two results say which of them is better."""
+    if one.bundle is None or other.bundle is None or one.evaluation_sha256 != other.evaluation_sha256:
+        return False
+    return one.network == other.network or not quality.of_float
+
+
+def _dominates(one: Result, other: Result, quality: Quality) -> bool:
+    figures = [_costs(each, quality) for each in (one, other)]
+    pairs = [(figures[0][name], figures[1][name]) for name in figures[0] if name in figures[1]]
+    return all(a[0] <= b[1] for a, b in pairs) and any(a[1] < b[0] for a, b in pairs)
+
+
+def _costs(result: Result, quality: Quality) -> dict[str, tuple[float, float]]:
+    """Return the figures of a result, each as an interval of which less is better."""
+    value, latency = quality.value(result), result.latency_ms
+    assert value is not None and result.size_bytes is not None
+    cost = -value if quality.higher_is_better else value
+    found = {"quality": (cost, cost), "size": (float(result.size_bytes), float(result.size_bytes))}
+    return found if latency is None else found | {"latency": result.latency_interval or (latency, latency)}
+
+
+def _milliseconds(value: float | None) -> str:
+    return DASH if value is None else f"{significant(value, 3)} ms"
+
+
+FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("accuracy", "accuracy", percent),
+    ("KL", "kl", lambda value: significant(value, 3)),
+    ("SQNR", "sqnr_db", decibel),
+    ("size", "size_bytes", size),
+    ("latency", "latency_ms", _milliseconds),
+)
+"""Columns of the table: title, field, form."""
+
+
+def main_table(found: Gathered) -> Section:
+    """Return the table of all jobs; a column that is empty in all rows is left out, and SQNR where KL says more."""
+    known = [(*each, [getattr(result, each[1]) for result in found.results]) for each in FIGURES]
+    shown = [each for each in known if any(value is not None for value in each[3])]
+    if any(each[0] == "KL" for each in shown) and found.quality != "SQNR":
+        shown = [each for each in shown if each[0] != "SQNR"]
+    front = ("Pareto",) if found.quality else ()
+    columns = ("#", *found.axes, "verdict", *(each[0] for each in shown), *front)
+    rows = [
+        (
+            str(number),
+            *(result.values[axis] for axis in found.axes),
+            result.state,
+            *(form(values[number - 1]) for _, _, form, values in shown),
+            *([_place(found, result)] if front else []),
+        )
+        for number, result in enumerate(found.results, start=1)
+    ]
+    return Section("Jobs", columns, tuple(rows))
+
+
+def _place(found: Gathered, result: Result) -> str:
+    if result.bundle is None:
+        return DASH
+    return "front" if result.dominated_by is None else f"after {found.number(result.dominated_by)}"
+
+
+def failed(found: Gathered) -> Section:
+    """Return the table of the jobs that ended without a bundle."""
+    rows = tuple(
+        (str(number), result.label, str(result.exit_code), result.message or "")
+        for number, result in enumerate(found.results, start=1)
+        if result.state == "error"
+    )
+    return Section("Jobs without a bundle", ("#", "job", "exit code", "message"), rows)
+
+
+STATES: Mapping[State, str] = {
+    "pass": "pass",
+    "fail": "with a failed gate",
+    "error": "without a bundle, as they ended with an error",
+    "open": "not run",
+}
+
+
+def summary(found: Gathered) -> list[str]:
+    """Return the sentences above the table: how the jobs ended, what the last column says, what to beware of."""
+    states = [each.state for each in found.results]
+    counts = [f"{states.count(state)} {text}" for state, text in STATES.items() if state in states]
+    sentences = [f"{counted(len(states), 'job')}: {', '.join(counts)}."]
+    quality = found.judged_by
+    if quality is not None:
+        network = " for one network" if quality.of_float else ""
+        sentences.append(
+            f"Pareto front of {quality.name}, size and latency{network}: a job that comes after another one is better "
+            "than it in nothing, and worse in something; latencies whose 95 % intervals meet count as equal."
+        )
+    elif any(each.bundle for each in found.results):
+        sentences.append("Nothing says how good the bundles are in comparison: export all of them with `eval`.")
+    numbers = [str(n) for n, each in enumerate(found.results, start=1) if each.latency_reliable is False]
+    if numbers:
+        sentences.append(
+            f"Unreliable latencies: {', '.join(numbers)}. Time these jobs on an idle machine, one at a time."
+        )
+    return sentences
