@@ -205,15 +205,17 @@ def pareto_plot(places: Sequence[Place], labels: tuple[str, str], *, logarithmic
         return Markup()
 
     def paint(axes: Axes) -> None:
-        for is_front, color, fill, label in ((False, _MUTED, "none", "after another"), (True, _ACCENT, None, "front")):
+        for is_front, color, fill, label in ((False, _MUTED, "none", "dominated"), (True, _ACCENT, None, "front")):
             chosen = [each for each in shown if each.is_front == is_front]
             axes.hlines([each.quality for each in chosen], [each.interval[0] for each in chosen],
                         [each.interval[1] for each in chosen], color=color, linewidth=1.2)  # fmt: skip
             axes.plot([each.cost for each in chosen], [each.quality for each in chosen], color=color, linewidth=0,
                       marker="o", markersize=6, markerfacecolor=fill or color, label=label)  # fmt: skip
+        names: dict[tuple[float, float], list[str]] = {}
         for each in shown:
-            axes.annotate(each.name, (each.cost, each.quality), (6, 4), textcoords="offset points",
-                          color=_MUTED, fontsize=8)  # fmt: skip
+            names.setdefault((each.cost, each.quality), []).append(each.name)
+        for place, here in names.items():
+            axes.annotate(", ".join(here), place, (6, 4), textcoords="offset points", color=_MUTED, fontsize=8)
         axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
         axes.set(yscale="log" if logarithmic else "linear")
         axes.margins(x=0.05, y=0.15)
@@ -296,7 +298,7 @@ def _inline(figure: Figure, title: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel
+    text = re.sub(r"(\d\.\d\d)\d+(?=[^<>]*>)", r"\1", text)  # inside a tag: a hundredth of a pixel
     text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)  # figure_1, patch_2: the same in every figure
     text = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)

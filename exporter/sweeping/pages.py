@@ -17,7 +17,7 @@ from exporter.reporting.plots import Place, pareto_plot
 from exporter.reporting.schema import dump_json
 from exporter.reporting.templates import environment
 from exporter.sweeping.plan import Sweep
-from exporter.sweeping.results import PAGE, Gathered, Result, failed, main_table, summary
+from exporter.sweeping.results import PAGE, Gathered, Quality, Result, failed, main_table, summary
 
 __all__ = ["html_page", "markdown_page", "write_tables"]
 
@@ -26,7 +26,7 @@ NAMES = ("sweep.json", "sweep.md", "sweep.html")
 
 def write_tables(sweep: Sweep, found: Gathered) -> tuple[Path, ...]:
     """Write the table into the folder of the bundles, in every form; return the files."""
-    title = sweep.file.stem
+    title = str(sweep.out)
     texts = (dump_json(asdict(found)), markdown_page(title, found), html_page(title, found))
     sweep.out.mkdir(parents=True, exist_ok=True)
     paths = tuple(sweep.out / name for name in NAMES)
@@ -69,7 +69,7 @@ def _figures(found: Gathered) -> Iterator[tuple[str, Markup]]:
     for network in networks:
         here = [each for each in found.results if not quality.of_float or each.network == network]
         for field, title, scale in (("size_bytes", "size, MB", 1e-6), ("latency_ms", "latency, ms", 1.0)):
-            places = [_place(found, each, field, scale, quality.value(each)) for each in here]
+            places = [_place(found, each, field, scale, quality) for each in here]
             plot = pareto_plot(
                 [each for each in places if each is not None],
                 (title, quality.title),
@@ -80,12 +80,12 @@ def _figures(found: Gathered) -> Iterator[tuple[str, Markup]]:
                 yield f"{quality.name} over {title.partition(',')[0]}{': ' * bool(network)}{network}", plot
 
 
-def _place(found: Gathered, result: Result, field: str, scale: float, value: float | None) -> Place | None:
-    cost = getattr(result, field)
+def _place(found: Gathered, result: Result, field: str, scale: float, quality: Quality) -> Place | None:
+    cost, value = getattr(result, field), quality.value(result)
     if cost is None or value is None:
         return None
     ends = result.latency_interval if field == "latency_ms" and result.latency_interval else (cost, cost)
     return Place(
-        str(found.number(result.key)), cost * scale, value, (ends[0] * scale, ends[1] * scale),
+        str(found.number(result.key)), cost * scale, value * quality.scale, (ends[0] * scale, ends[1] * scale),
         is_front=result.dominated_by is None,
     )  # fmt: skip

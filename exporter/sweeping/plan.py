@@ -216,7 +216,7 @@ def _text(value: object) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}={_text(each)}" for key, each in value.items())
     if isinstance(value, list):
-        return ",".join(map(_text, value))
+        return ",".join(map(_text, value)) or "none"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return str(value)

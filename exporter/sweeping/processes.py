@@ -107,7 +107,7 @@ def run_all(
             with lock:
                 stopped.set()
                 for process in running:
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()  # for `intact` the same as Ctrl-C, which a process in the background may ignore
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -1,7 +1,7 @@
 """The outcomes of a sweep: figures of every bundle, why a job left none, and which bundles others dominate.
 
 A bundle dominates another one if it is better in one figure and worse in none of those that both have: quality, size,
-latency. Latencies whose 95 % intervals meet count as equal.
+latency. Latencies whose 95 % intervals meet count as equal, and so do sizes that hardly differ.
 
 Must not know: how jobs are run, terminals, pages.
 """
@@ -23,6 +23,9 @@ from exporter.sweeping.plan import Sweep, SweepJob
 __all__ = ["PAGE", "QUALITIES", "Gathered", "Quality", "Result", "failed", "gather", "main_table", "summary"]
 
 PAGE = "report.html"
+
+SAME_SIZE = 1e-3
+"""Sizes that differ by less, as a share, count as equal: the names of methods in a file have different lengths."""
 
 State = Literal["pass", "fail", "error", "open"]
 """The verdict of a bundle; "error" where the job left none, "open" where it was not run."""
@@ -69,12 +72,14 @@ class Result:
 class Quality:
     """A figure that says how good a network is.
 
+    title:    with the unit, for a plot; scale: its factor to that unit.
     of_float: whether it is a distance from the float network, so that only results of one network compare.
     """
 
     name: str
     field: str
     title: str
+    scale: float
     higher_is_better: bool
     of_float: bool
 
@@ -85,9 +90,9 @@ class Quality:
 
 
 QUALITIES = (
-    Quality("accuracy", "accuracy", "accuracy", higher_is_better=True, of_float=False),
-    Quality("KL", "kl", "KL divergence from float", higher_is_better=False, of_float=True),
-    Quality("SQNR", "sqnr_db", "SQNR, dB", higher_is_better=True, of_float=True),
+    Quality("accuracy", "accuracy", "accuracy, %", 100.0, higher_is_better=True, of_float=False),
+    Quality("KL", "kl", "KL divergence from float", 1.0, higher_is_better=False, of_float=True),
+    Quality("SQNR", "sqnr_db", "SQNR, dB", 1.0, higher_is_better=True, of_float=True),
 )
 """What bundles are judged by: the first of these that all of them have."""
 
@@ -188,8 +193,8 @@ def _costs(result: Result, quality: Quality) -> dict[str, tuple[float, float]]:
     """Return the figures of a result, each as an interval of which less is better."""
     value, latency = quality.value(result), result.latency_ms
     assert value is not None and result.size_bytes is not None
-    cost = -value if quality.higher_is_better else value
-    found = {"quality": (cost, cost), "size": (float(result.size_bytes), float(result.size_bytes))}
+    cost, room = -value if quality.higher_is_better else value, SAME_SIZE / 2
+    found = {"quality": (cost, cost), "size": (result.size_bytes * (1 - room), result.size_bytes * (1 + room))}
     return found if latency is None else found | {"latency": result.latency_interval or (latency, latency)}
 
 
@@ -213,7 +218,7 @@ def main_table(found: Gathered) -> Section:
     shown = [each for each in known if any(value is not None for value in each[3])]
     if any(each[0] == "KL" for each in shown) and found.quality != "SQNR":
         shown = [each for each in shown if each[0] != "SQNR"]
-    front = ("Pareto",) if found.quality else ()
+    front = ("dominated\nby",) if found.quality else ()
     columns = ("#", *found.axes, "verdict", *(each[0] for each in shown), *front)
     rows = [
         (
@@ -229,9 +234,7 @@ def main_table(found: Gathered) -> Section:
 
 
 def _place(found: Gathered, result: Result) -> str:
-    if result.bundle is None:
-        return DASH
-    return "front" if result.dominated_by is None else f"after {found.number(result.dominated_by)}"
+    return DASH if result.dominated_by is None else str(found.number(result.dominated_by))
 
 
 def failed(found: Gathered) -> Section:
@@ -261,8 +264,8 @@ def summary(found: Gathered) -> list[str]:
     if quality is not None:
         network = " for one network" if quality.of_float else ""
         sentences.append(
-            f"Pareto front of {quality.name}, size and latency{network}: a job that comes after another one is better "
-            "than it in nothing, and worse in something; latencies whose 95 % intervals meet count as equal."
+            f"A job is dominated by another one{network} that is better in {quality.name}, size or latency, and worse "
+            "in none of them; latencies whose 95 % intervals meet, and sizes within 0.1 %, count as equal."
         )
     elif any(each.bundle for each in found.results):
         sentences.append("Nothing says how good the bundles are in comparison: export all of them with `eval`.")

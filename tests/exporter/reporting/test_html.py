@@ -8,7 +8,6 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,10 @@ from exporter.reporting.plots import error_plot, loss_plot, matrix_plot
 from exporter.reporting.schema import dump, validate_report
 from runtime_tests.parity.results import Level
 from tests.exporter.reporting.sample_report import failing, infected, layer, sample_report
+from tests.support.html_page import HtmlPage
 
 # Limit of a page of 500 layers with a section of every method: it is attached to mails and kept by CI for every build.
 MAX_BYTES = 1_000_000
-VOID = {"meta", "br", "wbr", "hr", "img", "input", "link", "path", "circle", "use", "rect"}
 OPTIONAL = ("tool", "model", "environment", "layers", "saturation", "simplifier", "emission", "lint", "warnings",
             "config", "data", "reconstruction", "lapq", "sensitivity", "mixed_precision", "ladder", "rules",
             "preparation", "settled", "limited_weights", "unsigned_weights",
@@ -62,35 +61,6 @@ def render_junit(report: dict[str, Any]) -> str:
     return junit.render_junit(validate_report(report))
 
 
-class _Page(HTMLParser):
-    """Text, tags and attributes of a page; complains about tags that do not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.text += f" {data}"
-
-
 def _bare() -> dict[str, Any]:
     report = {key: value for key, value in sample_report().items() if key not in OPTIONAL}
     report["accuracy"] = report["latency_ms"] = None
@@ -108,7 +78,7 @@ def _bare() -> dict[str, Any]:
 )
 def test_page_is_well_formed_small_and_offline(report: dict[str, Any]) -> None:
     html = render_html(report)
-    page = _Page(html)
+    page = HtmlPage(html)
     assert len(html.encode()) < MAX_BYTES
     assert "default-src 'none'" in html
     for tag, attributes in page.tags:
@@ -121,7 +91,7 @@ def test_page_is_well_formed_small_and_offline(report: dict[str, Any]) -> None:
 
 def test_verdict_comes_first_and_says_what_was_proved() -> None:
     report = sample_report(3)
-    page = _Page(render_html(report))
+    page = HtmlPage(render_html(report))
     assert next(attributes for tag, attributes in page.tags if tag == "section")["class"] == "verdict pass"
     assert headline(report) == (
         "All 1,204,224 integers in the runtime equal those of the calibrated model, "
@@ -132,9 +102,9 @@ def test_verdict_comes_first_and_says_what_was_proved() -> None:
 
 def test_surprises_of_the_runtime_are_shown() -> None:
     report = sample_report(3)
-    assert "as planned" in _Page(render_html(report)).text
+    assert "as planned" in HtmlPage(render_html(report)).text
     report["parity"]["optimized"].update(violations=2, unplanned={"QLinearConv": -3})
-    page = _Page(render_html(report))
+    page = HtmlPage(render_html(report))
     assert "3 QLinearConv fewer than planned" in page.text
     assert "sites and outputs that differ by more than is allowed" in page.text
     assert sum(attributes.get("class") == "bad" for tag, attributes in page.tags if tag == "dd") == 2
@@ -152,7 +122,7 @@ def test_headline_never_claims_more_than_was_measured() -> None:
 
 
 def test_failing_verdict_names_the_gate_the_value_and_the_rest() -> None:
-    page = _Page(render_html(failing()))
+    page = HtmlPage(render_html(failing()))
     assert (
         headline(failing())
         == "Gate accuracy_drop<=0.01 failed: it is 3.41 points, the limit is 1 point. 1 more of 2 gates failed."
@@ -162,7 +132,7 @@ def test_failing_verdict_names_the_gate_the_value_and_the_rest() -> None:
 
 
 def test_every_block_shows_its_numbers() -> None:
-    text = " ".join(_Page(render_html(sample_report(9))).text.split())
+    text = " ".join(HtmlPage(render_html(sample_report(9))).text.split())
     for shown in (
         "90.35 %", "88.98 % … 91.57 %", "[−0.12, 0.32]", "99.10 %", "31.4 dB", "41 of 3,612,672", "99.87 %",
         "14 of 16 compute nodes", "head.norm", "kept in float by --exclude", "21.5 dB", "a ReLU stands between",
@@ -189,7 +159,7 @@ def test_every_block_shows_its_numbers() -> None:
 def test_a_missing_block_is_not_drawn(key: str) -> None:
     report = sample_report(3)
     del report[key]
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     headings = {
         "layers": "8 / 8", "saturation": "16-bit saturation", "simplifier": "Simplifier",
         "settled": "Ties between processors", "limited_weights": "Coarser scales", "unsigned_weights": "uint8 weights",
@@ -200,7 +170,7 @@ def test_a_missing_block_is_not_drawn(key: str) -> None:
         "mixed_precision": "Mixed precision", "ladder": "Methods tried", "portability": "Cost of portability",
         "metric": "mean_iou", "sizes": "Free sizes",
     }  # fmt: skip
-    assert headings[key] in _Page(render_html(sample_report(3))).text
+    assert headings[key] in HtmlPage(render_html(sample_report(3))).text
     assert headings[key] not in text
 
 
@@ -211,7 +181,7 @@ def test_names_are_escaped_everywhere(hostile: str) -> None:
     report = sample_report(6)
 
     ill = infected(report, hostile)
-    clean, page = _Page(render_html(report)), _Page(render_html(ill))
+    clean, page = HtmlPage(render_html(report)), HtmlPage(render_html(ill))
     shapes = [[tag for tag, _ in each.tags if tag not in ("a", "wbr")] for each in (page, clean)]
     assert shapes[0] == shapes[1]
     assert json.loads(_details(render_html(ill))), "the data of the script stay JSON"
@@ -295,7 +265,7 @@ def test_layers_without_sites_and_sites_without_layers_have_rows() -> None:
     ]
     report["coverage"]["nodes"], report["time_shares"] = [], None
     assert len(layer_rows(validate_report(report))) == 4, "reports of earlier versions have sites only"
-    _Page(render_html(report))
+    HtmlPage(render_html(report))
 
 
 def test_findings_lead_to_layers() -> None:
@@ -329,9 +299,9 @@ def test_degenerate_layers_are_drawn(change: dict[str, Any]) -> None:
     report["layers"][1].update(change)
     html = render_html(report)
     assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
-    _Page(html)
+    HtmlPage(html)
     report["layers"] = [report["layers"][1]]
-    _Page(render_html(report))
+    HtmlPage(render_html(report))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +320,9 @@ def test_degenerate_units_are_drawn(change: dict[str, Any]) -> None:
     report["reconstruction"]["units"][1].update(change)
     html = render_html(report)
     assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
-    _Page(html)
+    HtmlPage(html)
     report["reconstruction"]["units"] = [report["reconstruction"]["units"][1]]
-    _Page(render_html(report))
+    HtmlPage(render_html(report))
     report["reconstruction"]["units"] = []
     assert "units improved" not in render_html(report)
 
@@ -378,7 +348,7 @@ def test_units_that_were_joined_are_told_with_the_errors_that_decided_it() -> No
         "losses": [0.1 / (i + 1) for i in range(6)],
     }
     html = render_html(report)
-    assert "6 units before neighbours were joined (loss)" in _Page(html).text
+    assert "6 units before neighbours were joined (loss)" in HtmlPage(html).text
     assert all(name in html for name in names)
     assert html.count('<svg class="figure"') == render_html(sample_report(4)).count('<svg class="figure"') + 1
     report["reconstruction"]["grouping"] |= {
@@ -424,13 +394,13 @@ def test_degenerate_searches_are_drawn(change: dict[str, Any]) -> None:
     report["lapq"] |= change
     html = render_html(report)
     assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
-    _Page(html)
+    HtmlPage(html)
     assert dump(validate_report(report))["lapq"].keys() == sample_report(3)["lapq"].keys()
 
 
 def test_the_choice_stands_in_the_front_and_its_bits_among_the_sensitivities() -> None:
     html = render_html(sample_report(9))
-    text = _Page(html).text
+    text = HtmlPage(html).text
     for shown in ("avg_weight_bits<=4.25", "4.2 bits per weight on average", "in the network found: 0.87", "all 4",
                   "512 calibration samples", "31"):  # fmt: skip
         assert shown in text, shown
@@ -454,10 +424,10 @@ def test_degenerate_allocations_are_drawn(change: dict[str, Any]) -> None:
             width |= {"loss": None, "accuracy_drop": None}
     html = render_html(report)
     assert not re.search(r"\bnan\b", html, flags=re.IGNORECASE)
-    _Page(html)
+    HtmlPage(html)
     dump(validate_report(report))
     report["sensitivity"]["scales"] = report["sensitivity"]["scales"][:1]
-    _Page(render_html(report))
+    HtmlPage(render_html(report))
 
 
 def test_names_that_are_keys_are_escaped() -> None:
@@ -465,7 +435,7 @@ def test_names_that_are_keys_are_escaped() -> None:
     hostile = "<img src=x onerror=alert(1)>"
     report["lapq"]["multipliers"][hostile] = 1.0
     report["lapq"]["losses"][hostile] = 1.0
-    page = _Page(render_html(report))
+    page = HtmlPage(render_html(report))
     assert page.text.count(hostile) == 2 and "img" not in {tag for tag, _ in page.tags}
 
 
@@ -485,7 +455,7 @@ def test_a_matrix_is_drawn_cell_by_cell() -> None:
 
 
 def test_the_page_shows_every_output_the_users_metric_and_free_sizes() -> None:
-    page = _Page(render_html(sample_report(9))).text
+    page = HtmlPage(render_html(sample_report(9))).text
     words = " ".join(page.split())
     assert "output logits , same decision in 99.10 % 31.4 dB" in words and "output index identical" in words
     assert "mean_iou in the runtime, 0.71 with the float model 0.7" in page
@@ -495,7 +465,7 @@ def test_the_page_shows_every_output_the_users_metric_and_free_sizes() -> None:
 def test_without_labels_the_page_shows_agreement() -> None:
     report = sample_report(3)
     report["accuracy"].update(metric="agreement", float=None, reference=None, runtime=None, top5=None, drop_ci=None)
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     assert "agreement with float" in text
     assert "top1 in the runtime" not in text and "agreement in the runtime" not in text
 
@@ -503,36 +473,36 @@ def test_without_labels_the_page_shows_agreement() -> None:
 def test_without_classes_the_page_shows_decibels() -> None:
     report = sample_report(3)
     report["accuracy"].update(metric="sqnr_db", float=None, reference=38.5, runtime=38.3346, top5=None, drop_ci=None)
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     assert "38.3 dB" in text and "3833" not in text
 
 
 def test_the_page_says_where_the_time_goes_and_what_helps() -> None:
     report = sample_report(3)
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     assert "62 % of the time" in text and "quantizers 12.0 %" in text
     assert "batch norm folds into the layer before it" in text
     report["coverage"] |= {"integer_macs": None, "uncounted": ["Scan loop"]}
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     assert "An unknown share of multiply-accumulates" in text and "cannot be counted: Scan loop" in text
 
 
 def test_differences_that_are_no_faults_are_explained_where_they_are_shown() -> None:
     report = sample_report(3)
     words = "without optimizations onnxruntime computes in float32"
-    assert report["parity"]["unoptimized"]["mismatched"] and words in _Page(render_html(report)).text
+    assert report["parity"]["unoptimized"]["mismatched"] and words in HtmlPage(render_html(report)).text
     report["parity"]["unoptimized"]["nodes"][1].update(mismatched=9)
     noted = [each.text or "" for each in ET.fromstring(render_junit(report)).iter("system-out")]
     assert any("9 of 401,408" in text and words in text for text in noted)
     report["parity"]["unoptimized"]["mismatched"] = 0
-    assert words not in _Page(render_html(report)).text
+    assert words not in HtmlPage(render_html(report)).text
 
 
 def test_what_grew_and_slowed_down_is_said_so() -> None:
     report = sample_report(3)
     report["size"] |= {"float_bytes": 1000, "bytes": 2500}
     report["latency_ms"] |= {"float": 1.0, "quantized": 4.0, "ratio": 4.0, "ratio_interval": [3.9, 4.1]}
-    text = _Page(render_html(report)).text
+    text = HtmlPage(render_html(report)).text
     assert "2.50x larger" in text and "4.00x slower" in text
 
 
