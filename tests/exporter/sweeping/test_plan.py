@@ -137,6 +137,7 @@ def test_texts_tell_entries_apart(write: Write) -> None:
         (HEAD + '[sweep]\nmethod = ["mes"]', "unknown method 'mes'. Did you mean 'mse'"),
         (HEAD + '[sweep]\nmethod = [{method = "mse", options = {q = 1}}]', "unknown mse option .q."),
         (HEAD + '[sweep]\ntarget = ["ort"]', "unknown target 'ort'"),
+        ('target = ["ort-cpu"]\n' + SWEEP, "is a list; write it under .sweep., which makes a job of each"),
         (HEAD + "[sweep]\nseed = [1, 1]", r"\[sweep\] seed holds 1 twice"),
         (HEAD + "[sweep]\nseed = [0]\nother = [{seed = 1}]", "sets seed in seed and in other; leave it to one"),
         (HEAD + '[sweep]\nout = ["a"]', "sets out, which is that of all jobs"),
