@@ -17,6 +17,7 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.errors import DataError, InputError, ModelError, argument, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
+from calibrators.execution.shared import Shared
 from calibrators.execution.task import Kept, Problem, Stage, silent
 from calibrators.goal import DEFAULT_GOAL, Goal
 from calibrators.graph.aten import constant, operator_name, where
@@ -60,6 +61,7 @@ def calibrate(
     stage: Stage = silent,
     kept: Kept | None = None,
     seen: Kept | None = None,
+    shared: Shared | None = None,
     goal: Goal | None = DEFAULT_GOAL,
 ) -> CalibrationResult:
     """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
@@ -79,6 +81,7 @@ def calibrate(
     stage:     opens a stage of work for a progress display.
     kept:      where methods that train keep finished units, from which another run with the same arguments continues.
     seen:      where statistics of activations are kept, for runs with the same data and other methods or bits.
+    shared:    what earlier calls with the same arguments but for the target found, and where this one adds to it.
     goal:      limits at which method "auto" stops; None: where another method gains no more than noise.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
@@ -99,9 +102,14 @@ def calibrate(
         explain=explain,
         stage=stage,
         kept=kept,
-        seen=seen,
+        seen=seen or shared,
         goal=goal,
     )
+    decided = problem.placement
+    if budgets or sensitivity or getattr(method, "places_again", False):
+        shared = None  # the target decides about other placements too
+    if shared is not None and (found := shared.result(decided)) is not None:
+        return found
     with _float32_convolutions():
         problem, record = _with_chosen_bits(problem, placement, method, budgets, stored, sensitivity=sensitivity)
         result = method.fit(problem)
@@ -109,7 +117,10 @@ def calibrate(
         if bias_correction:
             result = correct_biases(result, problem.batches)
     record |= portability(problem, result) | ({"preparation": preparation} if prepare else {})
-    return replace(result, record=replace(result.record, **record))
+    result = replace(result, record=replace(result.record, **record))
+    if shared is not None:
+        shared.add(decided, result)
+    return result
 
 
 def advice(

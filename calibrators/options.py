@@ -67,9 +67,11 @@ class Options:
     """Base of a method's dataclass, which checks the options of every new object.
 
     slow: whether fitting takes minutes, so that a result is kept where little changes.
+    places_again: whether it tries other placements than that of the problem.
     """
 
     slow: ClassVar[bool] = False
+    places_again: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raise InputError for the first field whose value its declaration does not allow."""

@@ -9,13 +9,14 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from calibrators.execution.shared import Shared
 from calibrators.targets import get_target
 from exporter.checks import adapted, check_settings, checked_data
 from exporter.comparing.compare import Export, read_export
@@ -38,7 +39,7 @@ from exporter.reporting.gates import Gate
 from exporter.reporting.interface import Images, images_of
 from exporter.verify import gates_of
 
-__all__ = ["Network", "Order", "Steps", "open_order", "take_in"]
+__all__ = ["Network", "Order", "Steps", "for_targets", "open_order", "take_in"]
 
 
 class Steps:
@@ -63,11 +64,20 @@ class Steps:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Captured:
+    """A captured network, the same network folded, and what its calibrations share: for many targets."""
+
+    graph: fx.GraphModule
+    folded: fx.GraphModule
+    shared: Shared = field(default_factory=Shared)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Order:
     """The parts of an export, opened and checked as far as the network need not be captured.
 
-    notes: what to tell the user.
-    captures: captured and folded networks by whether their batch is free, for exports of one network to many targets.
+    notes, warnings: what to tell the user about the model, and about the target.
+    captures: captured networks by whether their batch is free, for exports of one network to many targets.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -80,9 +90,10 @@ class Order:
     metric: Metric | None
     raws: RawInputs
     notes: list[str]
+    warnings: tuple[str, ...]
     checkpoint: Path | None = None
     checkpoint_key: str | None = None
-    captures: dict[bool, tuple[fx.GraphModule, fx.GraphModule]] | None = None
+    captures: dict[bool, Captured] | None = None
 
     @property
     def free_batch(self) -> bool:
@@ -96,6 +107,7 @@ class Network:
 
     golden:   data of the golden set, where a file gives it.
     coded:    outputs that the file gives as codes.
+    shared:   what its calibrations for several targets share.
     warnings: what to tell the user.
     """
 
@@ -108,6 +120,7 @@ class Network:
     coded: frozenset[str]
     labels: tuple[str, ...] | None
     images: Images | None
+    shared: Shared | None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -134,12 +147,10 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
     measure = load_metric(metric or config.metric)
     if measure is not None and config.metric is None:
         config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
-    check_settings(config)
-    config, warnings = adapted(config)
-    gates = gates_of(config.gates, config.proving_runtimes)
+    config, warnings, gates = _meant(config)
     baseline = read_export(Path(config.baseline)) if config.baseline is not None else None
     given, evaluation = open_both(data, eval_data, config)
-    notes = [*warnings]
+    notes: list[str] = []
     if isinstance(model, str):
         source, model = model, load_model(model, checkpoint, key=checkpoint_key, note=notes.append)
     names, optional = input_names(model), optional_inputs(model)
@@ -160,9 +171,35 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
         metric=measure,
         raws=raws,
         notes=notes,
+        warnings=warnings,
         checkpoint=checkpoint,
         checkpoint_key=checkpoint_key,
     )
+
+
+def for_targets(order: Order, configs: Iterable[ExportConfig]) -> list[Order]:
+    """Return what was opened once as an order for each of some settings, which differ in the target alone.
+
+    The orders share what they capture and calibrate.
+
+    raises: InputError.
+    """
+    captures: dict[bool, Captured] = {}
+    found = []
+    for config in configs:
+        mine, warnings, gates = _meant(config.model_copy(update={"metric": order.config.metric}))
+        found.append(replace(order, config=mine, warnings=warnings, gates=gates, captures=captures))
+    return found
+
+
+def _meant(config: ExportConfig) -> tuple[ExportConfig, tuple[str, ...], list[Gate]]:
+    """Return the settings as their target needs them, warnings about it, and the gates.
+
+    raises: InputError.
+    """
+    check_settings(config)
+    config, warnings = adapted(config)
+    return config, warnings, gates_of(config.gates, config.proving_runtimes)
 
 
 def take_in(order: Order, steps: Steps) -> Network:
@@ -174,7 +211,8 @@ def take_in(order: Order, steps: Steps) -> Network:
     if isinstance(order.model, nn.Module):
         check_takes_integers(order.model, example, order.calibration.label)
         notes += [text] if (text := other_size(order.model, example.inputs)) else []
-    graph, folded = _captured(order, steps)
+    known = order.captures.get(order.free_batch) if order.captures is not None else None
+    graph = copy.deepcopy(known.graph) if known is not None else _captured(order, steps)
     raws = order.raws.renamed(graph.meta["input_names"])
     batches = GraphBatches(graph, order.calibration)
     evaluation, keeps = order.evaluation, order.metric is not None
@@ -184,7 +222,15 @@ def take_in(order: Order, steps: Steps) -> Network:
     labels = class_names(config.labels, sources, graph)
     notes += _checked(graph, batches, held_out, golden, order.metric)
     coded = parse_coded(config.output, graph.meta["output_names"])
-    folded = folded or _folded(order, graph, steps)
+    if known is None:
+        with steps.shown("fold"):
+            folded = fold(graph)
+        if order.captures is not None:
+            known = order.captures[order.free_batch] = Captured(
+                graph=copy.deepcopy(graph), folded=copy.deepcopy(folded)
+            )
+    else:
+        folded = copy.deepcopy(known.folded)
     folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, raws)}
     return Network(
         graph=graph,
@@ -196,29 +242,17 @@ def take_in(order: Order, steps: Steps) -> Network:
         coded=coded,
         labels=labels,
         images=images_of(next((x.form for x in sources if x.form), None), raws.by_name),
+        shared=known.shared if known is not None else None,
         warnings=notes,
     )
 
 
-def _captured(order: Order, steps: Steps) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-    """Return the captured network; copies of it and of the folded one where another export of the order made them."""
+def _captured(order: Order, steps: Steps) -> fx.GraphModule:
     example = order.calibration.example()
-    if order.captures is not None and order.free_batch in order.captures:
-        return copy.deepcopy(order.captures[order.free_batch])
     with steps.shown("capture"):
-        graph = capture(
+        return capture(
             order.model, example.inputs, form=example.form, free_batch=order.free_batch, axes=order.config.free_axes
-        )  # fmt: skip
-    return graph, None
-
-
-def _folded(order: Order, graph: fx.GraphModule, steps: Steps) -> fx.GraphModule:
-    """Return the folded network, and keep it with the captured one for other exports of the order."""
-    with steps.shown("fold"):
-        folded = fold(graph)
-    if order.captures is not None:
-        order.captures[order.free_batch] = copy.deepcopy((graph, folded))
-    return folded
+        )
 
 
 def _checked(

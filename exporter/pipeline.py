@@ -153,7 +153,7 @@ class Work:
         self.target = get_target(self.config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
-        self.warnings = [*order.notes]
+        self.warnings = [*order.warnings, *order.notes]
         self.scores: SampleScores | None = None
         self.goal = goal_of(order.gates, accuracy_gate=self.config.accuracy_gate)
 
@@ -164,7 +164,9 @@ class Work:
         batches, held_out = network.batches, network.held_out
         keeping = kept_units(network.folded, batches.data, self.config, self.warnings.append)
         with self.steps.timed("calibrate"), keeping as kept:
-            result = calibrated(network.folded, batches, self.config, self.steps.progress.stage, kept, self.goal)
+            result = calibrated(
+                network.folded, batches, self.config, self.steps.progress.stage, kept, self.goal, network.shared
+            )
         self.calibrated = result, GraphBatches(network.graph, batches.data)
         self.warnings += calibration_notes(result)
         graph, result, golden, simplifier = self.emitted(network, result)

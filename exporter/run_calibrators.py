@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError, argument, counted, first_line
 from calibrators.execution.measure import Batch
+from calibrators.execution.shared import Shared
 from calibrators.execution.task import Kept
 from calibrators.goal import Goal
 from calibrators.mixed_precision.ilp import Stored
@@ -32,19 +33,21 @@ from exporter.resume import kept_statistics
 __all__ = ["calibrated", "calibration_notes", "check_budget"]
 
 
-def calibrated(
+def calibrated(  # noqa: PLR0913 (what steps of an export pass on)
     graph: fx.GraphModule,
     batches: GraphBatches,
     config: ExportConfig,
     stage: Callable[..., Any],
     kept: Kept | None = None,
     goal: Goal | None = None,
+    shared: Shared | None = None,
 ) -> CalibrationResult:
     """Calibrate the folded graph.
 
     stage:  opens a bar of the progress.
     kept:   where finished units are kept.
     goal:   what the gates on accuracy ask for.
+    shared: what exports for other targets found.
     raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
     """
     with _out_of_space(config):
@@ -69,6 +72,7 @@ def calibrated(
             stage=stage,
             kept=kept,
             seen=kept_statistics(batches, config),
+            shared=shared,
             goal=goal,
         )
 

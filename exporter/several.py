@@ -1,4 +1,6 @@
-"""Export one network for several targets: it is loaded, captured and folded once, and each target gets a bundle.
+"""Export one network for several targets: model and data are opened once, and each target gets a bundle.
+
+It is captured, folded and calibrated once where targets allow it (calibrators.execution.shared).
 
 What a target cannot have is a row of the table with the reason, and does not keep the others from their bundles.
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from torch.export import ExportedProgram
 from calibrators.allocator import keep_freed_memory
 from calibrators.errors import ExportError, InputError, IntactError, argument
 from calibrators.targets import get_target
+from exporter.checks import check_settings
 from exporter.config import ExportConfig
 from exporter.handover.bundle import check_out
-from exporter.intake import Order, open_order
+from exporter.intake import for_targets, open_order
 from exporter.pipeline import carry_out
 from exporter.progress import Progress, default_progress
 from exporter.reporting.metrics import METRICS, value_at
@@ -85,14 +88,13 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
         raise InputError(f"targets {', '.join(targets) or 'are missing'}; give each of one or more targets once.")
     keep_freed_memory()
     out, progress = Path(out), progress or default_progress()
-    orders: list[Order] = []
-    for name in targets:
-        mine = config.model_copy(update={"target": name})
-        loaded, source = (orders[0].model, orders[0].source) if orders else (model, "")
-        order = open_order(
-            loaded, data, eval_data, checkpoint, checkpoint_key, config=mine, metric=metric, source=source
-        )  # fmt: skip
-        orders.append(replace(order, captures=orders[0].captures if orders else {}))
+    configs = [config.model_copy(update={"target": name}) for name in targets]
+    for each in configs:
+        check_settings(each)  # of all targets, before anything is opened
+    opened = open_order(
+        model, data, eval_data, checkpoint, checkpoint_key, config=configs[0], metric=metric, source=""
+    )  # fmt: skip
+    orders = for_targets(opened, configs)
     check_apart(out, config)
     _check_folder(out, targets, overwrite=overwrite)
     costs, errors = [], list[IntactError]()

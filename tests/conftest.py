@@ -30,6 +30,8 @@ SLOW = re.compile(
     "|".join(
         (
             r"/test_cuda_graphs\.py::test_methods_on_a_device\[(?!gptq)",  # every method on the pretend device
+            r"/test_several_targets\.py::test_files_are\w+\[(?!openvino)",
+            r"/test_shared\.py::test_methods_read\w+\[(?!mse|gptq)",
             r"/test_resume\.py::test_(ten_kills|interrupted_runs_give_the_same_bits\[(?!qdrop))",
             r"/test_zoo\.py",  # trained networks
             r"/test_raw_ends\.py::test_bytes_are_the_codes\w+\[nchw",

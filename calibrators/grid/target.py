@@ -9,6 +9,7 @@ Must not know: graphs, ONNX, how a runtime is run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -20,6 +21,16 @@ from calibrators.grid.processors import PROCESSORS
 from calibrators.grid.spec import QuantSpec
 
 __all__ = ["Form", "Target"]
+
+SETTLED_BY_PLACEMENT = frozenset(
+    {
+        *("name", "summary", "runtime", "min_version", "proof", "proved_in", "opsets", "static_shapes"),
+        *("ignored_rules", "wide_activation", "widths", "coded_tables", "packed_weights", "weighted_to_codes"),
+        *("weighted_to_either", "weighted_to_float", "weight_only", "fused_ops", "forms", "on_codes_ops"),
+        *("joined_ops", "constant_operands", "fixed_outputs", "costs", "fuses_clips", "free_factors"),
+    }
+)
+"""Fields that methods and reference programs do not read: what they decide about a network is in its placement."""
 
 Form = Literal["tensors", "unscaled", "to-one-pixel", "images", "whole-windows", "own-divisor"]
 """A condition under which an operator has an integer kernel; calibrators.placement.kernel_forms holds their checks."""
@@ -148,6 +159,11 @@ class Target:
     def kernels(self) -> Operators:
         """Every operator that the runtime can run on codes."""
         return self.weighted | self.integer_ops | self.fused_ops | self.same_scale_ops
+
+    @property
+    def computation(self) -> dict[str, object]:
+        """What a calibration reads beside the placement of the network."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in SETTLED_BY_PLACEMENT}
 
     @property
     def promise(self) -> str:

@@ -6,7 +6,7 @@ Good enough is what the accuracy gate of an export asks for (docs/gates.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from calibrators.errors import InputError
 from calibrators.goal import ROOM
@@ -22,6 +22,8 @@ __all__ = ["Auto"]
 @dataclass(frozen=True)
 class Auto(Options):
     """The fastest of several methods that passes the accuracy gate on held-out calibration samples."""
+
+    places_again: ClassVar[bool] = True
 
     rungs: str = option("mse,gptq,qdrop", "methods in the order in which they are tried")
     held_out: float = option(0.25, "share of the calibration samples that judge", minimum=0.05, maximum=0.5)
