@@ -17,6 +17,7 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.errors import DataError, InputError, ModelError, argument, first_line
 from calibrators.execution.measure import Batch
 from calibrators.execution.portability import portability
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.execution.shared import Shared
 from calibrators.execution.task import Kept, Problem, Stage, silent
 from calibrators.goal import DEFAULT_GOAL, Goal
@@ -24,7 +25,7 @@ from calibrators.graph.aten import constant, operator_name, where
 from calibrators.graph.canonical import to_integer_forms
 from calibrators.grid.target import Target
 from calibrators.ladder_record import CostlyLayers
-from calibrators.methods import Method, get_method, range_method
+from calibrators.methods import Method, check_parallel, get_method, range_method
 from calibrators.methods.lp import Lp
 from calibrators.mixed_precision.budgets import Budget
 from calibrators.mixed_precision.escapes import costly_layers
@@ -63,6 +64,7 @@ def calibrate(
     seen: Kept | None = None,
     shared: Shared | None = None,
     goal: Goal | None = DEFAULT_GOAL,
+    ranks: Ranks = ALONE,
 ) -> CalibrationResult:
     """Return the scales, zero points, integer weights and biases for `graph`, chosen by a method for a target.
 
@@ -83,10 +85,12 @@ def calibrate(
     seen:      where statistics of activations are kept, for runs with the same data and other methods or bits.
     shared:    what earlier calls with the same arguments but for the target found, and where this one adds to it.
     goal:      limits at which method "auto" stops; None: where another method gains no more than noise.
+    ranks:     the processes that call this together, each with all the data; all get the same result.
     raises:    InputError for unknown names or options, empty or non-finite data; ModelError for non-finite weights.
     """
     keep_freed_memory()
     method = get_method(method, options or {}) if isinstance(method, str) else method
+    check_parallel(method, ranks)
     target = get_target(target) if isinstance(target, str) else target
     _check_constants(graph)
     prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
@@ -104,6 +108,7 @@ def calibrate(
         kept=kept,
         seen=seen or shared,
         goal=goal,
+        ranks=ranks,
     )
     decided = problem.placement
     if budgets or sensitivity or getattr(method, "places_again", False):

@@ -68,10 +68,12 @@ class Options:
 
     slow: whether fitting takes minutes, so that a result is kept where little changes.
     places_again: whether it tries other placements than that of the problem.
+    parallel: whether several processes can share the work.
     """
 
     slow: ClassVar[bool] = False
     places_again: ClassVar[bool] = False
+    parallel: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raise InputError for the first field whose value its declaration does not allow."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import torch
 
 from calibrators.errors import DataError, InputError, UnknownNameError, argument, counted
-from calibrators.methods import get_method, range_method
+from calibrators.execution.ranks import ALONE, Ranks
+from calibrators.methods import check_parallel, get_method, range_method
 from calibrators.mixed_precision.budgets import ACCURACY
 from calibrators.options import list_options
 from calibrators.placement.place import check_widths
@@ -27,13 +28,15 @@ from runtime_tests.runtimes import available_runtimes, get_runtime
 __all__ = ["adapted", "check_settings", "checked_data"]
 
 
-def check_settings(config: ExportConfig) -> None:
+def check_settings(config: ExportConfig, ranks: Ranks = ALONE) -> None:
     """Check that every name is known, and that device, runtimes and weight storage can do what is asked.
 
+    ranks:  the processes that share the work.
     raises: InputError.
     """
     get_target(config.target)
     _check_options(config)
+    check_parallel(get_method(config.method), ranks)
     for rule in config.layers:
         if rule.method is not None:
             range_method(rule.method)

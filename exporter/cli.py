@@ -29,6 +29,7 @@ from exporter.comparing.commands import compare, compare_dump
 from exporter.console import check_folder_of, print_json, print_table, reported_errors
 from exporter.flags import RUNNING, Debug, Json, Memory, Out, Overwrite, Quiet, Sets, Summary, option
 from exporter.listing import methods, runtimes, schema, targets
+from exporter.processes import joined, launched, silence_all_but_the_first
 from exporter.running import Shown, finish, run_dry, run_export, run_for_targets
 from exporter.sweeping.commands import SWEEP_HELP, sweep
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from exporter.config import Setting
 
 __all__ = ["app", "export_command", "main"]
+
+SHARED = ("export", "demo")
+"""Commands whose work several processes share."""
 
 EXPORT_HELP = (
     "Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.\n\n"
@@ -106,12 +110,14 @@ command = partial(app.command, cls=_Command, no_args_is_help=True)
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     _: Annotated[
         bool,
         typer.Option("--version", help="Show the version and exit.", metavar="", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
-    pass
+    if launched() > 1 and ctx.invoked_subcommand not in SHARED:
+        raise typer.BadParameter(f"torchrun starts {' or '.join(SHARED)}; call {ctx.invoked_subcommand} without it.")
 
 
 @app.command(name="export", help=EXPORT_HELP)
@@ -145,10 +151,12 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
     **flags: Any,
 ) -> None:
     """Export a model; `flags` are the parts of the job and the settings that were given."""
-    with reported_errors(debug=debug):
+    with reported_errors(debug=debug), joined() as ranks:
         from exporter.job import load_job
 
         job, settings, targets = load_job(config, flags, sets or ())
+        if ranks.count > 1 and (dry_run or len(targets) > 1):
+            raise InputError("torchrun shares one export; leave --dry-run or the other targets out.")
         if len(targets) > 1:
             if dry_run or summary is not None:
                 raise InputError("--dry-run and --summary take one --target; leave them or the other targets out.")
@@ -157,7 +165,7 @@ def export(  # noqa: PLR0913 (a command's arguments are its flags)
             if summary is not None:
                 raise InputError("--summary has no verdict to write after --dry-run; leave one of them out.")
             run_dry(job, settings, overwrite=overwrite, quiet=quiet, as_json=as_json)
-        run_export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
+        run_export(job, settings, ranks, overwrite=overwrite, quiet=quiet, shown=Shown(as_json, summary))
 
 
 @cache
@@ -382,7 +390,7 @@ def demo(
 
     Example: [bold]intact demo --out build/demo[/bold], then open build/demo/report.html.
     """
-    with reported_errors(debug=debug):
+    with reported_errors(debug=debug), joined() as ranks:
         from exporter.config import make_config
         from exporter.job import Job
 
@@ -390,7 +398,7 @@ def demo(
         parts = {"model": "network", "data": "calibration", "eval": "evaluation"}
         job = Job(out=str(out), **{name: f"{source}{part}" for name, part in parts.items()})
         settings = make_config({} if method is None else {"method": method})
-        run_export(job, settings, overwrite=overwrite, quiet=quiet, shown=Shown())
+        run_export(job, settings, ranks, overwrite=overwrite, quiet=quiet, shown=Shown())
 
 
 for listing in (methods, schema, targets, runtimes):
@@ -401,6 +409,7 @@ def main() -> None:
     """Run the command."""
     keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
+    silence_all_but_the_first()
     gc.set_threshold(50_000, 20, 20)  # imports make many objects but no garbage; this saves a second at each start
     try:
         app()

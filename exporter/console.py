@@ -24,6 +24,7 @@ __all__ = [
     "INTERRUPTED",
     "check_folder_of",
     "described",
+    "exit_code_of",
     "print_json",
     "print_table",
     "reported_errors",
@@ -83,6 +84,11 @@ def described(error: Exception) -> tuple[str, str, int]:
         f"internal error: {type(error).__name__}: {first_line(error)}; run again with --debug and report the traceback."
     )
     return reason, "", INTERNAL_FAULT
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of the command that ends with an error."""
+    return described(error)[2] if isinstance(error, Exception) else INTERRUPTED
 
 
 def _complain(message: str, prefix: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.execution.shared import Shared
 from calibrators.targets import get_target
 from exporter.checks import adapted, check_settings, checked_data
@@ -77,6 +78,7 @@ class Order:
     """The parts of an export, opened and checked as far as the network need not be captured.
 
     notes, warnings: what to tell the user about the model, and about the target.
+    ranks: the processes that carry it out together; the first writes.
     captures: captured networks by whether their batch is free, for exports of one network to many targets.
     """
 
@@ -91,6 +93,7 @@ class Order:
     raws: RawInputs
     notes: list[str]
     warnings: tuple[str, ...]
+    ranks: Ranks = ALONE
     checkpoint: Path | None = None
     checkpoint_key: str | None = None
     captures: dict[bool, Captured] | None = None
@@ -139,6 +142,7 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
     config: ExportConfig,
     metric: str | Callable[[Any, Any], float] | None,
     source: str,
+    ranks: Ranks = ALONE,
 ) -> Order:
     """Open and check everything that an export is given; the arguments are those of exporter.pipeline.export.
 
@@ -147,7 +151,7 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
     measure = load_metric(metric or config.metric)
     if measure is not None and config.metric is None:
         config = config.model_copy(update={"metric": metric if isinstance(metric, str) else measure.name})
-    config, warnings, gates = _meant(config)
+    config, warnings, gates = _meant(config, ranks)
     baseline = read_export(Path(config.baseline)) if config.baseline is not None else None
     given, evaluation = open_both(data, eval_data, config)
     notes: list[str] = []
@@ -172,6 +176,7 @@ def open_order(  # noqa: PLR0913 (the arguments of an export)
         raws=raws,
         notes=notes,
         warnings=warnings,
+        ranks=ranks,
         checkpoint=checkpoint,
         checkpoint_key=checkpoint_key,
     )
@@ -192,12 +197,12 @@ def for_targets(order: Order, configs: Iterable[ExportConfig]) -> list[Order]:
     return found
 
 
-def _meant(config: ExportConfig) -> tuple[ExportConfig, tuple[str, ...], list[Gate]]:
+def _meant(config: ExportConfig, ranks: Ranks = ALONE) -> tuple[ExportConfig, tuple[str, ...], list[Gate]]:
     """Return the settings as their target needs them, warnings about it, and the gates.
 
     raises: InputError.
     """
-    check_settings(config)
+    check_settings(config, ranks)
     config, warnings = adapted(config)
     return config, warnings, gates_of(config.gates, config.proving_runtimes)
 

@@ -18,8 +18,9 @@ from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
 from calibrators.calibration import advice
-from calibrators.errors import counted
+from calibrators.errors import InputError, counted
 from calibrators.execution.measure import Batch
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.ladder_record import CostlyLayers
 from calibrators.program.freeze import CalibrationResult
 from calibrators.targets import get_target
@@ -92,6 +93,7 @@ def export(
     metric: str | Callable[[Any, Any], float] | None = None,
     source: str = "",
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
     **settings: Any,
 ) -> Outcome:
     """Calibrate, emit, prove and write the bundle of `model` to the folder `out`; return what its report.json holds.
@@ -101,6 +103,8 @@ def export(
                      takes it. Calibration reads no labels; evaluation uses them if there are any.
     checkpoint:      weights for the module of a factory that `model` names; checkpoint_key says where they are in it.
     metric:     a function of all outputs and labels of the evaluation data, or text such as "metrics.py:mean_iou".
+    ranks:           the processes that all call this with the same arguments and share the work; the first writes, and
+                     all return the same.
     config, settings: an ExportConfig, or its fields as keywords (method="mse", weight_bits=4, ...).
     raises:          InputError (bad model, data, setting, folder), ExportError (not for this target). Failed gates do
                      not raise: report["verdict"] says "fail".
@@ -108,7 +112,8 @@ def export(
     keep_freed_memory()
     config, out = config or make_config(settings), Path(out)
     order = open_order(
-        model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source
+        model, data, eval_data, checkpoint, checkpoint_key, config=config, metric=metric, source=source,
+        ranks=ranks,
     )  # fmt: skip
     check_apart(out, order.config)
     check_out(out, overwrite=overwrite)  # last: a second try would meet faults of the input
@@ -117,11 +122,14 @@ def export(
 
 def carry_out(order: Order, out: Path, progress: Progress, *, overwrite: bool = False) -> Outcome:
     """Export what was opened and checked, and write its bundle; see `export`."""
-    config, gates, baseline = order.config, order.gates, order.baseline
+    config, gates, baseline, ranks = order.config, order.gates, order.baseline, order.ranks
     torch.manual_seed(config.seed)
     with TemporaryFolder() as folder:
         work = Work(order, progress, folder)
-        report, golden = work.run()
+        done = work.run()
+        if done is None:
+            return Outcome(ranks.shared(dict[str, Any]()), out)
+        report, golden = done
         if baseline is not None:
             others = [gate for gate in gates if not needs_baseline(gate)]
             so_far = judge(report, others, accuracy_gate=config.accuracy_gate)
@@ -141,7 +149,7 @@ def carry_out(order: Order, out: Path, progress: Progress, *, overwrite: bool = 
             config=config.model_dump(mode="json"),
             overwrite=overwrite,
         )
-    return Outcome(dump(report), out)
+    return Outcome(ranks.shared(dump(report)), out)
 
 
 class Work:
@@ -157,21 +165,31 @@ class Work:
         self.scores: SampleScores | None = None
         self.goal = goal_of(order.gates, accuracy_gate=self.config.accuracy_gate)
 
-    def run(self) -> tuple[Report, Golden]:
-        """Run all steps; return the report and the golden inputs and outputs."""
+    def run(self) -> tuple[Report, Golden] | None:
+        """Run all steps; return the report and the golden inputs and outputs, None unless this is the first process."""
         network = take_in(self.order, self.steps)
         self.warnings += network.warnings
         batches, held_out = network.batches, network.held_out
         keeping = kept_units(network.folded, batches.data, self.config, self.warnings.append)
         with self.steps.timed("calibrate"), keeping as kept:
             result = calibrated(
-                network.folded, batches, self.config, self.steps.progress.stage, kept, self.goal, network.shared
+                network.folded,
+                batches,
+                self.config,
+                self.steps.progress.stage,
+                kept,
+                self.goal,
+                network.shared,
+                self.order.ranks,
             )
         self.calibrated = result, GraphBatches(network.graph, batches.data)
         self.warnings += calibration_notes(result)
         graph, result, golden, simplifier = self.emitted(network, result)
+        self._check_same_file()
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, golden, evaluated=held_out is not None)
+        if not self.order.ranks.is_first:
+            return None
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
         source = origin_of(self.config.golden, (held_out or batches).data.label)
         origins = _origins(batches, held_out, source, proof.golden[0][0])
@@ -246,6 +264,15 @@ class Work:
             for each in (batch, *resized(batch, graph.meta["other_examples"])):
                 check_folding(graph, result.placement.graph, each)
 
+    def _check_same_file(self) -> None:
+        """Raise InputError unless all processes made the same file, which each then proves on some of the data."""
+        first, *others = self.order.ranks.gathered(sha256_of(self.folder / "model.onnx"))
+        if differing := [str(index) for index, other in enumerate(others, 1) if other != first]:
+            raise InputError(
+                f"process {', '.join(differing)} made another file than process 0; run all on processors of one kind, "
+                "with the same versions and numbers of threads, and give data that is the same in each of them."
+            )
+
     def _described(
         self, network: Network, graph: fx.GraphModule, model: ir.Model, program: fx.GraphModule
     ) -> Interface:
@@ -302,8 +329,15 @@ class Work:
         )
         runtimes = available_runtimes(self.config.proving_runtimes)
         with self.steps.shown("validate", "compare") as bar:
-            proof = Proof(self.model, program, runtimes=runtimes, threads=torch.get_num_threads(), measured=measured)
-            if golden is not None:
+            proof = Proof(
+                self.model,
+                program,
+                runtimes=runtimes,
+                threads=torch.get_num_threads(),
+                measured=measured,
+                ranks=self.order.ranks,
+            )
+            if golden is not None and self.order.ranks.is_first:
                 proof.add_golden(golden)
                 check_outputs(proof.golden[0][1])
             for batch, labels in batches.labelled():
@@ -311,7 +345,8 @@ class Work:
                 bar.advance()
                 if proof.is_done:
                     break
-            if program.meta["free_axes"]:
+            proof.gather()
+            if self.order.ranks.is_first and program.meta["free_axes"]:
                 for sized in resized(proof.golden[0][0], program.meta["other_examples"]):
                     proof.add_golden(sized)
             return proof

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from calibrators.calibration import calibrate
 from calibrators.errors import InputError, argument, counted, first_line
 from calibrators.execution.measure import Batch
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.execution.shared import Shared
 from calibrators.execution.task import Kept
 from calibrators.goal import Goal
@@ -41,6 +42,7 @@ def calibrated(  # noqa: PLR0913 (what steps of an export pass on)
     kept: Kept | None = None,
     goal: Goal | None = None,
     shared: Shared | None = None,
+    ranks: Ranks = ALONE,
 ) -> CalibrationResult:
     """Calibrate the folded graph.
 
@@ -48,6 +50,7 @@ def calibrated(  # noqa: PLR0913 (what steps of an export pass on)
     kept:   where finished units are kept.
     goal:   what the gates on accuracy ask for.
     shared: what exports for other targets found.
+    ranks:  the processes that do it together.
     raises: InputError where a disk or an accelerator is full, and what calibrators.calibration.calibrate raises.
     """
     with _out_of_space(config):
@@ -74,6 +77,7 @@ def calibrated(  # noqa: PLR0913 (what steps of an export pass on)
             seen=kept_statistics(batches, config),
             shared=shared,
             goal=goal,
+            ranks=ranks,
         )
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from exporter.console import check_folder_of, print_json, print_table
 
 if TYPE_CHECKING:
+    from calibrators.execution.ranks import Ranks
     from exporter.config import ExportConfig
     from exporter.job import Job
 
@@ -33,8 +34,11 @@ class Shown:
     page: str = "report"
 
 
-def run_export(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool, shown: Shown) -> None:
-    """Export, and exit with the verdict; the pipeline checks what it is given before it works."""
+def run_export(job: Job, settings: ExportConfig, ranks: Ranks, *, overwrite: bool, quiet: bool, shown: Shown) -> None:
+    """Export, and exit with the verdict; the pipeline checks what it is given before it works.
+
+    ranks: the processes that share the export, of which the first prints.
+    """
     arguments = job.arguments()
     if shown.summary is not None:
         check_folder_of(shown.summary)
@@ -42,7 +46,9 @@ def run_export(job: Job, settings: ExportConfig, *, overwrite: bool, quiet: bool
     from exporter.progress import console_progress
 
     progress = console_progress(quiet=quiet)
-    report = run(**arguments, config=settings, progress=progress, overwrite=overwrite)
+    report = run(**arguments, config=settings, progress=progress, overwrite=overwrite, ranks=ranks)
+    if not ranks.is_first:
+        raise _exit_of(report)
     finish(report, Path(job.out or ""), shown)
 
 
@@ -104,4 +110,8 @@ def finish(report: Any, folder: Path, shown: Shown) -> None:
                 stream.write(job_summary(found, folder))
         except OSError as error:  # the verdict stands
             Console(stderr=True).print(f"no summary: GITHUB_STEP_SUMMARY: {error.strerror}", markup=False)
-    raise typer.Exit(0 if report["verdict"] == "pass" else 1)
+    raise _exit_of(report)
+
+
+def _exit_of(report: Any) -> typer.Exit:
+    return typer.Exit(0 if report["verdict"] == "pass" else 1)

@@ -16,13 +16,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from calibrators.errors import DataError
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.graph.aten import example_batch, shape_of
 from calibrators.program.qdq_program import QUANTIZE
 from runtime_tests.measure.accuracy import Accuracy, RunningAccuracy
@@ -88,18 +89,28 @@ class Measurements:
         return tuple(max(limit, self.golden_samples) for limit in limits)
 
 
+class _Part(NamedTuple):
+    """Samples that run together; first: the number of samples before them."""
+
+    first: int
+    inputs: tuple[Tensor, ...]
+    labels: Any
+
+
 class Proof:
     """The proof of one file against its program, for the target that its metadata name, else the default.
 
     levels:   any of "unoptimized" (QDQ taken literally), "optimized" (integer kernels) and "openvino".
     runtimes: further runtimes in which the file is compared. One that refuses the file is a result, not an error.
+    ranks:    processes that prove the file together, each with all the data; each runs some of the batches, and after
+              `gather` the first holds all results.
     golden:   sets of inputs and reference outputs: of the first samples, and of `add_golden`.
     measured: what to measure; if None, parity on all samples.
     raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
               quantized values; ParityError if it lacks a weight; InputError if OpenVINO is not installed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a proof needs)
         self,
         model: Source,
         program: fx.GraphModule,
@@ -108,8 +119,9 @@ class Proof:
         runtimes: Sequence[Runtime] = (),
         threads: int = 1,
         measured: Measurements | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.program, self.threads = Model.of(model), program, threads
+        self.model, self.program, self.threads, self.ranks = Model.of(model), program, threads, ranks
         self.target = target_of(self.model)
         self.measured = measured or Measurements()
         self._at_once = samples_at_once(program)
@@ -124,6 +136,8 @@ class Proof:
         levels = [*levels, *(LEVEL_OF[each.name] for each in runtimes if each.name in LEVEL_OF)]
         self._comparisons = {name: self._comparison(name) for name in dict.fromkeys(levels)}
         self._elsewhere = [self._started(each) for each in runtimes if each.name not in LEVEL_OF]
+        self._limits = *self.measured.limits, *(each.samples for each in self._elsewhere)
+        self._waiting: list[_Part] = []
 
     @cached_property
     def kernels(self) -> KernelPlan:
@@ -149,10 +163,6 @@ class Proof:
         samples = min(math.inf if runtime.samples is None else runtime.samples, self.measured.parity_samples)
         limit = max(samples, self.measured.golden_samples)
         return Elsewhere(runtime, self.model, self.kernels, self._weights, samples=limit)
-
-    @property
-    def _limits(self) -> tuple[float, ...]:
-        return *self.measured.limits, *(each.samples for each in self._elsewhere)
 
     @property
     def is_done(self) -> bool:
@@ -204,7 +214,32 @@ class Proof:
         for cut in self._cuts(len(inputs[0])):
             if self.is_done:
                 return
-            self._add(tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
+            part = _Part(self.samples, tuple(x[cut] for x in inputs), None if labels is None else labels[cut])
+            self.samples += len(part.inputs[0])
+            self._waiting.append(part)
+            if len(self._waiting) == self.ranks.count:
+                self._run_waiting()
+
+    def gather(self) -> None:
+        """Bring the results of all processes together in the first; nothing is added after that."""
+        self._run_waiting()
+        running: list[Any] = [*self._comparisons.values(), *self._elsewhere, *filter(None, [self.measured.noise])]
+        _, *others = self.ranks.gathered([each.counts for each in running])
+        for counts in others if self.ranks.is_first else []:
+            for each, theirs in zip(running, counts, strict=True):
+                each.include(theirs)
+
+    def _run_waiting(self) -> None:
+        """Run one part in each process; the first adds up the scores of all in their order."""
+        parts = [*self._waiting]
+        self._waiting.clear()
+        for part, networks in zip(parts, self.ranks.spread(self._run, parts), strict=True):
+            if networks is not None and self.accuracy is not None and self.ranks.is_first:
+                references = networks.get("reference", [None])
+                self.accuracy.update(networks["float"][0], references[0], networks["runtime"][0], part.labels)
+                self.outputs.update(networks)
+                if self.metric is not None:
+                    self.metric.update(networks, len(part.inputs[0]))
 
     def add_golden(self, inputs: tuple[Tensor, ...]) -> None:
         """Compare a batch, however many samples were compared, and keep it as another golden set."""
@@ -239,13 +274,13 @@ class Proof:
             yield slice(start, start + size)
             start += size
 
-    def _add(self, inputs: tuple[Tensor, ...], labels: Any) -> None:
-        first, measured = self.samples, self.measured
-        self.samples += len(inputs[0])
+    def _run(self, part: _Part) -> dict[str, list[Any]] | None:
+        """Run a part and compare it; return the outputs by network where accuracy is measured."""
+        (first, inputs, _), measured = part, self.measured
         compared = self._comparisons if first < measured.parity_samples else {}
         elsewhere = [each for each in self._elsewhere if first < each.samples]
         noise = measured.noise if first < measured.noise_samples else None
-        wants_golden = not self.golden and measured.golden_samples > 0
+        wants_golden = not first and not self.golden and measured.golden_samples > 0
         if noise is not None:
             noise.start(inputs)
         if noise is not None or "unoptimized" in compared:
@@ -263,24 +298,21 @@ class Proof:
             each.add(inputs, *integer)
         if wants_golden:
             self._keep_golden(inputs, *integer)
-        if self.accuracy is not None and measured.float_model is not None:
-            self._add_accuracy(measured.float_model, inputs, integer[1] if scored else None, labels)
+        if measured.float_model is None:
+            return None
+        return self._outputs(measured.float_model, inputs, integer[1] if scored else None)
 
-    def _add_accuracy(
-        self, float_model: fx.GraphModule, inputs: tuple[Tensor, ...], ours: tuple[Tensor, ...] | None, labels: Any
-    ) -> None:
-        assert self.accuracy is not None
+    def _outputs(
+        self, float_model: fx.GraphModule, inputs: tuple[Tensor, ...], ours: tuple[Tensor, ...] | None
+    ) -> dict[str, list[Any]]:
+        """Return the outputs of each network; ours: those of the reference, None where it did not run."""
         with torch.no_grad():
             exact = float_model(*inputs)
         deployed, _ = self._deployed.run([x.numpy(force=True) for x in inputs])
         networks = {"float": [y.numpy() for y in exact], "runtime": self._values(deployed)}
         if ours is not None:
             networks["reference"] = self._values([y.numpy() for y in ours])
-        reference = networks["reference"][0] if ours is not None else None
-        self.accuracy.update(networks["float"][0], reference, networks["runtime"][0], labels)
-        self.outputs.update(networks)
-        if self.metric is not None:
-            self.metric.update(networks, len(inputs[0]))
+        return networks
 
     def _values(self, outputs: Sequence[Any]) -> list[Any]:
         """Return outputs of which those that are codes are dequantized."""

@@ -16,9 +16,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calibrators.errors import InputError, argument
 from calibrators.execution.activation_cache import Cache, Recording
@@ -32,7 +33,16 @@ from calibrators.grid.numerics import dequantize, fake_quant
 from calibrators.grid.spec import QParams
 from calibrators.program.freeze import code_bias, widen
 
-__all__ = ["BudgetExhausted", "Measured", "NetworkLoss", "Point", "compared_outputs", "draw_samples", "float_outputs"]
+__all__ = [
+    "BudgetExhausted",
+    "Measured",
+    "NetworkLoss",
+    "Point",
+    "compared_outputs",
+    "draw_samples",
+    "float_outputs",
+    "outputs_at",
+]
 
 CHUNK = 32
 """Samples per forward pass: the activations of one block stay near the processor."""
@@ -290,10 +300,15 @@ def float_outputs(problem: Problem, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the compared outputs of the float network for all samples, [samples, ...] each."""
     graph = problem.placement.graph
     chunks = zip(*(torch.split(x, batch_of(graph, CHUNK)) for x in inputs), strict=True)
-    places = compared_outputs(problem).values()
-    with torch.no_grad():
-        parts = [[outputs[place] for place in places] for outputs in (graph(*chunk) for chunk in chunks)]
+    parts = problem.ranks.spread(partial(outputs_at, graph, [*compared_outputs(problem).values()]), chunks)
     return [torch.cat(output) for output in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def outputs_at(graph: fx.GraphModule, places: Sequence[int], chunk: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a network at some places, for one input each."""
+    outputs = graph(*chunk)
+    return [outputs[place] for place in places]
 
 
 def _same(ours: QParams, other: QParams | None) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from calibrators.errors import InputError
 from calibrators.execution.losses import OutputMetrics
-from calibrators.execution.network_loss import CHUNK, compared_outputs, draw_samples, float_outputs
+from calibrators.execution.network_loss import CHUNK, compared_outputs, draw_samples, float_outputs, outputs_at
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of
 from calibrators.grid.metrics import decibels, energy
@@ -81,7 +82,7 @@ def _cost(problem: Problem, result: CalibrationResult) -> PortabilityCost | None
     inputs = problem.select(rows)
     metrics = OutputMetrics(float_outputs(problem, inputs), problem.labels_of(rows))
     readings = [
-        _reading(program, inputs, compared, metrics)
+        _reading(problem, program, inputs, compared, metrics)
         for program in (portable.program, _without_limits(problem, portable, raised).program)
     ]
     return PortabilityCost(len(rows), metrics.loss_name, "method" if is_known else "nearest", *readings)
@@ -109,16 +110,18 @@ def _without_limits(problem: Problem, result: CalibrationResult, raised: Sequenc
     return _with_weights(free, {name: problem.free.get(name) or _free_grid(problem, result, name) for name in raised})
 
 
-@torch.no_grad()
 def _reading(
-    program: fx.GraphModule, inputs: Sequence[Tensor], compared: Sequence[int], metrics: OutputMetrics
+    problem: Problem,
+    program: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    compared: Sequence[int],
+    metrics: OutputMetrics,
 ) -> Reading:
     """Return the reading of a program on samples."""
     metrics.reset()
     chunks = zip(*(torch.split(x, batch_of(program, CHUNK)) for x in inputs), strict=True)
-    losses, start = torch.empty(0, dtype=torch.float64), 0
-    for chunk in chunks:
-        outputs = program(*chunk)
-        losses = torch.cat([losses, metrics([outputs[index] for index in compared], start)])
-        start += len(chunk[0])
-    return metrics.reading(float(losses.mean()))
+    losses, start = [], 0
+    for outputs in problem.ranks.spread(partial(outputs_at, program, compared), chunks):
+        losses.append(metrics(outputs, start))
+        start += len(outputs[0])
+    return metrics.reading(float(torch.cat(losses).mean()))

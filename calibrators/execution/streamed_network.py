@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Memory, Recording
 from calibrators.execution.blocks import Block
+from calibrators.execution.measure import EMPTY_AGAIN
 from calibrators.execution.quantizers import ActivationQuantizer
+from calibrators.execution.ranks import shards_of
 from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
 from calibrators.execution.task import Problem
 from calibrators.graph.aten import batch_of, example_batch, shape_of, to_device
@@ -60,21 +62,27 @@ class StreamedNetwork:
         for chunk in zip(*(cache.chunks(size) for cache in caches), strict=True):
             yield tuple(x.to(self.device) for x in chunk)
 
-    def record_inputs(self, batches: Iterable[Sequence[Tensor]], samples: int) -> dict[str, Cache]:
+    def record_inputs(
+        self, batches: Iterable[Sequence[Tensor]], samples: int, part: range | None = None
+    ) -> dict[str, Cache]:
         """Return caches of the network's inputs by fx name.
 
+        part:   of the samples, all by default; the others are dropped as they come.
         raises: DataError where the batches do not hold as many samples as before.
         """
         names = [node.name for node in self.placement.nodes.values() if node.op == "placeholder"]
-        recording = Recording(self.memory, samples, names)
+        part = range(samples) if part is None else part
+        recording, seen = Recording(self.memory, len(part), names), 0
         for batch in batches:
-            if recording.recorded + len(batch[0]) <= samples:
-                recording.append(dict(zip(names, batch, strict=True)), len(batch[0]))
-            else:
-                recording.recorded += len(batch[0])
-        if recording.recorded != samples:
+            start, end = (min(max(end - seen, 0), len(batch[0])) for end in (part.start, part.stop))
+            if start < end:
+                recording.append({n: x[start:end] for n, x in zip(names, batch, strict=True)}, end - start)
+            seen += len(batch[0])
+        if not seen:
+            raise DataError(EMPTY_AGAIN)
+        if seen != samples:
             raise DataError(
-                f"the calibration data had {samples} samples in one pass and {recording.recorded} in another; give data"
+                f"the calibration data had {samples} samples in one pass and {seen} in another; give data"
                 " that does not change between passes"
             )
         return recording.caches
@@ -100,9 +108,12 @@ class StreamedNetwork:
 class RoundedNetwork(StreamedNetwork):
     """A network whose weights are integers already, worked through once from its first block to its last.
 
+    Of several processes each works its part of the samples through; `shards` divides all of them.
+
     quantized: caches of the values that cross into the block at work and later ones, by fx name.
     weights:   integers by site name, rounded to nearest until something better is put there.
     biases:    float64 by site name, where they are not the graph's.
+    shards:    the samples of every forward pass, by shard; part: those of this process, which may have none.
     """
 
     def __init__(
@@ -113,7 +124,12 @@ class RoundedNetwork(StreamedNetwork):
         weights: Mapping[str, QParams],
     ) -> None:
         super().__init__(problem, blocks, activations)
-        self.quantized = self.record_inputs(problem.batches, problem.samples)
+        size = batch_of(self.placement.graph, self.chunk)
+        units = [range(start, min(start + size, problem.samples)) for start in range(0, problem.samples, size)]
+        self.shards = shards_of(units)
+        own = [unit for shard in problem.ranks.shards for unit in self.shards[shard]]
+        self.part = range(own[0].start, own[-1].stop) if own else range(0)
+        self.quantized = self.record_inputs(problem.batches, problem.samples, self.part)
         sites = self.placement.by_name
         self.weights = {
             name: QuantizedTensor(quantize(problem.values(sites[name]), q), q) for name, q in weights.items()

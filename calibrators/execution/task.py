@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrators.errors import DataError, InputError
 from calibrators.execution.kept_statistics import name_of, restored, stored
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
+from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.goal import Goal
 from calibrators.graph.walk import sample_values
 from calibrators.grid.limits import coarsened
@@ -99,6 +100,7 @@ class Problem:
     kept:    where training keeps the results of its units, so that another run continues after the last one.
     seen:    where statistics are kept, for runs of other methods on the same data.
     goal:    limits on figures of held-out data at which the network is good enough, None for none.
+    ranks:   the processes that solve it together; each has all the data, and runs its part.
     """
 
     placement: Placement
@@ -115,16 +117,18 @@ class Problem:
     kept: Kept | None = None
     seen: Kept | None = None
     goal: Goal | None = None
+    ranks: Ranks = ALONE
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
         """Statistics of every activation site that owns its scale, from one float pass or an earlier run."""
         name = "" if self.seen is None else name_of(self.placement)
-        if self.seen is not None and (found := self.seen.load(name)) is not None:
+        if self.seen is not None and (found := self.ranks.shared(self.seen.load(name))) is not None:
             return restored(*found)
         with self.stage("calibrate", None) as bar:
-            statistics = observe(self.placement, self.batches, bar.advance)
-        if self.seen is not None:
+            statistics, samples = observe(self.placement, self.batches, bar.advance, self.ranks)
+        vars(self).setdefault("samples", samples)
+        if self.seen is not None and self.ranks.is_first:
             self.seen.save(name, *stored(statistics))
         return statistics
 
@@ -157,11 +161,10 @@ class Problem:
 
     def activations(self, method: RangeMethod) -> dict[str, QParams]:
         """Return the parameters of every activation site that owns its scale, by the site's name."""
-        return {
-            site.name: self.qparams(site, method)
-            for site in self.placement.sites
-            if site.kind == "activation" and site.shares is None
-        }
+        owners = [site for site in self.placement.sites if site.kind == "activation" and site.shares is None]
+        _ = self.statistics  # which all processes make together
+        found = self.ranks.spread(lambda site: self.qparams(site, method), owners)
+        return {site.name: qparams for site, qparams in zip(owners, found, strict=True)}
 
     def weights(self, method: RangeMethod) -> dict[str, QParams]:
         """Return the parameters of every weight site, by the site's name."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,22 +48,31 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass
 class SignalAndNoise:
-    """Running energies of exact values and of the errors of other ones."""
+    """Running energies of exact values and of the errors of other ones; their sums do not depend on any order.
 
-    signal: float = 0.0
-    noise: float = 0.0
+    signals, noises: the energies of each batch.
+    """
+
+    signals: list[float] = field(default_factory=list)
+    noises: list[float] = field(default_factory=list)
 
     def add(self, values: Tensor, exact: Tensor) -> None:
         """Add the energies of more values."""
-        self.signal += energy(exact)
-        self.noise += energy(values - exact)
+        self.signals.append(energy(exact))
+        self.noises.append(energy(values - exact))
+
+    def include(self, other: SignalAndNoise) -> None:
+        """Add what was found on other values."""
+        self.signals += other.signals
+        self.noises += other.noises
 
     @property
     def relative(self) -> float:
         """Noise in units of the signal; 0 without a signal."""
-        return self.noise / self.signal if self.signal > 0 else 0.0
+        signal = math.fsum(self.signals)
+        return math.fsum(self.noises) / signal if signal > 0 else 0.0
 
     @property
     def decibels(self) -> float:
         """Ratio of signal to noise, infinite without noise."""
-        return decibels(self.signal, self.noise)
+        return decibels(math.fsum(self.signals), math.fsum(self.noises))

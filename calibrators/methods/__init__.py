@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError, UnknownNameError, argument
 from calibrators.options import Option, build, list_options
 from calibrators.ranges.range_method import RangeMethod
 
 if TYPE_CHECKING:
+    from calibrators.execution.ranks import Ranks
     from calibrators.execution.task import Problem
     from calibrators.program.freeze import CalibrationResult
 
-__all__ = ["Method", "MethodInfo", "RangeMethod", "get_method", "list_methods", "range_method"]
+__all__ = ["Method", "MethodInfo", "RangeMethod", "check_parallel", "get_method", "list_methods", "range_method"]
 
 
 class Method(Protocol):
@@ -63,6 +64,16 @@ def range_method(name: str, options: Mapping[str, object] | None = None) -> Rang
         ranges = ", ".join(known for known in _names() if issubclass(_class(known), RangeMethod))
         raise InputError(f"method {name!r} works on whole networks; a rule for layers takes a range method: {ranges}.")
     return method
+
+
+def check_parallel(method: Method, ranks: Ranks) -> None:
+    """Raise InputError for a method whose work several processes cannot share."""
+    if ranks.count > 1 and not getattr(method, "parallel", False):
+        able = ", ".join(known for known in _names() if getattr(_class(known), "parallel", False))
+        raise InputError(
+            f"method {type(method).__name__.lower()!r} cannot be shared by {ranks.count} processes; start one, or give "
+            f"another {argument('method')}: {able}."
+        )
 
 
 def list_methods() -> tuple[MethodInfo, ...]:

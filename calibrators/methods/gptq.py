@@ -27,6 +27,8 @@ LAYERS = 4.0
 class GPTQ(Options):
     """Rounding towards the float output, layer by layer: later weights make up for the errors of earlier ones."""
 
+    parallel = True
+
     damping: float = option(0.01, "added to the diagonal of a Hessian, in means of it", minimum=1e-6, maximum=1)
     output_target: str = option(
         "float",

@@ -74,11 +74,14 @@ class Statistic:
             self.update(finite)
             return
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
-        exponent = _exponent(max(-lo, hi))
+        self.widen(_exponent(max(-lo, hi)))
+        self._count(values, signed=lo < 0.0)
+
+    def widen(self, exponent: int) -> None:
+        """Grow the support to R = 2**exponent, if it is smaller."""
         if exponent > self.exponent:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
-        self._count(values, signed=lo < 0.0)
 
     def _count(self, values: Tensor, *, signed: bool) -> None:
         first = -BINS if signed else 0

@@ -28,6 +28,8 @@ POWERS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 class RangeMethod(Options, abc.ABC):
     """A method that chooses ranges from values alone; a subclass is a frozen dataclass whose fields are its options."""
 
+    parallel = True
+
     @abc.abstractmethod
     def bounds(self, samples: Samples, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Return the ends of the range of each row, float64 [rows] each; values beyond them will be clipped."""

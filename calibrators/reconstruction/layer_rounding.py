@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -70,6 +70,23 @@ Reading = tuple[str, Im2col]
 """The key of moments: a value, by fx name, and the way layers cut it into columns."""
 
 
+class _Run(NamedTuple):
+    """Neighbouring rows of a layer's input that stand in one half of the samples, and the positions to read there."""
+
+    half: int
+    rows: int
+    positions: Tensor
+
+
+def _dependent(graph: fx.GraphModule) -> frozenset[fx.Node]:
+    """Return the nodes of a graph that depend on its inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
 class _Layers:
     """The layers in order of execution.
 
@@ -79,7 +96,10 @@ class _Layers:
 
     def __init__(self, method: GPTQ, network: RoundedNetwork) -> None:
         self.method, self.network = method, network
-        self.floats = dict(network.quantized) if method.output_target == "float" else {}
+        self.with_floats = method.output_target == "float"
+        self.floats = dict(network.quantized) if self.with_floats else {}
+        self.examples = len(network.placement.graph.meta["example"][0])
+        self.dependent = _dependent(network.placement.graph)
         self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
         self.moments: dict[Reading, Moments] = {}
@@ -122,8 +142,9 @@ class _Layers:
             if self.sites.get(self._site(layer).name) == layer:
                 self.network.fill(simulation)
                 self._round(simulation, layer)
-        if names := self.network.read_after(index):
-            if self.floats:
+        names = self.network.read_after(index)
+        if names and self.network.part:
+            if self.with_floats:
                 inputs = tuple(self.floats[name] for name in block.inputs)
                 self.floats |= self.network.run(self._float_part(block, names), names, inputs)
             self.network.advance(simulation, names)
@@ -174,7 +195,7 @@ class _Layers:
             1,
             before=rounded.nearest,
             after=rounded.error,
-            strength=target.strength if self.floats else None,
+            strength=target.strength if self.with_floats else None,
             after_free=without[0].error if without else None,
             seconds=time.perf_counter() - start,
         )
@@ -206,23 +227,38 @@ class _Layers:
             columns,
             fan_in(node),
             self.network.device,
-            with_error=bool(self.floats),
+            with_error=self.with_floats,
             weights=weights,
             grid=self._grid(layer),
         )
-        share, generator = self._share(node, simulation.block), self.network.problem.generator(layer)
-        seen = 0
-        samples = len(self.network.inputs_of(simulation.block)[0])
-        for count, values in self._inputs(simulation, layer):
-            read = [columns.batched(x) for x in values]
-            halves = half_of(len(read[0]), seen, count, samples)
-            cuts = [int(place) + 1 for place in halves.diff().nonzero()]
-            runs = zip(*(torch.tensor_split(x, cuts) for x in read), strict=True)
-            for half, run in zip(halves[[0, *cuts]].tolist(), runs, strict=True):
-                for piece in columns.take(run, share, generator):
-                    moments.add(half, *piece)
-            seen += count
+        problem, generator = self.network.problem, self.network.problem.generator(layer)
+        inputs = self._inputs(simulation, layer) if self.network.part else iter(())
+        for shard, units in enumerate(self.network.shards):
+            for unit in units:
+                runs = self._runs(layer, unit, generator)  # of all processes, as one follows the other at random
+                if shard in problem.ranks.shards:
+                    read = [torch.split(columns.batched(x), [run.rows for run in runs]) for x in next(inputs)]
+                    for run, *values in zip(runs, *read, strict=True):
+                        for piece in columns.take(values, run.positions):
+                            moments.add(run.half, *piece)
+            if shard in problem.ranks.shards:
+                moments.next_shard()
+        moments.finish(problem.ranks)
         return moments
+
+    def _runs(self, layer: str, unit: range, generator: torch.Generator) -> list[_Run]:
+        """Return the runs of some samples in the input of a layer, with the positions that are drawn of each."""
+        node = self._node(layer)
+        read, columns, share = bind(node)["input"], Im2col.of(node), self._share(node)
+        rows, *size = columns.batched(torch.empty(shape_of(read), device="meta")).shape
+        rows = rows * len(unit) // self.examples if read in self.dependent else rows
+        halves, lengths = torch.unique_consecutive(
+            half_of(rows, unit.start, len(unit), self.network.problem.samples), return_counts=True
+        )
+        return [
+            _Run(half, length, columns.draw((length, *size), share, generator))
+            for half, length in zip(halves.tolist(), lengths.tolist(), strict=True)
+        ]
 
     def _grid(self, layer: str) -> QParams | None:
         """Return the grid of the layer's input, None where it reads floats."""
@@ -231,22 +267,21 @@ class _Layers:
             return None
         return self.network.quantizers[self.network.placement.root(site).name].qparams
 
-    def _share(self, node: fx.Node, block: Block) -> float:
+    def _share(self, node: fx.Node) -> float:
         """Return the share of a layer's positions that its moments are measured on; all of them from 1 up."""
-        samples = len(self.network.inputs_of(block)[0])
-        examples = len(self.network.placement.graph.meta["example"][0])
-        positions = math.prod(shape_of(node)) // shape_of(bind(node)["weight"])[0] * samples / examples
+        samples = self.network.problem.samples
+        positions = math.prod(shape_of(node)) // shape_of(bind(node)["weight"])[0] * samples / self.examples
         return min(self.method.positions, max(LEAST, PER_COLUMN * fan_in(node))) / positions
 
-    def _inputs(self, simulation: Simulation, layer: str) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield samples and the layer's input for them: in the quantized network, and in the float one if it runs."""
+    def _inputs(self, simulation: Simulation, layer: str) -> Iterator[list[Tensor]]:
+        """Yield the layer's input pass by pass: in the quantized network, and in the float one if it runs."""
         block = simulation.block
         parts: list[tuple[fx.GraphModule, tuple[Cache, ...]]] = [
             (simulation.reading(layer), self.network.inputs_of(block))
         ]
-        if self.floats:
+        if self.with_floats:
             caches = tuple(self.floats[name] for name in block.inputs)
             parts.append((self._float_part(block, (bind(self._node(layer))["input"].name,)), caches))
         for chunks in zip(*(self.network.chunks(caches) for _, caches in parts), strict=True):
             values = [part(*chunk) for (part, _), chunk in zip(parts, chunks, strict=True)]
-            yield len(chunks[0][0]), [x if isinstance(x, Tensor) else x[0] for x in values]
+            yield [x if isinstance(x, Tensor) else x[0] for x in values]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.execution.instructions import multiplies_int8
+from calibrators.execution.ranks import ALONE, Ranks, TreeSum
 from calibrators.graph.aten import bind, per_axis, shape_of
 from calibrators.grid.spec import QParams
 
@@ -74,23 +75,30 @@ class Im2col:
         """Return the input with a first dimension for samples, which single values lack."""
         return x if x.ndim >= len(self.kernel) + 2 else x[None]
 
-    def take(self, values: Sequence[Tensor], share: float, generator: torch.Generator) -> Iterator[list[Tensor]]:
+    def draw(self, shape: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:
+        """Return the positions of an input [n, channels, ...] to be read, int64 in order: a share drawn at random."""
+        total = math.prod(self._positions((*shape[:1], *shape[2:]) if self.kernel else shape[:-1]))
+        if share >= 1:
+            return torch.arange(total)
+        return torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
+
+    def take(self, values: Sequence[Tensor], drawn: Tensor) -> Iterator[list[Tensor]]:
         """Yield columns [groups, positions, taps * channels] of each of the values, at most PIECE positions at a time.
 
-        values: inputs of one shape; share: part of the positions, drawn at random and the same for all of them.
+        values: inputs of one shape; drawn: the positions, the same for all of them.
         """
         values = [x.movedim(1, -1) if self.kernel else x for x in values]  # [n, *size, channels]
         sizes, channels = values[0].shape[:-1], values[0].shape[-1]
-        positions = (*sizes[:1], *map(self._outputs, range(len(self.kernel)), sizes[1:])) if self.kernel else sizes
-        total = math.prod(positions)
-        index = torch.arange(total)
-        if share < 1:
-            index = torch.randperm(total, generator=generator)[: math.ceil(share * total)].sort().values
+        positions = self._positions(sizes)
         for piece in torch.split(
-            index.to(values[0].device), max(1, min(PIECE, LARGEST_PIECE // (self.taps * channels)))
+            drawn.to(values[0].device), max(1, min(PIECE, LARGEST_PIECE // (self.taps * channels)))
         ):
             where, outside = self._read(torch.unravel_index(piece, positions), sizes)
             yield [self._columns(x.reshape(-1, channels).index_select(0, where), outside) for x in values]
+
+    def _positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the numbers of outputs for an input of some sizes, without channels."""
+        return (*sizes[:1], *map(self._outputs, range(len(self.kernel)), sizes[1:])) if self.kernel else tuple(sizes)
 
     def _outputs(self, axis: int, size: int) -> int:
         """Return the number of outputs along a spatial axis."""
@@ -123,9 +131,10 @@ class Im2col:
 class Moments:
     """Means over the positions of a layer's inputs: x^ in the network quantized so far, x in the float network.
 
-    Products are float32, or exact integers, and are added up in float64, batch by batch and so in an order that batches
-    do not change. The means are computed once, when they are first read; nothing is added after that. Columns arrive
-    tap by tap, which is how they lie in memory; the means have them as weights do, channel by channel.
+    Products are exact integers, whose float64 sums are exact too, or float32: these are added up in float64 shard by
+    shard, and over shards in a tree, so that neither batches nor the number of processes change the result. The means
+    are computed after `finish`. Columns arrive tap by tap, which is how they lie in memory; the means have them as
+    weights do, channel by channel.
 
     cut:        how the layers cut their inputs into columns, of which each group has `columns`.
     with_error: whether x is given and the error of x^ is correlated with x^.
@@ -154,8 +163,10 @@ class Moments:
         self._hessian = nothing(HALVES, groups, columns, columns)  # upper half; of int8 values, if there is a grid
         self._totals = nothing(HALVES, groups, columns)  # of int8 values
         self._error = nothing(HALVES, groups, rows, columns) if with_error else None
+        self._finished = TreeSum(), TreeSum()  # sums of floats of the shards before: of _hessian and of _error
         self._waiting: list[list[Tensor]] = [[] for _ in range(HALVES)]
         self.counts = [0] * HALVES
+        self._unfinished = 0  # positions of the shard at work
 
     def add(self, half: int, quantized: Tensor, exact: Tensor | None = None) -> None:
         """Include columns [groups, positions, taps * channels] of one half of the samples: x^, and x where needed."""
@@ -166,6 +177,7 @@ class Moments:
             quantized = (quantized * (1 / self._grid.scale)).round_().sub_(_middle(self._grid)).to(torch.int8)
         self._waiting[half].append(quantized)
         self.counts[half] += quantized.shape[1]
+        self._unfinished += quantized.shape[1]
         waiting = sum(x.shape[1] for x in self._waiting[half])
         if waiting >= PIECE or waiting * quantized.shape[0] * quantized.shape[2] >= LARGEST_PIECE:
             self._square(half)
@@ -183,10 +195,37 @@ class Moments:
             product = left @ right if self._grid is None else torch._int_mm(left[0], right[0])
             self._hessian[half, :, block, block.start :] += product
 
-    @cached_property
-    def _sums(self) -> tuple[Tensor, Tensor | None]:
+    def next_shard(self) -> None:
+        """Put the sums of the shard at work aside, and begin the next one."""
+        if self._grid is None:
+            for half in range(HALVES):
+                self._square(half)
+            self._finished[0].add(self._hessian if self._unfinished else None)
+            self._hessian = torch.zeros_like(self._hessian)
+        if self._error is not None:
+            self._finished[1].add(self._error if self._unfinished else None)
+            self._error = torch.zeros_like(self._error)
+        self._unfinished = 0
+
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Add up the shards, and what other processes measured; nothing is added after that."""
+        if self._unfinished:
+            self.next_shard()
         for half in range(HALVES):
             self._square(half)
+        hessian, error = (done.result() for done in self._finished)
+        self._hessian = self._hessian if hessian is None else hessian
+        self._error = self._error if error is None else error
+        if ranks.count > 1:
+            for block in _blocks(self._hessian.shape[2]):
+                upper = self._hessian[:, :, block, block.start :]
+                upper.copy_(ranks.total(upper.clone()))
+            self._totals = ranks.total(self._totals)
+            self._error = self._error if self._error is None else ranks.total(self._error)
+            self.counts = ranks.total(torch.tensor(self.counts)).tolist()
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor | None]:
         sums, factor = self._hessian, 1.0
         if self._grid is not None:  # of codes less their zero points: sum (a + middle) (b + middle)
             middle, factor = _middle(self._grid), float(self._grid.scale) ** 2

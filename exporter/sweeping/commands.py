@@ -81,6 +81,7 @@ def sweep(  # noqa: PLR0913 (a command's arguments are its flags)
 
 def _run(job: SweepJob, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Export one job; keep why it fails for the table."""
+    from calibrators.execution.ranks import ALONE
     from exporter.reporting.schema import read_json
     from exporter.sweeping.processes import keep_error
 
@@ -89,7 +90,7 @@ def _run(job: SweepJob, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
         raise typer.Exit(0 if read_json(job.bundle / "report.json")["verdict"] == "pass" else 1)
     job.error.unlink(missing_ok=True)
     try:
-        run_export(job.job, job.config, overwrite=True, quiet=quiet, shown=Shown(as_json))
+        run_export(job.job, job.config, ALONE, overwrite=True, quiet=quiet, shown=Shown(as_json))
     except typer.Exit:
         raise
     except Exception as error:

@@ -66,6 +66,12 @@ class RunningHistograms:
         self.floats += self._counts(steps + 0.5, self.parts, len(self.floats), BEYOND)
         self.codes += self._counts(codes.round(), 1, len(self.codes), 0)
 
+    def include(self, other: RunningHistograms) -> None:
+        """Add what was counted on other samples."""
+        self.clipped += other.clipped
+        self.floats += other.floats
+        self.codes += other.codes
+
     def _counts(self, steps: Tensor, parts: int, bins: int, before: int) -> Tensor:
         """Count steps of the grid in `bins` bins, `before` of them below the lowest code, `parts` bins to a group."""
         places = ((steps - self.lowest) * (parts / self.group)).floor().nan_to_num(0.0) + before

@@ -24,7 +24,7 @@ WEIGHT_SAMPLES = 128
 
 
 class Noise:
-    """Running energies of signal and noise, by site and by layer; nothing else is kept from batch to batch."""
+    """Running energies of signal and noise, by site and by layer; nothing else is kept."""
 
     def __init__(self, result: CalibrationResult) -> None:
         self.result, self._placement = result, result.placement
@@ -52,6 +52,17 @@ class Noise:
         if exact is not None:
             self._energies[site].add(value, exact)
             self._histograms[site].add(exact, value, len(exact) if exact.ndim else 1)
+
+    @property
+    def counts(self) -> tuple[dict[str, Any], ...]:
+        """What was measured, for `include`."""
+        return self._energies, self._histograms, self._added
+
+    def include(self, counts: tuple[dict[str, Any], ...]) -> None:
+        """Add what another process measured on other samples."""
+        for ours, theirs in zip(self.counts, counts, strict=True):
+            for name, each in theirs.items():
+                ours[name].include(each)
 
     def decibels(self) -> dict[str, float]:
         """Return the ratio of signal to noise by site name, infinite where nothing differs.

@@ -85,6 +85,12 @@ class _OutputTally:
                 largest = max(largest, scale())
             self.relative = max(self.relative, difference / largest if largest > 0 else math.inf)
 
+    def include(self, other: _OutputTally) -> None:
+        """Add what was found on other samples."""
+        self.identical &= other.identical
+        self.per_node_identical &= other.per_node_identical
+        self.max_abs, self.relative = max(self.max_abs, other.max_abs), max(self.relative, other.relative)
+
 
 class Comparison:
     """Running totals of one runtime at one optimization level.
@@ -148,6 +154,20 @@ class Comparison:
         for index, tally in enumerate(self.outputs):
             found = torch.from_numpy(outputs[index])
             tally.add(ours[index], ours_per_node[index], found, lambda index=index: scales()[index])  # type: ignore[misc]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was counted, for `include`."""
+        return {name: vars(self)[name] for name in ("samples", "per_node", "distinct", "end_to_end", "outputs")}
+
+    def include(self, counts: Mapping[str, Any]) -> None:
+        """Add what another process counted on other samples."""
+        self.samples += counts["samples"]
+        for name in ("per_node", "distinct", "end_to_end"):
+            for site, agreement in counts[name].items():
+                vars(self)[name][site] += agreement
+        for tally, other in zip(self.outputs, counts["outputs"], strict=True):
+            tally.include(other)
 
     def report(self) -> Level:
         """Return the result over all batches."""

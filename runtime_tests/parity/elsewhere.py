@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -46,6 +47,17 @@ class Elsewhere:
             self._comparison.add(inputs, codes, ours)
         except ModelError as error:
             self._refuse(error)
+
+    @property
+    def counts(self) -> tuple[str, dict[str, Any]]:
+        """What was counted, for `include`."""
+        return self.refused, {} if self.refused else self._comparison.counts
+
+    def include(self, counts: tuple[str, Mapping[str, Any]]) -> None:
+        """Add what another process counted on other samples; what one of them is refused, all are."""
+        self.refused = self.refused or counts[0]
+        if not self.refused:
+            self._comparison.include(counts[1])
 
     def report(self) -> ProvedOn:
         """Return what all batches together say.

@@ -11,6 +11,7 @@ Must not know: how the model was made, reports.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,17 @@ class SecondComparison(Comparison):
         if is_logits(ours[0]):
             self.agreeing += int((ours[0].argmax(1) == theirs[0].argmax(1)).sum())
             self.decided += len(ours[0])
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        deployed = self.differences, self.largest, self.agreeing, self.decided
+        return {**super().counts, "deployed": deployed}
+
+    def include(self, counts: Mapping[str, Any]) -> None:
+        super().include(counts)
+        differences, largest, agreeing, decided = counts["deployed"]
+        self.differences, self.largest = [*map(max, self.differences, differences)], [*map(max, self.largest, largest)]
+        self.agreeing, self.decided = self.agreeing + agreeing, self.decided + decided
 
     def report(self) -> SecondLevel:
         """Return what all batches together say."""

@@ -22,6 +22,7 @@ def moments_of(quantized: Tensor, exact: Tensor) -> Moments:
     moments = Moments(Im2col(groups=quantized.shape[0]), quantized.shape[1], quantized.device, with_error=True)
     for half in range(2):
         moments.add(half, quantized[:, :, half::2].mT, exact[:, :, half::2].mT)
+    moments.finish()
     return moments
 
 
@@ -73,6 +74,7 @@ def test_one_half_alone_decides_nothing(generator: torch.Generator) -> None:
     x, rows = inputs(generator), torch.randn(1, 5, 12, generator=generator)
     moments = Moments(Im2col(), 12, x.device, with_error=True)
     moments.add(0, 0.9 * x.mT, x.mT)
+    moments.finish()
     assert toward_float(rows, moments, RIDGE).strength == 0
 
 
@@ -95,6 +97,7 @@ def test_moments_do_not_depend_on_how_positions_are_cut(generator: torch.Generat
         pieces.add(0, 0.9 * piece.mT, piece.mT)
     expected = (2 * (0.9 * x.double()) @ (0.9 * x.double()).mT / x.shape[2]).float()
     for found in (whole, pieces):
+        found.finish()
         torch.testing.assert_close(found.hessian, expected, rtol=1e-5, atol=1e-5)
         missed = found.missed(torch.eye(12).expand(2, -1, -1), slice(None))
         torch.testing.assert_close(missed, found.hessian / 9, rtol=1e-4, atol=1e-4)
@@ -109,6 +112,7 @@ def test_few_rows_get_the_same_step_as_many(generator: torch.Generator) -> None:
     few = Moments(Im2col(groups=2), 300, x.device, with_error=True, weights=weights)
     for half in range(2):
         few.add(half, quantized[:, :, half::2].mT, x[:, :, half::2].mT)
+    few.finish()
     torch.testing.assert_close(few.hessian, any_rows.hessian, rtol=1e-4, atol=1e-4)
     assert torch.equal(few.hessian, few.hessian.mT)
     for own in (slice(0, 3), slice(3, 7)):
@@ -134,6 +138,7 @@ def test_products_of_codes_are_exact(bits: int, signed: bool, zero_point: int, g
     moments = Moments(Im2col((3,)), 120, x.device, with_error=False, grid=grid)
     for half in range(2):
         moments.add(half, x[:, half::2])
+    moments.finish()
     exact = (codes.double() - zero_point).mT.flatten(1) * float(grid.scale)  # channel by channel, as in weights
     torch.testing.assert_close(moments.hessian[0], (2 * exact.T @ exact / len(codes)).float(), rtol=2e-7, atol=0)
 
@@ -147,6 +152,7 @@ def test_products_of_few_columns_are_exact(columns: int, positions: int, generat
     moments = Moments(Im2col(), columns, x.device, with_error=False, grid=grid)
     for half in range(2):
         moments.add(half, x[:, half::2])
+    moments.finish()
     exact = (codes.double() - 7) / 2
     torch.testing.assert_close(moments.hessian[0], (2 * exact.T @ exact / len(codes)).float(), rtol=2e-7, atol=0)
 
