@@ -11,6 +11,7 @@ top-1 minus float         with the standard error of a difference between two ne
 agreement                 share of the decisions that are those of the float network
 KL                        mean over the samples of KL(float || emitted file) of the softmax over the last axis
 KL ratio to `mse`         divided by that of nearest rounding, with a 95 % bootstrap interval paired by sample
+KL ratio to no rewrite    the same, divided by that of the method without rewrites: --prepare '' migrate
 SQNR                      energy of the float outputs divided by that of the difference
 time                      seconds of calibration
 per step                  milliseconds of a training step: time of all units, caches included, by steps
@@ -292,18 +293,21 @@ def benchmark(arguments: argparse.Namespace) -> None:
     bits = list(dict.fromkeys(map(widths, arguments.bits)))
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}; at least one run is needed.")
-    how = Settings(
-        arguments.wide_taps,
-        arguments.per_tensor_weights,
-        ",".join(preparations(arguments.prepare)),
-        arguments.bias_correction,
-        tuple(arguments.budget),
-        arguments.weight_storage,
-        arguments.device,
-        arguments.target,
-    )
+    hows = [
+        Settings(
+            arguments.wide_taps,
+            arguments.per_tensor_weights,
+            ",".join(preparations(names)),
+            arguments.bias_correction,
+            tuple(arguments.budget),
+            arguments.weight_storage,
+            arguments.device,
+            arguments.target,
+        )
+        for names in arguments.prepare
+    ]
     if arguments.peers:
-        check_peers(bits, how)
+        check_peers(bits, hows[-1])
     threads = str(torch.get_num_threads())
     inputs = {"data": arguments.data, "eval": arguments.eval, "device": arguments.device, "threads": threads}
     if arguments.target != DEFAULT_TARGET:
@@ -316,11 +320,11 @@ def benchmark(arguments: argparse.Namespace) -> None:
     progress = console_progress(quiet=arguments.quiet)
     wanted: dict[tuple[Any, ...], Callable[[], Outcome]] = {}
     for network in [Network(spec, model, samples) for spec, model in models.items()]:
-        for width, chosen in itertools.product(bits, candidates):
+        for width, how, chosen in itertools.product(bits, hows, candidates):
             for seed in range(arguments.seeds if chosen.is_random else 1):
                 key = how.run(network, str(width), chosen.text, seed).key
                 wanted[key] = partial(measure, network, width, chosen, seed, how, progress)
-        for name in arguments.peers:
+        for name, how in itertools.product(arguments.peers, hows):
             wanted[how.run(network, peers.BITS, name, 0).key] = partial(measure_peer, network, name, how)
     try:
         fill(results, wanted)
@@ -400,7 +404,9 @@ def main() -> None:
         "--no-wide-taps", dest="wide_taps", action="store_false", help="all taps of a kernel have the same bits"
     )
     parser.add_argument("--per-tensor-weights", action="store_true", help="one scale per weight tensor")
-    parser.add_argument("--prepare", default="", help="rewrites of the float graph that come first: cle,absorb")
+    parser.add_argument(
+        "--prepare", nargs="+", default=[""], help="rewrites of the float graph that come first: '' cle,absorb migrate"
+    )
     parser.add_argument("--bias-correction", action="store_true", help="shift biases by the mean error of each layer")
     parser.add_argument("--budget", nargs="+", default=[], help="bits of its own for every layer: bops<=uniform")
     parser.add_argument("--weight-storage", default="auto", choices=[*STORAGES], help="weights of few bits in the file")

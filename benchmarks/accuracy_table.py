@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,23 @@ class Group:
 
         raises: InputError if they were measured on different samples.
         """
-        found = mean_over(
-            self.results.per_sample[run.key].kl for run in self.runs if run.key in self.results.per_sample
+        return None if self.first.method == NEAREST else self._paired([replace(self.first, method=NEAREST, seed=0)])
+
+    @cached_property
+    def unprepared(self) -> tuple[Array, Array] | None:
+        """The same of the method with and without rewrites of the float graph; None where nothing was rewritten."""
+        return self._paired([replace(run, prepare="") for run in self.runs]) if self.first.prepare else None
+
+    def _paired(self, others: Sequence[Run]) -> tuple[Array, Array] | None:
+        found, known = (
+            mean_over(getattr(self.results.per_sample.get(run.key), "kl", None) for run in runs)
+            for runs in (self.runs, others)
         )
-        known = self.results.per_sample.get((*self.first.setting, NEAREST, 0))
-        if found is None or known is None or known.kl is None or self.first.method == NEAREST or not known.kl.any():
+        if found is None or known is None or not known.any():
             return None
-        if found.shape != known.kl.shape:
+        if found.shape != known.shape:
             raise InputError(f"{self.first.network} was measured on different samples; start a new file.")
-        return found, known.kl
+        return found, known
 
 
 def mean_over(values: Iterable[Array | None]) -> Array | None:
@@ -113,6 +121,10 @@ def _ratio(group: Group) -> Any:
     return asdict(ratio([group.divergences])) if group.divergences else None
 
 
+def _unprepared(group: Group) -> Any:
+    return asdict(ratio([group.unprepared])) if group.unprepared else None
+
+
 def _sqnr(group: Group) -> Any:
     noise = _mean("noise")(group)
     return noise if noise is None else decibels(1.0, noise) if noise else "exact"
@@ -139,6 +151,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Group], Any]], ...] = (
     ("agreement", "{:.2f} %", _mean("agreement", 100)),
     ("KL, nats", "{:#.3g}", _mean("kl")),
     (RATIO["title"], RATIO["format"], _ratio),
+    ("KL ratio to no rewrite", RATIO["format"], _unprepared),
     ("SQNR", "{:.1f} dB", _sqnr),
     ("mean bits", "{:.2f}", _first("mean_bits")),
     ("file", "{:,.0f} kB", _first("file_bytes", 1e-3)),

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from calibrators.allocator import keep_freed_memory
 from calibrators.errors import DataError, InputError, ModelError, argument, first_line
-from calibrators.execution.measure import Batch
+from calibrators.execution.measure import EMPTY_AGAIN, Batch
 from calibrators.execution.portability import portability
 from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.execution.shared import Shared
@@ -35,7 +35,7 @@ from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
 from calibrators.rewrites.bias_correction import correct_biases
-from calibrators.rewrites.prepare import prepare_graph
+from calibrators.rewrites.prepare import prepare as prepare_and_place
 from calibrators.targets import DEFAULT_TARGET, get_target
 
 __all__ = ["advice", "calibrate"]
@@ -72,7 +72,7 @@ def calibrate(
     batches:   tensors, or tuples with one tensor per model input, [samples, ...]; range methods read them once, other
                methods and bias_correction again.
     method:    a name (see `intact methods`) with its options, or a method object.
-    prepare:   names of rewrites of the float graph that come first: "cle", "absorb" (calibrators.rewrites.prepare).
+    prepare:   names of rewrites of the float graph that come first (calibrators.rewrites.prepare).
     labels:    int64 [samples], for methods that can use them.
     device:    where methods that train do so: "cpu", "cuda", "cuda:1".
     cache_gib: memory for activations kept between steps, at most a quarter of a GPU; the rest goes to disk.
@@ -93,11 +93,14 @@ def calibrate(
     check_parallel(method, ranks)
     target = get_target(target) if isinstance(target, str) else target
     _check_constants(graph)
-    prepared, preparation = prepare_graph(to_integer_forms(graph), prepare)
     placement = _checked(placement or PlacementOptions())
+    data = _Batches(batches, graph)
+    prepared, preparation = prepare_and_place(
+        to_integer_forms(graph), prepare, lambda graph: place(graph, target, placement), data
+    )
     problem = Problem(
-        placement=place(prepared, target, placement),
-        batches=_Batches(batches, graph),
+        placement=prepared,
+        batches=data,
         range_method=range_method,
         labels=labels,
         seed=seed,
@@ -177,16 +180,20 @@ def _with_chosen_bits(
 
 
 class _Batches:
-    """Batches as tuples, checked against the inputs of the graph."""
+    """Batches as tuples, checked against the inputs of the graph; those that were there once must be there again."""
 
     def __init__(self, batches: Iterable[Batch | Tensor], graph: fx.GraphModule) -> None:
-        self.batches, self.graph = batches, graph
+        self.batches, self.graph, self.were_read = batches, graph, False
 
     def __iter__(self) -> Iterator[Batch]:
+        index = -1
         for index, batch in enumerate(self.batches):
+            self.were_read = True
             inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             self._check(inputs, f"calibration batch {index}")
             yield inputs
+        if index < 0 and self.were_read:
+            raise DataError(EMPTY_AGAIN)
 
     def _check(self, inputs: Batch, where: str) -> None:
         example: Batch = self.graph.meta["example"]

@@ -77,11 +77,39 @@ class Absorption:
 
 
 @dataclass(frozen=True)
+class MigratedValue:
+    """A value whose channels were divided by factors, from the smallest to the largest, for the layers that read it.
+
+    carrier: the operator that took the factors in; None where a product was added.
+    shifted: whether a constant per channel moved as well.
+    error_*: of the layers' outputs relative to their energy, both operands rounded to nearest.
+    """
+
+    carrier: str | None
+    readers: tuple[str, ...]
+    channels: int
+    factor_lo: float
+    factor_hi: float
+    shifted: bool
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class Migration:
+    """Factors per channel migrated into weights; `skipped` are the layers whose inputs stayed as they were."""
+
+    values: tuple[MigratedValue, ...]
+    skipped: tuple[Refused, ...]
+
+
+@dataclass(frozen=True)
 class Preparation:
     """Rewrites of the float graph before anything was quantized, by the name under which they are requested."""
 
     cle: Equalization | None = None
     absorb: Absorption | None = None
+    migrate: Migration | None = None
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     prepare: Names = setting(
         (),
         "Rewrites of the float model before calibration: `cle` equalizes the ranges of neighbouring layers, `absorb` "
-        "absorbs high biases into the next layer. They help weights with one scale per tensor.",
+        "absorbs high biases into the next layer; both help weights with one scale per tensor. `migrate` makes the "
+        "channels that linear layers read alike, which helps activations of few bits, above all in transformers.",
         metavar="NAME,NAME",
     )
     bias_correction: bool = setting(False, "Shift biases by the mean error of each layer.")

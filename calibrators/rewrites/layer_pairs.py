@@ -89,10 +89,9 @@ def by_group(weight: Tensor, groups: int) -> Tensor:
 
 
 def set_constants(graph: fx.GraphModule, node: fx.Node, **values: Tensor) -> None:
-    """Replace constants of an operator, keeping their dtype; other readers of the old constants keep those."""
-    before = bind(node)
+    """Replace constants of an operator, in the dtype of its result; other readers of the old constants keep those."""
+    dtype = node.meta["tensor_meta"].dtype
     for name, value in values.items():
-        dtype = constant(graph, before[name]).dtype
         made = add_constant(graph, f"{layer_name(node)}.{name}", value.to(dtype))
         with graph.graph.inserting_before(node):
             replace_args(node, **{name: graph.graph.get_attr(made)})

@@ -396,6 +396,22 @@ def sample_report(layers: int = 9) -> dict[str, Any]:
                 ],
                 "skipped": [{"where": "stem.conv", "why": "the input of stages.0.0.conv is padded with zeros"}],
             },
+            "migrate": {
+                "values": [
+                    {
+                        "carrier": carrier,
+                        "readers": ["head"],
+                        "channels": 48,
+                        "factor_lo": 0.125,
+                        "factor_hi": 9.75,
+                        "shifted": carrier is not None,
+                        "error_before": 0.0321,
+                        "error_after": 0.00456,
+                    }
+                    for carrier in ("stages.1.0.norm", None)
+                ],
+                "skipped": [{"where": "stages.1.0.conv", "why": "97% of the error would remain"}],
+            },
         },
         "rules": [
             {
