@@ -23,13 +23,15 @@ from calibrators.graph.aten import bind, constant, is_constant, layer_name, oper
 from calibrators.graph.operators import LISTS, MOVES, Operators, facts
 from calibrators.graph.walk import call
 
-__all__ = ["Carrier", "Value", "find_values"]
+__all__ = ["REORDERS", "Carrier", "Value", "find_values"]
 
 aten = torch.ops.aten
 
 SELECTING = ("MaxPool", "ReduceMax", "ReduceMin", "Resize")
 
 REORDERS = Operators(*(name for name in MOVES - LISTS - {"getitem"} if facts(name).onnx not in SELECTING))
+"""Operators each of whose values is a value of the operand, chosen by its place alone."""
+
 KEEPS = REORDERS | {"mean.dim"}
 """Operators with one operand that pass a constant unchanged; where they mix channels, that is observed."""
 

@@ -26,13 +26,14 @@ from torch import Tensor, fx
 
 from calibrators.execution.measure import Batch
 from calibrators.graph.aten import bind, constant, infer_shapes, layer_name, replace_args
+from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.rewrite import call_before, constant_before
 from calibrators.graph.walk import walk
 from calibrators.grid.numerics import fake_quant, qparams_from_range
 from calibrators.grid.spec import QuantSpec, Site
 from calibrators.placement.place import Placement
 from calibrators.record import MigratedValue, Migration, Refused
-from calibrators.rewrites.carriers import Carrier, Value, find_values
+from calibrators.rewrites.carriers import REORDERS, Carrier, Value, find_values
 from calibrators.rewrites.layer_pairs import set_constants
 
 __all__ = ["migrate"]
@@ -120,15 +121,14 @@ def migrate(placement: Placement, batches: Iterable[Batch]) -> tuple[fx.GraphMod
     batches: calibration data, of which the first 128 samples are read.
     """
     graph = copy.deepcopy(placement.graph)
-    found = ((value, _grids(placement, value)) for value in find_values(graph))
-    values = [(value, *grids) for value, grids in found if grids is not None]
-    skipped = list[Refused]()
+    found = ((value, _grids(placement, value), _usable(placement, value.carrier)) for value in find_values(graph))
+    values = [(replace(value, carrier=carrier), *grids) for value, grids, carrier in found if grids is not None]
     samples = _sampled(graph, [value.node for value, *_ in values], batches)
-    moved = []
+    moved, skipped = list[MigratedValue](), list[Refused]()
     for value, grid, grids in values:
         weights = [constant(graph, bind(reader)["weight"]).double() for reader in value.readers]
         layers = _Layers(samples[value.node], grid, list(zip(weights, grids, strict=True)))
-        before, choice = _chosen(layers, value.carrier)
+        before, choice = _chosen(layers, value.carrier, can_add=_is_float(placement, value.node))
         if isinstance(choice, str):
             skipped.append(Refused(layer_name(value.readers[0]), choice))
         else:
@@ -140,7 +140,25 @@ def migrate(placement: Placement, batches: Iterable[Batch]) -> tuple[fx.GraphMod
     return graph, Migration(tuple(moved), tuple(skipped))
 
 
-def _chosen(layers: _Layers, carrier: Carrier | str) -> tuple[float, _Choice | str]:
+def _usable(placement: Placement, carrier: Carrier | str) -> Carrier | str:
+    """Return a carrier unless the channels of its constants share a scale, which factors would make worse."""
+    if isinstance(carrier, str):
+        return carrier
+    coarse = {site.node for site in placement.sites if site.kind in ("weight", "constant") and site.spec.axis is None}
+    shares = any(node.name in coarse for node in carrier.node.all_input_nodes)
+    return f"the constants of {layer_name(carrier.node)} have one scale" if shares else carrier
+
+
+def _is_float(placement: Placement, node: fx.Node) -> bool:
+    """Return whether a value comes from a float operator, so that a product after it is one as well."""
+    while node.target in REORDERS:
+        node = node.all_input_nodes[0]
+    target = placement.target
+    kernels = target.integer_ops | target.weighted_to_codes | target.weighted_to_either | target.weighted_to_float
+    return node.target not in kernels and clip_bounds(node) is None
+
+
+def _chosen(layers: _Layers, carrier: Carrier | str, *, can_add: bool) -> tuple[float, _Choice | str]:
     """Return the error as it is, and the choice that lowers it enough, or why there is none."""
     zeros = torch.zeros(layers.x.shape[1], dtype=torch.float64)
     start = _Choice(zeros + 1, zeros, layers.error(zeros + 1, zeros))
@@ -148,6 +166,8 @@ def _chosen(layers: _Layers, carrier: Carrier | str) -> tuple[float, _Choice | s
     of_weights = 1 - layers.error(start.factor, start.shift, of_weights=False) / before
     if of_weights > 1 - DECIDES:
         return before, f"{of_weights:.0%} of the error is that of weights"
+    if isinstance(carrier, str) and not can_add:
+        return before, carrier
     if isinstance(carrier, str) and before < WORTH:
         return before, f"{carrier}, and the error is {before:.1g}"
     choice = _search(layers, start, shifts=not isinstance(carrier, str) and carrier.shifts)

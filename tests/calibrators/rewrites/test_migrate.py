@@ -279,6 +279,16 @@ def test_what_stays_is_told() -> None:
     assert skipped.where == "reads" and skipped.why.startswith("tanh of norm takes no factors, and ")
 
 
+def test_weights_with_one_scale_carry_nothing() -> None:
+    rule = LayerRule("reads.up", granularity="tensor")
+    placement = placed(uneven(Uneven(layer_norm(), Mlp(nn.ReLU()))), FEW.model_copy(update={"layers": (rule,)}))
+    _, record = migrate(placement, [(inputs().double(),)])
+    assert carriers(record) == {"reads.up": "norm"}
+    assert [(each.where, each.why) for each in record.skipped] == [
+        ("reads.down", "the constants of reads.up have one scale")
+    ]
+
+
 def test_shared_weights_float_layers_and_wide_values_stay() -> None:
     placement, x = placed(uneven(Tied())), inputs().double()
     assert migrate(placement, [(x,)])[1] == Migration((), ())
