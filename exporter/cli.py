@@ -45,7 +45,8 @@ EXPORT_HELP = (
     "Export MODEL: fold, calibrate, write integer ONNX and prove it in the runtime.\n\n"
     "Example: [bold]intact export net.py:build --checkpoint net.pt --data images/ --image-size 224 "
     "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --eval test.npz --out build/net "
-    "--gate 'accuracy_drop<=0.01'[/bold]"
+    "--gate 'accuracy_drop<=0.01'[/bold]\n\n"
+    "Several processes share an export: [bold]torchrun --nproc-per-node 4 -m exporter export ...[/bold]"
 )
 
 

@@ -67,11 +67,14 @@ def joined() -> Iterator[Ranks]:
             f"torchrun started {count} processes, but an export is shared by {counts}; give --nproc-per-node one of "
             "them."
         )
+    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     store, index, _ = next(rendezvous("env://"))
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=PATIENCE)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # what "cuda" means
     ranks = Ranks(index, count)
     signal.signal(signal.SIGTERM, _end)
     try:

@@ -35,6 +35,7 @@ SLOW = re.compile(
             r"/test_resume\.py::test_(ten_kills|interrupted_runs_give_the_same_bits\[(?!qdrop))",
             r"/test_zoo\.py",  # trained networks
             r"/test_ranks\.py::test_integers_are_the_same_for_any_number_of_processes\[(?!gptq\]|minmax)",
+            r"/test_proof\.py::test_counts_of_processes_add_up_to_those_of_one\[un",
             r"/test_processes\.py::test_(?!a_shared_export\w*\[gptq-2)",
             r"/test_raw_ends\.py::test_bytes_are_the_codes\w+\[nchw",
             r"/test_second\.py::test_every_kernel\w+\[(?!residual-8|gpt-8|pooled-3)",  # the grid of OpenVINO

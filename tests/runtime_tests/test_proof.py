@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from calibrators.calibration import calibrate
+from calibrators.execution.ranks import Ranks
 from calibrators.graph.aten import example_batch, shape_of
 from calibrators.grid.metrics import decibels
 from runtime_tests import proof as module
 from runtime_tests.measure.noise import Noise
+from runtime_tests.ort.sessions import Model
+from runtime_tests.parity.compare import weight_agreements
+from runtime_tests.parity.elsewhere import Elsewhere
 from runtime_tests.proof import Measurements, Proof, parity
 from runtime_tests.reference.execute import plan, run
+from runtime_tests.runtimes import get_runtime
+from tests.support.elsewhere import available
 from tests.support.folded import folded_network
 from tests.support.noise import noise_of
 from tests.support.stored import stored
@@ -125,3 +133,56 @@ def test_samples_of_many_codes_are_compared_in_parts(
     runs.clear()
     assert parity(model, result.program, [inputs], optimized=True) == whole
     assert {size for _, size in runs[:-1]} == {10} and sum(size for _, size in runs) == len(inputs[0])
+
+
+@dataclass(frozen=True)
+class Meeting(Ranks):
+    """A process that meets others whose counts are known, and whose own are kept."""
+
+    others: list[Any] = field(default_factory=list)
+    own: list[Any] = field(default_factory=list)
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.own.append(value)
+        return [value, *self.others]
+
+
+@pytest.mark.parametrize("level", ["unoptimized", "optimized", "openvino"])
+def test_counts_of_processes_add_up_to_those_of_one(level: str) -> None:
+    if level == "openvino":
+        available("openvino")
+    graph, inputs = folded_network("transformer")  # some float operators, whose codes differ in OpenVINO
+    result = calibrate(graph, [inputs], method="minmax")
+
+    def proved(*parts: slice, others: Sequence[Any] = ()) -> tuple[Proof, Any]:
+        measured, ranks = Measurements(noise_samples=64, noise=Noise(result)), Meeting()
+        proof = Proof(stored(result), result.program, [level], measured=measured, ranks=ranks)
+        proof.add_all([tuple(x[part] for x in inputs) for part in parts])
+        ranks.others.extend(others)
+        proof.gather()
+        return proof, ranks.own[-1]
+
+    first, second = slice(0, 24), slice(24, 64)
+    _, theirs = proved(second)
+    (ours, _), (whole, _) = proved(first, others=[theirs]), proved(first, second)
+    assert ours.levels == whole.levels and ours.levels[level].samples == 64
+    noises = ours.measured.noise, whole.measured.noise
+    assert noises[0] is not None and noises[1] is not None
+    assert noises[0].decibels() == noises[1].decibels() and noises[0].added() == noises[1].added()
+    assert noises[0].histograms() == noises[1].histograms()
+
+
+def test_what_one_process_is_refused_all_are() -> None:
+    graph, inputs = folded_network("residual")
+    result = calibrate(graph, [inputs], method="minmax")
+    model = Model.of(stored(result))
+    weights = weight_agreements(model, result.program)
+    ours, other = (
+        Elsewhere(get_runtime("ort"), model, plan(result.program), weights, samples=math.inf) for _ in range(2)
+    )
+    for each in (ours, other):
+        each.add(inputs, *run(plan(result.program), inputs, with_floats=True))
+    ours.include(other.counts)
+    assert ours.report().samples == 2 * len(inputs[0]) and ours.report().is_proved
+    ours.include(("out of memory", {}))
+    assert ours.report().refused == "out of memory" and not ours.report().is_proved
