@@ -168,7 +168,15 @@ class Problem:
 
     def weights(self, method: RangeMethod) -> dict[str, QParams]:
         """Return the parameters of every weight site, by the site's name."""
-        return {site.name: self.qparams(site, method) for site in self.placement.sites if site.kind == "weight"}
+        sites = [site for site in self.placement.sites if site.kind == "weight"]
+        found = self.ranks.spread(lambda site: (self.qparams(site, method), self.coarser.get(site.name)), sites)
+        weights = {}
+        for site, (qparams, factors) in zip(sites, found, strict=True):
+            weights[site.name] = qparams
+            self.coarser.pop(site.name, None)
+            if factors is not None:  # noted in the process that found them
+                self.coarser[site.name] = factors
+        return weights
 
     def qparams(self, site: Site, method: RangeMethod) -> QParams:
         """Return the parameters of a weight site or of an activation site that owns its scale, on its grid.
