@@ -23,7 +23,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 import typer  # noqa: E402
 
-from calibrators.grid.processors import PROCESSORS  # noqa: E402
+from calibrators.grid.processors import FAMILIES  # noqa: E402
 from calibrators.methods import get_method, list_methods, range_method  # noqa: E402
 from calibrators.mixed_precision.budgets import QUANTITIES  # noqa: E402
 from calibrators.targets import list_targets  # noqa: E402
@@ -173,7 +173,7 @@ def targets() -> str:
             ("proof", target.promise),
             (
                 "in onnxruntime exact on" if target.proof != "qdq" else "limits of the processors",
-                "; ".join(PROCESSORS[name].summary for name in target.exact_on),
+                "; ".join(FAMILIES[name].summary for name in target.exact_on),
             ),
             ("ONNX opset", f"{target.opsets[0]}, where a file needs more, up to {target.opsets[1]}"),
             ("batch", "1" if target.static_shapes else "free where the model allows it"),

@@ -67,6 +67,11 @@ def adapted(config: ExportConfig) -> tuple[ExportConfig, tuple[str, ...]]:
         return config, ()
     runtime = get_runtime(target.proved_in)
     if reason := runtime.missing():
+        if target.lowered_file:
+            raise InputError(
+                f"{target.lowered_file} of target {target.name!r} is made by {runtime.name}: {reason}; "
+                f"{runtime.how_to_get}."
+            )
         return config, (f"not proved in {runtime.name}: {reason}; {runtime.how_to_get}",)
     return config.model_copy(update={"prove_on": (*config.prove_on, runtime.name)}), ()
 

@@ -67,7 +67,7 @@ from runtime_tests.ort.versions import RELEASE_KEY
 from runtime_tests.proof import Measurements, Proof
 from runtime_tests.reference.execute import plan
 from runtime_tests.reference.where_exact import exact_on, holds_on
-from runtime_tests.runtimes import available_runtimes
+from runtime_tests.runtimes import available_runtimes, get_runtime
 
 __all__ = ["Work", "carry_out", "export"]
 
@@ -160,6 +160,7 @@ class Work:
         self.steps = Steps(progress)
         self.target = get_target(self.config.target)
         self.model, self.float_path = Model(folder / "model.onnx"), folder / "float.onnx"
+        self.lowered = folder / name if (name := self.target.lowered_file) else None
         self.alternatives: dict[str, Path] = {}  # the model with its weights in other storages
         self.warnings = [*order.warnings, *order.notes]
         self.scores: SampleScores | None = None
@@ -221,7 +222,12 @@ class Work:
 
     def move_files(self, target: Path) -> None:
         """Put the model, its external data, the reference program and the golden set of codes into the bundle."""
-        for path in [*self.folder.glob("model.onnx*"), *(self.folder / name for name in (CHECK, SCORES, "golden"))]:
+        lowered = [] if self.lowered is None else [self.lowered]
+        for path in [
+            *self.folder.glob("model.onnx*"),
+            *lowered,
+            *(self.folder / name for name in (CHECK, SCORES, "golden")),
+        ]:
             if path.exists():
                 shutil.move(path, target / path.name)
 
@@ -254,7 +260,18 @@ class Work:
             model, simplifier = self._simplified(result, onnx_program)
             self.interface = self._described(network, graph, model, result.program)
             self._store(model, result.program, graph.meta["size_bounds"])
+            if self.lowered is not None:
+                self._lower(result.program, self.lowered)
         return graph, result, golden, simplifier
+
+    def _lower(self, program: fx.GraphModule, path: Path) -> None:
+        """Write the file that the target's runtime executes, and note what it runs elsewhere."""
+        runtime = get_runtime(self.target.proved_in)
+        if outside := runtime.lower(program, path):
+            self.warnings.append(
+                f"{counted(len(outside), 'operator')} of {path.name} run outside {runtime.name}, in float: "
+                f"{', '.join(dict.fromkeys(outside))}"
+            )
 
     def _check_folding(self, network: Network, result: CalibrationResult) -> None:
         """Compare folded network and model, since a proof against the reference program cannot find a wrong fold."""
@@ -336,6 +353,7 @@ class Work:
                 threads=torch.get_num_threads(),
                 measured=measured,
                 ranks=self.order.ranks,
+                lowered=self.lowered,
             )
             if golden is not None and self.order.ranks.is_first:
                 proof.add_golden(golden)

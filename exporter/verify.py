@@ -19,6 +19,7 @@ from calibrators.allocator import keep_freed_memory
 from calibrators.errors import InputError
 from calibrators.execution.measure import Batch
 from calibrators.grid.metrics import alike
+from calibrators.targets import get_target
 from exporter.frontend.reference import load_reference
 from exporter.handover.bundle import read_golden, verify_manifest
 from exporter.inputs.batches import cut, feed
@@ -76,6 +77,7 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
         verify_manifest(folder)
     report = read_report(folder / "report.json")
     config = report.config or {}
+    lowered = get_target(report.target).lowered_file
     runtimes = available_runtimes([*on, *(["openvino"] if report.parity.openvino is not None else [])])
     model = Model(folder / "model.onnx")
     check_foreign(model)
@@ -86,7 +88,8 @@ def verify(folder: str | Path, progress: Progress | None = None, on: Sequence[st
         deployed = session(model)
         found = [run(deployed, list(expected), inputs) for inputs, expected in golden]
         del deployed  # its memory goes before that of the comparisons comes
-        proof = Proof(model, program, runtimes=runtimes, threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        proof = Proof(model, program, runtimes=runtimes, threads=threads, lowered=folder / lowered if lowered else None)
         proof.add_all(batches)
     pairs = [
         [(torch.from_numpy(np.array(a)), torch.from_numpy(b)) for a, b in zip(expected.values(), each, strict=True)]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -40,7 +41,7 @@ from runtime_tests.parity.second import SecondComparison
 from runtime_tests.reference.execute import KernelPlan, plan, run
 from runtime_tests.runtimes import get_runtime
 from runtime_tests.runtimes.ort import OnnxRuntimeSession
-from runtime_tests.workers.runtime import Runtime
+from runtime_tests.workers.runtime import Artifact, Runtime
 
 __all__ = ["Measurements", "Proof", "parity", "samples_at_once", "second_parity", "validate"]
 
@@ -106,6 +107,7 @@ class Proof:
               `gather` the first holds all results.
     golden:   sets of inputs and reference outputs: of the first samples, and of `add_golden`.
     measured: what to measure; if None, parity on all samples.
+    lowered:  what the target's runtime made of the program, if it is compared in it; None: it makes it again.
     raises:   ModelError if a runtime refuses the model; UnknownNameError if the model lacks one of the program's
               quantized values; ParityError if it lacks a weight; InputError if OpenVINO is not installed.
     """
@@ -120,8 +122,10 @@ class Proof:
         threads: int = 1,
         measured: Measurements | None = None,
         ranks: Ranks = ALONE,
+        lowered: Path | None = None,
     ) -> None:
         self.model, self.program, self.threads, self.ranks = Model.of(model), program, threads, ranks
+        self._artifact = Artifact(self.model, program, lowered)
         self.target = target_of(self.model)
         self.measured = measured or Measurements()
         self._at_once = samples_at_once(program)
@@ -162,7 +166,8 @@ class Proof:
     def _started(self, runtime: Runtime) -> Elsewhere:
         samples = min(math.inf if runtime.samples is None else runtime.samples, self.measured.parity_samples)
         limit = max(samples, self.measured.golden_samples)
-        return Elsewhere(runtime, self.model, self.kernels, self._weights, samples=limit)
+        own = plan(self.program, self.target, own=True) if runtime.lowers else None
+        return Elsewhere(runtime, self._artifact, self.kernels, self._weights, own=own, samples=limit)
 
     @property
     def is_done(self) -> bool:

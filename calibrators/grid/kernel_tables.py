@@ -8,13 +8,18 @@ the same codes in every family. In float32, each operation rounded unless it is 
            plain    (fix + a * ra) + b * rb, and (fix + b * rb) + a * ra where b is one element for a run of a
            values   (sa * (a - za) + sb * (b - zb)) / sy + zy
            fixed    ((a - za) * ma + (b - zb) * mb) / 2**shift, rounded half away from 0; ma = rint(ra * 2**shift)
+           fixed, half up    the same with one bit less, and halves rounded up
     mul    fused    fma((a - za) * (b - zb), r, zy)              r = sa * sb / sy
            plain    ((a - za) * (b - zb)) * r + zy
            values   (sa * (a - za)) * (sb * (b - zb)) / sy + zy
+           rounded  rint(((a - za) * (b - zb)) * r) + zy
+    mean   rounded  rint((sum - n * za) * (sa / (sy * n))) + zy
+           with zero    sum * m + (zy - (n * za) * m), m = (1 / n) * (sa / sy), of int8 codes
     sigmoid         a quotient of polynomials in Horner's form, with `fma` (fused) or without (plain)
 
 Each formula gives 0 differing codes on tie-stress grids in onnxruntime 1.32 (natively, and on emulated Haswell,
-Nehalem, Cortex-A76 and A53) and onnxruntime-web 1.30. Only numpy is imported, so that a check of a file needs no torch.
+Nehalem, Cortex-A76 and A53) and onnxruntime-web 1.30, or in XNNPACK of ExecuTorch 1.5.1 on x86-64. Only numpy is
+imported, so that a check of a file needs no torch.
 
 Must not know: graphs, targets, runtimes.
 """
@@ -32,12 +37,12 @@ from numpy.typing import NDArray
 
 from calibrators.grid.processors import Processor
 
-__all__ = ["KERNELS", "CodeGrid", "add", "differing", "mul", "sigmoid", "table"]
+__all__ = ["KERNELS", "CodeGrid", "add", "arithmetics", "differing", "mean", "mul", "sigmoid", "table"]
 
 Array = NDArray[Any]
 
-FIXED_BITS = 21
-"""Exponent of the larger multiplier of a sum in fixed point, which has FIXED_BITS + 1 bits."""
+FIXED_BITS, HALF_UP_BITS = 21, 20
+"""Exponents of the larger multiplier of a sum in fixed point, which has one bit more."""
 
 NUMERATOR = (
     4.37031012579801e-11,
@@ -61,6 +66,7 @@ class CodeGrid:
     scale:      a float32 number.
     qmin, qmax: first and last code that occurs.
     lowest:     first code of the container, -128 or 0.
+    count:      how many codes a kernel adds up; `codes` are their sums.
     """
 
     scale: float
@@ -68,6 +74,7 @@ class CodeGrid:
     qmin: int = 0
     qmax: int = 255
     lowest: int = 0
+    count: int = 1
 
     @property
     def step(self) -> np.float32:
@@ -80,7 +87,7 @@ class CodeGrid:
     def codes(self, *, unused: bool = False) -> Array:
         """Return the codes that occur, or with `unused` all of the container, ascending, float32."""
         first, last = (self.lowest, self.lowest + 255) if unused else (self.qmin, self.qmax)
-        return np.arange(first, last + 1, dtype=np.float32)
+        return np.arange(first * self.count, last * self.count + 1, dtype=np.float32)
 
     def saturated(self, values: Array) -> Array:
         """Return the codes of numbers that include the zero point, int16."""
@@ -103,8 +110,8 @@ def add(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, a
     if arithmetic == "fused":
         fix = y.zero - _fma(ra, a.zero, rb * b.zero)
         return y.saturated(_fma(a_codes, ra, _fma(b_codes, rb, fix)))
-    if arithmetic == "fixed":
-        return _fixed_add(a_codes, b_codes, a, b, y)
+    if arithmetic.startswith("fixed"):
+        return _fixed_add(a_codes, b_codes, a, b, y, half_up=arithmetic != "fixed")
     if arithmetic == "values":
         return _of_values(a.step * (a_codes - a.zero) + b.step * (b_codes - b.zero), y)
     offset = y.zero - (ra * a.zero + rb * b.zero)
@@ -118,15 +125,19 @@ def _of_values(values: Array, y: CodeGrid) -> Array:
     return y.saturated(np.clip(values / y.step, low, high) + y.zero)
 
 
-def _fixed_add(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid) -> Array:
-    """Return sums in fixed point; of scales whose ratios are too far apart or round up to 1, of fused values."""
+def _fixed_add(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, *, half_up: bool) -> Array:
+    """Return sums in fixed point; of scales whose ratios are too far apart or round up to 1, of fused values.
+
+    half_up: halves are rounded up instead of away from 0, multipliers have one bit less, and all ratios are taken.
+    """
     ratios = [float(a.step / y.step), float(b.step / y.step)]
-    shift = FIXED_BITS - (math.frexp(max(ratios))[1] - 1)
+    shift = (HALF_UP_BITS if half_up else FIXED_BITS) - (math.frexp(max(ratios))[1] - 1)
     first, second = (int(np.rint(ratio * 2.0**shift)) for ratio in ratios)
-    if max(first, second) >> (FIXED_BITS + 1) or not 2.0**-14 <= min(ratios) <= max(ratios) < 2.0**8:
+    fits = max(first, second) >> (FIXED_BITS + 1) == 0 and 2.0**-14 <= min(ratios) <= max(ratios) < 2.0**8
+    if not (half_up or fits):
         return _of_values(_fma(a_codes - a.zero, a.step, b.step * (b_codes - b.zero)), y)
     total = (a_codes - a.zero).astype(np.int64) * first + (b_codes - b.zero).astype(np.int64) * second
-    rounded = (total - (total < 0) + (1 << (shift - 1))) >> shift
+    rounded = (total - (0 if half_up else total < 0) + (1 << (shift - 1))) >> shift
     return y.saturated(np.clip(rounded, -(2**15), 2**15 - 1) + y.zero_point)
 
 
@@ -137,7 +148,20 @@ def mul(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, a
         return _of_values((a.step * left) * (b.step * right), y)
     ratio = (a.step * b.step) / y.step
     product = left * right
+    if arithmetic == "rounded":
+        return y.saturated(np.rint(product * ratio) + y.zero)
     return y.saturated(_fma(product, ratio, y.zero) if arithmetic == "fused" else product * ratio + y.zero)
+
+
+def mean(sums: Array, x: CodeGrid, y: CodeGrid, arithmetic: str) -> Array:
+    """Return the codes of means, int16, for float32 sums of x.count codes; arithmetic: of Processor.mean."""
+    count = np.float32(x.count)
+    if arithmetic == "rounded":
+        return y.saturated(np.rint((sums - count * x.zero) * (x.step / (y.step * count))) + y.zero)
+    to_int8 = np.float32(-128 - x.lowest)
+    ratio = (np.float32(1) / count) * (x.step / y.step)
+    offset = y.zero + to_int8 - (count * (x.zero + to_int8)) * ratio
+    return y.saturated(np.rint((sums + count * to_int8) * ratio + offset) - to_int8)
 
 
 def sigmoid(values: Array, arithmetic: str) -> Array:
@@ -160,7 +184,7 @@ def table(function: Callable[[Array], Array], codes: Array, x: CodeGrid, y: Code
     return y.saturated(np.rint(function(x.step * (codes - x.zero)) / y.step) + y.zero)
 
 
-KERNELS = {"add": 2, "mul": 2, "sigmoid": 1}
+KERNELS = {"add": 2, "mul": 2, "sigmoid": 1, "mean": 1}
 """Kernels that compute other codes on other processors, and their number of operands."""
 
 
@@ -172,20 +196,24 @@ def differing(
     kernel:    of KERNELS; operands in the order in which the kernel gets them.
     broadcast: whether the operands differ in shape, so that the runtime may swap them or take runs of one element.
     """
-    tables = {
-        key: _codes(kernel, inputs, y, *key)
-        for processor in processors
-        for key in _variants(kernel, processor, broadcast)
-    }
+    keys = arithmetics(kernel, processors, broadcast=broadcast)
     different = np.zeros([len(x.codes()) for x in inputs], dtype=bool)
-    for one, other in pairwise(tables.values()):
+    tables = (_codes(kernel, inputs, y, *key) for key in keys) if len(keys) > 1 else ()
+    for one, other in pairwise(tables):
         different |= one != other
     return different
+
+
+def arithmetics(kernel: str, processors: Iterable[Processor], *, broadcast: bool = False) -> list[tuple[str, bool]]:
+    """Return the arithmetics that processors may use for a kernel, each once, and whether its operands are swapped."""
+    return [*dict.fromkeys(key for processor in processors for key in _variants(kernel, processor, broadcast))]
 
 
 def _variants(kernel: str, processor: Processor, broadcast: bool) -> Iterator[tuple[str, bool]]:
     """Yield the arithmetic that a processor may use, and whether operands are swapped."""
     arithmetic = getattr(processor, kernel)
+    if arithmetic is None:
+        return
     yield arithmetic, False
     if kernel == "add" and broadcast:
         yield arithmetic, True
@@ -195,6 +223,9 @@ def _variants(kernel: str, processor: Processor, broadcast: bool) -> Iterator[tu
 
 def _codes(kernel: str, inputs: Sequence[CodeGrid], y: CodeGrid, arithmetic: str, swapped: bool) -> Array:
     """Return the codes that a kernel computes of all codes that occur, int16 [codes, ...]."""
+    if kernel == "mean":
+        (x,) = inputs
+        return mean(x.codes(), x, y, arithmetic)
     if kernel == "sigmoid":
         (x,) = inputs
         return table(lambda values: sigmoid(values, arithmetic), x.codes(), x, y)

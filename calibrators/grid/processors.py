@@ -12,25 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["PROCESSORS", "REFERENCE", "Processor"]
+__all__ = ["FAMILIES", "PROCESSORS", "REFERENCE", "Processor"]
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A family of processors.
+    """A family of processors, or another library of kernels.
 
     add:      arithmetic of a quantized sum (calibrators.grid.kernel_tables): fused multiply-adds, float32 steps, 32-bit
-              fixed point, or the sum of the values.
-    mul:      arithmetic of a quantized product: fused multiply-add, float32 steps, or the product of the values.
-    sigmoid:  arithmetic of the polynomials of a sigmoid.
+              fixed point of two precisions, or the sum of the values.
+    mul:      arithmetic of a quantized product: fused multiply-add, float32 steps, the product of the values, or a
+              number that is rounded before the zero point is added.
+    sigmoid:  arithmetic of the polynomials of a sigmoid; None where its kernel is not used.
+    mean:     whether a mean is rounded before or after the zero point is added.
     pair_sum: largest magnitude of the sum of two products of an activation and a weight; None where every sum fits.
     """
 
     name: str
     summary: str
-    add: Literal["fused", "plain", "fixed", "values"]
-    mul: Literal["fused", "plain", "values"]
-    sigmoid: Literal["fused", "plain"]
+    add: Literal["fused", "plain", "fixed", "fixed, half up", "values"]
+    mul: Literal["fused", "plain", "values", "rounded"]
+    sigmoid: Literal["fused", "plain"] | None
+    mean: Literal["rounded", "with zero"] = "rounded"
     pair_sum: int | None = None
 
 
@@ -46,7 +49,12 @@ PROCESSORS = {
         Processor("wasm", "WebAssembly with SIMD", add="values", mul="values", sigmoid="plain"),
     )
 }
-"""Every family by name."""
+"""Families of processors on which onnxruntime computes the same codes, by name."""
+
+FAMILIES = PROCESSORS | {
+    "xnnpack": Processor("xnnpack", "XNNPACK", add="fixed, half up", mul="rounded", sigmoid=None, mean="with zero")
+}
+"""Every family by name: also a library whose kernels compute the same codes on every processor."""
 
 REFERENCE: Final = "x86-vnni"
 """The family whose arithmetic the reference computes with; its sums of products are exact."""

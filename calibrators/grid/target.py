@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from calibrators.graph.operators import Operators
 from calibrators.grid.costs import Costs
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES, PROCESSORS
 from calibrators.grid.spec import QuantSpec
 
 __all__ = ["Form", "Target"]
@@ -49,6 +49,8 @@ class Target:
                        computes what the QDQ text says without integer kernels, since the runtime cannot be had here.
     proved_in:         name of the runtime (runtime_tests.runtimes) that executes its files besides this process's
                        onnxruntime; '' where there is none.
+    lowered_file:      name of the file that this runtime makes of the program and executes; '' where it executes
+                       model.onnx.
     opsets:            ONNX opset of emitted files, and the highest one, for files that need more than the first.
     static_shapes:     whether the batch must be fixed (to 1).
     ignored_rules:     rules of the linter about patterns that this runtime does not break on.
@@ -98,6 +100,7 @@ class Target:
     exact_on: Annotated[tuple[str, ...], Field(min_length=1)]
     proof: Literal["exact", "steps", "qdq"] = "exact"
     proved_in: str = ""
+    lowered_file: str = ""
     opsets: tuple[int, int]
     static_shapes: bool = False
     ignored_rules: frozenset[str] = frozenset()
@@ -131,9 +134,9 @@ class Target:
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Target:
         """Raise ValueError for names that are not known, or fields that contradict each other."""
-        unknown = [name for name in self.exact_on if name not in PROCESSORS]
+        unknown = [name for name in self.exact_on if name not in FAMILIES]
         contradictions = (
-            (bool(unknown), f"unknown processors {unknown}; known are {', '.join(PROCESSORS)}"),
+            (bool(unknown), f"unknown processors {unknown}; known are {', '.join(FAMILIES)}"),
             (self.opsets[0] > self.opsets[1], f"opsets {self.opsets} are in the wrong order"),
             (
                 not self.forms.keys() <= self.integer_ops | self.fused_ops,
@@ -141,6 +144,10 @@ class Target:
             ),
             (not self.joined_ops <= self.integer_ops, "operators of joined_ops are in integer_ops"),
             (self.proof == "steps" and not self.proved_in, "a runtime counts the steps, so that proved_in names it"),
+            (
+                bool(self.lowered_file) and not self.proved_in,
+                "a runtime makes the lowered file, so that proved_in names it",
+            ),
             (not self.weight_only <= self.weighted, "operators of weight_only carry a weight"),
             (bool(self.integer_ops & self.weighted), "an operator of integer_ops carries no weight"),
             (not self.constant_operands <= self.integer_ops, "operators of constant_operands are in integer_ops"),
@@ -176,4 +183,4 @@ class Target:
     @property
     def pair_sum(self) -> int | None:
         """Largest magnitude of the sum of two products that all its processors hold; None where they hold every sum."""
-        return min((held for name in self.exact_on if (held := PROCESSORS[name].pair_sum) is not None), default=None)
+        return min((held for name in self.exact_on if (held := FAMILIES[name].pair_sum) is not None), default=None)

@@ -165,7 +165,9 @@ def _added_biases(
 
 
 def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
-    """Return the smallest weight scale at which bias codes stay within BIAS_CODE_LIMIT, float64 [] or [channels].
+    """Return the smallest weight scale at which bias codes stay within BIAS_CODE_LIMIT and their grid, float64.
+
+    Its shape is [] or [channels].
 
     So do the sums of products, whatever the inputs, if there are enough inputs to exceed it.
     """
@@ -174,7 +176,8 @@ def _least_scale(biases: list[_Bias], weight: Tensor, site: Site) -> Tensor:
         sums = weight.flatten(1).abs().sum(1, dtype=torch.float64) * LARGEST_INPUT / BIAS_CODE_LIMIT
         least = sums.max() if site.spec.axis is None else sums
     for bias in biases:
-        needed = bias.values.abs() * ROUNDED / (bias.x_scale.double() * BIAS_CODE_LIMIT)
+        limit = min(BIAS_CODE_LIMIT, bias.site.spec.qmax)
+        needed = bias.values.abs() * ROUNDED / (bias.x_scale.double() * limit)
         least = torch.maximum(least, needed.max() if site.spec.axis is None else needed)
     return least
 

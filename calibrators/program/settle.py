@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import operator_name, shape_of
 from calibrators.graph.canonical import clip_bounds
-from calibrators.grid.kernel_tables import KERNELS, CodeGrid, differing
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.kernel_tables import KERNELS, CodeGrid, arithmetics, differing
+from calibrators.grid.processors import FAMILIES
 from calibrators.grid.spec import QParams, Site
 from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import code_bounds
@@ -36,15 +36,22 @@ SIZES = [*range(1, 9), *(2**k for k in range(4, LARGEST_MOVE.bit_length()))]
 MOVES = [0, *(sign * size for size in SIZES for sign in (1, -1))]
 """Moves to try, in order."""
 
+KERNEL_OF = {"adaptive_avg_pool2d": "mean"}
+"""Kernels of operators that have another name."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Kernel:
-    """A kernel that processors compute in different orders, and the sites of what it reads and of what it writes."""
+    """A kernel that processors compute in different orders, and the sites of what it reads and of what it writes.
+
+    count: how many codes of the input it adds up.
+    """
 
     name: str
     inputs: tuple[Site, ...]
     output: Site
     broadcast: bool
+    count: int
 
 
 def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[dict[str, QParams], Settled | None]:
@@ -53,13 +60,14 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
     Scales that an operator fixes stay.
     """
     settled, owned = dict(activations), _by_owner(placement)
-    families = [PROCESSORS[name] for name in placement.target.exact_on]
+    families = [FAMILIES[name] for name in placement.target.exact_on]
     if not owned or len(families) < 2:
         return settled, None
 
     def ties(kernel: _Kernel) -> Ties | None:
-        grids = [_grid(site, placement.qparams_of(site, settled)) for site in (*kernel.inputs, kernel.output)]
-        found = differing(kernel.name, grids[:-1], grids[-1], families, broadcast=kernel.broadcast)
+        *read, written = (_grid(site, placement.qparams_of(site, settled)) for site in (*kernel.inputs, kernel.output))
+        inputs = [replace(grid, count=kernel.count) for grid in read]
+        found = differing(kernel.name, inputs, written, families, broadcast=kernel.broadcast)
         return Ties(kernel.output.name, kernel.name, int(found.sum()), found.size) if found.any() else None
 
     def ties_after(owner: str, move: int) -> list[Ties]:
@@ -108,8 +116,10 @@ def _by_owner(placement: Placement) -> dict[str, list[_Kernel]]:
 
 def _kernels(placement: Placement) -> Iterator[_Kernel]:
     """Yield the kernels on codes of 8 bits that processors compute in different orders."""
+    families = [FAMILIES[name] for name in placement.target.exact_on]
     for node in placement.graph.graph.nodes:
         name = operator_name(node.target).split(".")[0] if node.op == "call_function" else ""
+        name = KERNEL_OF.get(name, name)
         if name not in KERNELS or node.target not in placement.target.integer_ops:
             continue
         operands = node.args[: KERNELS[name]]
@@ -117,7 +127,13 @@ def _kernels(placement: Placement) -> Iterator[_Kernel]:
         if any(site is None or site.spec.is_wide for site in sites):
             continue
         *inputs, output = (site for site in sites if site is not None)
-        yield _Kernel(name, tuple(inputs), output, len({shape_of(operand) for operand in operands}) > 1)
+        if name == "mean" and math.prod(shape_of(node)[2:]) > 1:  # of parts of the image, which has no kernel
+            continue
+        shapes = [shape_of(operand) for operand in operands]
+        is_broadcast = len({*shapes}) > 1
+        if len(arithmetics(name, families, broadcast=is_broadcast)) > 1:
+            count = math.prod(shapes[0][2:]) if name == "mean" else 1
+            yield _Kernel(name, tuple(inputs), output, is_broadcast, count)
 
 
 def _read(placement: Placement, operand: object, reader: fx.Node) -> Site | None:

@@ -75,7 +75,8 @@ def _match_means(steps: Sequence[Step], references: Sequence[Step]) -> Tensor:
 def _shifted(coded: QuantizedTensor, shift: Tensor) -> QuantizedTensor:
     """Return the bias moved by `shift`, on the scale it has."""
     scale = coded.qparams.scale.double()
-    codes = (coded.codes.double() + shift / scale).round().clamp(-BIAS_CODE_LIMIT, BIAS_CODE_LIMIT)
+    limit = min(BIAS_CODE_LIMIT, coded.qparams.spec.qmax)
+    codes = (coded.codes.double() + shift / scale).round().clamp(-limit, limit)
     return replace(coded, codes=codes.to(torch.int32))
 
 

@@ -108,7 +108,7 @@ def write_bundle(
         _write(folder, "junit.xml", render_junit(report).encode())
         _write(folder, "README.md", render_readme(report).encode())
         _put_golden(golden, report, folder)
-        digests = {path.name: sha256_of(path) for path in folder.glob("model.onnx*")}
+        digests = {path.name: sha256_of(path) for path in folder.glob("model.*")}
         _write(folder, BILL, dump_json(bill_of_materials(report, digests["model.onnx"])).encode())
         _write(folder, STATEMENT, dump_json(statement(report, digests)).encode())
         _write(folder, _MANIFEST, dump_json(_manifest(folder, content, config)).encode())

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import jinja2
 
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES
+from calibrators.targets import get_target
 from exporter.reporting.interface import Images, Port, Sizes
 from exporter.reporting.schema import Report
 from exporter.reporting.templates import environment
@@ -52,7 +53,8 @@ def render_readme(report: Report) -> str:
             session=EXACT,
             golden=_clean(report.data.golden.source) if report.data and report.data.golden else "",
             batch=next((size for size in sizes if isinstance(size, int)), 1),
-            processors={name: processor.summary for name, processor in PROCESSORS.items()},
+            lowered=get_target(report.target).lowered_file,
+            processors={name: processor.summary for name, processor in FAMILIES.items()},
             statuses=STATUSES,
         )
     )

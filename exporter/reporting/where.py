@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES
 from runtime_tests.reference.where_exact import IN_FLOAT, Holds
 
 __all__ = ["INEXACT", "not_exact_here", "where_rows"]
@@ -15,7 +15,7 @@ __all__ = ["INEXACT", "not_exact_here", "where_rows"]
 INEXACT = "inexact_here"
 """Name of the metric that says whether the file is not exact on this machine."""
 
-X86 = tuple(name for name in PROCESSORS if name.startswith("x86-"))
+X86 = tuple(name for name in FAMILIES if name.startswith("x86-"))
 
 
 def where_rows(entries: Sequence[Holds], min_onnxruntime: str | None) -> Iterator[tuple[str, str]]:
@@ -28,13 +28,13 @@ def where_rows(entries: Sequence[Holds], min_onnxruntime: str | None) -> Iterato
         yield "exact on", "; ".join(filter(None, [where or "no processor", scope, needs]))
     for status, title in (("differs", "not exact on"), ("unknown", "unknown on")):
         if found := _of(entries, status):
-            yield title, "; ".join(f"{PROCESSORS[each.processor].summary}: {each.condition}" for each in found)
+            yield title, "; ".join(f"{FAMILIES[each.processor].summary}: {each.condition}" for each in found)
 
 
 def not_exact_here(entries: Sequence[Holds], processor: str | None) -> str | None:
     """Return why the file is not exact on this processor; None if it is, or if that is not known."""
     found = [each for each in _of(entries, "differs") if each.processor == processor]
-    return f"this machine is {PROCESSORS[found[0].processor].summary}, where {found[0].condition}" if found else None
+    return f"this machine is {FAMILIES[found[0].processor].summary}, where {found[0].condition}" if found else None
 
 
 def _of(entries: Sequence[Holds], *statuses: str) -> list[Holds]:
@@ -44,5 +44,5 @@ def _of(entries: Sequence[Holds], *statuses: str) -> list[Holds]:
 def _families(entries: Sequence[Holds]) -> str:
     names = [each.processor for each in entries]
     if set(X86) <= set(names):
-        return ", ".join(["x86-64 with and without VNNI", *(PROCESSORS[n].summary for n in names if n not in X86)])
-    return ", ".join(PROCESSORS[name].summary for name in names)
+        return ", ".join(["x86-64 with and without VNNI", *(FAMILIES[n].summary for n in names if n not in X86)])
+    return ", ".join(FAMILIES[name].summary for name in names)

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from calibrators.errors import ModelError
-from runtime_tests.ort.sessions import Model
 from runtime_tests.parity.compare import Comparison
-from runtime_tests.parity.results import Agreement, Level, ProvedOn
-from runtime_tests.reference.execute import KernelPlan
-from runtime_tests.workers.runtime import Runtime
+from runtime_tests.parity.results import Agreement, Level, ProvedOn, unplanned_text
+from runtime_tests.reference.execute import KernelPlan, run
+from runtime_tests.workers.runtime import Artifact, Runtime
 
 __all__ = ["Elsewhere", "proved_on"]
 
@@ -24,17 +23,32 @@ __all__ = ["Elsewhere", "proved_on"]
 class Elsewhere:
     """Running totals of one runtime.
 
+    plan:    the kernels of the reference; own: those of the runtime, where it has others.
     samples: number of samples, from the first on, that it compares.
     """
 
     def __init__(
-        self, runtime: Runtime, model: Model, plan: KernelPlan, weights: Mapping[str, Agreement], *, samples: float
+        self,
+        runtime: Runtime,
+        artifact: Artifact,
+        plan: KernelPlan,
+        weights: Mapping[str, Agreement],
+        *,
+        own: KernelPlan | None = None,
+        samples: float,
     ) -> None:
         self.runtime, self.samples = runtime, samples
         self.refused = ""
+        self._own = own
         try:
-            start = partial(runtime.open, model, threads=1)
-            self._comparison = Comparison(start, model, plan, weights, exact=not runtime.kernel_rate)
+            start = partial(runtime.open, artifact, threads=1)
+            exact = not runtime.kernel_rate
+            self._comparison = Comparison(start, artifact.model, own or plan, weights, exact=exact)
+            if self._comparison.unplanned:
+                raise ModelError(
+                    f"{runtime.name} runs other kernels than planned: {unplanned_text(self._comparison.unplanned)}; "
+                    "look for what stays in float there with `intact lint`, and exclude it."
+                )
         except ModelError as error:
             self._refuse(error)
 
@@ -44,6 +58,8 @@ class Elsewhere:
     def add(self, inputs: tuple[Tensor, ...], codes: Mapping[str, Tensor], ours: tuple[Tensor, ...]) -> None:
         """Run a batch and compare it with the codes and outputs of the reference."""
         try:
+            if self._own is not None:
+                codes, ours = run(self._own, inputs, with_floats=True)
             self._comparison.add(inputs, codes, ours)
         except ModelError as error:
             self._refuse(error)

@@ -24,6 +24,7 @@ __all__ = [
     "ProvedOn",
     "SecondLevel",
     "legal_rate",
+    "unplanned_text",
 ]
 
 FLOAT_LSB = 1
@@ -81,6 +82,11 @@ def legal_rate(kernel: str, bits: int = 8, of_kernels: float = 0.0, depth: int =
     """
     of_floats = FLOAT_RATE * max(1.0, depth / FLOAT_DEPTH) if kernel == FLOAT else 0.0
     return max(of_floats, of_kernels) * 2.0 ** (bits - 8)
+
+
+def unplanned_text(unplanned: Mapping[str, int]) -> str:
+    """Return the kernels that a runtime executes minus those planned, in words."""
+    return ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in unplanned.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +243,9 @@ class Level(Agreement):
                     f"{level}, although all codes before it agree; check the operators after {self.nodes[-1].site!r}."
                 )
         if self.unplanned:
-            kernels = ", ".join(f"{abs(n)} {'more' if n > 0 else 'fewer'} {name}" for name, n in self.unplanned.items())
             raise ParityError(
-                f"the runtime executes other kernels than planned: {kernels}. Coverage names operators left in float "
-                "and why; values that the runtime quantizes by itself were never calibrated."
+                f"the runtime executes other kernels than planned: {unplanned_text(self.unplanned)}. Coverage names "
+                "operators left in float and why; values that the runtime quantizes by itself were never calibrated."
             )
 
 

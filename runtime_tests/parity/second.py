@@ -22,6 +22,7 @@ from runtime_tests.parity.compare import Comparison, distance, largest_finite
 from runtime_tests.parity.results import Agreement, SecondLevel
 from runtime_tests.reference.execute import KernelPlan
 from runtime_tests.runtimes.openvino import RUNTIME
+from runtime_tests.workers.runtime import Artifact
 
 __all__ = ["SecondComparison"]
 
@@ -32,8 +33,10 @@ class SecondComparison(Comparison):
     """Running totals of OpenVINO, with probes and as the file is deployed."""
 
     def __init__(self, model: Model, plan: KernelPlan, weights: Mapping[str, Agreement], threads: int) -> None:
-        self.deployed = RUNTIME.open(model, (), threads)
-        super().__init__(lambda probes: RUNTIME.open(model, probes, threads), model, plan, weights, exact=False)
+        self.deployed = RUNTIME.open(Artifact(model), (), threads)
+        super().__init__(
+            lambda probes: RUNTIME.open(Artifact(model), probes, threads), model, plan, weights, exact=False
+        )
         self.differences, self.largest = [0.0] * len(self.outputs), [0.0] * len(self.outputs)
         self.agreeing = self.decided = 0
 

@@ -21,7 +21,7 @@ from torch import fx
 
 from calibrators.graph.aten import bind, outputs_of, shape_of
 from calibrators.graph.canonical import clip_bounds
-from calibrators.graph.operators import MOVES
+from calibrators.graph.operators import MOVES, Operators
 from calibrators.grid.target import Target
 from calibrators.placement.kernel_forms import missing_form
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE, is_saturation
@@ -143,14 +143,18 @@ def site_of(quantizer: fx.Node) -> str:
     return str(bind(quantizer)["site"])
 
 
-def plan(program: fx.GraphModule, target: Target | None = None, *, integer: bool = True) -> KernelPlan:
+def plan(
+    program: fx.GraphModule, target: Target | None = None, *, integer: bool = True, own: bool = False
+) -> KernelPlan:
     """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off.
 
     target: says which operators and forms have kernels, or that QDQ is taken literally; None: the default target.
+    own:    in the target's own runtime, which fuses nothing that stands between codes by chance, and quantizes floats
+            by a product with the reciprocal of the scale.
     """
     target = target or get_target(DEFAULT_TARGET)
     integer = integer and target.proof != "qdq"
-    planner = _Planner(program, target, integer)
+    planner = _Planner(program, target, integer, own)
     for node in program.graph.nodes:
         if node.target is QUANTIZE:
             planner.quantizer(node)
@@ -167,10 +171,15 @@ class _Planner:
     program: fx.GraphModule
     target: Target
     integer: bool
+    own: bool
     steps: list[Step] = field(default_factory=list)
     kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
     covered: set[fx.Node] = field(default_factory=set)
     skipped: set[fx.Node] = field(default_factory=set)
+
+    @property
+    def _kernels(self) -> Operators:
+        return self.target.kernels - self.target.fused_ops if self.own else self.target.kernels
 
     def quantizer(self, node: fx.Node) -> None:
         """Plan one quantize node."""
@@ -180,7 +189,7 @@ class _Planner:
             self.steps.append(Step(site, FLOAT, "a constant is quantized at every run", op))
             return
         if is_basic_arithmetic(op):
-            self.steps.append(Step(site, "QuantizeLinear", "", op))
+            self.steps.append(Step(site, FLOAT, _PRODUCT, op) if self.own else Step(site, "QuantizeLinear", "", op))
             return
         self.covered.add(op)
         try:
@@ -197,7 +206,7 @@ class _Planner:
         if not self.integer:
             raise StaysFloat(_OPTIMIZATIONS_OFF)
         rule = RULES.get(op.target)
-        if rule is None or op.target not in self.target.kernels:
+        if rule is None or op.target not in self._kernels:
             raise StaysFloat(reason_without_kernel(op))
         if len(op.users) > 1 and op.target not in MOVES:
             raise StaysFloat(_BOTH)
@@ -219,7 +228,7 @@ class _Planner:
                 raise StaysFloat(_BOTH)
             if _is_clipped(node):
                 raise StaysFloat(_CLIPPED)
-            if node.target not in self.target.kernels:
+            if node.target not in self._kernels:
                 raise StaysFloat(reason_without_kernel(node))
             if _is_merged_with_sum(node):
                 raise StaysFloat(_MERGED)
@@ -233,6 +242,7 @@ class _Planner:
 
 
 _OPTIMIZATIONS_OFF = "optimizations are off"
+_PRODUCT = "it is quantized by a product with the reciprocal of the scale"
 _BOTH = "its result is read both by a quantizer and as floats"
 _CLIPPED = "a ReLU or clip is between its result and a float operator"
 _MERGED = "the runtime merges the sum after it into a product of floats"

@@ -7,16 +7,17 @@ Must not know: the operators around it beyond the quantizers at its edges, sessi
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, is_constant, operator_name, overloads
+from calibrators.graph.aten import bind, constant, is_constant, operator_name, overloads, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import LISTS, MOVES, Operators, facts
 from calibrators.grid.kernel_tables import CodeGrid
@@ -321,8 +322,11 @@ def _softmax(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tens
     return partial(kernels.softmax, x=x, y=y, dim=bound["dim"])
 
 
-def _global_pool(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    return partial(kernels.global_average_pool, x=x, y=y)
+def _global_pool(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+    (x,) = _grids(program, source(node))
+    sums = replace(x.numbers, count=math.prod(shape_of(source(node))[2:]))
+    compute = partial(kernels.global_average_pool, x=x, y=y)
+    return Kernel("QLinearGlobalAveragePool", (source(node),), compute, tied=("mean", (sums,), y.numbers))
 
 
 def _average_pool(space: int, bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
@@ -379,7 +383,7 @@ RULES: dict[Any, Rule] = {
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.cat.default: _cat,
-    aten.adaptive_avg_pool2d.default: _unary("QLinearGlobalAveragePool", _global_pool),
+    aten.adaptive_avg_pool2d.default: _global_pool,
     aten.avg_pool2d.default: _unary("QLinearAveragePool", partial(_average_pool, 2)),
     aten.avg_pool3d.default: _unary("QLinearAveragePool", partial(_average_pool, 3)),
     aten.sigmoid.default: _sigmoid,

@@ -371,7 +371,9 @@ def unary_table(function: Callable[[NDArray[Any]], NDArray[Any]], x: Grid, y: Gr
 
 def sigmoid(values: NDArray[Any]) -> NDArray[Any]:
     """Return the sigmoid as QLinearSigmoid approximates it."""
-    return kernel_tables.sigmoid(values, PROCESSORS[REFERENCE].sigmoid)
+    arithmetic = PROCESSORS[REFERENCE].sigmoid
+    assert arithmetic is not None
+    return kernel_tables.sigmoid(values, arithmetic)
 
 
 def leaky_relu(values: NDArray[Any], negative_slope: float) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from calibrators.graph.aten import shape_of
 from calibrators.grid.kernel_tables import differing
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES, PROCESSORS
 from calibrators.record import Ties
 from runtime_tests.reference.kernel_plan import KernelPlan, site_of
 
@@ -21,7 +21,7 @@ def ties_of(plan: KernelPlan, processors: Iterable[str] = tuple(PROCESSORS)) -> 
 
     processors: names of families (calibrators.grid.processors).
     """
-    families, found = [PROCESSORS[name] for name in processors], []
+    families, found = [FAMILIES[name] for name in processors], []
     for quantizer in (node for node in plan.program.graph.nodes if node in plan.kernels):
         kernel = plan.kernels[quantizer]
         if kernel.tied is None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from calibrators.errors import UnknownNameError
-from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.emulation import emulator, qemu_components, qemu_flags
 from runtime_tests.workers.install import Component, DebianPackages, PipPackages
 from runtime_tests.workers.process import LoadedInWorker, python_worker
-from runtime_tests.workers.runtime import Loaded, Runtime
+from runtime_tests.workers.runtime import Artifact, Loaded, Runtime
 
 __all__ = ["RUNTIME"]
 
@@ -66,7 +65,7 @@ class _Arm64(Runtime):
         summary = self.summary.replace(self.cpu, text)
         return replace(self, name=f"{self.name}=={text}", summary=summary, variants=(), cpu=text)
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         *_, system, packages = self.components
         worker = python_worker(
             self.name,
@@ -77,7 +76,7 @@ class _Arm64(Runtime):
             PYTHONPATH=packages.folder,
             OPENBLAS_NUM_THREADS=1,
         )
-        return LoadedInWorker(worker, model, probes, threads=threads, version=self.version)
+        return LoadedInWorker(worker, artifact.model, probes, threads=threads, version=self.version)
 
 
 RUNTIME = _Arm64("arm64", "onnxruntime, emulated Arm cortex-a76", processor="arm64", variants=("cortex-a53",))

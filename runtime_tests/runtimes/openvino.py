@@ -15,7 +15,7 @@ import numpy as np
 
 from calibrators.errors import InputError, ModelError, argument
 from runtime_tests.ort.sessions import Model
-from runtime_tests.workers.runtime import Array, Runtime
+from runtime_tests.workers.runtime import Array, Artifact, Runtime
 
 __all__ = ["RUNTIME"]
 
@@ -49,10 +49,10 @@ class _OpenVino(Runtime):
         if reason := self.missing():
             raise InputError(f"{reason}, and belongs into this environment: {self.how_to_get}.")
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Compiled:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Compiled:
         if reason := self.missing():
             raise InputError(f"{reason}; {self.how_to_get}, or leave {argument('openvino')} out.")
-        return Compiled(model, probes, threads)
+        return Compiled(artifact.model, probes, threads)
 
 
 class Compiled:

@@ -19,7 +19,7 @@ from calibrators.errors import InputError
 from runtime_tests.ort.sessions import Model, run, session
 from runtime_tests.workers.install import Component, PipPackages
 from runtime_tests.workers.process import LoadedInWorker, python_worker
-from runtime_tests.workers.runtime import Array, Loaded, Runtime
+from runtime_tests.workers.runtime import Array, Artifact, Loaded, Runtime
 
 __all__ = ["RUNTIME", "OnnxRuntimeSession"]
 
@@ -73,12 +73,12 @@ class _OnnxRuntime(Runtime):
         summary = f"onnxruntime {text} in a process of its own"
         return replace(self, name=f"{self.name}=={text}", summary=summary, variants=(), wanted=text)
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         if not self.wanted:
-            return OnnxRuntimeSession(model, probes, threads=threads)
+            return OnnxRuntimeSession(artifact.model, probes, threads=threads)
         path = os.pathsep.join([str(self.components[0].folder), *filter(None, sys.path)])
         worker = python_worker(self.name, PYTHONPATH=path)
-        return LoadedInWorker(worker, model, probes, threads=threads, version=self.version)
+        return LoadedInWorker(worker, artifact.model, probes, threads=threads, version=self.version)
 
 
 RUNTIME = _OnnxRuntime("ort", "onnxruntime in this environment", variants=("1.19.2", "1.23.2"), samples=None)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.install import Component, PipPackages
 from runtime_tests.workers.process import LoadedInWorker, python_worker
-from runtime_tests.workers.runtime import Loaded, Runtime
+from runtime_tests.workers.runtime import Artifact, Loaded, Runtime
 
 __all__ = ["RUNTIME"]
 
@@ -64,9 +63,9 @@ class _Qnn(Runtime):
     def flags(self) -> tuple[str, ...]:
         return "HTP simulator", f"v{ARCHITECTURE}"
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         worker = python_worker(self.name, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-        return _OnHtp(worker, model, probes, threads=threads, version=version("onnxruntime"))
+        return _OnHtp(worker, artifact.model, probes, threads=threads, version=version("onnxruntime"))
 
 
 RUNTIME = _Qnn("qnn", "onnxruntime's QNN provider, HTP simulator; single steps are allowed", kernel_rate=KERNEL_RATE)

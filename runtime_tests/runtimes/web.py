@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.install import Component, NpmPackages, PipPackages, run_tool
 from runtime_tests.workers.process import LoadedInWorker, Worker, environment
-from runtime_tests.workers.runtime import Loaded, Runtime
+from runtime_tests.workers.runtime import Artifact, Loaded, Runtime
 
 __all__ = ["RUNTIME"]
 
@@ -40,10 +39,10 @@ class _Web(Runtime):
     def flags(self) -> tuple[str, ...]:
         return f"node {_node_version(_node_and_npm()[0])}", "wasm simd"
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         modules = self.components[-1].folder / "node_modules"
         worker = Worker([_node_and_npm()[0], SCRIPT, modules], environment(), self.name)
-        return LoadedInWorker(worker, model, probes, threads=threads, version=self.version)
+        return LoadedInWorker(worker, artifact.model, probes, threads=threads, version=self.version)
 
 
 def _node_and_npm() -> tuple[str, tuple[str, ...]]:

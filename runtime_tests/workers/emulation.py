@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.install import Component, DebianPackages, run_tool
 from runtime_tests.workers.process import LoadedInWorker, python_worker
-from runtime_tests.workers.runtime import Loaded, Runtime
+from runtime_tests.workers.runtime import Artifact, Loaded, Runtime
 
 __all__ = ["EmulatedX86", "emulator", "qemu_components", "qemu_flags"]
 
@@ -84,8 +83,8 @@ class EmulatedX86(Runtime):
             return "only Linux on x86-64 can emulate another x86-64 processor for its own libraries"
         return super().missing()
 
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         worker = python_worker(
             self.name, before=(emulator("x86_64"), "-cpu", self.cpu), PYTHONPATH=os.pathsep.join(filter(None, sys.path))
         )
-        return LoadedInWorker(worker, model, probes, threads=threads, version=self.version)
+        return LoadedInWorker(worker, artifact.model, probes, threads=threads, version=self.version)

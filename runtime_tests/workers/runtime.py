@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -17,13 +18,30 @@ from runtime_tests.ort.saturation import this_cpu
 from runtime_tests.ort.sessions import Model
 from runtime_tests.workers.install import Component
 
-__all__ = ["EMULATED_SAMPLES", "Array", "Loaded", "Runtime"]
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["EMULATED_SAMPLES", "Array", "Artifact", "Loaded", "Runtime"]
 
 Array = NDArray[Any]
 
 EMULATED_SAMPLES = 16
 """Samples that a runtime compares where it is slow. MobileNetV2 took onnxruntime-web 15 times as long as a CPU with
 VNNI, emulated ARM processors 85 times and emulated x86 processors 150 times as long."""
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What an export left for a runtime.
+
+    model:   the ONNX file.
+    program: the reference program, for runtimes that execute what they made of it; None where it is not known.
+    lowered: what the runtime made of the program at the export; None: it makes it again.
+    """
+
+    model: Model
+    program: fx.GraphModule | None = None
+    lowered: Path | None = None
 
 
 class Loaded(Protocol):
@@ -61,6 +79,7 @@ class Runtime(ABC):
     variants:   names `NAME==VARIANT` that are installed with the others; `variant` takes more.
     samples:    number of samples compared at most; None: all.
     kernel_rate: share of the codes of an integer kernel that may be one step off; 0: none.
+    lowers:     it executes what it makes of a reference program, by `lower`.
     components: what has to be installed for it.
     """
 
@@ -70,6 +89,7 @@ class Runtime(ABC):
     variants: tuple[str, ...] = ()
     samples: int | None = EMULATED_SAMPLES
     kernel_rate: float = 0.0
+    lowers: bool = False
 
     @property
     def family(self) -> str:
@@ -116,8 +136,15 @@ class Runtime(ABC):
         """
         raise InputError(f"the runtime {self.name} has no variants; give it without =={text}.")
 
+    def lower(self, program: fx.GraphModule, path: Path) -> tuple[str, ...]:
+        """Write the file that the runtime executes instead of model.onnx; return the operators that fall back.
+
+        raises: ModelError if it cannot be made; InputError if the runtime is not available.
+        """
+        raise InputError(f"the runtime {self.name} executes model.onnx and lowers no programs.")
+
     @abstractmethod
-    def open(self, model: Model, probes: Sequence[str], threads: int) -> Loaded:
+    def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         """Load a file with probes as further outputs.
 
         raises: ModelError if the runtime refuses the file.

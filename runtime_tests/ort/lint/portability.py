@@ -5,12 +5,14 @@ Must not know: how a target is chosen, how codes were chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from calibrators.grid.kernel_tables import KERNELS, CodeGrid, differing
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES
 from runtime_tests.ort.lint.rule import Case, Hits, Rule
 from runtime_tests.ort.lint.subjects import BYTE, nodes
 from runtime_tests.ort.operands import (
@@ -29,7 +31,7 @@ from runtime_tests.ort.saturation import layers_at_risk
 
 __all__ = ["PORTABILITY_RULES"]
 
-KERNEL_OF = {name.capitalize(): name for name in KERNELS}
+KERNEL_OF = {"Add": "add", "Mul": "mul", "Sigmoid": "sigmoid", "GlobalAveragePool": "mean"}
 """Kernels that round differently on some processors, by their operator in ONNX."""
 
 
@@ -46,11 +48,11 @@ def _saturating_pairs(case: Case) -> Hits:
 
 
 def _different_ties(case: Case) -> Hits:
-    processors = [PROCESSORS[name] for name in case.target.exact_on]
+    processors = [FAMILIES[name] for name in case.target.exact_on]
     for node in nodes(*KERNEL_OF)(case.graphs):
         kernel = KERNEL_OF[node.op_type]
         operands = [operand(value) for value in inputs(node, KERNELS[kernel])]
-        grids = [_grid_of(each) for each in operands]
+        grids = [_grid_of(each, _count(node)) for each in operands]
         for output in _written(node):
             if None in grids or output is None:
                 continue
@@ -63,10 +65,20 @@ def _different_ties(case: Case) -> Hits:
                 )
 
 
-def _grid_of(found: Operand | None) -> CodeGrid | None:
-    if found is None:
+def _grid_of(found: Operand | None, count: int | None) -> CodeGrid | None:
+    if found is None or count is None:
         return None
-    return _grid(found.node, found.dtype, found.lo, found.hi)
+    grid = _grid(found.node, found.dtype, found.lo, found.hi)
+    return None if grid is None else replace(grid, count=count)
+
+
+def _count(node: ir.Node) -> int | None:
+    """Return how many codes a kernel adds up to one; None where the file does not say."""
+    if KERNEL_OF[node.op_type] != "mean":
+        return 1
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    sizes = [] if shape is None else [size for size in shape.dims[2:] if isinstance(size, int)]
+    return math.prod(sizes) if shape is not None and len(sizes) == len(shape.dims) - 2 else None
 
 
 def _written(node: ir.Node) -> Iterator[CodeGrid | None]:
@@ -95,6 +107,6 @@ def _is_broadcast(node: ir.Node) -> bool:
 PORTABILITY_RULES = (
     Rule("saturating-pair", "error", "x86 CPUs with AVX2 but without VNNI add two products in 16 bits.",
          _saturating_pairs),
-    Rule("different-ties", "warning", "Processors round some sums, products and sigmoids by one step differently.",
+    Rule("different-ties", "warning", "Some sums, products, means and sigmoids are rounded by one step differently.",
          _different_ties),
 )  # fmt: skip

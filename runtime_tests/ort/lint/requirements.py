@@ -8,20 +8,23 @@ Must not know: which profiles there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from runtime_tests.ort.lint.parameters import PARAMETER_RULES
+from runtime_tests.ort.lint.portability import PORTABILITY_RULES
 from runtime_tests.ort.lint.rule import Case, Hits, Rule, each
 from runtime_tests.ort.lint.subjects import Quantizer, biased, merges, nodes, quantizers, weighted
 from runtime_tests.ort.lint.weights import bias_scale_differs
 from runtime_tests.ort.onnx_operators import DEQUANTIZE, PRODUCTS, QUANTIZE
-from runtime_tests.ort.operands import array, consumers, inputs, operand, quantizers_after, where
+from runtime_tests.ort.operands import Product, array, consumers, inputs, operand, quantizers_after, where
 
 __all__ = [
     "activation_types",
+    "bias_bits",
     "biases_in_float",
     "biases_of_codes",
     "fixed_shapes",
@@ -36,6 +39,7 @@ __all__ = [
     "powers_of_two",
     "quantized_results",
     "same_scales",
+    "same_ties",
     "symmetric_activations",
     "symmetric_inputs",
     "symmetric_weights",
@@ -167,6 +171,24 @@ def biases_of_codes(source: str) -> tuple[Rule, Rule]:
         Rule("bias-scale", "error", "The scale of a bias is not read: it is taken for this product.", each(
             biased, bias_scale_differs, "the scale of its bias is not input scale * weight scale"), source),
     )  # fmt: skip
+
+
+def bias_bits(bits: int, source: str) -> Rule:
+    """Require codes of biases that a number of bits holds."""
+    largest = 2 ** (bits - 1) - 1
+
+    def broken(found: Product) -> bool:
+        codes = None if found.bias is None else found.bias.data
+        return codes is not None and bool(np.any(np.abs(codes.astype(np.int64)) > largest))
+
+    return Rule("bias-range", "error", "The float32 number that holds a larger bias stands for other codes.", each(
+        biased, broken, f"its bias has codes beyond {largest}; use a larger scale of its weights"), source)  # fmt: skip
+
+
+def same_ties(source: str) -> Rule:
+    """Require scales at which the families of processors of the target round alike."""
+    (rule,) = (rule for rule in PORTABILITY_RULES if rule.name == "different-ties")
+    return replace(rule, source=source)
 
 
 def quantized_results(ops: Iterable[str], severity: str, source: str) -> Rule:

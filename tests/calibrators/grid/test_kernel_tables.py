@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from calibrators.grid.kernel_tables import KERNELS, CodeGrid, add, differing, mul, sigmoid
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.kernel_tables import KERNELS, CodeGrid, add, arithmetics, differing, mean, mul, sigmoid
+from calibrators.grid.processors import FAMILIES, PROCESSORS
 
-FAMILIES = [*PROCESSORS.values()]
+EVERY = [*FAMILIES.values()]
 TIED = CodeGrid(0.25, 128), CodeGrid(0.125, 3), CodeGrid(0.25, 128)
 """Half of all sums lie on ties."""
 ODD = CodeGrid(0.0213, 117), CodeGrid(0.0131, 9), CodeGrid(0.0307, 120)
@@ -21,7 +22,7 @@ def every(grid: CodeGrid) -> np.ndarray:
     return grid.codes(unused=True)
 
 
-@pytest.mark.parametrize("arithmetic", ["fused", "plain", "plain, one b", "values", "fixed"])
+@pytest.mark.parametrize("arithmetic", ["fused", "plain", "plain, one b", "values", "fixed", "fixed, half up"])
 def test_a_sum_is_the_nearest_code_except_next_to_ties(arithmetic: str) -> None:
     a, b, y = ODD
     left, right = every(a)[:, None].astype(np.float64), every(b).astype(np.float64)
@@ -32,7 +33,7 @@ def test_a_sum_is_the_nearest_code_except_next_to_ties(arithmetic: str) -> None:
     assert clear.mean() > 0.99
 
 
-@pytest.mark.parametrize("arithmetic", ["fused", "plain", "values"])
+@pytest.mark.parametrize("arithmetic", ["fused", "plain", "values", "rounded"])
 def test_a_product_is_the_nearest_code_except_next_to_ties(arithmetic: str) -> None:
     a, b, y = ODD
     left, right = every(a)[:, None].astype(np.float64), every(b).astype(np.float64)
@@ -40,6 +41,24 @@ def test_a_product_is_the_nearest_code_except_next_to_ties(arithmetic: str) -> N
     clear = np.abs(exact - np.floor(exact) - 0.5) > 1e-4
     found = mul(every(a)[:, None], every(b), a, b, y, arithmetic)
     assert np.array_equal(found[clear], np.rint(exact).clip(0, 255)[clear])
+
+
+@pytest.mark.parametrize("arithmetic", ["rounded", "with zero"])
+def test_a_mean_is_the_nearest_code_except_next_to_ties(arithmetic: str) -> None:
+    x, y = replace(ODD[0], count=49), ODD[2]
+    exact = (x.codes().astype(np.float64) - 49 * 117) / 49 * float(x.step) / float(y.step) + 120
+    clear = np.abs(exact - np.floor(exact) - 0.5) > 1e-4
+    found = mean(x.codes(), x, y, arithmetic)
+    assert len(found) == 49 * 255 + 1 and clear.mean() > 0.99
+    assert np.array_equal(found[clear], np.rint(exact).clip(0, 255)[clear])
+
+
+def test_means_on_ties_differ_where_the_zero_point_is_odd() -> None:
+    families = [FAMILIES["x86-vnni"], FAMILIES["xnnpack"]]
+    x = CodeGrid(0.5, 115, count=64)
+    differences = [int(differing("mean", [x], CodeGrid(0.125, zero), families).sum()) for zero in (132, 133)]
+    assert differences[0] == 0 and differences[1] > 100
+    assert len(arithmetics("mean", PROCESSORS.values())) == 1
 
 
 @pytest.mark.parametrize("arithmetic", ["fused", "plain"])
@@ -55,7 +74,7 @@ def test_the_sigmoid_is_accurate_and_saturates(arithmetic: str) -> None:
 
 
 def test_sums_on_ties_differ_between_arm_and_x86() -> None:
-    different = differing("add", TIED[:2], TIED[2], FAMILIES)
+    different = differing("add", TIED[:2], TIED[2], EVERY)
     assert different.shape == (256, 256)
     assert different.sum() > 1000
     assert not differing("add", TIED[:2], TIED[2], [PROCESSORS["x86-vnni"], PROCESSORS["x86-avx2"]]).any()
@@ -72,9 +91,9 @@ def test_a_ratio_that_rounds_up_to_a_power_of_two_leaves_fixed_point() -> None:
 
 def test_only_codes_that_occur_count() -> None:
     a, b, y = TIED
-    different = differing("add", (a, b), y, FAMILIES)
+    different = differing("add", (a, b), y, EVERY)
     narrow = CodeGrid(a.scale, a.zero_point, 120, 135)
-    assert np.array_equal(differing("add", (narrow, b), y, FAMILIES), different[120:136])
+    assert np.array_equal(differing("add", (narrow, b), y, EVERY), different[120:136])
 
 
 def test_the_order_of_operands_counts_where_shapes_differ() -> None:

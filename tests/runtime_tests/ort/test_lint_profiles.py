@@ -33,6 +33,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "st-edge-ai": {"codes": "INT8", "zero": 7},
     "nxp-neutron": {"codes": "INT8", "zero": 7, "channels": False},
     "vitis-ai": {"codes": "INT8", "channels": False, "opset": 17},
+    "xnnpack": {"zero": 7},
 }
 """The parts of a file that keeps every rule of a profile."""
 
@@ -40,9 +41,11 @@ BROKEN: dict[str, dict[str, Any]] = {
     "activation-type": {"codes": "INT4", "opset": 21},
     "activation-zero-point": {"zero": 5, "then": "Sigmoid"},
     "bias-not-float": {"bias": "codes"},
+    "bias-range": {"bias": "many bits"},
     "bias-scale": {"bias": "other scale"},
     "clip-of-codes": {"then": "clip"},
     "dequantizer-scale": {"then": "other scale"},
+    "different-ties": {"then": "sum on ties"},
     "double-qdq": {"then": "again"},
     "dynamic-shape": {"batch": "N"},
     "early-quantizer": {"then": "Sigmoid"},
@@ -104,6 +107,8 @@ class File:
             return self.op("DequantizeLinear", codes, *self.parameters(0.5))
         if self.then == "concat":
             return self.pair(self.op("Concat", self.pair(value), self.pair(value, 0.5), axis=1))
+        if self.then == "sum on ties":
+            return self.pair(self.op("Add", self.pair(value), self.pair(value, self.scale / 2)))
         if self.then == "floats":
             return self.op("Exp", value)
         quantized = self.pair(value)
@@ -150,7 +155,8 @@ class File:
             self.constant(np.full(shape, step), TensorProto.FLOAT),
             self.constant(np.zeros(shape), TensorProto.INT32),
         )
-        return self.op("DequantizeLinear", self.constant([1, 2, 3], TensorProto.INT32), scale, zero, axis=0)
+        codes = [1, 2, 2**22 if self.bias == "many bits" else 3]
+        return self.op("DequantizeLinear", self.constant(codes, TensorProto.INT32), scale, zero, axis=0)
 
 
 CASES = [(profile.name, rule.name) for profile in PROFILES.values() for rule in profile.rules]
@@ -189,6 +195,7 @@ def test_emitted_files_keep_every_rule_of_their_target(network: str, target: str
         ("openvino", {"early-quantizer", "shared-scale"}),
         ("tensorrt", {"activation-type", "activation-zero-point", "bias-not-float", "clip-of-codes", "shared-scale"}),
         ("ort-qnn", {"dynamic-shape", "clip-of-codes", "float-result"}),
+        ("xnnpack", {"dynamic-shape", "float-result", "shared-scale"}),
     ],
 )
 def test_files_of_another_target_do_not(target: str, rules: set[str]) -> None:

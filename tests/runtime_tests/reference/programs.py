@@ -24,9 +24,11 @@ from exporter.frontend.capture import capture
 
 
 @torch.no_grad()
-def calibrated(model: nn.Module, *inputs: Tensor, options: PlacementOptions | None = None) -> CalibrationResult:
+def calibrated(
+    model: nn.Module, *inputs: Tensor, options: PlacementOptions | None = None, target: str = "ort-cpu"
+) -> CalibrationResult:
     """Scales, zero points and codes of `model`, from the ranges of one batch."""
-    placement = place(to_integer_forms(capture(model.eval(), inputs)), get_target("ort-cpu"), options)
+    placement = place(to_integer_forms(capture(model.eval(), inputs)), get_target(target), options)
     seen = _Recorder(placement.graph)
     seen.run(*inputs)
     nodes = {node.name: node for node in placement.graph.graph.nodes}

@@ -29,7 +29,7 @@ from tests.support.stored import stored
 pytestmark = pytest.mark.runtimes
 
 NAMES = [runtime.name for runtime in list_runtimes()]
-EXACT = [runtime.name for runtime in list_runtimes() if not runtime.kernel_rate]
+EXACT = [runtime.name for runtime in list_runtimes() if not (runtime.kernel_rate or runtime.lowers)]
 
 
 class Small(nn.Module):

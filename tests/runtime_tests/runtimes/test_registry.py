@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calibrators.errors import InputError, UnknownNameError
-from calibrators.grid.processors import PROCESSORS
+from calibrators.grid.processors import FAMILIES
 from exporter.checks import check_settings
 from exporter.cli import app
 from exporter.config import make_config
@@ -34,8 +34,8 @@ def test_every_file_is_a_runtime() -> None:
 
 
 def test_every_family_of_processors_but_that_with_vnni_has_a_runtime_of_its_own() -> None:
-    assert {runtime.processor for runtime in RUNTIMES} - {""} == PROCESSORS.keys() - {"x86-vnni"}
-    assert all(runtime.family in PROCESSORS for runtime in RUNTIMES)
+    assert {runtime.processor for runtime in RUNTIMES} - {""} == FAMILIES.keys() - {"x86-vnni"}
+    assert all(runtime.family in FAMILIES for runtime in RUNTIMES)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.name)
