@@ -13,6 +13,7 @@ import inspect
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -411,6 +412,7 @@ def main() -> None:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # CI ends a job with SIGTERM: clean up as on Ctrl-C
     silence_all_but_the_first()
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")  # larger ones are refused by name
     gc.set_threshold(50_000, 20, 20)  # imports make many objects but no garbage; this saves a second at each start
     try:
         app()

@@ -219,13 +219,18 @@ class Problem:
         return found
 
     def select(self, rows: Tensor) -> list[Tensor]:
-        """Return the samples `rows` (int64 [n], ascending) of every model input, [n, ...], from one pass."""
-        parts, start = [], 0
+        """Return the samples `rows` (int64 [n], ascending) of every model input, [n, ...], from one pass.
+
+        Their memory is taken at once: pieces that are kept between batches would split the freed memory of these.
+        """
+        found, start = list[Tensor](), 0
         for batch in self.batches:
-            inside = rows[(rows >= start) & (rows < start + len(batch[0]))] - start
-            parts.append([x[inside] for x in batch])
+            found = found or [x.new_empty(len(rows), *x.shape[1:]) for x in batch]
+            inside = (rows >= start) & (rows < start + len(batch[0]))
+            for kept, x in zip(found, batch, strict=True):
+                kept[inside] = x[rows[inside] - start]
             start += len(batch[0])
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+        return found
 
     def labels_of(self, rows: Tensor) -> Tensor | None:
         """Return the labels of the samples `rows`, where there are any.

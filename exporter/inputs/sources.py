@@ -7,10 +7,14 @@ Must not know: torch, models, what the batches are for.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -34,6 +38,11 @@ LARGEST_IMAGE = 1 << 26
 BATCH_BYTES = 3 << 28
 """Bytes that a batch of images in their own size may take, besides four times those of the files."""
 
+DECODERS = 4
+"""Threads that decode images: Pillow's decoders and scalers run beside each other and beside torch."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 Raw = Iterator[object]
 
 
@@ -67,23 +76,49 @@ def from_npz(path: Path, batch: int) -> Raw:
 
 
 def from_images(root: Path, form: DataForm) -> Raw:
-    """Yield batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order."""
+    """Yield batches of the images under `root` in sorted order; sub-folders are classes, numbered in sorted order.
+
+    Threads decode the images of a batch, and from the second batch on the next one while the last one is used.
+    """
     files, labels = _image_files(root)
-    for start in range(0, len(files), form.batch_size):
-        batch = files[start : start + form.batch_size]
-        first = _image(batch[0], form)
-        if form.image_size is None:
-            _check_batch(batch, first)
-        stacked = np.empty((len(batch), *first.shape), np.float32)  # [n, 3, height, width]
-        for index, file in enumerate(batch):
-            pixels = _image(file, form) if index else first
-            if pixels.shape != first.shape:
-                raise DataError(
-                    f"{file} is {_extent(pixels)}, {batch[0]} is {_extent(first)} pixels; "
-                    f"give {argument('image_size')} to bring all images to one size."
-                )
-            stacked[index] = pixels
-        yield stacked if labels is None else (stacked, np.array(labels[start : start + len(batch)]))
+    starts = range(0, len(files), form.batch_size)
+    batches = [files[start : start + form.batch_size] for start in starts]
+    with ThreadPoolExecutor(DECODERS) as decoders, closing(_ahead(partial(_stacked, form, decoders), batches)) as made:
+        for start, stacked in zip(starts, made, strict=True):
+            yield stacked if labels is None else (stacked, np.array(labels[start : start + len(stacked)]))
+
+
+def _ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made]:
+    """Yield what a function makes of each item, in order; a thread makes one ahead once a second one is asked for."""
+    made: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for index, item in enumerate(items):
+            made.append(_submit(thread, function, item))
+            if index != 1:
+                yield made.popleft().result()
+        if made:
+            yield made.popleft().result()
+
+
+def _submit(executor: Executor, function: Callable[[Item], Made], item: Item) -> Future[Made]:
+    """Submit a call that has the caller's context, in which messages find how to write arguments."""
+    return executor.submit(copy_context().run, function, item)
+
+
+def _stacked(form: DataForm, decoders: Executor, batch: Sequence[Path]) -> np.ndarray[Any, Any]:
+    """Return the images of a batch, [n, 3, height, width]."""
+    first = _image(batch[0], form)
+    if form.image_size is None:
+        _check_batch(batch, first)
+    stacked = np.empty((len(batch), *first.shape), np.float32)
+    stacked[0] = first
+
+    def put(index: int) -> None:
+        stacked[index] = _image(batch[index], form, like=(batch[0], stacked))
+
+    for each in [_submit(decoders, put, index) for index in range(1, len(batch))]:
+        each.result()
+    return stacked
 
 
 def _check_batch(batch: Sequence[Path], first: np.ndarray[Any, Any]) -> None:
@@ -130,21 +165,21 @@ def _found(entries: Iterable[Path]) -> list[Path]:
     )
 
 
-def _image(path: Path, form: DataForm) -> np.ndarray[Any, Any]:
-    """Return one image as float32 [3, height, width].
+def _image(path: Path, form: DataForm, like: tuple[Path, np.ndarray[Any, Any]] | None = None) -> np.ndarray[Any, Any]:
+    """Return one image as float32 [3, height, width]; like: the first of the batch, whose size it must have.
 
     The image is converted to RGB; if a size is given, it is scaled (bilinear, antialiased) to just cover it, and the
     centre is cropped, as torchvision's Resize(n) and CenterCrop(n) do. Values are in 0..1, then (x - mean) / std.
     """
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            opened = Image.open(path, formats=FORMATS)
-        with opened:
+        with Image.open(path, formats=FORMATS) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{path} has more than 8 bits per channel ({opened.mode}); give such data as a .npz file."
                 )
             _check_pixels(path, opened.size, form)
+            if like is not None and form.image_size is None:
+                _check_like(path, opened.size, *like)
             image = opened.convert("RGB")
     except DataError:
         raise
@@ -168,6 +203,15 @@ def _check_pixels(path: Path, size: tuple[int, int], form: DataForm) -> None:
             raise DataError(
                 f"{path} is {size[0]}x{size[1]} pixels, more than {LARGEST_IMAGE:,}{scaled}; scale or cut it first."
             )
+
+
+def _check_like(path: Path, size: tuple[int, int], first: Path, batch: np.ndarray[Any, Any]) -> None:
+    """Refuse an image of another size than the first of its batch, before it is decoded."""
+    if size != (extent := batch.shape[:1:-1]):
+        raise DataError(
+            f"{path} is {size[0]}x{size[1]}, {first} is {extent[0]}x{extent[1]} pixels; "
+            f"give {argument('image_size')} to bring all images to one size."
+        )
 
 
 def _covering(extent: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,8 @@ method = ["minmax", "mse"]
 layers = [[], [{match = "nowhere", weight_bits = 4}]]
 """
 
-Run = Callable[..., Result]
+PATIENCE_S = 600.0
+"""Seconds that a busy machine may take for some exports."""
 
 
 def write_files(folder: Path) -> None:
@@ -135,20 +135,21 @@ def test_a_sweep_that_is_stopped_goes_on(stop: signal.Signals, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     sweep = read_sweep(Path("sweep.toml"))
     process = started(tmp_path, "--jobs", "2")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not any(each.is_finished for each in sweep.jobs) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(stop)
-    output = process.communicate(timeout=120)[0].decode()
+    output = process.communicate(timeout=PATIENCE_S)[0].decode()
     if stop is signal.SIGTERM:
         assert process.returncode == INTERRUPTED and "run it again to continue" in output
         assert not [*Path("out").glob("*.error.json")]
     finished = {each.key: (each.bundle / "manifest.json").stat() for each in sweep.jobs if each.is_finished}
     assert finished and (stop is signal.SIGKILL or len(finished) < 4)
     again = started(tmp_path, "--jobs", "2")
-    output = again.communicate(timeout=300)[0].decode()
+    output = again.communicate(timeout=PATIENCE_S)[0].decode()
     assert again.returncode == 0 and "4 jobs: 4 pass." in output, output
     for each in sweep.jobs:
         if each.key in finished:
             assert (each.bundle / "manifest.json").stat() == finished[each.key]
-    assert not [*Path("out").glob(".intact-*")]
+    if stop is signal.SIGTERM:  # after a kill the jobs that ran then may still be at work
+        assert not [*Path("out").glob(".intact-*")]
