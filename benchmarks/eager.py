@@ -40,7 +40,9 @@ class EagerActivation(nn.Module):
         self.scale = nn.Parameter(qparams.scale.clone(), requires_grad=learns)
         self.zero_point, self.qmin, self.qmax, self.keep = int(qparams.zero_point), spec.qmin, spec.qmax, keep
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, clip: tuple[float, float] | None = None) -> Tensor:
+        if clip is not None:
+            x = torch.clamp(x, *clip)
         steps = x / self.scale
         rounded = (steps.round() - steps).detach() + steps
         codes = torch.clamp(rounded + self.zero_point, self.qmin, self.qmax)

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calibrators.execution.fused import Ends, FakeQuantize, chunks
 from calibrators.grid.numerics import along_axis, code_limits, fake_quant
 from calibrators.grid.spec import QParams, QuantizedTensor
 
 __all__ = ["ActivationQuantizer", "Masks", "Rounding"]
 
+aten = torch.ops.aten
+
 STRETCH = 1.2
 """Width of the stretched sigmoid: from -0.1 to 1.1, so that 0 and 1 are reached (AdaRound, eq. 23)."""
 
-INSIDE = 0.5001
-"""A value closer than this many steps to its code was rounded; one farther away was clipped."""
+RISING = (STRETCH - 1) / 2 / STRETCH, (STRETCH + 1) / 2 / STRETCH
+"""The sigmoid between which the stretched one is neither 0 nor 1."""
+
+SETTLED = 20.0
+"""Rounding variable of an element outside the grid: the stretched sigmoid is flat there, so nothing moves it."""
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
@@ -55,49 +60,6 @@ class Masks:
         start = int(torch.randint(room, (), generator=self.generator))
         stride = torch.empty_like(x, device="meta").stride()
         return self.pool.as_strided(x.size(), stride, start)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """x -> x + mask * (fake_quant(x) - x), with the gradient of LSQ for the logarithm of the scale.
-
-    With v = x / scale the rounding error is d = round(clamp(v, lo, hi)) - v. Straight through inside the grid:
-    dy/dx = 1 and dy/d(log scale) = scale * d; outside: 0 and scale * bound. Where the mask is 0: 1 and 0.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, bounds: tuple[int, int], mask: Tensor | None, nonnegative: bool
-    ) -> Tensor:
-        lo, hi = bounds
-        scale = log_scale.exp()
-        steps = x / scale
-        error = torch.clamp(steps, lo, hi).round_().sub_(steps)
-        if mask is not None:
-            error.mul_(mask)
-        ctx.save_for_backward(error, scale)
-        ctx.lo, ctx.hi, ctx.nonnegative = lo, hi, nonnegative
-        return steps.copy_(error).mul_(scale).add_(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        error, scale = ctx.saved_tensors
-        inner = torch.ops.aten.hardtanh_backward(grad, error, -INSIDE, INSIDE)
-        total = _dot(inner, error)
-        if ctx.nonnegative:  # only the upper end clips
-            total = total + ctx.hi * (grad.sum() - inner.sum())
-        else:
-            clipped = grad - inner
-            above = clipped.mul(error < 0).sum()
-            total = total + ctx.hi * above + ctx.lo * (clipped.sum() - above)
-        return inner, total * scale, None, None, None
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a * b; without a temporary where both are dense in the same layout."""
-    if a.stride() != b.stride():
-        return (a * b).sum()
-    return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,)))
 
 
 class ActivationQuantizer(nn.Module):
@@ -138,14 +100,15 @@ class ActivationQuantizer(nn.Module):
         self.log_scale.data.copy_(qparams.scale.log())
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return fake_quant(x, self.qparams)
-        if self.bypass:
-            return x
-        mask = self.masks.like(x) if self.masks is not None else None
-        y: Tensor = _FakeQuantize.apply(x, self.log_scale, self.bounds, mask, self.nonnegative)  # type: ignore[no-untyped-call]
-        return y
+    def forward(self, x: Tensor, clip: tuple[float, float] | None = None) -> Tensor:
+        """Return the quantized values of x, clipped to the bounds `clip` before."""
+        if self.training and not self.bypass:
+            mask = self.masks.like(x) if self.masks is not None else None
+            y: Tensor = FakeQuantize.apply(x, self.log_scale, Ends(self.bounds, clip, self.nonnegative), mask)  # type: ignore[no-untyped-call]
+            return y
+        if clip is not None:
+            x = nn.functional.hardtanh(x, *clip)
+        return x if self.training else fake_quant(x, self.qparams)
 
 
 def _bounds(qparams: QParams) -> tuple[int, int]:
@@ -184,47 +147,44 @@ class Rounding:
         self.offset = scale * self.base
         self.free = free
         fraction = (position - floor).clamp(1e-4, 1 - 1e-4)
-        self.variable = nn.Parameter(-torch.log(STRETCH / (fraction + (STRETCH - 1) / 2) - 1))
+        start = -torch.log(STRETCH / (fraction + (STRETCH - 1) / 2) - 1)
+        self.variable = nn.Parameter(start.masked_fill_(~free, SETTLED))
         self.variable.grad = torch.zeros_like(self.variable)
         self.sigmoid = torch.empty_like(self.offset)
         self.soft = torch.empty_like(self.offset)
-        self.grad = torch.zeros_like(self.offset)
         ends = torch.tensor([s.numel() for s in self.shapes]).cumsum(0).tolist()
         self.spans = list(zip([0, *ends], ends, strict=False))
-        self.weights = [self._leaf(i) for i in range(len(self.shapes))]
-
-    def _leaf(self, index: int) -> Tensor:
-        leaf = self._view(self.soft, index).detach().requires_grad_()
-        leaf.grad = self._view(self.grad, index)
-        return leaf
+        self.weights = [self._view(self.soft, i).detach().requires_grad_() for i in range(len(self.shapes))]
 
     def _view(self, flat: Tensor, index: int) -> Tensor:
         start, end = self.spans[index]
         return _unflat(flat[start:end], self.shapes[index])
 
+    @torch.no_grad()
     def soften(self) -> None:
-        """Compute the soft weights in place and clear their gradients."""
-        with torch.no_grad():
-            torch.sigmoid(self.variable, out=self.sigmoid)
-            up = self.sigmoid.mul(STRETCH).sub_((STRETCH - 1) / 2).clamp_(0, 1)
-            self.up = up
-            torch.addcmul(self.offset, up, self.step, out=self.soft)
-            self.grad.zero_()
+        """Compute the soft weights in place and forget their gradients."""
+        for leaf in self.weights:
+            leaf.grad = None
+        for v, sigmoid, offset, step, soft in chunks(self.variable, self.sigmoid, self.offset, self.step, self.soft):
+            torch.sigmoid(v, out=sigmoid)
+            up = torch.mul(sigmoid, STRETCH, out=soft).sub_((STRETCH - 1) / 2).clamp_(0, 1)
+            torch.addcmul(offset, up, step, out=soft)
 
+    @torch.no_grad()
     def backward(self, strength: float, beta: Tensor) -> None:
         """Set the gradient of v: that of the weights by v, plus `strength` * d/dv sum(1 - |2h - 1|**beta), beta []."""
         assert self.variable.grad is not None
-        with torch.no_grad():
-            grad = self.variable.grad
-            torch.mul(self.grad, self.step, out=grad)
-            if strength:
-                side = self.up.mul(2).sub_(1)
-                push = side.abs().pow_(beta - 1).copysign_(side)
-                grad.addcmul_(push.mul_(self.free), (beta * (2 * strength)).to(push.dtype), value=-1)
-            inside = (self.up > 0) & (self.up < 1)
-            slope = self.sigmoid.mul(STRETCH)
-            slope.addcmul_(self.sigmoid, self.sigmoid, value=-STRETCH).mul_(inside)
-            grad.mul_(slope)
+        push = (beta * (2 * strength)).to(self.step.dtype)
+        for leaf, (start, end) in zip(self.weights, self.spans, strict=True):
+            found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            of_leaf = (x[start:end] for x in (self.step, self.sigmoid, self.variable.grad))
+            for given, step, sigmoid, grad in chunks(_flat(found), *of_leaf):
+                torch.mul(given, step, out=grad)
+                if strength:
+                    side = sigmoid.mul(2 * STRETCH).sub_(STRETCH)  # 2h - 1
+                    grad.addcmul_(side.abs().pow_(beta - 1).copysign_(side), push, value=-1)
+                aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=grad)
+                aten.hardtanh_backward.grad_input(grad, sigmoid, *RISING, grad_input=grad).mul_(STRETCH)
 
     def codes(self) -> list[QuantizedTensor]:
         """Return the integer codes of every weight: floor or floor + 1 as v says."""

@@ -6,14 +6,14 @@ Must not know: methods, training, how values are stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calibrators.execution.blocks import Block, extract
+from calibrators.execution.parametric import ParametricOp
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.graph.aten import add_constant, bind, constant, replace_args
 from calibrators.graph.canonical import clip_bounds
@@ -23,7 +23,7 @@ from calibrators.grid.spec import Site
 from calibrators.placement.place import Placement
 from calibrators.program.qdq_program import table_rows
 
-__all__ = ["BlockBoundary", "ParametricOp", "Simulation", "channels_last", "speed_up"]
+__all__ = ["BlockBoundary", "Simulation", "channels_last", "speed_up"]
 
 aten = torch.ops.aten
 
@@ -44,25 +44,6 @@ class BlockBoundary:
         return site if all(user.name in site.users for user in outside) else None
 
 
-class ParametricOp(torch.nn.Module):
-    """An operator with a weight; in training it may compute in another precision, its result is always float32."""
-
-    def __init__(self, operator: Callable[..., Tensor], *, dense: bool) -> None:
-        super().__init__()
-        self.operator, self.dense = operator, dense
-        self.precision = torch.float32
-
-    def train_in(self, precision: torch.dtype) -> None:
-        """Compute in `precision` if all channels are mixed; a grouped operator would only lose time."""
-        self.precision = precision if self.dense else torch.float32
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-        if not self.training or self.precision is torch.float32:
-            return self.operator(x, weight, bias, *arguments)
-        operands = (None if y is None else y.to(self.precision) for y in (x, weight, bias))
-        return self.operator(*operands, *arguments).to(torch.float32)
-
-
 def channels_last(x: Tensor) -> Tensor:
     """Return four dimensions in the layout that convolutions like best, others unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
@@ -71,12 +52,19 @@ def channels_last(x: Tensor) -> Tensor:
 def speed_up(graph: fx.GraphModule, weighted: Iterable[str]) -> list[ParametricOp]:
     """Make a block's own graph cheap to train through; return the modules that replace its weighted operators.
 
-    Clips become hardtanh: the same values, with a gradient that is one kernel instead of four.
+    A clip that only a quantizer reads becomes part of it. Others become hardtanh: the same values, with a gradient that
+    is one kernel instead of four.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     for node in nodes.values():
-        bounds = clip_bounds(node) if node.target is aten.clamp.default else None
-        if bounds is not None and all(map(math.isfinite, bounds)):
+        bounds = clip_bounds(node)
+        if bounds is None:
+            continue
+        reader, *others = node.users
+        if not others and isinstance(_module(graph, reader), ActivationQuantizer):
+            reader.args = (node.args[0], bounds)
+            graph.graph.erase_node(node)
+        elif node.target is aten.clamp.default and all(map(math.isfinite, bounds)):
             node.target, node.args, node.kwargs = aten.hardtanh.default, (node.args[0], *bounds), {}
     operators = []
     for index, name in enumerate(weighted):
@@ -91,6 +79,10 @@ def speed_up(graph: fx.GraphModule, weighted: Iterable[str]) -> list[ParametricO
     graph.graph.lint()
     graph.recompile()
     return operators
+
+
+def _module(graph: fx.GraphModule, node: fx.Node) -> torch.nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 class Simulation(torch.nn.Module):
@@ -199,11 +191,11 @@ class Simulation(torch.nn.Module):
         part.recompile()
         return part
 
-    def train_in(self, precision: torch.dtype) -> None:
-        """Enter training mode; operators that mix all channels compute in `precision`, others would only lose time."""
+    def train_in(self, precision: torch.dtype, gradients: torch.dtype) -> None:
+        """Enter training mode; operators that mix all channels compute values and gradients in these precisions."""
         self.train()
         for operator in self._weighted:
-            operator.train_in(precision)
+            operator.train_in(precision, gradients)
 
     def set(self, site: str, value: Tensor) -> None:
         """Set the float values that a weight or bias site computes with."""

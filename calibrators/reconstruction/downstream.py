@@ -40,10 +40,10 @@ class FrozenUnits(torch.nn.Module):
             setattr(self.graph, name, channels_last(buffer))
         self.operators = speed_up(self.graph, self.block.weighted)
 
-    def train_in(self, precision: torch.dtype) -> None:
-        """Set the precision of training."""
+    def train_in(self, precision: torch.dtype, gradients: torch.dtype) -> None:
+        """Set the precisions of training."""
         for operator in self.operators:
-            operator.train_in(precision)
+            operator.train_in(precision, gradients)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         self.train(torch.is_grad_enabled())

@@ -112,6 +112,7 @@ class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOp
         from calibrators.reconstruction.training import Settings
 
         iters = (self.iters or PRESETS[self.preset]) * size
+        precision = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         return Settings(
             iters=iters,
             batch=self.batch,
@@ -123,7 +124,8 @@ class Reconstruction(GroupingOptions, PrecisionOptions, RangeOptions, TrainingOp
             warmup=self.warmup,
             keep=0.0,
             input_keep=1.0,
-            precision=torch.bfloat16 if self.precision == "bfloat16" else torch.float32,
+            precision=precision,
+            gradients=precision,
         )
 
     def prepare(self, unit: Unit, run: Run) -> Unit:

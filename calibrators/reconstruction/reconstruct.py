@@ -198,7 +198,8 @@ class Run(RoundedNetwork):
         if end == self.position + 1:
             return DownstreamTarget(None, own, {}, tuple(own.values()), unit.targets, unit.energy)
         units = to_device(FrozenUnits(self.placement.graph, self.blocks[self.position + 1 : end]), self.device)
-        units.train_in(self.settings_of(unit).precision)
+        settings = self.settings_of(unit)
+        units.train_in(settings.precision, settings.gradients)
         names, outputs = units.block.inputs, units.block.outputs
         if end not in self.goals:
             floats = self.floats | {name: unit.targets[i] for name, i in own.items()}
@@ -314,12 +315,18 @@ class Run(RoundedNetwork):
         return learned
 
     def settings_of(self, unit: Unit) -> Settings:
-        """Return the settings of the current unit: bfloat16 where that is fast and has no visible effect."""
+        """Return the settings of the current unit: bfloat16 where that is fast and has no visible effect.
+
+        Gradients stand it with weights of any width: their rounding errors are far below their noise from minibatches.
+        """
         settings = self.method.settings(self.sizes[self.position])
         settings = replace(settings, batch=batch_of(self.placement.graph, settings.batch))
         bits = [grid.spec.bits for _, grid in unit.weights.values()]
-        fast = self.method.precision == "auto" and min(bits, default=8) <= NARROW and computes_bfloat16(self.device)
-        return replace(settings, precision=torch.bfloat16) if fast else settings
+        if self.method.precision != "auto" or not computes_bfloat16(self.device):
+            return settings
+        narrow = min(bits, default=8) <= NARROW
+        precision = torch.bfloat16 if narrow else settings.precision
+        return replace(settings, precision=precision, gradients=torch.bfloat16)
 
     def _new(self, names: list[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name not in self._settled)

@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache
 from calibrators.execution.blocks import Block
+from calibrators.execution.fused import mean_square
 from calibrators.execution.quantizers import Masks, Rounding, generator_on
 from calibrators.execution.simulation import Simulation
 from calibrators.grid.numerics import along_axis
@@ -84,7 +85,7 @@ class RelativeError:
         return ()
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Tensor:
-        mean = torch.nn.functional.l1_loss if self.power == 1 else torch.nn.functional.mse_loss
+        mean = torch.nn.functional.l1_loss if self.power == 1 else mean_square
         triples = zip(outputs, targets, self.energy, strict=True)
         return torch.stack([mean(y, t) / e ** (self.power / 2) for y, t, e in triples]).mean()
 
@@ -117,6 +118,7 @@ class Settings:
     warmup:   share of the steps before the regularizer acts.
     keep, input_keep: probability that an activation inside, or an input, is the quantized one.
     precision: of operators with weights during training; deployed units are always evaluated in float32.
+    gradients: precision of the gradients of these operators where `precision` is float32.
     """
 
     iters: int
@@ -130,6 +132,7 @@ class Settings:
     keep: float
     input_keep: float
     precision: torch.dtype
+    gradients: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +180,7 @@ class _Trainer:
         self.input_masks = masks(settings.input_keep) if settings.input_keep < 1 else None
         pairs = zip(unit.inputs, unit.float_inputs, strict=True)
         self.mixed = [settings.input_keep < 1 and q is not f and q.dtype.is_floating_point for q, f in pairs]
-        unit.simulation.train_in(settings.precision)
+        unit.simulation.train_in(settings.precision, settings.gradients)
         self.minibatches = _minibatches(len(unit.inputs[0]), settings.batch, generator)
         self.groups: list[dict[str, Any]] = []
         self.rates: list[tuple[float, bool]] = []  # initial learning rate of every group, and whether it fades

@@ -17,6 +17,7 @@ from calibrators.execution.blocks import partition
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.execution.simulation import BlockBoundary, Simulation
 from calibrators.graph.aten import module_path
+from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.walk import walk
 from calibrators.grid.numerics import dequantize
 from calibrators.placement.place import PlacementOptions
@@ -261,3 +262,12 @@ def test_what_an_operator_reads_can_be_had_without_running_it(name: str) -> None
                 hook.remove()
                 assert torch.equal(read, seen[0])
                 assert f"weighted_{index}" not in {node.target for node in part.graph.nodes}
+
+
+def test_a_clip_that_only_a_quantizer_reads_is_part_of_it() -> None:
+    """In `shared` the clip of codes that are also read without it stays an operator."""
+    result = calibrated("residual", 8, 8)
+    _, simulations = simulated(result, *LIMITS[1])
+    targets = [node.target for simulation in simulations for node in simulation.graph.graph.nodes]
+    clips = [node for node in result.placement.graph.graph.nodes if clip_bounds(node) is not None]
+    assert clips and not {node.target for node in clips} & set(targets)

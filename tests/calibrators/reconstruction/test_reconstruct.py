@@ -342,25 +342,25 @@ def test_base_is_a_policy_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("fast", "precision", "bits", "wanted"),
     [
-        (True, "auto", 4, torch.bfloat16),
-        (True, "auto", 8, torch.float32),
-        (False, "auto", 4, torch.float32),
-        (True, "float32", 4, torch.float32),
-        (False, "bfloat16", 8, torch.bfloat16),
+        (True, "auto", 4, (torch.bfloat16, torch.bfloat16)),
+        (True, "auto", 8, (torch.float32, torch.bfloat16)),
+        (False, "auto", 4, (torch.float32, torch.float32)),
+        (True, "float32", 4, (torch.float32, torch.float32)),
+        (False, "bfloat16", 8, (torch.bfloat16, torch.bfloat16)),
     ],
 )
 def test_units_train_in_bfloat16_where_it_is_fast_and_does_not_show(
-    fast: bool, precision: str, bits: int, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    fast: bool, precision: str, bits: int, wanted: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The middle unit of the network; the first and last layers have 8 bits."""
-    seen: dict[str, torch.dtype] = {}
+    """Values and gradients of the middle unit of the network; the first and last layers have 8 bits."""
+    seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     train_in = Simulation.train_in
 
-    def note(self: Simulation, given: torch.dtype) -> None:
-        seen[self.block.name] = given
-        train_in(self, given)
+    def note(self: Simulation, values: torch.dtype, gradients: torch.dtype) -> None:
+        seen[self.block.name] = values, gradients
+        train_in(self, values, gradients)
 
     monkeypatch.setattr("calibrators.reconstruction.reconstruct.computes_bfloat16", lambda device: fast)
     monkeypatch.setattr(Simulation, "train_in", note)
     calibrated("mlp", "brecq", (bits, 8), options={"iters": 2, "chain": 1, "precision": precision})
-    assert [*seen.values()][1] is wanted
+    assert [*seen.values()][1] == wanted
