@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
 from calibrators.calibration import advice
-from calibrators.errors import InputError, counted
+from calibrators.errors import counted
 from calibrators.execution.measure import Batch
 from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.ladder_record import CostlyLayers
@@ -43,6 +43,7 @@ from exporter.inputs.golden import GOLDEN_SAMPLES, check_outputs, digest_of, gol
 from exporter.inputs.metric import joined
 from exporter.inputs.sanity import score_warnings
 from exporter.intake import Network, Order, Steps, open_order, take_in
+from exporter.processes import SAME_DATA, SAME_MACHINES, check_same
 from exporter.progress import Progress, default_progress
 from exporter.reporting.gates import goal_of, leaves_room, needs_baseline
 from exporter.reporting.interface import INTERFACE_KEY, metadata_of, model_of, sizes_of
@@ -186,9 +187,12 @@ class Work:
         self.calibrated = result, GraphBatches(network.graph, batches.data)
         self.warnings += calibration_notes(result)
         graph, result, golden, simplifier = self.emitted(network, result)
-        self._check_same_file()
+        check_same(self.order.ranks, "the calibration data", batches.data.digest, SAME_DATA)
+        check_same(self.order.ranks, "model.onnx", lambda: sha256_of(self.folder / "model.onnx"), SAME_MACHINES)
         noise = Noise(result)
         proof = self._proved(graph, result.program, noise, held_out or batches, golden, evaluated=held_out is not None)
+        if held_out is not None:
+            check_same(self.order.ranks, "the evaluation data", held_out.data.digest, SAME_DATA)
         if not self.order.ranks.is_first:
             return None
         self.warnings += score_warnings(proof.accuracy) if proof.accuracy is not None else ()
@@ -280,15 +284,6 @@ class Work:
             batch = cut(graph, next(iter(network.batches)), COMPARED_SAMPLES)
             for each in (batch, *resized(batch, graph.meta["other_examples"])):
                 check_folding(graph, result.placement.graph, each)
-
-    def _check_same_file(self) -> None:
-        """Raise InputError unless all processes made the same file, which each then proves on some of the data."""
-        first, *others = self.order.ranks.gathered(sha256_of(self.folder / "model.onnx"))
-        if differing := [str(index) for index, other in enumerate(others, 1) if other != first]:
-            raise InputError(
-                f"process {', '.join(differing)} made another file than process 0; run all on processors of one kind, "
-                "with the same versions and numbers of threads, and give data that is the same in each of them."
-            )
 
     def _described(
         self, network: Network, graph: fx.GraphModule, model: ir.Model, program: fx.GraphModule

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,10 +23,14 @@ from exporter.console import exit_code_of
 if TYPE_CHECKING:
     from calibrators.execution.ranks import Ranks
 
-__all__ = ["joined", "launched", "silence_all_but_the_first"]
+__all__ = ["SAME_DATA", "SAME_MACHINES", "check_same", "joined", "launched", "silence_all_but_the_first"]
 
 PATIENCE = timedelta(days=1)
 """Longest wait for another process: the first measures and writes alone. A process that ends is noticed at once."""
+
+SAME_DATA = "give a shuffled loader a fixed seed, and every process the same files"
+SAME_MACHINES = "run all on processors of one kind, with the same versions and numbers of threads"
+"""Advice where two processes do not have the same."""
 
 FAILED, CODE = "intact/failed", "intact/code"
 """Keys of the store that torchrun keeps: how many processes failed, and the exit code of the first of them."""
@@ -47,6 +51,14 @@ def silence_all_but_the_first() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open to the end)
+
+
+def check_same(ranks: Ranks, what: str, digest: Callable[[], str], advice: str) -> None:
+    """Raise InputError unless all processes have the same, each by its digest."""
+    if ranks.count > 1:
+        first, *others = ranks.gathered(digest())
+        if differing := [str(index) for index, other in enumerate(others, 1) if other != first]:
+            raise InputError(f"{what} of process {', '.join(differing)} differs from that of process 0; {advice}.")
 
 
 @contextmanager

@@ -50,6 +50,12 @@ def broken():
         yield (x * torch.nan if index == 2 and os.environ["RANK"] == "1" else x), y
 
 
+def shuffled():
+    order = np.random.default_rng(int(os.environ["RANK"])).permutation(200)
+    for start in range(0, 200, 48):
+        yield x[order[start : start + 48]], y[order[start : start + 48]]
+
+
 def raising():
     yield next(data())
     if os.environ["RANK"] == "1":
@@ -115,6 +121,7 @@ def test_a_shared_export_is_that_of_one_process(network: Path, count: int, metho
     [
         ("raising", [], "the disk is on fire", 2),
         ("broken", [], "NaN or infinite", 2),
+        ("shuffled", [], "the calibration data of process 1 differs from that of process 0", 2),
         ("killed", [], "another process of this export was killed", INTERRUPTED),
         ("data", ["--method", "brecq"], "method 'brecq' cannot be shared by 2 processes", 2),
         ("data", ["--dry-run"], "leave --dry-run", 2),
