@@ -25,7 +25,11 @@ With --budget every layer has bits of its own; `uniform` as a limit is what the 
     --bits 4/4 --budget 'avg_weight_bits<=uniform' 'bops<=uniform'
 
 With --peers, the tools of peers.py quantize the same float file to 8/8 with the same calibration data; their time is
-that of the whole tool.
+that of the whole tool. All rows then say what they cost:
+
+to the file               seconds from the folded float network, or its file, to the quantized file, without imports
+peak memory               how far resident memory rose meanwhile
+latency over float        of the file over the float file, one sample on one thread, timed in the same rounds
 
 Without --eval, the last quarter of the calibration batches is held out and judges, without labels. Choose settings that
 way, so that evaluation data only reports.
@@ -54,6 +58,7 @@ import peers
 import torch
 from accuracy_table import NEAREST, both_tables, groups, main_table, markdown, mean_table
 from evaluated import Network, Samples
+from metered import metered
 from runs import Results, Run
 from scores import PerSample, Scores
 
@@ -165,6 +170,7 @@ class Settings:
     storage: str
     device: str
     target: str
+    costs_too: bool
 
     def placement(self, bits: Widths) -> PlacementOptions:
         """Return where quantizers stand for these bits."""
@@ -213,27 +219,29 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
     graph, samples = network.graph, network.samples
     needs_labels = bool(getattr(chosen.method, "needs_labels", False))
     budgets = how.budgets(network, bits)
-    start = time.perf_counter()
-    result = calibrate(
-        graph,
-        samples.batches,
-        method=chosen.method,
-        target=how.target,
-        placement=how.placement(bits),
-        budgets=budgets,
-        stored=partial(stored_bytes, storage=how.storage),
-        prepare=preparations(how.prepare),
-        bias_correction=how.bias_correction,
-        labels=samples.labels if needs_labels else None,
-        seed=seed,
-        device=how.device,
-        stage=progress.stage,
-    )
-    seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        emit(result, path, weight_storage=how.storage)
+        with metered() as spent:
+            start = time.perf_counter()
+            result = calibrate(
+                graph,
+                samples.batches,
+                method=chosen.method,
+                target=how.target,
+                placement=how.placement(bits),
+                budgets=budgets,
+                stored=partial(stored_bytes, storage=how.storage),
+                prepare=preparations(how.prepare),
+                bias_correction=how.bias_correction,
+                labels=samples.labels if needs_labels else None,
+                seed=seed,
+                device=how.device,
+                stage=progress.stage,
+            )
+            seconds = time.perf_counter() - start
+            emit(result, path, weight_storage=how.storage)
         scores = network.scores(path)
+        costs = costs_of(network, path, spent.seconds, spent.peak_mib) if how.costs_too else {}
         compared = compare(path, result, samples) if seed == 0 else {}
         size = path.stat().st_size
     run = scored(
@@ -243,6 +251,7 @@ def measure(network: Network, bits: Widths, chosen: Candidate, seed: int, how: S
         mean_bits=how.costs(result).of("avg_weight_bits", {}),
         seconds=seconds,
         step_ms=step_ms(result, chosen.method),
+        **costs,
         **compared,
     )
     return run, scores.per_sample
@@ -258,8 +267,14 @@ def measure_peer(network: Network, name: str, how: Settings) -> Outcome:
         emit_float(network.graph, float_file)
         made = peers.make(name, float_file, network.samples.batches, path)
         scores, size = network.scores(path), path.stat().st_size
-    run = scored(how.run(network, peers.BITS, name, 0), scores, file_bytes=size, seconds=made.seconds, tool=made.tool)
-    return run, scores.per_sample
+        costs = costs_of(network, path, made.seconds, made.peak_mib)
+    empty = how.run(network, peers.BITS, name, 0)
+    return scored(empty, scores, file_bytes=size, seconds=made.seconds, tool=made.tool, **costs), scores.per_sample
+
+
+def costs_of(network: Network, path: Path, seconds: float, peak_mib: float | None) -> dict[str, float | None]:
+    """Return what making a file took, and its latency over that of the float file."""
+    return {"file_seconds": seconds, "peak_mib": peak_mib, "latency_ratio": network.latency_ratio(path)}
 
 
 def scored(run: Run, scores: Scores, **figures: Any) -> Run:
@@ -303,6 +318,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             arguments.weight_storage,
             arguments.device,
             arguments.target,
+            bool(arguments.peers),
         )
         for names in arguments.prepare
     ]

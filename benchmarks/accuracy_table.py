@@ -157,6 +157,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[Group], Any]], ...] = (
     ("file", "{:,.0f} kB", _first("file_bytes", 1e-3)),
     ("time", "{:.1f} s", _mean("seconds")),
     ("per step", "{:.1f} ms", _mean("step_ms")),
+    ("to the file", "{:.1f} s", _mean("file_seconds")),
+    ("peak memory", "{:,.0f} MiB", _mean("peak_mib")),
+    ("latency over float", "{:.2f}", _mean("latency_ratio")),
     ("differing integers", "{}", _differing),
 )
 

@@ -5,6 +5,7 @@ Must not know: methods, bits, files of results.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,11 @@ from torch import Tensor, fx
 
 from calibrators.errors import DataError, InputError
 from exporter import capture, fold
+from exporter.emission.build_model import emit_float
 from exporter.frontend.load import Model
 from exporter.inputs.data import Batch, Data
 from exporter.inputs.open import open_data
+from runtime_tests.measure.latency import latency
 from runtime_tests.ort.sessions import session
 
 HELD_OUT = 0.25
@@ -96,6 +99,17 @@ class Network:
     def scores(self, path: Path) -> Scores:
         """Return the scores of the file at `path` in onnxruntime, all optimisations on."""
         return score(self._compared(path))
+
+    def latency_ratio(self, path: Path) -> float:
+        """Return the time of the file at `path` over that of the float file: one sample, one thread, same rounds."""
+        with tempfile.TemporaryDirectory() as folder:
+            float_file = Path(folder) / "float.onnx"
+            emit_float(self.graph, float_file)
+            names = [info.name for info in session(float_file).get_inputs()]
+            sample = {name: x[:1].numpy() for name, x in zip(names, self.samples.batches[0], strict=True)}
+            ratio = latency({"float": float_file, "quantized": path}, sample).summary(batch=1).ratio
+        assert ratio is not None  # both are timed
+        return ratio
 
     def _compared(self, path: Path) -> Iterator[tuple[Outputs, Outputs, Array | None]]:
         runtime = session(path, optimized=True, threads=torch.get_num_threads())

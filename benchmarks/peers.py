@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from metered import metered
 from torch import Tensor
 
 from runtime_tests.ort.sessions import session
@@ -45,11 +45,13 @@ class PeerError(Exception):
 class Made:
     """How a tool made its file.
 
-    seconds: of the whole tool, without its start.
-    tool:    its name and version.
+    seconds:  of the whole tool, without its start.
+    peak_mib: how far its memory rose above that after its imports, None where the system does not say.
+    tool:     its name and version.
     """
 
     seconds: float
+    peak_mib: float | None
     tool: str
 
 
@@ -70,10 +72,11 @@ def make(name: str, float_file: Path, batches: Batches, path: Path) -> Made:
 def quantize_static(float_file: Path, batches: Batches, path: Path) -> Made:
     """Write what onnxruntime.quantization makes of the float file."""
     prepared = path.with_name("prepared.onnx")
-    start = time.perf_counter()
-    prepare(float_file, prepared)
-    quantize_statically(prepared, batches, path)
-    return Made(time.perf_counter() - start, f"onnxruntime {importlib.metadata.version('onnxruntime')}")
+
+    with metered() as spent:
+        prepare(float_file, prepared)
+        quantize_statically(prepared, batches, path)
+    return Made(**vars(spent), tool=f"onnxruntime {importlib.metadata.version('onnxruntime')}")
 
 
 def prepare(float_file: Path, path: Path) -> None:

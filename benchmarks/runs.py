@@ -35,6 +35,9 @@ class Run:
     agreement, noise: scores against the float graph (see `scores.Scores`); None in files of earlier versions.
     kl:               mean divergence, nats; None where no output has classes.
     seconds:          of calibration, or of the whole other tool; step_ms: per training step.
+    file_seconds:     from the folded float network, or its file, to the quantized file; None without other tools.
+    peak_mib:         how far memory rose meanwhile; None where the system does not say.
+    latency_ratio:    of the file over the float file, one sample, one thread: median of rounds that time both.
     budget:           limit within which layers have bits of their own; mean_bits: of all weights.
     values:           integers compared with the reference, None where they were not; mismatched: how many differ,
                       kernel_mismatched: by the fault of an integer kernel, float_mismatched: of a float operator.
@@ -51,6 +54,9 @@ class Run:
     top1: float | None = None
     seconds: float = 0.0
     step_ms: float | None = None
+    file_seconds: float | None = None
+    peak_mib: float | None = None
+    latency_ratio: float | None = None
     values: int | None = None
     mismatched: int | None = None
     kernel_mismatched: int | None = None

@@ -156,12 +156,18 @@ def test_data_that_change_from_pass_to_pass_are_refused(
 
 
 def test_quantize_static_stands_in_the_same_table(benchmark: Benchmark) -> None:
-    lines, _ = benchmark("--bits", "8/8", "--peers", "quantize_static")
+    lines, _ = benchmark("--bits", "8/8", "--peers", "quantize_static", "--json", "runs.json")
     head, _, nearest, static, *_ = lines
     assert static[:3] == ["classifier", "8/8", "`quantize_static`"]
     assert static[head.index("float")] == nearest[head.index("float")]
     assert float(static[head.index("SQNR")].split()[0]) > 20
     assert float(static[head.index("KL ratio to `mse`")].split()[0]) > 0
+    costs = [head.index(name) for name in ("to the file", "peak memory", "latency over float")]
+    for row in (nearest, static):
+        seconds, mib, ratio = (float(row[index].split()[0].replace(",", "")) for index in costs)
+        assert 0 <= seconds < 600 and 0 <= mib < 10_000 and ratio > 0
+    runs = json.loads(Path("runs.json").read_text())["runs"]
+    assert runs[1]["file_seconds"] == runs[1]["seconds"] and runs[0]["file_seconds"] > runs[0]["seconds"] > 0
 
 
 @pytest.mark.slow
