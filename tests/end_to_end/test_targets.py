@@ -109,6 +109,17 @@ def test_few_bits_are_stored_as_int8_where_packed_weights_are_not_read(tmp_path:
     assert report["verdict"] == "pass" and report["emission"]["opset"] == 20
 
 
+def test_without_the_runtime_that_makes_the_file_nothing_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTACT_RUNTIMES", str(tmp_path / "runtimes"))
+    model, x = build("mlp")
+    message = "model.pte of target 'xnnpack' is made by xnnpack: not installed: executorch; run `intact runtimes --inst"
+    with pytest.raises(InputError, match=message):
+        export(model, [x], target="xnnpack", method="minmax", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_each_target_names_a_runtime_and_what_it_promises() -> None:
     runtimes = {runtime.name for runtime in list_runtimes()}
     for target in list_targets():

@@ -23,7 +23,8 @@ from exporter.verify import REFERENCE, verify
 from runtime_tests.runtimes import xnnpack
 from tests.support.architectures import construct
 from tests.support.elsewhere import available
-from tests.support.networks import NETWORKS, build
+from tests.support.networks import NETWORKS, build, randomize
+from tests.support.published_nets import PUBLISHED
 
 pytestmark = pytest.mark.runtimes
 
@@ -33,13 +34,28 @@ SIDE = 5
 """Height and width of the images whose means are computed."""
 
 
-@pytest.mark.parametrize("network", ["residual", "pooled", "mobilenetv3", "detector", "unet"])
+def network_of(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Return a network with random weights, and a batch of its inputs."""
+    if name in PUBLISHED:
+        return randomize(PUBLISHED[name]()), (torch.randn(2, 3, 32, 32),)
+    if name in NETWORKS:
+        model, x = build(name, batch=8)
+        return model, (x,)
+    return construct(name, 8)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        *("residual", "pooled", "mobilenetv3", "detector", "unet"),
+        pytest.param("mobilenetv2", marks=pytest.mark.slow),
+    ],
+)
 def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> None:
     available("xnnpack")
     torch.manual_seed(0)
-    model, inputs = (*build(network, batch=8),) if network in NETWORKS else construct(network, 8)
-    data = [inputs if isinstance(inputs, tuple) else (inputs,)]
-    report = export(model, data, target="xnnpack", method="minmax", latency_runs=0, out=tmp_path / "out")
+    model, inputs = network_of(network)
+    report = export(model, [inputs], target="xnnpack", method="minmax", latency_runs=0, out=tmp_path / "out")
     assert report["verdict"] == "pass"
     found = next(each for each in report["proved_on"] if each["runtime"] == "xnnpack")
     assert found["kernel_values"] > 10_000 and found["kernel_mismatched"] == 0 and found["violations"] == 0
