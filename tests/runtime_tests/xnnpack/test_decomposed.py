@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -14,7 +15,7 @@ from calibrators.graph.aten import constant
 from calibrators.graph.operators import name_of
 from calibrators.placement.layer_rules import LayerRule
 from calibrators.placement.placement_options import PlacementOptions
-from calibrators.program.qdq_program import DEQUANTIZE
+from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.reference.execute import plan, run
@@ -91,6 +92,18 @@ def test_fewer_bits_are_a_clip_before_the_quantizer() -> None:
     clips = [n for n in decomposed(program).graph.nodes if n.target is torch.ops.aten.hardtanh.default]
     layers = [n for n in clips if name_of(n.args[0].target) in ("conv2d.default", "linear.default")]
     assert len(layers) >= 2 and all(len(clip.users) == 1 for clip in clips)
+
+
+def test_bytes_that_are_codes_become_int8() -> None:
+    program, x = made("residual")
+    codes, _ = run(plan(program, integer=False), (x,))
+    of_bytes = copy.deepcopy(program)
+    quantizer = next(node for node in of_bytes.graph.nodes if node.target is QUANTIZE)
+    quantizer.replace_all_uses_with(quantizer.args[0])
+    of_bytes.graph.erase_node(quantizer)
+    with torch.no_grad():
+        (expected,), (found,) = decomposed(program)(x), decomposed(of_bytes)(next(iter(codes.values())))
+    assert torch.equal(expected, found)
 
 
 def test_a_concatenation_of_different_scales_is_refused() -> None:
