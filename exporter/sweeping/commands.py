@@ -157,7 +157,7 @@ class _Lines:
 def _print(found: Gathered, page: Path) -> None:
     from exporter.sweeping.results import failed, main_table, summary
 
-    table = main_table(found)
+    table = main_table(found, brief=True)
     print_table(table.columns, table.rows, box=None, padding=(0, 1, 0, 0))
     console = Console(highlight=False)
     for sentence in summary(found):

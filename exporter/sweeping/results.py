@@ -1,7 +1,7 @@
 """The outcomes of a sweep: figures of every bundle, why a job left none, and which bundles others dominate.
 
-A bundle dominates another one if it is better in one figure and worse in none of those that both have: quality, size,
-latency. Latencies whose 95 % intervals meet count as equal, and so do sizes that hardly differ.
+A bundle dominates another one if it is better in one figure and worse in none: quality, size, latency. Latencies whose
+95 % intervals meet count as equal, and so do sizes that hardly differ.
 
 Must not know: how jobs are run, terminals, pages.
 """
@@ -177,25 +177,26 @@ def _judged(results: Sequence[Result], quality: Quality) -> list[Result]:
 
 
 def _compare(one: Result, other: Result, quality: Quality) -> bool:
-    """Return whether the qualities of two results say which of them is better."""
+    """Return whether the figures of two results say which of them is better."""
     if one.bundle is None or other.bundle is None or one.evaluation_sha256 != other.evaluation_sha256:
+        return False
+    if (one.latency_ms is None) != (other.latency_ms is None):  # which of them is faster is unknown
         return False
     return one.network == other.network or not quality.of_float
 
 
 def _dominates(one: Result, other: Result, quality: Quality) -> bool:
-    figures = [_costs(each, quality) for each in (one, other)]
-    pairs = [(figures[0][name], figures[1][name]) for name in figures[0] if name in figures[1]]
+    pairs = [*zip(_costs(one, quality), _costs(other, quality), strict=True)]
     return all(a[0] <= b[1] for a, b in pairs) and any(a[1] < b[0] for a, b in pairs)
 
 
-def _costs(result: Result, quality: Quality) -> dict[str, tuple[float, float]]:
-    """Return the figures of a result, each as an interval of which less is better."""
+def _costs(result: Result, quality: Quality) -> list[tuple[float, float]]:
+    """Return quality, size and, where it was measured, latency, each as an interval of which less is better."""
     value, latency = quality.value(result), result.latency_ms
     assert value is not None and result.size_bytes is not None
     cost, room = -value if quality.higher_is_better else value, SAME_SIZE / 2
-    found = {"quality": (cost, cost), "size": (result.size_bytes * (1 - room), result.size_bytes * (1 + room))}
-    return found if latency is None else found | {"latency": result.latency_interval or (latency, latency)}
+    found = [(cost, cost), (result.size_bytes * (1 - room), result.size_bytes * (1 + room))]
+    return found if latency is None else [*found, result.latency_interval or (latency, latency)]
 
 
 def _milliseconds(value: float | None) -> str:
@@ -212,13 +213,17 @@ FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 """Columns of the table: title, field, form."""
 
 
-def main_table(found: Gathered) -> Section:
-    """Return the table of all jobs; a column that is empty in all rows is left out, and SQNR where KL says more."""
+def main_table(found: Gathered, *, brief: bool = False) -> Section:
+    """Return the table of all jobs; a column that is empty in all rows is left out, and SQNR where KL says more.
+
+    brief: for a terminal: of the qualities only the one that judges.
+    """
     known = [(*each, [getattr(result, each[1]) for result in found.results]) for each in FIGURES]
     shown = [each for each in known if any(value is not None for value in each[3])]
-    if any(each[0] == "KL" for each in shown) and found.quality != "SQNR":
-        shown = [each for each in shown if each[0] != "SQNR"]
-    front = ("dominated\nby",) if found.quality else ()
+    qualities = [each.name for each in QUALITIES if each.name in (title for title, *_ in shown)]
+    left_out = {*qualities} - {found.quality} if brief else {"SQNR"} & {*qualities[1:]} - {found.quality}
+    shown = [each for each in shown if each[0] not in left_out]
+    front = ("worse\nthan",) if found.quality else ()
     columns = ("#", *found.axes, "verdict", *(each[0] for each in shown), *front)
     rows = [
         (
@@ -262,10 +267,10 @@ def summary(found: Gathered) -> list[str]:
     sentences = [f"{counted(len(states), 'job')}: {', '.join(counts)}."]
     quality = found.judged_by
     if quality is not None:
-        network = " for one network" if quality.of_float else ""
+        network = " exports the same network, and" if quality.of_float else ""
         sentences.append(
-            f"A job is dominated by another one{network} that is better in {quality.name}, size or latency, and worse "
-            "in none of them; latencies whose 95 % intervals meet, and sizes within 0.1 %, count as equal."
+            f"Worse than N: job N{network} is better in {quality.name}, size or latency, and worse in none of them; "
+            "latencies whose 95 % intervals meet, and sizes within 0.1 %, count as equal."
         )
     elif any(each.bundle for each in found.results):
         sentences.append("Nothing says how good the bundles are in comparison: export all of them with `eval`.")

@@ -50,9 +50,10 @@ def test_what_is_measured_as_equal_is_equal() -> None:
     assert judged(result("a"), result("larger", size_bytes=1010))["larger"] == "a"
 
 
-def test_figures_that_one_of_them_lacks_do_not_count() -> None:
-    other = result("on a device", latency_ms=None, latency_interval=None, accuracy=0.8)
-    assert judged(result("a"), other) == {"a": None, "on a device": "a"}
+def test_what_runs_on_another_device_is_compared_with_its_like() -> None:
+    unknown = {"latency_ms": None, "latency_interval": None}
+    found = judged(result("a"), result("device", accuracy=0.8, **unknown), result("worse", accuracy=0.7, **unknown))
+    assert found == {"a": None, "device": None, "worse": "device"}
 
 
 def test_only_what_compares_is_compared() -> None:
@@ -76,8 +77,9 @@ def gathered() -> Gathered:
 
 def test_the_table_names_jobs_by_number() -> None:
     table = main_table(gathered())
-    assert table.columns == ("#", "m", "verdict", "accuracy", "KL", "size", "latency", "dominated\nby")
+    assert table.columns == ("#", "m", "verdict", "accuracy", "KL", "size", "latency", "worse\nthan")
     assert table.rows[1] == ("2", "c", "fail", "80.00 %", "0.1", "1 kB", "1 ms", "1")
+    assert set(table.columns) - set(main_table(gathered(), brief=True).columns) == {"KL"}
     assert [row[-1] for row in table.rows] == ["–", "1", "–", "–"]
     assert failed(gathered()).rows == (("3", "d", "3", "no <rule> for it"),)
     counts, dominated, unreliable = summary(gathered())
