@@ -68,7 +68,8 @@ class _OnXnnPack:
         if artifact.lowered is None:
             _lowered(self.worker, artifact.program, (), DEPLOYED)
         else:
-            shutil.copyfile(artifact.lowered, self.worker.folder / DEPLOYED)
+            _copied(artifact.lowered, self.worker.folder / DEPLOYED)
+        self._count = 2 * len(self.output_names) + len(probes)
         self.worker.ask({"load": [DEPLOYED, PROBED]})
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
@@ -77,6 +78,10 @@ class _OnXnnPack:
         for index, array in enumerate(inputs):
             np.save(folder / f"in_{index}.npy", np.ascontiguousarray(array))
         total = self.worker.ask({"batch": True})["outputs"]
+        if total != self._count:
+            raise ModelError(
+                f"{DEPLOYED} has another number of outputs than the model; get a fresh copy of the bundle."
+            )
         found = [_unsigned(np.load(folder / f"out_{index}.npy", allow_pickle=False)) for index in range(total)]
         return found[:count], found[2 * count :]
 
@@ -108,6 +113,14 @@ class _XnnPack(Runtime):
 
     def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         return _OnXnnPack(artifact, probes)
+
+
+def _copied(path: Path, to: Path) -> None:
+    """Copy the file of a bundle; raise ModelError if it cannot be read."""
+    try:
+        shutil.copyfile(path, to)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}; get a fresh copy of the bundle.") from error
 
 
 def _started() -> Worker:
