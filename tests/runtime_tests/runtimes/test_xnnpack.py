@@ -80,6 +80,8 @@ def test_verify_executes_the_program_of_the_bundle(tmp_path: Path, monkeypatch: 
     found = verify(outs[0], on=["xnnpack"])
     assert found["verdict"] == "fail"
     assert not found["proved_on"][1]["outputs_identical"]
+    (outs[0] / "model.pte").unlink()
+    assert "cannot be read" in verify(outs[0], on=["xnnpack"])["proved_on"][1]["refused"]
 
 
 Grids = tuple[CodeGrid, CodeGrid, CodeGrid]
