@@ -76,8 +76,9 @@ aten = torch.ops.aten
 
 
 def to_integer_forms(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of the graph with every operator of the list above in its canonical form."""
-    graph = copy.deepcopy(graph)
+    """Return a copy of the graph, which shares its tensors, with every operator of the list above in canonical form."""
+    tensors = {id(tensor): tensor for tensor in (*graph.parameters(), *graph.buffers())}
+    graph = copy.deepcopy(graph, tensors)
     infer_shapes(graph)
     apply_rules(graph, RULES)
     merge_equal_calls(graph)

@@ -95,16 +95,16 @@ def _centred(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def _excess(rows: Tensor, limits: Limits) -> Tensor:
-    """Return the largest sum of a pair of each channel [out, columns], in units of its limit, float64 [out]."""
-    rows = rows.double()
+    """Return the largest sum of a pair of each channel, int32 [out, columns], in units of its limit, float64 [out]."""
     worst = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     assert limits.partners is not None
     for partner in limits.partners.to(rows.device):
         lone = partner == torch.arange(len(partner), device=rows.device)
-        other = torch.where(lone, 0.0, rows[:, partner])
-        above, below = (rows.clamp(min=0) + other.clamp(min=0)), (rows.clamp(max=0) + other.clamp(max=0))
-        worst = torch.maximum(worst, (above / limits.pair_highest).amax(1))
-        worst = torch.maximum(worst, (below / limits.pair_lowest).amax(1))
+        for ends, limit in (({"min": 0}, limits.pair_highest), ({"max": 0}, limits.pair_lowest)):
+            parts = rows.clamp(**ends)  # int32, as in float64 a large layer takes gigabytes
+            sums = parts.index_select(1, partner).masked_fill_(lone, 0).add_(parts)
+            outermost = sums.amax(1) if "min" in ends else sums.amin(1)
+            worst = torch.maximum(worst, outermost.double() / limit)
     return worst
 
 

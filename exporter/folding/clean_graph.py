@@ -37,8 +37,11 @@ Constants = dict[fx.Node, Tensor]
 """Float64 values of those get_attr nodes that stand for a whole evaluated subgraph."""
 
 
-def with_own_attributes(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of the graph that has clones of the parameters and buffers it uses, and no others."""
+def with_own_attributes(graph: fx.GraphModule, *, shared: bool = False) -> fx.GraphModule:
+    """Return a copy of the graph that has clones of the parameters and buffers it uses, and no others.
+
+    shared: the attributes are the copy's own, the tensors are not: for a graph that replaces them and changes none.
+    """
     copied = fx.Graph()
     result = copied.graph_copy(graph.graph, {}, return_output_node=True)
     assert isinstance(result, tuple)
@@ -46,6 +49,8 @@ def with_own_attributes(graph: fx.GraphModule) -> fx.GraphModule:
     copied.output(value).meta = dict(output.meta)
     fresh = fx.GraphModule(graph, copied)
     fresh.meta = dict(graph.meta)
+    if shared:
+        return fresh
     for module in fresh.modules():
         for name, parameter in module._parameters.items():
             assert parameter is not None

@@ -107,7 +107,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     graph: as in calibrators.graph.aten, in eval mode; it is not touched.
     raises: ModelError if the graph writes into its own values.
     """
-    graph = with_own_attributes(graph)
+    graph = with_own_attributes(graph, shared=True)
     _require_functional(graph)
     infer_shapes(graph)
     macs_before = _macs(graph)
