@@ -57,7 +57,7 @@ test-all: $(STAMP)
 # The tests that use every requirement: the whole way from the command line, emission, bundles, signatures, pages.
 # TORCH comes first, so that no CUDA build is drawn; it has to be the lowest version that is promised. Old versions call
 # what the newest versions of their own requirements deprecate.
-LOWEST := tests/end_to_end/test_pipeline.py tests/end_to_end/test_cli_export.py tests/exporter tests/calibrators/mixed_precision
+LOWEST := tests/end_to_end/test_pipeline.py tests/end_to_end/test_cli_export.py tests/exporter tests/calibrators/mixed_precision/test_ilp.py
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) -W ignore::DeprecationWarning -m "not slow and not runtimes and not browser" $(LOWEST)

@@ -118,7 +118,8 @@ class _IntegerProgram:
 
         lines = [(row, column, value) for row, (line, *_) in enumerate(self.rows) for column, value in line.items()]
         rows, columns, values = zip(*lines, strict=True)
-        matrix = csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.index)))
+        places = np.array([rows, columns], np.int32)  # scipy 1.14 converts no others for its solver
+        matrix = csr_array((values, (*places,)), shape=(len(self.rows), len(self.index)))
         bounds = ([lo for _, lo, _ in self.rows], [hi for *_, hi in self.rows])
         solution = milp(
             objective,
