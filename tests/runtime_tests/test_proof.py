@@ -22,6 +22,7 @@ from runtime_tests.parity.elsewhere import Elsewhere
 from runtime_tests.proof import Measurements, Proof, parity
 from runtime_tests.reference.execute import plan, run
 from runtime_tests.runtimes import get_runtime
+from runtime_tests.workers.runtime import Artifact
 from tests.support.elsewhere import available
 from tests.support.folded import folded_network
 from tests.support.noise import noise_of
@@ -178,7 +179,8 @@ def test_what_one_process_is_refused_all_are() -> None:
     model = Model.of(stored(result))
     weights = weight_agreements(model, result.program)
     ours, other = (
-        Elsewhere(get_runtime("ort"), model, plan(result.program), weights, samples=math.inf) for _ in range(2)
+        Elsewhere(get_runtime("ort"), Artifact(model), plan(result.program), weights, samples=math.inf)
+        for _ in range(2)
     )
     for each in (ours, other):
         each.add(inputs, *run(plan(result.program), inputs, with_floats=True))

@@ -42,7 +42,7 @@ def test_images_are_those_that_are_read_one_by_one(folder: Path, batch_size: int
 
 def test_one_batch_is_read_ahead_and_none_for_an_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    image = sources._image
+    image, before = sources._image, {*threading.enumerate()}
 
     def counted(path: Path, *arguments: object, **more: object) -> object:
         read.append(path.name)
@@ -60,7 +60,9 @@ def test_one_batch_is_read_ahead_and_none_for_an_example(folder: Path, monkeypat
     time.sleep(0.1)
     assert sorted(read) == [f"{index:02}.png" for index in range(6)]
     del batches
-    assert not [each for each in threading.enumerate() if each.name.startswith("ThreadPoolExecutor")]
+    for thread in {*threading.enumerate()} - before:
+        thread.join(timeout=30)
+    assert not {*threading.enumerate()} - before
 
 
 def test_the_first_bad_file_is_named_in_the_words_of_the_caller(folder: Path, tmp_path: Path) -> None:
