@@ -166,16 +166,17 @@ def _chosen(layers: _Layers, carrier: Carrier | str, *, can_add: bool) -> tuple[
     of_weights = 1 - layers.error(start.factor, start.shift, of_weights=False) / before
     if of_weights > 1 - DECIDES:
         return before, f"{of_weights:.0%} of the error is that of weights"
-    if isinstance(carrier, str) and not can_add:
+    if isinstance(carrier, Carrier):
+        shifts, enough, prefix = carrier.shifts, CARRIED, ""
+    elif not can_add:
         return before, carrier
-    if isinstance(carrier, str) and before < WORTH:
+    elif before < WORTH:
         return before, f"{carrier}, and the error is {before:.1g}"
-    choice = _search(layers, start, shifts=not isinstance(carrier, str) and carrier.shifts)
-    remains, enough = choice.error / before, ADDED if isinstance(carrier, str) else CARRIED
-    if remains <= enough:
-        return before, choice
-    why = f"{remains:.0%} of the error would remain"
-    return before, f"{carrier}, and {why}" if isinstance(carrier, str) else why
+    else:
+        shifts, enough, prefix = False, ADDED, f"{carrier}, and "
+    choice = _search(layers, start, shifts=shifts)
+    remains = choice.error / before
+    return before, choice if remains <= enough else f"{prefix}{remains:.0%} of the error would remain"
 
 
 def _grids(placement: Placement, value: Value) -> tuple[QuantSpec, list[QuantSpec]] | None:
@@ -248,7 +249,9 @@ def _apply(graph: fx.GraphModule, value: Value, choice: _Choice) -> None:
     factor, shift = ones.clone(), torch.zeros_like(ones)
     factor[sources], shift[sources] = choice.factor, choice.shift
     changed = {}
-    for name in {"weight", "bias", "other"} & bound.keys():
+    for name in ("weight", "bias", "other"):  # in this order, which the emitted file follows
+        if name not in bound:
+            continue
         known = bound[name]
         before = (ones * (name == "weight")) if known is None else constant(graph, known).double()
         moved = before - shift if name == "bias" else before

@@ -321,6 +321,14 @@ def test_the_choice_does_not_depend_on_how_the_data_is_read_again() -> None:
     assert migrate(placement, [(x,)])[1] == migrate(placement, [(x,)])[1]
 
 
+def test_constants_come_in_one_order_in_every_process() -> None:
+    """The file follows it; an order of a set would depend on the hashes of names, which differ between processes."""
+    placement, x = placed(uneven(Uneven(layer_norm(), nn.Linear(WIDTH, 5)))), inputs().double()
+    graph, _ = migrate(placement, [(x,)])
+    constants = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
+    assert constants == ["norm_weight", "norm_bias", "reads_weight", "reads_bias"]
+
+
 def test_data_that_is_read_once_is_refused() -> None:
     model = uneven(Uneven(layer_norm(), nn.Linear(WIDTH, 5)))
     x = inputs()
