@@ -14,7 +14,7 @@ from pathlib import Path
 
 PROCESS = Path("/proc/self")
 FORGET_PEAK = "5"
-"""What resets the peak of the resident memory (proc(5), clear_refs)."""
+"""The text that resets the peak of the resident memory (proc(5), clear_refs)."""
 
 
 @dataclass

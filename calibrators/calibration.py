@@ -35,7 +35,7 @@ from calibrators.placement.place import PlacementOptions, place
 from calibrators.program.freeze import CalibrationResult
 from calibrators.ranges.range_method import RangeMethod
 from calibrators.rewrites.bias_correction import correct_biases
-from calibrators.rewrites.prepare import prepare as prepare_and_place
+from calibrators.rewrites.prepare import prepare_and_place
 from calibrators.targets import DEFAULT_TARGET, get_target
 
 __all__ = ["advice", "calibrate"]

@@ -48,7 +48,7 @@ def run_export(job: Job, settings: ExportConfig, ranks: Ranks, *, overwrite: boo
     progress = console_progress(quiet=quiet)
     report = run(**arguments, config=settings, progress=progress, overwrite=overwrite, ranks=ranks)
     if not ranks.is_first:
-        raise _exit_of(report)
+        raise exit_of(report)
     finish(report, Path(job.out or ""), shown)
 
 
@@ -110,8 +110,9 @@ def finish(report: Any, folder: Path, shown: Shown) -> None:
                 stream.write(job_summary(found, folder))
         except OSError as error:  # the verdict stands
             Console(stderr=True).print(f"no summary: GITHUB_STEP_SUMMARY: {error.strerror}", markup=False)
-    raise _exit_of(report)
+    raise exit_of(report)
 
 
-def _exit_of(report: Any) -> typer.Exit:
+def exit_of(report: Any) -> typer.Exit:
+    """Return the exit with the code of a verdict."""
     return typer.Exit(0 if report["verdict"] == "pass" else 1)

@@ -1,4 +1,4 @@
-"""What calibrations of one network for several targets share: statistics, and results where integers are the same.
+"""Results that calibrations of one network for several targets share: statistics, and integers that are the same.
 
 Must not know: which targets and methods there are, ONNX.
 """

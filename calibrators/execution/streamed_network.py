@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from calibrators.errors import DataError
 from calibrators.execution.activation_cache import Cache, Memory, Recording
 from calibrators.execution.blocks import Block
-from calibrators.execution.measure import EMPTY_AGAIN
 from calibrators.execution.quantizers import ActivationQuantizer
 from calibrators.execution.ranks import shards_of
 from calibrators.execution.simulation import BlockBoundary, Simulation, channels_last
@@ -78,8 +77,6 @@ class StreamedNetwork:
             if start < end:
                 recording.append({n: x[start:end] for n, x in zip(names, batch, strict=True)}, end - start)
             seen += len(batch[0])
-        if not seen:
-            raise DataError(EMPTY_AGAIN)
         if seen != samples:
             raise DataError(
                 f"the calibration data had {samples} samples in one pass and {seen} in another; give data"

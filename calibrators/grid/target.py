@@ -169,7 +169,7 @@ class Target:
 
     @property
     def computation(self) -> dict[str, object]:
-        """What a calibration reads beside the placement of the network."""
+        """The fields that a calibration reads beside the placement of the network, by name."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in SETTLED_BY_PLACEMENT}
 
     @property

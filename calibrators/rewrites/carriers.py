@@ -1,4 +1,4 @@
-"""What linear layers read, and the operator before it whose constants can carry a factor and a shift per channel.
+"""Inputs of linear layers, and the operator before each whose constants can carry a factor and a shift per channel.
 
 Between the carrier and the layers stand operators that keep channels apart: moves, ReLU, the product with the weights
 of attention (which are the same for all channels of a head), the product with a gate. As in layer_pairs, which channel
@@ -55,7 +55,7 @@ class Carrier:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What linear layers read: [rows, columns].
+    """The input of linear layers, [rows, columns].
 
     readers: the layers; nothing else reads their weights.
     carrier: what takes factors in, or why nothing does.

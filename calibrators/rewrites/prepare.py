@@ -19,7 +19,7 @@ from calibrators.rewrites.absorb import absorb
 from calibrators.rewrites.equalize import equalize
 from calibrators.rewrites.migrate import migrate
 
-__all__ = ["check_preparations", "prepare", "prepare_graph"]
+__all__ = ["check_preparations", "prepare_and_place", "prepare_graph"]
 
 FROM_WEIGHTS: Mapping[str, Callable[[fx.GraphModule], tuple[fx.GraphModule, Any]]] = {
     "cle": equalize,
@@ -54,7 +54,7 @@ def prepare_graph(graph: fx.GraphModule, names: Collection[str]) -> tuple[fx.Gra
     return graph, Preparation(**done)
 
 
-def prepare(
+def prepare_and_place(
     graph: fx.GraphModule,
     names: Collection[str],
     place: Callable[[fx.GraphModule], Placement],

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 __all__ = ["Checkpoint", "Git", "Provenance", "packages", "provenance", "sha256_of"]
 
 GIT_SECONDS = 10
@@ -56,10 +54,12 @@ class Provenance:
 
 def provenance(checkpoint: Path | None, key: str | None) -> Provenance:
     """Return the origin of an export that runs in the current folder."""
+    from torch import get_num_threads  # here, so that digests of files cost no torch
+
     found = None
     if checkpoint is not None:
         found = Checkpoint(str(checkpoint), sha256_of(checkpoint), key)
-    return Provenance(found, _git(), torch.get_num_threads(), packages())
+    return Provenance(found, _git(), get_num_threads(), packages())
 
 
 def sha256_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from calibrators.errors import InputError, counted, printable
 from exporter.console import described, print_json, print_table, reported_errors
 from exporter.flags import Debug, Json, Quiet, option
 from exporter.reporting.number_format import duration
-from exporter.running import Shown, run_export
+from exporter.running import Shown, exit_of, run_export
 
 if TYPE_CHECKING:
     from exporter.sweeping.plan import Sweep, SweepJob
@@ -86,7 +86,7 @@ def _run(job: SweepJob, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
 
     if job.is_finished and not overwrite:
         Console(stderr=True).print(f"{job.bundle} is finished.", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(0 if read_json(job.bundle / "report.json")["verdict"] == "pass" else 1)
+        raise exit_of(read_json(job.bundle / "report.json"))
     job.error.unlink(missing_ok=True)
     try:
         run_export(job.job, job.config, ALONE, overwrite=True, quiet=quiet, shown=Shown(as_json))

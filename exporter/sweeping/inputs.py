@@ -13,6 +13,7 @@ from pathlib import Path
 
 from calibrators.errors import InputError, no_file
 from exporter.frontend.user_code import SPEC
+from exporter.reporting.provenance import sha256_of
 
 __all__ = ["digest_of_input"]
 
@@ -41,18 +42,13 @@ def _digest(text: str) -> str:
     named = SPEC.fullmatch(text)
     if named and not path.exists():
         path = _module(named[1])
-        return _joined({each.name: _of_file(each) for each in _code(path)})
+        return _joined({each.name: sha256_of(each) for each in _code(path)})
     if path.is_dir():
         files = (each for each in path.rglob("*") if each.is_file())
-        return _joined({each.relative_to(path).as_posix(): _of_file(each) for each in files})
+        return _joined({each.relative_to(path).as_posix(): sha256_of(each) for each in files})
     if not path.is_file():
         raise InputError(no_file(path))
-    return _of_file(path)
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _joined(digests: dict[str, str]) -> str:

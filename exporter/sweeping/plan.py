@@ -26,7 +26,7 @@ from exporter.config import ExportConfig, with_underscores
 from exporter.job import KEYS, Job, config_schema, errors_of, make_job, read_toml
 from exporter.sweeping.inputs import digest_of_input
 
-__all__ = ["Sweep", "SweepJob", "job_of", "read_sweep", "sweep_schema"]
+__all__ = ["Sweep", "SweepJob", "job_of", "label_of", "read_sweep", "sweep_schema"]
 
 TABLE = "sweep"
 MOST_JOBS = 10_000
@@ -48,6 +48,11 @@ Entry = Mapping[str, Any]
 """Settings that belong together: one choice of an axis."""
 
 
+def label_of(values: Mapping[str, str]) -> str:
+    """Return the values that tell a job from the others, for people."""
+    return ", ".join(values.values()) or "the only job"
+
+
 @dataclass(frozen=True, eq=False)
 class SweepJob:
     """One export of a sweep.
@@ -64,7 +69,7 @@ class SweepJob:
     @property
     def label(self) -> str:
         """The values, for people."""
-        return ", ".join(self.values.values()) or "the only job"
+        return label_of(self.values)
 
     @property
     def bundle(self) -> Path:

@@ -18,7 +18,7 @@ from exporter.reporting.difference_tables import Section
 from exporter.reporting.metrics import METRICS, value_at
 from exporter.reporting.number_format import DASH, decibel, percent, significant, size
 from exporter.reporting.schema import read_json
-from exporter.sweeping.plan import Sweep, SweepJob
+from exporter.sweeping.plan import Sweep, SweepJob, label_of
 
 __all__ = ["PAGE", "QUALITIES", "Gathered", "Quality", "Result", "failed", "gather", "main_table", "summary"]
 
@@ -65,7 +65,7 @@ class Result:
     @property
     def label(self) -> str:
         """The values, for people."""
-        return ", ".join(self.values.values()) or "the only job"
+        return label_of(self.values)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ QUALITIES = (
     Quality("KL", "kl", "KL divergence from float", 1.0, higher_is_better=False, of_float=True),
     Quality("SQNR", "sqnr_db", "SQNR, dB", 1.0, higher_is_better=True, of_float=True),
 )
-"""What bundles are judged by: the first of these that all of them have."""
+"""Figures that may judge the bundles: the first of these that all of them have does."""
 
 
 @dataclass(frozen=True)

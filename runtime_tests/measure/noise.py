@@ -55,7 +55,7 @@ class Noise:
 
     @property
     def counts(self) -> tuple[dict[str, Any], ...]:
-        """What was measured, for `include`."""
+        """The measurements, for `include`."""
         return self._energies, self._histograms, self._added
 
     def include(self, counts: tuple[dict[str, Any], ...]) -> None:

@@ -157,7 +157,7 @@ class Comparison:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What was counted, for `include`."""
+        """The counts, for `include`."""
         return {name: vars(self)[name] for name in ("samples", "per_node", "distinct", "end_to_end", "outputs")}
 
     def include(self, counts: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ class Elsewhere:
 
     @property
     def counts(self) -> tuple[str, dict[str, Any]]:
-        """What was counted, for `include`."""
+        """The counts, for `include`."""
         return self.refused, {} if self.refused else self._comparison.counts
 
     def include(self, counts: tuple[str, Mapping[str, Any]]) -> None:

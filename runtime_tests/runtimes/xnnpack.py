@@ -74,15 +74,13 @@ class _OnXnnPack:
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Return the outputs of the program as it is deployed, and the probes."""
-        folder, count = self.worker.folder, len(self.output_names)
-        for index, array in enumerate(inputs):
-            np.save(folder / f"in_{index}.npy", np.ascontiguousarray(array))
-        total = self.worker.ask({"batch": True})["outputs"]
+        count = len(self.output_names)
+        total = self.worker.run_batch(inputs)["outputs"]
         if total != self._count:
             raise ModelError(
                 f"{DEPLOYED} has another number of outputs than the model; get a fresh copy of the bundle."
             )
-        found = [_unsigned(np.load(folder / f"out_{index}.npy", allow_pickle=False)) for index in range(total)]
+        found = [*map(_unsigned, self.worker.outputs(total))]
         return found[:count], found[2 * count :]
 
     def executed(self) -> Mapping[str, int]:
@@ -131,7 +129,7 @@ def _started() -> Worker:
 
 @dataclass(frozen=True)
 class _Lowered:
-    """What became of a program: the kernels that run on codes, and the operators that run outside XNNPACK."""
+    """A lowered program: the kernels that run on codes, and the operators that run outside XNNPACK."""
 
     kernels: Mapping[str, int]
     outside: tuple[str, ...]

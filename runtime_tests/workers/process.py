@@ -116,6 +116,16 @@ class Worker:
             raise ModelError(f"{self.name} refuses the model: {str(answer['error']).strip()[:600]}")
         return answer
 
+    def run_batch(self, inputs: Sequence[Array]) -> dict[str, Any]:
+        """Write the inputs of a batch as files, let the worker run what it has loaded, and return its answer."""
+        for index, array in enumerate(inputs):
+            np.save(self.folder / f"in_{index}.npy", np.ascontiguousarray(array).reshape(array.shape))
+        return self.ask({"batch": True})
+
+    def outputs(self, count: int) -> list[Array]:
+        """Return the first outputs of the last batch."""
+        return [np.load(self.folder / f"out_{index}.npy", allow_pickle=False) for index in range(count)]
+
     def _end_of_log(self) -> str:
         """Return how the process ended, and the last error that it printed, or else its last line."""
         status = self._process.wait()
@@ -162,11 +172,9 @@ class LoadedInWorker:
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Return the model's outputs and the probes."""
-        folder, count = self.worker.folder, len(self.output_names)
-        for index, array in enumerate(inputs):
-            np.save(folder / f"in_{index}.npy", np.ascontiguousarray(array).reshape(array.shape))
-        self.worker.ask({"batch": True})
-        found = [np.load(folder / f"out_{index}.npy", allow_pickle=False) for index in range(self._count)]
+        count = len(self.output_names)
+        self.worker.run_batch(inputs)
+        found = self.worker.outputs(self._count)
         return found[:count], found[count:]
 
     def executed(self) -> None:

@@ -32,7 +32,7 @@ VNNI, emulated ARM processors 85 times and emulated x86 processors 150 times as 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What an export left for a runtime.
+    """The files and the program that an export left for a runtime.
 
     model:   the ONNX file.
     program: the reference program, for runtimes that execute what they made of it; None where it is not known.
