@@ -195,14 +195,20 @@ def unpadded(codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | No
 
 
 def _sizes(codes: Tensor, zero_point: Tensor, x: Grid) -> Iterator[Tensor]:
-    """Yield the most that each index can add to the accumulators, int64 [some outputs, in], few outputs at a time."""
+    """Yield the most that each index can add to the accumulators, int64 [some outputs, in], few outputs at a time.
+
+    Each is overwritten by the next: a new tensor each time would leave gaps in the heap, as large as all of them.
+    """
     channels, taps = codes.shape[1], math.prod(codes.shape[2:])
     rows = max(1, BLOCK // max(channels * taps, 1))
     points = zero_point.to(torch.int64).expand(len(codes))[:, None]
+    memory = torch.empty(min(rows, len(codes)), channels * taps, dtype=torch.int64)
     for first in range(0, len(codes), rows):
-        some = codes[first : first + rows]
-        centred = some.flatten(1).to(torch.int64) - points[first : first + rows]
-        yield centred.abs().reshape(len(some), channels, taps).sum(2) * x.reach
+        some = codes[first : first + rows].flatten(1)
+        sizes = memory[: len(some)].copy_(some).sub_(points[first : first + rows]).abs_()
+        if taps > 1:
+            sizes = sizes.reshape(len(some), channels, taps).sum(2)
+        yield sizes.mul_(x.reach)
 
 
 def _split(codes: Tensor, zero_point: Tensor, x: Grid, heaviest: int) -> list[slice]:
@@ -216,7 +222,7 @@ def _split(codes: Tensor, zero_point: Tensor, x: Grid, heaviest: int) -> list[sl
     while start < channels:
         reach = int((own[0, start:].cumsum(0) < EXACT_FLOAT32).sum())
         blocks = _sizes(codes[:, start : start + reach], zero_point, x)
-        sums = torch.stack([size.cumsum(1).amax(0) for size in blocks]).amax(0)  # [reach]
+        sums = torch.stack([size.cumsum_(1).amax(0) for size in blocks]).amax(0)  # [reach]
         fitting = int((sums < EXACT_FLOAT32).sum())
         if fitting == 0:
             return []
