@@ -32,9 +32,6 @@ Stored = Callable[[int, int, int], int]
 NODES = 100_000
 """Nodes after which the search ends; a count and not a time, so that a slow machine finds the same."""
 
-PREFERENCE = 1e-9
-"""Reward for one more bit, as a share of the largest loss, so that among equal losses the finest grid is taken."""
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -66,24 +63,45 @@ class Costs:
         bits = {**self.widths, **widths}
         if quantity == "bops":
             return float(sum(layer.macs * bits[layer.weight] * bits[layer.activation] for layer in self.layers))
-        return sum(self.of_weight(quantity, name, bits[name]) for name in self.sizes)
+        return sum(self.of_weight(quantity, name, bits[name]) for name in self.sizes) / self.unit(quantity)
 
-    def of_weight(self, quantity: str, name: str, bits: int) -> float:
-        """Return what one weight contributes to weight_bytes or avg_weight_bits."""
+    def of_weight(self, quantity: str, name: str, bits: int) -> int:
+        """Return what one weight contributes to weight_bytes or avg_weight_bits, before division by the unit."""
         size, (taps, wide) = self.sizes[name], self.taps.get(name, (0, 0))
         if quantity == "weight_bytes":
-            return float(self.stored(size, bits, taps if bits < wide else 0))
-        return (size * bits + taps * max(wide - bits, 0)) / self.total
+            return self.stored(size, bits, taps if bits < wide else 0)
+        return size * bits + taps * max(wide - bits, 0)
+
+    def unit(self, quantity: str) -> int:
+        """Return the divisor of a quantity: the number of values of all weights for an average, else 1."""
+        return self._values if quantity == "avg_weight_bits" else 1
 
     @cached_property
-    def total(self) -> int:
-        """Number of values of all weights."""
+    def _values(self) -> int:
         return sum(self.sizes.values())
 
 
 def allocate(losses: Losses, costs: Costs, limits: Mapping[str, float]) -> Widths | None:
-    """Return the bits of every open scale with the least sum of losses under all limits, or None."""
-    return _IntegerProgram(losses, costs).solve(limits)
+    """Return the bits of every open scale with the least sum of losses under all limits, or None.
+
+    The finest grids are taken that cost no loss: a preference is smaller than what the solver tells apart.
+    """
+    widths = _IntegerProgram(losses, costs).solve(limits)
+    if widths is None:
+        return None
+    for name, options in losses.items():
+        for bits in sorted(options, reverse=True):
+            finer = {**widths, name: bits}
+            if bits <= widths[name]:
+                break
+            if options[bits] <= options[widths[name]] and _keeps(costs, finer, limits):
+                widths = finer
+                break
+    return widths
+
+
+def _keeps(costs: Costs, widths: Widths, limits: Mapping[str, float]) -> bool:
+    return all(costs.of(quantity, widths) <= limit for quantity, limit in limits.items())
 
 
 @dataclass
@@ -112,7 +130,7 @@ class _IntegerProgram:
         worst = max((max(options.values()) for options in self.losses.values()), default=0.0) or 1.0
         for name, options in self.losses.items():
             for bits, loss in options.items():
-                objective[self.index[name, str(bits)]] = loss / worst - PREFERENCE * bits
+                objective[self.index[name, str(bits)]] = loss / worst
         from scipy.optimize import Bounds, LinearConstraint, milp  # imported only where a budget is given
         from scipy.sparse import csr_array
 
@@ -134,13 +152,13 @@ class _IntegerProgram:
 
     def _of_weights(self, quantity: str) -> tuple[dict[int, float], float]:
         """Return the coefficients of a sum over weights, and the contribution of weights whose bits are not open."""
-        costs, coefficients, fixed = self.costs, {}, 0.0
-        for name in costs.sizes:
-            if name not in self.losses:
-                fixed += costs.of_weight(quantity, name, costs.widths[name])
-            for bits in self.losses.get(name, ()):
-                coefficients[self.index[name, str(bits)]] = costs.of_weight(quantity, name, bits)
-        return coefficients, fixed
+        costs, coefficients, unit = self.costs, {}, self.costs.unit(quantity)
+        for name, options in self.losses.items():
+            if name in costs.sizes:
+                for bits in options:
+                    coefficients[self.index[name, str(bits)]] = costs.of_weight(quantity, name, bits) / unit
+        given = costs.sizes.keys() - self.losses.keys()
+        return coefficients, sum(costs.of_weight(quantity, name, costs.widths[name]) for name in given) / unit
 
     def _bops(self) -> tuple[dict[int, float], float]:
         coefficients: dict[int, float] = {}

@@ -69,6 +69,24 @@ def test_among_equal_losses_the_finest_grid_is_taken() -> None:
     assert allocate(losses, costs, {"avg_weight_bits": 8.0}) == {"w0": 8, "w1": 8}
 
 
+def test_the_finest_grid_of_as_many_bytes_is_taken() -> None:
+    sizes = {"v": 100, "w": 60}
+    losses = {name: {2: 2e-7, 3: 1e-9, 4: 0.5e-9, 5: 0.4e-9, 8: 0.3e-9} for name in sizes} | {"x": {2: 1.0, 8: 0.0}}
+    costs = Costs([], sizes | {"x": 10}, {}, {}, lambda size, bits, taps: size * (1 if bits > 4 else 0) + size)
+    limits = {"weight_bytes": 180.0 + 60.0}
+    assert allocate(losses, costs, limits) == {"v": 4, "w": 8, "x": 8}
+
+
+def test_the_mean_of_equal_bits_is_these_bits() -> None:
+    rng = random.Random(0)
+    for count in range(2, 40):
+        sizes = {f"w{i}": rng.randint(10, 99_999) for i in range(count)}
+        losses = {name: {2: 1.0, 3: 0.0} for name in sizes}
+        costs = Costs([], sizes, {}, {}, lambda size, bits, taps: size)
+        assert costs.of("avg_weight_bits", dict.fromkeys(sizes, 3)) == 3
+        assert allocate(losses, costs, {"avg_weight_bits": 3.0}) == dict.fromkeys(sizes, 3)
+
+
 def test_costs_follow_their_definitions() -> None:
     costs = Costs(
         [Layer("l", 100, "w", "a"), Layer("m", 10, "v", "a")], {"w": 30, "v": 10}, {"v": (2, 7)},
