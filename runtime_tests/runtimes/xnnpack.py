@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -48,6 +49,9 @@ KERNELS = {
 
 SHIFT = np.uint8(128)
 
+_LOWERED: WeakKeyDictionary[fx.GraphModule, Worker] = WeakKeyDictionary()
+"""Workers that lowered a program and may execute it: starting one takes 10 s."""
+
 
 class _OnXnnPack:
     """A program in a worker, as it is deployed and with the codes of probes as further outputs.
@@ -62,7 +66,7 @@ class _OnXnnPack:
             raise ModelError("XNNPACK executes what it makes of a reference program, and this file comes without one.")
         outputs = artifact.model.proto.graph.output
         self.output_names = [value.name for value in outputs]
-        self.worker = _started()
+        self.worker = _LOWERED.pop(artifact.program) if artifact.program in _LOWERED else _started()
         sites = [name.removesuffix("_quantized") for name in probes]  # runtime_tests.parity.probes
         self._executed = _lowered(self.worker, artifact.program, sites, PROBED).kernels
         if artifact.lowered is None:
@@ -107,6 +111,7 @@ class _XnnPack(Runtime):
         found = _lowered(started, program, (), DEPLOYED)
         started.ask({"load": [DEPLOYED]})  # which finds what lowering lets pass
         shutil.copyfile(started.folder / DEPLOYED, path)
+        _LOWERED[program] = started
         return found.outside
 
     def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:

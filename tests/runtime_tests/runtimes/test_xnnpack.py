@@ -65,10 +65,13 @@ def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> No
 
 def test_verify_executes_the_program_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     available("xnnpack")
+    start, started = xnnpack._started, list[None]()
+    monkeypatch.setattr(xnnpack, "_started", lambda: started.append(None) or start())
     model, x = build("mlp")
     outs = tmp_path / "one", tmp_path / "other"
     for out, scale in zip(outs, (1.0, 1.5), strict=True):
         export(model, [x * scale], target="xnnpack", method="minmax", latency_runs=0, out=out)
+    assert len(started) == len(outs), "the process that lowers a program executes it"
     program = load_reference(outs[0] / REFERENCE)
     assert xnnpack.RUNTIME.lower(program, tmp_path / "again.pte") == ()
     assert (tmp_path / "again.pte").read_bytes() == (outs[0] / "model.pte").read_bytes()
