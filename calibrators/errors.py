@@ -119,9 +119,12 @@ def no_file(path: Path) -> str:
     folder = path.parent
     if path.is_dir():
         return f"{path} is a folder, not a file."
+    if path.exists():
+        return f"{path} is not a regular file."
     if not folder.is_dir():
         return f"{path} does not exist: there is no folder {folder}."
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    names = [entry.name for entry in folder.iterdir() if entry.name != path.name]  # a link that leads nowhere
+    near = difflib.get_close_matches(path.name, names, n=1)
     return f"{path} does not exist{f'; did you mean {str(folder / near[0])!r}?' if near else '.'}"
 
 

@@ -361,8 +361,17 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return settings by name; TOML has no null, so the text "none" stands for it, as in `--set`."""
-    return {str(key).replace("-", "_"): None if value == "none" else value for key, value in values.items()}
+    """Return settings by name; TOML has no null, so the text "none" stands for it, as in `--set`.
+
+    raises: InputError for a name that is given twice, with dashes and with underscores.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise InputError(f"{name} is given twice, with dashes and with underscores; leave one of them out.")
+        found[name] = None if value == "none" else value
+    return found
 
 
 def _rule(given: object) -> LayerRule:

@@ -59,7 +59,7 @@ class Job(Settings):
         for name in ("model", "data", *(["out"] if writes else ())):
             if getattr(self, name) is None:
                 given = name.upper() if name == "model" else as_flag(name)
-                raise InputError(f"{given} is missing; give it, or write `{name} = ...` into the file of --config.")
+                raise InputError(f"{given} is missing; give it, or write `{name} = ...` into the TOML file.")
         return {
             "model": self.model,
             "data": self.data,
@@ -115,7 +115,7 @@ def as_flag(name: str, value: object = None) -> str:
     if isinstance(value, list):
         return " ".join(as_flag(name, shlex.quote(each)) for each in value)
     flags = {each.name: each.flag for model in (Job, ExportConfig) for each in list_settings(model)}
-    flag = (flags | {"eval_data": flags["eval"], "overwrite": "--overwrite"}).get(name)
+    flag = (flags | {"eval_data": flags["eval"], "overwrite": "--overwrite", "jobs": "--jobs"}).get(name)
     if not flag:
         return f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
     return flag if value is None or isinstance(value, bool) else f"{flag} {value}"
@@ -189,4 +189,5 @@ def read_toml(file: Path) -> dict[str, Any]:
         values = tomllib.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{file} is not a readable TOML file: {first_line(error)}.") from error
-    return with_underscores(values)
+    with errors_of(str(file)):
+        return with_underscores(values)

@@ -16,7 +16,7 @@ from calibrators.errors import InputError, counted, printable
 from exporter.console import described, print_json, print_table, reported_errors
 from exporter.flags import Debug, Json, Quiet, option
 from exporter.reporting.number_format import duration
-from exporter.running import Shown, exit_of, run_export
+from exporter.running import Shown, run_export
 
 if TYPE_CHECKING:
     from exporter.sweeping.plan import Sweep, SweepJob
@@ -81,12 +81,12 @@ def sweep(  # noqa: PLR0913 (a command's arguments are its flags)
 def _run(job: SweepJob, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Export one job; keep why it fails for the table."""
     from calibrators.execution.ranks import ALONE
-    from exporter.reporting.schema import read_json
+    from exporter.reporting.schema import read_report
     from exporter.sweeping.processes import keep_error
 
     if job.is_finished and not overwrite:
         Console(stderr=True).print(f"{job.bundle} is finished.", markup=False, highlight=False, soft_wrap=True)
-        raise exit_of(read_json(job.bundle / "report.json"))
+        raise typer.Exit(0 if read_report(job.bundle / "report.json").verdict == "pass" else 1)
     job.error.unlink(missing_ok=True)
     try:
         run_export(job.job, job.config, ALONE, overwrite=True, quiet=quiet, shown=Shown(as_json))
@@ -110,16 +110,18 @@ def _list(sweep: Sweep, *, as_json: bool) -> None:
         print_json([dict(zip(keys, each, strict=True)) for each in facts])
     else:
         for each in sweep.jobs:
-            print(each.key, shown_command(sweep, each), f"{states[each.key]}: {each.label}", sep="\t")
+            label = " ".join(printable(each.label).split())  # the row is one line, its columns separated by tabs
+            print(each.key, shown_command(sweep, each), f"{states[each.key]}: {label}", sep="\t")
 
 
 def _all(sweep: Sweep, *, jobs: int | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Run the jobs without a bundle, none if `jobs` is None, and show the results of all."""
     from exporter.sweeping.pages import write_tables
     from exporter.sweeping.results import gather
-    from exporter.sweeping.run import run_jobs
+    from exporter.sweeping.run import check_at_once, run_jobs
 
     if jobs is not None:
+        check_at_once(jobs)
         told = _Lines(sweep, overwrite=overwrite, quiet=quiet)
         run_jobs(sweep, at_once=jobs, overwrite=overwrite, told=told.ended)
     found = gather(sweep)
@@ -150,7 +152,7 @@ class _Lines:
         self._print(f"{self._done}/{self._total} {ended.job.label}: {how} ({duration(ended.seconds)})")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
 
 def _print(found: Gathered, page: Path) -> None:
@@ -162,5 +164,6 @@ def _print(found: Gathered, page: Path) -> None:
     for sentence in summary(found):
         console.print(sentence, markup=False)
     for number, label, code, message in failed(found).rows:
-        console.print(f"{number} ({label}), exit code {code}: {printable(message)}", markup=False, soft_wrap=True)
+        text = f"{number} ({label}), exit code {code}: {message}"
+        console.print(printable(text), markup=False, soft_wrap=True)
     console.print(f"Page: {page}", markup=False, soft_wrap=True)

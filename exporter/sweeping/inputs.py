@@ -15,7 +15,7 @@ from calibrators.errors import InputError, no_file
 from exporter.frontend.user_code import SPEC
 from exporter.reporting.provenance import sha256_of
 
-__all__ = ["digest_of_input"]
+__all__ = ["INPUTS", "digest_of_input"]
 
 INPUTS = ("model", "data", "eval", "checkpoint", "labels", "golden", "metric", "baseline")
 """Settings that name files, or callables in files."""
@@ -38,6 +38,8 @@ def digest_of_input(name: str, value: str) -> str | None:
 
 
 def _digest(text: str) -> str:
+    if not text:
+        raise InputError("the text is empty; leave the setting out, or name a file.")
     path = Path(text)
     named = SPEC.fullmatch(text)
     if named and not path.exists():
@@ -64,16 +66,25 @@ def _module(source: str) -> Path:
         if not path.is_file():
             raise InputError(no_file(path))
         return path
-    package, *inner = source.split(".")
-    here = Path(*source.split("."))
-    found = importlib.util.find_spec(package)
-    base = Path(found.origin).parent.joinpath(*inner) if found is not None and found.origin else here
-    for path in (base.with_suffix(".py"), base / "__init__.py", here.with_suffix(".py"), here / "__init__.py"):
-        if path.is_file():
-            return path
-    if found is not None and found.origin and not inner:
-        return Path(found.origin)
-    raise InputError(f"no module named {source!r}; for a file, write its path with .py.")
+    package, *inner = names = source.split(".")
+    if all(map(str.isidentifier, names)):
+        here, found = Path(*names), _installed(package)
+        if found is not None and not inner:
+            return found
+        base = found.parent.joinpath(*inner) if found is not None else here
+        for path in (base.with_suffix(".py"), base / "__init__.py", here.with_suffix(".py"), here / "__init__.py"):
+            if path.is_file():
+                return path
+    raise InputError(f"no module named {source!r} in a file; for a file, write its path with .py.")
+
+
+def _installed(package: str) -> Path | None:
+    """Return the file of a module at the top of sys.path, None if there is none, as for `sys`."""
+    try:
+        found = importlib.util.find_spec(package) if package != "__main__" else None  # which is another one in the job
+    except ValueError:  # a module that a program made itself
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 def _code(path: Path) -> Iterator[Path]:

@@ -5,6 +5,7 @@ Must not know: how results are found, terminals.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -31,9 +32,12 @@ def write_tables(sweep: Sweep, found: Gathered) -> tuple[Path, ...]:
     sweep.out.mkdir(parents=True, exist_ok=True)
     paths = tuple(sweep.out / name for name in NAMES)
     for path, text in zip(paths, texts, strict=True):
-        aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two sweeps may end at once
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     return paths
 
 

@@ -17,14 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from calibrators.errors import InputError, UnknownNameError
+from calibrators.errors import InputError, UnknownNameError, is_text
 from calibrators.methods import get_method
 from calibrators.settings import shown
 from calibrators.targets import get_target
 from exporter.about import __version__
 from exporter.config import ExportConfig, with_underscores
 from exporter.job import KEYS, Job, config_schema, errors_of, make_job, read_toml
-from exporter.sweeping.inputs import digest_of_input
+from exporter.sweeping.inputs import INPUTS, digest_of_input
 
 __all__ = ["Sweep", "SweepJob", "job_of", "label_of", "read_sweep", "sweep_schema"]
 
@@ -113,16 +113,19 @@ def read_sweep(file: Path) -> Sweep:
     values = read_toml(file)
     with errors_of(str(file)):
         axes = _axes(values.pop(TABLE, None))
-        out = values.pop("out", None)
-        if not isinstance(out, str) or not out:
-            raise InputError(f'out = {shown(out)} names no folder for the bundles; write for example out = "build/x".')
+        out = _out(values.pop("out", None))
         if isinstance(names := values.get("target"), list):
             raise InputError(f"target = {shown(names)} is a list; write it under [sweep], which makes a job of each.")
-        digest = cache(digest_of_input)  # jobs share files
-        jobs = [_job(values, combination, Path(out), digest) for combination in _combinations(axes)]
+
+        @cache  # jobs share files
+        def digest(name: str, value: str) -> str | None:
+            _check_outside(out, name, value)
+            return digest_of_input(name, value)
+
+        jobs = [_job(values, combination, out, digest) for combination in _combinations(axes)]
         _check_apart(jobs)
     varied = tuple(name for name, entries in axes.items() if len(entries) > 1)
-    return Sweep(file, Path(out), varied, tuple(jobs))
+    return Sweep(file, out, varied, tuple(jobs))
 
 
 def job_of(sweep: Sweep, key: str) -> SweepJob:
@@ -159,6 +162,30 @@ def sweep_schema() -> dict[str, Any]:
     return schema | {"title": "A sweep of intact", "properties": properties, "required": ["out", TABLE]}
 
 
+def _out(given: object) -> Path:
+    """Return the folder for the bundles, which exists or can be made.
+
+    raises: InputError.
+    """
+    if not isinstance(given, str) or not given or not is_text(given):
+        raise InputError(f'out = {shown(given)} names no folder for the bundles; write for example out = "build/x".')
+    path = Path(given)
+    taken = next(each for each in (path, *path.parents) if each.exists() or each.is_symlink())
+    if not taken.is_dir():
+        raise InputError(f"out = {shown(given)} cannot be made: {taken} is not a folder; choose another name.")
+    return path
+
+
+def _check_outside(out: Path, name: str, value: str) -> None:
+    """Check that a folder that is read does not hold the bundles, which would change all keys.
+
+    raises: InputError.
+    """
+    folder = Path(value)
+    if value and name in INPUTS and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"out = {shown(str(out))} lies in {name} = {shown(value)}; choose a folder outside it.")
+
+
 def _axes(table: object) -> dict[str, dict[str, Entry]]:
     """Return the entries of every axis by their texts.
 
@@ -191,6 +218,8 @@ def _entry(axis: str, given: object) -> Entry:
         raise InputError(
             f"[sweep] {UnknownNameError('setting', axis, KEYS)} A list with a name of its own holds tables of settings."
         )
+    if not entry:
+        raise InputError(f"[sweep] {axis} holds an empty table; give each entry at least one setting.")
     if strangers := entry.keys() - KEYS:
         raise InputError(f"[sweep] {axis}: {UnknownNameError('setting', min(strangers), KEYS)}")
     if wrong := entry.keys() & OF_THE_SWEEP:

@@ -65,19 +65,24 @@ def run_all(
     at_once: int,
     variables: Mapping[str, str],
     told: Callable[[Ended], object],
+    skipped: Callable[[SweepJob], bool] = lambda job: False,
 ) -> None:
     """Run a command for every job, `at_once` at a time; what it prints goes to the job's log.
 
     A process that leaves neither a bundle nor a reason (a signal, no memory) gets the end of its log as the reason. An
     interrupt is passed on to the running processes once, and awaits their end.
 
-    told: is called with each job whose process has ended.
+    told:    is called with each job whose process has ended.
+    skipped: is asked before each job whether it needs no run any more, as another sweep of the same file ran it.
     """
     lock, running, stopped = threading.Lock(), set[subprocess.Popen[bytes]](), threading.Event()
 
     def run(job: SweepJob) -> Ended | None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
+        if skipped(job):
+            return None
+        job.error.unlink(missing_ok=True)
         with job.log.open("wb") as log:
             with lock:
                 if stopped.is_set():

@@ -1,7 +1,7 @@
 """The outcomes of a sweep: figures of every bundle, why a job left none, and which bundles others dominate.
 
 A bundle dominates another one if it is better in one figure and worse in none: quality, size, latency. Latencies whose
-95 % intervals meet count as equal, and so do sizes that hardly differ.
+95 % intervals meet or that are unreliable count as equal, and so do sizes that hardly differ.
 
 Must not know: how jobs are run, terminals, pages.
 """
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from calibrators.errors import counted
+from calibrators.errors import InputError, counted
 from calibrators.targets import get_target
 from exporter.reporting.difference_tables import Section
 from exporter.reporting.metrics import METRICS, value_at
 from exporter.reporting.number_format import DASH, decibel, percent, significant, size
-from exporter.reporting.schema import read_json
+from exporter.reporting.schema import read_json, validate_report
 from exporter.sweeping.plan import Sweep, SweepJob, label_of
 
 __all__ = ["PAGE", "QUALITIES", "Gathered", "Quality", "Result", "failed", "gather", "main_table", "summary"]
@@ -28,7 +28,7 @@ SAME_SIZE = 1e-3
 """Sizes that differ by less, as a share, count as equal: the names of methods in a file have different lengths."""
 
 State = Literal["pass", "fail", "error", "open"]
-"""The verdict of a bundle; "error" where the job left none, "open" where it was not run."""
+"""The verdict of a bundle; "error" where there is none that can be read, "open" where the job was not run."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Result:
     """The outcome of a job; None for what was not measured.
 
     bundle:           folder of the bundle, beside the table.
-    exit_code:        of a job without a bundle, negative if a signal ended it; message: what it said.
+    exit_code:        of a job without a bundle, negative if a signal ended it, or of reading its bundle; message: why.
     accuracy:         score in the runtime, with labels; accuracy_drop: the float model's minus it.
     kl, sqnr_db:      distance from the float model; infinite where outputs are identical.
     latency_ms:       of the runtime of the target on this machine; latency_interval: 95 % interval of the median.
@@ -116,10 +116,7 @@ class Gathered:
 
 
 def gather(sweep: Sweep) -> Gathered:
-    """Return what became of every job.
-
-    raises: InputError for a bundle that cannot be read.
-    """
+    """Return what became of every job; a bundle that cannot be read is an error of its job."""
     results = [_result(each, sweep.axes) for each in sweep.jobs]
     finished = [each for each in results if each.bundle is not None]
     quality = next((q for q in QUALITIES if finished and all(q.value(each) is not None for each in finished)), None)
@@ -132,12 +129,35 @@ def _result(job: SweepJob, axes: Sequence[str]) -> Result:
     values = {name: text for name, text in job.values.items() if name in axes}
     network = " ".join(filter(None, (job.job.model, job.job.checkpoint, job.job.checkpoint_key)))
     empty = Result(job.key, values, network, "open")
-    if not job.is_finished:
+    try:
+        if job.is_finished:
+            return _of_bundle(empty, job)
         if not job.error.is_file():
             return empty
-        said = read_json(job.error)
-        return replace(empty, state="error", exit_code=said["exit_code"], message=said["message"])
+        code, message = _reason(job)
+    except InputError as error:
+        code, message = error.exit_code, f"{error} Another run with --overwrite makes it anew."
+    return replace(empty, state="error", exit_code=code, message=message)
+
+
+def _reason(job: SweepJob) -> tuple[int, str]:
+    """Return exit code and message of a job that left no bundle.
+
+    raises: InputError if the file does not hold them.
+    """
+    match read_json(job.error):
+        case {"exit_code": int(code), "message": str(message)}:
+            return code, message
+    raise InputError(f"{job.error} does not say why there is no bundle.")
+
+
+def _of_bundle(empty: Result, job: SweepJob) -> Result:
+    """Return the result with the figures of the job's bundle.
+
+    raises: InputError.
+    """
     report = read_json(job.bundle / "report.json")
+    validate_report(report)
     timed = report["latency_ms"] if get_target(report["target"]).runtime == "onnxruntime" else None
     labelled = report["accuracy"] is not None and report["accuracy"]["metric"] == "top1"
     return replace(
@@ -158,8 +178,8 @@ def _result(job: SweepJob, axes: Sequence[str]) -> Result:
 
 
 def _evaluation(report: Mapping[str, Any]) -> str | None:
-    evaluation = report["data"]["evaluation"]
-    return None if evaluation is None else str(evaluation["sha256"])
+    data = report.get("data") or {}
+    return (data.get("evaluation") or {}).get("sha256")
 
 
 def _judged(results: Sequence[Result], quality: Quality) -> list[Result]:
@@ -180,23 +200,27 @@ def _compare(one: Result, other: Result, quality: Quality) -> bool:
     """Return whether the figures of two results say which of them is better."""
     if one.bundle is None or other.bundle is None or one.evaluation_sha256 != other.evaluation_sha256:
         return False
-    if (one.latency_ms is None) != (other.latency_ms is None):  # which of them is faster is unknown
+    if (one.latency_ms is None) != (other.latency_ms is None):  # they run on different devices
         return False
     return one.network == other.network or not quality.of_float
 
 
 def _dominates(one: Result, other: Result, quality: Quality) -> bool:
-    pairs = [*zip(_costs(one, quality), _costs(other, quality), strict=True)]
+    pairs = [*zip(_costs(one, quality), _costs(other, quality), strict=False)]  # without latency where one has none
     return all(a[0] <= b[1] for a, b in pairs) and any(a[1] < b[0] for a, b in pairs)
 
 
 def _costs(result: Result, quality: Quality) -> list[tuple[float, float]]:
-    """Return quality, size and, where it was measured, latency, each as an interval of which less is better."""
+    """Return quality, size and, where it is reliable, latency, each as an interval of which less is better."""
     value, latency = quality.value(result), result.latency_ms
     assert value is not None and result.size_bytes is not None
     cost, room = -value if quality.higher_is_better else value, SAME_SIZE / 2
     found = [(cost, cost), (result.size_bytes * (1 - room), result.size_bytes * (1 + room))]
-    return found if latency is None else [*found, result.latency_interval or (latency, latency)]
+    return (
+        found
+        if latency is None or result.latency_reliable is False
+        else [*found, result.latency_interval or (latency, latency)]
+    )
 
 
 def _milliseconds(value: float | None) -> str:
@@ -243,19 +267,19 @@ def _place(found: Gathered, result: Result) -> str:
 
 
 def failed(found: Gathered) -> Section:
-    """Return the table of the jobs that ended without a bundle."""
+    """Return the table of the jobs without a bundle that can be read."""
     rows = tuple(
         (str(number), result.label, str(result.exit_code), result.message or "")
         for number, result in enumerate(found.results, start=1)
         if result.state == "error"
     )
-    return Section("Jobs without a bundle", ("#", "job", "exit code", "message"), rows)
+    return Section("Jobs without results", ("#", "job", "exit code", "message"), rows)
 
 
 STATES: Mapping[State, str] = {
     "pass": "pass",
     "fail": "with a failed gate",
-    "error": "without a bundle, as they ended with an error",
+    "error": "without results",
     "open": "not run",
 }
 
@@ -270,7 +294,7 @@ def summary(found: Gathered) -> list[str]:
         network = " exports the same network, and" if quality.of_float else ""
         sentences.append(
             f"Worse than N: job N{network} is better in {quality.name}, size or latency, and worse in none of them; "
-            "latencies whose 95 % intervals meet, and sizes within 0.1 %, count as equal."
+            "latencies that are unreliable or whose 95 % intervals meet, and sizes within 0.1 %, count as equal."
         )
     elif any(each.bundle for each in found.results):
         sentences.append("Nothing says how good the bundles are in comparison: export all of them with `eval`.")

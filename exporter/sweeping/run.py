@@ -15,7 +15,7 @@ from exporter.sweeping.plan import Sweep, read_sweep
 from exporter.sweeping.processes import Ended, command, environment, run_all
 from exporter.sweeping.results import Gathered, gather
 
-__all__ = ["run_jobs", "sweep"]
+__all__ = ["check_at_once", "run_jobs", "sweep"]
 
 MOST_AT_ONCE = 1024
 
@@ -34,6 +34,15 @@ def sweep(file: str | Path, *, jobs: int = 1, overwrite: bool = False) -> Gather
     return found
 
 
+def check_at_once(jobs: int) -> None:
+    """Check how many jobs shall run at once.
+
+    raises: InputError.
+    """
+    if not 1 <= jobs <= MOST_AT_ONCE:
+        raise InputError(f"{argument('jobs', jobs)} is not a number from 1 to {MOST_AT_ONCE}.")
+
+
 def run_jobs(
     sweep: Sweep, *, at_once: int = 1, overwrite: bool = False, told: Callable[[Ended], object] = lambda ended: None
 ) -> None:
@@ -41,8 +50,7 @@ def run_jobs(
 
     raises: InputError; KeyboardInterrupt that says how many bundles there are.
     """
-    if not 1 <= at_once <= MOST_AT_ONCE:
-        raise InputError(f"{argument('jobs', at_once)} is not a number from 1 to {MOST_AT_ONCE}.")
+    check_at_once(at_once)
     wanted = [each for each in sweep.jobs if overwrite or not each.is_finished]
     try:
         run_all(
@@ -51,6 +59,7 @@ def run_jobs(
             at_once=at_once,
             variables=environment(at_once),
             told=told,
+            skipped=lambda job: job.is_finished and not overwrite,
         )
     except KeyboardInterrupt as interrupt:
         finished = sum(each.is_finished for each in sweep.jobs)

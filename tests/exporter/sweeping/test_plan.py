@@ -110,6 +110,15 @@ def test_modules_are_found_without_importing_them(write: Write) -> None:
     assert len(keys(write(SWEEP.replace("net.py:build", "exporter.demo.model:network")))) == 4
 
 
+def test_a_module_counts_though_a_package_lies_beside_it(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("__init__.py").write_text("")
+    file = write(SWEEP.replace("net.py:build", "helper:network"))
+    before = keys(file)
+    Path("helper.py").write_text("x = 1\n")
+    assert not {*before} & {*keys(file)}
+
+
 def test_texts_tell_entries_apart(write: Write) -> None:
     Path("folder").mkdir()
     Path("folder", "net.py").write_text(CODE)
@@ -133,6 +142,9 @@ def test_texts_tell_entries_apart(write: Write) -> None:
         (HEAD + "[sweep]\nbits = [{weight_bit = 4}]", "bits: unknown setting 'weight_bit'. Did you mean"),
         (HEAD + '[sweep]\nmethod = "mse"', r"\[sweep\] method = 'mse' is not a list of values; write for example"),
         (HEAD + "[sweep]\nmethod = []", "is not a list of values"),
+        (HEAD + "[sweep]\nbits = [{}, {weight_bits = 4}]", "bits holds an empty table"),
+        (HEAD + "weight-bits = 8\nweight_bits = 4\n[sweep]\nseed = [1]", "weight_bits is given twice"),
+        (HEAD + "[sweep]\nweight-bits = [8]\nweight_bits = [4]", "weight_bits is given twice"),
         (HEAD + "[sweep]\nweight_bits = [4, 99]", "weight_bits = 99 should be"),
         (HEAD + '[sweep]\nmethod = ["mes"]', "unknown method 'mes'. Did you mean 'mse'"),
         (HEAD + '[sweep]\nmethod = [{method = "mse", options = {q = 1}}]', "unknown mse option .q."),
@@ -144,7 +156,15 @@ def test_texts_tell_entries_apart(write: Write) -> None:
         (HEAD + '[sweep]\nsame = [{seed = 0}, {cache = "x"}]', "makes the same job twice: 0 and x"),
         (HEAD + '[sweep]\nmodel = ["absent.py:build"]', "model: absent.py does not exist"),
         (HEAD + '[sweep]\ndata = ["calibr.npz"]', "data: calibr.npz does not exist; did you mean 'calib.npz'"),
-        (HEAD + '[sweep]\nmodel = ["absent.module:build"]', "model: no module named 'absent.module'"),
+        *(
+            (HEAD + f'[sweep]\nmodel = ["{module}:build"]', f"model: no module named '{module}'")
+            for module in ("absent.module", "sys", "zipimport", "__main__", "..", "a..b")
+        ),
+        (HEAD + '[sweep]\nmodel = [""]', "model: the text is empty"),
+        (HEAD + '[sweep]\ndata = ["/dev/null"]', "data: /dev/null is not a regular file"),
+        (HEAD + '[sweep]\ndata = ["."]', r"out = 'out' lies in data = '\.'; choose a folder outside it"),
+        (HEAD.replace('"out"', '"net.py/out"') + "[sweep]\nseed = [1]", "cannot be made: net.py is not a folder"),
+        (HEAD.replace('"out"', '"a\\u0000"') + "[sweep]\nseed = [1]", "names no folder for the bundles"),
         (HEAD.replace("out =", "eval =") + "[sweep]\nseed = [1]", "out = None names no folder for the bundles"),
         ('data = "calib.npz"\nout = "o"\n[sweep]\nseed = [1]', "MODEL is missing"),
         (HEAD + f"[sweep]\nseed = {list(range(101))}\nbatch_size = {list(range(1, 101))}", "makes 10,100 jobs"),
@@ -166,6 +186,14 @@ def test_the_list_is_made_of_commands(write: Write) -> None:
     assert listed[0]["values"] == {"method": "minmax", "bits": "8"}
     refused = CliRunner().invoke(app, ["sweep", str(file), "--list", "--gather"])
     assert refused.exit_code == 2 and "give one of them" in refused.stderr
+    refused = CliRunner().invoke(app, ["sweep", str(file), "--jobs", "0"])
+    assert refused.exit_code == 2 and refused.stderr == "error: --jobs 0 is not a number from 1 to 1024.\n"
+
+
+def test_a_row_of_the_list_is_one_line_of_plain_text(write: Write) -> None:
+    file = write(HEAD + r"[sweep]" + "\n" + r'model = ["net.py:build(a=1)", "net.py:build(a=\"\u001b[1m\tb\nc\")"]')
+    shown = CliRunner().invoke(app, ["sweep", str(file), "--list"]).stdout
+    assert [line.count("\t") for line in shown.splitlines()] == [2, 2] and "\x1b" not in shown
 
 
 def test_the_schema_knows_what_a_sweep_may_hold() -> None:

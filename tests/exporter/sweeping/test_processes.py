@@ -52,6 +52,28 @@ def test_others_go_on_where_one_fails(tmp_path: Path) -> None:
     assert made[2].log.read_text() == "working\n" and not made[2].error.exists()
 
 
+def test_what_another_sweep_ran_meanwhile_is_left_out(tmp_path: Path) -> None:
+    program = python(WRITES, "(bundle.parent / 'second').mkdir()", "(bundle.parent / 'second/manifest.json').touch()")
+    ended: list[str] = []
+    run_all(
+        jobs(tmp_path, "first", "second"),
+        program,
+        at_once=1,
+        variables=environment(1),
+        told=lambda each: ended.append(each.job.key),
+        skipped=lambda job: job.is_finished,
+    )
+    assert ended == ["first"]
+
+
+def test_a_reason_is_that_of_the_last_run(tmp_path: Path) -> None:
+    (made,) = jobs(tmp_path, "killed")
+    made.error.write_text('{"exit_code": 3, "message": "an old one"}')
+    program = python("os.kill(os.getpid(), signal.SIGKILL)")
+    run_all([made], program, at_once=1, variables=environment(1), told=lambda ended: None)
+    assert json.loads(made.error.read_text())["message"] == "ended by SIGKILL"
+
+
 def test_so_many_run_at_once(tmp_path: Path) -> None:
     program = python("print(time.time(), flush=True); time.sleep(0.3); print(time.time())", WRITES)
     made = jobs(tmp_path, "a", "b", "c")

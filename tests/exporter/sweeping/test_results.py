@@ -50,6 +50,14 @@ def test_what_is_measured_as_equal_is_equal() -> None:
     assert judged(result("a"), result("larger", size_bytes=1010))["larger"] == "a"
 
 
+def test_an_unreliable_latency_says_nothing() -> None:
+    slow = {"latency_ms": 9.0, "latency_interval": (8.9, 9.1)}
+    assert judged(result("a"), result("slow", **slow))["slow"] == "a"
+    assert judged(result("a"), result("slow", **slow, latency_reliable=False))["slow"] is None
+    found = judged(result("a", latency_reliable=False), result("slow", **slow), result("less", **slow, accuracy=0.8))
+    assert found == {"a": None, "slow": None, "less": "a"}
+
+
 def test_what_runs_on_another_device_is_compared_with_its_like() -> None:
     unknown = {"latency_ms": None, "latency_interval": None}
     found = judged(result("a"), result("device", accuracy=0.8, **unknown), result("worse", accuracy=0.7, **unknown))
@@ -83,7 +91,7 @@ def test_the_table_names_jobs_by_number() -> None:
     assert [row[-1] for row in table.rows] == ["–", "1", "–", "–"]
     assert failed(gathered()).rows == (("3", "d", "3", "no <rule> for it"),)
     counts, dominated, unreliable = summary(gathered())
-    ends = "1 pass, 1 with a failed gate, 1 without a bundle, as they ended with an error, 1 not run"
+    ends = "1 pass, 1 with a failed gate, 1 without results, 1 not run"
     assert counts == f"4 jobs: {ends}."
     assert "better in accuracy, size or latency" in dominated and "Unreliable latencies: 1." in unreliable
 

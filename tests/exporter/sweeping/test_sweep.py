@@ -105,7 +105,7 @@ def test_the_table_has_every_job(folder: Path) -> None:
     found = intact("--gather")
     assert found.exit_code == 1
     assert max(map(len, found.stdout.splitlines()[:-1])) <= 80 or "exit code 2" in found.stdout
-    assert "4 jobs: 2 pass, 1 without a bundle, as they ended with an error, 1 not run." in found.stdout
+    assert "4 jobs: 2 pass, 1 without results, 1 not run." in found.stdout
     assert "2 (minmax, match=nowhere weight_bits=4), exit code 2:" in found.stdout
     table = json.loads((folder / "out" / "sweep.json").read_text())
     assert [each["state"] for each in table["results"]] == ["pass", "error", "pass", "open"]
@@ -119,6 +119,24 @@ def test_the_table_has_every_job(folder: Path) -> None:
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 2 and all((folder / "out" / str(link)).is_file() for link in links)
     assert "| 1 | minmax | none | pass |" in (folder / "out" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"exit_code": "<b>", "message": 3}'], ids=repr)
+def test_what_cannot_be_read_is_a_row_without_results(text: str, folder: Path) -> None:
+    good, bad, *_ = read_sweep(Path("sweep.toml")).jobs
+    files = (good.bundle / "report.json", bad.error)
+    before = [path.read_bytes() for path in files]
+    try:
+        for path in files:
+            path.write_text(text)
+        found = intact("--gather")
+        assert found.exit_code == 1 and "4 jobs: 1 pass, 2 without results, 1 not run." in found.stdout
+        assert found.stdout.count("--overwrite makes it anew") == 2
+        again = intact("--run", good.key)
+        assert again.exit_code == 2 and "error: " in again.stderr
+    finally:
+        for path, content in zip(files, before, strict=True):
+            path.write_bytes(content)
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
