@@ -220,7 +220,7 @@ class Work:
         if proof.accuracy is not None:
             self.scores = proof.accuracy.by_sample
             write_scores(self.folder, self.scores)
-        values = proof.golden_values(self.target.exact_on)
+        values = proof.golden_values(self.target.rounding_alike)
         assert report.golden is not None and report.emission is not None
         write_golden_set(self.folder, self.model, values, report.golden, report.emission.min_onnxruntime)
 
@@ -273,7 +273,7 @@ class Work:
         runtime = get_runtime(self.target.proved_in)
         if outside := runtime.lower(program, path):
             self.warnings.append(
-                f"{counted(len(outside), 'operator')} of {path.name} run outside {runtime.name}, in float: "
+                f"{counted(len(outside), 'operator')} of {path.name} run outside {runtime.name}'s integer kernels: "
                 f"{', '.join(dict.fromkeys(outside))}"
             )
 
@@ -412,7 +412,7 @@ class Work:
             ladder=record.ladder,
             simplifier=simplifier,
             emission=emission_of(self.model.graph_model),
-            golden=proof.golden_outputs(result.placement.target.exact_on),
+            golden=proof.golden_outputs(result.placement.target.rounding_alike),
             config=config.model_dump(mode="json"),
             data=sources,
             **parts,

@@ -9,17 +9,24 @@ the same codes in every family. In float32, each operation rounded unless it is 
            values   (sa * (a - za) + sb * (b - zb)) / sy + zy
            fixed    ((a - za) * ma + (b - zb) * mb) / 2**shift, rounded half away from 0; ma = rint(ra * 2**shift)
            fixed, half up    the same with one bit less, and halves rounded up
+           Q31      a and b in units of 2 * max(sa, sb) / 2**20, their sum, each scaled by fixed point of 31 bits
     mul    fused    fma((a - za) * (b - zb), r, zy)              r = sa * sb / sy
            plain    ((a - za) * (b - zb)) * r + zy
            values   (sa * (a - za)) * (sb * (b - zb)) / sy + zy
            rounded  rint(((a - za) * (b - zb)) * r) + zy
+           Q31      the product scaled by r in fixed point of 31 bits
     mean   rounded  rint((sum - n * za) * (sa / (sy * n))) + zy
            with zero    sum * m + (zy - (n * za) * m), m = (1 / n) * (sa / sy), of int8 codes
+           Q31      sum - n * za scaled by sa / sy in fixed point of 31 bits, of which n divides the significand
+    layer  float32  rint(f32(sum) * m) + zy             m = f32(f32(sx * sw) / sy), of a sum of products
+           float64  sum * m, rounded half away from 0, m in float64
+           Q31      the sum scaled by m in fixed point of 31 bits
     sigmoid         a quotient of polynomials in Horner's form, with `fma` (fused) or without (plain)
 
 Each formula gives 0 differing codes on tie-stress grids in onnxruntime 1.32 (natively, and on emulated Haswell,
-Nehalem, Cortex-A76 and A53) and onnxruntime-web 1.30, or in XNNPACK of ExecuTorch 1.5.1 on x86-64. Only numpy is
-imported, so that a check of a file needs no torch.
+Nehalem, Cortex-A76 and A53) and onnxruntime-web 1.30, in XNNPACK of ExecuTorch 1.5.1 on x86-64, or (Q31 and
+float64, calibrators.grid.fixed_point) in the reference kernels of LiteRT 2.3.0. Only numpy is imported, so that a check
+of a file needs no torch.
 
 Must not know: graphs, targets, runtimes.
 """
@@ -35,14 +42,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrators.grid.fixed_point import FixedPoint, half_away
 from calibrators.grid.processors import Processor
 
-__all__ = ["KERNELS", "CodeGrid", "add", "arithmetics", "differing", "mean", "mul", "sigmoid", "table"]
+__all__ = [
+    *("KERNELS", "CodeGrid", "add", "arithmetics", "average", "differing", "layer", "mean", "mul", "sigmoid", "table"),
+]
 
 Array = NDArray[Any]
 
 FIXED_BITS, HALF_UP_BITS = 21, 20
 """Exponents of the larger multiplier of a sum in fixed point, which has one bit more."""
+Q31_SUM_BITS = 20
+"""Bits by which the codes of a sum are shifted to the left before they are scaled."""
 
 NUMERATOR = (
     4.37031012579801e-11,
@@ -110,6 +122,8 @@ def add(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, a
     if arithmetic == "fused":
         fix = y.zero - _fma(ra, a.zero, rb * b.zero)
         return y.saturated(_fma(a_codes, ra, _fma(b_codes, rb, fix)))
+    if arithmetic == "Q31":
+        return _q31_add(a_codes - a.zero, b_codes - b.zero, a, b, y)
     if arithmetic.startswith("fixed"):
         return _fixed_add(a_codes, b_codes, a, b, y, half_up=arithmetic != "fixed")
     if arithmetic == "values":
@@ -141,6 +155,14 @@ def _fixed_add(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: Code
     return y.saturated(np.clip(rounded, -(2**15), 2**15 - 1) + y.zero_point)
 
 
+def _q31_add(left: Array, right: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid) -> Array:
+    """Return sums of centred codes in fixed point of 31 bits, each operand and the sum rounded twice."""
+    unit = 2.0 * float(max(a.step, b.step))
+    first, second = (FixedPoint.of(float(x.step) / unit) for x in (a, b))
+    total = first.scaled(left.astype(np.int64) << Q31_SUM_BITS) + second.scaled(right.astype(np.int64) << Q31_SUM_BITS)
+    return y.saturated(FixedPoint.of(unit / (2.0**Q31_SUM_BITS * float(y.step))).scaled(total) + y.zero_point)
+
+
 def mul(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, arithmetic: str) -> Array:
     """Return the codes of products, int16, for float32 codes that broadcast; arithmetic: of Processor.mul."""
     left, right = a_codes - a.zero, b_codes - b.zero
@@ -148,20 +170,45 @@ def mul(a_codes: Array, b_codes: Array, a: CodeGrid, b: CodeGrid, y: CodeGrid, a
         return _of_values((a.step * left) * (b.step * right), y)
     ratio = (a.step * b.step) / y.step
     product = left * right
+    if arithmetic == "Q31":
+        return y.saturated(FixedPoint.of(ratio).scaled(product) + y.zero_point)
     if arithmetic == "rounded":
         return y.saturated(np.rint(product * ratio) + y.zero)
     return y.saturated(_fma(product, ratio, y.zero) if arithmetic == "fused" else product * ratio + y.zero)
 
 
 def mean(sums: Array, x: CodeGrid, y: CodeGrid, arithmetic: str) -> Array:
-    """Return the codes of means, int16, for float32 sums of x.count codes; arithmetic: of Processor.mean."""
-    count = np.float32(x.count)
+    """Return the codes of means, int16, for sums of x.count codes, int32 or float32; arithmetic: of Processor.mean."""
+    count, centred = np.float32(x.count), (sums - x.count * x.zero_point).astype(np.float32)
+    if arithmetic == "Q31":
+        ratio = FixedPoint.of(float(x.step) / float(y.step)).divided(x.count)
+        return y.saturated(ratio.scaled(centred) + y.zero_point)
     if arithmetic == "rounded":
-        return y.saturated(np.rint((sums - count * x.zero) * (x.step / (y.step * count))) + y.zero)
-    to_int8 = np.float32(-128 - x.lowest)
-    ratio = (np.float32(1) / count) * (x.step / y.step)
-    offset = y.zero + to_int8 - (count * (x.zero + to_int8)) * ratio
-    return y.saturated(np.rint((sums + count * to_int8) * ratio + offset) - to_int8)
+        return y.saturated(np.rint(centred * (x.step / (y.step * count))) + y.zero)
+    to_int8 = -128 - x.lowest
+    multiplier = (np.float32(1) / count) * (x.step / y.step)
+    offset = y.zero + np.float32(to_int8) - (count * (x.zero + np.float32(to_int8))) * multiplier
+    sums_of_int8 = (sums + x.count * to_int8).astype(np.float32)
+    return y.saturated(np.rint(sums_of_int8 * multiplier + offset) - to_int8)
+
+
+def layer(sums: Array, x_scale: Array, w_scale: Array, y: CodeGrid, arithmetic: str) -> Array:
+    """Return the codes of sums of products, int16; arithmetic: "Q31" or "float64" (Processor.conv, Processor.linear).
+
+    sums: integers; w_scale broadcasts against them.
+    """
+    ratio = x_scale.astype(np.float64) * w_scale.astype(np.float64) / float(y.step)
+    steps = FixedPoint.of(ratio).scaled(sums) if arithmetic == "Q31" else half_away(sums.astype(np.float64) * ratio)
+    return y.saturated(steps + y.zero_point)
+
+
+def average(sums: Array, counts: Array, y: CodeGrid) -> Array:
+    """Return the codes of means of windows on the grid of what they read, halves of int8 codes away from 0, int16.
+
+    sums: of `counts` codes, integers.
+    """
+    to_int8 = -128 - y.lowest
+    return y.saturated(half_away((sums + counts * to_int8).astype(np.float64) / counts) - to_int8)
 
 
 def sigmoid(values: Array, arithmetic: str) -> Array:

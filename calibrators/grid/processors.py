@@ -20,20 +20,26 @@ class Processor:
     """A family of processors, or another library of kernels.
 
     add:      arithmetic of a quantized sum (calibrators.grid.kernel_tables): fused multiply-adds, float32 steps, 32-bit
-              fixed point of two precisions, or the sum of the values.
-    mul:      arithmetic of a quantized product: fused multiply-add, float32 steps, the product of the values, or a
-              number that is rounded before the zero point is added.
+              fixed point of two precisions, fixed point of 31 bits that is rounded twice (Q31), or the sum of the
+              values.
+    mul:      arithmetic of a quantized product: fused multiply-add, float32 steps, the product of the values, a number
+              that is rounded before the zero point is added, or Q31.
     sigmoid:  arithmetic of the polynomials of a sigmoid; None where its kernel is not used.
-    mean:     whether a mean is rounded before or after the zero point is added.
+    mean:     whether a mean is rounded before or after the zero point is added, or twice.
+    conv, linear: arithmetic that makes codes of the sums of products of a convolution, and of a linear layer.
+    average:  whether an average over windows is one of values, or one of codes, rounded half away from 0.
     pair_sum: largest magnitude of the sum of two products of an activation and a weight; None where every sum fits.
     """
 
     name: str
     summary: str
-    add: Literal["fused", "plain", "fixed", "fixed, half up", "values"]
-    mul: Literal["fused", "plain", "values", "rounded"]
+    add: Literal["fused", "plain", "fixed", "fixed, half up", "values", "Q31"]
+    mul: Literal["fused", "plain", "values", "rounded", "Q31"]
     sigmoid: Literal["fused", "plain"] | None
-    mean: Literal["rounded", "with zero"] = "rounded"
+    mean: Literal["rounded", "with zero", "Q31"] = "rounded"
+    conv: Literal["float32", "Q31"] = "float32"
+    linear: Literal["float32", "float64"] = "float32"
+    average: Literal["values", "codes"] = "values"
     pair_sum: int | None = None
 
 
@@ -52,7 +58,18 @@ PROCESSORS = {
 """Families of processors on which onnxruntime computes the same codes, by name."""
 
 FAMILIES = PROCESSORS | {
-    "xnnpack": Processor("xnnpack", "XNNPACK", add="fixed, half up", mul="rounded", sigmoid=None, mean="with zero")
+    "xnnpack": Processor("xnnpack", "XNNPACK", add="fixed, half up", mul="rounded", sigmoid=None, mean="with zero"),
+    "tflite": Processor(
+        "tflite",
+        "LiteRT's reference kernels",
+        add="Q31",
+        mul="Q31",
+        sigmoid=None,
+        mean="Q31",
+        conv="Q31",
+        linear="float64",
+        average="codes",
+    ),
 }
 """Every family by name: also a library whose kernels compute the same codes on every processor."""
 

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from calibrators.graph.operators import Operators
 from calibrators.grid.costs import Costs
-from calibrators.grid.processors import FAMILIES, PROCESSORS
+from calibrators.grid.processors import FAMILIES, PROCESSORS, REFERENCE
 from calibrators.grid.spec import QuantSpec
 
 __all__ = ["Form", "Target"]
@@ -51,6 +51,7 @@ class Target:
                        onnxruntime; '' where there is none.
     lowered_file:      name of the file that this runtime makes of the program and executes; '' where it executes
                        model.onnx.
+    arithmetic:        family with whose arithmetic this runtime executes it.
     opsets:            ONNX opset of emitted files, and the highest one, for files that need more than the first.
     static_shapes:     whether the batch must be fixed (to 1).
     ignored_rules:     rules of the linter about patterns that this runtime does not break on.
@@ -101,6 +102,7 @@ class Target:
     proof: Literal["exact", "steps", "qdq"] = "exact"
     proved_in: str = ""
     lowered_file: str = ""
+    arithmetic: str = REFERENCE
     opsets: tuple[int, int]
     static_shapes: bool = False
     ignored_rules: frozenset[str] = frozenset()
@@ -134,7 +136,7 @@ class Target:
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Target:
         """Raise ValueError for names that are not known, or fields that contradict each other."""
-        unknown = [name for name in self.exact_on if name not in FAMILIES]
+        unknown = [name for name in (*self.exact_on, self.arithmetic) if name not in FAMILIES]
         contradictions = (
             (bool(unknown), f"unknown processors {unknown}; known are {', '.join(FAMILIES)}"),
             (self.opsets[0] > self.opsets[1], f"opsets {self.opsets} are in the wrong order"),
@@ -171,6 +173,11 @@ class Target:
     def computation(self) -> dict[str, object]:
         """The fields that a calibration reads beside the placement of the network, by name."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in SETTLED_BY_PLACEMENT}
+
+    @property
+    def rounding_alike(self) -> tuple[str, ...]:
+        """Families of exact_on on which the same file computes the same integers, so that no tie may part them."""
+        return tuple(name for name in self.exact_on if name == REFERENCE or name != self.arithmetic)
 
     @property
     def promise(self) -> str:

@@ -60,7 +60,7 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
     Scales that an operator fixes stay.
     """
     settled, owned = dict(activations), _by_owner(placement)
-    families = [FAMILIES[name] for name in placement.target.exact_on]
+    families = [FAMILIES[name] for name in placement.target.rounding_alike]
     if not owned or len(families) < 2:
         return settled, None
 
@@ -82,7 +82,7 @@ def settle(placement: Placement, activations: Mapping[str, QParams]) -> tuple[di
         left += ties_after(owner, best)
         moves += [MovedScale(owner, best)] * bool(best)
     kernels = sum(map(len, owned.values()))
-    return settled, Settled(placement.target.exact_on, kernels, tuple(moves), tuple(left))
+    return settled, Settled(placement.target.rounding_alike, kernels, tuple(moves), tuple(left))
 
 
 def _best(ties_after: Callable[[int], Sequence[Ties]], moves: Sequence[int]) -> int:
@@ -116,7 +116,7 @@ def _by_owner(placement: Placement) -> dict[str, list[_Kernel]]:
 
 def _kernels(placement: Placement) -> Iterator[_Kernel]:
     """Yield the kernels on codes of 8 bits that processors compute in different orders."""
-    families = [FAMILIES[name] for name in placement.target.exact_on]
+    families = [FAMILIES[name] for name in placement.target.rounding_alike]
     for node in placement.graph.graph.nodes:
         name = operator_name(node.target).split(".")[0] if node.op == "call_function" else ""
         name = KERNEL_OF.get(name, name)

@@ -22,6 +22,7 @@ from torch import fx
 from calibrators.graph.aten import bind, outputs_of, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import MOVES, Operators
+from calibrators.grid.processors import FAMILIES, REFERENCE, Processor
 from calibrators.grid.target import Target
 from calibrators.placement.kernel_forms import missing_form
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE, is_saturation
@@ -149,8 +150,8 @@ def plan(
     """Plan the integer kernels that the runtime makes of `program`; integer=False: none, as with optimizations off.
 
     target: says which operators and forms have kernels, or that QDQ is taken literally; None: the default target.
-    own:    in the target's own runtime, which fuses nothing that stands between codes by chance, and quantizes floats
-            by a product with the reciprocal of the scale.
+    own:    in the target's own runtime, with the arithmetic of its kernels. It fuses nothing that stands between codes
+            by chance, and rounds otherwise where it quantizes floats.
     """
     target = target or get_target(DEFAULT_TARGET)
     integer = integer and target.proof != "qdq"
@@ -178,6 +179,10 @@ class _Planner:
     skipped: set[fx.Node] = field(default_factory=set)
 
     @property
+    def _family(self) -> Processor:
+        return FAMILIES[self.target.arithmetic if self.own else REFERENCE]
+
+    @property
     def _kernels(self) -> Operators:
         return self.target.kernels - self.target.fused_ops if self.own else self.target.kernels
 
@@ -189,7 +194,7 @@ class _Planner:
             self.steps.append(Step(site, FLOAT, "a constant is quantized at every run", op))
             return
         if is_basic_arithmetic(op):
-            self.steps.append(Step(site, FLOAT, _PRODUCT, op) if self.own else Step(site, "QuantizeLinear", "", op))
+            self.steps.append(Step(site, FLOAT, _ROUNDED, op) if self.own else Step(site, "QuantizeLinear", "", op))
             return
         self.covered.add(op)
         try:
@@ -211,7 +216,7 @@ class _Planner:
         if len(op.users) > 1 and op.target not in MOVES:
             raise StaysFloat(_BOTH)
         self._check(op, y)
-        return rule(self.program, op, y)
+        return rule(self.program, op, y, self._family)
 
     def _check(self, op: fx.Node, y: Grid | None) -> None:
         """Raise StaysFloat unless the target has a kernel for this form of an operator and the types of its codes."""
@@ -233,7 +238,7 @@ class _Planner:
             if _is_merged_with_sum(node):
                 raise StaysFloat(_MERGED)
             self._check(node, None)
-            made = WEIGHTED[node.target](self.program, node, None)
+            made = WEIGHTED[node.target](self.program, node, None, self._family)
         except StaysFloat as why:
             self.steps.append(Step(node.name, FLOAT, str(why), node, quantized=False))
             return
@@ -242,7 +247,7 @@ class _Planner:
 
 
 _OPTIMIZATIONS_OFF = "optimizations are off"
-_PRODUCT = "it is quantized by a product with the reciprocal of the scale"
+_ROUNDED = "the runtime rounds floats next to ties otherwise"
 _BOTH = "its result is read both by a quantizer and as floats"
 _CLIPPED = "a ReLU or clip is between its result and a float operator"
 _MERGED = "the runtime merges the sum after it into a product of floats"

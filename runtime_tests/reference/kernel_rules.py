@@ -1,6 +1,7 @@
-"""Choose the integer kernel of onnxruntime for one operator between codes, and prepare its constants.
+"""Choose the integer kernel for one operator between codes, and prepare its constants.
 
-A rule takes the operator and the grid of its result (None: floats) and returns the kernel, or says why there is none.
+A rule takes the operator, the grid of its result (None: floats) and the family whose arithmetic the kernel has, and
+returns the kernel, or says why there is none.
 
 Must not know: the operators around it beyond the quantizers at its edges, sessions, ONNX.
 """
@@ -20,7 +21,9 @@ from torch import Tensor, fx
 from calibrators.graph.aten import bind, constant, is_constant, operator_name, overloads, shape_of
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.operators import LISTS, MOVES, Operators, facts
+from calibrators.grid import kernel_tables
 from calibrators.grid.kernel_tables import CodeGrid
+from calibrators.grid.processors import Processor
 from calibrators.grid.target import Target
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
 from runtime_tests.reference import kernels
@@ -235,7 +238,7 @@ def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid |
 # --- rules ----------------------------------------------------------------------------------------------------------
 
 
-def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
+def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Processor) -> Kernel:
     bound = bind(node)
     _check_weight(node)
     (x,) = _grids(program, bound["input"])
@@ -246,7 +249,7 @@ def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     space = weights.parts[0][1].ndim - 2
     stride, padding, dilation = (_per_axis(bound[name], space) for name in ("stride", "padding", "dilation"))
     geometry = kernels.ConvGeometry(stride, padding, dilation, bound["groups"])
-    compute = partial(kernels.conv, x=x, weights=weights, y=y, geometry=geometry)
+    compute = partial(kernels.conv, x=x, weights=weights, y=y, geometry=geometry, arithmetic=family.conv)
     return Kernel("QLinearConv", (bound["input"],), compute)
 
 
@@ -254,16 +257,17 @@ def _per_axis(sizes: Sequence[int], space: int) -> tuple[int, ...]:
     return tuple(sizes) * space if len(sizes) == 1 else tuple(sizes)
 
 
-def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
+def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Processor) -> Kernel:
     _check_weight(node)
     if is_weight_only(node):
         raise StaysFloat("only its weight is quantized")
     (x,) = _grids(program, source(node))
     x, weights = _weights(program, node, x, y, padded=False)
-    return Kernel("QGemm", (source(node),), partial(kernels.linear, x=x, weights=weights, y=y))
+    compute = partial(kernels.linear, x=x, weights=weights, y=y, arithmetic=family.linear)
+    return Kernel("QGemm", (source(node),), compute)
 
 
-def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
+def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Processor) -> Kernel:
     left, right = bind(node).values()
     name = "MatMulIntegerToFloat" if y is None else "QLinearMatMul"
     if not _is_quantized_constant(right):
@@ -274,13 +278,14 @@ def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None) -> Kernel:
     if codes.ndim != 2:
         raise StaysFloat("a constant factor that is not a matrix has no integer kernel here")
     x, weights = kernels.unpadded(codes.T, zero_point, scale, None, x)
-    return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y))
+    return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y, arithmetic=family.linear))
 
 
-def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _add(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     left, right = bind(node)["self"], bind(node)["other"]
     a, b = _grids(program, left, right)
-    tables = kernels.add_table(a, b, y), kernels.add_table(b, a, y).T.contiguous()
+    table = partial(kernels.pair_table, kernel_tables.add, y=y, arithmetic=family.add)
+    tables = table(a, b), table(b, a).T.contiguous()
 
     def compute(a_codes: Tensor, b_codes: Tensor) -> Tensor:
         channels_last = a_codes.ndim == b_codes.ndim == CHANNELS_LAST_RANK
@@ -290,24 +295,24 @@ def _add(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     return Kernel("QLinearAdd", (left, right), compute, tied=("add", (a.numbers, b.numbers), y.numbers))
 
 
-def _mul(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _mul(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     left, right = bind(node).values()
     a, b = _grids(program, left, right)
-    compute = partial(kernels.lookup_pair, kernels.mul_table(a, b, y))
+    compute = partial(kernels.lookup_pair, kernels.pair_table(kernel_tables.mul, a, b, y, family.mul))
     return Kernel("QLinearMul", (left, right), compute, tied=("mul", (a.numbers, b.numbers), y.numbers))
 
 
 def _unary(name: str, prepare: Callable[[dict[str, Any], Grid, Grid], Callable[[Tensor], Tensor]]) -> Rule:
     """Return the rule of an operator with one operand; `prepare` returns its function on codes."""
 
-    def rule(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+    def rule(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
         (x,) = _grids(program, source(node))
         return Kernel(name, (source(node),), prepare(bind(node), x, y))
 
     return rule
 
 
-def _sigmoid(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _sigmoid(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     (x,) = _grids(program, source(node))
     compute = partial(kernels.lookup, kernels.unary_table(kernels.sigmoid, x, y))
     return Kernel("QLinearSigmoid", (source(node),), compute, tied=("sigmoid", (x.numbers,), y.numbers))
@@ -322,21 +327,25 @@ def _softmax(bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tens
     return partial(kernels.softmax, x=x, y=y, dim=bound["dim"])
 
 
-def _global_pool(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _global_pool(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     (x,) = _grids(program, source(node))
     sums = replace(x.numbers, count=math.prod(shape_of(source(node))[2:]))
-    compute = partial(kernels.global_average_pool, x=x, y=y)
+    compute = partial(kernels.global_average_pool, x=x, y=y, arithmetic=family.mean)
     return Kernel("QLinearGlobalAveragePool", (source(node),), compute, tied=("mean", (sums,), y.numbers))
 
 
-def _average_pool(space: int, bound: dict[str, Any], x: Grid, y: Grid) -> Callable[[Tensor], Tensor]:
-    stride = bound["stride"] or bound["kernel_size"]
+def _average_pool(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
+    (x,), bound = _grids(program, source(node)), bind(node)
+    if family.average == "codes":
+        _check_same_scale(node, x, y)
+    space, stride = len(shape_of(node)) - 2, bound["stride"] or bound["kernel_size"]
     kernel, stride, padding = (_per_axis(v, space) for v in (bound["kernel_size"], stride, bound["padding"]))
     geometry = kernels.PoolGeometry(kernel, stride, padding, bound["count_include_pad"])
-    return partial(kernels.average_pool, x=x, y=y, geometry=geometry)
+    compute = partial(kernels.average_pool, x=x, y=y, geometry=geometry, arithmetic=family.average)
+    return Kernel("QLinearAveragePool", (source(node),), compute)
 
 
-def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _cat(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     sources, dim = bind(node).values()
     tables = [kernels.unary_table(lambda values: values, x, y) for x in _grids(program, *sources)]
 
@@ -346,15 +355,20 @@ def _cat(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
     return Kernel("QLinearConcat", tuple(sources), compute)
 
 
-def _move(program: fx.GraphModule, node: fx.Node, y: Grid) -> Kernel:
+def _move(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
     """Return the kernel of a move: it moves codes as usual, and leaves a clip to the quantizer."""
     cut = node.target is operator.getitem
     if cut and source(node).target not in LISTS:
         raise StaysFloat(reason_without_kernel(source(node)))
     (x,) = _grids(program, source(source(node)) if cut else source(node))
-    if not torch.equal(x.scale, y.scale) or x.zero_point != y.zero_point:
-        raise StaysFloat(f"{facts(node.target).onnx} between different scales runs on floats")
+    _check_same_scale(node, x, y)
     return Kernel(facts(node.target).onnx, (node,), partial(kernels.integer_clip, y=y))
+
+
+def _check_same_scale(node: fx.Node, x: Grid, y: Grid) -> None:
+    if not torch.equal(x.scale, y.scale) or x.zero_point != y.zero_point:
+        name = facts(node.target).onnx or operator_name(node.target)
+        raise StaysFloat(f"{name} between different scales runs on floats")
 
 
 def reason_without_kernel(node: fx.Node) -> str:
@@ -366,12 +380,12 @@ def reason_without_kernel(node: fx.Node) -> str:
     return f"{operator_name(node.target)} has no integer kernel"
 
 
-Rule = Callable[[fx.GraphModule, fx.Node, Grid], Kernel]
+Rule = Callable[[fx.GraphModule, fx.Node, Grid, Processor], Kernel]
 
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 """Products of two activations, or of one and a constant."""
 
-WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None], Kernel]] = {
+WEIGHTED: dict[Any, Callable[[fx.GraphModule, fx.Node, Grid | None, Processor], Kernel]] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _conv),
     aten.linear.default: _linear,
     **dict.fromkeys(PRODUCTS, _matmul),
@@ -384,8 +398,7 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: _mul,
     aten.cat.default: _cat,
     aten.adaptive_avg_pool2d.default: _global_pool,
-    aten.avg_pool2d.default: _unary("QLinearAveragePool", partial(_average_pool, 2)),
-    aten.avg_pool3d.default: _unary("QLinearAveragePool", partial(_average_pool, 3)),
+    **dict.fromkeys((aten.avg_pool2d.default, aten.avg_pool3d.default), _average_pool),
     aten.sigmoid.default: _sigmoid,
     aten.leaky_relu.default: _unary("QLinearLeakyRelu", _leaky_relu),
     aten.softmax.int: _unary("QLinearSoftmax", _softmax),

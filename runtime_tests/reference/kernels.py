@@ -44,7 +44,6 @@ __all__ = [
     "Grid",
     "PoolGeometry",
     "Weights",
-    "add_table",
     "adds_swapped",
     "average_pool",
     "conv",
@@ -55,7 +54,7 @@ __all__ = [
     "lookup",
     "lookup_pair",
     "matmul",
-    "mul_table",
+    "pair_table",
     "prepare_weights",
     "quantize_bias",
     "sigmoid",
@@ -237,7 +236,7 @@ def _accumulate(
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     shape: list[int],
 ) -> Tensor:
-    """Return the accumulators, rounded once to float32; those beyond int32 wrap around.
+    """Return the accumulators: integer-valued float32, or int32 if the sums are wide; those beyond it wrap around.
 
     pick:    returns the part of the centred input that belongs to a range of the reduction axis.
     product: of such a part, weights and a bias, if there is one; it may add in any order, as every sum is exact.
@@ -249,7 +248,7 @@ def _accumulate(
     sums = _wrapped(product(pick(cut).to(part.dtype), part, None) for cut, part in weights.parts)
     if weights.bias is not None:
         sums += weights.bias.reshape(shape)
-    return sums.to(torch.float32)
+    return sums
 
 
 def _wrapped(parts: Iterable[Tensor]) -> Tensor:
@@ -263,20 +262,25 @@ def _shifted(values: Tensor, by: int) -> Tensor:
     return values.add_(by) if by else values
 
 
-def _requantize(accumulators: Tensor, multiplier: Tensor, y: Grid) -> Tensor:
-    """Return the codes of float32 accumulators, whose memory is overwritten.
+def _requantize(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, y: Grid, arithmetic: str) -> Tensor:
+    """Return the codes of accumulators, whose memory is overwritten; arithmetic: of kernel_tables.layer.
 
-    The kernels clamp to the ends of the container before they round. As these are integers, a clamp after it, to the
-    range of the codes within them, gives the same. The zero point is added to bytes, whose sums wrap into the range.
+    The float32 kernels clamp to the ends of the container before they round. As these are integers, a clamp after it,
+    to the range of the codes within them, gives the same. The zero point is added to bytes, whose sums wrap into the
+    range.
     """
-    steps = accumulators.mul_(multiplier).round_().clamp_(y.qmin - y.zero_point, y.qmax - y.zero_point)
-    return _shifted(as_codes(steps, y.dtype), y.zero_point)
+    if arithmetic != "float32":
+        scales = x_scale.numpy(), w_scale.numpy()
+        return _table(kernel_tables.layer(accumulators.numpy(), *scales, y.numbers, arithmetic), y)
+    steps = accumulators.to(torch.float32).mul_((x_scale * w_scale) / y.scale).round_()
+    return _shifted(as_codes(steps.clamp_(y.qmin - y.zero_point, y.qmax - y.zero_point), y.dtype), y.zero_point)
 
 
-def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry) -> Tensor:
+def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry, arithmetic: str) -> Tensor:
     """Compute QLinearConv.
 
     codes:   [batch, channels, *space], one to three dimensions of space.
+    arithmetic: of Processor.conv.
     returns: codes [batch, out, *space].
     """
     centred = x.centred(codes)
@@ -292,19 +296,21 @@ def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeomet
 
     shape = [-1] + [1] * (codes.ndim - 2)
     accumulators = _accumulate(pick, weights, product, shape)
-    return _requantize(accumulators, ((x.scale * weights.scale) / y.scale).reshape(shape), y)
+    return _requantize(accumulators, x.scale, weights.scale.reshape(shape), y, arithmetic)
 
 
-def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None) -> Tensor:
+def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None, arithmetic: str) -> Tensor:
     """Compute QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
 
     codes:   [..., in].
+    arithmetic: of Processor.linear.
     returns: codes [..., out], or float32 if y is None.
     """
     centred = x.centred(codes)
     accumulators = _accumulate(lambda cut: centred[..., cut], weights, functional.linear, [-1])
-    scale = x.scale * weights.scale
-    return accumulators.mul_(scale) if y is None else _requantize(accumulators, scale / y.scale, y)
+    if y is None:
+        return accumulators.to(torch.float32).mul_(x.scale * weights.scale)
+    return _requantize(accumulators, x.scale, weights.scale, y, arithmetic)
 
 
 def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -> Tensor:
@@ -322,8 +328,9 @@ def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -
         starts = range(0, length, step)
         sums = _wrapped(left[..., i : i + step] @ right[..., i : i + step, :] for i in starts)
         accumulators = sums.to(torch.float32)
-    scale = a.scale * b.scale
-    return accumulators.mul_(scale) if y is None else _requantize(accumulators, scale / y.scale, y)
+    if y is None:
+        return accumulators.mul_(a.scale * b.scale)
+    return _requantize(accumulators, a.scale, b.scale, y, PROCESSORS[REFERENCE].conv)
 
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
@@ -336,16 +343,10 @@ def _table(codes: NDArray[Any], y: Grid) -> Tensor:
     return torch.from_numpy(codes).to(y.dtype)
 
 
-def add_table(a: Grid, b: Grid, y: Grid) -> Tensor:
-    """Return the result of QLinearAdd for every pair of codes, [256, 256]."""
+def pair_table(function: Callable[..., NDArray[Any]], a: Grid, b: Grid, y: Grid, arithmetic: str) -> Tensor:
+    """Return the result for every pair of codes, [256, 256]; function: `add` or `mul` of kernel_tables."""
     left, right = a.every_code()[:, None], b.every_code()
-    return _table(kernel_tables.add(left, right, a.numbers, b.numbers, y.numbers, PROCESSORS[REFERENCE].add), y)
-
-
-def mul_table(a: Grid, b: Grid, y: Grid) -> Tensor:
-    """Return the result of QLinearMul for every pair of codes, [256, 256]."""
-    left, right = a.every_code()[:, None], b.every_code()
-    return _table(kernel_tables.mul(left, right, a.numbers, b.numbers, y.numbers, PROCESSORS[REFERENCE].mul), y)
+    return _table(function(left, right, a.numbers, b.numbers, y.numbers, arithmetic), y)
 
 
 def adds_swapped(a_shape: Sequence[int], b_shape: Sequence[int], *, channels_last: bool) -> bool:
@@ -407,20 +408,23 @@ def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
     return _table(y.numbers.saturated(quotients), y).movedim(-1, dim)
 
 
-def global_average_pool(codes: Tensor, x: Grid, y: Grid) -> Tensor:
-    """Compute QLinearGlobalAveragePool: codes [batch, channels, *space] -> codes [batch, channels, 1...]."""
-    space = tuple(range(2, codes.ndim))
-    count = codes[0, 0].numel()
-    sums = codes.sum(space, keepdim=True, dtype=torch.int32) - count * x.zero_point
-    multiplier = x.scale / (y.scale * torch.tensor(float(count)))
-    return _requantize(sums.to(torch.float32), multiplier, y)
+def global_average_pool(codes: Tensor, x: Grid, y: Grid, arithmetic: str) -> Tensor:
+    """Compute QLinearGlobalAveragePool: codes [batch, channels, *space] -> [batch, channels, 1...]; Processor.mean."""
+    sums = codes.sum(tuple(range(2, codes.ndim)), keepdim=True, dtype=torch.int32)
+    counted = replace(x.numbers, count=codes[0, 0].numel())
+    return _table(kernel_tables.mean(sums.numpy(), counted, y.numbers, arithmetic), y)
 
 
-def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Tensor:
-    """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, *space] -> codes."""
+def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry, arithmetic: str) -> Tensor:
+    """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, *space] -> codes.
+
+    arithmetic: of Processor.average; "codes" writes them on the grid of the input.
+    """
     kernel, stride, space = geometry.kernel, geometry.stride, len(geometry.kernel)
     widths = [width for each in reversed(geometry.padding) for width in (each, each)]
-    values = functional.pad(x.values(codes), widths)
+    of_codes = arithmetic == "codes"
+    values, fill = (codes.to(torch.float32), x.zero_point) if of_codes else (x.values(codes), 0)
+    values = functional.pad(values, widths, value=fill if geometry.count_include_pad else 0)
     sizes = [(n - k) // s + 1 for n, k, s in zip(values.shape[-space:], kernel, stride, strict=True)]
 
     def window_sum(image: Tensor) -> Tensor:
@@ -433,7 +437,10 @@ def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry) -> Ten
     count = torch.tensor(float(math.prod(kernel)))
     if not geometry.count_include_pad:
         count = window_sum(functional.pad(torch.ones(codes.shape[-space:]), widths))
-    return _saturate((window_sum(values) / count) / y.scale + y.zero_point, y)
+    sums = window_sum(values)
+    if of_codes:
+        return _table(kernel_tables.average(sums.numpy(), count.numpy(), y.numbers), y)
+    return _saturate((sums / count) / y.scale + y.zero_point, y)
 
 
 def integer_clip(codes: Tensor, y: Grid) -> Tensor:

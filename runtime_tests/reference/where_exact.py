@@ -1,9 +1,9 @@
 """Derive from arithmetic on which processors a file computes the integers of its reference program.
 
-The reference computes as x86 CPUs with VNNI do. Another family of processors computes the same integers in every
-integer kernel if no sum of two products saturates there, and if no kernel whose steps it takes in another order gives
-another code. Both can be decided from the constants of the file, whatever the inputs are. Float operators round as
-their library does, so values after them may differ everywhere.
+The reference computes as x86 CPUs with VNNI do, for a lowered file in the arithmetic of its target. Another family of
+processors computes the same integers in every integer kernel if no sum of two products saturates there, and if no
+kernel whose steps it takes in another order gives another code. Both can be decided from the constants of the file,
+whatever the inputs are. Float operators round as their library does, so values after them may differ everywhere.
 
 Must not know: what ran where, reports.
 """
@@ -87,25 +87,25 @@ def with_proofs(entries: Sequence[Holds], proved: Mapping[str, str], refuted: Ma
 def _holds(family: Processor, plan: KernelPlan, saturation: Saturation, target: Target) -> Holds:
     if target.runtime != RUNTIME and target.runtime not in target.exact_on:
         return Holds(family.name, "unknown", f"the arithmetic of {target.runtime} is not known")
-    if found := _differs(family, plan, saturation):
+    if found := _differs(family, plan, saturation, target):
         return Holds(family.name, "differs", found)
     condition = "the reference has its arithmetic"
     if family.pair_sum is not None and saturation.checked:
         layers = counted(saturation.checked, "layer")
         condition = f"no pair of weights saturates in any of {layers}, and no tie rounds otherwise"
-    elif family.name != REFERENCE:
+    elif family.name not in (REFERENCE, target.arithmetic):
         condition = "no tie rounds otherwise"
     if family.name not in PROCESSORS:
         condition = f"{condition}; inputs next to ties may be quantized one step off"
     return Holds(family.name, "follows", condition if _is_all_integer(plan) else f"{condition}; {IN_FLOAT}")
 
 
-def _differs(family: Processor, plan: KernelPlan, saturation: Saturation) -> str:
+def _differs(family: Processor, plan: KernelPlan, saturation: Saturation, target: Target) -> str:
     """Return why a family computes other codes for some inputs, '' if it does not."""
     layers, reasons = saturation.layers, []
     if family.pair_sum is not None and layers:
         reasons.append(f"pairs of weights can saturate in {counted(len(layers), 'layer')}, first in {layers[0].name}")
-    if tied := ties_of(plan, (REFERENCE, family.name)):
+    if family.name != target.arithmetic and (tied := ties_of(plan, (REFERENCE, family.name))):
         first, kernels = tied[0], counted(len(tied), "kernel")
         reasons.append(
             f"ties round otherwise in {kernels}, first for {first.differing:,} of {first.total:,} sets of codes "

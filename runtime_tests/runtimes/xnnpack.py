@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from calibrators.errors import InputError, ModelError, first_line
 from runtime_tests.workers.install import Component, PipPackages
+from runtime_tests.workers.lowering import check_count, copied, unsigned
 from runtime_tests.workers.process import Worker, environment
 from runtime_tests.workers.runtime import Array, Artifact, Loaded, Runtime
 from runtime_tests.xnnpack import worker as script
@@ -47,8 +46,6 @@ KERNELS = {
 }
 """Operators that XNNPACK runs on codes, and the kernels of onnxruntime that compute the same."""
 
-SHIFT = np.uint8(128)
-
 _LOWERED: WeakKeyDictionary[fx.GraphModule, Worker] = WeakKeyDictionary()
 """Workers that lowered a program and may execute it: starting one takes 10 s."""
 
@@ -72,7 +69,7 @@ class _OnXnnPack:
         if artifact.lowered is None:
             _lowered(self.worker, artifact.program, (), DEPLOYED)
         else:
-            _copied(artifact.lowered, self.worker.folder / DEPLOYED)
+            copied(artifact.lowered, self.worker.folder / DEPLOYED)
         self._count = 2 * len(self.output_names) + len(probes)
         self.worker.ask({"load": [DEPLOYED, PROBED]})
 
@@ -80,11 +77,8 @@ class _OnXnnPack:
         """Return the outputs of the program as it is deployed, and the probes."""
         count = len(self.output_names)
         total = self.worker.run_batch(inputs)["outputs"]
-        if total != self._count:
-            raise ModelError(
-                f"{DEPLOYED} has another number of outputs than the model; get a fresh copy of the bundle."
-            )
-        found = [*map(_unsigned, self.worker.outputs(total))]
+        check_count(total, self._count, DEPLOYED)
+        found = [*map(unsigned, self.worker.outputs(total))]
         return found[:count], found[2 * count :]
 
     def executed(self) -> Mapping[str, int]:
@@ -116,14 +110,6 @@ class _XnnPack(Runtime):
 
     def open(self, artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
         return _OnXnnPack(artifact, probes)
-
-
-def _copied(path: Path, to: Path) -> None:
-    """Copy the file of a bundle; raise ModelError if it cannot be read."""
-    try:
-        shutil.copyfile(path, to)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; get a fresh copy of the bundle.") from error
 
 
 def _started() -> Worker:
@@ -164,11 +150,6 @@ def _lowered(worker: Worker, program: fx.GraphModule, sites: Sequence[str], name
         if operator in KERNELS:
             counts[KERNELS[operator]] += count
     return _Lowered(counts, tuple(found["outside"]))
-
-
-def _unsigned(values: Array) -> Array:
-    """Return int8 codes as the uint8 codes of the same values; other values as they are."""
-    return values.view(np.uint8) ^ SHIFT if values.dtype == np.int8 else values
 
 
 RUNTIME = _XnnPack(

@@ -48,7 +48,8 @@ def _saturating_pairs(case: Case) -> Hits:
 
 
 def _different_ties(case: Case) -> Hits:
-    processors = [FAMILIES[name] for name in case.target.exact_on]
+    alike = case.target.rounding_alike
+    processors = [FAMILIES[name] for name in alike]
     for node in nodes(*KERNEL_OF)(case.graphs):
         kernel = KERNEL_OF[node.op_type]
         operands = [operand(value) for value in inputs(node, KERNELS[kernel])]
@@ -60,7 +61,7 @@ def _different_ties(case: Case) -> Hits:
             if found.any():
                 yield (
                     where(node),
-                    f"{int(found.sum())} of {found.size} inputs lie on ties that {', '.join(case.target.exact_on)} do "
+                    f"{int(found.sum())} of {found.size} inputs lie on ties that {', '.join(alike)} do "
                     "not round alike; change the scale of its output by a few ulp",
                 )
 

@@ -34,6 +34,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "nxp-neutron": {"codes": "INT8", "zero": 7, "channels": False},
     "vitis-ai": {"codes": "INT8", "channels": False, "opset": 17},
     "xnnpack": {"zero": 7},
+    "tflite": {"zero": 7},
 }
 """The parts of a file that keeps every rule of a profile."""
 
@@ -196,6 +197,7 @@ def test_emitted_files_keep_every_rule_of_their_target(network: str, target: str
         ("tensorrt", {"activation-type", "activation-zero-point", "bias-not-float", "clip-of-codes", "shared-scale"}),
         ("ort-qnn", {"dynamic-shape", "clip-of-codes", "float-result"}),
         ("xnnpack", {"dynamic-shape", "float-result", "shared-scale"}),
+        ("tflite", {"dynamic-shape", "float-result", "shared-scale"}),
     ],
 )
 def test_files_of_another_target_do_not(target: str, rules: set[str]) -> None:

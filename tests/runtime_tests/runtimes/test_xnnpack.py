@@ -21,27 +21,14 @@ from exporter import export
 from exporter.frontend.reference import load_reference
 from exporter.verify import REFERENCE, verify
 from runtime_tests.runtimes import xnnpack
-from tests.support.architectures import construct
 from tests.support.elsewhere import available
-from tests.support.networks import NETWORKS, build, randomize
-from tests.support.published_nets import PUBLISHED
+from tests.support.networks import build
+from tests.support.stress import SIDE, Grids, grids_of, images_of, network_of
 
 pytestmark = pytest.mark.runtimes
 
 pairs = torch.ops.quantized_decomposed
 FAMILY = FAMILIES["xnnpack"]
-SIDE = 5
-"""Height and width of the images whose means are computed."""
-
-
-def network_of(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Return a network with random weights, and a batch of its inputs."""
-    if name in PUBLISHED:
-        return randomize(PUBLISHED[name]()), (torch.randn(2, 3, 32, 32),)
-    if name in NETWORKS:
-        model, x = build(name, batch=8)
-        return model, (x,)
-    return construct(name, 8)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +74,6 @@ def test_verify_executes_the_program_of_the_bundle(tmp_path: Path, monkeypatch: 
     assert "cannot be read" in verify(outs[0], on=["xnnpack"])["proved_on"][1]["refused"]
 
 
-Grids = tuple[CodeGrid, CodeGrid, CodeGrid]
-
-
 class Kernels(nn.Module):
     """A sum or product of all pairs of codes, or a mean, on several grids, each with inputs of its own."""
 
@@ -118,19 +102,6 @@ def quantized(x: Tensor, grid: CodeGrid) -> Tensor:
     return pairs.quantize_per_tensor.default(x, grid.scale, grid.zero_point, -128, 127, torch.int8)
 
 
-def grids_of(kernel: str) -> list[Grids]:
-    """Return grids with ratios of small integers, on which many results are ties, and others."""
-    rng = np.random.default_rng(0)
-    units = [*(rng.uniform(0.001, 0.01) * rng.integers(1, 8, 3) for _ in range(4)), *rng.uniform(0.005, 0.06, (4, 3))]
-    found = []
-    for x, z, y in units:
-        scales = x, z, x * z * 60 if kernel == "mul" else y
-        zeros = rng.integers(-128, 128, 3)
-        made = (CodeGrid(float(np.float32(s)), int(v), -128, 127, -128) for s, v in zip(scales, zeros, strict=True))
-        found.append(tuple(made))
-    return found  # type: ignore[return-value]
-
-
 def expected(kernel: str, grids: list[Grids], images: Tensor) -> list[Any]:
     if kernel == "mean":
         sums = images.sum((2, 3)).numpy().astype(np.float32)
@@ -143,11 +114,9 @@ def expected(kernel: str, grids: list[Grids], images: Tensor) -> list[Any]:
 @pytest.mark.parametrize("kernel", ["add", "mul", "mean"])
 def test_kernels_compute_the_formulas_of_the_family(kernel: str) -> None:
     available("xnnpack")
-    grids, generator = grids_of(kernel), torch.Generator().manual_seed(0)
+    grids, images = grids_of(kernel), torch.from_numpy(images_of())
     codes = torch.arange(-128, 128, dtype=torch.int8)
     every_pair = [x.expand(256, 256).reshape(1, 1, 256, 256).contiguous() for x in (codes[:, None], codes[None])]
-    images = torch.randint(-128, 128, (1, 4096, SIDE, SIDE), generator=generator)
-    images = (images * torch.rand(1, 4096, 1, 1, generator=generator)).to(torch.int8)
     once = [images] if kernel == "mean" else every_pair
     inputs = tuple(x.clone() for x in once * len(grids))  # inputs of one memory would become one input
     worker = xnnpack._started()

@@ -1,0 +1,111 @@
+"""LiteRT files: the reference kernels compute every code of the reference in their arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from calibrators.grid import kernel_tables
+from calibrators.grid.kernel_tables import CodeGrid
+from calibrators.grid.processors import FAMILIES
+from exporter import export
+from exporter.frontend.reference import load_reference
+from exporter.verify import REFERENCE, verify
+from runtime_tests.runtimes import tflite
+from runtime_tests.tflite.builder import Builder, Grid, Value
+from tests.support.elsewhere import available
+from tests.support.networks import build
+from tests.support.stress import SIDE, grids_of, images_of, network_of
+
+pytestmark = pytest.mark.runtimes
+
+FAMILY = FAMILIES["tflite"]
+Array = NDArray[Any]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        *("residual", "pooled", "mobilenetv3", "detector"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("shufflenet", "efficientnet", "mobilenetv2")),
+    ],
+)
+def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> None:
+    available("tflite")
+    torch.manual_seed(0)
+    model, inputs = network_of(network)
+    report = export(model, [inputs], target="tflite", method="minmax", latency_runs=0, out=tmp_path / "out")
+    assert report["verdict"] == "pass"
+    found = next(each for each in report["proved_on"] if each["runtime"] == "tflite")
+    assert found["kernel_values"] > 10_000 and found["kernel_mismatched"] == 0 and found["violations"] == 0
+    assert {(each["processor"], each["status"]) for each in report["holds"]} >= {("tflite", "proved")}
+    assert (tmp_path / "out" / "model.tflite").read_bytes()[4:8] == b"TFL3"
+
+
+def test_verify_executes_the_file_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    available("tflite")
+    model, x = build("mlp")
+    outs = tmp_path / "one", tmp_path / "other"
+    for out, scale in zip(outs, (1.0, 1.5), strict=True):
+        export(model, [x * scale], target="tflite", method="minmax", latency_runs=0, out=out)
+    program = load_reference(outs[0] / REFERENCE)
+    assert tflite.RUNTIME.lower(program, tmp_path / "again.tflite") == ()
+    assert (tmp_path / "again.tflite").read_bytes() == (outs[0] / "model.tflite").read_bytes()
+    first = verify(outs[0], on=["tflite"])
+    assert first["verdict"] == "pass" and [each["runtime"] for each in first["proved_on"]] == ["ort", "tflite"]
+    shutil.copyfile(outs[1] / "model.tflite", outs[0] / "model.tflite")
+    module = importlib.import_module("exporter.verify")
+    monkeypatch.setattr(module, "verify_manifest", lambda folder: None)  # which would name the file
+    assert verify(outs[0], on=["tflite"])["verdict"] == "fail"
+    (outs[0] / "model.tflite").unlink()
+    assert "cannot be read" in verify(outs[0], on=["tflite"])["proved_on"][1]["refused"]
+
+
+def run(builder: Builder, outputs: list[Value], inputs: list[Array]) -> list[Array]:
+    """Return what the reference kernels compute of int8 codes."""
+    builder.draft.outputs += [each.tensor for each in outputs]
+    worker = tflite._started()
+    builder.draft.save(worker.folder, "test")
+    worker.ask({"draft": "draft.json", "file": "model.tflite"})
+    worker.ask({"load": "model.tflite", "probes": []})
+    worker.run_batch(inputs)
+    return worker.outputs(len(outputs))
+
+
+def grid(x: CodeGrid) -> Grid:
+    return Grid(x.scale, x.zero_point)
+
+
+@pytest.mark.parametrize("kernel", ["add", "mul", "mean"])
+def test_kernels_compute_the_formulas_of_the_family(kernel: str) -> None:
+    available("tflite")
+    grids, images = grids_of(kernel), images_of()
+    codes = np.arange(-128, 128, dtype=np.int8)
+    every_pair = [np.broadcast_to(x, (256, 256)).copy() for x in (codes[:, None], codes[None])]
+    outputs, expected, inputs, builder = [], [], [], Builder()
+    for a, b, y in grids:
+        if kernel == "mean":
+            held = builder.input("x", images.shape, "int8", grid(a).parameters)
+            axes = builder.plain("axes", [1, 2])
+            options = ("ReducerOptions", {"keepDims": True})
+            outputs.append(builder.call("MEAN", [held, axes], (*images.shape[:2], 1, 1), grid(y), options))
+            inputs.append(images.transpose(0, 2, 3, 1))
+            counted = CodeGrid(a.scale, a.zero_point, -128, 127, -128, SIDE * SIDE)
+            sums = images.sum((2, 3), dtype=np.int32)
+            expected.append(kernel_tables.mean(sums, counted, y, FAMILY.mean))
+            continue
+        held, other = (builder.input("x", (256, 256), "int8", grid(x).parameters) for x in (a, b))
+        kind = {"add": "AddOptions", "mul": "MulOptions"}[kernel]
+        outputs.append(builder.call(kernel.upper(), [held, other], (256, 256), grid(y), (kind, {})))
+        inputs += every_pair
+        function, arithmetic = getattr(kernel_tables, kernel), getattr(FAMILY, kernel)
+        expected.append(function(codes[:, None].astype(np.float32), codes.astype(np.float32), a, b, y, arithmetic))
+    for index, (found, wanted) in enumerate(zip(run(builder, outputs, inputs), expected, strict=True)):
+        assert int((found.reshape(wanted.shape) != wanted).sum()) == 0, index

@@ -1,0 +1,1 @@
+"""Tests of runtime_tests.tflite."""
