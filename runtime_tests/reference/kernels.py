@@ -276,7 +276,9 @@ def _requantize(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, y: Grid,
     return _shifted(as_codes(steps.clamp_(y.qmin - y.zero_point, y.qmax - y.zero_point), y.dtype), y.zero_point)
 
 
-def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry, arithmetic: str) -> Tensor:
+def conv(
+    codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeometry, arithmetic: str = "float32"
+) -> Tensor:
     """Compute QLinearConv.
 
     codes:   [batch, channels, *space], one to three dimensions of space.
@@ -299,7 +301,7 @@ def conv(codes: Tensor, x: Grid, weights: Weights, y: Grid, geometry: ConvGeomet
     return _requantize(accumulators, x.scale, weights.scale.reshape(shape), y, arithmetic)
 
 
-def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None, arithmetic: str) -> Tensor:
+def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None, arithmetic: str = "float32") -> Tensor:
     """Compute QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
 
     codes:   [..., in].
@@ -330,7 +332,7 @@ def matmul(a_codes: Tensor, b_codes: Tensor, a: Grid, b: Grid, y: Grid | None) -
         accumulators = sums.to(torch.float32)
     if y is None:
         return accumulators.mul_(a.scale * b.scale)
-    return _requantize(accumulators, a.scale, b.scale, y, PROCESSORS[REFERENCE].conv)
+    return _requantize(accumulators, a.scale, b.scale, y, "float32")
 
 
 def _saturate(values: Tensor, y: Grid) -> Tensor:
@@ -408,14 +410,14 @@ def softmax(codes: Tensor, x: Grid, y: Grid, dim: int) -> Tensor:
     return _table(y.numbers.saturated(quotients), y).movedim(-1, dim)
 
 
-def global_average_pool(codes: Tensor, x: Grid, y: Grid, arithmetic: str) -> Tensor:
+def global_average_pool(codes: Tensor, x: Grid, y: Grid, arithmetic: str = "rounded") -> Tensor:
     """Compute QLinearGlobalAveragePool: codes [batch, channels, *space] -> [batch, channels, 1...]; Processor.mean."""
     sums = codes.sum(tuple(range(2, codes.ndim)), keepdim=True, dtype=torch.int32)
     counted = replace(x.numbers, count=codes[0, 0].numel())
     return _table(kernel_tables.mean(sums.numpy(), counted, y.numbers, arithmetic), y)
 
 
-def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry, arithmetic: str) -> Tensor:
+def average_pool(codes: Tensor, x: Grid, y: Grid, geometry: PoolGeometry, arithmetic: str = "values") -> Tensor:
     """Compute QLinearAveragePool without ceil_mode: codes [batch, channels, *space] -> codes.
 
     arithmetic: of Processor.average; "codes" writes them on the grid of the input.

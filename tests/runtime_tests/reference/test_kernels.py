@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,8 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from calibrators.grid import kernel_tables
+from calibrators.grid.processors import PROCESSORS, REFERENCE
 from runtime_tests.ort.sessions import session
 from runtime_tests.reference.kernels import (
     EXACT_FLOAT32,
@@ -29,7 +32,6 @@ from runtime_tests.reference.kernels import (
     Grid,
     PoolGeometry,
     Weights,
-    add_table,
     adds_swapped,
     average_pool,
     conv,
@@ -40,7 +42,7 @@ from runtime_tests.reference.kernels import (
     lookup,
     lookup_pair,
     matmul,
-    mul_table,
+    pair_table,
     prepare_weights,
     quantize_bias,
     sigmoid,
@@ -378,6 +380,9 @@ def test_float_bias_is_rounded_as_the_runtime_does() -> None:
 
 
 # --- element by element: every pair of codes -------------------------------------------------------------------------
+
+add_table = partial(pair_table, kernel_tables.add, arithmetic=PROCESSORS[REFERENCE].add)
+mul_table = partial(pair_table, kernel_tables.mul, arithmetic=PROCESSORS[REFERENCE].mul)
 
 A_CODES = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 256).contiguous()
 B_CODES = A_CODES.T.contiguous()
