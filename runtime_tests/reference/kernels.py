@@ -281,8 +281,7 @@ def conv(
 ) -> Tensor:
     """Compute QLinearConv.
 
-    codes:   [batch, channels, *space], one to three dimensions of space.
-    arithmetic: of Processor.conv.
+    codes:   [batch, channels, *space], one to three dimensions of space; arithmetic: of Processor.conv.
     returns: codes [batch, out, *space].
     """
     centred = x.centred(codes)
@@ -304,8 +303,7 @@ def conv(
 def linear(codes: Tensor, x: Grid, weights: Weights, y: Grid | None, arithmetic: str = "float32") -> Tensor:
     """Compute QGemm, or without a bias QLinearMatMul and, if y is None, MatMulIntegerToFloat.
 
-    codes:   [..., in].
-    arithmetic: of Processor.linear.
+    codes:   [..., in]; arithmetic: of Processor.linear.
     returns: codes [..., out], or float32 if y is None.
     """
     centred = x.centred(codes)
