@@ -113,7 +113,7 @@ def dry_run(
             bits=Bits(order.config.weight_bits, order.config.activation_bits),
             fold=trial.placement.graph.meta["fold"],
             coverage=coverage(work.model, sample=feed(result.program, result.program.meta["example"])),
-            size=size_of(work.folder / "model.onnx", work.float_path),
+            size=size_of(work.folder / "model.onnx", work.float_path, work.lowered),
             samples=samples,
             time_s=Times(**work.steps.times | _estimated(order.config, samples, once)),
             memory=_memory(order.config, trial, samples[0]),

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from calibrators.allocator import keep_freed_memory
 from calibrators.calibration import advice
-from calibrators.errors import counted
+from calibrators.errors import ExportError, ModelError, counted
 from calibrators.execution.measure import Batch
 from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.ladder_record import CostlyLayers
@@ -269,9 +269,16 @@ class Work:
         return graph, result, golden, simplifier
 
     def _lower(self, program: fx.GraphModule, path: Path) -> None:
-        """Write the file that the target's runtime executes, and note what it runs elsewhere."""
+        """Write the file that the target's runtime executes, and note what it runs elsewhere.
+
+        raises: ExportError if the program has no such form.
+        """
         runtime = get_runtime(self.target.proved_in)
-        if outside := runtime.lower(program, path):
+        try:
+            outside = runtime.lower(program, path)
+        except ModelError as error:
+            raise ExportError(f"{path.name} for target {self.target.name!r} cannot be made: {error}") from error
+        if outside:
             self.warnings.append(
                 f"{counted(len(outside), 'operator')} of {path.name} run outside {runtime.name}'s integer kernels: "
                 f"{', '.join(dict.fromkeys(outside))}"
@@ -378,7 +385,7 @@ class Work:
         with self.steps.shown("validate", "measure"):
             parts = machine_parts(proof, program.meta["example"], config.threads)
             timings, batch = self._timings(program, proof)
-            size = size_of(self.folder / "model.onnx", self.float_path)
+            size = size_of(self.folder / "model.onnx", self.float_path, self.lowered)
         return Report(
             schema=SCHEMA_VERSION,
             verdict="fail",

@@ -185,7 +185,7 @@ class Target:
         if self.proof == "exact":
             everywhere = {*self.exact_on} == {*PROCESSORS}
             return f"exact on {'every processor' if everywhere else ', '.join(self.exact_on)}"
-        return f"one step a kernel in {self.proved_in}" if self.proof == "steps" else "not proved on the device"
+        return f"at most one step off in {self.proved_in}" if self.proof == "steps" else "not proved on the device"
 
     @property
     def pair_sum(self) -> int | None:

@@ -11,7 +11,10 @@ from calibrators.errors import counted
 from exporter.reporting.number_format import compared, percent, significant
 from runtime_tests.measure.latency import LONGEST_S, Latency
 
-__all__ = ["is_slower", "latency_text", "speed"]
+__all__ = ["TIMED_IN", "is_slower", "latency_text", "speed"]
+
+TIMED_IN: Final = "onnxruntime"
+"""Runtime whose times a report holds, whatever the target: figures of other runtimes cannot be had from them."""
 
 NOISE: Final = 0.05
 """Share by which latencies may differ before one of them is called slower."""

@@ -18,21 +18,24 @@ __all__ = ["Size", "size_of"]
 class Size:
     """Bytes of the float and of the quantized model, each the .onnx file and its external data.
 
-    by_type: bytes of the quantized model's initializers by ONNX type name, 4- and 2-bit types counted packed; largest
-             first.
+    by_type:       bytes of the quantized model's initializers by ONNX type name, 4- and 2-bit types counted packed;
+                   largest first.
+    lowered_bytes: of the file that the target's runtime executes, None where it executes the .onnx file.
     """
 
     float_bytes: int
     bytes: int
     by_type: dict[str, int]
+    lowered_bytes: int | None = None
 
 
-def size_of(path: str | Path, float_path: str | Path) -> Size:
-    """Measure the model at `path` and its float original, without reading external weights."""
+def size_of(path: str | Path, float_path: str | Path, lowered: Path | None = None) -> Size:
+    """Measure the model at `path`, its float original and its lowered form, without reading external weights."""
     counts: Counter[str] = Counter()
     for tensor in _tensors(path):
         counts[tensor.dtype.name] += tensor.nbytes
-    return Size(_bytes(float_path), _bytes(path), dict(counts.most_common()))
+    lowered_bytes = None if lowered is None else lowered.stat().st_size
+    return Size(_bytes(float_path), _bytes(path), dict(counts.most_common()), lowered_bytes)
 
 
 def _tensors(path: str | Path) -> list[ir.TensorProtocol]:

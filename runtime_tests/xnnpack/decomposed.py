@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -193,18 +192,18 @@ class _Writer:
         )
 
     def _item(self, node: fx.Node) -> Any:
-        """Return a part of a list: a slice of what was cut, if it is cut into ranges."""
+        """Return one of several results; a part of what was cut is a slice of it."""
         whole, index = node.args
         assert isinstance(whole, fx.Node) and isinstance(index, int)
-        if whole.target not in LISTS or whole.target is aten.unbind.int:
-            raise ModelError(f"{node.name} has no form in ExecuTorch here; keep it out of the model.")
-        bound = bind(whole)
-        source, axis = _source(whole), bound["dim"]
-        sizes = [shape[axis] for shape in (tuple(part.shape) for part in whole.meta["tensor_meta"])]
-        start = sum(sizes[:index])
-        cut = partial(self._call, aten.slice.Tensor)
-        value = self.values[source]
-        part = cut(self._floats(value), axis, start, start + sizes[index])
+        if whole.target not in LISTS:
+            return self._call(operator.getitem, self.values[whole], index)
+        axis, value = bind(whole)["dim"], self.values[_source(whole)]
+        if whole.target is aten.unbind.int:
+            part = self._call(aten.select.int, self._floats(value), axis, index)
+        else:
+            sizes = [shape[axis] for shape in (tuple(part.shape) for part in whole.meta["tensor_meta"])]
+            start = sum(sizes[:index])
+            part = self._call(aten.slice.Tensor, self._floats(value), axis, start, start + sizes[index])
         return self._again(part, value) if isinstance(value, _Coded) else part
 
     def _moved(self, node: fx.Node, coded: _Coded) -> _Coded:

@@ -162,3 +162,14 @@ def test_bytes_of_a_camera_have_the_size_of_the_data_where_that_of_the_input_is_
     port = replace(report.model.inputs[0], shape=("batch", "height", "width", 3), pixels=pixels)
     page = render_readme(replace(report, model=replace(report.model, inputs=(port,), images=images)))
     assert ("np.fromfile" in page) == bool(shown) and shown in page
+
+
+def test_the_page_of_a_fixed_batch_and_of_a_lowered_file() -> None:
+    report = sample_report(3)
+    report["model"] |= {"dynamic_batch": False}
+    report["data"]["golden"] = {"source": "a.npz", "samples": 1, "sha256": "0"}
+    page = render_readme(validate_report(report))
+    assert "that of the batch, is fixed" in page and "`batch` may" not in page
+    assert "The golden inputs are 1 sample: a.npz." in page and page.count("A quantized ONNX model") == 1
+    page = render_readme(validate_report(report | {"target": "xnnpack"}))
+    assert "`model.pte` is what its runtime executes" in page and "A quantized ONNX model" not in page

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from exporter.reporting.cautions import cautions
+from exporter.reporting.html import render_html
 from exporter.reporting.schema import validate_report
-from exporter.reporting.terminal import verdict_panel
+from exporter.reporting.terminal import summary_rows, verdict_panel
 from tests.exporter.reporting.sample_report import sample_report
 
 
@@ -34,6 +35,19 @@ def test_a_slower_file_names_what_takes_its_time() -> None:
     assert text.endswith("quantizers take 40 % of its time")
     [text] = found(latency_ms=slower, time_shares={"integer": 0.7, "quantizers": 0.2})
     assert text.endswith("its integer kernels alone, 70 % of its time, take longer than the float model")
+
+
+def test_times_of_onnxruntime_are_not_those_of_another_runtime() -> None:
+    report = sample_report(3) | {"target": "xnnpack"}
+    report["latency_ms"] |= {"float": 3.0, "quantized": 4.5, "ratio": 1.5, "ratio_interval": [1.45, 1.52]}
+    report["size"] |= {"lowered_bytes": 1234}
+    checked = validate_report(report)
+    assert not [text for text in cautions(checked) if "slower" in text]
+    rows = dict(summary_rows(checked))
+    assert rows["latency"].endswith("; onnxruntime, not xnnpack") and rows["integer time"].endswith("not xnnpack")
+    assert rows["size"].endswith("; model.pte 1.23 kB")
+    page = render_html(checked)
+    assert "of model.onnx in onnxruntime, not of xnnpack" in page and "model.pte 1.23 kB" in page
 
 
 def test_a_difference_within_the_noise_is_none() -> None:

@@ -28,7 +28,7 @@ CHANCE = 2e-3
 
 
 class Forms(nn.Module):
-    """Paddings, a split, a clip of codes, a concatenation, moves before a quantizer, a reduction that stays float."""
+    """Paddings, splits, a clip of codes, a concatenation, moves before a quantizer, a sort and a maximum in float."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +39,7 @@ class Forms(nn.Module):
         x = nn.functional.relu6(self.a(x))
         left, right = self.b(nn.functional.pad(x, (1, 1, 1, 1))).chunk(2, 1)
         x = x + self.c(torch.cat([right, left], 1)).clamp(-0.2, 0.3)
+        x = torch.stack(x.unbind(2)[::2], 2).sort(3)[0]
         found: Tensor = self.head(nn.functional.max_pool2d(x, 2).amax((2, 3)))
         return found
 
