@@ -124,7 +124,7 @@ def _replay(steps: Sequence[Step]) -> None:
             if argument.alias_info is None:  # neither a view nor changed in place
                 for memory, values in zip(tree_leaves(old), tree_leaves(new), strict=True):
                     if isinstance(memory, Tensor):
-                        memory.copy_(values)
+                        memory.copy_(values.reshape(memory.shape))  # matmul squeezes its result in place
 
 
 def _listed(result: Any) -> Sequence[Any]:
