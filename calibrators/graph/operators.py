@@ -19,6 +19,7 @@ __all__ = [
     "HOMOGENEOUS",
     "LISTS",
     "MOVES",
+    "NORMS",
     "ON_FLOATS",
     "PADDED_BY_NAME",
     "PADS",
@@ -41,8 +42,8 @@ class Operator:
     """The properties of one operator that hold on every runtime.
 
     kind:        "convolution", "transposed" (convolution) and "linear" carry a weight; "pool" averages windows; "sum",
-                 "product" and "quotient" combine two operands; "pad" adds values at the borders; "dropout" returns its
-                 input outside training.
+                 "product" and "quotient" combine two operands; "pad" adds values at the borders; "norm" divides by
+                 the size of its input; "dropout" returns its input outside training.
     spatial:     spatial dimensions of a convolution or pool.
     by_name:     its padding is "same" or "valid".
     reversed:    it subtracts the first operand from the second.
@@ -108,6 +109,8 @@ OPERATORS: dict[str, Operator] = {
     **_rows("rsub.Tensor rsub.Scalar", kind="sum", reversed=True),
     **_rows("mul.Tensor mul.Scalar", kind="product"),
     **_rows("div.Tensor div.Scalar", kind="quotient"),
+    # divide by the size of their input
+    **_rows("layer_norm.default rms_norm.default", kind="norm"),
     # act in training alone
     **_rows("dropout.default feature_dropout.default", kind="dropout"),
     **_rows("alpha_dropout.default feature_alpha_dropout.default", kind="dropout"),
@@ -175,6 +178,7 @@ REVERSED = _where(lambda row: row.reversed)
 PRODUCTS = _where(lambda row: row.kind == "product")
 QUOTIENTS = _where(lambda row: row.kind == "quotient")
 MOVES = _where(lambda row: row.onnx)
+NORMS = _where(lambda row: row.kind == "norm")
 LISTS = _where(lambda row: row.is_list)
 HOMOGENEOUS = _where(lambda row: row.homogeneous)
 ON_FLOATS = _where(lambda row: not row.on_integers)

@@ -25,6 +25,7 @@ from calibrators.program.freeze import CalibrationResult, widen
 from calibrators.reconstruction.hessian_rounding import Rounder
 from calibrators.reconstruction.moments import Im2col, Moments, half_of
 from calibrators.reconstruction.output_target import toward_float
+from calibrators.reconstruction.position_weights import norm_after, position_weights
 from calibrators.record import ReconstructedUnit, Reconstruction
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def round_layers(problem: Problem, method: GPTQ) -> CalibrationResult:
     return replace(result, observed=problem.statistics, record=record)
 
 
-Reading = tuple[str, Im2col]
-"""The key of moments: a value, by fx name, and the way layers cut it into columns."""
+Reading = tuple[str, Im2col, str]
+"""The key of moments: a value, by fx name, the way layers cut it into columns, and the norm that weighs positions."""
 
 
 class _Run(NamedTuple):
@@ -91,6 +92,7 @@ class _Layers:
     """The layers in order of execution.
 
     floats:  caches of the float values that the current and later blocks read, by fx name; none where not needed.
+    norms:   the norm after a layer, within its block, that says how much each position counts.
     moments: those that later layers share; units: the record of every layer; notes: for the user.
     """
 
@@ -103,6 +105,7 @@ class _Layers:
         self.units: list[ReconstructedUnit] = []
         self.notes: list[str] = []
         self.moments: dict[Reading, Moments] = {}
+        self.norms = self._norms() if self.with_floats else {}
         self.sites: dict[str, str] = {}  # weight site -> the first layer that reads it
         for name in (name for block in network.blocks for name in block.weighted):
             if self._is_feasible(name):
@@ -130,9 +133,14 @@ class _Layers:
     def _note(self, layer: str, reason: str) -> None:
         self.notes.append(f"{layer_name(self._node(layer))}: rounded to nearest, because {reason}")
 
+    def _norms(self) -> dict[str, fx.Node]:
+        layers = ((block, name) for block in self.network.blocks for name in block.weighted)
+        norms = ((block, name, norm_after(self._node(name))) for block, name in layers)
+        return {name: norm for block, name, norm in norms if norm is not None and norm.name in block.nodes}
+
     def _reading(self, layer: str) -> Reading:
         node = self._node(layer)
-        return bind(node)["input"].name, Im2col.of(node)
+        return bind(node)["input"].name, Im2col.of(node), self.norms[layer].name if layer in self.norms else ""
 
     def round(self, index: int) -> None:
         """Round the weights of a block, each with those before it already rounded, and advance past the block."""
@@ -229,7 +237,7 @@ class _Layers:
             self.network.device,
             with_error=self.with_floats,
             weights=weights,
-            grid=self._grid(layer),
+            grid=None if layer in self.norms else self._grid(layer),
         )
         problem, generator = self.network.problem, self.network.problem.generator(layer)
         inputs = self._inputs(simulation, layer) if self.network.part else iter(())
@@ -274,14 +282,22 @@ class _Layers:
         return min(self.method.positions, max(LEAST, PER_COLUMN * fan_in(node))) / positions
 
     def _inputs(self, simulation: Simulation, layer: str) -> Iterator[list[Tensor]]:
-        """Yield the layer's input pass by pass: in the quantized network, and in the float one if it runs."""
-        block = simulation.block
+        """Yield the layer's input pass by pass: in the quantized network, and in the float one if it runs.
+
+        Where a norm follows, each position is scaled as the norm scales it.
+        """
+        block, norm = simulation.block, self.norms.get(layer)
         parts: list[tuple[fx.GraphModule, tuple[Cache, ...]]] = [
             (simulation.reading(layer), self.network.inputs_of(block))
         ]
         if self.with_floats:
             caches = tuple(self.floats[name] for name in block.inputs)
-            parts.append((self._float_part(block, (bind(self._node(layer))["input"].name,)), caches))
+            read = [bind(node)["input"].name for node in (self._node(layer), norm) if node is not None]
+            parts.append((self._float_part(block, tuple(read)), caches))
         for chunks in zip(*(self.network.chunks(caches) for _, caches in parts), strict=True):
-            values = [part(*chunk) for (part, _), chunk in zip(parts, chunks, strict=True)]
-            yield [x if isinstance(x, Tensor) else x[0] for x in values]
+            made = [part(*chunk) for (part, _), chunk in zip(parts, chunks, strict=True)]
+            values = [x if isinstance(x, Tensor) else x[0] for x in made]
+            if norm is not None:
+                sizes = position_weights(norm, made[-1][-1]).view(*values[0].shape[:-1], 1)
+                values = [x * sizes for x in values]
+            yield values

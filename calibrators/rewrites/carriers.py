@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.graph.aten import bind, constant, is_constant, layer_name, operator_name, shape_of
-from calibrators.graph.operators import LISTS, MOVES, Operators, facts
+from calibrators.graph.operators import LISTS, MOVES, NORMS, Operators, facts
 from calibrators.graph.walk import call
 
 __all__ = ["REORDERS", "Carrier", "Value", "find_values"]
@@ -36,7 +36,6 @@ KEEPS = REORDERS | {"mean.dim"}
 """Operators with one operand that pass a constant unchanged; where they mix channels, that is observed."""
 
 ATTENDS = Operators("matmul.default", "bmm.default")
-NORMS = Operators("layer_norm.default", "rms_norm.default")
 ROUNDING = 1e-9
 """Tolerance for the rounding of averages of equal channel numbers."""
 
