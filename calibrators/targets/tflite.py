@@ -29,8 +29,8 @@ TARGET = replace(
     lowered_file="model.tflite",
     arithmetic="tflite",
     bias=ort_cpu.TARGET.bias,
-    weighted_to_codes=xnnpack.TARGET.weighted_to_codes - {"conv1d.default"},
     integer_ops=xnnpack.TARGET.integer_ops - {"avg_pool3d.default"} | {"avg_pool2d.default"},
     fused_ops=xnnpack.TARGET.fused_ops - {"avg_pool2d.default"},
+    same_scale_ops=xnnpack.TARGET.same_scale_ops | {"upsample_nearest2d.vec", "amax.default", "pixel_shuffle.default"},
     joined_ops=xnnpack.TARGET.joined_ops | {"avg_pool2d.default"},
 )

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from numpy.typing import NDArray
+from torch import Tensor, fx
 
 from calibrators.errors import ModelError
 from calibrators.graph.aten import bind, constant, is_constant, outputs_of, shape_of
@@ -24,8 +25,10 @@ from calibrators.targets import tflite
 from runtime_tests.reference.kernel_plan import KernelPlan, plan, site_of
 from runtime_tests.reference.kernel_rules import source
 from runtime_tests.tflite.builder import FIRST, Builder, Grid, Value
+from runtime_tests.tflite.call import Call
 from runtime_tests.tflite.draft import Draft
-from runtime_tests.tflite.operators import Call, computed, cut, moved, shifted
+from runtime_tests.tflite.moves import cut, moved, moves
+from runtime_tests.tflite.operators import computed
 
 __all__ = ["Lowered", "lowered"]
 
@@ -116,10 +119,8 @@ class _Writer:
             return self._item(node)
         if self._is_codes(node):
             return self._on_codes(node)
-        if node.target in MOVES:
-            made = moved(self._call(node, None), self._read(source(node)))
-            if made is not None:
-                return made
+        if moves(node):
+            return self._moved(node, self._read(source(node)))
         self.outside.append(node.name)
         return computed(self._call(node, None))
 
@@ -181,11 +182,7 @@ class _Writer:
         return self._moved(node, value)
 
     def _moved(self, node: fx.Node, value: Value) -> Value:
-        call = self._call(node, value.grid)
-        made = moved(call, value)
-        if made is None:
-            raise call.refused(node.name)
-        return made
+        return moved(self._call(node, value.grid), value)
 
     # --- details --------------------------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ class _Writer:
         """Return a value, or a constant of floats or codes."""
         if self.values.get(node) is None:
             if node.target is DEQUANTIZE:
-                data = shifted(constant(self.program, bind(node)["codes"]))
+                data = _shifted(constant(self.program, bind(node)["codes"]))
                 self.values[node] = self.builder.codes(node.name, data, self._grid_read(node))
             elif is_constant(node):
                 self.values[node] = self.builder.constant(str(node.target), constant(self.program, node).numpy())
@@ -228,3 +225,8 @@ class _Writer:
             )
         shift = FIRST if zero.dtype == torch.uint8 else 0
         return Grid(float(constant(self.program, bound["scale"])), int(zero) + shift, low + shift, high + shift)
+
+
+def _shifted(codes: Tensor) -> NDArray[Any]:
+    """Return 8-bit codes as int8 codes of the same values."""
+    return codes.numpy() if codes.dtype == torch.int8 else (codes.to(torch.int16) + FIRST).to(torch.int8).numpy()

@@ -1,6 +1,6 @@
-"""Which operators of LiteRT compute an operator of a program: on int8 codes or on floats, in the same form.
+"""Operators that compute, as operators of LiteRT: on int8 codes or on floats, in the same form.
 
-An operator that is not in the tables has no form in a LiteRT file here, and is refused.
+An operator that is neither here nor in `moves` has no form in a LiteRT file, and is refused.
 
 Must not know: which operators run on codes.
 """
@@ -8,70 +8,25 @@ Must not know: which operators run on codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import fx
 
-from calibrators.errors import ModelError, argument
-from calibrators.graph.aten import bind, constant, is_constant, operator_name, shape_of
+from calibrators.graph.aten import bind, constant, is_constant, operator_name
 from calibrators.graph.canonical import clip_bounds
 from calibrators.program.qdq_program import DEQUANTIZE, dequantized
-from runtime_tests.tflite.builder import FIRST, Builder, Grid, Value, order_of
+from runtime_tests.tflite.builder import Value
+from runtime_tests.tflite.call import Call, Window, pool, reduced, resized
 
-__all__ = ["Call", "computed", "cut", "moved", "shifted"]
+__all__ = ["computed"]
 
 aten = torch.ops.aten
 Array = NDArray[Any]
 
-SAME, VALID = 0, 1
-"""Paddings of LiteRT, in which SAME adds one more at the end than at the beginning where it adds an odd number."""
-LOWEST = float(np.finfo(np.float32).min)
 RELU6 = 6.0
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of an operator of the program.
-
-    read: returns the value of an operand: codes where the call runs on codes, else floats.
-    grid: of the result; None where the call runs on floats.
-    """
-
-    builder: Builder
-    program: fx.GraphModule
-    node: fx.Node
-    read: Callable[[fx.Node], Value]
-    grid: Grid | None
-
-    @property
-    def bound(self) -> dict[str, Any]:
-        return bind(self.node)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(map(int, shape_of(self.node)))
-
-    def operand(self, name: str) -> Value:
-        """Return an operand, with as many axes as the result has."""
-        given = self.bound[name]
-        if not isinstance(given, fx.Node):
-            return self.builder.constant(name, np.asarray(given, np.float32), len(self.shape))
-        return self.builder.widened(self.read(given), len(self.shape))
-
-    def made(self, op: str, inputs: Sequence[Value | int], kind: str, **options: Any) -> Value:
-        """Add the operator that gives the result."""
-        full = None if self.grid is None else self.grid.full
-        return self.builder.call(op, inputs, self.shape, full, (kind, options))
-
-    def refused(self, why: str) -> ModelError:
-        return ModelError(
-            f"{self.node.name}: {why} has no form in a LiteRT file here; export for another target "
-            f"({argument('target', 'ort-cpu')})."
-        )
 
 
 def computed(call: Call) -> Value:
@@ -125,10 +80,17 @@ def _per_axis(scales: Array, axis: int) -> dict[str, Any]:
 
 
 def _conv(call: Call) -> Value:
+    """Add a convolution; one over sequences is one over images of one row."""
     weight, scales, bias = _weights(call)
     x, groups, bound = call.read(call.bound["input"]), call.bound["groups"], call.bound
-    window = _Window(weight.shape[2:], bound["stride"], bound["padding"], bound["dilation"])
-    x, padding = window.applied(call, x)
+    shape, moves = call.shape, [bound[name] for name in ("stride", "padding", "dilation")]
+    if weight.ndim == 3:
+        x, shape, weight = (call.builder.reshaped(x, _row(x.shape)), _row(shape), weight[:, :, None])
+        moves = [
+            each if isinstance(each, str) else [first, *each] for each, first in zip(moves, (1, 0, 1), strict=True)
+        ]
+    window = Window(weight.shape[2:], *moves)
+    x, padding = window.applied(call.builder, x, shape)
     options = {
         "padding": padding,
         **dict(zip(("strideH", "strideW"), window.stride, strict=True)),
@@ -140,7 +102,13 @@ def _conv(call: Call) -> Value:
     else:
         op, kind, order, axis = "CONV_2D", "Conv2DOptions", (0, 2, 3, 1), 0
     held = call.builder.plain("weight", weight.transpose(order), weight.dtype, _grid_of(scales, axis))
-    return call.made(op, [x, held, *bias], kind, **options)
+    made = call.builder.call(op, [x, held, *bias], shape, call.full, (kind, options))
+    return made if shape == call.shape else call.builder.reshaped(made, call.shape)
+
+
+def _row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an image of one row that holds sequences."""
+    return (*shape[:2], 1, *shape[2:])
 
 
 def _grid_of(scales: Array | None, axis: int) -> dict[str, Any] | None:
@@ -151,101 +119,54 @@ def _linear(call: Call) -> Value:
     weight, scales, bias = _weights(call)
     x = call.read(call.bound["input"])
     held = call.builder.plain("weight", weight, weight.dtype, _grid_of(scales, 0))
-    full = None if call.grid is None else call.grid.full
     inputs = [call.builder.in_order(x), held, *bias]
-    options = ("FullyConnectedOptions", {"keepNumDims": True})
-    return call.builder.held(call.builder.raw("FULLY_CONNECTED", inputs, call.shape, full, options), call.shape, full)
+    return call.in_order("FULLY_CONNECTED", inputs, ("FullyConnectedOptions", {"keepNumDims": True}))
 
 
-@dataclass(frozen=True)
-class _Window:
-    """The moves of a window over images, two numbers each; padding may be "valid"."""
-
-    kernel: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int] | str
-    dilation: Sequence[int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        padding = [0, 0] if self.padding == "valid" else self.padding
-        for name, sizes in (("padding", padding), ("stride", self.stride), ("dilation", self.dilation)):
-            object.__setattr__(self, name, [*sizes] * (1 if len(sizes) == 2 else 2))
-
-    def is_same(self, call: Call, x: Value) -> bool:
-        """Return whether LiteRT's SAME pads alike."""
-        for axis in range(2):
-            size, step = x.shape[2 + axis], self.stride[axis]
-            reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
-            total = max((call.shape[2 + axis] - 1) * step + reach - size, 0)
-            if call.shape[2 + axis] != -(-size // step) or total != 2 * int(self.padding[axis]):
-                return False
-        return True
-
-    def applied(self, call: Call, x: Value, fill: float | None = None) -> tuple[Value, int]:
-        """Return the input, padded if no padding of LiteRT does it, and the padding that remains.
-
-        fill: code or float with which it is padded; None: 0.
-        """
-        if not any(self.padding):
-            return x, VALID
-        if fill is None and self.is_same(call, x):
-            return x, SAME
-        widths = [(0, 0), (0, 0), *((int(n), int(n)) for n in self.padding)]
-        return _padded(call.builder, x, widths, fill), VALID
-
-
-def _padded(builder: Builder, x: Value, widths: Sequence[tuple[int, int]], fill: float | None) -> Value:
-    """Pad a value; fill: code or float, None for 0."""
-    shape = tuple(size + sum(width) for size, width in zip(x.shape, widths, strict=True))
-    amounts = builder.plain("paddings", [widths[axis] for axis in order_of(len(shape))])
-    if fill is None:
-        return builder.call("PAD", [x, amounts], shape, x.grid, ("PadOptions", {}))
-    dtype, parameters = (np.float32, None) if x.grid is None else (np.int8, x.grid.parameters)
-    return builder.call(
-        "PADV2", [x, amounts, builder.plain("fill", [fill], dtype, parameters)], shape, x.grid, ("PadV2Options", {})
-    )
+def _matmul(call: Call) -> Value:
+    operands = [call.read(x) for x in call.node.all_input_nodes]
+    if len(operands) != 2 or min(len(x.shape) for x in operands) < 2:
+        raise call.refused("a product with a vector or with itself")
+    return call.in_order("BATCH_MATMUL", [*map(call.builder.in_order, operands)], ("BatchMatMulOptions", {}))
 
 
 # --- pools, means -----------------------------------------------------------------------------------------------------
 
 
-def _pool(call: Call, op: str, x: Value, fill: float | None, *, inside: bool = False) -> Value:
-    """Add a pool; inside: whether the mean leaves out what is padded."""
-    bound = call.bound
-    kernel = [*bound["kernel_size"]] * (1 if len(bound["kernel_size"]) == 2 else 2)
-    window = _Window(kernel, bound["stride"] or kernel, bound["padding"], bound.get("dilation") or (1, 1))
-    if bound["ceil_mode"] or bound.get("divisor_override") is not None or any(d != 1 for d in window.dilation):
-        raise call.refused("a pool with ceil_mode, dilation or a divisor")
-    if inside and any(window.padding):
-        if not window.is_same(call, x):
-            raise call.refused("an average pool that leaves out its padding")
-        padding = SAME
-    else:
-        x, padding = window.applied(call, x, fill)
-    options = {
-        "padding": padding,
-        **dict(zip(("strideH", "strideW", "filterHeight", "filterWidth"), [*window.stride, *kernel], strict=True)),
-    }
-    return call.builder.call(op, [x], call.shape, x.grid, ("Pool2DOptions", options))
-
-
 def _average_pool(call: Call) -> Value:
     x = call.read(call.bound["self"])
     fill = 0.0 if x.grid is None else float(x.grid.zero_point)
-    return _pool(call, "AVERAGE_POOL_2D", x, fill, inside=not call.bound["count_include_pad"])
+    return pool(call, "AVERAGE_POOL_2D", x, fill, inside=not call.bound["count_include_pad"])
 
 
 def _mean(call: Call, axes: Sequence[int], *, keep: bool) -> Value:
     x = call.read(call.bound["self"])
     rank = len(x.shape)
-    if len(call.shape) != rank and rank == 4:  # what remains has no order of its own
-        tensor, held = call.builder.in_order(x), [axis % rank for axis in axes]
-        full = None if call.grid is None else call.grid.full
-        options = ("ReducerOptions", {"keepDims": keep})
-        made = call.builder.raw("MEAN", [tensor, call.builder.plain("axes", held)], call.shape, full, options)
-        return call.builder.held(made, call.shape, full)
-    held = sorted(call.builder.axis(axis, rank) for axis in axes)
-    return call.made("MEAN", [x, call.builder.plain("axes", held)], "ReducerOptions", keepDims=keep)
+    along = call.builder.plain("axes", sorted(axis % rank for axis in axes))
+    if len(call.shape) != rank:
+        return call.in_order("MEAN", [call.builder.in_order(x), along], ("ReducerOptions", {"keepDims": keep}))
+    return reduced(call.builder, "MEAN", x, axes, call.full)
+
+
+def _layer_norm(call: Call) -> Value:
+    builder, bound = call.builder, call.bound
+    x, rank = call.read(bound["input"]), len(call.shape)
+    axes = [*range(rank - len(bound["normalized_shape"]), rank)]
+
+    def combined(op: str, kind: str, a: Value, b: Value) -> Value:
+        return builder.call(op, [a, b], a.shape, None, (kind, {}) if kind else None)
+
+    mean = reduced(builder, "MEAN", x, axes, None)
+    squares = combined("SQUARED_DIFFERENCE", "SquaredDifferenceOptions", x, mean)
+    variance = reduced(builder, "MEAN", squares, axes, None)
+    eps = builder.constant("eps", np.asarray(bound["eps"], np.float32), rank)
+    factor = builder.call("RSQRT", [combined("ADD", "AddOptions", variance, eps)], variance.shape, None)
+    result = combined("MUL", "MulOptions", combined("SUB", "SubOptions", x, mean), factor)
+    for name, op, kind in (("weight", "MUL", "MulOptions"), ("bias", "ADD", "AddOptions")):
+        if bound[name] is not None:
+            operand = builder.constant(name, _array(call, bound[name]), rank)
+            result = combined(op, kind, result, operand)
+    return result
 
 
 def _global_pool(call: Call) -> Value:
@@ -268,13 +189,17 @@ def _clip(call: Call, low: float, high: float) -> Value:
     return x
 
 
-def _binary(op: str, kind: str) -> Callable[[Call], Value]:
-    """Return what adds an operator of two operands that broadcast."""
+def _binary(op: str, kind: str, *, swapped: bool = False) -> Callable[[Call], Value]:
+    """Return what adds an operator of two operands that broadcast; swapped: the second comes first."""
 
     def added(call: Call) -> Value:
-        if call.bound.get("alpha", 1) != 1:
-            raise call.refused("a sum with a factor")
-        return call.made(op, [call.operand("self"), call.operand("other")], kind)
+        first, second = call.operand("self"), call.operand("other")
+        if (alpha := call.bound.get("alpha", 1)) != 1:
+            scaled = second if not swapped else first
+            factor = call.builder.constant("alpha", np.asarray(alpha, np.float32), len(call.shape))
+            scaled = call.builder.call("MUL", [scaled, factor], scaled.shape, None, ("MulOptions", {}))
+            first, second = (first, scaled) if not swapped else (scaled, second)
+        return call.made(op, [second, first] if swapped else [first, second], kind)
 
     return added
 
@@ -287,6 +212,29 @@ def _unary(op: str, kind: str = "") -> Callable[[Call], Value]:
         return call.builder.call(op, [call.read(x)], call.shape, None, (kind, {}) if kind else None)
 
     return added
+
+
+def _gelu(call: Call) -> Value:
+    return call.made(
+        "GELU", [call.read(call.bound["self"])], "GeluOptions", approximate=call.bound["approximate"] == "tanh"
+    )
+
+
+def _elu(call: Call) -> Value:
+    if {call.bound[name] for name in ("alpha", "scale", "input_scale")} != {1}:
+        raise call.refused("an ELU with factors")
+    return call.builder.call("ELU", [call.read(call.bound["self"])], call.shape, None)
+
+
+def _leaky_relu(call: Call) -> Value:
+    slope = call.bound["negative_slope"]
+    return call.made("LEAKY_RELU", [call.read(call.bound["self"])], "LeakyReluOptions", alpha=float(slope))
+
+
+def _bilinear(call: Call) -> Value:
+    corners = bool(call.bound["align_corners"])
+    options = {"alignCorners": corners, "halfPixelCenters": not corners}
+    return resized(call, call.read(call.bound["input"]), "RESIZE_BILINEAR", ("ResizeBilinearOptions", options))
 
 
 def _softmax(call: Call) -> Value:
@@ -304,67 +252,15 @@ def _cat(call: Call) -> Value:
     return call.made("CONCATENATION", values, "ConcatenationOptions", axis=axis)
 
 
-# --- moves ------------------------------------------------------------------------------------------------------------
-
-
-def moved(call: Call, x: Value) -> Value | None:
-    """Add what moves a value, codes or floats; None for an operator that moves nothing."""
-    found = MOVED.get(call.node.target)
-    return None if found is None else found(call, x)
-
-
-def _reshape(call: Call, x: Value) -> Value:
-    return call.builder.reshaped(x, call.shape)
-
-
-def _permute(call: Call, x: Value) -> Value:
-    return call.builder.permuted(x, [axis % len(x.shape) for axis in call.bound["dims"]])
-
-
-def _swap(call: Call, x: Value) -> Value:
-    rank = len(x.shape)
-    order, first, second = [*range(rank)], call.bound["dim0"] % rank, call.bound["dim1"] % rank
-    order[first], order[second] = second, first
-    return call.builder.permuted(x, order)
-
-
-def _slice(call: Call, x: Value) -> Value:
-    bound = call.bound
-    return cut(call, x, bound["dim"], bound["start"], bound["end"], bound["step"])
-
-
-def cut(call: Call, x: Value, axis: int, start: int | None, stop: int | None, step: int = 1) -> Value:
-    """Add a slice along one axis."""
-    rank = len(x.shape)
-    first, last, steps = slice(start, stop, step).indices(x.shape[axis])
-    ranges = np.asarray([[0] * rank, x.shape, [1] * rank])
-    ranges[:, axis] = first, last, steps
-    held = [call.builder.plain("range", each) for each in ranges[:, order_of(rank)]]
-    return call.builder.call("STRIDED_SLICE", [x, *held], call.shape, x.grid, ("StridedSliceOptions", {}))
-
-
-def _max_pool(call: Call, x: Value) -> Value:
-    return _pool(call, "MAX_POOL_2D", x, LOWEST if x.grid is None else FIRST)
-
-
-def _pad(call: Call, x: Value) -> Value:
-    bound, rank = call.bound, len(x.shape)
-    pairs = [*zip(bound["pad"][::2], bound["pad"][1::2], strict=True)][::-1]
-    widths = [(0, 0)] * (rank - len(pairs)) + [(int(a), int(b)) for a, b in pairs]
-    if bound.get("mode", "constant") != "constant" or any(min(each) < 0 for each in widths):
-        raise call.refused("padding by reflection, or by less than nothing")
-    return _padded(call.builder, x, widths, None)
-
-
-def _same(call: Call, x: Value) -> Value:
-    return x
-
-
 OPERATORS: dict[Any, Callable[[Call], Value]] = {
-    aten.conv2d.default: _conv,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _conv),
     aten.linear.default: _linear,
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _matmul),
+    aten.layer_norm.default: _layer_norm,
     aten.add.Tensor: _binary("ADD", "AddOptions"),
     aten.sub.Tensor: _binary("SUB", "SubOptions"),
+    aten.rsub.Scalar: _binary("SUB", "SubOptions", swapped=True),
+    aten.rsub.Tensor: _binary("SUB", "SubOptions", swapped=True),
     aten.mul.Tensor: _binary("MUL", "MulOptions"),
     aten.div.Tensor: _binary("DIV", "DivOptions"),
     aten.maximum.default: _binary("MAXIMUM", "MaximumMinimumOptions"),
@@ -379,22 +275,11 @@ OPERATORS: dict[Any, Callable[[Call], Value]] = {
     aten.exp.default: _unary("EXP", "ExpOptions"),
     aten.sqrt.default: _unary("SQRT"),
     aten.rsqrt.default: _unary("RSQRT"),
+    aten.neg.default: _unary("NEG", "NegOptions"),
+    aten.abs.default: _unary("ABS", "AbsOptions"),
+    aten.elu.default: _elu,
+    aten.gelu.default: _gelu,
+    aten.leaky_relu.default: _leaky_relu,
+    aten.upsample_bilinear2d.vec: _bilinear,
 }
 """Operators that compute."""
-
-MOVED: dict[Any, Callable[[Call, Value], Value]] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.flatten.using_ints), _reshape),
-    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default), _reshape),
-    aten.permute.default: _permute,
-    aten.transpose.int: _swap,
-    aten.slice.Tensor: _slice,
-    **dict.fromkeys((aten.clone.default, aten.contiguous.default), _same),
-    aten.max_pool2d.default: _max_pool,
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
-}
-"""Operators that move values."""
-
-
-def shifted(codes: Tensor) -> Array:
-    """Return 8-bit codes as int8 codes of the same values."""
-    return codes.numpy() if codes.dtype == torch.int8 else (codes.to(torch.int16) + FIRST).to(torch.int8).numpy()
