@@ -220,12 +220,6 @@ def _gelu(call: Call) -> Value:
     )
 
 
-def _elu(call: Call) -> Value:
-    if {call.bound[name] for name in ("alpha", "scale", "input_scale")} != {1}:
-        raise call.refused("an ELU with factors")
-    return call.builder.call("ELU", [call.read(call.bound["self"])], call.shape, None)
-
-
 def _leaky_relu(call: Call) -> Value:
     slope = call.bound["negative_slope"]
     return call.made("LEAKY_RELU", [call.read(call.bound["self"])], "LeakyReluOptions", alpha=float(slope))
@@ -277,7 +271,6 @@ OPERATORS: dict[Any, Callable[[Call], Value]] = {
     aten.rsqrt.default: _unary("RSQRT"),
     aten.neg.default: _unary("NEG", "NegOptions"),
     aten.abs.default: _unary("ABS", "AbsOptions"),
-    aten.elu.default: _elu,
     aten.gelu.default: _gelu,
     aten.leaky_relu.default: _leaky_relu,
     aten.upsample_bilinear2d.vec: _bilinear,

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
 
 from calibrators.grid import kernel_tables
 from calibrators.grid.kernel_tables import CodeGrid
@@ -21,7 +23,7 @@ from exporter.verify import REFERENCE, verify
 from runtime_tests.runtimes import tflite
 from runtime_tests.tflite.builder import Builder, Grid, Value
 from tests.support.elsewhere import available
-from tests.support.networks import build
+from tests.support.networks import build, randomize
 from tests.support.stress import SIDE, grids_of, images_of, network_of
 
 pytestmark = pytest.mark.runtimes
@@ -47,6 +49,71 @@ def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> No
     assert found["kernel_values"] > 10_000 and found["kernel_mismatched"] == 0 and found["violations"] == 0
     assert {(each["processor"], each["status"]) for each in report["holds"]} >= {("tflite", "proved")}
     assert (tmp_path / "out" / "model.tflite").read_bytes()[4:8] == b"TFL3"
+
+
+class Images(nn.Module):
+    """Operators on images, each an output of its own: on codes, or on floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=8)
+        self.wide, self.rows = nn.Conv2d(8, 4, (1, 3), dilation=(1, 2), padding=(0, 2)), nn.Conv1d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        halves = x.chunk(2, 1)
+        return (
+            self.deep(x),
+            self.wide(x),
+            self.rows(x.flatten(2)),
+            functional.max_pool2d(x, 3, 2, padding=1) + functional.avg_pool2d(x, 2),
+            functional.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False),
+            functional.avg_pool2d(x, 3, 2, padding=1),
+            functional.interpolate(x, scale_factor=2.0),
+            functional.interpolate(x, size=(5, 7), mode="bilinear"),
+            functional.pixel_shuffle(x, 2),
+            torch.cat([halves[1], halves[0]], 1)[:, 1:7, ::2].transpose(1, 3),
+            functional.pad(x, (1, 0, 2, 1)).amax((2, 3)),
+            functional.leaky_relu(x, 0.1),
+            x.clamp(-0.3, 0.4) * torch.sigmoid(x),
+        )
+
+
+class Sequences(nn.Module):
+    """Operators on sequences, each an output of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.first(x)
+        y = self.norm(x)
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        return (
+            self.last(functional.gelu(y)),
+            self.last(functional.gelu(x, approximate="tanh")),
+            (heads @ heads.transpose(2, 3)).softmax(1) + 0.25,
+            y - 2 * x,
+            1 - torch.tanh(x),
+            torch.exp(-x.abs()),
+            torch.rsqrt(x * x + 1) / 3,
+            torch.sqrt(y * y + 1).mean((1, 2)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Images(), (3, 8, 8)), (Sequences(), (5, 6))], ids=["images", "sequences"]
+)
+def test_every_operator_computes_what_the_program_does(
+    model: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    available("tflite")
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    report = export(randomize(model), [x], target="tflite", method="minmax", latency_runs=0, out=tmp_path / "out")
+    found = next(each for each in report["proved_on"] if each["runtime"] == "tflite")
+    assert report["verdict"] == "pass"
+    assert "refused" not in found and found["kernel_mismatched"] == 0 and found["violations"] == 0
 
 
 def test_verify_executes_the_file_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

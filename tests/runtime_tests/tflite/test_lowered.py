@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -39,21 +40,33 @@ class Forms(nn.Module):
         return found
 
 
-class Chosen(nn.Module):
-    """An operator that has no form."""
+class After(nn.Module):
+    """An operator after a layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, operator: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
+        self.conv, self.operator = nn.Conv2d(3, 4, 1), operator
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).argmax(1)
+        return self.operator(self.conv(x))
+
+
+def chosen() -> nn.Module:
+    return After(lambda x: x.argmax(1))
+
+
+def averaged() -> nn.Module:
+    return After(lambda x: nn.functional.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False))
+
+
+def reflected() -> nn.Module:
+    return After(lambda x: nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"))
 
 
 @functools.cache
 def made(network: str, target: str = "tflite", rule: LayerRule | None = None) -> fx.GraphModule:
     """Return the program of a network."""
-    networks = {"forms": Forms, "chosen": Chosen}
+    networks = {"forms": Forms, "chosen": chosen, "averaged": averaged, "reflected": reflected}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, x = (networks[network](), torch.randn(2, 3, 8, 8)) if network in networks else build(network, batch=2)
@@ -129,9 +142,11 @@ def test_weights_keep_their_codes_and_channels() -> None:
     ("program", "message"),
     [
         (lambda: made("chosen"), "argmax has no form in a LiteRT file here"),
+        (lambda: made("averaged"), "average pool that leaves out its padding"),
+        (lambda: made("reflected"), "padding with something else than zeros"),
         (lambda: made("residual", "ort-cpu", LayerRule("*", activation_bits=16)), "more than 8 bits"),
     ],
-    ids=["operator", "16 bits"],
+    ids=["operator", "average", "padding", "16 bits"],
 )
 def test_what_has_no_form_is_refused(program: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
