@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from calibrators.errors import InputError, argument, is_text
@@ -28,6 +28,7 @@ from exporter.inputs.form import DATA, DataForm, Names, Positive
 __all__ = [
     "MOST_THREADS",
     "ExportConfig",
+    "Name",
     "Setting",
     "assignment",
     "list_settings",
@@ -80,6 +81,15 @@ PROOF, RUNNING = "Proof and verdict", "Running"
 
 Device = Annotated[str, Field(pattern="^(cpu|cuda(:[0-9]{1,4})?)$"), expected("cpu, cuda or cuda:N")]
 
+
+def _named(text: str) -> str:
+    if text and "\0" not in text:
+        return text
+    raise ValueError("a name that is not empty and without NUL")
+
+
+Name = Annotated[str, AfterValidator(_named)]
+"""The name of a file, a folder, or a callable. It may hold bytes that are no UTF-8."""
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 
@@ -156,7 +166,7 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
     sensitivity: bool = setting(False, "Measure and plot what fewer bits cost in each layer; `--budget` does this too.")
     explain: bool = setting(False, "Compute and plot the reasons for the method's choice; takes longer.")
     simplify: bool = setting(True, "Simplify the ONNX graph where that provably changes nothing.", flag=None)
-    labels: str | None = setting(
+    labels: Name | None = setting(
         None,
         "Names of the classes, one a line, for the bundle's README and the file's metadata; by default the class "
         "folders of the data.",
@@ -186,14 +196,14 @@ class ExportConfig(DataForm, PlacementOptions, _Calibration):
         panel=PROOF,
         metavar="INPUTS",
     )
-    metric: str | None = setting(
+    metric: Name | None = setting(
         None,
         "Function of all outputs and labels of --eval that returns a number: `metrics.py:iou`. Gates: `metric`, "
         "`metric_drop`.",
         panel=PROOF,
         metavar="FILE:NAME",
     )
-    baseline: str | None = setting(
+    baseline: Name | None = setting(
         None,
         "An earlier bundle: the report lists the differences from it. Gates: `baseline_drop`, `baseline_error`, "
         "`baseline_size`, `baseline_latency` and others.",

@@ -15,7 +15,7 @@ from typing import Any
 from calibrators.errors import InputError, UnknownNameError, first_line, no_file
 from calibrators.settings import Settings, setting, shown
 from calibrators.targets import DEFAULT_TARGET
-from exporter.config import LONGEST_LINE, ExportConfig, assignment, list_settings, make_config, with_underscores
+from exporter.config import LONGEST_LINE, ExportConfig, Name, assignment, list_settings, make_config, with_underscores
 
 __all__ = ["KEYS", "Job", "as_flag", "config_schema", "errors_of", "load_job", "make_job", "read_toml"]
 
@@ -26,25 +26,25 @@ LARGEST_FILE = 1 << 20
 class Job(Settings):
     """The sources of an export and its folder: keys of the TOML file and flags beside the settings."""
 
-    model: str | None = setting(
+    model: Name | None = setting(
         None, "`file.py:factory`, `file.py:factory(width=0.5)`, or `.pt2`.", panel="", flag=None, metavar="MODEL"
     )
-    data: str | None = setting(
+    data: Name | None = setting(
         None, "Calibration data: `.npz`, image folder or `file.py:callable`.", panel="", metavar="CALIB"
     )
-    out: str | None = setting(
+    out: Name | None = setting(
         None, "Folder for the bundle; it must be empty or not exist yet.", panel="", metavar="DIR"
     )
-    eval: str | None = setting(
+    eval: Name | None = setting(
         None,
         "Held-out data in the same forms as CALIB; with labels, accuracy is measured.",
         panel="",
         metavar="EVAL",
     )
-    checkpoint: str | None = setting(
+    checkpoint: Name | None = setting(
         None, "Weights for the factory's module: `.pt`, `.pth` or `.safetensors`.", panel="", metavar="FILE"
     )
-    checkpoint_key: str | None = setting(
+    checkpoint_key: Name | None = setting(
         None,
         "Where the weights are in the checkpoint: `ema`, `state_dict.teacher`; by default what fits best.",
         panel="",

@@ -280,7 +280,7 @@ class Work:
             raise ExportError(f"{path.name} for target {self.target.name!r} cannot be made: {error}") from error
         if outside:
             self.warnings.append(
-                f"{counted(len(outside), 'operator')} of {path.name} run outside {runtime.name}'s integer kernels: "
+                f"outside {runtime.name}'s integer kernels, {path.name} runs {counted(len(outside), 'operator')}: "
                 f"{', '.join(dict.fromkeys(outside))}"
             )
 

@@ -101,7 +101,8 @@ def export_for(  # noqa: PLR0913 (the arguments of an export)
     for order in orders:
         name = order.config.target
         try:
-            costs.append(_cost(name, carry_out(order, out / name, progress, overwrite=overwrite)))
+            with progress.stage(name):
+                costs.append(_cost(name, carry_out(order, out / name, progress, overwrite=overwrite)))
         except KeyboardInterrupt as interrupt:
             finished = ", ".join(cost.target for cost in costs if cost.refused is None)
             if not finished:

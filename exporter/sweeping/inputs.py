@@ -38,8 +38,6 @@ def digest_of_input(name: str, value: str) -> str | None:
 
 
 def _digest(text: str) -> str:
-    if not text:
-        raise InputError("the text is empty; leave the setting out, or name a file.")
     path = Path(text)
     named = SPEC.fullmatch(text)
     if named and not path.exists():

@@ -182,7 +182,7 @@ def _check_outside(out: Path, name: str, value: str) -> None:
     raises: InputError.
     """
     folder = Path(value)
-    if value and name in INPUTS and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+    if name in INPUTS and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"out = {shown(str(out))} lies in {name} = {shown(value)}; choose a folder outside it.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from exporter import export, intake, several
 from exporter.cli import app
 from exporter.config import make_config
 from exporter.handover.bundle import repeatable, verify_manifest
+from exporter.progress import Bar, Progress
 from exporter.several import TABLE, Cost, export_for, row_of
 from tests.support.networks import build
 
@@ -99,7 +101,14 @@ def test_a_second_run_replaces_the_first(
 ) -> None:
     model, x = build("mlp")
     settings = make_config({"method": "minmax", "latency_runs": 0})
-    again = partial(export_for, model=model, data=[x], config=settings, overwrite=True)
+    stages = list[str]()
+
+    class Recorder(Progress):
+        def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]:
+            stages.append(name)
+            return super().stage(name, total)
+
+    again = partial(export_for, model=model, data=[x], config=settings, overwrite=True, progress=Recorder())
     out = shutil.copytree(exported[0], tmp_path / "out")
     with pytest.raises(InputError, match="also holds openvino, which is no bundle of these targets"):
         again(NAMES[:2], out=out)
@@ -115,6 +124,7 @@ def test_a_second_run_replaces_the_first(
     monkeypatch.setattr(several, "carry_out", refused)
     assert [cost.verdict for cost in again(NAMES, out=out)] == ["pass", *["refused"] * 3]
     assert sorted(path.name for path in out.iterdir()) == ["ort-cpu", TABLE], "no stale bundles"
+    assert [name for name in stages if name in NAMES] == [*NAMES], "each target is a stage around its own"
 
     def stopped(order: Any, *more: Any, **given: Any) -> Any:
         if order.config.target != "ort-cpu":

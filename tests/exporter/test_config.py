@@ -239,7 +239,14 @@ def test_text_of_flags_is_parsed_by_the_settings(field: str, text: str, value: o
 @pytest.mark.parametrize("text", ["\udcff", "a\0b"])
 def test_files_can_hold_every_text(text: str) -> None:
     for name, value in (("labels", text), ("include", (text,)), ("options", {text: 1})):
-        with pytest.raises(InputError, match=rf"{name} = .* should be text in UTF-8 without NUL"):
+        with pytest.raises(InputError, match=rf"{name} = .* should be .* without NUL"):
             make_config({name: value})
     with pytest.raises(InputError, match="cache = '' should be the name of a folder"):
         make_config({"cache": ""})
+
+
+@pytest.mark.parametrize("name", ["model", "data", "out", "checkpoint", "labels"])
+@pytest.mark.parametrize("text", ["", "a\0b"])
+def test_a_name_is_not_empty(name: str, text: str) -> None:
+    with pytest.raises(InputError, match=f"{name} = .* should be a name that is not empty and without NUL"):
+        load_job(flags={name: text})

@@ -160,7 +160,7 @@ def test_texts_tell_entries_apart(write: Write) -> None:
             (HEAD + f'[sweep]\nmodel = ["{module}:build"]', f"model: no module named '{module}'")
             for module in ("absent.module", "sys", "zipimport", "__main__", "..", "a..b")
         ),
-        (HEAD + '[sweep]\nmodel = [""]', "model: the text is empty"),
+        (HEAD + '[sweep]\nmodel = [""]', "model = '' should be a name that is not empty"),
         (HEAD + '[sweep]\ndata = ["/dev/null"]', "data: /dev/null is not a regular file"),
         (HEAD + '[sweep]\ndata = ["."]', r"out = 'out' lies in data = '\.'; choose a folder outside it"),
         (HEAD.replace('"out"', '"net.py/out"') + "[sweep]\nseed = [1]", "cannot be made: net.py is not a folder"),
