@@ -42,7 +42,7 @@ class Elsewhere:
         self._own = own
         try:
             start = partial(runtime.open, artifact, threads=1)
-            exact = not runtime.kernel_rate
+            exact = not (runtime.kernel_rate or runtime.lowers)  # a lowered program offers the codes alone
             self._comparison = Comparison(start, artifact.model, own or plan, weights, exact=exact)
             if self._comparison.unplanned:
                 raise ModelError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -11,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrators.calibration import calibrate
+from calibrators.errors import ModelError
 from calibrators.placement.place import PlacementOptions
 from exporter import capture, emit, fold
+from runtime_tests.ort.sessions import Model
+from runtime_tests.parity.elsewhere import Elsewhere
 from runtime_tests.parity.results import ParityError
 from runtime_tests.proof import validate
 from runtime_tests.reference.execute import choice_of, gap_of, plan, run
+from runtime_tests.workers.runtime import Artifact, Loaded
 from tests.support.networks import randomize
 
 
@@ -53,6 +60,36 @@ def test_every_choice_is_compared(detector: tuple[Path, object, Tensor]) -> None
     chosen = [node for node in found.optimized.nodes if node.reason == "chooses by floats"]
     assert [node.values for node in chosen] == [8 * 5, 8 * 4 * 5, 8 * 36, 8 * 36]
     assert all(node.legal and not node.mismatched for node in chosen)
+
+
+class Best(nn.Module):
+    """The mean of the best scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.a(x).flatten(2).topk(3)[0].mean(2))
+        return found
+
+
+def test_a_lowered_program_is_probed_at_its_codes_alone(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    result = calibrate(fold(capture(randomize(Best()).eval(), x)), [x], method="minmax")
+    emit(result, path := tmp_path / "m.onnx")
+    asked = list[str]()
+
+    def opened(artifact: Artifact, probes: Sequence[str], threads: int) -> Loaded:
+        asked.extend(probes)
+        raise ModelError("that is enough")
+
+    model = Model.of(path)
+    for lowers in (False, True):
+        asked.clear()
+        runtime: Any = SimpleNamespace(name="another", kernel_rate=0.0, lowers=lowers, open=opened)
+        Elsewhere(runtime, Artifact(model), plan(result.program), {}, samples=1)
+        assert asked and all(name.endswith("_quantized") for name in asked) == lowers
 
 
 def test_forced_indices_are_followed_and_judged_by_their_scores(detector: tuple[Path, object, Tensor]) -> None:
