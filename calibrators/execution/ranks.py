@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calibrators.errors import IntactError
-
 __all__ = ["ALONE", "COUNTS", "SHARDS", "ProcessLost", "Ranks", "TreeSum", "shards_of"]
 
 SHARDS = 8
@@ -34,15 +32,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ProcessLost(IntactError):
-    """Another process of the same export has ended without a word."""
+class ProcessLost(KeyboardInterrupt):
+    """Another process of the same export has ended without a word.
 
-    exit_code = 130
+    A signal may raise it anywhere, so it is no Exception, which libraries catch and take for an error of their own.
+    """
 
     def __init__(self) -> None:
         super().__init__(
             "another process of this export was killed or ran out of memory, or the job was cancelled; nothing was "
-            "written. torchrun says which process ended and how."
+            "written, and torchrun says which process ended and how"
         )
 
 
