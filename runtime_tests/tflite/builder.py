@@ -28,7 +28,7 @@ FIRST, LAST = -128, 127
 VERSIONS = {
     **dict.fromkeys(("CONV_2D", "DEPTHWISE_CONV_2D"), 3),
     "FULLY_CONNECTED": 12,
-    **dict.fromkeys(("RESHAPE", "RELU", "RELU6", "TANH", "LOGISTIC", "LEAKY_RELU", "GELU"), 1),
+    **dict.fromkeys(("RESHAPE", "RELU", "RELU6", "TANH", "LOGISTIC", "LEAKY_RELU", "GELU", "CAST", "GATHER"), 1),
     **dict.fromkeys(
         ("SQUARED_DIFFERENCE", "EXP", "RSQRT", "SQRT", "DIV", "SUB", "NEG", "ABS", "BATCH_MATMUL", "RESIZE_BILINEAR"), 1
     ),

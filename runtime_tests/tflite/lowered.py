@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from calibrators.errors import ModelError
+from calibrators.errors import ModelError, argument
 from calibrators.graph.aten import bind, constant, is_constant, outputs_of, shape_of
 from calibrators.graph.operators import LISTS, MOVES
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
@@ -33,6 +33,7 @@ from runtime_tests.tflite.operators import computed
 __all__ = ["Lowered", "lowered"]
 
 CODES = (torch.uint8, torch.int8)
+INPUTS = {torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,23 @@ class _Writer:
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def _input(self, node: fx.Node) -> Value:
-        """Add an input: of floats, or of bytes that are codes."""
+        """Add an input: of floats, of indices, or of bytes, which may be codes."""
         shape, dtype = tuple(map(int, shape_of(node))), node.meta["tensor_meta"].dtype
         name = self.program.meta["input_names"][len(self.builder.draft.inputs)]
-        if dtype == torch.uint8:
-            reader = next(iter(node.users))
-            grid = self._grid_read(reader) if reader.target is DEQUANTIZE else None
-            if grid is None or len(node.users) > 1:
-                raise ModelError(
-                    f"the input {name!r} holds bytes that are no codes, which a LiteRT file does not here."
-                )
+        readers = [user.target for user in node.users]
+        if dtype == torch.uint8 and readers == [torch.ops.aten.permute.default]:
+            raise ModelError(
+                f"the input {name!r} has channels last already, where a LiteRT file has them by itself; export it with "
+                f"{argument('input', 'uint8')}."
+            )
+        if dtype == torch.uint8 and readers == [DEQUANTIZE]:
+            grid = self._grid_read(next(iter(node.users)))
             parameters = {"scale": [grid.scale], "zeroPoint": [grid.zero_point - FIRST]}
             bytes_ = self.builder.input(name, shape, "uint8", parameters)
             return self.builder.call("QUANTIZE", [bytes_], shape, grid, ("QuantizeOptions", {}))
-        if dtype != torch.float32:
-            raise ModelError(f"the input {name!r} is {dtype}, and a LiteRT file holds float32 or bytes here.")
-        return self.builder.input(name, shape, "float32")
+        if dtype not in INPUTS:
+            raise ModelError(f"the input {name!r} is {dtype}, and a LiteRT file holds float32, int64 or bytes here.")
+        return self.builder.input(name, shape, INPUTS[dtype])
 
     def _output(self, node: fx.Node, name: str) -> int:
         """Return the tensor of an output: codes where the program gives codes."""

@@ -240,6 +240,19 @@ def _softmax(call: Call) -> Value:
     return call.builder.permuted(call.builder.held(made, shape, None), [last.index(each) for each in range(len(last))])
 
 
+def _cast(call: Call) -> Value:
+    if call.node.meta["tensor_meta"].dtype != torch.float32:
+        raise call.refused("a conversion to another type than float32")
+    (x,) = call.node.all_input_nodes
+    return call.made("CAST", [call.read(x)], "CastOptions")
+
+
+def _embedding(call: Call) -> Value:
+    table = call.builder.plain("table", _array(call, call.bound["weight"]), np.float32)
+    indices = call.builder.in_order(call.read(call.bound["indices"]))
+    return call.in_order("GATHER", [table, indices], ("GatherOptions", {"axis": 0}))
+
+
 def _cat(call: Call) -> Value:
     values = [call.read(x) for x in call.bound["tensors"]]
     axis = call.builder.axis(call.bound["dim"], len(call.shape))
@@ -259,6 +272,8 @@ OPERATORS: dict[Any, Callable[[Call], Value]] = {
     aten.div.Tensor: _binary("DIV", "DivOptions"),
     aten.maximum.default: _binary("MAXIMUM", "MaximumMinimumOptions"),
     aten.minimum.default: _binary("MINIMUM", "MaximumMinimumOptions"),
+    aten.embedding.default: _embedding,
+    **dict.fromkeys((aten.to.dtype, aten._to_copy.default), _cast),
     aten.cat.default: _cat,
     aten.adaptive_avg_pool2d.default: _global_pool,
     aten.mean.dim: lambda call: _mean(call, call.bound["dim"], keep=call.bound["keepdim"]),

@@ -36,7 +36,7 @@ Array = NDArray[Any]
     "network",
     [
         *("residual", "pooled", "mobilenetv3", "detector"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("shufflenet", "efficientnet", "mobilenetv2")),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("shufflenet", "efficientnet", "mobilenetv2", "vit")),
     ],
 )
 def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> None:
@@ -114,6 +114,31 @@ def test_every_operator_computes_what_the_program_does(
     found = next(each for each in report["proved_on"] if each["runtime"] == "tflite")
     assert report["verdict"] == "pass"
     assert "refused" not in found and found["kernel_mismatched"] == 0 and found["violations"] == 0
+
+
+BYTES = {"input": "uint8", "mean": [0.4, 0.5, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [
+        pytest.param("encoder", {}, id="indices"),
+        pytest.param("residual", {"input": "uint8"}, id="codes"),
+        pytest.param("residual", BYTES | {"std": [0.2, 0.3, 0.25]}, id="bytes", marks=pytest.mark.slow),
+    ],
+)
+def test_inputs_may_be_integers(network: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    available("tflite")
+    model, inputs = network_of(network)
+    if settings:
+        images = torch.randint(0, 256, inputs[0].shape, generator=torch.Generator().manual_seed(0)) / 255
+        mean, std = (torch.tensor(settings.get(name, [ordinary])) for name, ordinary in (("mean", 0.0), ("std", 1.0)))
+        inputs = ((images - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1),)
+    options = {"target": "tflite", "method": "minmax", "latency_runs": 0, **settings}
+    report = export(model, [inputs], out=tmp_path / "out", **options)
+    found = next(each for each in report["proved_on"] if each["runtime"] == "tflite")
+    assert report["verdict"] == "pass" and found["kernel_values"] > 5000
+    assert found["kernel_mismatched"] == found["float_mismatched"] == 0 and found["outputs_identical"]
 
 
 def test_verify_executes_the_file_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
