@@ -101,7 +101,9 @@ def _run(job: SweepJob, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
 def _list(sweep: Sweep, *, as_json: bool) -> None:
     from exporter.sweeping.processes import shown_command
 
-    states = {each.key: "finished" if each.is_finished else "open" for each in sweep.jobs}
+    states = {
+        each.key: "finished" if each.is_finished else "failed" if each.error.exists() else "open" for each in sweep.jobs
+    }
     if as_json:
         keys = ("key", "values", "state", "bundle", "command")
         facts = (

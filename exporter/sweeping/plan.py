@@ -294,9 +294,13 @@ def _key(job: Job, config: ExportConfig, digest: Digest) -> str:
         mode="json", exclude=set(WITHOUT_RESULT)
     )
     files = {name: digest(name, value) for name, value in settings.items() if isinstance(value, str)}
-    versions = [__version__, *map(metadata.version, LIBRARIES)]
-    content = json.dumps([settings, files, versions], sort_keys=True, separators=(",", ":"))
+    content = json.dumps([settings, files, _versions()], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_DIGITS]
+
+
+@cache  # reading them takes four times as long as the rest of a job's key
+def _versions() -> list[str]:
+    return [__version__, *map(metadata.version, LIBRARIES)]
 
 
 def _check_apart(jobs: Sequence[SweepJob]) -> None:

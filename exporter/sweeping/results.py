@@ -8,9 +8,12 @@ Must not know: how jobs are run, terminals, pages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from calibrators.errors import InputError, counted
 from calibrators.targets import get_target
@@ -184,43 +187,34 @@ def _evaluation(report: Mapping[str, Any]) -> str | None:
 
 def _judged(results: Sequence[Result], quality: Quality) -> list[Result]:
     """Return the results with the keys of those that dominate them, one of which nothing dominates first."""
-    above = {
-        each.key: [other for other in results if _compare(other, each, quality) and _dominates(other, each, quality)]
-        for each in results
-    }
-    return [
-        replace(each, dominated_by=min(above[each.key], key=lambda other: len(above[other.key])).key)
-        if above[each.key]
-        else each
-        for each in results
-    ]
-
-
-def _compare(one: Result, other: Result, quality: Quality) -> bool:
-    """Return whether the figures of two results say which of them is better."""
-    if one.bundle is None or other.bundle is None or one.evaluation_sha256 != other.evaluation_sha256:
-        return False
-    if (one.latency_ms is None) != (other.latency_ms is None):  # they run on different devices
-        return False
-    return one.network == other.network or not quality.of_float
-
-
-def _dominates(one: Result, other: Result, quality: Quality) -> bool:
-    pairs = [*zip(_costs(one, quality), _costs(other, quality), strict=False)]  # without latency where one has none
-    return all(a[0] <= b[1] for a, b in pairs) and any(a[1] < b[0] for a, b in pairs)
+    alike: dict[tuple[Any, ...], list[Result]] = {}
+    for each in results:
+        if each.bundle is not None:
+            network = each.network if quality.of_float else ""
+            alike.setdefault((each.evaluation_sha256, each.latency_ms is None, network), []).append(each)
+    dominated_by: dict[str, str] = {}
+    for group in alike.values():
+        low, high = np.array([_costs(each, quality) for each in group]).transpose(2, 0, 1)  # [results, figures] each
+        above = [(low <= high[i]).all(1) & (high < low[i]).any(1) for i in range(len(group))]
+        counts = np.array([np.count_nonzero(each) for each in above])
+        for each, by in zip(group, map(np.flatnonzero, above), strict=True):
+            if len(by):
+                dominated_by[each.key] = group[by[counts[by].argmin()]].key
+    return [replace(each, dominated_by=dominated_by.get(each.key)) for each in results]
 
 
 def _costs(result: Result, quality: Quality) -> list[tuple[float, float]]:
-    """Return quality, size and, where it is reliable, latency, each as an interval of which less is better."""
+    """Return quality, size and latency, each as an interval of which less is better.
+
+    An unreliable latency may be any, so that it is no worse and no better than another one.
+    """
     value, latency = quality.value(result), result.latency_ms
     assert value is not None and result.size_bytes is not None
     cost, room = -value if quality.higher_is_better else value, SAME_SIZE / 2
-    found = [(cost, cost), (result.size_bytes * (1 - room), result.size_bytes * (1 + room))]
-    return (
-        found
-        if latency is None or result.latency_reliable is False
-        else [*found, result.latency_interval or (latency, latency)]
-    )
+    sizes = result.size_bytes * (1 - room), result.size_bytes * (1 + room)
+    if latency is None or result.latency_reliable is False:
+        return [(cost, cost), sizes, (-math.inf, math.inf)]
+    return [(cost, cost), sizes, result.latency_interval or (latency, latency)]
 
 
 def _milliseconds(value: float | None) -> str:

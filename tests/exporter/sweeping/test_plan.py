@@ -181,9 +181,12 @@ def test_the_list_is_made_of_commands(write: Write) -> None:
     jobs = read_sweep(file).jobs
     rows = [line.split("\t") for line in shown.stdout.splitlines()]
     assert rows == [[j.key, f"intact sweep sweep.toml --run {j.key}", f"open: {j.label}"] for j in jobs]
+    jobs[1].error.parent.mkdir()
+    jobs[1].error.touch()
     listed = json.loads(CliRunner().invoke(app, ["sweep", str(file), "--list", "--json"]).stdout)
     assert [each["command"] for each in listed] == [row[1] for row in rows]
     assert listed[0]["values"] == {"method": "minmax", "bits": "8"}
+    assert [each["state"] for each in listed] == ["open", "failed", "open", "open"]
     refused = CliRunner().invoke(app, ["sweep", str(file), "--list", "--gather"])
     assert refused.exit_code == 2 and "give one of them" in refused.stderr
     refused = CliRunner().invoke(app, ["sweep", str(file), "--jobs", "0"])
