@@ -2,6 +2,10 @@
 
 glibc maps a large tensor when it is made and unmaps it when it is freed: the kernel clears its pages again each time.
 
+Kept memory is not always used again: glibc before 2.38 cannot put an aligned tensor where one of its size was freed
+(bug 14581), so that work on large weights, one after the other, leaves gaps as large as all its temporaries. After
+each large weight the gaps go back to the system.
+
 Must not know: what is computed.
 """
 
@@ -11,7 +15,7 @@ import ctypes
 import functools
 import os
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["give_back", "keep_freed_memory"]
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt, from malloc.h."""
@@ -20,6 +24,9 @@ MAPPED_ABOVE = 1 << 26
 """Bytes above which a tensor still gets pages of its own."""
 KEPT = 1 << 29
 """Bytes of free memory at the top of the heap above which it goes back to the system."""
+
+GIVEN_BACK_ABOVE = 1 << 22
+"""Bytes of a tensor whose temporaries are given back: what smaller ones leave is smaller than what they cost."""
 
 CHOSEN_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables by which glibc takes these thresholds; `GLIBC_TUNABLES` is the other way."""
@@ -39,3 +46,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no such function; a C library that cannot be opened by no name
         return False
     return bool(mallopt(MMAP_THRESHOLD, MAPPED_ABOVE)) and bool(mallopt(TRIM_THRESHOLD, KEPT))
+
+
+def give_back(size: int) -> None:
+    """Give freed memory back to the system after work on a tensor of `size` bytes, if that is large."""
+    if size > GIVEN_BACK_ABOVE and keep_freed_memory():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -5,7 +5,6 @@ Must not know: calibration, how files are emitted, bundles.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import fx, nn
 
 from calibrators.execution.ranks import ALONE, Ranks
 from calibrators.execution.shared import Shared
+from calibrators.graph.aten import copy_graph
 from calibrators.targets import get_target
 from exporter.checks import adapted, check_settings, checked_data
 from exporter.comparing.compare import Export, read_export
@@ -217,7 +217,7 @@ def take_in(order: Order, steps: Steps) -> Network:
         check_takes_integers(order.model, example, order.calibration.label)
         notes += [text] if (text := other_size(order.model, example.inputs)) else []
     known = order.captures.get(order.free_batch) if order.captures is not None else None
-    graph = copy.deepcopy(known.graph) if known is not None else _captured(order, steps)
+    graph = copy_graph(known.graph) if known is not None else _captured(order, steps)
     raws = order.raws.renamed(graph.meta["input_names"])
     batches = GraphBatches(graph, order.calibration)
     evaluation, keeps = order.evaluation, order.metric is not None
@@ -231,11 +231,9 @@ def take_in(order: Order, steps: Steps) -> Network:
         with steps.shown("fold"):
             folded = fold(graph)
         if order.captures is not None:
-            known = order.captures[order.free_batch] = Captured(
-                graph=copy.deepcopy(graph), folded=copy.deepcopy(folded)
-            )
+            known = order.captures[order.free_batch] = Captured(graph=copy_graph(graph), folded=copy_graph(folded))
     else:
-        folded = copy.deepcopy(known.folded)
+        folded = copy_graph(known.folded)
     folded.meta |= {"coded_outputs": coded, "input_grids": input_grids(folded, raws)}
     return Network(
         graph=graph,

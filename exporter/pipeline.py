@@ -28,7 +28,16 @@ from calibrators.temporary import TemporaryFolder
 from exporter.about import __version__
 from exporter.comparing.compare import Export, compare
 from exporter.config import ExportConfig, make_config, takes_settings
-from exporter.emission.build_model import check_opset, emit_float, needed_opset, needed_release, save, to_onnx
+from exporter.emission.build_model import (
+    check_opset,
+    emit_float,
+    needed_opset,
+    needed_release,
+    save,
+    to_onnx,
+    with_data_apart,
+    without_data_apart,
+)
 from exporter.emission.packing import alternatives, pack, small
 from exporter.emission.raw_ends import read_bytes, with_raw_ends
 from exporter.folding.agreement import check_folding
@@ -323,8 +332,10 @@ class Work:
         """Return the model after the guarded simplifier, and the simplifier's report."""
         if not self.config.simplify:
             return model, Simplifier(applied=False, why="switched off")
-        simpler, report = simplify(ir.to_proto(model), feed(result.program, result.program.meta["example"]))
-        return ir.from_proto(simpler) if report.applied else model, report
+        with TemporaryFolder() as folder:
+            sample = feed(result.program, result.program.meta["example"])
+            simpler, report = simplify(with_data_apart(model, folder), sample, folder)
+            return without_data_apart(simpler, model) if report.applied else model, report
 
     def _proved(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.allocator import give_back
 from calibrators.errors import InputError
 from calibrators.execution.losses import OutputMetrics
 from calibrators.execution.network_loss import CHUNK, compared_outputs, draw_samples, float_outputs, outputs_at
@@ -57,13 +58,11 @@ def _free_grid(problem: Problem, result: CalibrationResult, name: str) -> QParam
 def _limited_weight(problem: Problem, result: CalibrationResult, name: str) -> LimitedWeight:
     weight, factors = problem.values(problem.placement.by_name[name]), problem.coarser[name]
     grids = result.weights[name].qparams, _free_grid(problem, result, name)
-    cost = [_sqnr(fake_quant(weight, grid), weight) for grid in grids]
+    signal = energy(weight)
+    cost = [decibels(signal, energy(fake_quant(weight, grid).sub_(weight))) for grid in grids]
+    give_back(weight.nbytes)
     raised = int((factors > 1).sum())
     return LimitedWeight(name, raised, factors.numel(), float(factors.mean()), float(factors.max()), *cost)
-
-
-def _sqnr(values: Tensor, exact: Tensor) -> float:
-    return decibels(energy(exact), energy(values - exact))
 
 
 def _cost(problem: Problem, result: CalibrationResult) -> PortabilityCost | None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from calibrators.allocator import give_back
 from calibrators.errors import DataError, InputError
 from calibrators.execution.kept_statistics import name_of, restored, stored
 from calibrators.execution.measure import EMPTY_AGAIN, Batch, observe
@@ -186,7 +187,10 @@ class Problem:
         method = self.range_method(site.method) if site.method else method
         if site.kind == "weight":
             self.coarser.pop(site.name, None)
-            return self.within_limits(site, self.values(site), method.weight(self.values(site), site.spec))
+            weight = self.values(site)
+            found = self.within_limits(site, weight, method.weight(weight, site.spec))
+            give_back(weight.nbytes)
+            return found
         return _fixed(site) if site.fixed else method.activation(self.statistics[site.name], site.spec)
 
     def within_limits(self, site: Site, weight: Tensor, qparams: QParams) -> QParams:

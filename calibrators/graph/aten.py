@@ -18,6 +18,7 @@ Must not know: quantization, folding, ONNX.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -38,6 +39,7 @@ __all__ = [
     "coded_outputs",
     "constant",
     "convolution",
+    "copy_graph",
     "example_batch",
     "fan_in",
     "free_name",
@@ -55,6 +57,7 @@ __all__ = [
     "shape_of",
     "to_device",
     "where",
+    "whole",
 ]
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -103,10 +106,25 @@ def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
     return next(free for free in numbered if not is_taken(free))
 
 
-def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> str:
-    """Register `value` as a buffer under a free name near `name` (dots become underscores); return the name."""
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the graph that shares its tensors, which therefore must be replaced and never changed."""
+    tensors = {id(tensor): tensor for tensor in (*graph.parameters(), *graph.buffers())}
+    return copy.deepcopy(graph, tensors)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a detached tensor on the same memory, or a copy if that memory holds more than the tensor."""
+    fills = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value.detach() if fills else value.detach().clone()
+
+
+def add_constant(graph: fx.GraphModule, name: str, value: Tensor, *, shared: bool = False) -> str:
+    """Register `value` as a buffer under a free name near `name` (dots become underscores); return the name.
+
+    shared: without a copy, for large tensors of which there is one elsewhere that stays as it is.
+    """
     free = free_name(name.replace(".", "_") or "constant", lambda taken: hasattr(graph, taken))
-    graph.register_buffer(free, value.detach().clone())
+    graph.register_buffer(free, whole(value) if shared else value.detach().clone())
     return free
 
 

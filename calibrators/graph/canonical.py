@@ -31,7 +31,6 @@ Must not know: targets, scales, ONNX.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import operator
@@ -44,6 +43,7 @@ from torch import Tensor, fx
 
 from calibrators.graph.aten import (
     bind,
+    copy_graph,
     infer_shapes,
     is_constant,
     is_free,
@@ -77,8 +77,7 @@ aten = torch.ops.aten
 
 def to_integer_forms(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of the graph, which shares its tensors, with every operator of the list above in canonical form."""
-    tensors = {id(tensor): tensor for tensor in (*graph.parameters(), *graph.buffers())}
-    graph = copy.deepcopy(graph, tensors)
+    graph = copy_graph(graph)
     infer_shapes(graph)
     apply_rules(graph, RULES)
     merge_equal_calls(graph)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibrators.grid.numerics import grid_of, quantize
+from calibrators.grid.numerics import by_rows, grid_of, quantize
 from calibrators.grid.spec import QParams
 
 __all__ = ["Limits", "coarsened", "pairings", "within"]
@@ -29,23 +29,21 @@ FACTOR = 1 + 2.0**-10
 class Limits:
     """Codes that a target allows besides those of the grid; zero points count as code 0 here.
 
-    lowest, highest: of one code, for every element of the weight or broadcast against it.
+    lowest, highest: of every code.
     partners:        int64 [pairings, columns]: for each way to pair the columns of a group, the column whose code
                      shares a limit with that of this one, itself where there is none. Partners name each other.
     pair_lowest, pair_highest: of the sum of two partners of one sign; 0 lies between them.
     """
 
-    lowest: int | Tensor = -(2**20)
-    highest: int | Tensor = 2**20
+    lowest: int = -(2**20)
+    highest: int = 2**20
     partners: Tensor | None = None
     pair_lowest: int = -(2**20)
     pair_highest: int = 2**20
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits that leave nothing, or partners that do not name each other."""
-        if not self.pair_lowest <= 0 <= self.pair_highest or bool(
-            torch.any(torch.as_tensor(self.lowest > self.highest))
-        ):
+        if not self.pair_lowest <= 0 <= self.pair_highest or self.lowest > self.highest:
             raise ValueError("limits leave no code")
         if self.partners is not None:
             columns = torch.arange(self.partners.shape[1]).expand_as(self.partners)
@@ -82,7 +80,8 @@ def coarsened(weight: Tensor, qparams: QParams, limits: Limits) -> QParams:
     scale = qparams.scale.double()
     while True:
         found = replace(qparams, scale=scale.to(torch.float32))
-        excess = _excess(_centred(quantize(weight, found), found), limits)
+        codes = quantize(weight, found)
+        excess = torch.cat([_excess(_centred(codes[rows], own), limits) for rows, own in by_rows(codes, found)])
         excess = excess.max() if scale.ndim == 0 else excess
         if not bool((excess > 1).any()):
             return found
@@ -113,8 +112,12 @@ def within(codes: Tensor, weight: Tensor, qparams: QParams, limits: Limits) -> T
 
     codes, weight: [out, ...].
     """
+    return torch.cat([_rows_within(codes[rows], weight[rows], own, limits) for rows, own in by_rows(codes, qparams)])
+
+
+def _rows_within(codes: Tensor, weight: Tensor, qparams: QParams, limits: Limits) -> Tensor:
     scale, zero_point = grid_of(weight, qparams)
-    lowest, highest = (torch.as_tensor(end).to(zero_point) + zero_point for end in (limits.lowest, limits.highest))
+    lowest, highest = (zero_point + end for end in (limits.lowest, limits.highest))
     codes = codes.to(torch.int32).clamp(lowest, highest).to(codes.dtype)
     if limits.partners is None:
         return codes

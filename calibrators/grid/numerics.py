@@ -8,7 +8,7 @@ Must not know: graphs, methods, targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "SMALLEST_SCALE",
     "along_axis",
     "as_codes",
+    "by_rows",
     "code_limits",
     "dequantize",
     "fake_quant",
@@ -36,6 +37,11 @@ SMALLEST_SCALE = 2.0**-100
 denominator stay normal float32 numbers."""
 
 
+BLOCK = 1 << 20
+"""Values that are rounded at once: the temporaries of a large tensor would take several times its memory, and more of
+them stay in the caches."""
+
+
 def along_axis(values: Tensor, x: Tensor, axis: int | None, block_size: int | None = None) -> Tensor:
     """Return `values` ([], [channels], or [channels, blocks]) shaped to broadcast against `x` along `axis`."""
     if block_size is not None:
@@ -51,6 +57,21 @@ def grid_of(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point of every element of `x`, shaped to broadcast against it."""
     axis, block_size = qparams.spec.axis, qparams.spec.block_size
     return along_axis(qparams.scale, x, axis, block_size), along_axis(qparams.zero_point, x, axis, block_size)
+
+
+def by_rows(x: Tensor, qparams: QParams) -> Iterator[tuple[slice, QParams]]:
+    """Yield ranges of the first axis with the parameters of each, so that few elements of `x` are read at once.
+
+    One range holds all where the parameters of rows cannot be told apart.
+    """
+    spec = qparams.spec
+    if x.numel() <= BLOCK or x.ndim < 2 or spec.axis not in (None, 0) or spec.tap_bits is not None:
+        yield slice(None), qparams
+        return
+    scale, zero_point, height = qparams.scale, qparams.zero_point, max(1, BLOCK * len(x) // x.numel())
+    for first in range(0, len(x), height):
+        rows = slice(first, first + height)
+        yield rows, qparams if scale.ndim == 0 else QParams(scale[rows], zero_point[rows], spec)
 
 
 def has_middle_diagonal(shape: Sequence[int]) -> bool:
@@ -102,7 +123,13 @@ def values_of(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Return the codes of `x` in the container dtype of the spec."""
-    return as_codes(round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)), qparams.spec.dtype)
+    if x.numel() <= BLOCK:
+        return as_codes(round_codes(x, *grid_of(x, qparams), *code_limits(x, qparams)), qparams.spec.dtype)
+    codes = torch.empty_like(x, dtype=qparams.spec.dtype)
+    for rows, own in by_rows(x, qparams):
+        some = x[rows]
+        codes[rows] = as_codes(round_codes(some, *grid_of(some, own), *code_limits(some, own)), codes.dtype)
+    return codes
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calibrators.allocator import give_back
 from calibrators.errors import InputError, UnknownNameError, counted
 from calibrators.grid.limits import Limits, coarsened, within
 from calibrators.grid.numerics import code_limits, dequantize, quantize
@@ -107,6 +108,7 @@ def freeze(
         notes += _notes(weights[site.name], coded, site)
         for bias in added[site.name]:
             bias_codes[bias.site.name] = code_bias(bias.values, bias.x_scale, coded.qparams.scale, bias.site)
+        give_back(weight.nbytes)
     record = Record(notes=tuple(notes), settled=settled)
     return CalibrationResult(placement, activations, weight_codes, bias_codes, record=record)
 

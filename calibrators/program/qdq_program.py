@@ -28,7 +28,6 @@ Must not know: ONNX, runtimes, how the parameters were chosen.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import add_constant, bind, constant, infer_shapes, is_constant, replace_args
+from calibrators.graph.aten import add_constant, bind, constant, copy_graph, infer_shapes, is_constant, replace_args
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.elementwise import restore_activations
 from calibrators.graph.operators import WEIGHTED
@@ -135,7 +134,7 @@ class _Builder:
 
     def __init__(self, placement: Placement, qparams_of: Callable[[Site], QParams]) -> None:
         self.placement, self.qparams_of = placement, qparams_of
-        self.program = copy.deepcopy(placement.graph)
+        self.program = copy_graph(placement.graph)
         self.graph = self.program.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.names: dict[str, str] = {}
@@ -145,8 +144,8 @@ class _Builder:
         self.rows: dict[str, tuple[str, str]] = {}  # codes of 8 bits and scales of rows, by the float constant
         self.weight_only = {user for site in placement.sites if site.weight_only for user in site.users}
 
-    def _buffer(self, readable: str, value: Tensor) -> str:
-        name = add_constant(self.program, readable, value)
+    def _buffer(self, readable: str, value: Tensor, *, shared: bool = False) -> str:
+        name = add_constant(self.program, readable, value, shared=shared)
         self.names[name] = readable
         return name
 
@@ -240,11 +239,13 @@ class _Builder:
         zero_point = qparams.zero_point.to(site.spec.dtype)
         if not site.weight_only:
             dtype, zero = (torch.uint8, UNSIGNED_ZERO) if site.unsigned else (site.spec.dtype, 0)
-            codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1] + zero).to(dtype)
+            if codes.dtype != dtype or bool((zero_point != zero).any()):
+                codes = (codes.to(torch.int32) - grid_of(codes, qparams)[1] + zero).to(dtype)
             zero_point = torch.full_like(zero_point, zero, dtype=dtype)
         buffers = [
-            self._buffer(f"{site.name}_{what}", value)
-            for what, value in (("quantized", codes), ("scale", qparams.scale), ("zero_point", zero_point))
+            self._buffer(f"{site.name}_quantized", codes, shared=True),
+            self._buffer(f"{site.name}_scale", qparams.scale),
+            self._buffer(f"{site.name}_zero_point", zero_point),
         ]
         if codes.dtype == torch.int8 and site.spec.bits == 8 and codes.ndim == 2 and not site.weight_only:
             self.rows[str(self.nodes[site.node].target)] = self._rows(

@@ -108,8 +108,8 @@ def weight_qparams(method: RangeMethod, weight: Tensor, spec: QuantSpec) -> QPar
     raises: ModelError for an empty weight or values that are not finite.
     """
     values = weight.detach().to(torch.float32)
-    bad = values.numel() - int(values.isfinite().sum())
-    if bad or not values.numel():
+    if not values.numel() or not bool(torch.stack(values.aminmax()).isfinite().all()):
+        bad = values.numel() - int(values.isfinite().sum())
         seen = f"{bad} of its {values.numel()} values are NaN or infinite" if bad else "it is empty"
         raise ModelError(f"a weight of shape {list(weight.shape)} cannot be quantized: {seen}; load other weights")
     if spec.tap_bits is not None:

@@ -15,12 +15,11 @@ Must not know: data, targets, methods, ONNX.
 
 from __future__ import annotations
 
-import copy
 import math
 
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, infer_shapes, layer_name
+from calibrators.graph.aten import bind, constant, copy_graph, infer_shapes, layer_name
 from calibrators.graph.batch_norm import HIGH_BIAS, mean_and_deviation, update_expected
 from calibrators.record import AbsorbedPair, Absorption, Refused
 from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_constants
@@ -33,7 +32,7 @@ MEAN_LOSS = math.exp(-(HIGH_BIAS**2) / 2) / math.sqrt(2 * math.pi) - HIGH_BIAS *
 
 def absorb(graph: fx.GraphModule) -> tuple[fx.GraphModule, Absorption]:
     """Return a copy of the graph with high biases absorbed, and a record of it; `graph` is in integer forms."""
-    graph = copy.deepcopy(graph)
+    graph = copy_graph(graph)
     links, skipped = find_links(graph)
     pairs = []
     for link in links:

@@ -18,12 +18,10 @@ Must not know: data, targets, methods, ONNX.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import bind, constant, infer_shapes, layer_name
+from calibrators.graph.aten import bind, constant, copy_graph, infer_shapes, layer_name
 from calibrators.graph.batch_norm import HIGH_BIAS, mean_and_deviation, update_expected
 from calibrators.record import Equalization, EqualizedPair
 from calibrators.rewrites.layer_pairs import Link, by_group, find_links, set_constants
@@ -43,7 +41,7 @@ def equalize(graph: fx.GraphModule) -> tuple[fx.GraphModule, Equalization]:
 
     Equalizing a pair on its own maximizes the precision in its record.
     """
-    graph = copy.deepcopy(graph)
+    graph = copy_graph(graph)
     links, skipped = find_links(graph)
     layers = dict.fromkeys(node for link in links for node in (link.first, link.second))
     weights = {node: constant(graph, bind(node)["weight"]).double() for node in layers}

@@ -17,7 +17,6 @@ Must not know: methods, ONNX.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from calibrators.execution.measure import Batch
-from calibrators.graph.aten import bind, constant, infer_shapes, layer_name, replace_args
+from calibrators.graph.aten import bind, constant, copy_graph, infer_shapes, layer_name, replace_args
 from calibrators.graph.canonical import clip_bounds
 from calibrators.graph.rewrite import call_before, constant_before
 from calibrators.graph.walk import walk
@@ -120,7 +119,7 @@ def migrate(placement: Placement, batches: Iterable[Batch]) -> tuple[fx.GraphMod
 
     batches: calibration data, of which the first 128 samples are read.
     """
-    graph = copy.deepcopy(placement.graph)
+    graph = copy_graph(placement.graph)
     found = ((value, _grids(placement, value), _usable(placement, value.carrier)) for value in find_values(graph))
     values = [(replace(value, carrier=carrier), *grids) for value, grids, carrier in found if grids is not None]
     samples = _sampled(graph, [value.node for value, *_ in values], batches)

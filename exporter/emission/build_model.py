@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
@@ -20,6 +21,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
+from calibrators.allocator import give_back
 from calibrators.errors import ExportError, InputError, argument
 from calibrators.graph.aten import operator_name, outputs_of, where
 from calibrators.grid.target import Target
@@ -29,9 +31,21 @@ from exporter.emission.readable import annotate, normalize
 from exporter.emission.translate import translate
 from exporter.frontend.capture import quiet
 from exporter.frontend.reference import export_program
+from runtime_tests.ort.onnx_operators import DEQUANTIZE
+from runtime_tests.ort.operands import consumers
 from runtime_tests.ort.versions import Version, minimum_version, parse_version
 
-__all__ = ["check_opset", "emit", "emit_float", "needed_opset", "needed_release", "save", "to_onnx"]
+__all__ = [
+    "check_opset",
+    "emit",
+    "emit_float",
+    "needed_opset",
+    "needed_release",
+    "save",
+    "to_onnx",
+    "with_data_apart",
+    "without_data_apart",
+]
 
 WIDE_OPSET = 21
 """First opset whose quantizers write int16."""
@@ -41,6 +55,13 @@ BLOCK_OPSET = 21
 
 EXTERNAL_DATA_ABOVE = 2**31 - 2**20
 """Bytes of initializers above which they leave the protobuf, whose limit is 2 GiB."""
+
+FLOAT_DATA_ABOVE = 2**26
+"""The same for the float file, which is measured and thrown away: protobuf takes twice its size in memory to write."""
+
+LARGE_WEIGHT = 1 << 20
+"""Bytes of codes above which a weight is no part of a proto that other libraries copy several times."""
+CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def emit(
@@ -98,15 +119,49 @@ def check_opset(model: ir.Model, target: Target) -> None:
 def emit_float(graph: fx.GraphModule, path: str | Path) -> ir.Model:
     """Write a float graph as ONNX, the baseline of latency, size and accuracy, and return the model."""
     model = to_onnx(graph, opset=20)
-    save(model, path)
+    save(model, path, largest=FLOAT_DATA_ABOVE)
     return model
 
 
-def save(model: ir.Model, path: str | Path) -> None:
-    """Write the model; initializers go to `<name>.data` beside it when they exceed the protobuf limit."""
+def save(model: ir.Model, path: str | Path, *, largest: int | None = None) -> None:
+    """Write the model; initializers of more than `largest` bytes in all go to `<name>.data` beside it.
+
+    largest: None for the limit of protobuf.
+    """
+    largest = EXTERNAL_DATA_ABOVE if largest is None else largest
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path = Path(path)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None)
+    give_back(size)  # protobuf takes twice the size
+    ir.save(model, path, external_data=f"{path.name}.data" if size > largest else None)
+
+
+def with_data_apart(model: ir.Model, folder: Path) -> onnx.ModelProto:
+    """Return the model as a proto that has the codes of its large weights in a file in `folder`."""
+    large = [value for value in model.graph.initializers.values() if _is_large_weight(value)]
+    tensors = [value.const_value for value in large]
+    try:
+        outside = ir.external_data.convert_tensors_to_external(tensors, folder, "weights")  # type: ignore[arg-type]
+        for value, tensor in zip(large, outside, strict=True):
+            value.const_value = tensor
+        return ir.to_proto(model)
+    finally:
+        for value, original in zip(large, tensors, strict=True):
+            value.const_value = original
+
+
+def without_data_apart(proto: onnx.ModelProto, model: ir.Model) -> ir.Model:
+    """Return a proto that was made of what `with_data_apart` gave, with the weights of the model."""
+    whole = ir.from_proto(proto)
+    for name, value in whole.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = model.graph.initializers[name].const_value
+    return whole
+
+
+def _is_large_weight(value: ir.Value) -> bool:
+    tensor = value.const_value
+    is_large = tensor is not None and tensor.nbytes > LARGE_WEIGHT and tensor.dtype in CODES
+    return is_large and all(node.op_type == DEQUANTIZE for node in consumers(value))
 
 
 def to_onnx(

@@ -7,7 +7,6 @@ Must not know: ONNX, runtimes, data.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibrators.graph.aten import add_constant, bind, infer_shapes, is_free, outputs_of, shape_of
+from calibrators.graph.aten import add_constant, bind, copy_graph, infer_shapes, is_free, outputs_of, shape_of
 from calibrators.graph.rewrite import constant_of, replace_by
 from calibrators.program.freeze import CalibrationResult
 from calibrators.program.qdq_program import DEQUANTIZE, QUANTIZE
@@ -50,7 +49,7 @@ def read_bytes(graph: fx.GraphModule, raws: RawInputs) -> fx.GraphModule:
     """Return a copy of a graph that takes some inputs as bytes; the value that was the input keeps its name."""
     if not raws:
         return graph
-    graph, before = copy.deepcopy(graph), graph.meta
+    graph, before = copy_graph(graph), graph.meta
     free = dict(before.get("free_axes", {}))
     for node, name in zip(_placeholders(graph), before["input_names"], strict=True):
         if (raw := raws.by_name.get(name)) is not None:

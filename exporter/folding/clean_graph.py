@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from calibrators.graph.aten import bind, constant, is_constant, module_path, overloads, shape_of
+from calibrators.graph.aten import bind, constant, is_constant, module_path, overloads, shape_of, whole
 from calibrators.graph.operators import DROPOUTS, PADS, PRODUCTS, QUOTIENTS, REVERSED, SUMS
 from calibrators.graph.rewrite import Rule, apply_rules, call_before, constant_before, replace_by
 from calibrators.graph.walk import call
@@ -38,9 +38,9 @@ Constants = dict[fx.Node, Tensor]
 
 
 def with_own_attributes(graph: fx.GraphModule, *, shared: bool = False) -> fx.GraphModule:
-    """Return a copy of the graph that has clones of the parameters and buffers it uses, and no others.
+    """Return a copy of the graph that has the parameters and buffers it uses, on the same memory, and no others.
 
-    shared: the attributes are the copy's own, the tensors are not: for a graph that replaces them and changes none.
+    shared: they are the same objects, so that a tensor with several names is known as one.
     """
     copied = fx.Graph()
     result = copied.graph_copy(graph.graph, {}, return_output_node=True)
@@ -54,10 +54,10 @@ def with_own_attributes(graph: fx.GraphModule, *, shared: bool = False) -> fx.Gr
     for module in fresh.modules():
         for name, parameter in module._parameters.items():
             assert parameter is not None
-            module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[name] = nn.Parameter(whole(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             assert buffer is not None
-            module._buffers[name] = buffer.detach().clone()
+            module._buffers[name] = whole(buffer)
     return fresh
 
 

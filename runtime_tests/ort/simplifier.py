@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,13 @@ class Simplifier:
     nodes_after: int | None = None
 
 
-def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tuple[onnx.ModelProto, Simplifier]:
+def simplify(
+    model: onnx.ModelProto, sample_inputs: Mapping[str, Array], folder: Path | None = None
+) -> tuple[onnx.ModelProto, Simplifier]:
     """Return `model` simplified by onnxsim if every guard holds, else `model` itself; the argument is never changed.
 
     sample_inputs: inputs on which the optimized outputs of both models must agree bit for bit.
+    folder: where initializers lie that are external data, which stay as they are; None where there are none.
     """
     before = len(model.graph.node)
 
@@ -79,9 +83,9 @@ def simplify(model: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> tupl
         _restore(candidate, model)
         if found := changes(model, candidate):
             return kept(f"dropped: onnxsim changed {'; '.join(found)}", after)
-        if not _same_outputs(model, candidate, sample_inputs):
+        if not _same_outputs(model, candidate, sample_inputs, folder):
             return kept("dropped: the outputs on the sample inputs differ", after)
-        if other := _other_operators(model, candidate):
+        if other := _other_operators(model, candidate, folder):
             return kept(f"dropped: onnxruntime computes it with other operators: {other}", after)
     except (onnx.shape_inference.InferenceError, ModelError) as error:
         return kept(f"dropped: the simplified model is not valid: {error}", after)
@@ -112,9 +116,41 @@ def changes(model: onnx.ModelProto, candidate: onnx.ModelProto) -> list[str]:
 def _run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim  # takes more than a second, and only this stage needs it
 
+    outside = [tensor for tensor in model.graph.initializer if _is_outside(tensor)]
+    names = {tensor.name for tensor in outside}
     copy = onnx.ModelProto.FromString(model.SerializeToString())
+    _keep(copy.graph.initializer, lambda tensor: tensor.name not in names)
+    made = onnx.helper.make_tensor_value_info
+    copy.graph.input.extend(made(tensor.name, tensor.data_type, tensor.dims) for tensor in outside)
     result: tuple[onnx.ModelProto, bool] = onnxsim.simplify(copy)
+    graph = result[0].graph
+    _keep(graph.input, lambda value: value.name not in names)
+    place = {tensor.name: index for index, tensor in enumerate(model.graph.initializer)}  # an order that onnxsim keeps
+    tensors = sorted([*graph.initializer, *outside], key=lambda tensor: place.get(tensor.name, len(place)))
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
     return result[0]
+
+
+def _keep(entries: Any, is_wanted: Callable[[Any], bool]) -> None:
+    """Remove all other entries of a repeated field."""
+    kept = [entry for entry in entries if is_wanted(entry)]
+    if len(kept) < len(entries):
+        del entries[:]
+        entries.extend(kept)
+
+
+def _is_outside(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _readable(model: onnx.ModelProto, folder: Path | None) -> Model:
+    """Return what a session can be made of: a file in the folder of the external data, if there are some."""
+    if folder is None or not any(map(_is_outside, model.graph.initializer)):
+        return Model(model)
+    path = folder / "read.onnx"
+    path.write_bytes(model.SerializeToString())
+    return Model(path)
 
 
 def _with_inferred_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -162,7 +198,9 @@ def _integer_initializers(model: onnx.ModelProto) -> set[str]:
 
 
 def _digest(tensor: onnx.TensorProto) -> str:
-    """Return the SHA-256 of type, shape, values and their storage (raw or typed)."""
+    """Return the SHA-256 of type, shape, values and their storage (raw or typed), or of the place of external data."""
+    if _is_outside(tensor):
+        return hashlib.sha256(tensor.SerializeToString(deterministic=True)).hexdigest()
     raw = tensor.raw_data or np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).tobytes()
     return hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} {bool(tensor.raw_data)} ".encode() + raw).hexdigest()
 
@@ -180,23 +218,25 @@ def _metadata(model: onnx.ModelProto) -> tuple[dict[str, str], ...]:
     return tuple({entry.key: entry.value for entry in part.metadata_props} for part in (model, model.graph))
 
 
-def _other_operators(model: onnx.ModelProto, candidate: onnx.ModelProto) -> str:
+def _other_operators(model: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path | None) -> str:
     """Return which operators onnxruntime executes how often of the model and the candidate, `QGemm 12 -> 4`.
 
     Where two reshapes vanish, for instance, a Gemm and the Relu after it become one kernel, in float or on integers.
     """
-    before, after = map(_executed, (model, candidate))
+    before, after = (_executed(each, folder) for each in (model, candidate))
     names = [name for name in sorted({*before, *after}) if before[name] != after[name]]
     return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in names)
 
 
-def _executed(model: onnx.ModelProto) -> Counter[str]:
+def _executed(model: onnx.ModelProto, folder: Path | None) -> Counter[str]:
     """Return the counts of all operators that compute, quantize or dequantize in the optimized graph."""
-    names = (node.op_type for node in Model(model).optimized.proto.graph.node)
+    names = (node.op_type for node in _readable(model, folder).optimized.proto.graph.node)
     return Counter(name for name in names if name not in MOVE_DATA or name in QUANTIZERS)
 
 
-def _same_outputs(model: onnx.ModelProto, candidate: onnx.ModelProto, sample_inputs: Mapping[str, Array]) -> bool:
-    feed = dict(sample_inputs)
-    pairs = zip(session(model).run(None, feed), session(candidate).run(None, feed), strict=True)
+def _same_outputs(
+    model: onnx.ModelProto, candidate: onnx.ModelProto, sample_inputs: Mapping[str, Array], folder: Path | None
+) -> bool:
+    ours, theirs = (session(_readable(each, folder)).run(None, dict(sample_inputs)) for each in (model, candidate))
+    pairs = zip(ours, theirs, strict=True)
     return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)

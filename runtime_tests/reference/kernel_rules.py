@@ -8,6 +8,7 @@ Must not know: the operators around it beyond the quantizers at its edges, sessi
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Container, Sequence
@@ -68,8 +69,10 @@ class StaysFloat(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """An integer kernel with its constants prepared: from codes of `inputs` to codes or floats; then codes move.
+    """An integer kernel: from codes of `inputs` to codes or floats; then codes move.
 
+    compute: prepares the weights when it is first called: most plans are only read, and weights that are ready take
+          four times the memory of their codes.
     tied: of a kernel that rounds differently on some processors: its name in kernel_tables, and the grids of what it
           reads and of what it writes.
     """
@@ -208,18 +211,33 @@ def _check_weight(node: fx.Node) -> None:
         raise StaysFloat("its weight is not quantized")
 
 
-def _weights(
-    program: fx.GraphModule, node: fx.Node, x: Grid, y: Grid | None, *, padded: bool
-) -> tuple[Grid, kernels.Weights]:
-    """Return the grid with which to read the input, and the weights [out, in, ...] and bias, of a layer."""
+def _with_weights(
+    program: fx.GraphModule, node: fx.Node, y: Grid | None, kernel: Callable[..., Tensor], *, padded: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return the computation of a layer by a kernel that takes the grid of the input, the weights and that of y.
+
+    raises: StaysFloat.
+    """
+    (x,) = _grids(program, source(node))
     weight, bias = bind(node)["weight"], bind(node)["bias"]
     codes, scale, zero_point = (constant(program, argument) for argument in weight.args[:3])
     if codes.dtype not in (torch.int8, torch.uint8):
         raise StaysFloat(f"weights of {codes.dtype} have no integer kernel")
     bias_codes = None if bias is None else _bias_codes(program, bias, x.scale * scale, y)
-    if padded:
-        return x, kernels.prepare_weights(codes, zero_point, scale, bias_codes, x)
-    return kernels.unpadded(codes, zero_point, scale, bias_codes, x)
+    return _prepared(kernel, (codes, zero_point, scale, bias_codes, x), y, padded=padded)
+
+
+def _prepared(
+    kernel: Callable[..., Tensor], constants: tuple[Any, ...], y: Grid | None, *, padded: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return the computation of a kernel whose weights are prepared of constants when it is first called."""
+
+    @functools.cache
+    def ready() -> Callable[[Tensor], Tensor]:
+        x, weights = (constants[-1], kernels.prepare_weights(*constants)) if padded else kernels.unpadded(*constants)
+        return partial(kernel, x=x, weights=weights, y=y)
+
+    return lambda codes: ready()(codes)
 
 
 def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid | None) -> Tensor:
@@ -241,15 +259,14 @@ def _bias_codes(program: fx.GraphModule, bias: fx.Node, scale: Tensor, y: Grid |
 def _conv(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Processor) -> Kernel:
     bound = bind(node)
     _check_weight(node)
-    (x,) = _grids(program, bound["input"])
+    _grids(program, bound["input"])
     if y is None:
         raise StaysFloat("its result is not quantized")
-    padding = bound["padding"]
-    x, weights = _weights(program, node, x, y, padded=padding != "valid" and any(padding))
-    space = weights.parts[0][1].ndim - 2
+    padded, space = bound["padding"] != "valid" and any(bound["padding"]), len(shape_of(bound["weight"])) - 2
     stride, padding, dilation = (_per_axis(bound[name], space) for name in ("stride", "padding", "dilation"))
     geometry = kernels.ConvGeometry(stride, padding, dilation, bound["groups"])
-    compute = partial(kernels.conv, x=x, weights=weights, y=y, geometry=geometry, arithmetic=family.conv)
+    kernel = partial(kernels.conv, geometry=geometry, arithmetic=family.conv)
+    compute = _with_weights(program, node, y, kernel, padded=padded)
     return Kernel("QLinearConv", (bound["input"],), compute)
 
 
@@ -261,9 +278,7 @@ def _linear(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Proc
     _check_weight(node)
     if is_weight_only(node):
         raise StaysFloat("only its weight is quantized")
-    (x,) = _grids(program, source(node))
-    x, weights = _weights(program, node, x, y, padded=False)
-    compute = partial(kernels.linear, x=x, weights=weights, y=y, arithmetic=family.linear)
+    compute = _with_weights(program, node, y, partial(kernels.linear, arithmetic=family.linear))
     return Kernel("QGemm", (source(node),), compute)
 
 
@@ -277,8 +292,8 @@ def _matmul(program: fx.GraphModule, node: fx.Node, y: Grid | None, family: Proc
     codes, scale, zero_point = (constant(program, argument) for argument in right.args[:3])
     if codes.ndim != 2:
         raise StaysFloat("a constant factor that is not a matrix has no integer kernel here")
-    x, weights = kernels.unpadded(codes.T, zero_point, scale, None, x)
-    return Kernel(name, (left,), partial(kernels.linear, x=x, weights=weights, y=y, arithmetic=family.linear))
+    kernel = partial(kernels.linear, arithmetic=family.linear)
+    return Kernel(name, (left,), _prepared(kernel, (codes.T, zero_point, scale, None, x), y))
 
 
 def _add(program: fx.GraphModule, node: fx.Node, y: Grid, family: Processor) -> Kernel:
