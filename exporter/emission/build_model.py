@@ -161,7 +161,7 @@ def without_data_apart(proto: onnx.ModelProto, model: ir.Model) -> ir.Model:
 def _is_large_weight(value: ir.Value) -> bool:
     tensor = value.const_value
     is_large = tensor is not None and tensor.nbytes > LARGE_WEIGHT and tensor.dtype in CODES
-    return is_large and all(node.op_type == DEQUANTIZE for node in consumers(value))
+    return is_large and all(node.op_type == DEQUANTIZE and node.inputs[0] is value for node in consumers(value))
 
 
 def to_onnx(
