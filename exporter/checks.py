@@ -21,11 +21,11 @@ from exporter.config import ExportConfig
 from exporter.emission.packing import STORAGES, first_release, ir_version_of, refused_opset
 from exporter.inputs.data import Data, LabelError
 from exporter.inputs.golden import check_golden
-from exporter.reporting.gates import Gate, check_measurable, needs_labels
+from exporter.reporting.gates import Gate, check_measurable, needs_labels, parse
 from runtime_tests.ort.versions import parse_version, release_of
 from runtime_tests.runtimes import available_runtimes, get_runtime
 
-__all__ = ["adapted", "check_settings", "checked_data"]
+__all__ = ["adapted", "check_names", "check_settings", "checked_data"]
 
 
 def check_settings(config: ExportConfig, ranks: Ranks = ALONE) -> None:
@@ -34,20 +34,30 @@ def check_settings(config: ExportConfig, ranks: Ranks = ALONE) -> None:
     ranks:  the processes that share the work.
     raises: InputError.
     """
-    get_target(config.target)
-    _check_options(config)
+    check_names(config)
     check_parallel(get_method(config.method), ranks)
-    for rule in config.layers:
-        if rule.method is not None:
-            range_method(rule.method)
     check_widths(config, get_target(config.target))
-    check_preparations(config.prepare)
     check_golden(config.golden)
     available_runtimes(config.proving_runtimes)
     _check_device(config.device)
     _check_portable(config)
     _check_storage(config)
     _check_min_ort(config)
+
+
+def check_names(config: ExportConfig) -> None:
+    """Check that there are the target, the methods with their options, the preparations and the metrics of the gates.
+
+    raises: InputError.
+    """
+    get_target(config.target)
+    _check_options(config)
+    for rule in config.layers:
+        if rule.method is not None:
+            range_method(rule.method)
+    check_preparations(config.prepare)
+    for gate in config.gates:
+        parse(gate)
 
 
 def adapted(config: ExportConfig) -> tuple[ExportConfig, tuple[str, ...]]:

@@ -194,6 +194,7 @@ def init(
     """Write a configuration; `flags` are what it sets."""
     with reported_errors(debug=debug):
         from calibrators.methods import get_method
+        from calibrators.targets import get_target
         from exporter.job import load_job
         from exporter.starter import starter
 
@@ -205,6 +206,8 @@ def init(
             flags |= _asked()
         job, config, targets = load_job(None, flags, sets or ())
         get_method(config.method, config.options)  # which refuses options that it does not have
+        for name in targets:
+            get_target(name)
         try:
             text = starter(job, config, targets).encode()
         except UnicodeEncodeError as error:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from calibrators.errors import InputError, argument
+from exporter.checks import check_names
+from exporter.job import errors_of
 from exporter.sweeping.pages import write_tables
 from exporter.sweeping.plan import Sweep, read_sweep
 from exporter.sweeping.processes import Ended, command, environment, run_all
@@ -48,10 +50,13 @@ def run_jobs(
 ) -> None:
     """Run the jobs without a bundle, or with `overwrite` all of them; told: is called with each that has ended.
 
-    raises: InputError; KeyboardInterrupt that says how many bundles there are.
+    raises: InputError, before any of them runs; KeyboardInterrupt that says how many bundles there are.
     """
     check_at_once(at_once)
     wanted = [each for each in sweep.jobs if overwrite or not each.is_finished]
+    for each in wanted:
+        with errors_of(f"{sweep.file}: {each.label}"):
+            check_names(each.config)
     try:
         run_all(
             wanted,

@@ -139,6 +139,26 @@ def test_what_cannot_be_read_is_a_row_without_results(text: str, folder: Path) -
             path.write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('prepare = ["cle", "migrat"]', "0, migrat: unknown preparation 'migrat'. Did you mean 'migrate'"),
+        ('gates = [["sizes<=1"]]', "0, sizes<=1: unknown gate metric 'sizes'"),
+        ('layers = [[{match = "a", method = "gptq"}]]', "method"),
+    ],
+    ids=["preparation", "gate", "method"],
+)
+def test_names_are_checked_before_any_job_runs(
+    setting: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path)
+    (tmp_path / "sweep.toml").write_text(SWEEP.partition("method =")[0] + f"seed = [0, 1]\n{setting}\n")
+    monkeypatch.chdir(tmp_path)
+    found = intact()
+    assert found.exit_code == 2 and message in found.stderr
+    assert not Path("out").exists()
+
+
 def started(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "exporter", "sweep", "sweep.toml", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
