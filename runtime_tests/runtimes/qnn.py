@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from runtime_tests.workers.install import Component, PipPackages
+from runtime_tests.workers.install import PipPackages
 from runtime_tests.workers.process import LoadedInWorker, python_worker
-from runtime_tests.workers.runtime import Artifact, Loaded, Runtime
+from runtime_tests.workers.runtime import Artifact, Loaded, PinnedRuntime
 
 __all__ = ["RUNTIME"]
 
@@ -48,16 +48,8 @@ class _OnHtp(LoadedInWorker):
 
 
 @dataclass(frozen=True)
-class _Qnn(Runtime):
+class _Qnn(PinnedRuntime):
     """The version of onnxruntime of this environment with the QNN provider."""
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (PACKAGES,)
-
-    @property
-    def version(self) -> str:
-        return VERSION
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -68,4 +60,10 @@ class _Qnn(Runtime):
         return _OnHtp(worker, artifact.model, probes, threads=threads, version=version("onnxruntime"))
 
 
-RUNTIME = _Qnn("qnn", "onnxruntime's QNN provider, HTP simulator; single steps are allowed", kernel_rate=KERNEL_RATE)
+RUNTIME = _Qnn(
+    "qnn",
+    "onnxruntime's QNN provider, HTP simulator; single steps are allowed",
+    kernel_rate=KERNEL_RATE,
+    packages=PACKAGES,
+    release=VERSION,
+)

@@ -14,10 +14,10 @@ import numpy as np
 
 from calibrators.errors import InputError, ModelError
 from runtime_tests.tflite import worker as script
-from runtime_tests.workers.install import Component, PipPackages
+from runtime_tests.workers.install import PipPackages
 from runtime_tests.workers.lowering import check_count, copied, unsigned
 from runtime_tests.workers.process import Worker, environment
-from runtime_tests.workers.runtime import Array, Artifact, Loaded, Runtime
+from runtime_tests.workers.runtime import Array, Artifact, Loaded, PinnedRuntime
 
 if TYPE_CHECKING:
     from torch import fx
@@ -88,16 +88,8 @@ class _OnLiteRt:
 
 
 @dataclass(frozen=True)
-class _LiteRt(Runtime):
+class _LiteRt(PinnedRuntime):
     """LiteRT's interpreter with its reference kernels."""
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (PACKAGES,)
-
-    @property
-    def version(self) -> str:
-        return VERSION
 
     def lower(self, program: fx.GraphModule, path: Path) -> tuple[str, ...]:
         if reason := self.missing():
@@ -138,5 +130,11 @@ def _transposed(values: Array, order: Sequence[int]) -> Array:
 
 
 RUNTIME = _LiteRt(
-    "tflite", "LiteRT's reference kernels, in a process of their own", processor="tflite", samples=256, lowers=True
+    "tflite",
+    "LiteRT's reference kernels, in a process of their own",
+    processor="tflite",
+    samples=256,
+    lowers=True,
+    packages=PACKAGES,
+    release=VERSION,
 )

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from calibrators.errors import InputError, ModelError, first_line
-from runtime_tests.workers.install import Component, PipPackages
+from runtime_tests.workers.install import PipPackages
 from runtime_tests.workers.lowering import check_count, copied, unsigned
 from runtime_tests.workers.process import Worker, environment
-from runtime_tests.workers.runtime import Array, Artifact, Loaded, Runtime
+from runtime_tests.workers.runtime import Array, Artifact, Loaded, PinnedRuntime
 from runtime_tests.xnnpack import worker as script
 
 if TYPE_CHECKING:
@@ -87,16 +87,8 @@ class _OnXnnPack:
 
 
 @dataclass(frozen=True)
-class _XnnPack(Runtime):
+class _XnnPack(PinnedRuntime):
     """ExecuTorch's runtime with its XNNPACK backend."""
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (PACKAGES,)
-
-    @property
-    def version(self) -> str:
-        return VERSION
 
     def lower(self, program: fx.GraphModule, path: Path) -> tuple[str, ...]:
         if reason := self.missing():
@@ -153,5 +145,11 @@ def _lowered(worker: Worker, program: fx.GraphModule, sites: Sequence[str], name
 
 
 RUNTIME = _XnnPack(
-    "xnnpack", "XNNPACK, in ExecuTorch in a process of its own", processor="xnnpack", samples=256, lowers=True
+    "xnnpack",
+    "XNNPACK, in ExecuTorch in a process of its own",
+    processor="xnnpack",
+    samples=256,
+    lowers=True,
+    packages=PACKAGES,
+    release=VERSION,
 )

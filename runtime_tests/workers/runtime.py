@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from calibrators.errors import InputError
 from runtime_tests.ort.saturation import this_cpu
 from runtime_tests.ort.sessions import Model
-from runtime_tests.workers.install import Component
+from runtime_tests.workers.install import Component, PipPackages
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["EMULATED_SAMPLES", "Array", "Artifact", "Loaded", "Runtime"]
+__all__ = ["EMULATED_SAMPLES", "Array", "Artifact", "Loaded", "PinnedRuntime", "Runtime"]
 
 Array = NDArray[Any]
 
@@ -149,3 +149,19 @@ class Runtime(ABC):
 
         raises: ModelError if the runtime refuses the file.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinnedRuntime(Runtime):
+    """A runtime of one release, which packages of pip bring along."""
+
+    packages: PipPackages
+    release: str
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (self.packages,)
+
+    @property
+    def version(self) -> str:
+        return self.release
