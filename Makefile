@@ -2,7 +2,8 @@
 #   make demo      installs into .venv, exports the demo network and proves it
 #   make test      installs into .venv, runs the tests but the slow ones (at most 5 minutes on 2 cores)
 #   make test-all  runs all tests
-#   make test-lowest  runs tests with the lowest versions that pyproject.toml promises, in .venv-lowest
+#   make lowest    installs the lowest versions that pyproject.toml promises into .venv-lowest
+#   make test-lowest  runs tests with them
 #   make runtimes  installs other runtimes and emulated processors into .runtimes (1 GB), without root rights
 #   make test-runtimes  proves a network in each of them
 #   make browser   installs Chromium, where apt may, and axe-core into .runtimes
@@ -29,12 +30,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) -qq install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest runtimes test-runtimes browser test-browser wheel docs check lint clean
+.PHONY: help demo test test-all lowest test-lowest runtimes test-runtimes browser test-browser wheel docs check lint clean
 
 help:
 	@echo "make demo     export the demo network and prove it: out/demo/report.html"
 	@echo "make test     run the tests, but not the slow ones"
 	@echo "make test-all run all tests"
+	@echo "make lowest   install the lowest versions that pyproject.toml promises"
 	@echo "make test-lowest  run tests with the lowest versions that pyproject.toml promises"
 	@echo "make runtimes install other runtimes and emulated processors into .runtimes"
 	@echo "make test-runtimes  prove a network in each of them"
@@ -57,9 +59,11 @@ test-all: $(STAMP)
 # The tests that use every requirement: the whole way from the command line, emission, bundles, signatures, pages.
 # TORCH comes first, so that no CUDA build is drawn; it has to be the lowest version that is promised. Old versions call
 # what the newest versions of their own requirements deprecate.
-LOWEST := tests/end_to_end/test_pipeline.py tests/end_to_end/test_cli_export.py tests/exporter tests/calibrators/mixed_precision/test_ilp.py
+LOWEST := tests/end_to_end/test_pipeline.py tests/end_to_end/test_cli_export.py tests/exporter tests/calibrators/mixed_precision
 
-test-lowest: .venv-lowest/.installed
+lowest: .venv-lowest/.installed
+
+test-lowest: lowest
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) -W ignore::DeprecationWarning -m "not slow and not runtimes and not browser" $(LOWEST)
 
 .venv-lowest/.installed: pyproject.toml ci/lowest.py $(STAMP)

@@ -137,13 +137,15 @@ def _moves(axes: Sequence[_Axis], groups: int, channels: int) -> list[Call]:
     if set(strides) == {1}:
         return [(aten.slice.Tensor, (..., 1 + axis, each.first, each.first + each.out)) for axis, each in cuts]
     group = [groups] if groups > 1 else []
-    parts = [-1, *(axis.groups for axis in axes), *group, *strides, channels // groups]
+    # of one group, the columns of a row and their channels stay side by side: one dimension less
+    runs = [*strides, channels // groups] if group else [*strides[:-1], strides[-1] * channels]
+    parts = [-1, *(axis.groups for axis in axes), *group, *runs]
     row = 1 + space + len(group)
     order = [
         0,
         *(place for axis in range(space) for place in (1 + axis, row + axis)),
         *range(1 + space, row),
-        row + space,
+        *range(row + space, len(parts)),
     ]
     ordered = [(aten.reshape.default, (..., parts)), (aten.permute.default, (..., order))]
     return [

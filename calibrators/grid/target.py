@@ -85,7 +85,7 @@ class Target:
     clips_codes:       the runtime clips codes. If not, ReLUs and clips stay operators on floats, and a grid fills its
                        container.
     fuses_clips:       a clip with another lower bound than 0 may stand between a kernel and its quantizer. If not, it
-                       stands between two quantizers.
+                       stands between two quantizers, as a maximum and a minimum.
     drops_clips:       the runtime removes a ReLU or clip that the saturation at the ends of the container performs.
                        If not, programs leave it out.
     free_factors:      a dequantizer may read codes with another scale than that of their quantizer, so that the product

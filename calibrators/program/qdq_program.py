@@ -307,18 +307,22 @@ class _Builder:
         node.replace_input_with(source, clipped)
 
     def _spell_clip(self, node: fx.Node) -> None:
-        """Write a clip of the floats of an integer product as a maximum and a minimum.
+        """Write a clip of the floats of an integer product as a maximum and a minimum, and one between two quantizers.
 
         onnxruntime keeps a product in float if a ReLU or Clip is its only reader and has one reader itself that is not
-        a quantizer. How many there are depends on what its optimizer merges.
+        a quantizer. How many there are depends on what its optimizer merges. The HTP skips a clip of the codes of a
+        layer if one of the bounds is at the end of their grid or beyond.
         """
         if (bounds := clip_bounds(node)) is None:
             return
         value: Any = node.args[0]
-        if value.target not in FLOAT_PRODUCTS:
-            return
-        is_integer = all(self._before_moves(x).target is DEQUANTIZE for x in value.args[:2])
-        if is_integer and any(user.target is not QUANTIZE for user in node.users):
+        if value.target in FLOAT_PRODUCTS:
+            is_integer = all(self._before_moves(x).target is DEQUANTIZE for x in value.args[:2])
+            is_spelled = is_integer and any(user.target is not QUANTIZE for user in node.users)
+        else:
+            stands_alone = not self.placement.target.fuses_clips and value.target is DEQUANTIZE
+            is_spelled = stands_alone and bounds != (0, math.inf)
+        if is_spelled:
             limits = zip((aten.maximum.default, aten.minimum.default), bounds, strict=True)
             for target, bound in ((target, bound) for target, bound in limits if math.isfinite(bound)):
                 limit = constant_before(node, f"{node.name}_bound", torch.tensor(bound))

@@ -32,6 +32,7 @@ __all__ = [
     "no_clips_of_codes",
     "no_double_quantizers",
     "no_early_quantizers",
+    "no_skipped_clips",
     "no_symmetric_relus",
     "no_unfused_clips",
     "one_scale_per_value",
@@ -238,6 +239,24 @@ def no_unfused_clips(source: str) -> Rule:
 
     return Rule("unfused-clip", "error", "A layer is not joined with its quantizer across such a clip.", each(
         nodes("Clip"), broken, "it stands between a layer and its quantizer; quantize before it too"),
+        source)  # fmt: skip
+
+
+def no_skipped_clips(source: str) -> Rule:
+    """Require that a clip of the codes of a layer has both bounds within their grid, or neither."""
+
+    def broken(node: ir.Node) -> bool:
+        codes, bounds = operand(node.inputs[0]), [array(value) for value in inputs(node, 3)[1:]]
+        if codes is None or codes.scale is None or codes.zero_point is None or codes.node.inputs[0] is None:
+            return False
+        quantizer = codes.node.inputs[0].producer()
+        made = quantizer.inputs[0].producer() if quantizer is not None and quantizer.inputs[0] is not None else None
+        low, high = ((code - codes.zero_point) * codes.scale for code in (codes.lo, codes.hi))
+        beyond = bounds[0] is None or np.all(bounds[0] <= low), bounds[1] is None or np.all(bounds[1] >= high)
+        return made is not None and made.op_type in LAYERS and any(beyond) and not all(beyond)
+
+    return Rule("skipped-clip", "error", "A clip is skipped if one of its bounds changes no code.", each(
+        nodes("Clip"), broken, "one of its bounds is at the end of the grid of its input or beyond; write Max or Min"),
         source)  # fmt: skip
 
 

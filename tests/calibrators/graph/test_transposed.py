@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from calibrators.graph.aten import shape_of
 from calibrators.graph.canonical import to_integer_forms
 from exporter.frontend.capture import capture
 from tests.support.networks import randomize
@@ -46,6 +47,13 @@ def test_form_of_a_sequence_is_equal(groups: int) -> None:
     x = torch.randn(3, 4, 7, dtype=torch.float64)
     graph = to_integer_forms(capture(module, x))
     torch.testing.assert_close(graph(x)[0], module(x), rtol=REORDERED, atol=REORDERED)
+
+
+@pytest.mark.parametrize("space", [1, 2])
+def test_moves_take_five_dimensions_at_most(space: int) -> None:  # more is refused by Qualcomm's HTP
+    module = (nn.ConvTranspose1d, nn.ConvTranspose2d)[space - 1](4, 6, 4, 2, 1)
+    graph = to_integer_forms(capture(module, torch.randn(2, 4, *[5] * space)))
+    assert max(len(shape_of(node)) for node in graph.graph.nodes if node.op == "call_function") == 1 + 2 * space
 
 
 def test_an_activation_is_part_of_the_convolution() -> None:

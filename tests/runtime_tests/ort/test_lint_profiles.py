@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ from exporter.folding.fold_regions import fold
 from exporter.frontend.capture import capture
 from runtime_tests.ort.lint import RULES, lint, names, rules_for
 from runtime_tests.ort.lint.profiles import list_profiles
-from tests.support.networks import build
+from tests.support.architectures import construct
+from tests.support.networks import NETWORKS, build
 
 PROFILES = list_profiles()
 
@@ -56,6 +58,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "opset": {"opset": 21},
     "power-of-two": {"scale": 0.3},
     "shared-scale": {"then": "concat"},
+    "skipped-clip": {"then": "one-sided clip"},
     "symmetric-relu": {"relu": True, "zero": 7},
     "unfused-clip": {"clipped": True},
     "unsupported-operator": {"then": "Erf"},
@@ -115,6 +118,8 @@ class File:
         quantized = self.pair(value)
         if self.then == "again":
             return self.pair(quantized, 0.5)
+        if self.then == "one-sided clip":
+            return self.op("Clip", quantized, *(self.constant(bound, TensorProto.FLOAT) for bound in (-1.0, 1e3)))
         return self.op(self.then, quantized) if self.then else quantized
 
     @property
@@ -177,7 +182,8 @@ def test_a_file_that_breaks_one_rule(name: str, rule: str) -> None:
 @functools.cache
 def emitted(network: str, target: str) -> onnx.ModelProto:
     """Return the file of a network for a target."""
-    model, x = build(network, batch=2)
+    model, x = build(network, batch=2) if network in NETWORKS else construct(network, 2)
+    x = x[0] if isinstance(x, tuple) else x
     free = not get_target(target).static_shapes
     graph = fold(capture(model, x if free else x[:1], free_batch=free))
     result = calibrate(graph, [x if free else x[:1]], method="minmax", target=target)
@@ -188,6 +194,13 @@ def emitted(network: str, target: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("target", [target.name for target in list_targets() if target.name in PROFILES])
 def test_emitted_files_keep_every_rule_of_their_target(network: str, target: str) -> None:
     assert lint(emitted(network, target), target) == []
+
+
+def test_a_clip_between_two_quantizers_is_a_maximum_and_a_minimum() -> None:
+    model = emitted("elementwise", "ort-qnn")
+    assert lint(model, "ort-qnn") == []
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert operators["Max"] == 2 and operators["Min"] == 1 and not operators["Clip"]  # one Max is of a PReLU
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter import capture
-from runtime_tests.parity.results import FLOAT_DEPTH, FLOAT_RATE, legal_rate
+from runtime_tests.parity.results import FLOAT_DEPTH, FLOAT_RATE, ONE_ROUNDING, legal_rate
 from runtime_tests.reference.execute import FLOAT
 from runtime_tests.reference.float_depth import OPERATORS_PER_STEP, float_depths
 
@@ -31,3 +31,8 @@ def test_the_limit_grows_with_the_row() -> None:
     assert legal_rate(FLOAT) == legal_rate(FLOAT, depth=FLOAT_DEPTH) == FLOAT_RATE
     assert legal_rate(FLOAT, depth=2 * FLOAT_DEPTH) == 2 * FLOAT_RATE
     assert legal_rate("QLinearConv", depth=1000) == 0.0
+
+
+def test_a_concat_may_round_once_where_steps_are_allowed() -> None:
+    assert legal_rate("QLinearConcat") == 0.0
+    assert legal_rate("QLinearConcat", of_kernels=0.08) == ONE_ROUNDING + legal_rate("QLinearConv", of_kernels=0.08)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.runtimes
 CASES = [
     *(("openvino", "openvino", name) for name in ("pooled", "vit", "mobilenetv3", "slices", "unet", "detector")),
     *(("ort-qnn", "qnn", name) for name in ("residual", "pooled", "transformer", "mobilenetv3", "shufflenet")),
-    *(("ort-qnn", "qnn", name) for name in ("convnext", "vit", "gpt", "detector")),
+    *(("ort-qnn", "qnn", name) for name in ("convnext", "vit", "gpt", "detector", "unet", "elementwise")),
 ]
 
 
