@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ Row = dict[str, Any]
 COLUMNS = {
     "family": "{}",
     "network": "{}",
+    "target": "{}",
     "inputs": "{}",
     "bits": "{}",
     "result": "{}",
@@ -58,40 +60,52 @@ RESULTS = {0: "pass", 1: "fail", 2: "refused", 3: "refused", 70: "internal error
 TIMED_OUT = 124
 
 
-def export(network: str, data: str, bits: str, arguments: argparse.Namespace) -> tuple[int, dict[str, Any] | None, str]:
-    """Export a network in a process of its own; return the exit code, the report if there is one, and the message."""
+def export(network: str, data: str, bits: str, out: Path, arguments: argparse.Namespace) -> tuple[int, str]:
+    """Export a network to `out` in a process of its own; return the exit code and the message."""
     weight, activation = bits.split("/")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [sys.executable, "-m", "exporter", "export", network, "--data", data, "--out", str(out), "--quiet"]
-        command += ["--weight-bits", weight, "--activation-bits", activation, "--method", arguments.method]
-        try:
-            done = subprocess.run(
-                [*command, *arguments.flags],
-                capture_output=True,
-                text=True,
-                timeout=arguments.limit,
-                env=os.environ | {"COLUMNS": "1000"},
-            )
-        except subprocess.TimeoutExpired:
-            return TIMED_OUT, None, f"took more than {arguments.limit} s"
-        path = out / "report.json"
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return done.returncode, report, done.stderr.strip()
+    command = [sys.executable, "-m", "exporter", "export", network, "--data", data, "--out", str(out), "--quiet"]
+    command += ["--weight-bits", weight, "--activation-bits", activation, "--method", arguments.method]
+    command += [text for target in arguments.targets for text in ("--target", target)]
+    try:
+        done = subprocess.run(
+            [*command, *arguments.flags],
+            capture_output=True,
+            text=True,
+            timeout=arguments.limit,
+            env=os.environ | {"COLUMNS": "1000"},
+        )
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT, f"took more than {arguments.limit} s"
+    return done.returncode, done.stderr.strip()
 
 
-def row(known: Row, model: str, arguments: argparse.Namespace) -> Row:
-    """Export a network and return its row; print why there are no figures in it."""
+def rows_of(known: Row, model: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Export a network and yield its row, one for each target; print why there are no figures in it."""
     file, _, network = model.rpartition(":")
     data = arguments.data or f"{file}:data_{network}"
-    code, report, message = export(model, data, known["bits"], arguments)
-    result = RESULTS.get(code, "ended by a signal" if code < 0 else "out of time" if code == TIMED_OUT else str(code))
-    if report is None:
-        print(f"{network}: {result}: {message}", file=sys.stderr, flush=True)
-        return known | {"result": result}
-    if failed := [gate["expression"] for gate in report["gates"] if not gate["passed"]]:
-        result = f"fail: {', '.join(failed)}"
-    return known | {"result": result} | {title: value for title, value in figures(report) if value is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        code, message = export(model, data, known["bits"], out, arguments)
+        result = RESULTS.get(
+            code, "ended by a signal" if code < 0 else "out of time" if code == TIMED_OUT else str(code)
+        )
+        costs = {cost["target"]: cost for cost in (read(out / "targets.json") or [])}
+        for target in arguments.targets or [""]:
+            path = out / target if target in costs else out
+            start = known | ({"target": target} if target else {})
+            report, refused = read(path / "report.json"), costs.get(target, {}).get("refused")
+            if report is not None:
+                failed = [gate["expression"] for gate in report["gates"] if not gate["passed"]]
+                verdict = f"fail: {', '.join(failed)}" if failed else "pass"
+                yield start | {"result": verdict} | {title: x for title, x in figures(report) if x is not None}
+                continue
+            print(f"{network} {target}: {result}: {refused or message}", file=sys.stderr, flush=True)
+            yield start | {"result": f"refused: {refused}" if refused else result}
+
+
+def read(path: Path) -> Any:
+    """Return what a file of JSON holds, None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -158,33 +172,34 @@ def main() -> None:
     parser.add_argument("--data", help="file.py:callable of the calibration batches of all networks")
     parser.add_argument("--bits", nargs="+", default=["8/8"], help="weights/activations")
     parser.add_argument("--method", default="gptq", help="method of all exports")
+    parser.add_argument("--targets", nargs="+", default=[], help="targets of all exports, each with a row")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of `intact export`, in one text")
     parser.add_argument("--limit", type=int, default=1800, help="seconds for one export")
     parser.add_argument("--again", action="store_true", help="repeat the rows that did not pass")
     parser.add_argument("--json", type=Path, required=True, help="file of the table")
     arguments = parser.parse_args()
-    content = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
+    content = read(arguments.json) or {}
     wanted = {}
     for model, bits in itertools.product(arguments.models, arguments.bits):
         family, _, name = model.rpartition(" ")
         wanted[name.rpartition(":")[2], bits] = (family, name)
-    rows = {
-        (each["network"], each["bits"]): each
-        for each in finished(content)
-        if each["result"] == "pass" or not arguments.again
-    }
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for each in finished(content):
+        rows.setdefault((each["network"], each["bits"]), []).append(each)
+    if arguments.again:
+        rows = {key: found for key, found in rows.items() if all(each["result"] == "pass" for each in found)}
     for (network, bits), (family, name) in wanted.items():
         if (network, bits) in rows:
             continue
         start = ({"family": family} if family else {}) | {"network": network, "bits": bits}
-        rows[network, bits] = row(start, name, arguments)
+        rows[network, bits] = [*rows_of(start, name, arguments)]
         content = {
             "title": content.get("title", f"Whole exports with `{arguments.method}`"),
             "command": shlex.join(["python", "benchmarks/zoo.py", *sys.argv[1:]]),
             "measured": provenance(),
             "methods": [arguments.method],
             "notes": content.get("notes", []),
-            **tabled([rows[key] for key in dict.fromkeys([*wanted, *rows]) if key in rows]),
+            **tabled([each for key in dict.fromkeys([*wanted, *rows]) for each in rows.get(key, ())]),
         }
         write_table(arguments.json, content)
     print(markdown(content["columns"], content["rows"]))

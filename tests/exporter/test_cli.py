@@ -573,6 +573,9 @@ def test_python_completes_every_setting_of_an_export() -> None:
         parameters = inspect.signature(function).parameters
         assert {"model", "data", "eval_data", *ExportConfig.model_fields} <= parameters.keys()
         assert parameters["weight_bits"].default == 8
+    whole, dry = (inspect.signature(function).parameters for function in (export, dry_run))
+    assert whole.keys() - dry.keys() == {"ranks"} and not dry.keys() - whole.keys()
+    assert {name for name in dry if str(dry[name]) != str(whole[name])} == {"out"}, "a dry run needs no folder"
 
 
 def test_a_shell_completes_commands_and_flags() -> None:
