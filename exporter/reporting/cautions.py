@@ -9,18 +9,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 from calibrators.errors import counted
-from calibrators.targets import get_target
 from exporter.reporting.number_format import compared, percent
 from exporter.reporting.schema import Report
-from exporter.reporting.speed import TIMED_IN, is_slower, speed
+from exporter.reporting.speed import is_slower, other_runtime, speed
 
 __all__ = ["cautions"]
 
 
 def cautions(report: Report) -> Iterator[str]:
     """Yield what the numbers of a report say against its file, one sentence each."""
-    is_timed = get_target(report.target).runtime == TIMED_IN
-    if is_timed and report.latency_ms is not None and is_slower(report.latency_ms):
+    if other_runtime(report.target) is None and report.latency_ms is not None and is_slower(report.latency_ms):
         yield f"the file is {speed(report.latency_ms)[0]}{_slowest(report)}"
     if report.size.bytes > report.size.float_bytes:
         larger = compared(report.size.float_bytes, report.size.bytes, "smaller", "larger")

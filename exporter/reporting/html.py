@@ -26,7 +26,6 @@ from markupsafe import Markup
 from calibrators.errors import argument
 from calibrators.intervals import share_interval
 from calibrators.record import Grouping, ScaleSensitivity
-from calibrators.targets import get_target
 from exporter.reporting import number_format, plots
 from exporter.reporting.difference_tables import sections, summary
 from exporter.reporting.failures import failures, layer_rules, unplanned_kernels
@@ -38,7 +37,7 @@ from exporter.reporting.number_format import measured
 from exporter.reporting.proofs import OPENVINO_DIFFERS, UNOPTIMIZED_DIFFERS, found_on
 from exporter.reporting.quantities import written
 from exporter.reporting.schema import Report, dump_json
-from exporter.reporting.speed import TIMED_IN, speed
+from exporter.reporting.speed import TIMED_IN, other_runtime, speed
 from exporter.reporting.templates import environment
 from exporter.reporting.where import where_rows
 from exporter.reporting.widths import activation_bits, weight_bits
@@ -243,7 +242,7 @@ def render_html(report: Report) -> str:
         sizes=_parts(({"FLOAT": "float32"}.get(name, name.lower()), n) for name, n in report.size.by_type.items()),
         times=_parts(vars(report.time_s).items()),
         time_shares=_time_shares(report.time_shares),
-        target=get_target(report.target),
+        other=other_runtime(report.target),
         timed_in=TIMED_IN,
         speed=speed(latency) if latency else None,
         shrink=_quotient(report.size.float_bytes, report.size.bytes),

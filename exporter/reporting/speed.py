@@ -8,16 +8,24 @@ from __future__ import annotations
 from typing import Final
 
 from calibrators.errors import counted
+from calibrators.grid.target import Target
+from calibrators.targets import list_targets
 from exporter.reporting.number_format import compared, percent, significant
 from runtime_tests.measure.latency import LONGEST_S, Latency
 
-__all__ = ["TIMED_IN", "is_slower", "latency_text", "speed"]
+__all__ = ["TIMED_IN", "is_slower", "latency_text", "other_runtime", "speed"]
 
 TIMED_IN: Final = "onnxruntime"
 """Runtime whose times a report holds, whatever the target: figures of other runtimes cannot be had from them."""
 
 NOISE: Final = 0.05
 """Share by which latencies may differ before one of them is called slower."""
+
+
+def other_runtime(target: str) -> Target | None:
+    """Return a target whose files another runtime executes; None for others, and for unknown names."""
+    found = {each.name: each for each in list_targets() if each.runtime != TIMED_IN}
+    return found.get(target)
 
 
 def latency_text(latency: Latency) -> str:

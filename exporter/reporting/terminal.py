@@ -14,7 +14,6 @@ from rich.panel import Panel
 from rich.table import Table
 
 from calibrators.errors import counted, printable
-from calibrators.targets import get_target
 from exporter.reporting.failures import failures, found_by, layer_advice
 from exporter.reporting.gates import judges_accuracy
 from exporter.reporting.headline import tone, verdict_title
@@ -24,7 +23,7 @@ from exporter.reporting.number_format import compared, decibel, percent, signifi
 from exporter.reporting.proofs import OPENVINO_DIFFERS, proof_rows
 from exporter.reporting.schema import Report
 from exporter.reporting.sections import machine_of
-from exporter.reporting.speed import TIMED_IN, is_slower, latency_text
+from exporter.reporting.speed import TIMED_IN, is_slower, latency_text, other_runtime
 from exporter.reporting.where import where_rows
 from exporter.reporting.widths import activation_bits, weight_bits
 from runtime_tests.measure.accuracy import Accuracy
@@ -124,15 +123,17 @@ def _proof(report: Report) -> Rows:
 
 
 def _costs(report: Report) -> Rows:
-    target = get_target(report.target)
-    timed = "" if target.runtime == TIMED_IN else f"; {TIMED_IN}, not {target.runtime}"
+    other = other_runtime(report.target)
+    timed = "" if other is None else f"; {TIMED_IN}, not {other.runtime}"
     if report.time_shares:
         yield "integer time", _time(report.time_shares) + timed
     if portable := "; ".join(_levers(report)):
         yield "portable by", portable
     found = report.size
     shrink = f"{size(found.bytes)}, {compared(found.float_bytes, found.bytes, 'smaller', 'larger')} than float"
-    lowered = "" if found.lowered_bytes is None else f"; {target.lowered_file} {size(found.lowered_bytes)}"
+    lowered = ""
+    if other is not None and found.lowered_bytes is not None:
+        lowered = f"; {other.lowered_file} {size(found.lowered_bytes)}"
     yield "size", _flagged(shrink, found.bytes > found.float_bytes) + lowered
     if (latency := report.latency_ms) is not None:
         yield "latency", _flagged(latency_text(latency), latency.reliable is False or is_slower(latency)) + timed
