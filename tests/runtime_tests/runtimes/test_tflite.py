@@ -36,7 +36,10 @@ Array = NDArray[Any]
     "network",
     [
         *("residual", "pooled", "mobilenetv3", "detector"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("shufflenet", "efficientnet", "mobilenetv2", "vit")),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("shufflenet", "efficientnet", "mobilenetv2", "convnext")
+        ),
     ],
 )
 def test_every_code_is_that_of_the_reference(network: str, tmp_path: Path) -> None:
