@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 
 __all__ = ["give_back", "keep_freed_memory"]
@@ -48,7 +49,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(MMAP_THRESHOLD, MAPPED_ABOVE)) and bool(mallopt(TRIM_THRESHOLD, KEPT))
 
 
-def give_back(size: int) -> None:
-    """Give freed memory back to the system after work on a tensor of `size` bytes, if that is large."""
-    if size > GIVEN_BACK_ABOVE and keep_freed_memory():
+def give_back(size: int, *, graphs: bool = False) -> None:
+    """Give freed memory back to the system after work on a tensor of `size` bytes, if that is large.
+
+    graphs: also that of graphs nobody refers to, whose nodes and modules refer to each other; this takes 0.1 s.
+    """
+    if size <= GIVEN_BACK_ABOVE:
+        return
+    if graphs:
+        gc.collect()
+    if keep_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)

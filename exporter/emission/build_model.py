@@ -9,7 +9,7 @@ Must not know: methods, runtimes, files other than the model's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -28,6 +28,7 @@ from calibrators.grid.target import Target
 from calibrators.program.freeze import CalibrationResult
 from exporter.emission.packing import pack
 from exporter.emission.readable import annotate, normalize
+from exporter.emission.streamed import write
 from exporter.emission.translate import translate
 from exporter.frontend.capture import quiet
 from exporter.frontend.reference import export_program
@@ -131,22 +132,26 @@ def save(model: ir.Model, path: str | Path, *, largest: int | None = None) -> No
     largest = EXTERNAL_DATA_ABOVE if largest is None else largest
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path = Path(path)
-    give_back(size)  # protobuf takes twice the size
-    ir.save(model, path, external_data=f"{path.name}.data" if size > largest else None)
+    give_back(size, graphs=size > FLOAT_DATA_ABOVE)
+    if size > largest:
+        ir.save(model, path, external_data=f"{path.name}.data")
+        return
+    large = _large_weights(model)
+    nowhere = [ir.ExternalTensor("", 0, 0, x.dtype, shape=x.shape, name=name) for name, x in large.items()]  # type: ignore[arg-type]
+    proto = _with_tensors(model, large, nowhere)
+    for tensor in proto.graph.initializer:
+        if tensor.name in large:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    write(proto, large, path)
 
 
 def with_data_apart(model: ir.Model, folder: Path) -> onnx.ModelProto:
     """Return the model as a proto that has the codes of its large weights in a file in `folder`."""
-    large = [value for value in model.graph.initializers.values() if _is_large_weight(value)]
-    tensors = [value.const_value for value in large]
-    try:
-        outside = ir.external_data.convert_tensors_to_external(tensors, folder, "weights")  # type: ignore[arg-type]
-        for value, tensor in zip(large, outside, strict=True):
-            value.const_value = tensor
-        return ir.to_proto(model)
-    finally:
-        for value, original in zip(large, tensors, strict=True):
-            value.const_value = original
+    large = _large_weights(model)
+    return _with_tensors(
+        model, large, ir.external_data.convert_tensors_to_external([*large.values()], folder, "weights")
+    )
 
 
 def without_data_apart(proto: onnx.ModelProto, model: ir.Model) -> ir.Model:
@@ -156,6 +161,26 @@ def without_data_apart(proto: onnx.ModelProto, model: ir.Model) -> ir.Model:
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = model.graph.initializers[name].const_value
     return whole
+
+
+def _with_tensors(
+    model: ir.Model, large: Mapping[str, ir.TensorProtocol], tensors: Iterable[ir.TensorProtocol]
+) -> onnx.ModelProto:
+    """Return the model as a proto with other tensors for the large weights."""
+    values = model.graph.initializers
+    try:
+        for name, tensor in zip(large, tensors, strict=True):
+            values[name].const_value = tensor
+        return ir.to_proto(model)
+    finally:
+        for name, original in large.items():
+            values[name].const_value = original
+
+
+def _large_weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Return the codes of large weights by name."""
+    found = {name: x.const_value for name, x in model.graph.initializers.items() if _is_large_weight(x)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _is_large_weight(value: ir.Value) -> bool:
