@@ -114,13 +114,11 @@ def test_a_file_above_two_gigabytes_computes_the_calibrated_integers(tmp_path: P
     if available() < 13 * GIB:
         pytest.skip(f"{available() / GIB:.1f} GiB of memory are free, and 13 are needed")
     width = 23_500
-    model, x = (
-        nn.Sequential(nn.Linear(16, width), nn.Linear(width, width), nn.Linear(width, 8)).eval(),
-        torch.randn(2, 16),
-    )
+    layers = nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 8)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 16)
     with torch.no_grad():
         graph = fold(capture(model, x))
-        options = PlacementOptions(layers=(LayerRule(match="1", float=True),))
+        options = PlacementOptions(layers=(LayerRule(match="2", float=True),))
         result = calibrate(graph, [x], method="minmax", placement=options)
         emit(result, tmp_path / "model.onnx")
         expected = result.program(x)[0].numpy()
