@@ -29,21 +29,23 @@ FACTOR = 1 + 2.0**-10
 class Limits:
     """Codes that a target allows besides those of the grid; zero points count as code 0 here.
 
-    lowest, highest: of every code.
+    lowest, highest: of one code, for every element of the weight or broadcast against it.
     partners:        int64 [pairings, columns]: for each way to pair the columns of a group, the column whose code
                      shares a limit with that of this one, itself where there is none. Partners name each other.
     pair_lowest, pair_highest: of the sum of two partners of one sign; 0 lies between them.
     """
 
-    lowest: int = -(2**20)
-    highest: int = 2**20
+    lowest: int | Tensor = -(2**20)
+    highest: int | Tensor = 2**20
     partners: Tensor | None = None
     pair_lowest: int = -(2**20)
     pair_highest: int = 2**20
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits that leave nothing, or partners that do not name each other."""
-        if not self.pair_lowest <= 0 <= self.pair_highest or self.lowest > self.highest:
+        if not self.pair_lowest <= 0 <= self.pair_highest or bool(
+            torch.any(torch.as_tensor(self.lowest > self.highest))
+        ):
             raise ValueError("limits leave no code")
         if self.partners is not None:
             columns = torch.arange(self.partners.shape[1]).expand_as(self.partners)
@@ -112,12 +114,17 @@ def within(codes: Tensor, weight: Tensor, qparams: QParams, limits: Limits) -> T
 
     codes, weight: [out, ...].
     """
-    return torch.cat([_rows_within(codes[rows], weight[rows], own, limits) for rows, own in by_rows(codes, qparams)])
+    ends = tuple(torch.as_tensor(end).to(codes.device).expand(codes.shape) for end in (limits.lowest, limits.highest))
+    parts = (
+        _rows_within(codes[rows], weight[rows], own, limits, tuple(end[rows] for end in ends))
+        for rows, own in by_rows(codes, qparams)
+    )
+    return torch.cat([*parts])
 
 
-def _rows_within(codes: Tensor, weight: Tensor, qparams: QParams, limits: Limits) -> Tensor:
+def _rows_within(codes: Tensor, weight: Tensor, qparams: QParams, limits: Limits, ends: tuple[Tensor, ...]) -> Tensor:
     scale, zero_point = grid_of(weight, qparams)
-    lowest, highest = (zero_point + end for end in (limits.lowest, limits.highest))
+    lowest, highest = (zero_point.to(torch.int32) + end for end in ends)
     codes = codes.to(torch.int32).clamp(lowest, highest).to(codes.dtype)
     if limits.partners is None:
         return codes

@@ -67,7 +67,7 @@ def test_methods_read_no_field_that_placement_has_settled(
     monkeypatch.setattr(calibration, "place", placed)
     result = calibrate(folded[0], [folded[1]], method=method, target=target, placement=FEW, **more)
     assert result.program(folded[1])
-    assert {"exact_on", "drops_clips", "pair_sum"} <= READ
+    assert {"rounding_alike", "drops_clips", "pair_sum"} <= READ
     assert READ & {*SETTLED_BY_PLACEMENT, "weighted", "kernels"} == set()
 
 
