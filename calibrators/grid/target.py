@@ -27,7 +27,7 @@ SETTLED_BY_PLACEMENT = frozenset(
         *("name", "summary", "runtime", "min_version", "proof", "proved_in", "opsets", "static_shapes"),
         *("ignored_rules", "wide_activation", "widths", "coded_tables", "packed_weights", "weighted_to_codes"),
         *("weighted_to_either", "weighted_to_float", "weight_only", "fused_ops", "forms", "on_codes_ops"),
-        *("joined_ops", "constant_operands", "fixed_outputs", "costs", "fuses_clips", "free_factors", "lowered_file"),
+        *("joined_ops", "constant_operands", "fixed_outputs", "costs", "free_factors", "lowered_file"),
     }
 )
 """Fields that methods and reference programs do not read: what they decide about a network is in its placement."""
